@@ -1,0 +1,116 @@
+// mmebm._cpu.LangevinStep. mmebm/ops/langevin_step.py checks tensors, keeps them alive and passes addresses.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/langevin_step.h"
+
+namespace mmebm {
+
+// The addresses in `list`, one per tensor.
+inline void take_addresses(LangevinStep& step, pybind11::handle list, const char* name, bool grad) {
+  if (!PyList_Check(list.ptr()) || static_cast<size_t>(PyList_GET_SIZE(list.ptr())) != step.count()) {
+    throw pybind11::value_error(std::string(name) + " must be a list of one address per tensor");
+  }
+  for (size_t i = 0; i < step.count(); ++i) {
+    void* address = PyLong_AsVoidPtr(PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)));
+    if (address == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
+    StepTensor& tensor = step.tensor(i);
+    if (address == nullptr && !step.empty(i)) throw pybind11::value_error(std::string(name) + " holds a null address");
+    if (grad) {
+      tensor.grad = address;
+    } else {
+      tensor.x = address;
+    }
+  }
+}
+
+// Below this many elements a step takes less time than giving up the interpreter lock and waking a thread.
+constexpr int64_t SMALL_STEP = 1 << 14;
+
+// Holds a step for one call: run(threads), without the interpreter lock where that is worth it.
+struct StepCall {
+  explicit StepCall(LangevinStep& step) : step(step) {
+    if (!step.enter()) throw std::runtime_error("this LangevinStep is running in another thread");
+  }
+  ~StepCall() { step.leave(); }
+  template <class Run>
+  void operator()(int threads, const Run& run) {
+    if (step.elements() < SMALL_STEP) {
+      run(1);
+    } else {
+      pybind11::gil_scoped_release release;
+      run(threads);
+    }
+  }
+  LangevinStep& step;
+};
+
+inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::string&)) {
+  namespace py = pybind11;
+  py::class_<LangevinStep>(m, "LangevinStep", "One update of all tensors of a state, in place, prepared once per chain.")
+      .def(py::init([isa_from](int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor,
+                               const std::string& isa) {
+             if (chains < 0) throw py::value_error("chains must not be negative");
+             return std::make_unique<LangevinStep>(chains, chain_offset, reject, clamp_noise, norm_tensor,
+                                                   isa_from(isa));
+           }),
+           py::arg("chains"), py::arg("chain_offset"), py::arg("reject"), py::arg("clamp_noise"),
+           py::arg("norm_tensor"), py::arg("isa"))
+      .def("add",
+           [](LangevinStep& self, int64_t numel, uint32_t index, bool noisy, int storage, uintptr_t observed) {
+             if (numel < 0 || numel > (int64_t{1} << 33)) throw py::value_error("numel must be in [0, 2**33]");
+             if (index >= 1u << 24) throw py::value_error("index must be below 2**24");
+             if (storage < 0 || storage > 2) throw py::value_error("storage must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+             self.add(numel, index, noisy, static_cast<Storage>(storage), reinterpret_cast<const uint8_t*>(observed));
+           },
+           "A tensor of the state; observed: address of a mask, a byte per element, or 0.", py::arg("numel"),
+           py::arg("index"), py::arg("noisy"), py::arg("storage"), py::arg("observed"))
+      .def("set",
+           [](LangevinStep& self, size_t tensor, int slot, int kind, double value, uintptr_t values) {
+             if (tensor >= self.count() || slot < 0 || slot >= SLOTS || kind < 0 || kind > 3) {
+               throw py::value_error("tensor, slot or kind is out of range");
+             }
+             if (kind >= 2 && values == 0 && !self.empty(tensor)) throw py::value_error("values is null");
+             self.set(tensor, static_cast<Slot>(slot),
+                      {static_cast<Kind>(kind), value, reinterpret_cast<const float*>(values)});
+           },
+           "A constant of one tensor, kind 0: absent, 1: value, 2 and 3: float32 at values, per chain and per element.",
+           py::arg("tensor"), py::arg("slot"), py::arg("kind"), py::arg("value"), py::arg("values"))
+      .def("perturb",
+           [](LangevinStep& self, py::handle x, uint64_t seed, uint32_t step, int threads) {
+             StepCall call(self);
+             take_addresses(self, x, "x", false);
+             call(threads, [&](int with) { self.perturb(seed, step, with); });
+           },
+           "x + noise, in place.", py::arg("x"), py::arg("seed"), py::arg("step"), py::arg("threads"))
+      .def("step",
+           [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise, int threads) {
+             StepCall call(self);
+             take_addresses(self, x, "x", false);
+             take_addresses(self, grad, "grad", true);
+             call(threads, [&](int with) { self.step(seed, step, noise, nullptr, with); });
+           },
+           "One step, in place.", py::arg("x"), py::arg("grad"), py::arg("seed"), py::arg("step"), py::arg("noise"),
+           py::arg("threads"))
+      .def("step_stats",
+           [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise, int threads,
+              uintptr_t grad_norm, uintptr_t displacement, uintptr_t clipped, uintptr_t nonfinite) {
+             StepCall call(self);
+             take_addresses(self, x, "x", false);
+             take_addresses(self, grad, "grad", true);
+             const StepSums sums = {reinterpret_cast<float*>(grad_norm), reinterpret_cast<float*>(displacement),
+                                    reinterpret_cast<int64_t*>(clipped), reinterpret_cast<int64_t*>(nonfinite)};
+             call(threads, [&](int with) { self.step(seed, step, noise, &sums, with); });
+           },
+           "The same with sums per chain, written to float32, float32, int64 and int64 of length chains.", py::arg("x"),
+           py::arg("grad"), py::arg("seed"), py::arg("step"), py::arg("noise"), py::arg("threads"),
+           py::arg("grad_norm"), py::arg("displacement"), py::arg("clipped"), py::arg("nonfinite"));
+}
+
+}  // namespace mmebm

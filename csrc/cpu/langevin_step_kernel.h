@@ -1,0 +1,663 @@
+// The loops of langevin_step, compiled once per instruction set: the including file defines MMEBM_LOOPS, the name of the
+// table. See langevin_step_job.h for how the work is cut into tiles.
+//
+// Noise. Per W counters (a vector of them, 16 with AVX-512) ten rounds of Philox give 4 W words, which Box-Muller turns
+// into 4 W normals. What the speed comes from:
+//   * a product of 32-bit words is 64 bits wide, so the even and the odd counters live in the low halves of the 64-bit lanes
+//     of two registers: per round and register two multiplications, two shifts and two three-way xors, no shuffle. The
+//     high halves hold garbage that no multiplication reads;
+//   * inside one chain the second counter word, step and stream are the same for all lanes, so that one of the two products of
+//     rounds 1 and 2 is a scalar, done once per tile;
+//   * lane l holds counter W/4 (l % 4) + l / 4, so that after a 4 x 4 transposition inside groups of four lanes the four
+//     registers are 4 W consecutive elements: no shuffle crosses a group;
+//   * log by the split u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1], -2 log u = -2 log 2 e + f q(f) with q of degree 7
+//     (weighted minimax, error 7e-8, relative next to u = 1, where f <= 0 and hence no root of a negative number); sine and
+//     cosine of pi a by the quadrant of a and polynomials on [-1/4, 1/4] (errors 1.2e-9 and 3.2e-8). u and a have the bits of
+//     noise.py; the normals are within 2e-6 of its float64 (largest difference seen 1.1e-6).
+// Chains too short to fill vectors (10 elements are 3 counters) share them: lanes then hold counters of several chains, and
+// each block's elements are stored where they belong. A block of 16 bytes overhangs its chain by up to 3 elements, which the
+// next chain's first block overwrites; the buffer has room for the last.
+//
+// Update. One loop over the tile reads x, gradient and noise and writes x. With scalar constants the loop is compiled for each
+// set of options (`plain`); per-element constants, masks and counts go through one loop that asks at run time (`general`).
+// Per-chain constants, norm clips and statistics take the tile chain by chain. Sums of squares are in double over 16 fixed
+// lanes: products of two floats are exact there, so every instruction set gives the same bits.
+//
+// NaN. max and min return the second operand where one is NaN (langevin_step_vec.h) and are called so that a NaN state or
+// gradient stays NaN, as torch.clamp does. Nothing here is compiled with -ffast-math.
+//
+// With and without fused multiply-add results differ in the last bits: AVX2 and AVX-512 agree bit for bit, the
+// generic loops agree with them within the 2e-6 of the normals.
+//
+// Limits: chains and steps count modulo 2^32; a chain has fewer than 2^32 blocks of 4 elements (checked by the caller).
+#include <cstdint>
+#include <cstring>
+
+#include "langevin_step_job.h"
+#include "langevin_step_vec.h"
+#include "mmebm/philox.h"
+
+namespace mmebm {
+namespace {
+
+// Two rows of noise can overhang: one vector of counters, 4 W elements.
+constexpr int64_t PADDED = TILE + 4 * W + 16;
+
+// The purposes of noise.py that this op draws for, besides DRIFT = 0.
+constexpr uint32_t ROUNDING = 4, PERTURB_ROUNDING = 5;
+
+// ---------------------------------------------------------------------------------------------------------------- noise
+
+struct Key {
+  uint64_t seed;
+  uint32_t step, stream;
+};
+
+// Ten rounds on the counters (block, chain, step, stream): W blocks in the low halves of two registers, one chain.
+struct OneChain {
+  // Round r adds r Weyl constants to the key.
+  uint64_t k0[10], k1[10];
+  uint64_t c2_1, c0_2, c2_2, c2_3;  // what rounds 1 to 3 xor in besides the key: scalars folded into it
+
+  MMEBM_INLINE void init(OneChain& s, Key key, uint32_t chain) {
+    uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
+    for (int r = 0; r < 10; ++r) {
+      s.k0[r] = k0;
+      s.k1[r] = k1;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    const uint64_t product_1 = 0xCD9E8D57ull * key.step;
+    const uint32_t c0 = static_cast<uint32_t>(product_1 >> 32) ^ chain ^ static_cast<uint32_t>(s.k0[0]);
+    const uint64_t product_2 = 0xD2511F53ull * c0;
+    s.c2_1 = key.stream ^ s.k1[0];
+    s.c0_2 = (product_1 & 0xffffffffu) ^ s.k0[1];
+    s.c2_2 = (product_2 >> 32) ^ s.k1[1];
+    s.c2_3 = (product_2 & 0xffffffffu) ^ s.k1[2];
+  }
+};
+
+struct Counters {
+  I c0, c1, c2, c3;
+};
+
+template <int FROM>
+MMEBM_INLINE void rounds(Counters& c, const uint64_t* k0, const uint64_t* k1) {
+  const I m0 = seti64(0xD2511F53ull), m1 = seti64(0xCD9E8D57ull);
+#pragma GCC unroll 10
+  for (int r = FROM; r < 10; ++r) {
+    const I p0 = mul_low(c.c0, m0), p1 = mul_low(c.c2, m1);
+    c.c0 = xor3(high_half(p1), c.c1, seti64(k0[r]));
+    c.c1 = p1;
+    c.c2 = xor3(high_half(p0), c.c3, seti64(k1[r]));
+    c.c3 = p0;
+  }
+}
+
+MMEBM_INLINE Counters philox_one(I block, const OneChain& s) {
+  const I m0 = seti64(0xD2511F53ull), m1 = seti64(0xCD9E8D57ull);
+  const I p0 = mul_low(block, m0);                           // round 1
+  const I q1 = mul_low(xor2(high_half(p0), seti64(s.c2_1)), m1);  // round 2
+  const I r0 = mul_low(xor2(high_half(q1), seti64(s.c0_2)), m0);  // round 3
+  const I r1 = mul_low(xor2(p0, seti64(s.c2_2)), m1);
+  Counters c = {xor3(high_half(r1), q1, seti64(s.k0[2])), r1, xor2(high_half(r0), seti64(s.c2_3)), r0};
+  rounds<3>(c, s.k0, s.k1);
+  return c;
+}
+
+MMEBM_INLINE Counters philox_any(I block, I chain, Key key, const OneChain& s) {
+  Counters c = {block, chain, seti64(key.step), seti64(key.stream)};
+  rounds<0>(c, s.k0, s.k1);
+  return c;
+}
+
+MMEBM_INLINE F radius(I word) {
+  const F u = fma(unsigned_float(word), setf(0x1p-32f), setf(0x1p-33f));
+  const I bits = as_int(u);
+  const I above = subi(bits, seti(0x3f3504f3u));  // sqrt(1/2)
+  const F f = sub(as_float(subi(bits, andi(above, seti(0xff800000u)))), setf(1.0f));
+  F q = fma(setf(0.202383772f), f, setf(-0.32819885f));
+  q = fma(q, f, setf(0.346468151f));
+  q = fma(q, f, setf(-0.397488624f));
+  q = fma(q, f, setf(0.499209881f));
+  q = fma(q, f, setf(-0.666722298f));
+  q = fma(q, f, setf(1.00001264f));
+  q = fma(q, f, setf(-1.99999964f));
+  return sqrt(fma(signed_float(high_exponent(above)), setf(-1.38629436f), mul(f, q)));
+}
+
+MMEBM_INLINE void box_muller(I word_u, I word_a, F& first, F& second) {
+  const F r = radius(word_u);
+  const F half_turns = signed_float(word_a);  // times 2^31
+  // Adding 1.5 * 2^23 rounds 2 a to an integer and leaves it in the low bits: the quadrant. t is exact.
+  const F shifted = fma(half_turns, setf(0x1p-30f), setf(12582912.0f));
+  const I quadrant = as_int(shifted);
+  const F turns = sub(shifted, setf(12582912.0f));
+  const F t = fma(turns, setf(-0.5f), mul(half_turns, setf(0x1p-31f)));
+  const F s = mul(t, t);
+  F sine = fma(s, setf(-0.58781302f), setf(2.54962897f));
+  sine = fma(sine, s, setf(-5.16770363f));
+  sine = mul(fma(sine, s, setf(3.1415925f)), t);
+  F cosine = fma(s, setf(-1.30727994f), setf(4.05770159f));
+  cosine = fma(cosine, s, setf(-4.93479204f));
+  cosine = fma(cosine, s, setf(1.0f));
+  first = mul(r, flip(where_odd(quadrant, sine, cosine), quadrant_sign(addi(quadrant, seti(1)))));
+  second = mul(r, flip(where_odd(quadrant, cosine, sine), quadrant_sign(quadrant)));
+}
+
+// W blocks in order of elements: 4 W floats, or the 16 W bytes of the words.
+template <bool NORMALS>
+MMEBM_INLINE void emit(const Counters& even, const Counters& odd, char* out) {
+  const I w0 = interleave(even.c0, odd.c0), w1 = interleave(even.c1, odd.c1);
+  const I w2 = interleave(even.c2, odd.c2), w3 = interleave(even.c3, odd.c3);
+  F a, b, c, d;
+  if (NORMALS) {
+    box_muller(w0, w1, a, b);
+    box_muller(w2, w3, c, d);
+  } else {
+    a = as_float(w0);
+    b = as_float(w1);
+    c = as_float(w2);
+    d = as_float(w3);
+  }
+  transpose(a, b, c, d);
+  storei(out, as_int(a));
+  storei(out + 4 * W, as_int(b));
+  storei(out + 8 * W, as_int(c));
+  storei(out + 12 * W, as_int(d));
+}
+
+MMEBM_INLINE uint32_t counter_of_lane(int lane) { return static_cast<uint32_t>(W / 4 * (lane % 4) + lane / 4); }
+
+// Blocks [first, first + count) of one chain, up to a multiple of W of them.
+template <bool NORMALS>
+MMEBM_INLINE void draw_chain(Key key, uint32_t chain, int64_t first, int64_t count, char* out) {
+  OneChain s;
+  OneChain::init(s, key, chain);
+  alignas(64) uint32_t lanes_even[W], lanes_odd[W];
+  for (int i = 0; i < W; i += 2) {
+    lanes_even[i] = static_cast<uint32_t>(first) + counter_of_lane(i);
+    lanes_odd[i] = static_cast<uint32_t>(first) + counter_of_lane(i + 1);
+    lanes_even[i + 1] = lanes_odd[i + 1] = 0;
+  }
+  I even = loadi(lanes_even), odd = loadi(lanes_odd);
+  for (int64_t i = 0; i < count; i += W) {
+    emit<NORMALS>(philox_one(even, s), philox_one(odd, s), out + 16 * i);
+    even = addi(even, seti(W));
+    odd = addi(odd, seti(W));
+  }
+}
+
+// All blocks of `rows` chains, `elements` elements each, 16 / SIZE elements a block.
+template <bool NORMALS, int SIZE>
+MMEBM_INLINE void draw_chains(Key key, uint32_t chain, int64_t rows, int64_t elements, char* out) {
+  constexpr int64_t PER = 16 / SIZE;
+  const int64_t blocks = (elements + PER - 1) / PER;
+  const int64_t last = (elements - (blocks - 1) * PER) * SIZE;  // bytes of a chain's last block that are its own
+  OneChain s;
+  OneChain::init(s, key, 0);
+  alignas(64) uint32_t block0[W], chain0[W];
+  for (int i = 0; i < W; ++i) {
+    const int64_t at = counter_of_lane(i);
+    block0[i] = static_cast<uint32_t>(at % blocks);
+    chain0[i] = chain + static_cast<uint32_t>(at / blocks);
+  }
+  I block = loadi(block0), row = loadi(chain0);
+  const I stride = seti(static_cast<uint32_t>(W % blocks)), rows_stride = seti(static_cast<uint32_t>(W / blocks));
+  const I limit = seti(static_cast<uint32_t>(blocks)), zero = seti(0), one = seti(1);
+  int64_t column = 0;
+  const int64_t total = rows * blocks;
+  for (int64_t i = 0; i < total; i += W) {
+    const Counters even = philox_any(block, row, key, s);
+    const Counters odd = philox_any(high_half(block), high_half(row), key, s);
+    if (last == 16) {
+      emit<NORMALS>(even, odd, out);
+      out += 16 * W;
+    } else {
+      alignas(64) char group[16 * W];
+      emit<NORMALS>(even, odd, group);
+      const int64_t inside = total - i < W ? total - i : W;
+      for (int64_t j = 0; j < inside; ++j) {
+        memcpy(out, group + 16 * j, 16);
+        if (++column == blocks) {
+          column = 0;
+          out += last;
+        } else {
+          out += 16;
+        }
+      }
+    }
+    block = addi(block, stride);
+    row = addi(row, rows_stride);
+    const I wrapped = where_less(block, limit, zero, limit);
+    row = addi(row, where_less(block, limit, zero, one));
+    block = subi(block, wrapped);
+  }
+}
+
+// The noise of elements [begin, end) of chains [row, row + rows), row-major; rows > 1 only for whole chains.
+template <bool NORMALS, int SIZE>
+void draw(Key key, uint32_t chain, int64_t rows, int64_t begin, int64_t end, void* buffer) {
+  constexpr int64_t PER = 16 / SIZE;
+  char* out = static_cast<char*>(buffer);
+  const int64_t elements = end - begin;
+  const int64_t vectors = (elements + PER * W - 1) / (PER * W);
+  // By chain where at most one lane in 16 is wasted on what lies behind the chain's end.
+  if (rows == 1 || vectors * PER * W * 16 <= elements * 17) {
+    for (int64_t r = 0; r < rows; ++r) {
+      draw_chain<NORMALS>(key, chain + static_cast<uint32_t>(r), begin / PER, (elements + PER - 1) / PER,
+                          out + r * elements * SIZE);
+    }
+  } else {
+    draw_chains<NORMALS, SIZE>(key, chain, rows, elements, out);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- 16-bit storage
+
+MMEBM_INLINE float half_float(uint32_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+  const uint32_t exponent = h & 0x7c00u;
+  // subnormal: put the bits behind a one and take the one off
+  const uint32_t tiny = float_bits(bits_float(magnitude + (113u << 23)) - 0x1p-14f);
+  const uint32_t usual = magnitude + ((exponent == 0x7c00u ? 224u : 112u) << 23);
+  return bits_float(sign | (exponent == 0 ? tiny : usual));
+}
+
+void widen(const void* from, Storage storage, float* to, int64_t n) {
+  const uint16_t* h = static_cast<const uint16_t*>(from);
+  if (storage == Storage::bf16) {
+    for (int64_t i = 0; i < n; ++i) to[i] = bits_float(static_cast<uint32_t>(h[i]) << 16);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = half_float(h[i]);
+  }
+}
+
+// reference.stochastic_round: the lower neighbour, or the upper one if the fraction between them exceeds (h + 1/2) 2^-16.
+MMEBM_INLINE uint16_t round_bf16(float y, uint32_t h) {
+  const uint32_t bits = float_bits(y), low = bits & 0xffffu;
+  const bool negative = (bits >> 31) != 0;
+  // away from zero is up for a positive, and "not up" for a negative number that is not representable
+  const bool away = negative ? (low != 0) & (0x10000u - low <= h) : low > h;
+  const uint32_t rounded = (bits >> 16) + (away ? 1u : 0u);
+  const uint32_t special = (bits >> 16) | (low != 0 || (bits & 0x7fffffu) != 0 ? 0x40u : 0u);
+  return static_cast<uint16_t>((bits & 0x7f800000u) == 0x7f800000u ? special : rounded);
+}
+
+MMEBM_INLINE uint16_t round_fp16(float y, uint32_t h) {
+  const uint32_t bits = float_bits(y), sign = (bits >> 16) & 0x8000u;
+  uint32_t exponent = (bits >> 23) & 0xffu;
+  const bool special = exponent == 0xffu;
+  exponent = exponent < 113u ? 113u : exponent;  // below 2^-14 the grid is that of 2^-14
+  exponent = special ? 127u : exponent;
+  // y 2^(10 - e) lies below 2^11; every step is exact
+  const float scaled = bits_float(bits & 0x7fffffffu) * bits_float((264u - exponent) << 23);
+  const float whole = static_cast<float>(static_cast<int32_t>(special ? 0.0f : scaled));
+  const float fraction = scaled - whole;
+  const float threshold = (static_cast<float>(static_cast<int32_t>(h)) + 0.5f) * 0x1p-16f;
+  const bool away = sign ? (fraction > 0.0f) & !(1.0f - fraction > threshold) : fraction > threshold;
+  const uint32_t units = static_cast<uint32_t>(static_cast<int32_t>(whole)) + (away ? 1u : 0u);
+  // units of 2^(e - 10): 2^10 of them carry into the exponent field by themselves, as 2^11 do
+  const uint32_t field = ((exponent - 113u) << 10) + units;
+  const uint32_t finite = field > 0x7c00u ? 0x7c00u : field;
+  const uint32_t not_finite = 0x7c00u | ((bits & 0x7fffffu) != 0 ? 0x200u : 0u);
+  return static_cast<uint16_t>(sign | (special ? not_finite : finite));
+}
+
+void round_to(const float* y, Storage storage, const uint16_t* h, void* to, int64_t n) {
+  uint16_t* out = static_cast<uint16_t*>(to);
+  if (storage == Storage::bf16) {
+    for (int64_t i = 0; i < n; ++i) out[i] = round_bf16(y[i], h[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = round_fp16(y[i], h[i]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ sums
+
+MMEBM_INLINE double lanes_sum(const double* lane) {
+  double sum = 0.0;
+  for (int i = 0; i < 16; ++i) sum += lane[i];
+  return sum;
+}
+
+// of clamp(g, -clip, clip); clip = inf leaves g alone, a NaN too
+double square_sum(const float* g, int64_t n, float clip) {
+  double lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      float v = g[i + j];
+      v = v < -clip ? -clip : v;
+      v = v > clip ? clip : v;
+      lane[j] += static_cast<double>(v) * static_cast<double>(v);
+    }
+  }
+  for (int j = 0; i + j < n; ++j) {
+    float v = g[i + j];
+    v = v < -clip ? -clip : v;
+    v = v > clip ? clip : v;
+    lane[j] += static_cast<double>(v) * static_cast<double>(v);
+  }
+  return lanes_sum(lane);
+}
+
+// the same with a limit per element
+double square_sum(const float* g, int64_t n, const float* clip) {
+  double lane[16] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    float v = g[i];
+    v = v < -clip[i] ? -clip[i] : v;
+    v = v > clip[i] ? clip[i] : v;
+    lane[i % 16] += static_cast<double>(v) * static_cast<double>(v);
+  }
+  return lanes_sum(lane);
+}
+
+double moved_sum(const float* y, const float* x, int64_t n) {
+  double lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      const float moved = y[i + j] - x[i + j];
+      lane[j] += static_cast<double>(moved) * static_cast<double>(moved);
+    }
+  }
+  for (int j = 0; i + j < n; ++j) {
+    const float moved = y[i + j] - x[i + j];
+    lane[j] += static_cast<double>(moved) * static_cast<double>(moved);
+  }
+  return lanes_sum(lane);
+}
+
+int64_t nonfinite_count(const float* y, int64_t n) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += (float_bits(y[i]) & 0x7f800000u) == 0x7f800000u;
+  return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- update
+
+// The constants as one loop sees them: scalars, or per element from the loop's first on.
+struct Values {
+  bool has[SLOTS];
+  float value[SLOTS];  // STEP_SIZE with its sign changed, PRIOR_STD as 1 / std^2
+  const float* element[SLOTS];
+  float norm;  // what GRAD_NORM_CLIP is compared with
+};
+
+MMEBM_INLINE void at_chain(const StepTensor& t, int64_t chain, int64_t base, Values& v) {
+  for (int s = 0; s < SLOTS; ++s) {
+    const Constant& c = t.constants[s];
+    v.has[s] = c.kind != Kind::absent;
+    v.element[s] = c.kind == Kind::element ? c.values + base : nullptr;
+    double value = c.kind == Kind::chain ? static_cast<double>(c.values[chain]) : c.value;
+    if (s == STEP_SIZE) value = -value;
+    if (s == PRIOR_STD) value = 1.0 / (value * value);
+    v.value[s] = static_cast<float>(value);
+  }
+  // An absent bound is an infinite one: the clamp with it changes nothing, a NaN neither.
+  if (!v.has[LOW]) v.value[LOW] = -__builtin_inff();
+  if (!v.has[HIGH]) v.value[HIGH] = __builtin_inff();
+  v.norm = 0.0f;
+}
+
+enum Option { O_GRAD = 1, O_CLIP = 2, O_PRIOR = 4, O_NOISE = 8, O_MAX_UPDATE = 16, O_BOUNDS = 32 };
+
+template <int OPTIONS>
+MMEBM_INLINE F updated(F x, F g, F z, const F* c) {
+  if (OPTIONS & O_GRAD) {
+    if (OPTIONS & O_CLIP) g = clamp(g, c[0], c[1]);
+    if (OPTIONS & O_PRIOR) g = fma(x, c[2], g);
+    F d = mul(c[3], g);
+    if (OPTIONS & O_NOISE) d = fma(c[4], z, d);
+    if (OPTIONS & O_MAX_UPDATE) d = clamp(d, c[5], c[6]);
+    x = add(x, d);
+  } else if (OPTIONS & O_NOISE) {
+    x = fma(c[4], z, x);
+  }
+  if (OPTIONS & O_BOUNDS) x = clamp(x, c[7], c[8]);
+  return x;
+}
+
+template <int OPTIONS>
+void plain(float* out, const float* x, const float* g, const float* z, int64_t n, const Values& v) {
+  const F c[9] = {setf(-v.value[GRAD_CLIP]), setf(v.value[GRAD_CLIP]), setf(v.value[PRIOR_STD]),
+                  setf(v.value[STEP_SIZE]), setf(v.value[NOISE_SCALE]), setf(-v.value[MAX_UPDATE]),
+                  setf(v.value[MAX_UPDATE]), setf(v.value[LOW]), setf(v.value[HIGH])};
+  const F zero = setf(0.0f);
+  int64_t i = 0;
+#pragma GCC unroll 2
+  for (; i + W <= n; i += W) {
+    const F gi = OPTIONS & O_GRAD ? load(g + i) : zero;
+    const F zi = OPTIONS & O_NOISE ? load(z + i) : zero;
+    store(out + i, updated<OPTIONS>(load(x + i), gi, zi, c));
+  }
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    const F gi = OPTIONS & O_GRAD ? load(g + i, rest) : zero;
+    const F zi = OPTIONS & O_NOISE ? load(z + i, rest) : zero;
+    store(out + i, updated<OPTIONS>(load(x + i, rest), gi, zi, c), rest);
+  }
+}
+
+using Plain = void (*)(float*, const float*, const float*, const float*, int64_t, const Values&);
+// Without a gradient only noise and bounds are left.
+#define MMEBM_ONE(n) plain<(n) & O_GRAD ? (n) : (n) & (O_NOISE | O_BOUNDS)>
+#define MMEBM_FOUR(n) MMEBM_ONE(n), MMEBM_ONE((n) + 1), MMEBM_ONE((n) + 2), MMEBM_ONE((n) + 3)
+#define MMEBM_SIXTEEN(n) MMEBM_FOUR(n), MMEBM_FOUR((n) + 4), MMEBM_FOUR((n) + 8), MMEBM_FOUR((n) + 12)
+const Plain PLAIN[64] = {MMEBM_SIXTEEN(0), MMEBM_SIXTEEN(16), MMEBM_SIXTEEN(32), MMEBM_SIXTEEN(48)};
+#undef MMEBM_ONE
+#undef MMEBM_FOUR
+#undef MMEBM_SIXTEEN
+
+struct Found {
+  int64_t clipped;
+  bool outside;
+};
+
+MMEBM_INLINE F get(const Values& v, Slot s, int64_t i, int n) {
+  return v.element[s] ? load(v.element[s] + i, n) : setf(v.value[s]);
+}
+
+// Everything, asked at run time. `keep`: observed elements, or null. `reject`: low and high are only compared with.
+Found general(float* out, const float* x, const float* g, const float* z, const uint8_t* keep, int64_t n,
+              const Values& v, bool bounds, bool reject) {
+  int64_t clipped = 0;
+  M outside = none();
+  const F zero = setf(0.0f), one = setf(1.0f);
+  const bool bounded = bounds && (v.has[LOW] || v.has[HIGH]);
+  for (int64_t i = 0; i < n; i += W) {
+    const int m = n - i < W ? static_cast<int>(n - i) : W;
+    const M valid = lanes(m);
+    M changed = none();
+    const F xi = load(x + i, m);
+    F y = xi;
+    if (g) {
+      F gi = load(g + i, m);
+      if (v.has[GRAD_CLIP]) {
+        const F c = get(v, GRAD_CLIP, i, m);
+        changed = greater(abs(gi), c);
+        gi = clamp(gi, sub(zero, c), c);
+      }
+      if (v.has[GRAD_NORM_CLIP]) {
+        // NaN where the norm is: a broken chain has to be seen
+        const F factor = min(one, div(get(v, GRAD_NORM_CLIP, i, m), setf(v.norm)));
+        changed = either(changed, greater(one, factor));
+        gi = mul(gi, factor);
+      }
+      if (v.has[PRIOR_STD]) {
+        if (v.element[PRIOR_STD]) {
+          const F std = load(v.element[PRIOR_STD] + i, m);
+          gi = add(gi, div(xi, mul(std, std)));
+        } else {
+          gi = fma(xi, setf(v.value[PRIOR_STD]), gi);
+        }
+      }
+      F d = v.element[STEP_SIZE] ? mul(sub(zero, load(v.element[STEP_SIZE] + i, m)), gi)
+                                 : mul(setf(v.value[STEP_SIZE]), gi);
+      if (z) d = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), d);
+      if (v.has[MAX_UPDATE]) {
+        const F c = get(v, MAX_UPDATE, i, m);
+        changed = either(changed, greater(abs(d), c));
+        d = clamp(d, sub(zero, c), c);
+      }
+      y = add(xi, d);
+    } else if (z) {
+      y = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), xi);
+    }
+    if (bounded) {
+      const F kept = clamp(y, get(v, LOW, i, m), get(v, HIGH, i, m));
+      if (reject) {
+        outside = either(outside, both(valid, unequal(kept, y)));
+      } else {
+        y = kept;
+      }
+    }
+    if (keep) y = select(bytes(keep + i, m), xi, y);
+    store(out + i, y, m);
+    clipped += count(both(valid, changed));
+  }
+  return {clipped, count(outside) != 0};
+}
+
+// ----------------------------------------------------------------------------------------------------------------- tiles
+
+struct Span {
+  int64_t row, rows, begin, end, slot;
+};
+
+MMEBM_INLINE Span span_of(const StepJob& job, const StepTensor& t, int64_t tile) {
+  if (t.parts == 1) {
+    const int64_t row = tile * t.rows, left = job.chains - row;
+    return {row, left < t.rows ? left : t.rows, 0, t.numel, t.first_slot + row};
+  }
+  const int64_t row = tile / t.parts, begin = tile % t.parts * t.part, end = begin + t.part;
+  return {row, 1, begin, end < t.numel ? end : t.numel, t.first_slot + tile};
+}
+
+MMEBM_INLINE double clipped_squares(const float* g, int64_t n, const Values& v) {
+  if (v.element[GRAD_CLIP]) return square_sum(g, n, v.element[GRAD_CLIP]);
+  return square_sum(g, n, v.has[GRAD_CLIP] ? v.value[GRAD_CLIP] : __builtin_inff());
+}
+
+// n elements from `base` on as floats, in `buffer` where they are stored in 16 bits.
+MMEBM_INLINE const float* floats(const void* from, Storage storage, int64_t base, int64_t n, float* buffer) {
+  if (storage == Storage::fp32) return static_cast<const float*>(from) + base;
+  widen(static_cast<const uint16_t*>(from) + base, storage, buffer, n);
+  return buffer;
+}
+
+void norm_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
+  if (t.constants[GRAD_NORM_CLIP].kind == Kind::absent) return;
+  const Span span = span_of(job, t, tile);
+  alignas(64) float wide[TILE];
+  const int64_t n = span.end - span.begin;
+  for (int64_t r = 0; r < span.rows; ++r) {
+    const int64_t base = (span.row + r) * t.numel + span.begin;
+    Values v;
+    at_chain(t, span.row + r, base, v);
+    job.norm_squares[span.slot + r] = clipped_squares(floats(t.grad, t.storage, base, n, wide), n, v);
+  }
+}
+
+void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
+  const Span span = span_of(job, t, tile);
+  const int64_t n = span.end - span.begin, total = span.rows * n;
+  const int64_t base = span.row * t.numel + span.begin;
+  const bool wide = t.storage != Storage::fp32;
+  alignas(64) float noise[PADDED], proposal[TILE], wide_x[TILE], wide_g[TILE];
+
+  const float* x = floats(t.x, t.storage, base, total, wide_x);
+  const float* g = job.drift ? floats(t.grad, t.storage, base, total, wide_g) : nullptr;
+  const float* z = nullptr;
+  const uint32_t chain = job.chain_offset + static_cast<uint32_t>(span.row);
+  if (job.noise && t.noisy) {
+    draw<true, 4>({job.seed, job.step, t.index}, chain, span.rows, span.begin, span.end, noise);
+    z = noise;
+  }
+  // Written where it belongs, except where x is needed afterwards, or y has to be rounded first.
+  void* target = job.reject ? t.proposal : t.x;
+  const bool buffered = wide || (job.stats && !job.reject);
+  float* out = buffered ? proposal : static_cast<float*>(target) + base;
+
+  const auto given = [&t](Slot slot) { return t.constants[slot].kind != Kind::absent; };
+  bool chain_constants = false, element_constants = false;
+  for (const Constant& c : t.constants) {
+    chain_constants |= c.kind == Kind::chain;
+    element_constants |= c.kind == Kind::element;
+  }
+  const bool norm_clip = job.drift && given(GRAD_NORM_CLIP);
+  const bool bounded = job.bounds && (given(LOW) || given(HIGH));
+  const bool by_chain = chain_constants || norm_clip || job.stats || job.reject;
+  const bool simple = !element_constants && !norm_clip && !t.observed && !job.stats && !job.reject;
+  const int options = (g ? O_GRAD : 0) | (given(GRAD_CLIP) ? O_CLIP : 0) | (given(PRIOR_STD) ? O_PRIOR : 0) |
+                      (z ? O_NOISE : 0) | (given(MAX_UPDATE) ? O_MAX_UPDATE : 0) | (bounded ? O_BOUNDS : 0);
+  const int64_t pieces = by_chain ? span.rows : 1, length = by_chain ? n : total;
+
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t at = piece * length, slot = span.slot + piece;
+    const float* gi = g ? g + at : nullptr;
+    const float* zi = z ? z + at : nullptr;
+    Values v;
+    at_chain(t, span.row + piece, base + at, v);
+    if (simple) {
+      PLAIN[options](out + at, x + at, gi, zi, length, v);
+      continue;
+    }
+    if (norm_clip) {
+      const double norm = job.norms ? job.norms[(&t - job.tensors) * job.chains + span.row + piece]
+                                    : __builtin_sqrt(clipped_squares(gi, length, v));
+      v.norm = static_cast<float>(norm);
+    }
+    const uint8_t* keep = t.observed ? t.observed + base + at : nullptr;
+    const Found found = general(out + at, x + at, gi, zi, keep, length, v, job.bounds, job.reject);
+    if (job.stats) {
+      job.clipped[slot] = found.clipped;
+      job.grad_squares[slot] = square_sum(gi, length, __builtin_inff());
+    }
+    if (job.reject) job.outside[slot] = found.outside;
+  }
+
+  if (wide) {
+    alignas(64) uint16_t halves[PADDED + 4 * W];
+    const uint32_t purpose = job.drift ? ROUNDING : PERTURB_ROUNDING;
+    draw<false, 2>({job.seed, job.step, purpose << 24 | t.index}, chain, span.rows, span.begin, span.end, halves);
+    uint16_t* stored = static_cast<uint16_t*>(target) + base;
+    round_to(proposal, t.storage, halves, stored, total);
+    if (job.stats && !job.reject) widen(stored, t.storage, proposal, total);
+  }
+  if (job.stats && !job.reject) {
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      job.moved_squares[span.slot + piece] = moved_sum(proposal + piece * n, x + piece * n, n);
+      job.nonfinite[span.slot + piece] = nonfinite_count(proposal + piece * n, n);
+    }
+    if (!wide) memcpy(static_cast<float*>(t.x) + base, proposal, sizeof(float) * static_cast<size_t>(total));
+  }
+}
+
+void commit_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
+  const Span span = span_of(job, t, tile);
+  const int64_t n = span.end - span.begin;
+  alignas(64) float wide_x[TILE], wide_y[TILE];
+  for (int64_t r = 0; r < span.rows; ++r) {
+    const int64_t base = (span.row + r) * t.numel + span.begin;
+    const bool rejected = job.rejected[span.row + r] != 0;
+    if (job.stats) {
+      const float* y = floats(rejected ? t.x : t.proposal, t.storage, base, n, wide_y);
+      job.moved_squares[span.slot + r] = rejected ? 0.0 : moved_sum(y, floats(t.x, t.storage, base, n, wide_x), n);
+      job.nonfinite[span.slot + r] = nonfinite_count(y, n);
+    }
+    if (!rejected) {
+      const int64_t size = t.storage == Storage::fp32 ? 4 : 2;
+      memcpy(static_cast<char*>(t.x) + base * size, static_cast<const char*>(t.proposal) + base * size,
+             static_cast<size_t>(n * size));
+    }
+  }
+}
+
+}  // namespace
+
+const StepLoops MMEBM_LOOPS = {update_tile, norm_tile, commit_tile};
+
+}  // namespace mmebm

@@ -1,0 +1,739 @@
+"""One Langevin step for all tensors of the state, in Triton. The update rule is :mod:`mmebm.reference.langevin_step`.
+
+    g = clip(g);  g = g + x / prior_std^2;  d = -a g + s xi;  d = clamp(d);  y = x + d;  y = clamp(y) | keep the chain
+    y = x where observed;  the noise xi is :mod:`mmebm.noise`, made in registers (:mod:`mmebm.kernels.philox`)
+
+Three kernels:
+
+``_map_kernel``    Whatever needs no sum over a chain: one launch, every element read and written once (x in, g in, x out:
+                   12 bytes an element in fp32). The groups of all chains of a tensor are one flat range, so that memory is
+                   walked without gaps whatever the chain's length; tiles of the tensors follow each other in the grid.
+``_chain_kernel``  Norm clips, rejection and statistics. A program owns R whole chains of all tensors and passes over
+                   them: for the norm of a tensor's gradient, for the check of the bounds, and for the update. Noise is
+                   a function of its counter, so a second pass makes the same proposal again instead of keeping it; what it
+                   reads again mostly lies in cache. Sums are taken in a fixed order, no atomics: results are
+                   reproducible bit for bit. A few long chains would leave the device idle: they are cut into up to
+                   64 splits; the sums of the splits then pass through memory, and the passes are launches (norm, check, update).
+``_norm_kernel``   The partial sums of that case, and of ``norm_over="tensor"``.
+
+How tensors reach the kernel. The gradients are new tensors in every step, so a table of addresses on the device would cost a
+host-to-device copy a step, which a graph capture does not allow from pageable memory, and a flat state with views would need
+the gradients copied together. So all addresses and constants are kernel arguments, in tuples of 1, 2, 4 or 8 tensors (more
+tensors or several dtypes: several launches), and a program selects its tensor's. A captured graph has them baked in and needs
+nothing else alive. Cost on the host, Triton 3.7.1, one Zen 4 core, argument binding and cache key: about 6 us for 1 tensor,
+7 for 2, 11 for 4, 16 for 8 (2025-11-22); a replayed graph does not pay it.
+
+Specialisation. Triton compiles anew for an argument's type, for the value 1 and for divisibility by 16, and inside
+tuples this cannot be switched off. So integers in tuples are sent as ``2 v + 3`` or with the low bit set (an odd number above 1 has no
+special property; alignment is a flag instead), scalars have declared types, options are bits of a run-time word (a branch
+that all threads take alike), and floats are always fp32. Left as constants of compilation: the dtype, the number of tensors, whether any
+parameter is a tensor, and the shape of a chain kernel's tile. No value of a seed, step, size or option compiles anything anew.
+
+``seed`` and ``step`` may be 1-element int64 device tensors, read by the kernel: a replayed graph then draws fresh noise.
+Parameters are floats or float32 tensors of one element or one per chain, read by the kernel as well.
+
+Layout. A tile is a (B, G) tensor of B groups of G consecutive elements, G = 4 (fp32) or 8 (16-bit): one 16-byte vector a
+row where the chain's length is a multiple of G and the address of 16, element by element otherwise. Offsets are 64-bit.
+
+Limits: fp32, bf16, fp16 on CUDA (compute capability 8.0 or later) or ROCm; contiguous tensors are updated in place, others are
+copied first; at most 2^30 - 1 elements a chain and 2^31 - 2^16 groups a tensor (34 GB in fp32); :func:`supports` says what is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from mmebm import noise
+from mmebm.kernels.philox import key_words, normals, rounding_halves, stochastic_round
+from mmebm.ops.params import StepParams, StepStats
+
+if TYPE_CHECKING:
+    from mmebm.ops.langevin_step import StepOptions
+
+__all__ = ["TritonStepper", "supports"]
+
+# Bits of a tensor's option word. The two lowest are always set, so that Triton sees nothing special in its value.
+_CLIP: Final = tl.constexpr(1 << 2)
+_NORM: Final = tl.constexpr(1 << 3)
+_MAX: Final = tl.constexpr(1 << 4)
+_PRIOR: Final = tl.constexpr(1 << 5)
+_LOW: Final = tl.constexpr(1 << 6)
+_HIGH: Final = tl.constexpr(1 << 7)
+_NOISE: Final = tl.constexpr(1 << 8)
+_GRAD: Final = tl.constexpr(1 << 9)
+_MASK: Final = tl.constexpr(1 << 10)
+_MASK_ROWS: Final = tl.constexpr(1 << 11)  # the mask has a row per chain
+_ALIGNED: Final = tl.constexpr(1 << 12)
+_TENSOR: Final = tl.constexpr(13)  # bit 13 + k: parameter k is a tensor
+_ROWS: Final = tl.constexpr(21)  # bit 21 + k: with one value per chain
+
+# Parameters, in the order of StepParams
+_STEP_SIZE: Final = tl.constexpr(0)
+_NOISE_SCALE: Final = tl.constexpr(1)
+_GRAD_CLIP: Final = tl.constexpr(2)
+_NORM_CLIP: Final = tl.constexpr(3)
+_MAX_UPDATE: Final = tl.constexpr(4)
+_PRIOR_STD: Final = tl.constexpr(5)
+_LOWER: Final = tl.constexpr(6)
+_UPPER: Final = tl.constexpr(7)
+_FIELDS: Final = (
+    ("step_size", 0),
+    ("noise_scale", 0),
+    ("grad_clip", _CLIP.value),
+    ("grad_norm_clip", _NORM.value),
+    ("max_update", _MAX.value),
+    ("prior_std", _PRIOR.value),
+    ("low", _LOW.value),
+    ("high", _HIGH.value),
+)
+
+# What a launch of the chain kernel does
+_CHECK: Final = tl.constexpr(1)  # pass 0: does the proposal stay inside?
+_UPDATE: Final = tl.constexpr(2)  # pass 1
+_REJECT: Final = tl.constexpr(4)  # bounds reject instead of clamping
+_SHARED: Final = tl.constexpr(8)  # the answers of pass 0 lie in memory (chains cut into splits)
+_STATS: Final = tl.constexpr(16)
+_FINISH: Final = tl.constexpr(32)  # this program has the whole sums: take their roots
+
+_PARTS: Final = tl.constexpr(64)  # at most so many splits of a chain
+_MAX_TENSORS: Final = 8
+_ABSENT: Final = (1 << 40) | 1  # stands for an address that is never read
+_TILE: Final = 1024  # elements
+_WARPS: Final = 4
+# Below this many programs a device is not full, and long chains are cut. Not a property of the device: the order of sums,
+# and with it the last bit of a norm, would depend on it.
+_BUSY: Final = 128
+
+
+# ---------------------------------------------------------------------------------------------------------------- device
+
+
+@triton.jit
+def _select(t, values, K: tl.constexpr, STRIDE: tl.constexpr, T: tl.constexpr):
+    """``values[t * STRIDE + K]`` of a tuple of T * STRIDE scalars."""
+    out = values[K]
+    for i in tl.static_range(1, T):
+        out = tl.where(t == i, values[i * STRIDE + K], out)
+    return out
+
+
+@triton.jit
+def _number(value, address):
+    """An int64: the argument itself, or what a 1-element tensor holds now."""
+    out = value.to(tl.int64)
+    if address != 0:
+        out = tl.load(address.to(tl.int64).to(tl.pointer_type(tl.int64)))
+    return out
+
+
+@triton.jit
+def _param(t, fs, vs, meta, chain, ok, K: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr):
+    """Parameter K of tensor t: an fp32 scalar, or with VECTOR a column with the value of each of ``chain``."""
+    value = _select(t, fs, K, 8, T).to(tl.float32)
+    if VECTOR:
+        column = tl.zeros(chain.shape, tl.float32) + value
+        if ((meta >> (_TENSOR + K)) & 1) != 0:
+            address = (_select(t, vs, K, 8, T) - 1).to(tl.pointer_type(tl.float32))
+            column = tl.load(address + chain * ((meta >> (_ROWS + K)) & 1), mask=ok, other=0.0)
+        return column[:, None]
+    else:
+        return value
+
+
+@triton.jit
+def _vectors(address, offset, meta, DTYPE: tl.constexpr, G: tl.constexpr):
+    """Pointers to the G elements from each ``offset``, which the caller knows to start 16-byte vectors."""
+    p = address.to(tl.pointer_type(DTYPE)) + (offset[:, None] + tl.arange(0, G)[None, :])
+    return tl.max_contiguous(tl.multiple_of(p, [16, 16]), [1, G])
+
+
+@triton.jit
+def _load(address, offset, ok, valid, meta, DTYPE: tl.constexpr, G: tl.constexpr):
+    if (meta & _ALIGNED) != 0:
+        # a whole group is inside the chain, or none of it
+        out = tl.load(_vectors(address, offset, meta, DTYPE, G), mask=ok[:, None], other=0.0)
+    else:
+        p = address.to(tl.pointer_type(DTYPE)) + (offset[:, None] + tl.arange(0, G)[None, :])
+        out = tl.load(p, mask=valid, other=0.0)
+    return out
+
+
+@triton.jit
+def _store(address, offset, y, ok, valid, meta, DTYPE: tl.constexpr, G: tl.constexpr):
+    if (meta & _ALIGNED) != 0:
+        tl.store(_vectors(address, offset, meta, DTYPE, G), y, mask=ok[:, None])
+    else:
+        p = address.to(tl.pointer_type(DTYPE)) + (offset[:, None] + tl.arange(0, G)[None, :])
+        tl.store(p, y, mask=valid & ok[:, None])
+
+
+@triton.jit
+def _clamp(v, low, high):
+    # NaN stays NaN, as in torch.clamp
+    v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr):
+    if (meta & _LOW) != 0:
+        low = _param(t, fs, vs, meta, chain, ok, _LOWER, T, VECTOR)
+        y = tl.maximum(y, low, propagate_nan=tl.PropagateNan.ALL)
+    if (meta & _HIGH) != 0:
+        high = _param(t, fs, vs, meta, chain, ok, _UPPER, T, VECTOR)
+        y = tl.minimum(y, high, propagate_nan=tl.PropagateNan.ALL)
+    return y
+
+
+@triton.jit
+def _propose(
+    x, g, factor, t, fs, vs, meta, chain, ok, group, offset, step, stream, k0, k1,
+    T: tl.constexpr, VECTOR: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """x + d, before the bounds, and where a clip changed something. ``factor`` is that of the norm clip."""
+    changed = tl.zeros(x.shape, tl.int32)
+    if (meta & _CLIP) != 0:
+        c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
+        changed = (tl.abs(g) > c).to(tl.int32)
+        g = _clamp(g, -c, c)
+    if (meta & _NORM) != 0:
+        changed = changed | (factor < 1.0).to(tl.int32)
+        g = g * factor
+    if (meta & _PRIOR) != 0:
+        # not 1 / std^2, which overflows where the quotient does not
+        inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, _PRIOR_STD, T, VECTOR)
+        g = g + x * inverse * inverse
+    d = -_param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
+    if (meta & _NOISE) != 0:
+        scale = _param(t, fs, vs, meta, chain, ok, _NOISE_SCALE, T, VECTOR)
+        global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
+        d = d + scale * normals(group.to(tl.uint32), global_chain, step, stream, k0, k1, G)
+    if (meta & _MAX) != 0:
+        m = _param(t, fs, vs, meta, chain, ok, _MAX_UPDATE, T, VECTOR)
+        changed = changed | (tl.abs(d) > m).to(tl.int32)
+        d = _clamp(d, -m, m)
+    return x + d, changed
+
+
+@triton.jit
+def _finish(
+    y, x_stored, mask_address, n, meta, chain, valid, group, column, offset, step, stream, purpose, k0, k1,
+    DTYPE: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """y as it is stored: rounded, and the old value where observed."""
+    if DTYPE == tl.float32:
+        out = y
+    else:
+        global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
+        tag = stream | (purpose << 24).to(tl.uint32)
+        halves = rounding_halves(group.to(tl.uint32), global_chain, step, tag, k0, k1)
+        out = stochastic_round(y, halves, DTYPE)
+    if (meta & _MASK) != 0:
+        row = tl.where((meta & _MASK_ROWS) != 0, chain.to(tl.int64) * n, 0)
+        p = mask_address.to(tl.pointer_type(tl.uint8)) + (row[:, None] + column)
+        out = tl.where(tl.load(p, mask=valid, other=0) != 0, x_stored, out)
+    return out
+
+
+@triton.jit
+def _map_kernel(
+    xs, gs, ms, ns, metas, streams, fs, vs,
+    seed: tl.int64, seed_at: tl.int64, step: tl.int64, step_at: tl.int64, offset: tl.int64,
+    purpose: tl.int32, chains: tl.int32, span_log2: tl.int32,
+    DTYPE: tl.constexpr, GDTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Each program: 2^span_log2 consecutive groups of one tensor. Nothing is summed."""
+    # the tensor, and the first tile of it in the grid
+    pid = tl.program_id(0)
+    t = 0
+    first = 0
+    end = 0
+    for i in tl.static_range(T - 1):
+        groups_i = chains * ((((ns[i] - 3) >> 1) + (G - 1)) // G)
+        end += ((groups_i - 1) >> span_log2) + 1
+        t = tl.where(pid >= end, i + 1, t)
+        first = tl.where(pid >= end, end, first)
+    x_at, g_at, m_at = _select(t, xs, 0, 1, T) - 1, _select(t, gs, 0, 1, T) - 1, _select(t, ms, 0, 1, T) - 1
+    n = (_select(t, ns, 0, 1, T) - 3) >> 1
+    meta = _select(t, metas, 0, 1, T)
+    stream = ((_select(t, streams, 0, 1, T) - 3) >> 1).to(tl.uint32)
+    k0, k1 = key_words(_number(seed, seed_at))
+    step_word = _number(step, step_at).to(tl.uint32)
+
+    per_chain = (n + (G - 1)) // G
+    groups = chains * per_chain
+    start = (pid - first) << span_log2
+    for begin in range(start, tl.minimum(start + (1 << span_log2), groups), B):
+        index = begin + tl.arange(0, B)
+        ok = index < groups
+        # unsigned: the division of signed numbers takes longer
+        chain = (index.to(tl.uint32) // per_chain.to(tl.uint32)).to(tl.int32)
+        group = index - chain * per_chain
+        column = group[:, None] * G + tl.arange(0, G)[None, :]
+        valid = ok[:, None] & (column < n)
+        place = chain.to(tl.int64) * n + group * G
+
+        x_stored = _load(x_at, place, ok, valid, meta, DTYPE, G)
+        g = tl.zeros([B, G], tl.float32)
+        if (meta & _GRAD) != 0:
+            g = _load(g_at, place, ok, valid, meta, GDTYPE, G).to(tl.float32)
+        y, _changed = _propose(
+            x_stored.to(tl.float32), g, 1.0, t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1, T, VECTOR, G
+        )
+        y = _bounds(y, t, fs, vs, meta, chain, ok, T, VECTOR)
+        y = _finish(
+            y, x_stored, m_at, n, meta, chain, valid, group, column, offset, step_word, stream, purpose, k0, k1, DTYPE, G
+        )
+        _store(x_at, place, y, ok, valid, meta, DTYPE, G)
+
+
+@triton.jit
+def _rows(v, R: tl.constexpr, C: tl.constexpr):
+    """The sum over each chain's part of a tile: (R C,) to (R,)."""
+    return tl.sum(tl.reshape(v, [R, C]), axis=1)
+
+
+@triton.jit
+def _spread(v, R: tl.constexpr, C: tl.constexpr):
+    """A value per chain to all its groups: (R,) to (R C,)."""
+    return tl.reshape(tl.broadcast_to(v[:, None], [R, C]), [R * C])
+
+
+@triton.jit
+def _sum_of_squares(
+    g_at, n, t, fs, vs, meta, chain, ok, col, first, last,
+    GDTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Of the gradient after the clip by value, over tiles [first, last) of each chain: (R,)."""
+    total = tl.zeros([R * C], tl.float32)
+    per_chain = (n + (G - 1)) // G
+    for norm_tile in range(first, last):
+        norm_group = norm_tile * C + col
+        inside = ok & (norm_group < per_chain)
+        valid = inside[:, None] & (norm_group[:, None] * G + tl.arange(0, G)[None, :] < n)
+        g = _load(g_at, chain.to(tl.int64) * n + norm_group * G, inside, valid, meta, GDTYPE, G).to(tl.float32)
+        if (meta & _CLIP) != 0:
+            c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
+            # what was not loaded is 0 and must stay 0, also where the limit is NaN
+            g = tl.where(valid, _clamp(g, -c, c), 0.0)
+        total += tl.sum(g * g, axis=1)
+    return _rows(total, R, C)
+
+
+@triton.jit
+def _partial_sums(address, row, row_ok, parts, R: tl.constexpr):
+    """Sum over ``parts`` floats from ``row`` on, in a fixed order: (R,)."""
+    total = tl.zeros([R, _PARTS], tl.float32)
+    for part in range(0, parts, _PARTS):
+        i = part + tl.arange(0, _PARTS)
+        p = address.to(tl.pointer_type(tl.float32)) + (row[:, None] + i[None, :])
+        total += tl.load(p, mask=row_ok[:, None] & (i < parts)[None, :], other=0.0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _norm_kernel(
+    gs, ns, metas, fs, vs, out_at: tl.int64, chains: tl.int32, splits: tl.int32, tensors: tl.int32,
+    GDTYPE: tl.constexpr, T: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Each program: one split of one chain, all tensors; partial sums of squares to out (tensors, chains, splits)."""
+    pid = tl.program_id(0)
+    row, split = pid // splits, pid % splits
+    col = tl.arange(0, C)
+    chain = row + tl.zeros([C], tl.int32)
+    ok = col >= 0
+    for t in range(tensors):
+        n = (_select(t, ns, 0, 1, T) - 3) >> 1
+        meta = _select(t, metas, 0, 1, T)
+        tiles = tl.cdiv((n + (G - 1)) // G, C)
+        share = tl.cdiv(tiles, splits)
+        first = split * share
+        total = _sum_of_squares(
+            _select(t, gs, 0, 1, T) - 1, n, t, fs, vs, meta, chain, ok, col, first, tl.minimum(first + share, tiles),
+            GDTYPE, T, True, 1, C, G,
+        )  # fmt: skip
+        place = (t * chains + row).to(tl.int64) * splits + split
+        tl.store(out_at.to(tl.int64).to(tl.pointer_type(tl.float32)) + place + tl.arange(0, 1), total)
+
+
+@triton.jit
+def _chain_kernel(
+    xs, gs, ms, ns, metas, streams, fs, vs,
+    seed: tl.int64, seed_at: tl.int64, step: tl.int64, step_at: tl.int64, offset: tl.int64,
+    purpose: tl.int32, chains: tl.int32, tensors: tl.int32, todo: tl.int32, splits: tl.int32,
+    norms_at: tl.int64, norm_parts: tl.int32, norm_row_stride: tl.int32, norm_tensor_stride: tl.int64,
+    outside_at: tl.int64, floats_at: tl.int64, counts_at: tl.int64, column0: tl.int32, columns: tl.int32,
+    DTYPE: tl.constexpr, GDTYPE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Each program: one split of R chains, all tensors (see the module docstring; ``todo`` holds the bits above).
+
+    Memory that programs share, each may be absent: norms (tensors, chains or 1, norm_parts); outside (chains, columns), a
+    positive number where the split's part of the proposal leaves the bounds; floats (2, chains, columns) the sums of squares
+    of the gradient and of the displacement; counts (2, chains, columns) clipped and non-finite.
+    """
+    B: tl.constexpr = R * C
+    pid = tl.program_id(0)
+    block, split = pid // splits, pid % splits
+    index = tl.arange(0, B)
+    chain = block * R + index // C
+    col = index % C
+    chain_ok = chain < chains
+    row = block * R + tl.arange(0, R)
+    row_ok = row < chains
+    k0, k1 = key_words(_number(seed, seed_at))
+    step_word = _number(step, step_at).to(tl.uint32)
+
+    outside = tl.zeros([B], tl.int32)
+    if (todo & _SHARED) != 0:
+        found = _partial_sums(outside_at.to(tl.int64), row.to(tl.int64) * columns, row_ok, columns, R)
+        outside = _spread((found > 0.0).to(tl.int32), R, C)
+    grad2 = tl.zeros([B], tl.float32)
+    moved2 = tl.zeros([B], tl.float32)
+    clipped = tl.zeros([B], tl.int32)
+    nonfinite = tl.zeros([B], tl.int32)
+
+    for turn in range(tl.where((todo & _CHECK) != 0, 0, 1), tl.where((todo & _UPDATE) != 0, 2, 1)):
+        # in the update pass: what the check pass found, all of each chain's groups together
+        keeps = _spread(_rows(outside, R, C), R, C) != 0
+        for t in range(tensors):
+            x_at, g_at, m_at = _select(t, xs, 0, 1, T) - 1, _select(t, gs, 0, 1, T) - 1, _select(t, ms, 0, 1, T) - 1
+            n = (_select(t, ns, 0, 1, T) - 3) >> 1
+            meta = _select(t, metas, 0, 1, T)
+            stream = ((_select(t, streams, 0, 1, T) - 3) >> 1).to(tl.uint32)
+            per_chain = (n + (G - 1)) // G
+            tiles = tl.cdiv(per_chain, C)
+            share = tl.cdiv(tiles, splits)
+            first = split * share
+            last = tl.minimum(first + share, tiles)
+
+            factor = tl.full([B], 1.0, tl.float32)
+            if (meta & _NORM) != 0:
+                if norm_parts == 0:
+                    squares = _sum_of_squares(
+                        g_at, n, t, fs, vs, meta, chain, chain_ok, col, first, last, GDTYPE, T, True, R, C, G
+                    )
+                else:
+                    norm_row = t * norm_tensor_stride.to(tl.int64) + row.to(tl.int64) * norm_row_stride
+                    squares = _partial_sums(norms_at.to(tl.int64), norm_row, row_ok, norm_parts, R)
+                limit = _param(t, fs, vs, meta, row, row_ok, _NORM_CLIP, T, True)
+                # norm 0 gives inf, which becomes 1; NaN stays NaN
+                ratio = tl.div_rn(limit, tl.sqrt_rn(squares)[:, None])
+                ratio = tl.minimum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL)
+                factor = tl.reshape(tl.broadcast_to(ratio, [R, C]), [B])
+
+            for tile in range(first, last):
+                group = tile * C + col
+                ok = chain_ok & (group < per_chain)
+                column = group[:, None] * G + tl.arange(0, G)[None, :]
+                valid = ok[:, None] & (column < n)
+                place = chain.to(tl.int64) * n + group * G
+
+                x_stored = _load(x_at, place, ok, valid, meta, DTYPE, G)
+                x = x_stored.to(tl.float32)
+                g = _load(g_at, place, ok, valid, meta, GDTYPE, G).to(tl.float32)
+                y, changed = _propose(
+                    x, g, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1, T, True, G
+                )
+                if turn == 0:
+                    if (meta & (_LOW | _HIGH)) != 0:
+                        # not equal also where y is NaN
+                        leaves = (_bounds(y, t, fs, vs, meta, chain, ok, T, True) != y) & valid
+                        outside = outside | tl.max(leaves.to(tl.int32), axis=1)
+                else:
+                    if (todo & _REJECT) == 0:
+                        y = _bounds(y, t, fs, vs, meta, chain, ok, T, True)
+                    y = _finish(
+                        y, x_stored, m_at, n, meta, chain, valid, group, column, offset, step_word, stream, purpose, k0, k1,
+                        DTYPE, G,
+                    )  # fmt: skip
+                    y = tl.where(keeps[:, None], x_stored, y)
+                    _store(x_at, place, y, ok, valid, meta, DTYPE, G)
+                    if (todo & _STATS) != 0:
+                        new = y.to(tl.float32)
+                        move = tl.where(valid, new - x, 0.0)
+                        grad2 += tl.sum(g * g, axis=1)
+                        moved2 += tl.sum(move * move, axis=1)
+                        clipped += tl.sum(tl.where(valid, changed, 0), axis=1)
+                        # inf - inf and NaN - NaN are NaN, anything finite minus itself is 0
+                        nonfinite += tl.sum((((new - new) != 0.0) & valid).to(tl.int32), axis=1)
+
+    place0 = row.to(tl.int64) * columns + column0 + split
+    place1 = chains.to(tl.int64) * columns + place0
+    if (todo & _UPDATE) == 0:
+        p = outside_at.to(tl.int64).to(tl.pointer_type(tl.float32)) + place0
+        tl.store(p, _rows(outside, R, C).to(tl.float32), mask=row_ok)
+    if (todo & _STATS) != 0:
+        grad_sum, moved_sum = _rows(grad2, R, C), _rows(moved2, R, C)
+        if (todo & _FINISH) != 0:
+            grad_sum, moved_sum = tl.sqrt_rn(grad_sum), tl.sqrt_rn(moved_sum)
+        floats = floats_at.to(tl.int64).to(tl.pointer_type(tl.float32))
+        tl.store(floats + place0, grad_sum, mask=row_ok)
+        tl.store(floats + place1, moved_sum, mask=row_ok)
+        counts = counts_at.to(tl.int64).to(tl.pointer_type(tl.int64))
+        tl.store(counts + place0, _rows(clipped, R, C).to(tl.int64), mask=row_ok)
+        tl.store(counts + place1, _rows(nonfinite, R, C).to(tl.int64), mask=row_ok)
+
+
+# ------------------------------------------------------------------------------------------------------------------ host
+
+_DTYPES: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_INTERPRETED: Final = isinstance(_map_kernel, InterpretedFunction)
+
+
+def _fits(value: Tensor, x: Tensor) -> bool:
+    """Whether a parameter is one number, or one per chain of ``x``."""
+    if value.numel() == 1:
+        return value.dim() <= x.dim()
+    return value.dim() == x.dim() and value.shape[0] == x.shape[0] and value.numel() == x.shape[0]
+
+
+def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepParams] | None = None) -> str | None:
+    """``None`` if :class:`TritonStepper` takes this state, else the reason why not, as a sentence for a log."""
+    if options.rng != "philox":
+        return f"rng={options.rng!r} is torch's own stream of numbers"
+    if len(x) == 0:
+        return "the state has no tensor"
+    device, chains = x[0].device, x[0].shape[0] if x[0].dim() else 0
+    if _INTERPRETED:
+        if device.type != "cpu":
+            return f"Triton's interpreter (TRITON_INTERPRET=1) runs on the CPU, the state is on {device}"
+    elif device.type != "cuda":
+        return f"the state is on {device}, Triton needs a CUDA or ROCm device"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"compute capability {major}.{minor} is below 8.0"
+    for i, xi in enumerate(x):
+        if xi.dtype not in _DTYPES:
+            return f"tensor {i} of the state is {xi.dtype}; taken are float32, float16 and bfloat16"
+        if xi.dim() == 0 or xi.shape[0] != chains or xi.device != device:
+            return f"tensor {i} of the state is {tuple(xi.shape)} on {xi.device}, not ({chains}, ...) on {device}"
+        numel = prod(xi.shape[1:])
+        if numel >= 2**30 or chains * -(-numel // 4) > 2**31 - 2**16:
+            return f"tensor {i} of the state is {tuple(xi.shape)}: more than 2^30 - 1 elements a chain or 2^33 in all"
+    for i, (mask, xi) in enumerate(zip(options.observed, x, strict=False)):
+        if mask is not None and (mask.dtype != torch.bool or mask.device != device):
+            return f"the observed mask of tensor {i} is {mask.dtype} on {mask.device}, not bool on {device}"
+    if isinstance(options.seed, Tensor) and options.seed.device not in (device, torch.device("cpu")):
+        return f"the seed is on {options.seed.device}, the state on {device}"
+    for i, (p, xi) in enumerate(zip(params or (), x, strict=False)):
+        for name, _ in _FIELDS:
+            value = getattr(p, name)
+            if not isinstance(value, Tensor):
+                continue
+            if not _fits(value, xi):
+                return (
+                    f"{name} of tensor {i} has shape {tuple(value.shape)}; taken are one element, or one per chain: "
+                    f"{(chains, *[1] * (xi.dim() - 1))}"
+                )
+            if value.device != device:
+                return f"{name} of tensor {i} is on {value.device}, the state on {device}"
+    return None
+
+
+@dataclass(slots=True)
+class _Packed:
+    """One tensor's parameters as the kernel takes them."""
+
+    flags: int
+    floats: tuple[float, ...]
+    addresses: tuple[int, ...]
+    alive: tuple[Any, ...] = field(default=())  # what the addresses point to
+    converted: bool = False  # an address is that of a copy, which must be made again for the next step
+
+
+_NO_ADDRESS: Final = (_ABSENT,) * 8
+
+
+def _pack(p: StepParams, x: Tensor) -> _Packed:
+    flags, floats, addresses, alive, converted = 0, [], [], [], False
+    for k, (name, bit) in enumerate(_FIELDS):
+        value = getattr(p, name)
+        if value is None:
+            floats.append(0.0)
+            addresses.append(_ABSENT)
+            continue
+        flags |= bit
+        if not isinstance(value, Tensor):
+            floats.append(float(value))
+            addresses.append(_ABSENT)
+            continue
+        if not _fits(value, x):
+            raise ValueError(
+                f"{name} must be a number or a tensor with one element or one per chain, got shape {tuple(value.shape)} "
+                f"for a state of shape {tuple(x.shape)}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as the state is, got {value.device}")
+        if value.dtype != torch.float32 or not value.is_contiguous():
+            value, converted = value.to(torch.float32).contiguous(), True
+        flags |= 1 << (_TENSOR.value + k)
+        if value.numel() > 1:
+            flags |= 1 << (_ROWS.value + k)
+        floats.append(0.0)
+        addresses.append(value.data_ptr() | 1)
+        alive.append(value)
+    return _Packed(flags, tuple(floats), tuple(addresses), tuple(alive), converted)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The tensors of one launch: at most eight of one dtype."""
+
+    members: list[int]
+    width: int  # length of the kernel's tuples
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    arguments: dict[str, Any]
+    metas: list[int]
+    floats: list[float]
+    vector: bool
+
+
+def _signed64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+class TritonStepper:
+    """The update in Triton: all tensors in one launch a step, in place.
+
+    Args:
+        options: see :class:`mmebm.ops.langevin_step.StepOptions`; :func:`supports` says what is not taken.
+        tile: elements per program and turn, a power of two from 128 on. It changes no result, except the last bits of norms.
+        splits: cut every chain of the chain kernel in so many; ``None`` decides by shape.
+    """
+
+    name = "triton"
+    inplace = True
+
+    def __init__(self, options: StepOptions, *, tile: int = _TILE, splits: int | None = None) -> None:
+        if tile < 128 or tile & (tile - 1):
+            raise ValueError(f"tile must be a power of two from 128 on, got {tile}")
+        if splits is not None and not 1 <= splits <= _PARTS.value:
+            raise ValueError(f"splits must be in [1, {_PARTS.value}], got {splits}")
+        if options.rng != "philox":
+            raise ValueError(f"rng must be 'philox' for the triton backend, got {options.rng!r}")
+        self.options = options
+        self._tile = tile
+        self._splits = splits
+        self._streams = [2 * noise.stream(i) + 3 for i in options.streams]
+        self._masks: dict[int, tuple[tuple[int, ...], Tensor | None]] = {}
+        self._packed: dict[int, tuple[StepParams, tuple[int, ...], _Packed]] = {}
+        self._seed: tuple[int, int] | None = None
+        self._seed_tensor: Tensor | None = None
+
+    # -- what goes into a launch
+
+    def _number(self, value: int | Tensor, device: torch.device, name: str) -> tuple[int, int, Tensor | None]:
+        """(value, address, tensor to keep alive): an int is sent as it is, a device tensor by its address."""
+        if not isinstance(value, Tensor):
+            return _signed64(int(value)), 0, None
+        if value.numel() != 1 or value.dtype.is_floating_point:
+            raise ValueError(f"{name} must be an int or a 1-element integer tensor, got {tuple(value.shape)} {value.dtype}")
+        if value.device != device:
+            if value.device.type != "cpu":
+                raise ValueError(f"{name} must be on {device}, got {value.device}")
+            return _signed64(int(value)), 0, None
+        value = value.to(torch.int64)
+        return 0, value.data_ptr(), value
+
+    def _mask(self, i: int, x: Tensor) -> tuple[Tensor | None, int]:
+        """The observed mask of tensor i as (1 or chains, elements) bytes, and its option bits."""
+        observed = self.options.observed
+        source = observed[i] if observed else None
+        if source is None:
+            return None, 0
+        cached = self._masks.get(i)
+        if cached is None or cached[0] != tuple(x.shape):
+            shape = torch.broadcast_shapes(source.shape, x.shape)
+            if shape != x.shape or source.dtype != torch.bool or source.device != x.device:
+                raise ValueError(
+                    f"the observed mask of tensor {i} must be bool on {x.device} and broadcast to {tuple(x.shape)}, "
+                    f"got {source.dtype} {tuple(source.shape)} on {source.device}"
+                )
+            # no row per chain where the mask is the same for all
+            rows = source.dim() == x.dim() and source.shape[0] > 1
+            full = source.expand(x.shape if rows else (1, *x.shape[1:])).contiguous().view(torch.uint8)
+            cached = tuple(x.shape), full
+            self._masks[i] = cached
+        mask = cached[1]
+        assert mask is not None
+        return mask, _MASK.value | (_MASK_ROWS.value if mask.shape[0] > 1 else 0)
+
+    def _params(self, i: int, p: StepParams, x: Tensor) -> _Packed:
+        cached = self._packed.get(i)
+        if cached is not None and cached[0] is p and cached[1] == tuple(x.shape) and not cached[2].converted:
+            return cached[2]
+        packed = _pack(p, x)
+        self._packed[i] = (p, tuple(x.shape), packed)
+        return packed
+
+    def _batches(
+        self, x: Sequence[Tensor], grad: Sequence[Tensor] | None, params: Sequence[StepParams], keep: int, noisy: bool
+    ) -> list[_Batch]:
+        """The launches' tensors and tuples. ``keep``: the options of params that count here."""
+        groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+        for i, xi in enumerate(x):
+            if xi.numel():
+                groups.setdefault((xi.dtype, grad[i].dtype if grad else xi.dtype), []).append(i)
+        out = []
+        for (dtype, grad_dtype), members in groups.items():
+            for start in range(0, len(members), _MAX_TENSORS):
+                out.append(self._batch(members[start : start + _MAX_TENSORS], dtype, grad_dtype, x, grad, params, keep, noisy))
+        return out
+
+    def _batch(
+        self, members: list[int], dtype: torch.dtype, grad_dtype: torch.dtype, x: Sequence[Tensor],
+        grad: Sequence[Tensor] | None, params: Sequence[StepParams], keep: int, noisy: bool,
+    ) -> _Batch:  # fmt: skip
+        xs, gs, ms, ns, metas, streams, floats, addresses = [], [], [], [], [], [], [], []
+        vector = False
+        for i in members:
+            xi = x[i]
+            n = prod(xi.shape[1:])
+            packed = self._params(i, params[i], xi)
+            mask, meta = self._mask(i, xi)
+            meta |= 3 | (packed.flags & keep)
+            x_at = xi.data_ptr()
+            g_at = _ABSENT
+            if grad is not None:
+                g_at = grad[i].data_ptr()
+                meta |= _GRAD.value
+            if noisy and self.options.noisy[i]:
+                meta |= _NOISE.value
+            per_vector = 16 // xi.element_size()
+            if n % per_vector == 0 and x_at % 16 == 0 and (grad is None or g_at % 16 == 0):
+                meta |= _ALIGNED.value
+            xs.append(x_at | 1)
+            gs.append(g_at | 1)
+            ms.append(_ABSENT if mask is None else mask.data_ptr() | 1)
+            ns.append(2 * n + 3)
+            metas.append(meta)
+            streams.append(self._streams[i])
+            floats.extend(packed.floats)
+            addresses.extend(packed.addresses)
+            vector |= bool(packed.alive)
+        width = 1 << (len(members) - 1).bit_length()
+        for _ in range(width - len(members)):
+            xs.append(_ABSENT)
+            gs.append(_ABSENT)
+            ms.append(_ABSENT)
+            ns.append(3)
+            metas.append(3)
+            streams.append(3)
+            floats.extend((0.0,) * 8)
+            addresses.extend(_NO_ADDRESS)
+        arguments = {
+            "xs": tuple(xs), "gs": tuple(gs), "ms": tuple(ms), "ns": tuple(ns), "metas": tuple(metas),
+            "streams": tuple(streams), "fs": tuple(floats), "vs": tuple(addresses),
+        }  # fmt: skip
+        return _Batch(members, width, dtype, grad_dtype, arguments, metas, floats, vector)

@@ -1,0 +1,150 @@
+"""The noise of :mod:`mmebm.noise` as Triton device functions.
+
+Everything here is inlined into the kernels that use it, works on one-dimensional tensors of counters and makes no
+library call: Philox is integer arithmetic, and log, sin and cos are polynomials over the narrow ranges that Box-Muller
+needs (``u`` in [2^-33, 1], the angle within one turn). So the interpreter runs the arithmetic that the GPU runs, NVIDIA and
+AMD agree, and the slow paths of the library's sine (its only use of the stack) never exist.
+
+Layout. One Philox call makes four normals for four consecutive elements. A program holds *groups* of ``G`` consecutive
+elements per row of a (B, G) tensor, G = 4 for 32-bit and 8 for 16-bit storage: one 16-byte vector per row. The words of a
+call are joined along new trailing axes and reshaped, which renames registers and moves nothing, so that loads, noise and
+stores share one layout.
+
+Accuracy. ``u`` and the angle are bit-equal to :mod:`mmebm.noise`; log is good to about 1e-7 relative also near u = 1, where
+a hardware ``lg2.approx`` (absolute error) would cost 7e-4 in the radius; sine and cosine to about 1e-7. Together the normals
+are within 2e-6 of float64 (tests/kernels/test_langevin_step_interpret.py; tests/gpu repeats it on hardware).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["box_muller", "key_words", "normals", "philox", "rounding_halves", "stochastic_round"]
+
+
+@triton.jit
+def key_words(seed):
+    """The two words of an int64 seed, low first."""
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10: four uint32 tensors (or scalars) and a key of two words to four words."""
+    for _round in tl.static_range(10):
+        # one 32 x 32 -> 64 bit multiply gives both halves
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _radius(w):
+    """sqrt(-2 log u) of a word; at most 6.77, exactly 0 at u = 1."""
+    u = w.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
+    bits = u.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23  # u = m 2^e with m in [sqrt(1/2), sqrt(2))
+    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = 7.0376836292e-2
+    p = p * f - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    z = f * f
+    k = e.to(tl.float32)
+    # log 2 in two parts: k times the first is exact
+    log_u = (f + ((f * z) * p - 2.12194440e-4 * k - 0.5 * z)) + 0.693359375 * k
+    return tl.sqrt(-2.0 * log_u)
+
+
+@triton.jit
+def _cos_sin(w):
+    """(cos, sin) of pi a, a the word read as int32 times 2^-31."""
+    turns = w.to(tl.int32, bitcast=True).to(tl.float32) * 9.313225746154785e-10  # half the angle's quarter turns: 2 a
+    # adding 1.5 2^23 rounds to an integer and leaves it in the low bits: no conversion instruction
+    shifted = turns + 12582912.0
+    quadrant = shifted.to(tl.int32, bitcast=True)
+    t = (turns - (shifted - 12582912.0)) * 0.5  # exact, in [-1/4, 1/4]
+    z = t * t
+    s = t * (3.141592643906473 + z * (-5.167707821318494 + z * (2.549766964728173 + z * -0.589075099240215)))
+    c = 1.0 + z * (-4.934802197496877 + z * (4.058710565713736 + z * (-1.335137813900798 + z * 0.232125413991225)))
+    swap = (quadrant & 1) != 0
+    cos = tl.where(swap, s, c)
+    sin = tl.where(swap, c, s)
+    cos = tl.where(((quadrant + 1) & 2) != 0, -cos, cos)
+    sin = tl.where((quadrant & 2) != 0, -sin, sin)
+    return cos, sin
+
+
+@triton.jit
+def box_muller(w0, w1, w2, w3):
+    """Four normals from four words."""
+    ra, rb = _radius(w0), _radius(w2)
+    ca, sa = _cos_sin(w1)
+    cb, sb = _cos_sin(w3)
+    return ra * ca, ra * sa, rb * cb, rb * sb
+
+
+@triton.jit
+def _quad(v0, v1, v2, v3):
+    """Four (B,) tensors to (B, 2, 2), v_(2 i + j) at [:, i, j]."""
+    return tl.join(tl.join(v0, v2), tl.join(v1, v3))
+
+
+@triton.jit
+def normals(group, chain, step, stream, k0, k1, G: tl.constexpr):
+    """The normals of ``group`` (uint32, (B,)) of ``chain`` (uint32, (B,)): float32 (B, G), G = 4 or 8."""
+    if G == 4:
+        w0, w1, w2, w3 = philox(group, chain, step, stream, k0, k1)
+        n0, n1, n2, n3 = box_muller(w0, w1, w2, w3)
+        return tl.reshape(_quad(n0, n1, n2, n3), [group.shape[0], 4])
+    else:
+        w0, w1, w2, w3 = philox(group * 2, chain, step, stream, k0, k1)
+        w4, w5, w6, w7 = philox(group * 2 + 1, chain, step, stream, k0, k1)
+        n0, n1, n2, n3 = box_muller(w0, w1, w2, w3)
+        n4, n5, n6, n7 = box_muller(w4, w5, w6, w7)
+        # element 4 h + 2 i + j at [:, h, i, j]
+        pairs = tl.join(_quad(n0, n2, n4, n6), _quad(n1, n3, n5, n7))
+        return tl.reshape(pairs, [group.shape[0], 8])
+
+
+@triton.jit
+def rounding_halves(group, chain, step, stream, k0, k1):
+    """The 16-bit thresholds of a group of 8 elements: uint32 (B, 8), one Philox call."""
+    w0, w1, w2, w3 = philox(group, chain, step, stream, k0, k1)
+    w = _quad(w0, w1, w2, w3)
+    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [group.shape[0], 8])
+
+
+@triton.jit
+def stochastic_round(y, half, DTYPE: tl.constexpr):
+    """float32 ``y`` to bfloat16 or float16, up where the fraction left over exceeds (half + 1/2) 2^-16."""
+    bits = y.to(tl.int32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    if DTYPE == tl.bfloat16:
+        # The fraction is the low half of the bits, also for subnormals. "Up" is towards +inf: of a negative number the
+        # magnitude grows where the fraction of the magnitude, counted from the other end, does not exceed the threshold.
+        h = half.to(tl.int32)
+        h = tl.where(bits < 0, 0xFFFF - h, h)
+        grow = ((bits & 0xFFFF) > h).to(tl.int32)
+        rounded = (((bits >> 16) + grow) << 16).to(tl.float32, bitcast=True)
+    else:
+        # a unit in the last place of float16 at y is a power of two: scaling by it is exact, subnormals included
+        exponent = tl.maximum((bits >> 23) & 0xFF, 113)
+        ulp = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
+        scaled = y * ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+        down = tl.floor(scaled)
+        up = (scaled - down) > (half.to(tl.float32) + 0.5) * 1.52587890625e-05
+        rounded = (down + up.to(tl.float32)) * ulp
+    return tl.where(finite, rounded, y).to(DTYPE)

@@ -1,0 +1,1 @@
+"""The command line: ``mmebm train | sample | evaluate | backends``."""

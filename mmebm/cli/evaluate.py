@@ -1,0 +1,94 @@
+"""``mmebm evaluate``, and the end of ``mmebm train``: numbers and pictures of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from typing import Any
+
+from mmebm.cli.common import pick_device
+from mmebm.evaluation import figures
+from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
+from mmebm.evaluation.evaluate import evaluate as measure
+from mmebm.evaluation.evaluate import table
+from mmebm.training.checkpoint import write_atomically
+from mmebm.training.run import POINTS, Run
+
+TITLES = {"vae": "VAE only", "x0": "x0: generator", "xk": "xk: after Langevin"}
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    if arguments.n < 100:
+        raise ValueError(f"--n must be at least 100 for a Frechet distance, got {arguments.n}")
+    run = Run(arguments.run, pick_device(arguments.device))
+    report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed)
+    return 0
+
+
+def _classifiers(run: Run) -> Classifiers:
+    """The run's digit classifiers, fitted once and kept in its folder."""
+    path = run.folder / "classifiers.pt"
+    if path.is_file():
+        return Classifiers.load(path, run.device)
+    print("fitting the classifiers that judge the samples")
+    judges = fit_classifiers(run.dataset("train"), run.dataset("test"), device=run.device)
+    judges.save(path)
+    return judges
+
+
+def report(
+    run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, seconds_training: float | None = None
+) -> dict[str, Any]:
+    """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder."""
+    judges = _classifiers(run)
+    test = run.dataset("test")
+    points, seconds = {}, {}
+    n = min(n, len(test))
+    for point in POINTS if run.joint_trained else ("vae",):
+        started = time.perf_counter()
+        points[point] = run.sample(n, point, seed=seed, steps=steps)
+        seconds[point] = time.perf_counter() - started
+    started = time.perf_counter()
+    result = measure(points, run.completions(steps), test, run.dataset("train"), judges, seed=seed)
+    seconds["evaluation"] = time.perf_counter() - started
+    if seconds_training is not None:
+        seconds["training"] = seconds_training
+    result = {"settings": {**run.settings(steps), "seed": seed, "n": n}, "seconds": seconds, **result}
+    text = json.dumps(result, indent=2)
+    write_atomically(run.folder / "metrics.json", lambda file: file.write(text.encode()))
+    print(table(result))
+
+    names = {m.name: m for m in test.modalities}
+    columns = 12
+    blocks = {
+        TITLES[point]: {name: m.natural(x[name][:columns]) for name, m in names.items()} for point, x in points.items()
+    }
+    figures.sample_grid(blocks, run.folder / "samples.png", columns=columns)
+    if run.joint_trained:
+        states, marks = run.trajectory(4, seed=seed)
+        frames = {name: _frames(m, states[name]) for name, m in names.items()}
+        figures.trajectory_grid(frames, marks, run.folder / "trajectory.png")
+    log = run.folder / "log.jsonl"
+    if log.is_file():
+        _curves(run, log.read_text().splitlines())
+    print(f"pictures and metrics.json are in {run.folder}")
+    return result
+
+
+def _frames(modality: Any, states: Any) -> Any:
+    flat = modality.natural(states.flatten(0, 1))
+    return flat.reshape(*states.shape[:2], *flat.shape[1:])
+
+
+def _curves(run: Run, lines: list[str]) -> None:
+    rows = [row for row in map(json.loads, lines) if "rolled_back" not in row]
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in ("iteration", *names)}
+    begins, total = {}, 0
+    for number, stage in enumerate(run.config.stages, start=1):
+        begins[f"{number} {stage.kind}"] = float(total)
+        total += stage.iterations
+    figures.curves(columns, run.folder / "curves.png", stages=begins)

@@ -1,0 +1,180 @@
+"""``mmebm train``: trains, keeps a log and a checkpoint, then evaluates and draws."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmebm import __version__
+from mmebm.cli.common import pick_device
+from mmebm.cli.evaluate import report
+from mmebm.cli.progress import Progress
+from mmebm.training import PRESETS, Config, Trainer, preset
+from mmebm.training import checkpoint as files
+from mmebm.training.config import override
+from mmebm.training.run import CHECKPOINT, Run, load_data
+
+SAVE_EVERY_SECONDS = 30.0
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    config = preset(arguments.preset or "demo")
+    changes: dict[str, str] = {}
+    if arguments.data is not None:
+        changes["data.name"] = json.dumps(arguments.data)
+    if arguments.data_path is not None:
+        changes["data.path"] = json.dumps(arguments.data_path)
+    if arguments.seed is not None:
+        changes["seed"] = str(arguments.seed)
+    if arguments.threads is not None:
+        changes["threads"] = str(arguments.threads)
+    for item in arguments.set:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes FIELD=VALUE, got {item!r}")
+        changes[name] = value
+    return override(config, changes)
+
+
+def _new_folder(runs: Path, name: str | None, default: str) -> Path:
+    if name is not None:
+        folder = runs / name
+        if (folder / CHECKPOINT).exists():
+            raise ValueError(f"{folder} holds a run already: give another --name, or --resume {folder}")
+        return folder
+    folder, number = runs / default, 2
+    while folder.exists():
+        folder, number = runs / f"{default}-{number}", number + 1
+    return folder
+
+
+def _commit() -> str:
+    """The commit of the source tree, with "+" where it has changes; "" outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        def git(*words: str) -> str:
+            return subprocess.run(
+                ("git", "-C", str(root), *words), capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _write_text(path: Path, text: str) -> None:
+    files.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+class _Log:
+    """``log.jsonl``, one row per line, and TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{row['stage']}/{name}", value, row["iteration"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    device = pick_device(arguments.device)
+    content = None
+    if arguments.resume is not None:
+        given = [f"--{name}" for name in ("preset", "name", "seed", "data", "data_path") if getattr(arguments, name)]
+        if given or arguments.set:
+            raise ValueError(f"--resume goes on with the stored configuration; leave out {', '.join(given) or '--set'}")
+        folder = Path(arguments.resume)
+        content = files.load(folder / CHECKPOINT, device)
+        config = Config.from_json(content["config"])
+    else:
+        config = _config(arguments)
+        folder = _new_folder(Path(arguments.runs), arguments.name, config.preset)
+    threads = arguments.threads or config.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    data = load_data(config, "train")
+    trainer = Trainer(config, data, device)
+    if content is not None:
+        trainer.load_state_dict(content)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(folder / "config.json", json.dumps({
+        "config": json.loads(config.to_json()), "data": data.info, "seed": config.seed, "device": str(device),
+        "versions": {"mmebm": __version__, "torch": torch.__version__}, "commit": _commit(),
+        "presets": sorted(PRESETS), "threads": torch.get_num_threads(),
+    }, indent=2, default=str))  # fmt: skip
+    print(f"{folder}: {config.preset} on {data.name} ({len(data)} tuples), {device}, "
+          f"{trainer.total - trainer.iteration} iterations")  # fmt: skip
+
+    finished = _train(trainer, folder)
+    if not finished:
+        print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume {folder}")
+        return 130
+    report(Run(folder, device), seconds_training=_seconds(folder))
+    return 0
+
+
+def _train(trainer: Trainer, folder: Path) -> bool:
+    """Trains to the end or to Ctrl-C, saving on the way; returns whether the end was reached."""
+
+    def save() -> None:
+        files.save(folder / CHECKPOINT, trainer.state_dict())
+
+    def stop(number: int, frame: Any) -> None:
+        # the first Ctrl-C ends the iteration in hand and saves; a second one ends at once, the last save stays
+        trainer.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    log, saved = _Log(folder), time.perf_counter()
+    try:
+        before = signal.signal(signal.SIGINT, stop)
+    except ValueError:  # not in the main thread: no handler, Ctrl-C is the caller's matter
+        before = None
+    try:
+        with Progress(trainer.config.stages, trainer.iteration) as progress:
+            for row in trainer.run():
+                log.write(row)
+                progress.show(row)
+                if time.perf_counter() - saved > SAVE_EVERY_SECONDS:
+                    save()
+                    saved = time.perf_counter()
+        save()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+        log.close()
+    return trainer.iteration >= trainer.total
+
+
+def _seconds(folder: Path) -> float:
+    """Seconds of training, from the log: the sum over its rows of iterations times seconds per iteration."""
+    total, last = 0.0, 0
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "seconds_per_iteration" in row:
+            total += row["seconds_per_iteration"] * max(row["iteration"] - last, 0)
+        last = row["iteration"]
+    return total

@@ -1,0 +1,65 @@
+"""Multimodal data sets of real instances: built from installed packages, or read from a folder; never downloaded.
+
+    digits         MNIST digit, 8x8 digit of another writer, the class as a word       built in memory
+    polymnist-5k   one digit in five styles, 3x28x28 each                              built in memory
+    polymnist      the published PolyMNIST, or a set laid out like it                  read from ``path``
+
+    train = load("digits", "train", seed=0)
+    train.batch(torch.arange(100))["mnist"]           # (100, 1, 28, 28) in [-1, 1]; classes: train.labels[:100]
+
+To add one, put a builder ``f(split, *, seed, path, **options) -> MultimodalDataset`` into :data:`DATASETS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from mmebm.data.base import Modality, MultimodalDataset, Split, check_count
+from mmebm.data.digits import digits
+from mmebm.data.polymnist import polymnist, polymnist_5k
+
+__all__ = ["DATASETS", "Modality", "MultimodalDataset", "load"]
+
+DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
+    "digits": digits,
+    "polymnist-5k": polymnist_5k,
+    "polymnist": polymnist,
+}
+
+
+def load(
+    name: str, split: Split, *, seed: int = 0, path: str | os.PathLike[str] | None = None, **options: Any
+) -> MultimodalDataset:
+    """Builds or reads a data set. The same arguments give the same tensors on every machine.
+
+    Args:
+        name: a key of :data:`DATASETS`.
+        split: ``"train"`` or ``"test"``.
+        seed: of everything that is drawn: pairing, crops, choice of tuples. Which digit is a train digit and which a
+            test digit is fixed and depends on no argument.
+        path: the folder, for sets that are read from one.
+        options: what the builder of the set takes, see :func:`~mmebm.data.digits.digits`,
+            :func:`~mmebm.data.polymnist.polymnist_5k` and :func:`~mmebm.data.polymnist.polymnist`.
+
+    Raises:
+        ValueError: for an unknown name or split, a negative seed, or a bad option value.
+        TypeError: for an unknown option, or one of another type.
+        ModuleNotFoundError, FileNotFoundError: if a package or a file is missing; the message says which, where it was
+            looked for, and how to get it.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}, known are {', '.join(map(repr, DATASETS))}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    seed = check_count("seed", seed, least=0)
+    build = DATASETS[name]
+    parameters = inspect.signature(build).parameters
+    known = [key for key in parameters if key not in ("split", "seed", "path")]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [] if takes_any else [key for key in options if key not in known]
+    if unknown:
+        raise TypeError(f"data set {name!r} has no option {', '.join(map(repr, unknown))}, only {', '.join(known)}")
+    return build(split, seed=seed, path=path, **options)

@@ -1,0 +1,86 @@
+"""Seeded draws, stratified splits and class-wise pairing.
+
+Every draw is made from the raw 64-bit words of PCG64. NumPy promises the word stream of a bit generator for good, but
+not that of ``Generator.permutation`` or ``Generator.integers`` (NEP 19), and a data set must not change with the NumPy
+version that built it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SPLIT_SEED", "below", "pair_by_class", "permutation", "random_words", "split_by_class"]
+
+# Which instance belongs to train and which to test is a property of the benchmark, not of a run: no option changes it,
+# so that a model trained under one pairing seed can be judged under another without having seen a test digit.
+SPLIT_SEED: Final = 20260101
+
+Ints = NDArray[np.int64]
+
+
+def random_words(seed: int, *names: str | int) -> np.random.PCG64:
+    """The bit generator of one purpose.
+
+    ``names`` say what is drawn (data set, split, modality, class); different names give independent streams under one
+    ``seed``, so that adding a modality leaves the draws of the others as they were.
+    """
+    key = tuple(zlib.crc32(name.encode()) if isinstance(name, str) else name for name in names)
+    return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def permutation(words: np.random.PCG64, n: int) -> Ints:
+    """A random order of ``0 .. n - 1``, shape ``(n,)``: the order of ``n`` raw words."""
+    return np.argsort(words.random_raw(n), kind="stable").astype(np.int64)
+
+
+def below(words: np.random.PCG64, bound: int, n: int) -> Ints:
+    """``n`` integers in ``[0, bound)``; the bias is below ``bound * 2**-32``."""
+    high = np.asarray(words.random_raw(n), dtype=np.uint64) >> np.uint64(32)
+    return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def split_by_class(labels: Ints, name: str, *, test_share: float = 0.2) -> dict[str, Ints]:
+    """Rows of the train and the test part, ascending: each class gives ``round(test_share * count)`` rows to test."""
+    test: list[Ints] = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        order = permutation(random_words(SPLIT_SEED, "split", name, int(label)), len(rows))
+        test.append(rows[order[: round(test_share * len(rows))]])
+    held_out = np.sort(np.concatenate(test)).astype(np.int64)
+    return {"train": np.setdiff1d(np.arange(len(labels), dtype=np.int64), held_out), "test": held_out}
+
+
+def pair_by_class(
+    pool_labels: Mapping[str, Ints], classes: Sequence[str], n: int, seed: int, *names: str | int
+) -> tuple[Ints, Ints]:
+    """Tuples of instances that share nothing but the class.
+
+    Returns ``index`` of shape ``(n, M)``, columns in the order of ``pool_labels``, and ``labels`` of shape ``(n,)``, in
+    random order. Classes occur equally often (within one, if ``n`` is no multiple of their number). For each class and
+    modality fresh permutations of the instances are laid end to end, so that within a class two instances of a modality
+    are used equally often (within one).
+
+    Raises ValueError for ``n < 1`` and for a modality without an instance of some class.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1 tuple, got {n}")
+    columns: dict[str, list[Ints]] = {name: [] for name in pool_labels}
+    labels: list[Ints] = []
+    for label, class_name in enumerate(classes):
+        count = n // len(classes) + (label < n % len(classes))
+        labels.append(np.full(count, label, dtype=np.int64))
+        for modality, of_instance in pool_labels.items():
+            rows = np.flatnonzero(of_instance == label).astype(np.int64)
+            if not len(rows):
+                raise ValueError(f"modality {modality!r} has no instance of class {class_name!r} to pair")
+            words = random_words(seed, "pair", *names, modality, label)
+            rounds = [rows[permutation(words, len(rows))] for _ in range(-(-count // len(rows)))]
+            columns[modality].append(np.concatenate([*rounds, rows[:0]])[:count])
+    order = permutation(random_words(seed, "order", *names), n)
+    index = np.stack([np.concatenate(column) for column in columns.values()], axis=1)
+    return index[order], np.concatenate(labels)[order]

@@ -1,0 +1,347 @@
+"""The project's own judges: one small classifier per modality, trained on that modality alone.
+
+Coherence asks whether the modalities of a sample show the same class, and only a classifier can say which class a
+generated image shows. Each one here sees the unpaired instances of the train split's pool, never a tuple, so that it
+cannot have learned agreement itself. Two rules come from what makes published numbers incomparable: the networks are
+always in eval mode when they judge (several reference evaluations leave dropout on), and the accuracy on real test
+instances, the ceiling of every coherence, is part of the result.
+
+A text modality whose words are the class names needs no network: the largest entry of a code *is* its class. It gets
+the same interface, and its accuracy of 1 holds by construction.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmebm.data.base import Modality, MultimodalDataset, check_count
+
+__all__ = ["Classifiers", "fit_classifiers"]
+
+FORMAT: Final = 1
+BATCH: Final = 100
+CHUNK: Final = 1_000  # rows judged at a time: bounds the memory of the first convolution's activations
+FEATURES: Final = 64
+WIDTHS: Final = (16, 32, 64)
+LEARNING_RATE: Final = 4e-3
+
+
+class Network(nn.Module):
+    """Features and a linear head: ``(n, *shape)`` in model space to ``(n, FEATURES)`` and ``(n, classes)``."""
+
+    def __init__(self, features: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.features = features
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def image_network(shape: tuple[int, ...], classes: int) -> Network:
+    """3x3 convolutions, each followed by 2x2 pooling, until the shorter side is at most 4 pixels."""
+    channels, height, width = shape
+    layers: list[nn.Module] = []
+    while not layers or min(height, width) > 4:
+        out = WIDTHS[min(len(layers) // 4, len(WIDTHS) - 1)]
+        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+                   nn.MaxPool2d(2, ceil_mode=True)]  # fmt: skip
+        channels, height, width = out, -(-height // 2), -(-width // 2)
+    layers += [nn.Flatten(), nn.Linear(channels * height * width, FEATURES), nn.BatchNorm1d(FEATURES), nn.ReLU()]
+    return Network(nn.Sequential(*layers), classes)
+
+
+def vector_network(size: int, classes: int) -> Network:
+    """Two hidden layers. The first normalisation only standardises: vectors come in whatever units the data has."""
+    layers = [nn.BatchNorm1d(size, affine=False), nn.Linear(size, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(),
+              nn.Linear(128, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), nn.ReLU()]  # fmt: skip
+    return Network(nn.Sequential(*layers), classes)
+
+
+def build(modality: Modality, classes: tuple[str, ...], seed: int = 0) -> Network | None:
+    """The untrained network of one modality on the CPU in eval mode; None where decoding the code is exact."""
+    if modality.kind == "text" and modality.words == classes:
+        return None
+    # Layers draw their initial weights from the global CPU generator: lend it to them, then put it back as it was.
+    # Not torch.manual_seed, which would seed every GPU's generator as well.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if modality.kind == "image":
+            network = image_network(modality.shape, len(classes))
+        else:
+            network = vector_network(modality.shape[0], len(classes))
+    return network.eval()
+
+
+def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Images ``(n, C, H, W)`` shifted, turned and scaled a little: up to 7 % of the side, .2 rad and 10 %.
+
+    Small enough to keep every digit what it is (a 6 never becomes a 9); generated digits are off-centre too.
+    """
+    # Drawn on the CPU, so that the augmentation is the same on every device.
+    a, size, dx, dy = (torch.rand(4, len(x), generator=generator) * 2 - 1).mul_(
+        torch.tensor([0.2, 0.1, 0.14, 0.14])[:, None]  # affine_grid measures in half sides: .14 is 7 % of the side
+    )
+    cos, sin = (1 + size) * a.cos(), (1 + size) * a.sin()
+    affine = torch.stack([torch.stack([cos, -sin, dx], 1), torch.stack([sin, cos, dy], 1)], 1).to(x.device)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def prepare(modality: Modality, x: Tensor) -> Tensor:
+    """What a network sees: float32, images and codes clamped to [-1, 1], where Langevin samples stray from."""
+    x = x.to(torch.float32)
+    return x if modality.kind == "vector" else x.clamp(-1, 1)
+
+
+class Classifiers:
+    """One judge per modality. :func:`fit_classifiers` trains them, :meth:`load` reads them back.
+
+    Attributes:
+        classes: class names; a predicted ``c`` stands for ``classes[c]``.
+        modalities: what is judged, in the order of the columns of :meth:`predict`.
+        accuracy: modality name -> share of the test split's instances judged right, in eval mode: the ceiling of any
+            coherence. Exactly 1 by construction for a text modality whose words are the class names.
+        device: where the networks are; batches are moved there.
+    """
+
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        modalities: tuple[Modality, ...],
+        networks: Mapping[str, Network | None],
+        accuracy: Mapping[str, float],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.classes = classes
+        self.modalities = modalities
+        self.accuracy = dict(accuracy)
+        self.device = torch.device(device)
+        self._networks = {name: None if net is None else net.to(self.device).eval().requires_grad_(False)
+                          for name, net in networks.items()}  # fmt: skip
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The modalities judged by a trained network, whose features mean something; the others are decoded exactly."""
+        return tuple(name for name, network in self._networks.items() if network is not None)
+
+    def predict(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The class each modality shows.
+
+        Args:
+            batch: modality name -> ``(n, *shape)`` in model space, all modalities or some of them; any floating dtype
+                and device. Values may lie outside [-1, 1].
+
+        Returns:
+            int64 ``(n, M)`` on the classifiers' device, ``M`` the modalities given, columns in the order of
+            ``self.modalities`` (not of ``batch``).
+
+        Raises:
+            ValueError: for an unknown modality, a wrong shape, different ``n``, or values that are inf or NaN.
+        """
+        return torch.stack([
+            # Before clamping: two entries above 1 would become a tie.
+            x.to(self.device).argmax(1) if net is None else self._map(net, modality, x).argmax(1)
+            for modality, net, x in self._given(batch)
+        ], dim=1)  # fmt: skip
+
+    def features(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each judge sees in its modality: the layer before the head, the basis of the Frechet distances.
+
+        Args:
+            batch: as in :meth:`predict`.
+
+        Returns:
+            modality name -> float32 ``(n, 64)`` on the classifiers' device; for a text modality that is decoded the
+            code itself, clamped to [-1, 1], ``(n, words)``.
+
+        Raises:
+            ValueError: as in :meth:`predict`.
+        """
+        return {
+            modality.name: prepare(modality, x).to(self.device) if net is None else self._map(net.features, modality, x)
+            for modality, net, x in self._given(batch)
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything to ``path`` (atomically), readable by :meth:`load` and torch.load(weights_only=True)."""
+        buffer = io.BytesIO()
+        torch.save(self.state_dict(), buffer)
+        path = Path(path)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(buffer.getvalue())
+            part.replace(path)
+        finally:
+            with suppress(FileNotFoundError):
+                part.unlink()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifiers:
+        """Reads what :meth:`save` wrote. Leaves torch's global random state alone.
+
+        Raises:
+            ValueError: if the file holds something else, or another version of the format.
+        """
+        return cls.from_state_dict(torch.load(path, map_location="cpu", weights_only=True), device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only; :meth:`from_state_dict` is its inverse."""
+        return {
+            "format": FORMAT,
+            "classes": list(self.classes),
+            "modalities": [{"name": m.name, "shape": list(m.shape), "kind": m.kind, "words": list(m.words)}
+                           for m in self.modalities],
+            "accuracy": dict(self.accuracy),
+            "networks": {name: None if net is None else {k: v.cpu() for k, v in net.state_dict().items()}
+                         for name, net in self._networks.items()},
+        }  # fmt: skip
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> Classifiers:
+        """The classifiers a :meth:`state_dict` describes, on ``device``.
+
+        Raises:
+            ValueError: if ``state`` is something else, or another version of the format.
+        """
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        if found != FORMAT:
+            raise ValueError(f"state must be classifiers of format {FORMAT}, got {found!r}")
+        classes = tuple(state["classes"])
+        modalities = tuple(Modality(m["name"], tuple(m["shape"]), m["kind"], tuple(m["words"]))
+                           for m in state["modalities"])  # fmt: skip
+        networks = {modality.name: build(modality, classes) for modality in modalities}
+        for name, network in networks.items():
+            if network is not None:
+                network.load_state_dict(state["networks"][name])
+        return cls(classes, modalities, networks, state["accuracy"], device)
+
+    def __repr__(self) -> str:
+        return f"<Classifiers {', '.join(f'{name} {share:.3f}' for name, share in self.accuracy.items())}>"
+
+    def _given(self, batch: Mapping[str, Tensor]) -> list[tuple[Modality, Network | None, Tensor]]:
+        """The checked modalities of ``batch`` in this object's order, each with its network."""
+        known = [modality.name for modality in self.modalities]
+        if not batch or set(batch) - set(known):
+            raise ValueError(f"batch must have some of the modalities {known}, got {sorted(batch)}")
+        counts = {name: len(x) for name, x in batch.items() if x.dim()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"batch must have as many rows in every modality, got {counts}")
+        given = []
+        for modality in self.modalities:
+            if modality.name not in batch:
+                continue
+            x = batch[modality.name].detach()
+            if x.dim() != len(modality.shape) + 1 or x.shape[1:] != modality.shape:
+                raise ValueError(f"batch[{modality.name!r}] must have shape (n, {', '.join(map(str, modality.shape))}),"
+                                 f" got {tuple(x.shape)}")  # fmt: skip
+            # A network would judge NaN as some class, and a diverged chain would pass for a sample.
+            bad = int((~x.isfinite()).flatten(1).any(1).sum())
+            if bad:
+                raise ValueError(f"batch[{modality.name!r}] must be finite, got {bad} of {len(x)} rows with inf or NaN")
+            given.append((modality, self._networks[modality.name], x))
+        return given
+
+    def _map(self, function: nn.Module, modality: Modality, x: Tensor) -> Tensor:
+        """``function`` in eval mode and without autograd over chunks of rows, float32 also under autocast."""
+        function.eval()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            parts = [function(prepare(modality, chunk.to(self.device))) for chunk in x.split(CHUNK)]
+        return torch.cat(parts)
+
+
+def fit_classifiers(
+    train: MultimodalDataset,
+    test: MultimodalDataset,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> Classifiers:
+    """Trains one classifier per modality on the instances of ``train``'s pools, and tests it on those of ``test``.
+
+    AdamW, one cycle, batches of 100, label smoothing .05; images are shifted, turned and scaled a little. Deterministic
+    for a seed, a device and a number of threads; torch's global random state, on every device, stays as it was.
+
+    Args:
+        train: the pools to learn from.
+        test: the pools behind ``accuracy``; the same modalities and classes.
+        seed: rules the weights, the order and the augmentation.
+        steps: batches per modality; by default five passes, but at least 300 and at most 600.
+        device: where to train; the result stays there.
+        progress: called with one line of text after each modality.
+
+    Returns:
+        The classifiers, in eval mode.
+
+    Raises:
+        ValueError: if the two sets differ in modalities or classes, or if a train pool has fewer than two instances.
+        TypeError: if ``steps`` or ``seed`` is no integer.
+    """
+    if steps is not None:
+        check_count("steps", steps)
+    check_count("seed", seed, least=0)
+    if train.modalities != test.modalities or train.classes != test.classes:
+        raise ValueError(f"train and test must have the same modalities and classes, got {train!r} and {test!r}")
+    networks: dict[str, Network | None] = {}
+    # One seed for each modality, drawn in order: a modality appended later leaves the earlier ones as they are.
+    seeds = torch.Generator().manual_seed(seed)
+    result = Classifiers(train.classes, train.modalities, {}, {}, device)
+    for modality in train.modalities:
+        own = int(torch.randint(2**62, (), generator=seeds))
+        start = time.perf_counter()
+        network = build(modality, train.classes, own)
+        pool, labels = train.pools[modality.name], train.pool_labels[modality.name]
+        batches = steps or min(max(5 * len(pool) // BATCH, 300), 600)
+        if network is not None:
+            generator = torch.Generator().manual_seed(own)
+            fit(network.to(device), modality, pool, labels, steps=batches, generator=generator)
+        networks[modality.name] = network
+        result = Classifiers(train.classes, train.modalities, networks, result.accuracy, device)
+        right = result.predict({modality.name: test.pools[modality.name]})[:, 0].cpu()
+        share = (right == test.pool_labels[modality.name].cpu()).double().mean().item()
+        result.accuracy[modality.name] = share
+        if progress is not None:
+            progress(f"classifier {modality.name}: test accuracy {share:.3f}, " + (
+                "by construction" if network is None else f"{batches} steps, {time.perf_counter() - start:.1f} s"
+            ))  # fmt: skip
+    return result
+
+
+def fit(
+    network: Network, modality: Modality, x: Tensor, labels: Tensor, *, steps: int, generator: torch.Generator
+) -> None:
+    """Trains ``network`` in place on instances ``x (n, *shape)`` and ``labels (n,)``; ends in eval mode."""
+    if len(x) < 2:
+        raise ValueError(f"train needs at least two instances of {modality.name!r}, got {len(x)}")
+    device = network.head.weight.device
+    network.train()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=max(steps, 2))
+    size = min(BATCH, len(x))
+    order = torch.empty(0, dtype=torch.int64)
+    with torch.enable_grad():
+        for _ in range(steps):
+            if len(order) < size:  # the rest of one pass begins the next: every batch is full
+                order = torch.cat([order, torch.randperm(len(x), generator=generator)])
+            rows, order = order[:size].to(x.device), order[size:]
+            images = prepare(modality, x[rows].to(device))
+            if modality.kind == "image":
+                images = jitter(images, generator)
+            loss = F.cross_entropy(network(images), labels[rows].to(device), label_smoothing=0.05)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    network.eval()

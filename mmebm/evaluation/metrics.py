@@ -1,0 +1,260 @@
+"""What is measured on samples: agreement of the modalities, balance of the classes, distance to real data.
+
+Predictions are class indices ``(n, M)``, one column per modality, as
+:meth:`mmebm.evaluation.classifiers.Classifiers.predict` gives them. Agreement alone is no evidence: a model that
+draws ones only has coherence 1. So print :func:`chance_agreement` and :func:`class_balance` beside every coherence.
+
+Every function is pure, works in float64 on the tensors' device, and returns shares in [0, 1] unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Agreement", "ClassBalance", "KernelDistance",
+    "binomial_error", "chance_agreement", "class_balance", "conditional_coherence", "frechet_distance",
+    "joint_coherence", "kernel_distance", "pair_agreement",
+]  # fmt: skip
+
+
+class Agreement(NamedTuple):
+    """``joint``: all modalities agree. ``pair``: two of them do, averaged over the pairs."""
+
+    joint: float
+    pair: float
+
+
+class ClassBalance(NamedTuple):
+    """How evenly the classes occur.
+
+    ``shares``: of each class in each modality, float64 ``(M, classes)`` on the CPU. ``min``, ``max``: over all of them.
+    ``entropy``: of a modality's shares over log(classes), 1 for balanced classes and 0 where one class is all there is;
+    the lowest of the modalities, so that one that collapsed shows.
+    """
+
+    shares: Tensor
+    min: float
+    max: float
+    entropy: float
+
+
+class KernelDistance(NamedTuple):
+    """``value``: squared MMD, unbiased, so it may be negative. ``error``: its standard error. Units of the kernel."""
+
+    value: float
+    error: float
+
+
+def joint_coherence(pred: Tensor) -> float:
+    """Share of samples on which all classifiers agree: the literature's unconditional coherence.
+
+    No ground truth: the class agreed on may be any. As in MoPoE and MMVAE+ (``pred == pred[0]`` over modalities).
+
+    Args:
+        pred: integer ``(n, M)``, M >= 2.
+
+    Raises:
+        TypeError, ValueError: if ``pred`` is something else or empty.
+    """
+    _check_predictions(pred)
+    return (pred == pred[:, :1]).all(1).double().mean().item()
+
+
+def pair_agreement(pred: Tensor) -> float:
+    """Share of samples on which two modalities agree, averaged over the M (M - 1) / 2 pairs.
+
+    Finer than :func:`joint_coherence` where that is near zero: with five modalities one of them may spoil every tuple.
+
+    Args:
+        pred: integer ``(n, M)``, M >= 2.
+
+    Raises:
+        TypeError, ValueError: if ``pred`` is something else or empty.
+    """
+    _check_predictions(pred)
+    pairs = list(combinations(range(pred.shape[1]), 2))
+    return math.fsum((pred[:, i] == pred[:, j]).double().mean().item() for i, j in pairs) / len(pairs)
+
+
+def chance_agreement(pred: Tensor, n_classes: int) -> Agreement:
+    """The agreement that the modalities' marginals alone would give, were they independent of each other.
+
+    ``joint = sum_c prod_m p_m(c)`` and ``pair`` the mean over pairs of ``sum_c p_i(c) p_j(c)``, with ``p_m`` the shares
+    of :func:`class_balance`: the exact expectation when every modality's column is drawn anew from its own rows. For
+    ten balanced classes .1^(M-1) and .1; both 1 for a model collapsed to one class.
+
+    Args:
+        pred: integer ``(n, M)`` in [0, n_classes), M >= 2.
+        n_classes: the number of classes.
+
+    Raises:
+        TypeError, ValueError: if ``pred`` is something else or empty.
+    """
+    _check_predictions(pred)
+    shares = class_balance(pred, n_classes).shares
+    pairs = list(combinations(shares, 2))
+    pair = math.fsum((p * q).sum().item() for p, q in pairs) / len(pairs)
+    return Agreement(joint=shares.prod(0).sum().item(), pair=pair)
+
+
+def class_balance(pred: Tensor, n_classes: int) -> ClassBalance:
+    """The share of each class in each modality: what shows a collapse that coherence hides.
+
+    Args:
+        pred: integer ``(n, M)`` in [0, n_classes), M >= 1.
+        n_classes: the number of classes, at least 2.
+
+    Raises:
+        TypeError, ValueError: if ``pred`` is something else or empty, or ``n_classes`` below 2.
+    """
+    _check_predictions(pred, least=1)
+    if n_classes < 2:
+        raise ValueError(f"n_classes must be at least 2, got {n_classes}")
+    low, high = int(pred.min()), int(pred.max())
+    if low < 0 or high >= n_classes:
+        raise ValueError(f"pred must lie in [0, {n_classes}), got [{low}, {high}]")
+    counts = torch.stack([column.bincount(minlength=n_classes) for column in pred.cpu().long().unbind(1)])
+    shares = counts.double() / len(pred)
+    entropy = -torch.special.xlogy(shares, shares).sum(1) / math.log(n_classes)
+    # Adding zero turns the -0.0 of a collapsed modality into 0.0.
+    return ClassBalance(shares, shares.min().item(), shares.max().item(), entropy.min().item() + 0.0)
+
+
+def conditional_coherence(pred_targets: Tensor, labels: Tensor) -> Tensor:
+    """Accuracy of each target modality's classifier against the class of the given modalities.
+
+    A micro average: every sample counts the same, whatever its class (MultiVae's is a macro average over classes). The
+    targets must not be among the given modalities: self-reconstruction is another quantity.
+
+    Args:
+        pred_targets: integer ``(n, T)``, predictions on the generated targets.
+        labels: integer ``(n,)``, the class of the tuple each was generated from.
+
+    Returns:
+        float64 ``(T,)`` on the CPU, one share per target.
+
+    Raises:
+        TypeError, ValueError: if the shapes or types do not fit.
+    """
+    _check_predictions(pred_targets, "pred_targets", least=1)
+    if labels.shape != pred_targets.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(pred_targets)},), as many as pred_targets, "
+                         f"got {tuple(labels.shape)}")  # fmt: skip
+    return (pred_targets == labels.to(pred_targets.device)[:, None]).double().mean(0).cpu()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Frechet (2-Wasserstein) distance between Gaussians fitted to two sets of features.
+
+    ``|mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2)`` with means ``mu`` and unbiased covariances ``A, B``
+    (Dowson and Landau 1982; Heusel et al. 2017). On Inception features this is the FID; on any others, such as our
+    classifiers', it is comparable only with itself: call it FD, and print it beside the distance of real to real data,
+    which is above 0 for finite n and grows as n shrinks.
+
+    The last trace is the nuclear norm of ``A^1/2 B^1/2``, which equals that of ``X Y' / sqrt((n_a - 1)(n_b - 1))`` for
+    the centred features X, Y: computed from their QR factors, without ever forming a covariance or its square root, it
+    is as exact for singular covariances (fewer samples than features, constant features) as for others, and symmetric.
+
+    Args:
+        a: ``(n_a, d)``, any floating dtype, n_a >= 2.
+        b: ``(n_b, d)``, n_b >= 2.
+
+    Returns:
+        The distance, at least 0, in squared units of the features.
+
+    Raises:
+        TypeError, ValueError: for other shapes or types, too few samples, or values that are inf or NaN.
+    """
+    a, b = _check_features(a, b, least=2)
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    a, b = (a - mean_a) / math.sqrt(len(a) - 1), (b - mean_b) / math.sqrt(len(b) - 1)
+    factor_a, factor_b = (torch.linalg.qr(x, mode="r").R for x in (a, b))
+    overlap = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * overlap
+    return max(distance.item(), 0.0)
+
+
+def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 10, seed: int = 0) -> KernelDistance:
+    """Squared maximum mean discrepancy with the cubic polynomial kernel, as in the KID, with its standard error.
+
+    ``k(x, y) = (x'y / d + 1)^3``; within each subset the unbiased estimate (no diagonal terms), so that its expectation
+    is 0 for equal distributions at any sample size, where the Frechet distance is biased (Binkowski et al. 2018).
+
+    Both sets are shuffled and cut into ``subsets`` disjoint parts; ``value`` is the mean over the parts and ``error``
+    their standard deviation over sqrt(subsets). The usual KID draws 100 overlapping subsets and quotes their standard
+    deviation, which is no standard error of the mean: the mean is comparable, the error is not.
+
+    Args:
+        a: ``(n_a, d)``, any floating dtype, n_a >= 2 subsets.
+        b: ``(n_b, d)``, n_b >= 2 subsets.
+        subsets: the number of parts, at least 2.
+        seed: of the shuffle.
+
+    Raises:
+        TypeError, ValueError: for other shapes or types, too few samples, or values that are inf or NaN.
+    """
+    if subsets < 2:
+        raise ValueError(f"subsets must be at least 2, for a standard error, got {subsets}")
+    a, b = _check_features(a, b, least=2 * subsets)
+    generator = torch.Generator().manual_seed(seed)
+    parts_a, parts_b = (
+        x[torch.randperm(len(x), generator=generator).to(x.device)].tensor_split(subsets) for x in (a, b)
+    )
+    values = torch.stack([_squared_mmd(x, y) for x, y in zip(parts_a, parts_b, strict=True)])
+    return KernelDistance(values.mean().item(), (values.std() / math.sqrt(subsets)).item())
+
+
+def binomial_error(p: float, n: int) -> float:
+    """Standard error ``sqrt(p (1 - p) / n)`` of a share ``p`` measured on ``n`` independent samples.
+
+    At p = 0 or 1 it is 0 although nothing is certain: the 95 % bound is then 3 / n from there (the rule of three).
+
+    Raises:
+        ValueError: if ``p`` lies outside [0, 1] or ``n`` is below 1.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be a share in [0, 1], got {p}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return math.sqrt(p * (1 - p) / n)
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
+    """The unbiased estimate on one subset: ``x (n, d)``, ``y (m, d)``."""
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v.T / u.shape[1] + 1) ** 3
+
+    def within(u: Tensor) -> Tensor:
+        k = kernel(u, u)
+        return (k.sum() - k.diagonal().sum()) / (len(u) * (len(u) - 1))
+
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+def _check_predictions(pred: Tensor, name: str = "pred", least: int = 2) -> None:
+    if pred.is_floating_point() or pred.is_complex() or pred.dtype == torch.bool:
+        raise TypeError(f"{name} must hold class indices (an integer dtype), got {pred.dtype}")
+    if pred.dim() != 2 or pred.shape[0] < 1 or pred.shape[1] < least:
+        raise ValueError(f"{name} must have shape (n, M) with n >= 1 and M >= {least}, got {tuple(pred.shape)}")
+
+
+def _check_features(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    for name, x in (("a", a), ("b", b)):
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must hold features (a floating dtype), got {x.dtype}")
+        if x.dim() != 2 or x.shape[1] < 1:
+            raise ValueError(f"{name} must have shape (n, d), got {tuple(x.shape)}")
+        if len(x) < least:
+            raise ValueError(f"{name} must have at least {least} samples, got {len(x)}")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} must be finite, got {int((~x.isfinite()).sum())} entries that are inf or NaN")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a and b must have the same number of features, got {a.shape[1]} and {b.shape[1]}")
+    return a.detach().double(), b.detach().to(device=a.device, dtype=torch.float64)

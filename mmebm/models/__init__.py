@@ -1,0 +1,8 @@
+"""The networks of the paper's system: joint energy, shared generator, joint inference; and a latent energy prior."""
+
+from mmebm.models.generator import SharedGenerator
+from mmebm.models.inference import Expert, JointInference
+from mmebm.models.joint_energy import JointEnergy
+from mmebm.models.latent_prior import GaussianPrior, LatentPrior
+
+__all__ = ["Expert", "GaussianPrior", "JointEnergy", "JointInference", "LatentPrior", "SharedGenerator"]

@@ -1,0 +1,151 @@
+"""The compiled extensions, ``mmebm._cpu`` (C++) and ``mmebm._cuda`` (CUDA): imported when first needed, or why not.
+
+The extensions take raw pointers. Whoever calls them checks dtype, device and contiguity first, as :func:`normal_` does:
+a wrong pointer is a crash, and no input of this library may crash the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import operator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["BackendError", "available", "check_cuda", "cpu", "cuda", "normal_"]
+
+_EXTENSIONS = {"cpp": "mmebm._cpu", "cuda": "mmebm._cuda"}
+_SWITCHES = {"cpp": "MMEBM_BUILD_CPU", "cuda": "MMEBM_BUILD_CUDA"}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot be had, or failed; the message says why and what would help."""
+
+
+def _build_record(name: str) -> dict[str, object]:
+    """What setup.py wrote about one extension (see setup.py), {} if nothing."""
+    try:
+        record = json.loads(Path(__file__).with_name("_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record.get(_EXTENSIONS[name], {})
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """(module, how it was built) or (None, why not); the failure is remembered too."""
+    extension = _EXTENSIONS[name]
+    here = Path(__file__).parent
+    spec = importlib.util.find_spec(extension)
+    # An editable install offers its own extension to any other copy of mmebm that lacks it: another version, perhaps.
+    if spec is None or spec.origin is None or Path(spec.origin).parent != here:
+        reason = _build_record(name).get("reason") or "the package was not installed, or by another Python"
+        remedy = f"then reinstall with {_SWITCHES[name]}=1, e.g. {_SWITCHES[name]}=1 pip install -e ."
+        return None, f"extension not built ({reason}); {remedy}"
+    try:
+        module = importlib.import_module(extension)
+    except ImportError as error:
+        return None, f"{extension} is built but does not load ({error}); reinstall mmebm on this machine"
+    return module, f"built with {_build_record(name).get('with', 'an unrecorded compiler')}"
+
+
+def _module(name: str) -> ModuleType:
+    module, reason = _load(name)
+    if module is None:
+        raise BackendError(f"{name}: {reason}")
+    return module
+
+
+def cpu() -> ModuleType:
+    """``mmebm._cpu``; raises :class:`BackendError` with the reason and a remedy if it is not there."""
+    return _module("cpp")
+
+
+def cuda() -> ModuleType:
+    """``mmebm._cuda``, on machines without a GPU too; raises :class:`BackendError` if the extension is not there."""
+    return _module("cuda")
+
+
+def available(name: str) -> tuple[bool, str]:
+    """Whether backend ``"cpp"`` or ``"cuda"`` can run here, and how it was built or what is missing.
+
+    ``"cuda"`` needs the extension, a device, and a torch that sees it.
+    """
+    if name not in _EXTENSIONS:
+        raise ValueError(f"name must be one of {sorted(_EXTENSIONS)}, got {name!r}")
+    module, reason = _load(name)
+    if module is None:
+        return False, reason
+    if name == "cpp":
+        return True, f"{reason}; uses {module.isas()[-1]}"
+    reason += f"; architectures {module.architectures}"
+    count, code = module.device_count()
+    if count == 0:
+        return False, f"{reason}; no device: CUDA error {code} ({module.error_string(code)})"
+    if not torch.cuda.is_available():
+        hint = "torch has no CUDA" if torch.version.cuda is None else "torch.cuda.is_available() is False"
+        return False, f"{reason}; {count} device(s), but {hint}: install a CUDA build of torch"
+    return True, f"{reason}; {count} device(s)"
+
+
+def check_cuda(code: int, what: str) -> None:
+    """Raise :class:`BackendError` if ``code``, which a function of ``mmebm._cuda`` returned, is not success."""
+    if code != 0:
+        raise BackendError(f"cuda: {what} failed with CUDA error {code} ({cuda().error_string(code)})")
+
+
+def _word(name: str, value: int, low: int, high: int) -> int:
+    """``value`` if it is an integer in [low, high), reduced to its bits."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+    return operator.index(value) % high
+
+
+def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_offset: int = 0) -> Tensor:
+    """Fill ``out`` with the normals of :func:`mmebm.noise.normal`, within 2e-6 of its float64 values, and return it.
+
+    Args:
+        out: float32 (chains, ...), contiguous, on the CPU (C++) or a CUDA device. Rows are chains
+            ``chain_offset``, ``chain_offset + 1``, ...
+        seed: 64 bits; a negative number stands for the same bits, as in :mod:`mmebm.noise`.
+        step: 32 bits, the Langevin step.
+        stream: 32 bits, see :func:`mmebm.noise.stream`.
+        chain_offset: 32 bits.
+
+    Raises:
+        TypeError, ValueError: for anything else than the above, naming the argument.
+        BackendError: if the extension for the device of ``out`` is not there, or the launch failed.
+    """
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"out must be on the CPU or a CUDA device, got {out.device}")
+    if out.dtype != torch.float32:
+        raise ValueError(f"out must be float32, got {out.dtype}")
+    if out.dim() == 0:
+        raise ValueError("out must have a leading chain dimension, got shape ()")
+    if out.layout != torch.strided or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got layout {out.layout} and strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError("out must not require grad: it is overwritten")
+    where = (
+        _word("seed", seed, -(2**63), 2**64),
+        _word("step", step, 0, 2**32),
+        _word("stream", stream, 0, 2**32),
+        _word("chain_offset", chain_offset, 0, 2**32),
+    )
+    size = (out.shape[0], out[0].numel() if out.shape[0] else 0)
+    if out.is_cuda:
+        queue = torch.cuda.current_stream(out.device).cuda_stream
+        with torch.cuda.device(out.device):
+            check_cuda(cuda().normal(out.data_ptr(), *size, *where, out.device.index, queue), "normal_")
+    else:
+        cpu().normal(out.data_ptr(), *size, *where, torch.get_num_threads())
+    return out

@@ -1,0 +1,208 @@
+"""The state of a chain: one tensor, a list or a dict of tensors, and the settings that belong to its tensors."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Key: TypeAlias = "str | int"
+State: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Structure: TypeAlias = Callable[[list[Tensor]], Any]
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """``value`` as an int in [low, high); NumPy's integers count, bools do not.
+
+    Raises:
+        TypeError, ValueError: where it is no integer, or out of range.
+    """
+    wanted = f"an int of at least {low}" + ("" if high is None else f" and below {high}")
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be {wanted}, got {value!r:.80}")
+    number = operator.index(value)
+    if number < low or (high is not None and number >= high):
+        raise ValueError(f"{name} must be {wanted}, got {number}")
+    return number
+
+
+def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
+    """Keys, tensors and the function that puts a list of tensors back into the structure of ``state``.
+
+    Raises:
+        TypeError: where the state is not a tensor, or a list, tuple or dict of floating-point tensors.
+        ValueError: for an empty state, a tensor without chain dimension, or unequal numbers of chains or devices.
+    """
+    keys: tuple[Key, ...]
+    tensors: list[Any]
+    build: Structure
+    if isinstance(state, Tensor):
+        keys, tensors, build = (0,), [state], lambda out: out[0]
+    elif isinstance(state, Mapping):
+        names = tuple(state)
+        keys, tensors, build = names, list(state.values()), lambda out: dict(zip(names, out, strict=True))
+    elif isinstance(state, (list, tuple)):
+        keys, tensors = tuple(range(len(state))), list(state)
+        if isinstance(state, list):
+            build = list
+        else:
+            make = type(state)
+            build = (lambda out: make(*out)) if hasattr(state, "_fields") else tuple
+    else:
+        raise TypeError(f"state must be a tensor, or a list, tuple or dict of tensors, got {type(state).__name__}")
+    if not tensors:
+        raise ValueError("state must hold at least one tensor, got an empty one")
+    for key, x in zip(keys, tensors, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"state[{key!r}] must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point() or x.layout is not torch.strided:
+            raise TypeError(f"state[{key!r}] must be a dense floating-point tensor, got {x.dtype}, {x.layout}")
+        if x.dim() == 0:
+            raise ValueError(f"state[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
+        if x.shape[0] != tensors[0].shape[0]:
+            raise ValueError(
+                f"state[{key!r}] has {x.shape[0]} chains but state[{keys[0]!r}] has {tensors[0].shape[0]}; "
+                "the first dimension of every tensor counts the chains"
+            )
+        if x.device != tensors[0].device:
+            raise ValueError(f"state[{key!r}] is on {x.device} but state[{keys[0]!r}] is on {tensors[0].device}")
+    return keys, tensors, build
+
+
+def like_state(value: Any, keys: Sequence[Key], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of a score in the order of the state, in its dtypes.
+
+    Raises:
+        TypeError, ValueError: where the score has not the state's structure and shapes.
+    """
+    if isinstance(value, Tensor):
+        parts: Any = {0: value} if list(keys) == [0] else {}
+    elif isinstance(value, (list, tuple)):
+        parts = dict(enumerate(value))
+    else:
+        parts = value
+    wanted = {key: tuple(x.shape) for key, x in zip(keys, tensors, strict=True)}
+    if not isinstance(parts, Mapping) or not all(isinstance(part, Tensor) for part in parts.values()):
+        raise TypeError(f"the score must be tensors in the state's structure, {wanted}, got {value!r:.80}")
+    shapes = {key: tuple(part.shape) for key, part in parts.items()}
+    if shapes != wanted:
+        raise ValueError(f"the score must have the state's shapes {wanted}, got {shapes or tuple(value.shape)}")
+    return [parts[key].to(x.dtype) for key, x in zip(keys, tensors, strict=True)]
+
+
+def per_key(name: str, value: Any, keys: Sequence[Key], *, required: bool) -> list[Any]:
+    """``value`` for each key of the state: one for all, or a mapping from key to value.
+
+    Raises:
+        ValueError: where the mapping names a key the state lacks, or leaves one out that is ``required``.
+    """
+    if not isinstance(value, Mapping):
+        return [value] * len(keys)
+    unknown = [key for key in value if key not in keys]
+    if unknown:
+        raise ValueError(f"{name} names {unknown} but the state has {list(keys)}")
+    missing = [key for key in keys if key not in value]
+    if required and missing:
+        raise ValueError(f"{name} has no value for {missing}: give one for every tensor of the state, {list(keys)}")
+    return [value.get(key) for key in keys]
+
+
+def check_setting(name: str, value: Any, *, low: float = 0.0, strict: bool = False) -> None:
+    """Checks a number, or a tensor of numbers on the CPU (reading one elsewhere would wait for its device).
+
+    Args:
+        low: the least value allowed, itself excluded if ``strict``; with ``-inf`` infinities are allowed too.
+
+    Raises:
+        TypeError: where the value is neither a number nor a tensor of numbers.
+        ValueError: where it is NaN or out of range.
+    """
+    finite = low > -math.inf
+    wanted = f"finite and {'above' if strict else 'at least'} {low:g}" if finite else "no NaN"
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must hold real numbers, got a tensor of {value.dtype}")
+        if value.device.type != "cpu":
+            return
+        held = value.detach()
+        good = ~held.isnan()
+        if finite:
+            good = held.isfinite() & (held > low if strict else held >= low)
+        if not bool(good.all()):
+            raise ValueError(f"{name} must be {wanted}, got {value!r:.200}")
+        return
+    # NumPy's scalars have __float__, strings have not
+    if isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+        raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r:.80}")
+    number = float(value)
+    if math.isnan(number) or (finite and not (math.isfinite(number) and (number > low if strict else number >= low))):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def broadcast(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A setting as a float, or as a tensor of ``like``'s number of dimensions (or none) that broadcasts against it.
+
+    A 1-D tensor of length chains holds one value per chain.
+
+    Raises:
+        ValueError: where a tensor does not broadcast.
+    """
+    if not isinstance(value, Tensor):
+        return float(value)
+    out = value.to(device=like.device, dtype=dtype)
+    if out.dim() == 0:
+        return out
+    if out.dim() == 1 and out.shape[0] == like.shape[0]:
+        return out.reshape(-1, *[1] * (like.dim() - 1))
+    try:
+        fits = torch.broadcast_shapes(out.shape, like.shape) == like.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} of shape {tuple(out.shape)} does not broadcast against the state's {tuple(like.shape)}; "
+            f"give a number, one value per chain ({like.shape[0]},), or a shape that broadcasts"
+        )
+    return out.reshape(*[1] * (like.dim() - out.dim()), *out.shape)
+
+
+def observed_masks(observed: Any, keys: Sequence[Key], tensors: Sequence[Tensor]) -> list[bool | Tensor]:
+    """Per tensor: True (wholly observed), False, or a boolean mask of the observed elements.
+
+    ``observed`` is a collection of keys, a mapping from key to mask (or bool), or one mask for a single tensor.
+
+    Raises:
+        TypeError, ValueError: for anything else, unknown keys, or masks that do not broadcast.
+    """
+    out: list[bool | Tensor] = [False] * len(keys)
+    if observed is None:
+        return out
+    if isinstance(observed, Tensor):
+        if len(keys) != 1:
+            raise ValueError(f"observed is one mask but the state has {list(keys)}: give a mapping from key to mask")
+        observed = {keys[0]: observed}
+    elif isinstance(observed, (list, tuple, Set)) and not any(isinstance(key, bool) for key in observed):
+        observed = dict.fromkeys(observed, True)
+    elif not isinstance(observed, Mapping):
+        raise TypeError(f"observed must be a collection of keys, a mapping or a mask, got {observed!r:.80}")
+    for i, value in enumerate(per_key("observed", observed, keys, required=False)):
+        if value is None or isinstance(value, bool):
+            out[i] = bool(value)
+            continue
+        if not isinstance(value, Tensor) or value.dtype != torch.bool:
+            raise TypeError(f"observed[{keys[i]!r}] must be a boolean mask or True, got {value!r:.80}")
+        mask = value.to(tensors[i].device)
+        if mask.dim() == 1 and mask.shape[0] == tensors[i].shape[0]:
+            mask = mask.reshape(-1, *[1] * (tensors[i].dim() - 1))
+        try:
+            out[i] = mask.expand(tensors[i].shape)
+        except RuntimeError:
+            raise ValueError(
+                f"observed[{keys[i]!r}] of shape {tuple(value.shape)} does not broadcast against "
+                f"{tuple(tensors[i].shape)}"
+            ) from None
+    return out

@@ -1,0 +1,49 @@
+"""Checkpoints: written atomically, read without executing code."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Runs ``write`` on a temporary file beside ``path`` and renames it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Writes ``content`` (tensors, numbers, strings, lists, dicts) to ``path``."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: naming the path and how such a file comes about.
+        ValueError: where the file is not a checkpoint of this library.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: `mmebm train` writes one into its run folder")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != "mmebm-run-1":
+        raise ValueError(f"{path} is not a checkpoint of this library (format mmebm-run-1)")
+    return content

@@ -1,0 +1,16 @@
+"""The paper's loop as reconstructed, without extensions: method and settings of its lineage, on `digits`."""
+
+from mmebm.training.config import ChainConfig, Config, DataConfig, LossConfig, ModelConfig, Stage
+
+
+def config() -> Config:
+    """Warm-up as a multimodal VAE, then the interleaved loop with the three losses and nothing else."""
+    return Config(
+        preset="paper",
+        data=DataConfig("digits"),
+        model=ModelConfig(weights={"word": 6.0}),
+        data_chain=ChainConfig(steps=30, step=0.3, noise=0.005, clamp=True),
+        latent_chain=ChainConfig(steps=10, step=0.1),
+        loss=LossConfig(energy_l2=0.01),
+        stages=(Stage("warmup", 2000), Stage("joint", 2000)),
+    )

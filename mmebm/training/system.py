@@ -1,0 +1,131 @@
+"""The three networks with the two chains between them: what a checkpoint holds and what draws samples."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmebm.diagnostics import largest_stable_step
+from mmebm.models import GaussianPrior, JointEnergy, JointInference, LatentPrior, SharedGenerator
+from mmebm.samplers import Langevin, Samples
+from mmebm.training.config import ChainConfig, Config
+
+Batch = Mapping[str, Tensor]
+
+
+def sampler_of(chain: ChainConfig, size: float | Mapping[str, float], backend: str, **options: Any) -> Langevin:
+    """The sampler of a chain whose step is ``s``: step_size = s^2 / 2, noise as configured or tied to the step."""
+    per = {name: s**2 / 2 for name, s in size.items()} if isinstance(size, Mapping) else size**2 / 2
+    noise = chain.noise if chain.noise is not None else (dict(size) if isinstance(size, Mapping) else size)
+    return Langevin(
+        per, noise, bounds=(-1.0, 1.0) if chain.clamp else None, backend=backend, on_nonfinite="freeze", **options
+    )
+
+
+class Posterior:
+    """The energy of z given the modalities in ``x``: -log p(x | z) + E_prior(z). The chain adds the Gaussian's drift."""
+
+    def __init__(self, generator: SharedGenerator, prior: nn.Module, x: Batch) -> None:
+        self.generator, self.prior, self.x = generator, prior, dict(x)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.generator.negative_log_likelihood(self.x, z) + self.prior(z)
+
+
+class System(nn.Module):
+    """Joint energy, shared generator, joint inference and the prior of the latent.
+
+    Args:
+        config: the run's configuration.
+        shapes: modality name -> shape without the batch dimension.
+    """
+
+    latent_step: Tensor
+
+    def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        m = config.model
+        self.config = config
+        self.energy = JointEnergy(
+            shapes, net=m.net, width=m.energy_width, depth=m.depth, act=m.activation,
+            trunk_width=m.energy_trunk_width, features=m.energy_features, spectral=m.spectral, scale=m.energy_scale,
+        )  # fmt: skip
+        self.generator = SharedGenerator(
+            shapes, m.latent, net=m.net, width=m.generator_width, depth=m.depth, act=m.activation, sigma=m.sigma,
+            likelihood=m.likelihood, weights=m.weights,
+        )  # fmt: skip
+        self.inference = JointInference(
+            shapes, m.latent, net=m.net, width=m.inference_width, depth=m.depth, act=m.activation, joint=m.inference
+        )
+        self.prior: GaussianPrior | LatentPrior = GaussianPrior(m.latent)
+        p = config.latent_prior
+        if p is not None:
+            chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
+            self.prior = LatentPrior(
+                m.latent, chain, p.chain.steps, width=p.width, depth=p.depth, act=m.activation
+            )
+        start = 0.1 if config.latent_chain.step == "auto" else config.latent_chain.size()
+        if not isinstance(start, (int, float)):
+            raise ValueError(f"the latent chain takes one step, got {start!r}")
+        self.register_buffer("latent_step", torch.tensor(float(start)))
+        self.data_sampler = sampler_of(config.data_chain, config.data_chain.size(), config.backend)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.latent_step.device
+
+    def revise_data(
+        self, x: Batch, *, seed: int, steps: int | None = None, observed: Collection[str] = (), **options: Any
+    ) -> Samples:
+        """The data chain: all modalities at once on the joint energy, ``observed`` ones held."""
+        steps = self.config.data_chain.steps if steps is None else steps
+        return self.data_sampler.sample(
+            self.energy, dict(x), steps, seed=seed, observed=set(observed) or None, **options
+        )
+
+    def revise_latent(
+        self, z: Tensor, x: Batch, *, seed: int, steps: int | None = None, **options: Any
+    ) -> Samples:
+        """The latent chain: z given the modalities that ``x`` holds."""
+        chain = self.config.latent_chain
+        sampler = sampler_of(chain, float(self.latent_step), self.config.backend, prior_std=1.0)
+        steps = chain.steps if steps is None else steps
+        return sampler.sample(Posterior(self.generator, self.prior, x), z, steps, seed=seed, **options)
+
+    @torch.no_grad()
+    def measure_latent_step(self, x: Batch, generator: torch.Generator | None = None) -> None:
+        """Sets the latent step to ``auto_fraction`` of the stable limit of the worst chain (``step="auto"``)."""
+        z = self.inference.sample(x, generator)
+        limit = largest_stable_step(
+            Posterior(self.generator, self.prior, x), z, prior_std=1.0, generator=generator
+        ).min()
+        self.latent_step.copy_(self.config.latent_chain.auto_fraction * limit)
+
+    @torch.no_grad()
+    def generate(self, n: int, *, seed: int) -> dict[str, Tensor]:
+        """x0: ``n`` tuples decoded from the prior, {modality: (n, *shape)}."""
+        return self.generator(self.prior.draw(n, seed=seed, device=self.device))
+
+    @torch.no_grad()
+    def complete(
+        self, given: Batch, *, seed: int, latent_steps: int | None = None, data_steps: int | None = None
+    ) -> dict[str, Tensor]:
+        """All modalities given some: infer z, revise it on the given likelihoods, decode, revise the missing ones.
+
+        Args:
+            given: {modality: (n, *shape)}, at least one; returned as they are.
+            seed: of the whole draw.
+            latent_steps: 0 leaves z as inferred (mode A of the method); None the trained number of steps (mode B).
+            data_steps: 0 leaves the decoded modalities; None the trained number of steps, the given held (mode C).
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        z = self.inference.sample(given, generator)
+        z = self.revise_latent(z, given, seed=seed, steps=latent_steps).state
+        x = {**self.generator(z), **given}
+        if data_steps != 0 and len(given) < len(x):
+            x = self.revise_data(x, seed=seed + 1, steps=data_steps, observed=set(given)).state
+        return x
