@@ -175,12 +175,12 @@ class BuildExtensions(build_ext):
         self.tools, self.reasons = {}, {}
         for extension in self.extensions or []:
             if switch(extension.name) == "0":
-                self.reasons[extension.name] = f"{SWITCHES[extension.name]}=0 at install"
+                self.reasons[extension.name] = f"{SWITCHES[extension.name]}=0"
                 continue
             try:
                 self.tools[extension.name] = Tools(extension.name)
             except Missing as missing:
-                self.reasons[extension.name] = f"at install: {missing}"
+                self.reasons[extension.name] = str(missing)
         self.extensions = [extension for extension in self.extensions or [] if extension.name in self.tools]
 
     def run(self) -> None:
@@ -188,7 +188,7 @@ class BuildExtensions(build_ext):
             if switch(name) == "1":
                 sys.exit(f"{SWITCHES[name]}=1, but {name} cannot be built: {reason}")
             print(f"{name} is not built: {reason}", flush=True)
-        record = {name: {"built": False, "reason": reason} for name, reason in self.reasons.items()}
+        record = {name: {"built": False, "reason": f"at install: {reason}"} for name, reason in self.reasons.items()}
         for name, tools in self.tools.items():
             record[name] = {"built": True, "with": tools.versions()}
         super().run()

@@ -30,6 +30,11 @@ inline void take_addresses(LangevinStep& step, pybind11::handle list, const char
   }
 }
 
+inline Storage storage_from(int storage) {
+  if (storage < 0 || storage > 2) throw pybind11::value_error("storage must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+  return static_cast<Storage>(storage);
+}
+
 // Below this many elements a step takes less time than giving up the interpreter lock and waking a thread.
 constexpr int64_t SMALL_STEP = 1 << 14;
 
@@ -53,6 +58,16 @@ struct StepCall {
 
 inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::string&)) {
   namespace py = pybind11;
+  m.def("step_normals",
+        [isa_from](uintptr_t words_ptr, uintptr_t out_ptr, int64_t blocks, const std::string& isa) {
+          if (blocks < 0 || ((words_ptr == 0 || out_ptr == 0) && blocks > 0)) {
+            throw py::value_error("blocks is negative or an address is null");
+          }
+          step_normals(reinterpret_cast<const uint32_t*>(words_ptr), reinterpret_cast<float*>(out_ptr), blocks,
+                       isa_from(isa));
+        },
+        "Box-Muller as LangevinStep does it: float32 (blocks, 4) from uint32 (blocks, 4).", py::arg("words_ptr"),
+        py::arg("out_ptr"), py::arg("blocks"), py::arg("isa") = "auto");
   py::class_<LangevinStep>(m, "LangevinStep", "One update of all tensors of a state, in place, prepared once per chain.")
       .def(py::init([isa_from](int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor,
                                const std::string& isa) {
@@ -66,8 +81,7 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
            [](LangevinStep& self, int64_t numel, uint32_t index, bool noisy, int storage, uintptr_t observed) {
              if (numel < 0 || numel > (int64_t{1} << 33)) throw py::value_error("numel must be in [0, 2**33]");
              if (index >= 1u << 24) throw py::value_error("index must be below 2**24");
-             if (storage < 0 || storage > 2) throw py::value_error("storage must be 0 (fp32), 1 (bf16) or 2 (fp16)");
-             self.add(numel, index, noisy, static_cast<Storage>(storage), reinterpret_cast<const uint8_t*>(observed));
+             self.add(numel, index, noisy, storage_from(storage), reinterpret_cast<const uint8_t*>(observed));
            },
            "A tensor of the state; observed: address of a mask, a byte per element, or 0.", py::arg("numel"),
            py::arg("index"), py::arg("noisy"), py::arg("storage"), py::arg("observed"))
@@ -82,6 +96,12 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
            },
            "A constant of one tensor, kind 0: absent, 1: value, 2 and 3: float32 at values, per chain and per element.",
            py::arg("tensor"), py::arg("slot"), py::arg("kind"), py::arg("value"), py::arg("values"))
+      .def("set_grad",
+           [](LangevinStep& self, size_t tensor, int storage) {
+             if (tensor >= self.count()) throw py::value_error("tensor is out of range");
+             self.tensor(tensor).grad_storage = storage_from(storage);
+           },
+           "How the gradients of a tensor are stored from now on.", py::arg("tensor"), py::arg("storage"))
       .def("perturb",
            [](LangevinStep& self, py::handle x, uint64_t seed, uint32_t step, int threads) {
              StepCall call(self);

@@ -18,14 +18,14 @@ Three kernels:
 
 How tensors reach the kernel. The gradients are new tensors in every step, so a table of addresses on the device would cost a
 host-to-device copy a step, which a graph capture does not allow from pageable memory, and a flat state with views would need
-the gradients copied together. So all addresses and constants are kernel arguments, in tuples of 1, 2, 4 or 8 tensors (more
+the gradients copied together. So all addresses and constants are kernel arguments, in tuples of 1, 2 or 8 tensors (more
 tensors or several dtypes: several launches), and a program selects its tensor's. A captured graph has them baked in and needs
 nothing else alive. Cost on the host, Triton 3.7.1, one Zen 4 core, argument binding and cache key: about 6 us for 1 tensor,
-7 for 2, 11 for 4, 16 for 8 (2025-11-22); a replayed graph does not pay it.
+7 for 2, 16 for 8 (2025-11-22); a replayed graph does not pay it.
 
 Specialisation. Triton compiles anew for an argument's type, for the value 1 and for divisibility by 16, and inside
-tuples this cannot be switched off. So integers in tuples are sent as ``2 v + 3`` or with the low bit set (an odd number above 1 has no
-special property; alignment is a flag instead), scalars have declared types, options are bits of a run-time word (a branch
+tuples this cannot be switched off. So integers in tuples, addresses too, are sent as ``2 v + 1`` or ``2 v + 3``: an odd number above 1 has
+no special property (alignment is a flag instead), scalars have declared types, options are bits of a run-time word (a branch
 that all threads take alike), and floats are always fp32. Left as constants of compilation: the dtype, the number of tensors, whether any
 parameter is a tensor, and the shape of a chain kernel's tile. No value of a seed, step, size or option compiles anything anew.
 
@@ -54,7 +54,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from mmebm import noise
-from mmebm.kernels.philox import key_words, normals, rounding_halves, stochastic_round
+from mmebm.kernels.philox import key_words, normals, rounding_halves, split4, split8, stochastic_round
 from mmebm.ops.params import StepParams, StepStats
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ _STATS: Final = tl.constexpr(16)
 _FINISH: Final = tl.constexpr(32)  # this program has the whole sums: take their roots
 
 _PARTS: Final = tl.constexpr(64)  # at most so many splits of a chain
-_MAX_TENSORS: Final = 8
-_ABSENT: Final = (1 << 40) | 1  # stands for an address that is never read
+_WIDTHS: Final = {"map": (1, 2, 8), "chain": (1, 8)}  # lengths of the tuples, so also tensors per launch
+_SHORT_CHAINS: Final = 8  # chains a program of the chain kernel has where that many fit in its tile, else one
+_ABSENT: Final = 1 << 40  # stands for an address that is never read
 _TILE: Final = 1024  # elements
 _WARPS: Final = 4
 # Below this many programs a device is not full, and long chains are cut. Not a property of the device: the order of sums,
@@ -141,40 +142,56 @@ def _param(t, fs, vs, meta, chain, ok, K: tl.constexpr, T: tl.constexpr, VECTOR:
     """Parameter K of tensor t: an fp32 scalar, or with VECTOR a column with the value of each of ``chain``."""
     value = _select(t, fs, K, 8, T).to(tl.float32)
     if VECTOR:
-        column = tl.zeros(chain.shape, tl.float32) + value
+        # (B, 1) from the start: a (B,) load would get a layout of its own
+        column = tl.zeros([chain.shape[0], 1], tl.float32) + value
         if ((meta >> (_TENSOR + K)) & 1) != 0:
-            address = (_select(t, vs, K, 8, T) - 1).to(tl.pointer_type(tl.float32))
-            column = tl.load(address + chain * ((meta >> (_ROWS + K)) & 1), mask=ok, other=0.0)
-        return column[:, None]
+            address = (_select(t, vs, K, 8, T) >> 1).to(tl.pointer_type(tl.float32))
+            column = tl.load(address + (chain * ((meta >> (_ROWS + K)) & 1))[:, None], mask=ok[:, None], other=0.0)
+        return column
     else:
         return value
 
 
 @triton.jit
-def _vectors(address, offset, meta, DTYPE: tl.constexpr, G: tl.constexpr):
-    """Pointers to the G elements from each ``offset``, which the caller knows to start 16-byte vectors."""
+def _vectors(address, offset, DTYPE: tl.constexpr, G: tl.constexpr):
+    """Pointers to the G elements from each ``offset``, which the caller knows to start a vector."""
+    bytes_a_group: tl.constexpr = G * DTYPE.primitive_bitwidth // 8
     p = address.to(tl.pointer_type(DTYPE)) + (offset[:, None] + tl.arange(0, G)[None, :])
-    return tl.max_contiguous(tl.multiple_of(p, [16, 16]), [1, G])
+    return tl.max_contiguous(tl.multiple_of(p, [bytes_a_group, bytes_a_group]), [1, G])
 
 
 @triton.jit
-def _load(address, offset, ok, valid, meta, DTYPE: tl.constexpr, G: tl.constexpr):
+def _load(address, offset, left, meta, DTYPE: tl.constexpr, G: tl.constexpr):
+    """(B, G) elements from each ``offset`` on, 0 from the first one that is not ``left``."""
     if (meta & _ALIGNED) != 0:
         # a whole group is inside the chain, or none of it
-        out = tl.load(_vectors(address, offset, meta, DTYPE, G), mask=ok[:, None], other=0.0)
+        out = tl.load(_vectors(address, offset, DTYPE, G), mask=(left > 0)[:, None], other=0)
     else:
         p = address.to(tl.pointer_type(DTYPE)) + (offset[:, None] + tl.arange(0, G)[None, :])
-        out = tl.load(p, mask=valid, other=0.0)
+        out = tl.load(p, mask=tl.arange(0, G)[None, :] < left[:, None], other=0)
     return out
 
 
 @triton.jit
-def _store(address, offset, y, ok, valid, meta, DTYPE: tl.constexpr, G: tl.constexpr):
+def _store(address, offset, y, left, meta, DTYPE: tl.constexpr, G: tl.constexpr):
     if (meta & _ALIGNED) != 0:
-        tl.store(_vectors(address, offset, meta, DTYPE, G), y, mask=ok[:, None])
+        tl.store(_vectors(address, offset, DTYPE, G), y, mask=(left > 0)[:, None])
     else:
-        p = address.to(tl.pointer_type(DTYPE)) + (offset[:, None] + tl.arange(0, G)[None, :])
-        tl.store(p, y, mask=valid & ok[:, None])
+        # One store per position in the group: a (B, G) store of single elements would get a layout of its own, and
+        # what computes y with it, through shared memory
+        p = address.to(tl.pointer_type(DTYPE)) + offset
+        if G == 4:
+            v0, v1, v2, v3 = split4(y)
+        else:
+            v0, v1, v2, v3, v4, v5, v6, v7 = split8(y)
+            tl.store(p + 4, v4, mask=left > 4)
+            tl.store(p + 5, v5, mask=left > 5)
+            tl.store(p + 6, v6, mask=left > 6)
+            tl.store(p + 7, v7, mask=left > 7)
+        tl.store(p, v0, mask=left > 0)
+        tl.store(p + 1, v1, mask=left > 1)
+        tl.store(p + 2, v2, mask=left > 2)
+        tl.store(p + 3, v3, mask=left > 3)
 
 
 @triton.jit
@@ -198,22 +215,25 @@ def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr
 @triton.jit
 def _propose(
     x, g, factor, t, fs, vs, meta, chain, ok, group, offset, step, stream, k0, k1,
-    T: tl.constexpr, VECTOR: tl.constexpr, G: tl.constexpr,
+    T: tl.constexpr, VECTOR: tl.constexpr, NORMED: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """x + d, before the bounds, and where a clip changed something. ``factor`` is that of the norm clip."""
+    """x + d, before the bounds, and where a clip changed something. ``factor`` is the norm clip's (NORMED)."""
     changed = tl.zeros(x.shape, tl.int32)
     if (meta & _CLIP) != 0:
         c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
         changed = (tl.abs(g) > c).to(tl.int32)
         g = _clamp(g, -c, c)
-    if (meta & _NORM) != 0:
-        changed = changed | (factor < 1.0).to(tl.int32)
-        g = g * factor
+    if NORMED:
+        if (meta & _NORM) != 0:
+            changed = changed | (factor < 1.0).to(tl.int32)
+            g = g * factor
     if (meta & _PRIOR) != 0:
         # not 1 / std^2, which overflows where the quotient does not
         inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, _PRIOR_STD, T, VECTOR)
         g = g + x * inverse * inverse
-    d = -_param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
+    d = tl.zeros(x.shape, tl.float32)
+    if (meta & _GRAD) != 0:
+        d = -_param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
     if (meta & _NOISE) != 0:
         scale = _param(t, fs, vs, meta, chain, ok, _NOISE_SCALE, T, VECTOR)
         global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
@@ -227,7 +247,7 @@ def _propose(
 
 @triton.jit
 def _finish(
-    y, x_stored, mask_address, n, meta, chain, valid, group, column, offset, step, stream, purpose, k0, k1,
+    y, x_stored, mask_address, n, meta, chain, left, group, offset, step, stream, purpose, k0, k1,
     DTYPE: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """y as it is stored: rounded, and the old value where observed."""
@@ -240,8 +260,8 @@ def _finish(
         out = stochastic_round(y, halves, DTYPE)
     if (meta & _MASK) != 0:
         row = tl.where((meta & _MASK_ROWS) != 0, chain.to(tl.int64) * n, 0)
-        p = mask_address.to(tl.pointer_type(tl.uint8)) + (row[:, None] + column)
-        out = tl.where(tl.load(p, mask=valid, other=0) != 0, x_stored, out)
+        observed = _load(mask_address, row + group * G, left, meta, tl.uint8, G)
+        out = tl.where(observed != 0, x_stored, out)
     return out
 
 
@@ -263,7 +283,7 @@ def _map_kernel(
         end += ((groups_i - 1) >> span_log2) + 1
         t = tl.where(pid >= end, i + 1, t)
         first = tl.where(pid >= end, end, first)
-    x_at, g_at, m_at = _select(t, xs, 0, 1, T) - 1, _select(t, gs, 0, 1, T) - 1, _select(t, ms, 0, 1, T) - 1
+    x_at, g_at, m_at = _select(t, xs, 0, 1, T) >> 1, _select(t, gs, 0, 1, T) >> 1, _select(t, ms, 0, 1, T) >> 1
     n = (_select(t, ns, 0, 1, T) - 3) >> 1
     meta = _select(t, metas, 0, 1, T)
     stream = ((_select(t, streams, 0, 1, T) - 3) >> 1).to(tl.uint32)
@@ -279,22 +299,22 @@ def _map_kernel(
         # unsigned: the division of signed numbers takes longer
         chain = (index.to(tl.uint32) // per_chain.to(tl.uint32)).to(tl.int32)
         group = index - chain * per_chain
-        column = group[:, None] * G + tl.arange(0, G)[None, :]
-        valid = ok[:, None] & (column < n)
+        left = tl.where(ok, n - group * G, 0)  # elements from here to the chain's end
         place = chain.to(tl.int64) * n + group * G
 
-        x_stored = _load(x_at, place, ok, valid, meta, DTYPE, G)
+        x_stored = _load(x_at, place, left, meta, DTYPE, G)
         g = tl.zeros([B, G], tl.float32)
         if (meta & _GRAD) != 0:
-            g = _load(g_at, place, ok, valid, meta, GDTYPE, G).to(tl.float32)
+            g = _load(g_at, place, left, meta, GDTYPE, G).to(tl.float32)
         y, _changed = _propose(
-            x_stored.to(tl.float32), g, 1.0, t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1, T, VECTOR, G
-        )
+            x_stored.to(tl.float32), g, 1.0, t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1,
+            T, VECTOR, False, G,
+        )  # fmt: skip
         y = _bounds(y, t, fs, vs, meta, chain, ok, T, VECTOR)
-        y = _finish(
-            y, x_stored, m_at, n, meta, chain, valid, group, column, offset, step_word, stream, purpose, k0, k1, DTYPE, G
+        out = _finish(
+            y, x_stored, m_at, n, meta, chain, left, group, offset, step_word, stream, purpose, k0, k1, DTYPE, G
         )
-        _store(x_at, place, y, ok, valid, meta, DTYPE, G)
+        _store(x_at, place, out, left, meta, DTYPE, G)
 
 
 @triton.jit
@@ -319,13 +339,12 @@ def _sum_of_squares(
     per_chain = (n + (G - 1)) // G
     for norm_tile in range(first, last):
         norm_group = norm_tile * C + col
-        inside = ok & (norm_group < per_chain)
-        valid = inside[:, None] & (norm_group[:, None] * G + tl.arange(0, G)[None, :] < n)
-        g = _load(g_at, chain.to(tl.int64) * n + norm_group * G, inside, valid, meta, GDTYPE, G).to(tl.float32)
+        left = tl.where(ok, n - norm_group * G, 0)
+        g = _load(g_at, chain.to(tl.int64) * n + norm_group * G, left, meta, GDTYPE, G).to(tl.float32)
         if (meta & _CLIP) != 0:
             c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
             # what was not loaded is 0 and must stay 0, also where the limit is NaN
-            g = tl.where(valid, _clamp(g, -c, c), 0.0)
+            g = tl.where(tl.arange(0, G)[None, :] < left[:, None], _clamp(g, -c, c), 0.0)
         total += tl.sum(g * g, axis=1)
     return _rows(total, R, C)
 
@@ -359,7 +378,7 @@ def _norm_kernel(
         share = tl.cdiv(tiles, splits)
         first = split * share
         total = _sum_of_squares(
-            _select(t, gs, 0, 1, T) - 1, n, t, fs, vs, meta, chain, ok, col, first, tl.minimum(first + share, tiles),
+            _select(t, gs, 0, 1, T) >> 1, n, t, fs, vs, meta, chain, ok, col, first, tl.minimum(first + share, tiles),
             GDTYPE, T, True, 1, C, G,
         )  # fmt: skip
         place = (t * chains + row).to(tl.int64) * splits + split
@@ -406,7 +425,7 @@ def _chain_kernel(
         # in the update pass: what the check pass found, all of each chain's groups together
         keeps = _spread(_rows(outside, R, C), R, C) != 0
         for t in range(tensors):
-            x_at, g_at, m_at = _select(t, xs, 0, 1, T) - 1, _select(t, gs, 0, 1, T) - 1, _select(t, ms, 0, 1, T) - 1
+            x_at, g_at, m_at = _select(t, xs, 0, 1, T) >> 1, _select(t, gs, 0, 1, T) >> 1, _select(t, ms, 0, 1, T) >> 1
             n = (_select(t, ns, 0, 1, T) - 3) >> 1
             meta = _select(t, metas, 0, 1, T)
             stream = ((_select(t, streams, 0, 1, T) - 3) >> 1).to(tl.uint32)
@@ -434,16 +453,17 @@ def _chain_kernel(
             for tile in range(first, last):
                 group = tile * C + col
                 ok = chain_ok & (group < per_chain)
-                column = group[:, None] * G + tl.arange(0, G)[None, :]
-                valid = ok[:, None] & (column < n)
+                left = tl.where(ok, n - group * G, 0)
+                valid = tl.arange(0, G)[None, :] < left[:, None]
                 place = chain.to(tl.int64) * n + group * G
 
-                x_stored = _load(x_at, place, ok, valid, meta, DTYPE, G)
+                x_stored = _load(x_at, place, left, meta, DTYPE, G)
                 x = x_stored.to(tl.float32)
-                g = _load(g_at, place, ok, valid, meta, GDTYPE, G).to(tl.float32)
+                g = _load(g_at, place, left, meta, GDTYPE, G).to(tl.float32)
                 y, changed = _propose(
-                    x, g, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1, T, True, G
-                )
+                    x, g, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1,
+                    T, True, True, G,
+                )  # fmt: skip
                 if turn == 0:
                     if (meta & (_LOW | _HIGH)) != 0:
                         # not equal also where y is NaN
@@ -452,14 +472,14 @@ def _chain_kernel(
                 else:
                     if (todo & _REJECT) == 0:
                         y = _bounds(y, t, fs, vs, meta, chain, ok, T, True)
-                    y = _finish(
-                        y, x_stored, m_at, n, meta, chain, valid, group, column, offset, step_word, stream, purpose, k0, k1,
+                    out = _finish(
+                        y, x_stored, m_at, n, meta, chain, left, group, offset, step_word, stream, purpose, k0, k1,
                         DTYPE, G,
                     )  # fmt: skip
-                    y = tl.where(keeps[:, None], x_stored, y)
-                    _store(x_at, place, y, ok, valid, meta, DTYPE, G)
+                    out = tl.where(keeps[:, None], x_stored, out)
+                    _store(x_at, place, out, left, meta, DTYPE, G)
                     if (todo & _STATS) != 0:
-                        new = y.to(tl.float32)
+                        new = out.to(tl.float32)
                         move = tl.where(valid, new - x, 0.0)
                         grad2 += tl.sum(g * g, axis=1)
                         moved2 += tl.sum(move * move, axis=1)
@@ -551,7 +571,7 @@ class _Packed:
     converted: bool = False  # an address is that of a copy, which must be made again for the next step
 
 
-_NO_ADDRESS: Final = (_ABSENT,) * 8
+_NO_ADDRESS: Final = (2 * _ABSENT + 1,) * 8
 
 
 def _pack(p: StepParams, x: Tensor) -> _Packed:
@@ -560,12 +580,12 @@ def _pack(p: StepParams, x: Tensor) -> _Packed:
         value = getattr(p, name)
         if value is None:
             floats.append(0.0)
-            addresses.append(_ABSENT)
+            addresses.append(2 * _ABSENT + 1)
             continue
         flags |= bit
         if not isinstance(value, Tensor):
             floats.append(float(value))
-            addresses.append(_ABSENT)
+            addresses.append(2 * _ABSENT + 1)
             continue
         if not _fits(value, x):
             raise ValueError(
@@ -580,7 +600,7 @@ def _pack(p: StepParams, x: Tensor) -> _Packed:
         if value.numel() > 1:
             flags |= 1 << (_ROWS.value + k)
         floats.append(0.0)
-        addresses.append(value.data_ptr() | 1)
+        addresses.append(2 * value.data_ptr() + 1)
         alive.append(value)
     return _Packed(flags, tuple(floats), tuple(addresses), tuple(alive), converted)
 
@@ -678,21 +698,25 @@ class TritonStepper:
         return packed
 
     def _batches(
-        self, x: Sequence[Tensor], grad: Sequence[Tensor] | None, params: Sequence[StepParams], keep: int, noisy: bool
-    ) -> list[_Batch]:
+        self, kernel: str, x: Sequence[Tensor], grad: Sequence[Tensor] | None, params: Sequence[StepParams], keep: int,
+        noisy: bool,
+    ) -> list[_Batch]:  # fmt: skip
         """The launches' tensors and tuples. ``keep``: the options of params that count here."""
+        widths = _WIDTHS[kernel]
         groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
         for i, xi in enumerate(x):
             if xi.numel():
                 groups.setdefault((xi.dtype, grad[i].dtype if grad else xi.dtype), []).append(i)
         out = []
         for (dtype, grad_dtype), members in groups.items():
-            for start in range(0, len(members), _MAX_TENSORS):
-                out.append(self._batch(members[start : start + _MAX_TENSORS], dtype, grad_dtype, x, grad, params, keep, noisy))
+            for start in range(0, len(members), widths[-1]):
+                part = members[start : start + widths[-1]]
+                width = min(w for w in widths if w >= len(part))
+                out.append(self._batch(part, width, dtype, grad_dtype, x, grad, params, keep, noisy))
         return out
 
     def _batch(
-        self, members: list[int], dtype: torch.dtype, grad_dtype: torch.dtype, x: Sequence[Tensor],
+        self, members: list[int], width: int, dtype: torch.dtype, grad_dtype: torch.dtype, x: Sequence[Tensor],
         grad: Sequence[Tensor] | None, params: Sequence[StepParams], keep: int, noisy: bool,
     ) -> _Batch:  # fmt: skip
         xs, gs, ms, ns, metas, streams, floats, addresses = [], [], [], [], [], [], [], []
@@ -711,22 +735,27 @@ class TritonStepper:
             if noisy and self.options.noisy[i]:
                 meta |= _NOISE.value
             per_vector = 16 // xi.element_size()
-            if n % per_vector == 0 and x_at % 16 == 0 and (grad is None or g_at % 16 == 0):
+            m_at = _ABSENT if mask is None else mask.data_ptr()
+            if (
+                n % per_vector == 0
+                and x_at % 16 == 0
+                and (grad is None or g_at % 32 == 0)
+                and (mask is None or m_at % per_vector == 0)
+            ):
                 meta |= _ALIGNED.value
-            xs.append(x_at | 1)
-            gs.append(g_at | 1)
-            ms.append(_ABSENT if mask is None else mask.data_ptr() | 1)
+            xs.append(2 * x_at + 1)
+            gs.append(2 * g_at + 1)
+            ms.append(2 * m_at + 1)
             ns.append(2 * n + 3)
             metas.append(meta)
             streams.append(self._streams[i])
             floats.extend(packed.floats)
             addresses.extend(packed.addresses)
             vector |= bool(packed.alive)
-        width = 1 << (len(members) - 1).bit_length()
         for _ in range(width - len(members)):
-            xs.append(_ABSENT)
-            gs.append(_ABSENT)
-            ms.append(_ABSENT)
+            xs.append(2 * _ABSENT + 1)
+            gs.append(2 * _ABSENT + 1)
+            ms.append(2 * _ABSENT + 1)
             ns.append(3)
             metas.append(3)
             streams.append(3)
@@ -737,3 +766,183 @@ class TritonStepper:
             "streams": tuple(streams), "fs": tuple(floats), "vs": tuple(addresses),
         }  # fmt: skip
         return _Batch(members, width, dtype, grad_dtype, arguments, metas, floats, vector)
+
+    # -- launches
+
+    def _common(self, batch: _Batch, step: int | Tensor, purpose: int, x: Sequence[Tensor]) -> tuple[dict[str, Any], Any]:
+        device = x[0].device
+        if self._seed is None:
+            value, address, self._seed_tensor = self._number(self.options.seed, device, "seed")
+            self._seed = value, address
+        step_value, step_at, alive = self._number(step, device, "step")
+        per_vector = 16 // batch.dtype.itemsize
+        return {
+            "seed": self._seed[0], "seed_at": self._seed[1], "step": step_value, "step_at": step_at,
+            "offset": self.options.chain_offset, "purpose": purpose, "chains": x[0].shape[0],
+            "DTYPE": _DTYPES[batch.dtype], "GDTYPE": _DTYPES[batch.grad_dtype], "T": batch.width, "G": per_vector,
+            "num_warps": _WARPS, "enable_fp_fusion": True,
+        }, alive  # fmt: skip
+
+    def _map(self, batch: _Batch, x: Sequence[Tensor], step: int | Tensor, purpose: int) -> None:
+        common, _alive = self._common(batch, step, purpose, x)
+        block = self._tile // common["G"]
+        chains = x[0].shape[0]
+        groups = [chains * -(-prod(x[i].shape[1:]) // common["G"]) for i in batch.members]
+        # Choosing its tensor costs a program some hundred instructions: spread them where there are programs enough
+        turns = 2 if sum(groups) >= 16 * _BUSY * block else 0
+        span_log2 = block.bit_length() - 1 + turns
+        grid = sum(-(-count >> span_log2) for count in groups)
+        _map_kernel[(grid,)](
+            **batch.arguments, **common, VECTOR=batch.vector, B=block, span_log2=span_log2
+        )  # fmt: skip
+
+    def _shape(self, batch: _Batch, x: Sequence[Tensor], per_vector: int) -> tuple[int, int, int]:
+        """(chains a program, groups of a chain a turn, splits of a chain) of the chain kernel."""
+        block, chains = self._tile // per_vector, x[0].shape[0]
+        longest = max(-(-prod(x[i].shape[1:]) // per_vector) for i in batch.members)
+        if self._splits is not None:
+            return 1, block, self._splits
+        if longest <= block // _SHORT_CHAINS:
+            return _SHORT_CHAINS, block // _SHORT_CHAINS, 1
+        tiles = -(-longest // block)
+        return 1, block, 1 if chains >= _BUSY else min(_PARTS.value, -(-tiles // 4), -(-2 * _BUSY // chains))
+
+    def _norms(
+        self, batch: _Batch, x: Sequence[Tensor], common: dict[str, Any], block: int, splits: int
+    ) -> tuple[Tensor | None, dict[str, int]]:
+        """The squared norms that the chain kernel reads, and how; nothing where it can sum them itself."""
+        whole = self.options.norm_over == "tensor"
+        if not any(meta & _NORM.value for meta in batch.metas) or (splits == 1 and not whole):
+            return None, {"norms_at": 0, "norm_parts": 0, "norm_row_stride": 0, "norm_tensor_stride": 0}
+        chains, tensors = x[0].shape[0], len(batch.members)
+        sums = torch.empty((tensors, chains, splits), dtype=torch.float32, device=x[0].device)
+        _norm_kernel[(chains * splits,)](
+            **{name: batch.arguments[name] for name in ("gs", "ns", "metas", "fs", "vs")},
+            out_at=sums.data_ptr(), chains=chains, splits=splits, tensors=tensors,
+            GDTYPE=common["GDTYPE"], T=batch.width, C=block, G=common["G"], num_warps=_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+        if whole:
+            sums = sums.sum(dim=(1, 2))
+            return sums, {"norms_at": sums.data_ptr(), "norm_parts": 1, "norm_row_stride": 0, "norm_tensor_stride": 1}
+        return sums, {
+            "norms_at": sums.data_ptr(), "norm_parts": splits, "norm_row_stride": splits, "norm_tensor_stride": chains * splits,
+        }  # fmt: skip
+
+    def _chain(
+        self, batches: Sequence[_Batch], x: Sequence[Tensor], step: int | Tensor, stats: bool, reject: bool
+    ) -> StepStats | None:
+        device, chains = x[0].device, x[0].shape[0]
+        launches, alive, columns = [], [], 0
+        for batch in batches:
+            common, kept = self._common(batch, step, noise.ROUNDING, x)
+            rows, width, splits = self._shape(batch, x, common["G"])
+            norms, norm_arguments = self._norms(batch, x, common, width, splits)
+            alive.extend((kept, norms))
+            launches.append((
+                (-(-chains // rows) * splits,),
+                {
+                    **batch.arguments, **common, **norm_arguments, "tensors": len(batch.members), "splits": splits,
+                    "column0": columns, "R": rows, "C": width,
+                },
+            ))  # fmt: skip
+            columns += splits
+        outside = floats = counts = None
+        if stats:
+            floats = torch.empty((2, chains, columns), dtype=torch.float32, device=device)
+            counts = torch.empty((2, chains, columns), dtype=torch.int64, device=device)
+        todo = _UPDATE.value
+        if reject:
+            todo |= _REJECT.value | (_CHECK.value if columns == 1 else _SHARED.value)
+        if reject and columns > 1:
+            outside = torch.empty((chains, columns), dtype=torch.float32, device=device)
+        if stats:
+            todo |= _STATS.value | (_FINISH.value if columns == 1 else 0)
+        shared = {
+            "columns": columns,
+            "outside_at": 0 if outside is None else outside.data_ptr(),
+            "floats_at": 0 if floats is None else floats.data_ptr(),
+            "counts_at": 0 if counts is None else counts.data_ptr(),
+        }
+        if outside is not None:
+            for grid, arguments in launches:
+                _chain_kernel[grid](**arguments, **shared, todo=_CHECK.value | _REJECT.value)
+        for grid, arguments in launches:
+            _chain_kernel[grid](**arguments, **shared, todo=todo)
+        if floats is None or counts is None:
+            return None
+        if columns > 1:
+            floats, counts = floats.sum(-1).sqrt_(), counts.sum(-1)
+        return StepStats(*floats.reshape(2, chains).unbind(), *counts.reshape(2, chains).unbind())
+
+    # -- the protocol
+
+    def _prepare(self, x: Sequence[Tensor], params: Sequence[StepParams]) -> list[Tensor]:
+        count = len(self.options.streams)
+        if not len(x) == len(params) == count:
+            raise ValueError(f"expected {count} tensors and as many params, got {len(x)} and {len(params)}")
+        for i, xi in enumerate(x):
+            if xi.dtype not in _DTYPES or xi.dim() == 0 or xi.shape[0] != x[0].shape[0] or xi.device != x[0].device:
+                raise ValueError(
+                    f"tensor {i} of the state must be float32, float16 or bfloat16 of shape ({x[0].shape[0]}, ...) on "
+                    f"{x[0].device}, got {xi.dtype} {tuple(xi.shape)} on {xi.device}"
+                )
+        return [xi.detach().contiguous() for xi in x]
+
+    def _guard(self, device: torch.device):
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            return torch.cuda.device(device)
+        return nullcontext()
+
+    @staticmethod
+    def _written(x: Sequence[Tensor]) -> None:
+        # the kernel writes behind autograd's back: a graph that saved the old state must still be able to notice
+        for xi in x:
+            if not xi.is_inference():
+                torch.autograd.graph.increment_version(xi)
+
+    def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
+        """``x + noise_scale xi``, in place; clamped to the bounds if ``clamp_noise``."""
+        out = self._prepare(x, params)
+        keep = -1 << _TENSOR.value
+        if self.options.clamp_noise:
+            keep |= _LOW.value | _HIGH.value
+        with self._guard(out[0].device):
+            for batch in self._batches("map", out, None, params, keep, noisy=True):
+                self._map(batch, out, step, noise.PERTURB_ROUNDING)
+        self._written(out)
+        return out
+
+    def step(
+        self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
+        with_noise: bool, stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+        """The whole update, in place."""
+        out = self._prepare(x, params)
+        gradients = []
+        for i, (gi, xi) in enumerate(zip(grad, out, strict=True)):
+            if gi.shape != xi.shape or gi.device != xi.device or not gi.is_floating_point():
+                raise ValueError(
+                    f"the gradient of tensor {i} must be floating, {tuple(xi.shape)} on {xi.device}, "
+                    f"got {gi.dtype} {tuple(gi.shape)} on {gi.device}"
+                )
+            gi = gi.detach()
+            gradients.append((gi if gi.dtype in _DTYPES else gi.float()).contiguous())
+        bounded = any(p.low is not None or p.high is not None for p in params)
+        normed = any(p.grad_norm_clip is not None for p in params)
+        reject = bounded and self.options.outside == "reject"
+        result = None
+        with self._guard(out[0].device):
+            sums = stats or reject or normed
+            batches = self._batches("chain" if sums else "map", out, gradients, params, keep=-1, noisy=with_noise)
+            if not batches:
+                if stats:
+                    zeros = out[0].new_zeros((2, out[0].shape[0]), dtype=torch.float32)
+                    counts = out[0].new_zeros((2, out[0].shape[0]), dtype=torch.int64)
+                    result = StepStats(*zeros.unbind(), *counts.unbind())
+            elif sums:
+                result = self._chain(batches, out, step, stats, reject)
+            else:
+                for batch in batches:
+                    self._map(batch, out, step, noise.ROUNDING)
+        self._written(out)
+        return out, result

@@ -20,7 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["box_muller", "key_words", "normals", "philox", "rounding_halves", "stochastic_round"]
+__all__ = [
+    "box_muller", "join4", "join8", "key_words", "normals", "philox", "rounding_halves", "split4", "split8", "stochastic_round",
+]  # fmt: skip
 
 
 @triton.jit
@@ -103,20 +105,53 @@ def _quad(v0, v1, v2, v3):
 
 
 @triton.jit
+def join4(v0, v1, v2, v3):
+    """Four (B,) tensors to (B, 4)."""
+    return tl.reshape(_quad(v0, v1, v2, v3), [v0.shape[0], 4])
+
+
+@triton.jit
+def join8(v0, v1, v2, v3, v4, v5, v6, v7):
+    """Eight (B,) tensors to (B, 8): v_(4 i + 2 j + k) at [:, i, j, k] before the reshape."""
+    return tl.reshape(tl.join(_quad(v0, v2, v4, v6), _quad(v1, v3, v5, v7)), [v0.shape[0], 8])
+
+
+@triton.jit
+def _split_quad(v):
+    even, odd = tl.split(v)
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def split4(v):
+    """The inverse of :func:`join4`."""
+    return _split_quad(tl.reshape(v, [v.shape[0], 2, 2]))
+
+
+@triton.jit
+def split8(v):
+    """The inverse of :func:`join8`."""
+    even, odd = tl.split(tl.reshape(v, [v.shape[0], 2, 2, 2]))
+    v0, v2, v4, v6 = _split_quad(even)
+    v1, v3, v5, v7 = _split_quad(odd)
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
 def normals(group, chain, step, stream, k0, k1, G: tl.constexpr):
     """The normals of ``group`` (uint32, (B,)) of ``chain`` (uint32, (B,)): float32 (B, G), G = 4 or 8."""
     if G == 4:
         w0, w1, w2, w3 = philox(group, chain, step, stream, k0, k1)
         n0, n1, n2, n3 = box_muller(w0, w1, w2, w3)
-        return tl.reshape(_quad(n0, n1, n2, n3), [group.shape[0], 4])
+        return join4(n0, n1, n2, n3)
     else:
         w0, w1, w2, w3 = philox(group * 2, chain, step, stream, k0, k1)
         w4, w5, w6, w7 = philox(group * 2 + 1, chain, step, stream, k0, k1)
         n0, n1, n2, n3 = box_muller(w0, w1, w2, w3)
         n4, n5, n6, n7 = box_muller(w4, w5, w6, w7)
-        # element 4 h + 2 i + j at [:, h, i, j]
-        pairs = tl.join(_quad(n0, n2, n4, n6), _quad(n1, n3, n5, n7))
-        return tl.reshape(pairs, [group.shape[0], 8])
+        return join8(n0, n1, n2, n3, n4, n5, n6, n7)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
     x = mmebm.langevin(energy, x0, steps=60, step_size=1e-2)
 
-replaces a hand-written Langevin loop; :class:`mmebm.Langevin` is the same with records, trajectories and every option of
-the published loops. Importing this package imports neither Triton nor a compiled extension.
+replaces a hand-written Langevin loop; :class:`mmebm.Langevin` is the same with records, trajectories and every option
+of the published loops. Importing this package imports neither Triton nor a compiled extension.
 """
 
 from importlib.metadata import PackageNotFoundError, version

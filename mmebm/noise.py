@@ -17,9 +17,9 @@ Normals take all four words (Box-Muller, both branches):
     a(w)  = fl32(int32(w)) 2^-31                                    in [-1, 1], the angle in half turns
     elements 4b .. 4b+3 = r(w0) cos(pi a(w1)), r(w0) sin(pi a(w1)), r(w2) cos(pi a(w3)), r(w2) sin(pi a(w3))
 
-``fl32`` rounds to nearest even, ``int32`` reinterprets the bits. ``u`` and ``a`` are bit-equal in every backend (both are
-exact after one rounding, with or without fused multiply-add), so that only the functions log, sqrt, sin and cos differ:
-this module evaluates them in float64, every other backend must be within 2e-6 of it.
+``fl32`` rounds to nearest even, ``int32`` reinterprets the bits. ``u`` and ``a`` are bit-equal in every backend (both
+are exact after one rounding, with or without fused multiply-add), so that only the functions log, sqrt, sin and cos
+differ: this module evaluates them in float64, every other backend must be within 2e-6 of it.
 
 Uniforms are ``(w >> 8) 2^-24`` in [0, 1); float32 or float64.
 
@@ -158,7 +158,7 @@ def normal(
     """Standard normals of ``shape`` = (chains, ...), each a function of (seed, chain, step, stream, element)."""
     chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 4), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
-    return box_muller(w).reshape(chains, -1)[:, :numel].to(dtype).reshape(tuple(shape))
+    return box_muller(w).flatten(1)[:, :numel].to(dtype).reshape(tuple(shape))
 
 
 def uniform(
@@ -174,7 +174,7 @@ def uniform(
     """Uniforms in [0, 1) of ``shape`` = (chains, ...), 24 bits each."""
     chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 4), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
-    return ((w >> 8).to(dtype) * 2.0**-24).reshape(chains, -1)[:, :numel].reshape(tuple(shape))
+    return ((w >> 8).to(dtype) * 2.0**-24).flatten(1)[:, :numel].reshape(tuple(shape))
 
 
 def rounding_fraction(
@@ -190,4 +190,4 @@ def rounding_fraction(
     chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 8), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
     halves = torch.stack((w & 0xFFFF, w >> 16), dim=-1)
-    return ((halves.reshape(chains, -1)[:, :numel].float() + 0.5) * 2.0**-16).reshape(tuple(shape))
+    return ((halves.flatten(1)[:, :numel].float() + 0.5) * 2.0**-16).reshape(tuple(shape))

@@ -79,8 +79,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 def test_wheel_records_why_nothing_was_compiled(wheel_path):
     with zipfile.ZipFile(wheel_path) as archive:
         record = json.loads(archive.read("mmebm/_build.json"))
-    assert record["mmebm._cpu"] == {"built": False, "reason": "MMEBM_BUILD_CPU=0 at install"}
-    assert record["mmebm._cuda"] == {"built": False, "reason": "MMEBM_BUILD_CUDA=0 at install"}
+    assert record["mmebm._cpu"] == {"built": False, "reason": "at install: MMEBM_BUILD_CPU=0"}
+    assert record["mmebm._cuda"] == {"built": False, "reason": "at install: MMEBM_BUILD_CUDA=0"}
 
 
 def test_wheel_does_not_depend_on_what_lies_around(tmp_path, wheel):
@@ -189,8 +189,8 @@ BUILD = [sys.executable, "setup.py", "build_ext", "--inplace"]
 def test_setup_without_compilers_says_what_is_missing_and_goes_on(bare):
     tree, hidden = bare
     printed = run(BUILD, tree, **hidden).stdout
-    assert "mmebm._cpu is not built: at install: no C++ compiler found" in printed
-    assert "mmebm._cuda is not built: at install: nvcc not found" in printed
+    assert "mmebm._cpu is not built: no C++ compiler found" in printed
+    assert "mmebm._cuda is not built: nvcc not found" in printed
     record = json.loads((tree / "mmebm" / "_build.json").read_text())
     assert "no C++ compiler" in record["mmebm._cpu"]["reason"]
     # and the package tells the user, with the remedy

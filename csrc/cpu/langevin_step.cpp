@@ -41,7 +41,7 @@ void LangevinStep::add(int64_t numel, uint32_t index, bool noisy, Storage storag
   t.numel = numel;
   t.index = index;
   t.noisy = noisy;
-  t.storage = storage;
+  t.storage = t.grad_storage = storage;
   t.observed = observed;
   t.first_tile = tiles_;
   t.first_slot = slots_;
@@ -182,6 +182,10 @@ void LangevinStep::step(uint64_t seed, uint32_t step, bool noise, const StepSums
     each_tile(loops_->commit, job, threads);
   }
   if (sums != nullptr) fill_sums(job, *sums);
+}
+
+void step_normals(const uint32_t* words, float* out, int64_t blocks, Isa isa) {
+  loops_for(isa).normals(words, out, blocks);
 }
 
 }  // namespace mmebm

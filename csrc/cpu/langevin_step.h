@@ -58,4 +58,7 @@ class LangevinStep {
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;
 };
 
+// Box-Muller as the step does it, alone: (blocks, 4) words to (blocks, 4) normals.
+void step_normals(const uint32_t* words, float* out, int64_t blocks, Isa isa);
+
 }  // namespace mmebm

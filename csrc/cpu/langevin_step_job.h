@@ -30,7 +30,7 @@ struct StepTensor {
   int64_t numel = 0;                  // elements of one chain
   uint32_t index = 0;                 // tensor index in the stream word
   bool noisy = true;
-  Storage storage = Storage::fp32;
+  Storage storage = Storage::fp32, grad_storage = Storage::fp32;
   const uint8_t* observed = nullptr;  // (chains, numel), nonzero: keeps its value
   Constant constants[SLOTS];
   // A tile is `rows` whole chains, or one of `parts` parts of a chain of `part` elements (a multiple of 64, the last one
@@ -71,6 +71,8 @@ struct StepLoops {
   void (*update)(const StepJob& job, const StepTensor& t, int64_t tile);
   void (*norm)(const StepJob& job, const StepTensor& t, int64_t tile);    // fills norm_squares
   void (*commit)(const StepJob& job, const StepTensor& t, int64_t tile);  // reject: proposals of the chains that stay inside
+  // Box-Muller alone, so that tests reach every word: (blocks, 4) words to (blocks, 4) normals.
+  void (*normals)(const uint32_t* words, float* out, int64_t blocks);
 };
 
 extern const StepLoops step_loops_generic;

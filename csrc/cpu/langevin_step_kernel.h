@@ -13,7 +13,7 @@
 //   * log by the split u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1], -2 log u = -2 log 2 e + f q(f) with q of degree 7
 //     (weighted minimax, error 7e-8, relative next to u = 1, where f <= 0 and hence no root of a negative number); sine and
 //     cosine of pi a by the quadrant of a and polynomials on [-1/4, 1/4] (errors 1.2e-9 and 3.2e-8). u and a have the bits of
-//     noise.py; the normals are within 2e-6 of its float64 (largest difference seen 1.1e-6).
+//     noise.py; the normals are within 2e-6 of its float64 (largest difference seen 9.6e-7).
 // Chains too short to fill vectors (10 elements are 3 counters) share them: lanes then hold counters of several chains, and
 // each block's elements are stored where they belong. A block of 16 bytes overhangs its chain by up to 3 elements, which the
 // next chain's first block overwrites; the buffer has room for the last.
@@ -26,7 +26,8 @@
 // NaN. max and min return the second operand where one is NaN (langevin_step_vec.h) and are called so that a NaN state or
 // gradient stays NaN, as torch.clamp does. Nothing here is compiled with -ffast-math.
 //
-// With and without fused multiply-add results differ in the last bits: AVX2 and AVX-512 agree bit for bit, the
+// Every multiplication that meets an addition is written as `fma` in both loops, so that the compiler finds nothing to fuse
+// in one of them only. With and without fused multiply-add results differ in the last bits: AVX2 and AVX-512 agree bit for bit, the
 // generic loops agree with them within the 2e-6 of the normals.
 //
 // Limits: chains and steps count modulo 2^32; a chain has fewer than 2^32 blocks of 4 elements (checked by the caller).
@@ -145,11 +146,11 @@ MMEBM_INLINE void box_muller(I word_u, I word_a, F& first, F& second) {
   second = mul(r, flip(where_odd(quadrant, cosine, sine), quadrant_sign(quadrant)));
 }
 
-// W blocks in order of elements: 4 W floats, or the 16 W bytes of the words.
+MMEBM_INLINE uint32_t counter_of_lane(int lane) { return static_cast<uint32_t>(W / 4 * (lane % 4) + lane / 4); }
+
+// W blocks, lanes in the order of counter_of_lane, to the order of elements: 4 W floats, or the words' 16 W bytes.
 template <bool NORMALS>
-MMEBM_INLINE void emit(const Counters& even, const Counters& odd, char* out) {
-  const I w0 = interleave(even.c0, odd.c0), w1 = interleave(even.c1, odd.c1);
-  const I w2 = interleave(even.c2, odd.c2), w3 = interleave(even.c3, odd.c3);
+MMEBM_INLINE void emit(I w0, I w1, I w2, I w3, char* out) {
   F a, b, c, d;
   if (NORMALS) {
     box_muller(w0, w1, a, b);
@@ -167,7 +168,11 @@ MMEBM_INLINE void emit(const Counters& even, const Counters& odd, char* out) {
   storei(out + 12 * W, as_int(d));
 }
 
-MMEBM_INLINE uint32_t counter_of_lane(int lane) { return static_cast<uint32_t>(W / 4 * (lane % 4) + lane / 4); }
+template <bool NORMALS>
+MMEBM_INLINE void emit(const Counters& even, const Counters& odd, char* out) {
+  emit<NORMALS>(interleave(even.c0, odd.c0), interleave(even.c1, odd.c1), interleave(even.c2, odd.c2),
+                interleave(even.c3, odd.c3), out);
+}
 
 // Blocks [first, first + count) of one chain, up to a multiple of W of them.
 template <bool NORMALS>
@@ -250,6 +255,20 @@ void draw(Key key, uint32_t chain, int64_t rows, int64_t begin, int64_t end, voi
     }
   } else {
     draw_chains<NORMALS, SIZE>(key, chain, rows, elements, out);
+  }
+}
+
+void normals(const uint32_t* words, float* out, int64_t blocks) {
+  for (int64_t first = 0; first < blocks; first += W) {
+    alignas(64) uint32_t w[4][W];
+    alignas(64) float group[4 * W];
+    const int64_t inside = blocks - first < W ? blocks - first : W;
+    for (int lane = 0; lane < W; ++lane) {
+      const int64_t block = first + (counter_of_lane(lane) < inside ? counter_of_lane(lane) : 0);
+      for (int j = 0; j < 4; ++j) w[j][lane] = words[4 * block + j];
+    }
+    emit<true>(loadi(w[0]), loadi(w[1]), loadi(w[2]), loadi(w[3]), reinterpret_cast<char*>(group));
+    memcpy(out + 4 * first, group, 16 * static_cast<size_t>(inside));
   }
 }
 
@@ -381,7 +400,7 @@ int64_t nonfinite_count(const float* y, int64_t n) {
 // The constants as one loop sees them: scalars, or per element from the loop's first on.
 struct Values {
   bool has[SLOTS];
-  float value[SLOTS];  // STEP_SIZE with its sign changed, PRIOR_STD as 1 / std^2
+  float value[SLOTS];  // STEP_SIZE with its sign changed, PRIOR_STD inverted (1 / std^2 could overflow)
   const float* element[SLOTS];
   float norm;  // what GRAD_NORM_CLIP is compared with
 };
@@ -393,7 +412,7 @@ MMEBM_INLINE void at_chain(const StepTensor& t, int64_t chain, int64_t base, Val
     v.element[s] = c.kind == Kind::element ? c.values + base : nullptr;
     double value = c.kind == Kind::chain ? static_cast<double>(c.values[chain]) : c.value;
     if (s == STEP_SIZE) value = -value;
-    if (s == PRIOR_STD) value = 1.0 / (value * value);
+    if (s == PRIOR_STD) value = 1.0 / value;
     v.value[s] = static_cast<float>(value);
   }
   // An absent bound is an infinite one: the clamp with it changes nothing, a NaN neither.
@@ -408,11 +427,15 @@ template <int OPTIONS>
 MMEBM_INLINE F updated(F x, F g, F z, const F* c) {
   if (OPTIONS & O_GRAD) {
     if (OPTIONS & O_CLIP) g = clamp(g, c[0], c[1]);
-    if (OPTIONS & O_PRIOR) g = fma(x, c[2], g);
-    F d = mul(c[3], g);
-    if (OPTIONS & O_NOISE) d = fma(c[4], z, d);
-    if (OPTIONS & O_MAX_UPDATE) d = clamp(d, c[5], c[6]);
-    x = add(x, d);
+    if (OPTIONS & O_PRIOR) g = fma(mul(x, c[2]), c[2], g);
+    if (OPTIONS & (O_NOISE | O_MAX_UPDATE)) {
+      F d = mul(c[3], g);
+      if (OPTIONS & O_NOISE) d = fma(c[4], z, d);
+      if (OPTIONS & O_MAX_UPDATE) d = clamp(d, c[5], c[6]);
+      x = add(x, d);
+    } else {
+      x = fma(c[3], g, x);
+    }
   } else if (OPTIONS & O_NOISE) {
     x = fma(c[4], z, x);
   }
@@ -481,28 +504,29 @@ Found general(float* out, const float* x, const float* g, const float* z, const 
         gi = clamp(gi, sub(zero, c), c);
       }
       if (v.has[GRAD_NORM_CLIP]) {
-        // NaN where the norm is: a broken chain has to be seen
-        const F factor = min(one, div(get(v, GRAD_NORM_CLIP, i, m), setf(v.norm)));
+        // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
+        const F limit = get(v, GRAD_NORM_CLIP, i, m);
+        const F factor = div(limit, max(limit, setf(v.norm)));
         changed = either(changed, greater(one, factor));
         gi = mul(gi, factor);
       }
       if (v.has[PRIOR_STD]) {
-        if (v.element[PRIOR_STD]) {
-          const F std = load(v.element[PRIOR_STD] + i, m);
-          gi = add(gi, div(xi, mul(std, std)));
-        } else {
-          gi = fma(xi, setf(v.value[PRIOR_STD]), gi);
+        const F inverse = v.element[PRIOR_STD] ? div(one, load(v.element[PRIOR_STD] + i, m)) : setf(v.value[PRIOR_STD]);
+        gi = fma(mul(xi, inverse), inverse, gi);
+      }
+      const F a = v.element[STEP_SIZE] ? sub(zero, load(v.element[STEP_SIZE] + i, m)) : setf(v.value[STEP_SIZE]);
+      if (z || v.has[MAX_UPDATE]) {
+        F d = mul(a, gi);
+        if (z) d = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), d);
+        if (v.has[MAX_UPDATE]) {
+          const F c = get(v, MAX_UPDATE, i, m);
+          changed = either(changed, greater(abs(d), c));
+          d = clamp(d, sub(zero, c), c);
         }
+        y = add(xi, d);
+      } else {
+        y = fma(a, gi, xi);
       }
-      F d = v.element[STEP_SIZE] ? mul(sub(zero, load(v.element[STEP_SIZE] + i, m)), gi)
-                                 : mul(setf(v.value[STEP_SIZE]), gi);
-      if (z) d = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), d);
-      if (v.has[MAX_UPDATE]) {
-        const F c = get(v, MAX_UPDATE, i, m);
-        changed = either(changed, greater(abs(d), c));
-        d = clamp(d, sub(zero, c), c);
-      }
-      y = add(xi, d);
     } else if (z) {
       y = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), xi);
     }
@@ -557,7 +581,7 @@ void norm_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
     const int64_t base = (span.row + r) * t.numel + span.begin;
     Values v;
     at_chain(t, span.row + r, base, v);
-    job.norm_squares[span.slot + r] = clipped_squares(floats(t.grad, t.storage, base, n, wide), n, v);
+    job.norm_squares[span.slot + r] = clipped_squares(floats(t.grad, t.grad_storage, base, n, wide), n, v);
   }
 }
 
@@ -569,7 +593,7 @@ void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
   alignas(64) float noise[PADDED], proposal[TILE], wide_x[TILE], wide_g[TILE];
 
   const float* x = floats(t.x, t.storage, base, total, wide_x);
-  const float* g = job.drift ? floats(t.grad, t.storage, base, total, wide_g) : nullptr;
+  const float* g = job.drift ? floats(t.grad, t.grad_storage, base, total, wide_g) : nullptr;
   const float* z = nullptr;
   const uint32_t chain = job.chain_offset + static_cast<uint32_t>(span.row);
   if (job.noise && t.noisy) {
@@ -658,6 +682,6 @@ void commit_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
 
 }  // namespace
 
-const StepLoops MMEBM_LOOPS = {update_tile, norm_tile, commit_tile};
+const StepLoops MMEBM_LOOPS = {update_tile, norm_tile, commit_tile, normals};
 
 }  // namespace mmebm

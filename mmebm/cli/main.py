@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     def device(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda if there is one")
+        p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda if any")
 
     train = commands.add_parser("train", help="train a model and evaluate it", description="Train, draw, evaluate.")
     train.add_argument("--preset", default=None, help="demo (default), paper, polymnist-5k")
@@ -23,20 +23,21 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     train.add_argument("--seed", type=int, default=None, help="of weights, batches and noise (default: the preset's)")
-    train.add_argument("--data-path", help="folder of a data set on disk, e.g. of the real PolyMNIST with --data polymnist")
+    train.add_argument("--data-path", help="folder of a data set on disk, e.g. PolyMNIST with --data polymnist")
     train.add_argument("--data", help="data set instead of the preset's: digits, polymnist-5k, polymnist")
     train.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one field, e.g. --set data_chain.steps=60"
+        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        help="change one field of the configuration, e.g. --set data_chain.steps=60",
     )
     device(train)
 
-    sample = commands.add_parser("sample", help="draw samples from a run", description="Draw samples into an .npz file.")
+    sample = commands.add_parser("sample", help="draw samples from a run", description="Draw into an .npz file.")
     sample.add_argument("run", help="the run's folder")
     sample.add_argument("--n", type=int, default=1000, help="number of tuples (default: 1000)")
     sample.add_argument("--out", default="samples.npz", help="the .npz file to write (default: samples.npz)")
     sample.add_argument("--point", default="xk", choices=("vae", "x0", "xk"),
-                        help="VAE after the warm-up, generator, or generator revised by the data chain (default)")  # fmt: skip
+                        help="VAE after the warm-up, generator, or its revision by Langevin (default)")  # fmt: skip
     sample.add_argument("--given", nargs="+", metavar="MODALITY", help="condition on these modalities of real tuples")
     sample.add_argument("--split", default="test", choices=("train", "test"), help="where --given takes them from")
     sample.add_argument("--steps", type=int, default=None, help="steps of the data chain (default: as trained)")

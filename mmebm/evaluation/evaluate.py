@@ -46,8 +46,8 @@ def evaluate_samples(samples: Batch, real: Batch, classifiers: Classifiers, n_cl
     return {
         "n": n, "joint_coherence": joint, "joint_coherence_error": binomial_error(joint, n),
         "pair_agreement": pair_agreement(pred), "chance_joint": chance.joint, "chance_pair": chance.pair,
-        "class_share_min": float(balance.minimum.min()), "class_share_max": float(balance.maximum.max()),
-        "entropy": float(balance.entropy.min()), "frechet": sum(frechet.values()) / max(len(frechet), 1),
+        "class_share_min": balance.shares.min().item(), "class_share_max": balance.shares.max().item(),
+        "entropy": balance.entropy.min().item(), "frechet": sum(frechet.values()) / max(len(frechet), 1),
         "frechet_by_modality": frechet, "kernel_by_modality": kernel,
     }  # fmt: skip
 

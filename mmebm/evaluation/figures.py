@@ -71,7 +71,8 @@ def sample_grid(
     top = height
     for (title, rows), block_height in zip(blocks.items(), heights, strict=True):
         top -= header
-        figure.text((margin + GAP * CELL) / width, (top + 0.09) / height, title, fontsize=10, fontweight="bold", color=INK)
+        left = (margin + GAP * CELL) / width
+        figure.text(left, (top + 0.09) / height, title, fontsize=10, fontweight="bold", color=INK)
         axes = _cells(figure, (margin, top - block_height, shown * CELL, block_height), (width, height))
         y = 0.0
         for name, values in rows.items():
@@ -156,9 +157,9 @@ def curves(
 ) -> Path:
     """Training curves as small multiples, one panel per quantity, stages as bands behind them.
 
-    The faint line is what was logged, the strong one a running mean over a fortieth of the points, the most extreme
-    1 % of the values clipped. A panel shows what
-    holds all but the most extreme 1 % of its values where those would flatten the rest, and says how many lie outside.
+    The faint line is what was logged, the strong one a running mean over a fortieth of the points with the most extreme
+    1 % of the values clipped. Where that 1 % would flatten the rest, a panel leaves it out and says how many values lie
+    outside.
 
     Args:
         log: quantity -> values, all of one length; NaN where nothing was logged. Quantities with no number are left
@@ -280,8 +281,9 @@ def _draw(
         axes.add_patch(FancyBboxPatch(box, width - 2 * GAP, tall, boxstyle="round,pad=0,rounding_size=.08",
                                       facecolor=PAPER, edgecolor="none"))  # fmt: skip
         words, size = _fit_words(value, width - 4 * GAP, tall)
-        axes.text(x + width / 2, y + height / 2, words, ha="center", va="center", color=INK, fontsize=size,
-                  linespacing=1.05)  # fmt: skip
+        # One line stands on one baseline with its neighbours, whether or not it has a descender.
+        axes.text(x + width / 2, y + height / 2, words, ha="center", color=INK, fontsize=size, linespacing=1.05,
+                  va="center" if "\n" in words else "center_baseline")  # fmt: skip
         return
     picture = _picture(np.asarray(value, dtype=np.float64), limit)
     if value.ndim == 1:
@@ -298,17 +300,18 @@ def _draw(
 
 
 def _fit_words(words: str, width: float, height: float) -> tuple[str, float]:
-    """``words`` in up to four lines, and the size in points, at most 9, at which they fill ``width x height`` cells."""
-    best = (words, 0.0)
-    for lines in range(1, 5):
-        wrapped = textwrap.wrap(words, max(-(-len(words) // lines), 1), max_lines=lines, placeholder="...") or [""]
+    """``words`` broken into lines, and the largest size in points at which they fit into ``width x height`` cells.
+
+    At most 9 points, at least 4.5: what does not fit at that size ends in "...".
+    """
+    width, height = 72 * CELL * width, 72 * CELL * height
+    for size in (9.0, 8.0, 7.0, 6.0, 5.25, 4.5):
         # A letter is about .6 of its size wide, a line 1.2 high.
-        size = min(72 * CELL * width / (0.6 * max(len(line) for line in [*wrapped, " "])),
-                   72 * CELL * height / (1.2 * len(wrapped)), 9.0)  # fmt: skip
-        complete = "".join(wrapped).replace(" ", "") == "".join(words.split())
-        if complete and size > best[1]:
-            best = ("\n".join(wrapped), size)
-    return best
+        letters, lines = max(int(width / (0.6 * size)), 3), max(int(height / (1.2 * size)), 1)
+        wrapped = textwrap.wrap(words, letters, break_long_words=False)
+        if len(wrapped) <= lines and all(len(line) <= letters for line in wrapped):
+            return "\n".join(wrapped), size
+    return "\n".join(textwrap.wrap(words, letters, max_lines=lines, placeholder="...")), size
 
 
 def _picture(value: np.ndarray, limit: tuple[float, float]) -> np.ndarray:

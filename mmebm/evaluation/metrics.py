@@ -31,17 +31,16 @@ class Agreement(NamedTuple):
 
 
 class ClassBalance(NamedTuple):
-    """How evenly the classes occur.
+    """How evenly the classes occur, per modality; all float64 on the CPU.
 
-    ``shares``: of each class in each modality, float64 ``(M, classes)`` on the CPU. ``min``, ``max``: over all of them.
-    ``entropy``: of a modality's shares over log(classes), 1 for balanced classes and 0 where one class is all there is;
-    the lowest of the modalities, so that one that collapsed shows.
+    ``shares`` ``(M, classes)``; their ``minimum`` and ``maximum`` over the classes ``(M,)``; ``entropy`` ``(M,)`` of
+    the shares over log(classes): 1 for balanced classes, 0 where one class is all there is.
     """
 
     shares: Tensor
-    min: float
-    max: float
-    entropy: float
+    minimum: Tensor
+    maximum: Tensor
+    entropy: Tensor
 
 
 class KernelDistance(NamedTuple):
@@ -123,7 +122,7 @@ def class_balance(pred: Tensor, n_classes: int) -> ClassBalance:
     shares = counts.double() / len(pred)
     entropy = -torch.special.xlogy(shares, shares).sum(1) / math.log(n_classes)
     # Adding zero turns the -0.0 of a collapsed modality into 0.0.
-    return ClassBalance(shares, shares.min().item(), shares.max().item(), entropy.min().item() + 0.0)
+    return ClassBalance(shares, shares.amin(1), shares.amax(1), entropy + 0.0)
 
 
 def conditional_coherence(pred_targets: Tensor, labels: Tensor) -> Tensor:

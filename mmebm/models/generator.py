@@ -17,8 +17,8 @@ Likelihood = Literal["gaussian", "laplace"]
 class SharedGenerator(nn.Module):
     """A decoder per modality: z (n, latent) -> {modality: (n, *shape)} in (-1, 1).
 
-    The likelihood of x_m is N(g_m(z), sigma^2 I), or Laplace of that scale, tempered by ``weights[m]``: small modalities
-    (a word among images) would otherwise not be heard.
+    The likelihood of x_m is N(g_m(z), sigma^2 I), or Laplace of that scale, tempered by ``weights[m]``: a small
+    modality (a word among images) would otherwise not be heard.
 
     Args:
         shapes: modality name -> shape without the batch dimension.

@@ -14,13 +14,13 @@ from mmebm.models.nets import Net, encoder, is_image, mlp, spectral_norm
 class JointEnergy(nn.Module):
     """A trunk per modality, their features side by side, an MLP on top, one scalar per tuple.
 
-    Vectors, and with ``net="mlp"`` everything, enter the fusion as they are: the whole energy is then one plain MLP on the
-    concatenated numbers. With ``net="conv"`` images get a convolutional trunk of ``features`` outputs.
+    Vectors, and with ``net="mlp"`` everything, enter the fusion as they are: the whole energy is then one plain MLP on
+    the concatenated numbers. With ``net="conv"`` images get a convolutional trunk of ``features`` outputs.
 
     Args:
         shapes: modality name -> shape without the chain dimension. Any number of modalities, any shapes.
         net, width, depth, act: of the fusion MLP (``width`` hidden units) and the trunks (``trunk_width`` channels).
-        spectral: spectral norm on every layer; then the energy is multiplied by ``scale`` (a unit scale barely moves x).
+        spectral: spectral norm on every layer; then the energy is times ``scale`` (a unit scale barely moves x).
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -31,7 +32,7 @@ def activation(name: str) -> nn.Module:
 def mlp(sizes: Sequence[int], act: str) -> nn.Sequential:
     """Linear layers of the given sizes with activations between them: a plain ``nn.Sequential``."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [activation(act)] if i else []
         layers.append(nn.Linear(a, b))
     return nn.Sequential(*layers)
@@ -92,12 +93,3 @@ def spectral_norm(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             torch.nn.utils.parametrizations.spectral_norm(layer)
-
-
-def check_batch(name: str, x: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError naming the modality where ``x`` holds an unknown one or a wrong shape."""
-    for key, value in x.items():
-        if key not in shapes:
-            raise ValueError(f"{name} has modalities {list(shapes)}, got {key!r}")
-        if tuple(value.shape[1:]) != shapes[key]:
-            raise ValueError(f"{name}[{key!r}] must be (n, {', '.join(map(str, shapes[key]))}), got {tuple(value.shape)}")

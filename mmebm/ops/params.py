@@ -31,7 +31,7 @@ class StepStats:
     """What one step did, per chain and over all tensors of the state. Each tensor has shape (chains,).
 
     ``grad_norm`` is the l2 norm of the energy's gradient before clips and prior, ``displacement`` that of ``y - x``,
-    ``clipped`` counts the elements whose gradient or update a clip changed, ``nonfinite`` those of ``y`` that are inf or NaN.
+    ``clipped`` counts the elements whose gradient or update a clip changed, ``nonfinite`` the inf and NaN in ``y``.
     """
 
     grad_norm: Tensor

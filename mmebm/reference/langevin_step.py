@@ -15,6 +15,7 @@ For every tensor, with the noise ``xi`` given (``None``: no noise in this step):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def _store(y: Tensor, like: Tensor, threshold: Tensor | None) -> Tensor:
     return y.to(like.dtype) if threshold is None else stochastic_round(y, like.dtype, threshold)
 
 
-def _clamp(y: Tensor, low: float | Tensor | None, high: float | Tensor | None) -> Tensor:
+def _clamp(y: Tensor, low: Any, high: Any) -> Tensor:
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         # torch.clamp takes two tensors or two numbers
         low = torch.as_tensor(low, dtype=y.dtype, device=y.device) if low is not None else None
@@ -66,11 +67,11 @@ def _clamp(y: Tensor, low: float | Tensor | None, high: float | Tensor | None) -
     return y if low is None and high is None else torch.clamp(y, low, high)
 
 
-def _norm_factor(g: Tensor, limit: float | Tensor, over: NormOver) -> Tensor:
+def _norm_factor(g: Tensor, limit: Any, over: NormOver) -> Tensor:
     flat = per_chain(g)
     norm = flat.norm(dim=1).reshape(-1, *[1] * (g.dim() - 1)) if over == "chain" else flat.norm()
     # 1 up to the limit, and differentiable at norm 0; a NaN norm stays NaN, so that a broken chain is seen
-    return limit / torch.clamp_min(norm, limit)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return limit / torch.clamp_min(norm, limit)
 
 
 def perturb(
@@ -126,7 +127,7 @@ def langevin_step(
         if p.grad_clip is not None:
             if changed is not None:
                 changed = changed | (g.abs() > p.grad_clip)
-            g = torch.clamp(g, -p.grad_clip, p.grad_clip)
+            g = _clamp(g, -p.grad_clip, p.grad_clip)
         if p.grad_norm_clip is not None:
             factor = _norm_factor(g, p.grad_norm_clip, norm_over)
             if changed is not None:
@@ -140,7 +141,7 @@ def langevin_step(
         if p.max_update is not None:
             if changed is not None:
                 changed = changed | (d.abs() > p.max_update)
-            d = torch.clamp(d, -p.max_update, p.max_update)
+            d = _clamp(d, -p.max_update, p.max_update)
         y = wide + d
         if outside == "clamp":
             y = _clamp(y, p.low, p.high)

@@ -1,8 +1,8 @@
 """Langevin dynamics as one call: ``langevin(energy, x0, steps=60, step_size=1e-2)``.
 
 The update rule stands in :mod:`mmebm.reference.langevin_step`; the noise in :mod:`mmebm.noise`. This module is the loop
-around them: the gradient of the user's energy, settings per tensor, chain and step, records, and the user's modules left
-as they were.
+around them: the gradient of the user's energy, settings per tensor, chain and step, records, and the user's modules
+left as they were.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NUMBERS: dict[str, dict[str, Any]] = {
     "max_update": {}, "prior_std": {"strict": True},
 }  # fmt: skip
 _REQUIRED = ("step_size", "noise_scale", "temperature")
-_BOUND = {"low": -math.inf}
+_BOUND: dict[str, Any] = {"low": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,8 @@ class Langevin:
             args, kwargs: what else the energy is given; a :class:`~mmebm.samplers.schedules.Schedule` among them stands
                 for its value at each step.
             observed: what keeps its value: a collection of keys, a mapping from key to a boolean mask, or one mask.
-            blocks: keys, or collections of keys, updated in turn within a step, each with its own gradient; all together
-                hold every key once.
+            blocks: keys, or collections of keys, updated in turn within a step, each with its own gradient; together
+                they hold every key once.
             seed: 64-bit int, or a 1-element int64 tensor on the state's device; None draws one from ``generator`` or,
                 without one, from torch's global CPU generator.
             generator: a ``torch.Generator``; with ``rng="torch"`` it draws the noise itself.
@@ -576,10 +576,9 @@ class _Loop:
         """Whether the energy depends on anything in the state (on some tensors it need not)."""
         every = [t.detach().requires_grad_() for t in x]
         with torch.enable_grad():
-            value = self._call(every, k)
-        if not value.requires_grad:
-            return False
-        return any(g is not None for g in torch.autograd.grad(value.sum(), every, allow_unused=True))
+            total = self._call(every, k).sum()
+            grads = torch.autograd.grad(total, every, allow_unused=True) if total.requires_grad else ()
+        return any(g is not None for g in grads)
 
     def _project(self, i: int, y: Tensor) -> Tensor:
         function = self.problem.project[i]

@@ -2,8 +2,8 @@
 
 Any callable of ``k`` that returns a number or a tensor is a schedule of a setting. These are the usual ones; they
 compare, print and pickle, and they alone may also stand among the energy's ``args`` and ``kwargs``, where each step
-passes the value of its ``k`` (annealed noise levels). A schedule over ``steps`` steps starts at ``k = 0`` with ``start``,
-reaches ``end`` at ``k = steps - 1`` and stays there.
+passes the value of its ``k`` (annealed noise levels). Over ``steps`` steps a schedule starts with ``start``, reaches
+``end`` at ``k = steps - 1`` and stays there.
 """
 
 from __future__ import annotations

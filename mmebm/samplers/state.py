@@ -79,18 +79,17 @@ def like_state(value: Any, keys: Sequence[Key], tensors: Sequence[Tensor]) -> li
     Raises:
         TypeError, ValueError: where the score has not the state's structure and shapes.
     """
+    parts: Any = value
     if isinstance(value, Tensor):
-        parts: Any = {0: value} if list(keys) == [0] else {}
+        parts = {0: value}
     elif isinstance(value, (list, tuple)):
         parts = dict(enumerate(value))
-    else:
-        parts = value
     wanted = {key: tuple(x.shape) for key, x in zip(keys, tensors, strict=True)}
     if not isinstance(parts, Mapping) or not all(isinstance(part, Tensor) for part in parts.values()):
         raise TypeError(f"the score must be tensors in the state's structure, {wanted}, got {value!r:.80}")
     shapes = {key: tuple(part.shape) for key, part in parts.items()}
     if shapes != wanted:
-        raise ValueError(f"the score must have the state's shapes {wanted}, got {shapes or tuple(value.shape)}")
+        raise ValueError(f"the score must have the state's shapes {wanted}, got {shapes}")
     return [parts[key].to(x.dtype) for key, x in zip(keys, tensors, strict=True)]
 
 

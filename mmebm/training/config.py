@@ -51,8 +51,8 @@ class ModelConfig:
 class ChainConfig:
     """One Langevin chain: x <- x - (s^2/2) dE/dx + noise xi.
 
-    The step ``s`` is given by ``step`` (a number, or "auto": ``auto_fraction`` of the largest stable one, measured every
-    ``auto_every`` iterations on the worst chain), or by ``travel`` = steps s^2, a number or one per modality.
+    The step ``s`` is given by ``step`` (a number, or "auto": ``auto_fraction`` of the largest stable one, measured
+    every ``auto_every`` iterations on the worst chain), or by ``travel`` = steps s^2, a number or one per modality.
     ``noise=None`` ties the noise to the step (temperature 1). ``clamp`` keeps the chain in [-1, 1].
     """
 
@@ -135,7 +135,7 @@ class ShuffledTuplesConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (latent energy), "joint" (the paper's loop).
+    """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (latent energy), "joint" (the paper).
 
     Learning rates fall linearly to ``final_lr`` of their value over the stage.
     """
@@ -214,7 +214,7 @@ def _build(kind: Any, value: Any) -> Any:
 def override(config: Config, changes: Mapping[str, str]) -> Config:
     """``config`` with dotted fields set from text, e.g. ``{"data_chain.steps": "60", "loss.elbo": "0"}``.
 
-    Values are read as JSON where they parse, else as strings. A stage is addressed by its position, ``stages.0.iterations``.
+    Values are JSON where they parse, else as strings; a stage is addressed by its position, ``stages.0.iterations``.
 
     Raises:
         ValueError: for an unknown field, naming it and the fields there are.

@@ -82,7 +82,7 @@ class Run:
         return states, [every * i for i in range(len(next(iter(states.values()))))]
 
     def completions(self, steps: int | None = None) -> dict[str, Callable[[Batch, int], Batch]]:
-        """The ways to fill in missing modalities: decode (A), after latent Langevin (B), after data Langevin too (C)."""
+        """The ways to fill in missing modalities: decode (A), with latent Langevin (B), with data Langevin too (C)."""
         s, v = self.system, self.vae
         out: dict[str, Callable[[Batch, int], Batch]] = {
             "vae, decode": lambda given, seed: v.complete(given, seed=seed, latent_steps=0, data_steps=0),

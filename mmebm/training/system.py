@@ -26,7 +26,7 @@ def sampler_of(chain: ChainConfig, size: float | Mapping[str, float], backend: s
 
 
 class Posterior:
-    """The energy of z given the modalities in ``x``: -log p(x | z) + E_prior(z). The chain adds the Gaussian's drift."""
+    """The energy of z given the modalities in ``x``: -log p(x | z) + E_prior(z); the chain adds the Gaussian drift."""
 
     def __init__(self, generator: SharedGenerator, prior: nn.Module, x: Batch) -> None:
         self.generator, self.prior, self.x = generator, prior, dict(x)

@@ -25,8 +25,8 @@ Row = dict[str, Any]
 class Trainer:
     """Trains a :class:`System` on a data set, stage by stage.
 
-    Everything random in an iteration is a function of (seed, iteration, rollbacks), so that a resumed run goes on exactly
-    where it was.
+    Everything random in an iteration is a function of (seed, iteration, rollbacks), so that a resumed run goes on
+    exactly where it was.
 
     Args:
         config: the run.
@@ -64,7 +64,7 @@ class Trainer:
     # -- the steps -------------------------------------------------------------------------------------------------
 
     def joint_step(self, x: dict[str, Tensor], rng: torch.Generator) -> Row:
-        """One iteration of the paper on a mini-batch ``x``: three networks, two chains, each taught by what they revise."""
+        """One iteration of the paper on a mini-batch ``x``: three networks taught by what two chains revise."""
         s, loss = self.system, self.config.loss
         seeds = [noise.draw_seed(rng) for _ in range(4)]
 
@@ -220,7 +220,7 @@ class Trainer:
                 yield {"stage": stage.kind, "iteration": self.iteration, "rolled_back": reason}
             else:
                 good, good_iteration = self._networks(), self.iteration
-                mean = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}
+                mean: Row = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}
                 mean.update(stage=stage.kind, iteration=self.iteration, seconds_per_iteration=seconds)
                 alarm = self.guard.alarm(mean)
                 yield {**mean, "alarm": alarm} if alarm else mean

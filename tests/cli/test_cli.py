@@ -1,0 +1,148 @@
+"""The command line on the real digits, with a training of seconds: files, formats, resuming, Ctrl-C, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmebm.cli.main import main
+
+STAGES = json.dumps([{"kind": kind, "iterations": n} for kind, n in (("warmup", 40), ("prior", 4), ("joint", 4))])
+QUICK = ["--set", f"stages={STAGES}", "--set", "data_chain.steps=4", "--set", "guard.every=4", "--threads", "1",
+         "--device", "cpu"]  # fmt: skip
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run through the whole of ``mmebm train``."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["train", "--runs", str(runs), "--name", "quick", *QUICK]) == 0
+    return runs / "quick"
+
+
+def test_train_leaves_everything(run: Path) -> None:
+    expected = {"config.json", "checkpoint.pt", "log.jsonl", "samples.png", "trajectory.png", "curves.png",
+                "metrics.json", "classifiers.pt"}  # fmt: skip
+    assert expected <= {p.name for p in run.iterdir()}
+    config = json.loads((run / "config.json").read_text())
+    assert config["config"]["preset"] == "demo" and config["versions"]["torch"] and "commit" in config
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["warmup"] * 10 + ["prior"] + ["joint"]
+    assert {"gap", "loss_energy", "loss_generator", "loss_inference", "seconds_per_iteration"} <= set(rows[-1])
+
+
+def test_metrics_have_every_point_and_setting(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["points"]) == {"vae", "x0", "xk"}
+    for point in metrics["points"].values():
+        assert 0 <= point["joint_coherence"] <= 1 and point["frechet"] > 0
+        assert 0 <= point["class_share_min"] <= 0.1 <= point["class_share_max"] <= 1
+    assert metrics["floor"]["frechet"] < metrics["points"]["vae"]["frechet"]
+    # a judge worth listening to; word is decoded exactly
+    assert metrics["classifiers"]["mnist"] > 0.95 and metrics["classifiers"]["word"] == 1.0
+    assert set(metrics["conditional"]["A: decode"]["by_given"]) == {"1", "2"}
+    settings = metrics["settings"]
+    assert settings["data_steps"] == 4 and settings["seed"] == 0 and settings["data_noise"] == 0.005
+    assert metrics["seconds"]["training"] > 0
+
+
+def test_samples_are_natural_and_repeatable(run: Path, tmp_path: Path) -> None:
+    def draw(name: str, *options: str) -> dict[str, np.ndarray]:
+        assert main(["sample", str(run), "--out", str(tmp_path / name), "--device", "cpu", *options]) == 0
+        return dict(np.load(tmp_path / name))
+
+    a = draw("a.npz", "--n", "30", "--seed", "3")
+    assert a["mnist"].dtype == np.float32 and a["mnist"].shape == (30, 1, 28, 28)
+    assert a["optdigits"].shape == (30, 1, 8, 8)
+    assert a["mnist"].min() >= 0 and a["mnist"].max() <= 1
+    assert set(a["word"]) <= set(WORDS) and "label" not in a
+    info = json.loads(str(a["info"]))
+    assert info["seed"] == 3 and info["point"] == "xk" and info["data_steps"] == 4
+    b, c = draw("b.npz", "--n", "30", "--seed", "3"), draw("c.npz", "--n", "30", "--seed", "4")
+    assert np.array_equal(a["mnist"], b["mnist"]) and not np.array_equal(a["mnist"], c["mnist"])
+    still = draw("d.npz", "--n", "30", "--seed", "3", "--steps", "0")
+    start = draw("e.npz", "--n", "30", "--seed", "3", "--point", "x0")
+    assert np.array_equal(still["mnist"], start["mnist"]) and not np.array_equal(a["mnist"], start["mnist"])
+
+
+def test_conditional_samples_keep_what_is_given(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "given.npz"
+    given = ["--given", "word", "mnist"]
+    assert main(["sample", str(run), "--n", "20", *given, "--out", str(out), "--device", "cpu"]) == 0
+    arrays = dict(np.load(out))
+    assert [WORDS[c] for c in arrays["label"]] == list(arrays["word"])
+    # real digits: both extremes are there, which a tanh never reaches
+    assert arrays["mnist"].min() == 0.0 and arrays["mnist"].max() == 1.0
+
+
+def test_resume_of_a_finished_run_evaluates_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
+    assert "0 iterations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--preset", "nope"], "preset must be one of"),
+        (["train", "--set", "data_chain.stepz=3"], "unknown field 'data_chain.stepz'"),
+        (["train", "--set", "nonsense"], "--set takes FIELD=VALUE"),
+        (["train", "--data", "nope"], "nope"),
+        (["train", "--resume", "nowhere"], "no checkpoint at nowhere"),
+        (["sample", "nowhere"], "no checkpoint at nowhere"),
+        (["evaluate", "nowhere"], "no checkpoint at nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_status_one(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_sample_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in ((["--n", "0"], "--n must be at least 1"), (["--given", "sound"], "['sound']"),
+                             (["--given", "word", "--point", "vae"], "--point x0 or xk")):  # fmt: skip
+        assert main(["sample", str(run), "--device", "cpu", *options]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["train", "--runs", str(run.parent), "--name", run.name]) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_backends_prints_each_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backends"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("torch", "cpp", "triton", "cuda"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path: Path) -> None:
+    stages = '[{"kind": "warmup", "iterations": 100000}]'
+    command = [sys.executable, "-m", "mmebm", "train", "--runs", str(tmp_path), "--name", "cut", *QUICK[2:],
+               "--set", f"stages={stages}"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ})
+    log = tmp_path / "cut" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert b"mmebm train --resume" in out
+    from mmebm.training import checkpoint
+
+    content = checkpoint.load(tmp_path / "cut" / "checkpoint.pt")
+    assert 12 <= content["iteration"] < 100000

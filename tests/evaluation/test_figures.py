@@ -1,0 +1,164 @@
+"""Figures: there, of the right size, and showing what they were given."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from mmebm.evaluation.figures import ACCENT, BROKEN, CELL, DPI, curves, sample_grid, trajectory_grid
+
+PIXEL = 1 / 255
+
+
+def read(path: Path) -> np.ndarray:
+    """``(H, W, 3)`` in [0, 1]."""
+    from matplotlib.image import imread
+
+    return imread(path)[..., :3]
+
+
+def share_of(picture: np.ndarray, colour: tuple[float, float, float]) -> float:
+    """Share of the pixels that have this colour, to the two levels of eight bits that rounding may cost."""
+    return float((np.abs(picture - np.array(colour)).max(-1) <= 2 * PIXEL).mean())
+
+
+def samples(n: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "grey": rng.random((n, 1, 8, 8), dtype=np.float32),
+        "colour": rng.random((n, 3, 10, 20), dtype=np.float32),
+        "word": np.array(["zero", "a rather long caption of a sample that will not fit"] * n)[:n],
+        "vector": rng.normal(size=(n, 5)).astype(np.float32),
+    }
+
+
+def test_importing_the_package_does_not_import_matplotlib():
+    code = "import sys, mmebm.evaluation; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sample_grid_has_a_column_per_sample(tmp_path: Path):
+    path = tmp_path / "grid.png"
+    assert sample_grid({"a": samples(12), "b": samples(12)}, path, columns=7) == path
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+    seven = read(path)
+    five = read(sample_grid({"a": samples(5), "b": samples(5)}, path, columns=7))
+    assert seven.shape[1] - five.shape[1] == pytest.approx(2 * CELL * DPI, abs=1)
+    assert seven.shape[0] == five.shape[0]
+    one = read(sample_grid({"a": samples(5)}, path))
+    # Two images and two half rows a block, and its title of .34 inches.
+    assert five.shape[0] - one.shape[0] == pytest.approx((3 * CELL + 0.34) * DPI, abs=1)
+
+
+def test_sample_grid_shows_each_value_where_it_belongs(tmp_path: Path):
+    # Each image of one colour: its area, and the order of the areas from left to right and from top to bottom.
+    colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], dtype=np.float32)
+    flat = np.broadcast_to(colours[:, :, None, None], (4, 3, 6, 6))
+    picture = read(sample_grid({"t": {"m": flat[:2], "k": flat[2:]}}, tmp_path / "flat.png"))
+    centres = []
+    for colour in colours:
+        hit = np.abs(picture - colour).max(-1) < 2 * PIXEL
+        # A cell is CELL inches less a gap of 5 % on each side; a pixel may be lost along each edge.
+        assert np.sqrt(hit.sum()) == pytest.approx(0.9 * CELL * DPI, abs=2)
+        centres.append(np.argwhere(hit).mean(0))
+    (red, green, blue, yellow) = centres
+    step = CELL * DPI
+    assert green - red == pytest.approx([0, step], abs=1)
+    assert blue - red == pytest.approx([step, 0], abs=1)
+    assert yellow - blue == pytest.approx([0, step], abs=1)
+
+
+def test_values_that_are_no_numbers_are_shown_as_such(tmp_path: Path):
+    values = samples(3)
+    clean = read(sample_grid({"t": values}, tmp_path / "clean.png"))
+    values["grey"][1] = np.nan
+    broken = read(sample_grid({"t": values}, tmp_path / "broken.png"))
+    cell = (0.9 * CELL * DPI) ** 2 / clean[..., 0].size
+    assert share_of(clean, BROKEN) == 0
+    assert share_of(broken, BROKEN) == pytest.approx(cell, rel=0.05)  # a pixel at each edge: 4 of 89
+
+
+def test_equal_figures_are_equal_files(tmp_path: Path):
+    one = sample_grid({"t": samples(2)}, tmp_path / "one.png").read_bytes()
+    assert sample_grid({"t": samples(2)}, tmp_path / "two.png").read_bytes() == one
+    other = {**samples(2), "word": np.array(["one", "two"])}
+    assert sample_grid({"t": other}, tmp_path / "two.png").read_bytes() != one  # the words are drawn
+
+
+def test_trajectory_grid_has_a_row_per_step(tmp_path: Path):
+    def states(steps: int) -> dict[str, np.ndarray]:
+        return {name: np.stack([values] * steps) for name, values in samples(3).items() if name != "word"} | {
+            "word": np.array([["four", "nine", "six"]] * steps)
+        }
+
+    path = tmp_path / "chain.png"
+    three = read(trajectory_grid(states(3), [0, 5, 10], path, chains=2))
+    five = read(trajectory_grid(states(5), [0, 5, 10, 20, 30], path, chains=2))
+    assert five.shape[0] - three.shape[0] == pytest.approx(2 * CELL * DPI, abs=1)
+    assert five.shape[1] == three.shape[1]
+    one = read(trajectory_grid(states(5), [0, 5, 10, 20, 30], path, chains=1))
+    assert five.shape[1] - one.shape[1] == pytest.approx(4.35 * CELL * DPI, abs=1)  # four cells and the space between
+
+
+def test_trajectory_grid_follows_the_chain(tmp_path: Path):
+    grey = np.linspace(0.2, 0.8, 4, dtype=np.float32)
+    states = {"m": np.broadcast_to(grey[:, None, None, None, None], (4, 1, 1, 5, 5))}
+    picture = read(trajectory_grid(states, [0, 1, 2, 3], tmp_path / "chain.png"))
+    rows = [np.argwhere(np.abs(picture - g).max(-1) < 2 * PIXEL).mean(0)[0] for g in grey]
+    assert np.diff(rows) == pytest.approx([CELL * DPI] * 3, abs=1)
+
+
+def test_curves_draw_a_panel_per_quantity(tmp_path: Path):
+    n = 400
+    log = {
+        "iteration": list(range(0, 10 * n, 10)),
+        "loss": list(np.exp(-np.arange(n) / 50)),
+        "gap": [float("nan")] * 200 + [1.0] * 199 + [1e6],
+        "never": [float("nan")] * n,
+    }
+    two = read(curves(log, tmp_path / "two.png", stages={"warm-up": 0, "joint": 2_000}, log_scale=["loss"]))
+    assert two.shape[1] == pytest.approx((3.2 * 2 + 0.15) * DPI, abs=1)
+    four = read(curves({**log, "a": [0.0] * n, "b": [1.0] * n}, tmp_path / "four.png", columns=2))
+    assert four.shape[1] == two.shape[1]
+    assert four.shape[0] > 1.5 * two.shape[0]
+    # Each panel has a line of its own colour: the left and the right half of the two.
+    blue = int(ACCENT[1:3], 16) / 255, int(ACCENT[3:5], 16) / 255, int(ACCENT[5:7], 16) / 255
+    middle = two.shape[1] // 2
+    assert share_of(two[:, :middle], blue) > 1e-3  # of a line 1.4 points wide and 3 inches long, about 4e-3
+    assert share_of(two[:, middle:], blue) > 1e-3
+
+
+def test_stages_are_marked(tmp_path: Path):
+    log = {"loss": [1.0, 0.5, 0.25, 0.1]}
+    plain = read(curves(log, tmp_path / "plain.png"))
+    staged = read(curves(log, tmp_path / "staged.png", stages={"warm-up": 0, "joint": 2}))
+    band = (0xEE / 255, 0xF1 / 255, 0xF5 / 255)
+    assert share_of(plain, band) < 0.01
+    assert 0.1 < share_of(staged, band) < 0.6  # the first stage shaded, the second white
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: sample_grid({}, p), "blocks must hold at least one block"),
+        (lambda p: sample_grid({"t": samples(2)}, p, columns=0), "columns must be at least 1, got 0"),
+        (lambda p: sample_grid({"t": {"m": np.zeros((2, 8, 8))}}, p), r"\['t'\]\['m'\] must be images .*\(2, 8, 8\)"),
+        (lambda p: sample_grid({"t": {"a": np.zeros((2, 3)), "b": np.zeros((4, 3))}}, p), "as many samples .*'b': 4"),
+        (lambda p: sample_grid({"t": {"a": np.zeros((0, 3))}}, p), r"at least one sample, got shape \(0, 3\)"),
+        (lambda p: trajectory_grid({"a": np.zeros((3, 2, 5))}, [0, 1], p), r"shape \(2, n, ...\).* got \(3, 2, 5\)"),
+        (lambda p: trajectory_grid({}, [0], p), "must not be empty"),
+        (lambda p: curves({"a": [1.0], "b": [1.0, 2.0]}, p), "lists of one length"),
+        (lambda p: curves({"iteration": [1.0]}, p), "at least one quantity"),
+        (lambda p: curves({"a": [1.0]}, p, log_scale=["b"]), r"must name quantities of log, got \['b'\]"),
+    ],
+)
+def test_bad_input_is_refused_by_name_and_value(call, message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "never.png")
+    assert not list(tmp_path.iterdir())

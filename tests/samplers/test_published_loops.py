@@ -1,0 +1,559 @@
+"""Published Langevin loops, each restated by hand from its paper or code, against one call: float64, torch's noise.
+
+A loop below is what a user has today. It takes its noise with ``torch.randn_like``, as the sampler does with
+``rng="torch"``, so that both give the same numbers; then every option of the call is taken away in turn, and the result
+must change: no option may be ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmebm.samplers import Langevin, langevin
+from mmebm.samplers.schedules import geometric, linear, polynomial, table
+
+STEPS = 7
+CHAINS = 8
+# Worst seen 1.8e-14 over 300 seeds, torch 2.13 on a Xeon: rounding of float64 in another order of operations.
+EXACT = 1e-12
+# The least change by an option taken away, over the same seeds, was 2e-3.
+CHANGED = 1e-6
+
+
+class World:
+    """Networks, data and starting points in float64, from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = torch.Generator().manual_seed(seed)
+        self.image = self.normal(CHAINS, 1, 4, 4)
+        self.unit = torch.rand(CHAINS, 1, 4, 4, generator=self.rng, dtype=torch.float64)
+        self.z = self.normal(CHAINS, 6)
+        self.data = self.normal(CHAINS, 16)
+        self.mask = torch.rand(CHAINS, 1, 4, 4, generator=self.rng) < 0.4
+        self.f_net, self.z_net, self.decoder = self.mlp(16, 1), self.mlp(6, 1), self.mlp(6, 16)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.rng, dtype=torch.float64)
+
+    def mlp(self, inputs: int, outputs: int, width: int = 24) -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, outputs)).double()
+        for p in net.parameters():
+            p.data = self.normal(*p.shape) * 1.5 / p.shape[-1] ** 0.5
+        return net
+
+    def f(self, x: Tensor) -> Tensor:
+        """An image network: (chains, 1)."""
+        return 3 * self.f_net(x.flatten(1))
+
+    def latent(self, z: Tensor) -> Tensor:
+        return 3 * self.z_net(z).squeeze(1)
+
+    def bowl(self, x: Tensor) -> Tensor:
+        return self.f(x).squeeze(1) + 0.5 * x.flatten(1).square().sum(1)
+
+    def pair(self, z: Tensor, r: Tensor) -> Tensor:
+        """An energy of a latent and a residual image."""
+        return 3 * self.f_net(self.decoder(z) + r.flatten(1)).squeeze(1)
+
+
+def gradient(value: Tensor, *inputs: Tensor) -> Any:
+    grads = torch.autograd.grad(value.sum(), inputs)
+    return grads if len(grads) > 1 else grads[0]
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+@dataclass
+class Case:
+    loop: Callable[[World], Any]
+    energy: Callable[[World], Callable[..., Any]]
+    start: Callable[[World], Any]
+    options: dict[str, Any]
+    given: Callable[[World], dict[str, Any]]
+
+    def call(self, world: World, options: dict[str, Any]) -> list[Tensor]:
+        both = {**options, **self.given(world)}
+        return tensors(langevin(self.energy(world), self.start(world), STEPS, rng="torch", **both))
+
+
+def tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    return list(state.values()) if isinstance(state, dict) else list(state)
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    return max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
+
+
+CASES: dict[str, Case] = {}
+
+
+def published(
+    energy: Callable[[World], Callable[..., Any]], start: Callable[[World], Any],
+    given: Callable[[World], dict[str, Any]] = lambda w: {}, **options: Any,
+) -> Callable[[Callable[[World], Any]], Callable[[World], Any]]:  # fmt: skip
+    """Registers a hand-written loop with the one call that replaces it."""
+
+    def register(loop: Callable[[World], Any]) -> Callable[[World], Any]:
+        CASES[loop.__name__] = Case(loop, energy, start, options, given)
+        return loop
+
+    return register
+
+
+@published(lambda w: w.f, lambda w: w.image, step_size=1.0, noise_scale=0.01, log_prob=True)
+def jem(w: World) -> Tensor:
+    """JEM (Grathwohl 2020): x_k.data += sgld_lr * f_prime + sgld_std * randn_like(x_k), f = -E."""
+    x = leaf(w.image)
+    for _ in range(STEPS):
+        f_prime = gradient(w.f(x), x)
+        x.data += 1.0 * f_prime + 0.01 * torch.randn_like(x)
+    return x.detach()
+
+
+@published(
+    lambda w: w.f, lambda w: w.unit,
+    step_size=10.0, noise_scale=0.005, noise_at="before", grad_clip=0.01, bounds=(0, 1),
+)  # fmt: skip
+def igebm(w: World) -> Tensor:
+    """igebm-pytorch: noise, gradient, its clamp, step 10, clamp to the unit interval."""
+    x = w.unit
+    for _ in range(STEPS):
+        x = leaf(x + 0.005 * torch.randn_like(x))
+        g = gradient(w.f(x), x).clamp(-0.01, 0.01)
+        x = (x.detach() - 10 * g).clamp(0, 1)
+    return x
+
+
+@published(
+    lambda w: w.f, lambda w: (1.6 * w.image).clamp(-1, 1), log_prob=True,
+    step_size=10.0, noise_scale=0.05, noise_at="before", clamp_noise=True, grad_clip=0.03, bounds=(-1.0, 1.0),
+)  # fmt: skip
+def uva(w: World) -> Tensor:
+    """UvA deep learning tutorial 8: clamp after the noise and after the step; the energy is -model(x)."""
+    x = (1.6 * w.image).clamp(-1, 1)
+    for _ in range(STEPS):
+        x = (x + 0.05 * torch.randn_like(x)).clamp(min=-1.0, max=1.0)
+        x = leaf(x)
+        g = gradient(-w.f(x), x).clamp(-0.03, 0.03)
+        x = (x.detach() - 10 * g).clamp(min=-1.0, max=1.0)
+    return x
+
+
+@published(
+    lambda w: w.f, lambda w: w.image.clamp(-1, 1), log_prob=True,
+    step_size=0.5, noise_scale=0.01, grad_clip=1.0, bounds=(-1, 1),
+)  # fmt: skip
+def sada_jem(w: World) -> Tensor:
+    """SADA-JEM: gradient of f clamped by value, noise, clamp of the image last."""
+    x = w.image.clamp(-1, 1)
+    for _ in range(STEPS):
+        x = leaf(x)
+        g = gradient(w.f(x), x).clamp(-1, 1)
+        x = (x + 0.5 * g + 0.01 * torch.randn_like(x)).detach().clamp(-1, 1)
+    return x
+
+
+@published(lambda w: w.f, lambda w: w.image, step_size=1.0, noise_scale=0.015)
+def anatomy(w: World) -> Tensor:
+    """ebm-anatomy (Nijkamp 2020): x_s.data += -f_prime + epsilon * randn_like(x_s)."""
+    x = leaf(w.image)
+    for _ in range(STEPS):
+        f_prime = gradient(w.f(x), x)
+        x.data += -f_prime + 0.015 * torch.randn_like(x)
+    return x.detach()
+
+
+@published(lambda w: w.latent, lambda w: w.z, step_size=0.4**2 / 2, noise_scale=0.4, prior_std=0.8)
+def lebm_prior(w: World) -> Tensor:
+    """Latent-space EBM prior (Pang 2020): z - s^2/2 (dE/dz + z / sigma_p^2) + s xi."""
+    z = w.z
+    for _ in range(STEPS):
+        z = leaf(z)
+        g = gradient(w.latent(z), z)
+        z = z.detach() - 0.5 * 0.4**2 * (g + z.detach() / 0.8**2) + 0.4 * torch.randn_like(z)
+    return z
+
+
+def posterior(w: World) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda z, x: (w.decoder(z) - x).square().sum(1) / (2 * 0.3**2) + w.latent(z)
+
+
+@published(
+    posterior, lambda w: w.z, given=lambda w: {"args": (w.data,)}, step_size=0.1**2 / 2, noise_scale=0.1, prior_std=1.0
+)
+def lebm_posterior(w: World) -> Tensor:
+    """The same paper's posterior: one backward through the generator, another through the energy."""
+    z = w.z
+    for _ in range(STEPS):
+        z = leaf(z)
+        likelihood = gradient(((w.decoder(z) - w.data) ** 2).sum(1) / (2 * 0.3**2), z)
+        energy = gradient(w.latent(z), z)
+        z = z.detach() - 0.5 * 0.1**2 * (likelihood + energy + z.detach()) + 0.1 * torch.randn_like(z)
+    return z
+
+
+def ladder(w: World) -> Callable[[list[Tensor]], Tensor]:
+    def energy(z: list[Tensor]) -> Tensor:
+        mean = w.decoder(z[0]) + z[1].flatten(1) * torch.sigmoid(w.decoder(z[2]))
+        return (mean - w.data).square().sum(1) / (2 * 0.4**2)
+
+    return energy
+
+
+def ladder_start(w: World) -> list[Tensor]:
+    return [w.z, w.image, w.z.flip(1)]
+
+
+@published(
+    ladder, ladder_start, step_size={0: 0.1**2 / 2, 1: 0.2**2 / 2, 2: 0.3**2 / 2}, noise_scale={0: 0.1, 1: 0.2, 2: 0.3},
+    prior_std=1.0,
+)  # fmt: skip
+def short_run_layers(w: World) -> list[Tensor]:
+    """Short-run inference of a hierarchical generator (Nijkamp 2020): a list of latents, a step for each layer."""
+    zs, sizes = ladder_start(w), (0.1, 0.2, 0.3)
+    for _ in range(STEPS):
+        zs = [leaf(z) for z in zs]
+        grads = gradient(ladder(w)(zs), *zs)
+        zs = [
+            z.detach() - 0.5 * s**2 * (g + z.detach()) + s * torch.randn_like(z)
+            for z, g, s in zip(zs, grads, sizes, strict=True)
+        ]
+    return zs
+
+
+def vaebm_energy(w: World) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    def energy(state: tuple[Tensor, Tensor]) -> Tensor:
+        eps_x, eps_z = state
+        x = w.decoder(eps_z) + 0.2 * eps_x.flatten(1)
+        total = 3 * w.f_net(x).squeeze(1) + 0.5 * eps_x.flatten(1).square().sum(1) + 0.5 * eps_z.square().sum(1)
+        return total.mean() * len(eps_z)
+
+    return energy
+
+
+@published(vaebm_energy, lambda w: (w.image, w.z), step_size=0.08 / 2, noise_scale=0.08**0.5)
+def vaebm(w: World) -> tuple[Tensor, Tensor]:
+    """VAEBM (Xiao 2021): noise of the data and of the latent together, eta/2 and sqrt(eta), mean times batch size."""
+    eps_x, eps_z = w.image, w.z
+    for _ in range(STEPS):
+        eps_x, eps_z = leaf(eps_x), leaf(eps_z)
+        g_x, g_z = gradient(vaebm_energy(w)((eps_x, eps_z)), eps_x, eps_z)
+        eps_x = eps_x.detach() - 0.04 * g_x + 0.08**0.5 * torch.randn_like(eps_x)
+        eps_z = eps_z.detach() - 0.04 * g_z + 0.08**0.5 * torch.randn_like(eps_z)
+    return eps_x, eps_z
+
+
+@published(
+    lambda w: w.f, lambda w: w.image, log_prob=True, step_size=0.2**2 / 2, noise_scale=0.2, prior_std=0.9
+)
+def coopnets(w: World) -> Tensor:
+    """CoopNets (Xie 2018): x - delta^2/2 (x / sigma^2 - df/dx) + delta xi, Gaussian reference."""
+    x = w.image
+    for _ in range(STEPS):
+        x = leaf(x)
+        g = gradient(w.f(x), x)
+        x = x.detach() - 0.5 * 0.2**2 * (x.detach() / 0.9**2 - g) + 0.2 * torch.randn_like(x)
+    return x
+
+
+DRL_STEP = torch.linspace(0.05, 0.4, CHAINS, dtype=torch.float64).reshape(-1, 1, 1, 1)
+DRL_LEVEL = torch.linspace(0.2, 0.9, CHAINS, dtype=torch.float64)
+
+
+def recovery(w: World) -> Callable[..., Tensor]:
+    return lambda y, noisy, sigma: w.f(y).squeeze(1) - (y - noisy).square().flatten(1).sum(1) / (2 * sigma**2)
+
+
+@published(
+    recovery, lambda w: w.image, given=lambda w: {"args": (w.unit,), "kwargs": {"sigma": DRL_LEVEL}},
+    log_prob=True, step_size=DRL_STEP**2 / 2, noise_scale=DRL_STEP,
+)  # fmt: skip
+def drl(w: World) -> Tensor:
+    """Diffusion recovery likelihood (Gao 2021): a step for each sample, (B, 1, 1, 1), by its noise level."""
+    y = w.image
+    for _ in range(STEPS):
+        y = leaf(y)
+        log_p = w.f(y).sum() - ((y - w.unit) ** 2 / (2 * DRL_LEVEL.reshape(-1, 1, 1, 1) ** 2)).sum()
+        g = gradient(log_p, y)
+        y = y.detach() + 0.5 * DRL_STEP**2 * g + DRL_STEP * torch.randn_like(y)
+    return y
+
+
+LEVELS = (1.0, 0.6, 0.3)
+PER_LEVEL = (3, 3, 1)  # STEPS steps together
+SIGMAS = [sigma for sigma, n in zip(LEVELS, PER_LEVEL, strict=True) for _ in range(n)]
+
+
+def score(w: World) -> Callable[[Tensor, float], Tensor]:
+    return lambda x, sigma: (w.decoder(w.z).reshape(x.shape) * torch.sin(x) - x) / sigma**2
+
+
+@published(
+    score, lambda w: w.image, given=lambda w: {"args": (table(SIGMAS),), "score": True},
+    step_size=table([0.02 * (sigma / LEVELS[-1]) ** 2 for sigma in SIGMAS]), temperature=0.7,
+)  # fmt: skip
+def ncsn(w: World) -> Tensor:
+    """NCSN (Song 2019): x + a_i s(x, sigma_i) + sqrt(2 a_i) xi over annealed levels; tempered, to use that option too."""
+    x = w.image
+    for sigma, n in zip(LEVELS, PER_LEVEL, strict=True):
+        size = 0.02 * (sigma / LEVELS[-1]) ** 2
+        for _ in range(n):
+            x = x + size * score(w)(x, sigma) + (2 * size * 0.7) ** 0.5 * torch.randn_like(x)
+    return x
+
+
+LOW = torch.tensor([-1.0, -0.5, -0.7, -0.2, -0.9, -0.6], dtype=torch.float64)
+HIGH = torch.tensor([0.4, 0.6, 1.0, 0.5, 0.3, 0.8], dtype=torch.float64)
+
+
+@published(
+    lambda w: w.latent, lambda w: w.z, bounds=(LOW, HIGH), max_update=0.1 * (HIGH - LOW) / 2, grad_clip=0.2,
+    step_size=polynomial(0.25, 0.01, STEPS, power=2.0), noise_scale=polynomial(0.05, 0.002, STEPS, power=2.0),
+)  # fmt: skip
+def implicit_bc(w: World) -> Tensor:
+    """Implicit BC (Florence 2021): the noise inside a clipped increment, a box for each action dimension, polynomial decay.
+
+    There lr (g / 2 + N(0, s)) is subtracted; the sign of the noise is immaterial and here the sampler's.
+    """
+    action, s = w.z, 0.1
+    for k in range(STEPS):
+        lr = (0.5 - 0.02) * (1 - k / (STEPS - 1)) ** 2 + 0.02
+        action = leaf(action)
+        g = gradient(w.latent(action), action).clamp(-0.2, 0.2)
+        delta = lr * (0.5 * g - s * torch.randn_like(action))
+        limit = 0.1 * 0.5 * (HIGH - LOW)
+        delta = torch.max(torch.min(delta, limit), -limit)
+        action = torch.max(torch.min(action.detach() - delta, HIGH), LOW)
+    return action
+
+
+@published(
+    lambda w: w.f, lambda w: w.unit,
+    step_size=0.3, noise_scale=0.02, grad_norm_clip=0.3, bounds=(0.0, 1.0), outside="reject",
+)  # fmt: skip
+def nae_reject(w: World) -> Tensor:
+    """Normalised autoencoder (Yoon 2021): gradient norm of each sample limited, samples that leave the box stay."""
+    x = w.unit
+    for _ in range(STEPS):
+        x = leaf(x)
+        g = gradient(w.f(x), x)
+        norm = g.reshape(CHAINS, -1).norm(dim=1).reshape(-1, 1, 1, 1)
+        g = torch.where(norm > 0.3, g * 0.3 / norm, g)
+        new = x.detach() - 0.3 * g + 0.02 * torch.randn_like(x)
+        accept = ((new >= 0) & (new <= 1)).reshape(CHAINS, -1).all(dim=1)
+        x = torch.where(accept.reshape(-1, 1, 1, 1), new, x.detach())
+    return x
+
+
+def to_sphere(z: Tensor) -> Tensor:
+    return z / z.norm(dim=1, keepdim=True)
+
+
+@published(lambda w: w.latent, lambda w: to_sphere(w.z), step_size=0.2, noise_scale=0.1, project=to_sphere)
+def nae_sphere(w: World) -> Tensor:
+    """The same paper's latent chain: projected to the unit sphere after every step."""
+    z = w.z / w.z.pow(2).sum(1, keepdim=True).sqrt()
+    for _ in range(STEPS):
+        z = leaf(z)
+        z = z.detach() - 0.2 * gradient(w.latent(z), z) + 0.1 * torch.randn_like(z)
+        z = z / z.pow(2).sum(1, keepdim=True).sqrt()
+    return z
+
+
+@published(
+    lambda w: w.f, lambda w: w.unit, step_size=2.0, noise_scale=0.005, noise_at="before", grad_norm_clip=0.5,
+    norm_over="tensor", bounds=(0.0, 1.0),
+)  # fmt: skip
+def igebm_tensorflow(w: World) -> Tensor:
+    """ebm_code_release (Du 2019): clip_by_norm of the whole batch's gradient, noise first."""
+    x = w.unit
+    for _ in range(STEPS):
+        x = leaf(x + 0.005 * torch.randn_like(x))
+        g = gradient(w.f(x), x)
+        g = g * min(1.0, 0.5 / float(g.square().sum().sqrt()))
+        x = (x.detach() - 2.0 * g).clamp(0, 1)
+    return x
+
+
+EPSILON = torch.linspace(0.0, 0.5, CHAINS, dtype=torch.float64)
+
+
+@published(
+    lambda w: w.bowl, lambda w: w.image.clamp(-1, 1), step_size=0.1, noise_scale=(2 * 0.1 * EPSILON).sqrt(),
+    bounds=(-1.0, 1.0), bounds_at="end",
+)  # fmt: skip
+def energy_matching(w: World) -> Tensor:
+    """Energy matching (Balcerak 2025): a temperature for each sample, clamp only at the end."""
+    x = w.image.clamp(-1, 1)
+    for _ in range(STEPS):
+        x = leaf(x)
+        noise = (2 * 0.1 * EPSILON).sqrt().reshape(-1, 1, 1, 1) * torch.randn_like(x)
+        x = x.detach() - 0.1 * gradient(w.bowl(x), x) + noise
+    return x.clamp(-1, 1)
+
+
+@published(
+    lambda w: lambda state: w.pair(state["z"], state["r"]), lambda w: {"z": w.z, "r": w.image},
+    step_size={"z": 0.4**2 / 2, "r": 0.6**2 / 2}, noise_scale={"z": 0.4, "r": 0.6}, blocks=(("z",), ("r",)),
+    grad_norm_clip={"r": 0.5}, prior_std={"z": 1.0},
+)  # fmt: skip
+def hat_blocks(w: World) -> list[Tensor]:
+    """HAT-EBM (Hill 2022): latent, then residual at the new latent; only the residual's gradient is clipped."""
+    z, r = w.z, w.image
+    for _ in range(STEPS):
+        z = leaf(z)
+        z = z.detach() - 0.5 * 0.4**2 * (gradient(w.pair(z, r), z) + z.detach()) + 0.4 * torch.randn_like(z)
+        r = leaf(r)
+        g = gradient(w.pair(z, r), r)
+        g = g / (g.reshape(CHAINS, -1).norm(dim=1).reshape(-1, 1, 1, 1) / 0.5).clamp(min=1.0)
+        r = r.detach() - 0.5 * 0.6**2 * g + 0.6 * torch.randn_like(r)
+    return [z, r]
+
+
+IRED_STEP = torch.linspace(1.7, 2.4, CHAINS, dtype=torch.float64)
+
+
+@published(
+    lambda w: w.bowl, lambda w: w.image, step_size=IRED_STEP, noise_scale=0.0, bounds=(-1.5, 1.5), accept="descent"
+)
+def ired(w: World) -> Tensor:
+    """IRED (Du 2024): a gradient step clamped to the level's range, taken only where the energy falls."""
+    x = w.image
+    for _ in range(STEPS):
+        x = leaf(x)
+        energy = w.bowl(x)
+        new = (x - IRED_STEP.reshape(-1, 1, 1, 1) * gradient(energy, x)).detach().clamp(-1.5, 1.5)
+        worse = w.bowl(new) >= energy
+        x = torch.where(worse.reshape(-1, 1, 1, 1), x.detach(), new)
+    return x
+
+
+@published(
+    lambda w: w.f, lambda w: w.image, given=lambda w: {"observed": w.mask}, step_size=0.1, grad_clip=1.0
+)
+def masked(w: World) -> Tensor:
+    """GNN-MRF: observed elements keep their value; gradient clipped by value, eta and sqrt(2 eta)."""
+    x = w.image
+    for _ in range(STEPS):
+        x = leaf(x)
+        g = gradient(w.f(x), x).clamp(-1, 1)
+        new = x.detach() - 0.1 * g + (2 * 0.1) ** 0.5 * torch.randn_like(x)
+        x = torch.where(w.mask, w.image, new)
+    return x
+
+
+@published(
+    lambda w: w.f, lambda w: w.image, log_prob=True, step_size=geometric(0.5, 0.05, STEPS),
+    noise_scale=linear(0.1, 0.0, STEPS), prior_std=2.0,
+)  # fmt: skip
+def lsd(w: World) -> Tensor:
+    """LSD (Grathwohl 2020) and improved CD: step decayed in equal ratios, noise linearly to nothing, Gaussian base."""
+    x = w.image
+    for k in range(STEPS):
+        x = leaf(x)
+        lr = 0.5 * (0.05 / 0.5) ** (k / (STEPS - 1))
+        g = gradient(w.f(x) - x.flatten(1).square().sum(1, keepdim=True) / (2 * 2.0**2), x)
+        x = x.detach() + lr * g + 0.1 * (1 - k / (STEPS - 1)) * torch.randn_like(x)
+    return x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_call_equals_the_loop(name: str, seed: int) -> None:
+    case, world = CASES[name], World(seed)
+    torch.manual_seed(seed)
+    expected = tensors(case.loop(world))
+    torch.manual_seed(seed)
+    assert distance(case.call(world, case.options), expected) < EXACT
+
+
+# Options that only have a meaning together with another go with it.
+TOGETHER = {
+    "bounds": ("clamp_noise", "bounds_at", "outside"),
+    "noise_at": ("clamp_noise",),
+    "grad_norm_clip": ("norm_over",),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, case in CASES.items() for option in case.options]
+)
+def test_every_option_matters(name: str, option: str, seed: int) -> None:
+    case, world = CASES[name], World(seed)
+    gone = (option, *TOGETHER.get(option, ()))
+    fewer = {key: value for key, value in case.options.items() if key not in gone}
+    # a step size cannot go, and without a noise scale the tied conventions would stay as they are
+    if option == "step_size":
+        fewer["step_size"] = 0.37
+    elif option == "noise_scale" and name != "ired":
+        fewer["noise_scale"] = 0.0
+    torch.manual_seed(seed)
+    whole = case.call(world, case.options)
+    torch.manual_seed(seed)
+    assert distance(case.call(world, fewer), whole) > CHANGED
+
+
+def test_from_sgld_is_the_tied_convention_for_layers_and_schedules(seed: int) -> None:
+    case, world = CASES["short_run_layers"], World(seed)
+    for scale in ({0: 0.1, 1: 0.2, 2: 0.3}, {0: lambda k: 0.1, 1: torch.tensor(0.2, dtype=torch.float64), 2: 0.3}):
+        torch.manual_seed(seed)
+        sampler = Langevin.from_sgld(scale, prior_std=1.0, rng="torch")
+        got = sampler.sample(ladder(world), ladder_start(world), STEPS).state
+        torch.manual_seed(seed)
+        assert distance(got, case.loop(world)) < EXACT
+
+
+def test_differentiable_last_step_reaches_the_parameters(seed: int) -> None:
+    """Improved contrastive divergence (Du 2021): the chain, then one more step with its graph."""
+    world = World(seed)
+    parameters = list(world.f_net.parameters())
+    torch.manual_seed(seed)
+    x = world.image
+    for _ in range(STEPS - 1):
+        x = leaf(x)
+        x = x.detach() - 0.3 * gradient(world.f(x), x) + 0.05 * torch.randn_like(x)
+    x = leaf(x)
+    g = torch.autograd.grad(world.f(x).sum(), x, create_graph=True)[0]
+    expected = x - 0.3 * g + 0.05 * torch.randn_like(x)
+    expected_grads = torch.autograd.grad(expected.pow(2).sum(), parameters, allow_unused=True)
+
+    torch.manual_seed(seed)
+    got = langevin(world.f, world.image, STEPS, step_size=0.3, noise_scale=0.05, rng="torch", differentiable=1)
+    assert distance([got], [expected]) < EXACT
+    grads = torch.autograd.grad(got.pow(2).sum(), parameters, allow_unused=True)
+    assert [g is None for g in grads] == [g is None for g in expected_grads]
+    pairs = [(a, b) for a, b in zip(grads, expected_grads, strict=True) if a is not None and b is not None]
+    assert len(pairs) >= 3
+    # gradients of a sum over 128 elements: worst seen 3e-13
+    assert all(float((a - b).abs().max()) < 1e-10 for a, b in pairs)
+
+
+def test_all_steps_differentiable_reach_state_step_size_and_parameters(seed: int) -> None:
+    """EBT (Gladstone 2025): optimisation steps under create_graph with a learnt step size."""
+    world = World(seed)
+
+    def unrolled(start: Tensor, size: Tensor) -> Tensor:
+        x = start
+        for _ in range(4):
+            x = x - size * torch.autograd.grad(world.f(x).sum(), x, create_graph=True)[0]
+        return x
+
+    wanted = [leaf(world.image), torch.tensor(0.05, dtype=torch.float64, requires_grad=True)]
+    inputs = [*wanted, world.f_net[0].weight]
+    expected = torch.autograd.grad(unrolled(*wanted).square().sum(), inputs)
+    with torch.no_grad():  # the sampler switches it on for itself
+        got = langevin(world.f, wanted[0], 4, step_size=wanted[1], noise_scale=0.0, differentiable=True)
+    grads = torch.autograd.grad(got.square().sum(), inputs)
+    for a, b in zip(grads, expected, strict=True):
+        assert float(b.abs().max()) > 1e-3
+        # worst seen 4e-14 relative
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-11

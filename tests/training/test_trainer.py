@@ -1,0 +1,193 @@
+"""The loop: who learns in which stage and from what, resuming, and what happens when it goes astray."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmebm.data.base import MultimodalDataset
+from mmebm.training import Trainer, TrainingDiverged, checkpoint, preset
+from mmebm.training.config import AdamConfig, ChainConfig, Config, GuardConfig, LossConfig, Stage
+from mmebm.training.system import Posterior
+
+
+def networks(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.system.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """The networks (first part of the name) with a parameter that moved."""
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize(
+    "kind, learns",
+    [
+        ("warmup", {"generator", "inference"}),
+        ("prior", {"prior"}),
+        ("joint", {"generator", "inference", "energy", "prior", "latent_step"}),
+    ],
+)
+def test_each_stage_teaches_its_networks(kind: str, learns: set[str], config: Config, data: MultimodalDataset) -> None:
+    trainer = Trainer(config.replace(stages=(Stage(kind, 3),)), data)  # type: ignore[arg-type]
+    before = networks(trainer)
+    list(trainer.run())
+    assert changed(before, networks(trainer)) == learns
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_unequal_shapes_train(net: str, config: Config, data: MultimodalDataset) -> None:
+    """Grey 28x28, colour 14x14 and a vector in one model; the warm-up learns them."""
+    config = config.replace(
+        model=config.model.__class__(latent=3, net=net, generator_width=8, inference_width=8, energy_width=16,  # type: ignore[arg-type]
+                                     energy_trunk_width=4, energy_features=8),
+        stages=(Stage("warmup", 40), Stage("joint", 3)), latent_prior=None, generator=AdamConfig(lr=1e-2),
+        inference=AdamConfig(lr=1e-2),
+    )  # fmt: skip
+    rows = list(Trainer(config, data).run())
+    warm = [row["mse"] for row in rows if row["stage"] == "warmup"]
+    # a constant image has the mse of the data's variance, .8 here
+    assert warm[-1] < 0.5 * warm[0]
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+def test_joint_losses_are_those_of_the_method(config: Config, data: MultimodalDataset) -> None:
+    """With no extension and chains of no steps every term can be written down from the networks before the update."""
+    config = config.replace(
+        stages=(Stage("joint", 1),), latent_prior=None, shuffled_tuples=None,
+        data_chain=ChainConfig(steps=0, step=0.1), latent_chain=ChainConfig(steps=0, step=0.1),
+        loss=LossConfig(generator_real=2.0, generator_revised=3.0, inference_real=5.0, inference_revised=7.0),
+    )  # fmt: skip
+    trainer = Trainer(config, data)
+    before = Trainer(config, data).system  # the same seed: the same weights
+    rng = trainer._rng()
+    x = trainer.batch(rng)
+    seen: dict[str, Tensor] = {}
+
+    def catch_q(given: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        seen["z_q"] = before.inference.sample(given, generator)
+        return seen["z_q"]
+
+    def catch_p(n: int, **options: object) -> Tensor:
+        seen["z_0"] = torch.randn(n, 3)
+        return seen["z_0"]
+
+    trainer.system.inference.sample = catch_q  # type: ignore[method-assign, assignment]
+    trainer.system.prior.draw = catch_p  # type: ignore[method-assign, assignment]
+    row = trainer.joint_step(x, rng)
+    z_q, z_0 = seen["z_q"], seen["z_0"]
+    x_0 = before.generator(z_0)
+    nll, log_q = before.generator.negative_log_likelihood, before.inference.log_prob
+    torch.testing.assert_close(row["loss_generator"], (2 * nll(x, z_q).mean() + 3 * nll(x_0, z_0).mean()).detach())
+    torch.testing.assert_close(
+        row["loss_inference"], -(5 * log_q(z_q, x).mean() + 7 * log_q(z_0, x_0).mean()).detach()
+    )
+    # the energy meets the samples of the generator that step 5 has updated
+    moved = trainer.system.generator(z_0)
+    expected = before.energy(x).mean() - before.energy(moved).mean()
+    torch.testing.assert_close(row["loss_energy"], expected.detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before.energy(moved), before.energy(x_0), rtol=1e-6, atol=0)
+
+
+def test_the_latent_chain_descends_its_posterior(config: Config, data: MultimodalDataset) -> None:
+    """Without noise the chain lowers -log p(x, z): the posterior's energy plus the Gaussian of the prior."""
+    quiet = ChainConfig(steps=20, step="auto", noise=0.0)
+    trainer = Trainer(config.replace(latent_chain=quiet), data)
+    x = trainer.batch(trainer._rng())
+    s = trainer.system
+    s.measure_latent_step(x)
+    z = s.inference.sample(x).detach()
+
+    def target(z: Tensor) -> Tensor:
+        return Posterior(s.generator, s.prior, x)(z) + 0.5 * z.square().sum(1)
+
+    before = target(z)
+    after = target(s.revise_latent(z, x, seed=1).state)
+    assert (after < before).all()
+
+
+def test_resuming_changes_nothing(config: Config, data: MultimodalDataset, tmp_path) -> None:
+    """Stopped in the middle of a stage and read back from disk: the same networks, bit for bit."""
+    whole = Trainer(config, data)
+    list(whole.run())
+    first = Trainer(config, data)
+    for row in first.run():
+        if row["iteration"] >= 12:
+            first.stop = True
+    assert 0 < first.iteration < first.total
+    checkpoint.save(tmp_path / "c.pt", first.state_dict())
+    second = Trainer(config, data)
+    second.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
+    list(second.run())
+    a, b = networks(whole), networks(second)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert second.vae_only is not None and whole.vae_only is not None
+    for net, state in whole.vae_only.items():
+        assert all(torch.equal(value, second.vae_only[net][name]) for name, value in state.items())
+
+
+def test_training_leaves_the_global_generator_alone(config: Config, data: MultimodalDataset) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(Trainer(config, data).run())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_rolls_back_and_goes_on(config: Config, data: MultimodalDataset) -> None:
+    """A NaN in the energy's weights at one iteration: back to the last good state, then on to the end."""
+    trainer = Trainer(config, data)
+    step, hits = trainer._steps["joint"], []
+
+    def poisoned(x: dict[str, Tensor], rng: torch.Generator) -> dict[str, object]:
+        row = step(x, rng)
+        if not hits:
+            hits.append(trainer.iteration)
+            for p in trainer.system.energy.parameters():
+                p.data.fill_(float("nan"))
+        return row
+
+    trainer._steps["joint"] = poisoned
+    rows = list(trainer.run())
+    back = [row for row in rows if "rolled_back" in row]
+    assert len(back) == 1 and back[0]["iteration"] <= hits[0]
+    assert trainer.iteration == trainer.total
+    assert all(torch.isfinite(v).all() for v in networks(trainer).values())
+    assert trainer.lr == 0.5
+
+
+def test_gives_up_after_too_many_rollbacks(config: Config, data: MultimodalDataset) -> None:
+    trainer = Trainer(config.replace(guard=GuardConfig(every=4, rollbacks=2, max_gap=0.0)), data)
+    with pytest.raises(TrainingDiverged, match=r"the energy gap is .* rolled back 2 times already"):
+        list(trainer.run())
+    # what is left is the last good state
+    assert all(torch.isfinite(v).all() for v in networks(trainer).values())
+
+
+def test_latent_alarm_is_in_the_log(config: Config, data: MultimodalDataset) -> None:
+    rows = list(Trainer(config.replace(guard=GuardConfig(every=4, latent_alarm=1e-6)), data).run())
+    assert any("the latent chain may be unstable" in row.get("alarm", "") for row in rows if row["stage"] == "joint")
+
+
+@pytest.mark.parametrize("inference", ["mixture", "per_expert"])
+@pytest.mark.parametrize("model", [{"spectral": True, "energy_scale": 10.0}, {"likelihood": "laplace"},
+                                   {"inference": "product"}, {"inference": "mixture_of_products"}])  # fmt: skip
+def test_switches_run(inference: str, model: dict[str, object], config: Config, data: MultimodalDataset) -> None:
+    import dataclasses
+
+    config = config.replace(
+        model=dataclasses.replace(config.model, **model), loss=LossConfig(inference=inference)  # type: ignore[arg-type]
+    )
+    rows = list(Trainer(config, data).run())
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+def test_paper_preset_has_no_extension() -> None:
+    paper, demo = preset("paper"), preset("demo")
+    assert paper.latent_prior is None and paper.shuffled_tuples is None and paper.loss.elbo == 0
+    assert demo.latent_prior is not None and demo.shuffled_tuples is not None
+    with pytest.raises(ValueError, match=r"preset must be one of \['demo', 'paper', 'polymnist-5k'\], got 'x'"):
+        preset("x")
