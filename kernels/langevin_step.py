@@ -5,38 +5,44 @@
 
 Three kernels:
 
-``_map_kernel``    Whatever needs no sum over a chain: one launch, every element read and written once (x in, g in, x out:
-                   12 bytes an element in fp32). The groups of all chains of a tensor are one flat range, so that memory is
-                   walked without gaps whatever the chain's length; tiles of the tensors follow each other in the grid.
+``_map_kernel``    Whatever needs no sum over a chain: one launch, every element read and written once (x in, g in, x
+                   out: 12 bytes an element in fp32). The groups of all chains of a tensor are one flat range, so that
+                   memory is walked without gaps whatever the chain's length; the tensors' tiles follow each other.
 ``_chain_kernel``  Norm clips, rejection and statistics. A program owns R whole chains of all tensors and passes over
                    them: for the norm of a tensor's gradient, for the check of the bounds, and for the update. Noise is
-                   a function of its counter, so a second pass makes the same proposal again instead of keeping it; what it
-                   reads again mostly lies in cache. Sums are taken in a fixed order, no atomics: results are
-                   reproducible bit for bit. A few long chains would leave the device idle: they are cut into up to
-                   64 splits; the sums of the splits then pass through memory, and the passes are launches (norm, check, update).
+                   a function of its counter, so a second pass makes the same proposal again instead of keeping it, and
+                   what it reads again mostly lies in cache. Sums are taken in a fixed order, without atomics: results
+                   repeat bit for bit. A few long chains would leave the device idle: they are cut into up to 64
+                   splits, whose sums pass through memory, and the passes are launches (norm, check, update).
 ``_norm_kernel``   The partial sums of that case, and of ``norm_over="tensor"``.
 
-How tensors reach the kernel. The gradients are new tensors in every step, so a table of addresses on the device would cost a
-host-to-device copy a step, which a graph capture does not allow from pageable memory, and a flat state with views would need
-the gradients copied together. So all addresses and constants are kernel arguments, in tuples of 1, 2 or 8 tensors (more
-tensors or several dtypes: several launches), and a program selects its tensor's. A captured graph has them baked in and needs
-nothing else alive. Cost on the host, Triton 3.7.1, one Zen 4 core, argument binding and cache key: about 6 us for 1 tensor,
-7 for 2, 16 for 8 (2025-11-22); a replayed graph does not pay it.
+How tensors reach the kernel. The gradients are new tensors in every step: a table of addresses on the device would
+cost a host-to-device copy a step, which a graph capture does not allow from pageable memory, and a flat state with
+views would need the gradients copied together. So all addresses and constants are kernel arguments, in tuples of 1, 2
+or 8 tensors (more tensors or several dtypes: several launches), and a program selects its tensor's. A captured graph
+has them baked in and needs no table kept alive. Host cost of binding the arguments and finding the compiled kernel,
+Triton 3.7.1, one Zen 4 core, 2026-11-22: about 6 us for 1 tensor, 7 for 2, 16 for 8. A replayed graph does not pay
+it.
 
 Specialisation. Triton compiles anew for an argument's type, for the value 1 and for divisibility by 16, and inside
-tuples this cannot be switched off. So integers in tuples, addresses too, are sent as ``2 v + 1`` or ``2 v + 3``: an odd number above 1 has
-no special property (alignment is a flag instead), scalars have declared types, options are bits of a run-time word (a branch
-that all threads take alike), and floats are always fp32. Left as constants of compilation: the dtype, the number of tensors, whether any
-parameter is a tensor, and the shape of a chain kernel's tile. No value of a seed, step, size or option compiles anything anew.
+tuples this cannot be switched off. So integers in tuples, addresses too, are sent as ``2 v + 1`` or ``2 v + 3``: an
+odd number above 1 has no special property (alignment is a flag instead). Scalars have declared types, options are
+bits of a run-time word (a branch that all threads take alike), floats are always fp32. Constants of compilation are
+the dtypes, the number of tensors, whether any parameter is a tensor, and the shape of the chain kernel's tile: no
+value of a seed, step, size or option compiles anything anew. There is no autotuning: it would run the update several
+times on the real state.
 
-``seed`` and ``step`` may be 1-element int64 device tensors, read by the kernel: a replayed graph then draws fresh noise.
-Parameters are floats or float32 tensors of one element or one per chain, read by the kernel as well.
+``seed`` and ``step`` may be 1-element int64 device tensors, read by the kernel: a replayed graph then draws fresh
+noise. Parameters are floats or float32 tensors of one element or one per chain, read by the kernel as well.
 
-Layout. A tile is a (B, G) tensor of B groups of G consecutive elements, G = 4 (fp32) or 8 (16-bit): one 16-byte vector a
-row where the chain's length is a multiple of G and the address of 16, element by element otherwise. Offsets are 64-bit.
+Layout. A tile is a (B, G) tensor of B groups of G consecutive elements, G = 4 (fp32) or 8 (16-bit): one 16-byte
+vector a row where the chain's length is a multiple of G and the address of 16, element by element otherwise. All
+accesses, the noise and the arithmetic share one register layout; nothing of the map kernel passes through shared
+memory. Offsets are 64-bit.
 
-Limits: fp32, bf16, fp16 on CUDA (compute capability 8.0 or later) or ROCm; contiguous tensors are updated in place, others are
-copied first; at most 2^30 - 1 elements a chain and 2^31 - 2^16 groups a tensor (34 GB in fp32); :func:`supports` says what is not taken.
+Limits: fp32, bf16, fp16 on CUDA (compute capability 8.0 or later) or ROCm; contiguous tensors are updated in place,
+others are copied first; fewer than 2^30 elements a chain and 2^31 - 2^16 groups of 4 a tensor (34 GB in fp32).
+:func:`supports` says what is not taken.
 """
 
 from __future__ import annotations
@@ -111,12 +117,12 @@ _SHORT_CHAINS: Final = 8  # chains a program of the chain kernel has where that 
 _ABSENT: Final = 1 << 40  # stands for an address that is never read
 _TILE: Final = 1024  # elements
 _WARPS: Final = 4
-# Below this many programs a device is not full, and long chains are cut. Not a property of the device: the order of sums,
-# and with it the last bit of a norm, would depend on it.
+# Below this many programs a device is not full, and long chains are cut. Not a property of the device: the order of
+# sums, and with it the last bit of a norm, would depend on it.
 _BUSY: Final = 128
 
 
-# ---------------------------------------------------------------------------------------------------------------- device
+# -- device
 
 
 @triton.jit
@@ -223,7 +229,8 @@ def _propose(
         c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
         changed = (tl.abs(g) > c).to(tl.int32)
         g = _clamp(g, -c, c)
-    if NORMED:
+    # nested, as only a constant condition keeps Triton from compiling what is inside
+    if NORMED:  # noqa: SIM102
         if (meta & _NORM) != 0:
             changed = changed | (factor < 1.0).to(tl.int32)
             g = g * factor
@@ -336,7 +343,6 @@ def _sum_of_squares(
 ):  # fmt: skip
     """Of the gradient after the clip by value, over tiles [first, last) of each chain: (R,)."""
     total = tl.zeros([R * C], tl.float32)
-    per_chain = (n + (G - 1)) // G
     for norm_tile in range(first, last):
         norm_group = norm_tile * C + col
         left = tl.where(ok, n - norm_group * G, 0)
@@ -396,9 +402,9 @@ def _chain_kernel(
 ):  # fmt: skip
     """Each program: one split of R chains, all tensors (see the module docstring; ``todo`` holds the bits above).
 
-    Memory that programs share, each may be absent: norms (tensors, chains or 1, norm_parts); outside (chains, columns), a
-    positive number where the split's part of the proposal leaves the bounds; floats (2, chains, columns) the sums of squares
-    of the gradient and of the displacement; counts (2, chains, columns) clipped and non-finite.
+    Memory that programs share, each may be absent: norms (tensors, chains or 1, norm_parts); outside (chains, columns),
+    a positive number where the split's part of the proposal leaves the bounds; floats (2, chains, columns), the sums of
+    squares of the gradient and of the displacement; counts (2, chains, columns), clipped and non-finite.
     """
     B: tl.constexpr = R * C
     pid = tl.program_id(0)
@@ -504,7 +510,7 @@ def _chain_kernel(
         tl.store(counts + place1, _rows(nonfinite, R, C).to(tl.int64), mask=row_ok)
 
 
-# ------------------------------------------------------------------------------------------------------------------ host
+# -- host
 
 _DTYPES: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTERPRETED: Final = isinstance(_map_kernel, InterpretedFunction)
@@ -540,7 +546,7 @@ def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepPar
         numel = prod(xi.shape[1:])
         if numel >= 2**30 or chains * -(-numel // 4) > 2**31 - 2**16:
             return f"tensor {i} of the state is {tuple(xi.shape)}: more than 2^30 - 1 elements a chain or 2^33 in all"
-    for i, (mask, xi) in enumerate(zip(options.observed, x, strict=False)):
+    for i, mask in enumerate(options.observed):
         if mask is not None and (mask.dtype != torch.bool or mask.device != device):
             return f"the observed mask of tensor {i} is {mask.dtype} on {mask.device}, not bool on {device}"
     if isinstance(options.seed, Tensor) and options.seed.device not in (device, torch.device("cpu")):
@@ -589,8 +595,8 @@ def _pack(p: StepParams, x: Tensor) -> _Packed:
             continue
         if not _fits(value, x):
             raise ValueError(
-                f"{name} must be a number or a tensor with one element or one per chain, got shape {tuple(value.shape)} "
-                f"for a state of shape {tuple(x.shape)}"
+                f"{name} must be a number or a tensor with one element or one per chain, "
+                f"got shape {tuple(value.shape)} for a state of shape {tuple(x.shape)}"
             )
         if value.device != x.device:
             raise ValueError(f"{name} must be on {x.device} as the state is, got {value.device}")
@@ -628,7 +634,7 @@ class TritonStepper:
 
     Args:
         options: see :class:`mmebm.ops.langevin_step.StepOptions`; :func:`supports` says what is not taken.
-        tile: elements per program and turn, a power of two from 128 on. It changes no result, except the last bits of norms.
+        tile: elements per program and turn, a power of two from 128 on; changes nothing but the last bits of norms.
         splits: cut every chain of the chain kernel in so many; ``None`` decides by shape.
     """
 
@@ -658,7 +664,7 @@ class TritonStepper:
         if not isinstance(value, Tensor):
             return _signed64(int(value)), 0, None
         if value.numel() != 1 or value.dtype.is_floating_point:
-            raise ValueError(f"{name} must be an int or a 1-element integer tensor, got {tuple(value.shape)} {value.dtype}")
+            raise ValueError(f"{name} must be an int or 1-element int tensor, got {tuple(value.shape)} {value.dtype}")
         if value.device != device:
             if value.device.type != "cpu":
                 raise ValueError(f"{name} must be on {device}, got {value.device}")
@@ -769,7 +775,9 @@ class TritonStepper:
 
     # -- launches
 
-    def _common(self, batch: _Batch, step: int | Tensor, purpose: int, x: Sequence[Tensor]) -> tuple[dict[str, Any], Any]:
+    def _common(
+        self, batch: _Batch, step: int | Tensor, purpose: int, x: Sequence[Tensor]
+    ) -> tuple[dict[str, Any], Tensor | None]:
         device = x[0].device
         if self._seed is None:
             value, address, self._seed_tensor = self._number(self.options.seed, device, "seed")
@@ -792,9 +800,7 @@ class TritonStepper:
         turns = 2 if sum(groups) >= 16 * _BUSY * block else 0
         span_log2 = block.bit_length() - 1 + turns
         grid = sum(-(-count >> span_log2) for count in groups)
-        _map_kernel[(grid,)](
-            **batch.arguments, **common, VECTOR=batch.vector, B=block, span_log2=span_log2
-        )  # fmt: skip
+        _map_kernel[(grid,)](**batch.arguments, **common, VECTOR=batch.vector, B=block, span_log2=span_log2)
 
     def _shape(self, batch: _Batch, x: Sequence[Tensor], per_vector: int) -> tuple[int, int, int]:
         """(chains a program, groups of a chain a turn, splits of a chain) of the chain kernel."""
@@ -825,7 +831,8 @@ class TritonStepper:
             sums = sums.sum(dim=(1, 2))
             return sums, {"norms_at": sums.data_ptr(), "norm_parts": 1, "norm_row_stride": 0, "norm_tensor_stride": 1}
         return sums, {
-            "norms_at": sums.data_ptr(), "norm_parts": splits, "norm_row_stride": splits, "norm_tensor_stride": chains * splits,
+            "norms_at": sums.data_ptr(), "norm_parts": splits, "norm_row_stride": splits,
+            "norm_tensor_stride": chains * splits,
         }  # fmt: skip
 
     def _chain(

@@ -2,17 +2,17 @@
 
 Everything here is inlined into the kernels that use it, works on one-dimensional tensors of counters and makes no
 library call: Philox is integer arithmetic, and log, sin and cos are polynomials over the narrow ranges that Box-Muller
-needs (``u`` in [2^-33, 1], the angle within one turn). So the interpreter runs the arithmetic that the GPU runs, NVIDIA and
-AMD agree, and the slow paths of the library's sine (its only use of the stack) never exist.
+needs (``u`` in [2^-33, 1], the angle within one turn). So the interpreter runs the arithmetic that the GPU runs, NVIDIA
+and AMD agree, and the slow paths of a library sine, with their stack, are not there.
 
 Layout. One Philox call makes four normals for four consecutive elements. A program holds *groups* of ``G`` consecutive
-elements per row of a (B, G) tensor, G = 4 for 32-bit and 8 for 16-bit storage: one 16-byte vector per row. The words of a
-call are joined along new trailing axes and reshaped, which renames registers and moves nothing, so that loads, noise and
-stores share one layout.
+elements per row of a (B, G) tensor, G = 4 for 32-bit and 8 for 16-bit storage: one 16-byte vector per row. The words of
+a call are joined along new trailing axes and reshaped, which renames registers and moves nothing, so that loads, noise
+and stores share one layout.
 
-Accuracy. ``u`` and the angle are bit-equal to :mod:`mmebm.noise`; log is good to about 1e-7 relative also near u = 1, where
-a hardware ``lg2.approx`` (absolute error) would cost 7e-4 in the radius; sine and cosine to about 1e-7. Together the normals
-are within 2e-6 of float64 (tests/kernels/test_langevin_step_interpret.py; tests/gpu repeats it on hardware).
+Accuracy. ``u`` and the angle are bit-equal to :mod:`mmebm.noise`. The log is good to about 1e-7 relative also near
+u = 1, where a hardware ``lg2.approx`` (small absolute error) would cost up to 7e-4 in the radius; sine and cosine to
+about 1e-7. The normals are within 2e-6 of float64: tests/kernels checks it in the interpreter, tests/gpu on hardware.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "box_muller", "join4", "join8", "key_words", "normals", "philox", "rounding_halves", "split4", "split8", "stochastic_round",
+    "box_muller", "join4", "join8", "key_words", "normals", "philox", "rounding_halves", "split4", "split8",
+    "stochastic_round",
 ]  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def _radius(w):
 @triton.jit
 def _cos_sin(w):
     """(cos, sin) of pi a, a the word read as int32 times 2^-31."""
-    turns = w.to(tl.int32, bitcast=True).to(tl.float32) * 9.313225746154785e-10  # half the angle's quarter turns: 2 a
+    turns = w.to(tl.int32, bitcast=True).to(tl.float32) * 9.313225746154785e-10  # 2^-30: quarter turns, 2 a
     # adding 1.5 2^23 rounds to an integer and leaves it in the low bits: no conversion instruction
     shifted = turns + 12582912.0
     quadrant = shifted.to(tl.int32, bitcast=True)
@@ -168,8 +169,8 @@ def stochastic_round(y, half, DTYPE: tl.constexpr):
     bits = y.to(tl.int32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     if DTYPE == tl.bfloat16:
-        # The fraction is the low half of the bits, also for subnormals. "Up" is towards +inf: of a negative number the
-        # magnitude grows where the fraction of the magnitude, counted from the other end, does not exceed the threshold.
+        # The fraction is the low half of the bits, also for subnormals. "Up" is towards +inf, so of a negative number
+        # the magnitude grows where the rest up to the next magnitude does not exceed the threshold.
         h = half.to(tl.int32)
         h = tl.where(bits < 0, 0xFFFF - h, h)
         grow = ((bits & 0xFFFF) > h).to(tl.int32)

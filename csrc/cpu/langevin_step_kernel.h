@@ -669,7 +669,8 @@ void commit_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
     const bool rejected = job.rejected[span.row + r] != 0;
     if (job.stats) {
       const float* y = floats(rejected ? t.x : t.proposal, t.storage, base, n, wide_y);
-      job.moved_squares[span.slot + r] = rejected ? 0.0 : moved_sum(y, floats(t.x, t.storage, base, n, wide_x), n);
+      // also where y is x: infinity less itself is NaN
+      job.moved_squares[span.slot + r] = moved_sum(y, floats(t.x, t.storage, base, n, wide_x), n);
       job.nonfinite[span.slot + r] = nonfinite_count(y, n);
     }
     if (!rejected) {

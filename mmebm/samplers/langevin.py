@@ -396,11 +396,11 @@ class Langevin:
 
     def _run(self, p: _Problem, tensors: list[Tensor]) -> Any:
         chains, device = tensors[0].shape[0], tensors[0].device
-        loop = _Loop(self, p, tensors)
         modules = modules_of(p.energy, *p.calls[0])
         plain = p.steps - p.differentiable
         # with all steps differentiable, the graph reaches back to the given state
         x = [t.clone() if p.differentiable and not plain else t.detach().clone() for t in tensors]
+        loop = _Loop(self, p, x)
         # a network need not take an empty batch
         steps = range(p.steps if chains else 0)
         with torch.no_grad(), sampling(modules, self.mode):
@@ -439,7 +439,9 @@ class _Loop:
                 norm_over=sampler.norm_over, outside=sampler.outside, clamp_noise=sampler.clamp_noise,
                 observed=tuple(self._mask(i) for i in group), rng=sampler.rng, generator=p.generator,
             )  # fmt: skip
-            chosen, self.reason = op.stepper(sampler.backend, [tensors[i] for i in group], options)
+            chosen, self.reason = op.stepper(
+                sampler.backend, [tensors[i].detach() for i in group], options, [p.params[0][i] for i in group]
+            )
             self.backend = chosen.name
             self.steppers.append(chosen)
             self.references.append(chosen if chosen.name == "torch" else op.TorchStepper(options))

@@ -16,9 +16,15 @@ Mode = Literal["eval", "train", "keep"]
 
 # Nothing a chain must care about hides in these, and some are large.
 _LEAVES = (str, bytes, int, float, complex, torch.Tensor, torch.dtype, torch.device, type, types.ModuleType)
-_MAX_DEPTH = 4
+# Nor in these libraries' objects that are no modules (optimizers, data loaders, loggers) and in their functions.
+_LIBRARIES = ("torch", "numpy", "logging", "threading")
+_MAX_DEPTH = 6
 # Energies keep their modules in short containers; long ones are data.
 _MAX_ITEMS = 256
+
+
+def _library(item: Any) -> bool:
+    return (getattr(item, "__module__", None) or "").partition(".")[0] in _LIBRARIES
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -40,15 +46,18 @@ def _parts(item: Any) -> Iterator[Any]:
         yield from (item.__self__, item.__func__)
     else:
         if isinstance(item, types.FunctionType):
+            yield from (item.__defaults__, item.__kwdefaults__)
             for cell in item.__closure__ or ():
                 try:
                     yield cell.cell_contents
                 except ValueError:  # a cell that is not filled yet
                     continue
-            # a script's energy often names its network as a global; the libraries' own functions have none to find
-            if item.__module__ is None or item.__module__.split(".")[0] != "torch":
+            # a script's energy often names its network as a global
+            if not _library(item):
                 for name in _names(item.__code__):
                     yield item.__globals__.get(name)
+        elif _library(type(item)):
+            return
         yield from getattr(item, "__dict__", {}).values()
         for owner in type(item).__mro__:
             slots = owner.__dict__.get("__slots__", ())
@@ -57,8 +66,8 @@ def _parts(item: Any) -> Iterator[Any]:
 
 
 def modules_of(*objects: Any) -> list[nn.Module]:
-    """The modules behind an energy: itself, a method's owner, a partial's parts, a function's closure and the globals
-    it names, an object's fields, the items of short containers."""
+    """The modules behind an energy: itself, a method's owner, a partial's parts, a function's closure, defaults and
+    the globals it names, an object's fields, the items of short containers."""
     found: list[nn.Module] = []
     seen: dict[int, Any] = {}  # holds what it names, so that no id is used twice
     level = list(objects)

@@ -137,11 +137,12 @@ class ShuffledTuplesConfig:
 class Stage:
     """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (latent energy), "joint" (the paper).
 
-    Learning rates fall linearly to ``final_lr`` of their value over the stage.
+    Learning rates go linearly from ``lr`` to ``final_lr`` times the configured ones over the stage.
     """
 
     kind: Literal["warmup", "prior", "joint"]
     iterations: int
+    lr: float = 1.0
     final_lr: float = 1.0
 
 

@@ -197,7 +197,8 @@ class Trainer:
         while self.iteration < self.total and not self.stop:
             stage_index, k = self._position()
             stage = self.config.stages[stage_index]
-            self.lr = (1 + (stage.final_lr - 1) * k / max(stage.iterations - 1, 1)) * 0.5**self.guard.rollbacks
+            done = k / max(stage.iterations - 1, 1)
+            self.lr = (stage.lr + (stage.final_lr - stage.lr) * done) * 0.5**self.guard.rollbacks
             rng = self._rng()
             x = self.batch(rng)
             chain = self.config.latent_chain

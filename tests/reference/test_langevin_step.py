@@ -145,7 +145,8 @@ def test_statistics_by_hand() -> None:
     assert stats.grad_norm[0] == 5.0 and stats.grad_norm[1].isnan()
     torch.testing.assert_close(stats.displacement[0], torch.tensor(2.0).sqrt())
     assert stats.clipped.tolist() == [2, 0] and stats.nonfinite.tolist() == [0, 1]
-    counted = langevin_step(x, g, [None, None], [StepParams(1.0, 0.0, grad_norm_clip=1.0, max_update=0.1)] * 2, stats=True)[1]
+    params = [StepParams(1.0, 0.0, grad_norm_clip=1.0, max_update=0.1)] * 2
+    counted = langevin_step(x, g, [None, None], params, stats=True)[1]
     assert counted is not None and counted.clipped.tolist()[0] == 3
     assert langevin_step(x, g, [None, None], [StepParams(1.0, 0.0)] * 2)[1] is None
 
@@ -215,8 +216,8 @@ def test_arithmetic_is_float32_and_rounding_to_nearest_without_thresholds(dtype:
     wide = x.float() - 0.013 * (g.float() + x.float() / 0.49) + 0.011 * xi.float()
     # the same float32 operations but for the order of two; a tie may fall to the other side
     assert got.dtype == dtype
-    torch.testing.assert_close(got.float(), wide.to(dtype).float(), rtol=2.0**-7 if dtype == torch.bfloat16 else 2.0**-10,
-                               atol=1e-6)  # fmt: skip
+    one_up = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
+    torch.testing.assert_close(got.float(), wide.to(dtype).float(), rtol=one_up, atol=1e-6)
     assert (got == wide.to(dtype)).float().mean() > 0.98
 
 

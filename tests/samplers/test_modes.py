@@ -1,10 +1,9 @@
-"""The user's modules during and after a chain: found wherever they hide, in the mode asked for, and left as they were."""
+"""The user's modules during and after a chain: found wherever they hide, in the mode asked for, left as they were."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,14 +94,18 @@ HIDING: dict[str, Callable[[nn.Module], tuple[Any, tuple[Any, ...]]]] = {
     "partial of a method": lambda net: (functools.partial(Holder(net).energy), ()),
     "keyword of a partial": lambda net: (functools.partial(lambda x, net: net(x), net=net), ()),
     "decorated": lambda net: (decorated(closure(net)), ()),
-    "default argument's list": lambda net: ((lambda nets: lambda x: nets[0](x))([net]), ()),
+    "default of an argument": lambda net: (lambda x, net=net: net(x), ()),
+    "default of a keyword": lambda net: ((lambda x, *, nets=(net,): nets[0](x)), ()),
+    "closure of a list": lambda net: ((lambda nets: lambda x: nets[0](x))([net]), ()),
     "argument": lambda net: (lambda x, net: net(x), (net,)),
     "argument inside a dict": lambda net: (lambda x, nets: nets["a"](x), ({"a": net},)),
 }
 
 
 @pytest.mark.parametrize("way", HIDING)
-@pytest.mark.parametrize(("mode", "training"), [("eval", (False, False)), ("train", (True, True)), ("keep", (True, False))])
+@pytest.mark.parametrize(
+    ("mode", "training"), [("eval", (False, False)), ("train", (True, True)), ("keep", (True, False))]
+)
 def test_modules_are_found_put_in_mode_and_frozen(way: str, mode: Any, training: tuple[bool, bool]) -> None:
     net = Recorder()
     net.inner.eval()  # mixed flags
@@ -166,7 +169,8 @@ def test_mixed_flags_are_restored_also_when_the_energy_raises(mode: Any, differe
             raise KeyError("from the energy")
         return net(x)
 
-    run = functools.partial(langevin, energy, torch.randn(5, 3), 3, step_size=0.1, mode=mode, differentiable=differentiable)
+    options = {"step_size": 0.1, "mode": mode, "differentiable": differentiable}
+    run = functools.partial(langevin, energy, torch.randn(5, 3), 3, **options)
     if raises:
         with pytest.raises(KeyError, match="from the energy"):
             run()
@@ -191,27 +195,23 @@ def test_eval_mode_leaves_buffers_alone_and_train_mode_does_not() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """Counts how often a parametrization is evaluated."""
-    calls = [0]
+class Double(nn.Module):
+    """A parametrization that counts how often it is evaluated."""
 
-    class Double(nn.Module):
-        def forward(self, w: Tensor) -> Tensor:
-            calls[0] += 1
-            return 2 * w
+    calls = 0
 
-    counted.net = nn.Linear(3, 1)  # pyright: ignore
-    parametrize.register_parametrization(counted.net, "weight", Double())  # pyright: ignore
-    calls[0] = 0
-    yield calls
+    def forward(self, w: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * w
 
 
 @pytest.mark.parametrize(("mode", "evaluations"), [("eval", 1), ("keep", 5), ("train", 5)])
 def test_parametrizations_are_evaluated_once_a_chain_in_eval_mode(mode: Any, evaluations: int) -> None:
-    with counted() as calls:
-        langevin(counted.net, torch.randn(2, 3), 5, step_size=0.1, mode=mode)  # pyright: ignore
-        assert calls[0] == evaluations
+    net, double = nn.Linear(3, 1), Double()
+    parametrize.register_parametrization(net, "weight", double)
+    double.calls = 0
+    langevin(net, torch.randn(2, 3), 5, step_size=0.1, mode=mode)
+    assert double.calls == evaluations
 
 
 SPECTRAL = {"parametrization": parametrizations.spectral_norm, "hook": torch.nn.utils.spectral_norm}

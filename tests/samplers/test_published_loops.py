@@ -253,9 +253,7 @@ def vaebm(w: World) -> tuple[Tensor, Tensor]:
     return eps_x, eps_z
 
 
-@published(
-    lambda w: w.f, lambda w: w.image, log_prob=True, step_size=0.2**2 / 2, noise_scale=0.2, prior_std=0.9
-)
+@published(lambda w: w.f, lambda w: w.image, log_prob=True, step_size=0.2**2 / 2, noise_scale=0.2, prior_std=0.9)
 def coopnets(w: World) -> Tensor:
     """CoopNets (Xie 2018): x - delta^2/2 (x / sigma^2 - df/dx) + delta xi, Gaussian reference."""
     x = w.image
@@ -303,7 +301,7 @@ def score(w: World) -> Callable[[Tensor, float], Tensor]:
     step_size=table([0.02 * (sigma / LEVELS[-1]) ** 2 for sigma in SIGMAS]), temperature=0.7,
 )  # fmt: skip
 def ncsn(w: World) -> Tensor:
-    """NCSN (Song 2019): x + a_i s(x, sigma_i) + sqrt(2 a_i) xi over annealed levels; tempered, to use that option too."""
+    """NCSN (Song 2019): x + a_i s(x, sigma_i) + sqrt(2 a_i) xi over annealed levels; tempered, to use that too."""
     x = w.image
     for sigma, n in zip(LEVELS, PER_LEVEL, strict=True):
         size = 0.02 * (sigma / LEVELS[-1]) ** 2
@@ -321,7 +319,7 @@ HIGH = torch.tensor([0.4, 0.6, 1.0, 0.5, 0.3, 0.8], dtype=torch.float64)
     step_size=polynomial(0.25, 0.01, STEPS, power=2.0), noise_scale=polynomial(0.05, 0.002, STEPS, power=2.0),
 )  # fmt: skip
 def implicit_bc(w: World) -> Tensor:
-    """Implicit BC (Florence 2021): the noise inside a clipped increment, a box for each action dimension, polynomial decay.
+    """Implicit BC (Florence 2021): the noise inside a clipped increment, a box for each action dimension, decay.
 
     There lr (g / 2 + N(0, s)) is subtracted; the sign of the noise is immaterial and here the sampler's.
     """
@@ -438,9 +436,7 @@ def ired(w: World) -> Tensor:
     return x
 
 
-@published(
-    lambda w: w.f, lambda w: w.image, given=lambda w: {"observed": w.mask}, step_size=0.1, grad_clip=1.0
-)
+@published(lambda w: w.f, lambda w: w.image, given=lambda w: {"observed": w.mask}, step_size=0.1, grad_clip=1.0)
 def masked(w: World) -> Tensor:
     """GNN-MRF: observed elements keep their value; gradient clipped by value, eta and sqrt(2 eta)."""
     x = w.image

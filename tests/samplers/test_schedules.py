@@ -84,10 +84,10 @@ def test_a_chain_takes_the_value_of_each_step_once(per_chain: bool) -> None:
         ({"step_size": lambda k: 0.1 - 0.05 * k}, r"step_size at step 3 must be finite and at least 0"),
         ({"step_size": lambda k: None}, r"step_size at step 0 must be a number or a tensor, got None"),
         ({"step_size": lambda k: "0.1"}, r"step_size at step 0 must be a number"),
-        ({"step_size": 0.1, "prior_std": table([1.0, 0.0])}, r"prior_std at step 1 must be finite and above 0, got 0.0"),
+        ({"step_size": 0.1, "prior_std": table([1.0, 0.0])}, r"prior_std at step 1 must be finite and above 0"),
         ({"step_size": 0.1, "temperature": lambda k: float("nan")}, r"temperature at step 0 must be finite"),
         ({"step_size": 0.1, "bounds": (linear(0.0, 2.0, 3), 1.0)}, r"bounds must have low <= high, got 2.0 and 1.0"),
-        ({"step_size": 0.1, "grad_clip": lambda k: torch.ones(7)}, r"grad_clip at step 0 of shape \(7,\) does not broad"),
+        ({"step_size": 0.1, "grad_clip": lambda k: torch.ones(7)}, r"grad_clip at step 0 of shape \(7,\) does not"),
     ],
 )
 def test_bad_values_are_found_before_the_chain_starts(options: dict[str, Any], message: str) -> None:

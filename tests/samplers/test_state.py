@@ -1,4 +1,4 @@
-"""States in every structure, settings in every form, and what wrong input gets: an error that names it, before any run."""
+"""States in every structure, settings in every form, and wrong input: an error that names it, before any run."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def test_per_key() -> None:
     assert per_key("a", {1: 2.0}, (0, 1), required=False) == [None, 2.0]
 
 
-@pytest.mark.parametrize("observed", [{"b"}, ["b"], ("b",), frozenset("b"), {"b": True}, {"b": True, "a": False}, {"b": 0}.keys()])
+@pytest.mark.parametrize(
+    "observed", [{"b"}, ["b"], ("b",), frozenset("b"), {"b": True}, {"b": True, "a": False}, {"b": 0}.keys()]
+)
 def test_observed_by_name(observed: Any) -> None:
     assert observed_masks(observed, ("a", "b"), [A, B]) == [False, True]
 
@@ -131,7 +133,7 @@ STATES = [
     ({}, ValueError, "state must hold at least one tensor"),
     ([A, [B]], TypeError, r"state\[1\] must be a tensor, got list"),
     ({"a": 1.0}, TypeError, r"state\['a'\] must be a tensor, got float"),
-    (torch.zeros(2, 3, dtype=torch.long), TypeError, r"state\[0\] must be a dense floating-point tensor, got torch.int64"),
+    (torch.zeros(2, 3, dtype=torch.long), TypeError, r"state\[0\] must be a dense floating-point .* torch.int64"),
     (torch.zeros(2, 3, dtype=torch.cfloat), TypeError, "got torch.complex64"),
     (torch.zeros(2, 3).to_sparse(), TypeError, "got torch.float32, torch.sparse_coo"),
     (torch.zeros(()), ValueError, r"state\[0\] must have a leading chain dimension"),
@@ -214,9 +216,9 @@ CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (A, {"record": ("energy",), "sampler": {"score": True}}, ValueError, 'record="energy" needs an energy'),
     (A, {"differentiable": -1}, ValueError, "differentiable must be an int of at least 0, got -1"),
     (A, {"differentiable": "last"}, TypeError, "differentiable must be an int of at least 0, got 'last'"),
-    (A, {"differentiable": 1, "inplace": True}, ValueError, "differentiable goes without inplace and chunk_size, got 1"),
+    (A, {"differentiable": 1, "inplace": True}, ValueError, "differentiable goes without inplace .* got 1"),
     (A, {"differentiable": True, "chunk_size": 1}, ValueError, "differentiable goes without inplace and chunk_size"),
-    (A, {"chain_offset": 1, "sampler": {"rng": "torch"}}, ValueError, "chain_offset and chunk_size need rng=\"philox\""),
+    (A, {"chain_offset": 1, "sampler": {"rng": "torch"}}, ValueError, 'chain_offset and chunk_size need rng="philox"'),
     (A, {"chunk_size": 1, "sampler": {"norm_over": "tensor", "grad_norm_clip": 1.0}}, ValueError, 'norm_over="tensor"'),
     (torch.zeros(1, 2).expand(3, 2), {"inplace": True}, ValueError, r"inplace needs memory .* state\[0\]"),
     (TWO, {"observed": {"c"}}, ValueError, r"observed names \['c'\] but the state has \['a', 'b'\]"),
@@ -239,9 +241,9 @@ CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (TWO, {"sampler": {"prior_std": {"b": torch.ones(7)}}}, ValueError, r"prior_std\['b'\] of shape \(7,\) does not"),
     (A, {"sampler": {"bounds": (torch.zeros(7), 1)}}, ValueError, r"bounds of shape \(7,\) does not broadcast"),
     (A, {"sampler": {"bounds": (torch.tensor([0.0, 2.0]), 1.0)}}, ValueError, "bounds must have low <= high"),
-    (A, {"sampler": {"grad_norm_clip": torch.ones(3, 2)}}, ValueError, r"grad_norm_clip limits a norm, .* got \(3, 2\)"),
-    (A, {"sampler": {"grad_norm_clip": torch.ones(3), "norm_over": "tensor"}}, ValueError, "grad_norm_clip limits a norm"),
-    (A, {"sampler": {"backend": "gpu"}}, ValueError, "backend must be one of .* got .gpu."),
+    (A, {"sampler": {"grad_norm_clip": torch.ones(3, 2)}}, ValueError, r"grad_norm_clip limits .* got \(3, 2\)"),
+    (A, {"sampler": {"grad_norm_clip": torch.ones(3), "norm_over": "tensor"}}, ValueError, "grad_norm_clip limits a"),
+    (A, {"sampler": {"backend": "gpu"}}, ValueError, "backend must be one of .* got backend=.gpu."),
 ]
 
 
@@ -274,7 +276,7 @@ def test_bad_calls(state: Any, call: dict[str, Any], error: type[Exception], mes
     [
         (lambda x: 1.0, TypeError, "energy must return a tensor, got float"),
         (lambda x: (x.sum(1), None), TypeError, "energy must return a tensor, got tuple"),
-        (lambda x: x.sum(0), ValueError, r"energy must return a scalar or one value per chain \(3, \.\.\.\), got shape \(2,\)"),
+        (lambda x: x.sum(0), ValueError, r"a scalar or one value per chain \(3, \.\.\.\), got shape \(2,\)"),
         (lambda x: x.sum().reshape(1), ValueError, r"one value per chain \(3, \.\.\.\), got shape \(1,\)"),
     ],
 )
@@ -286,7 +288,7 @@ def test_bad_energies(energy: Callable[..., Any], error: type[Exception], messag
 @pytest.mark.parametrize(
     ("state", "score", "error", "message"),
     [
-        (A, lambda x: x.sum(1), ValueError, r"the score must have the state's shapes \{0: \(3, 2\)\}, got \{0: \(3,\)\}"),
+        (A, lambda x: x.sum(1), ValueError, r"the state's shapes \{0: \(3, 2\)\}, got \{0: \(3,\)\}"),
         (A, lambda x: None, TypeError, "the score must be tensors in the state's structure"),
         (TWO, lambda s: {"a": s["a"]}, ValueError, "the score must have the state's shapes"),
         (TWO, lambda s: [s["a"], s["b"]], ValueError, "the score must have the state's shapes"),
@@ -307,7 +309,7 @@ def test_descent_needs_an_energy_for_each_chain() -> None:
     ("options", "message"),
     [
         ({}, "langevin needs step_size"),
-        ({"step_size": 0.1, "stepsize": 0.1, "noise": 1}, r"langevin got unknown options \['noise', 'stepsize'\]; known: "),
+        ({"step_size": 0.1, "stepsize": 0.1, "noise": 1}, r"unknown options \['noise', 'stepsize'\]; known: "),
         ({"step_size": 0.1, "record": ("energy",)}, "langevin returns only the state"),
         ({"step_size": 0.1, "thin": 2}, "langevin returns only the state"),
     ],
@@ -328,7 +330,7 @@ def test_inference_tensors_cannot_be_written_outside() -> None:
 
 
 def test_from_sgld_checks_its_scale() -> None:
-    with pytest.raises(TypeError, match="scale must be a number, .* got 'a'"):
+    with pytest.raises(TypeError, match=r"scale must be a number, .* got 'a'"):
         Langevin.from_sgld("a")
-    with pytest.raises(ValueError, match="scale must be finite and at least 0, got -1.0"):
+    with pytest.raises(ValueError, match=r"scale must be finite and at least 0, got -1\.0"):
         Langevin.from_sgld(-1.0)
