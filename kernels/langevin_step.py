@@ -1,3 +1,6 @@
+# Triton's language is no Python to a type checker: its scalars, loops and launches.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 """One Langevin step for all tensors of the state, in Triton. The update rule is :mod:`mmebm.reference.langevin_step`.
 
     g = clip(g);  g = g + x / prior_std^2;  d = -a g + s xi;  d = clamp(d);  y = x + d;  y = clamp(y) | keep the chain

@@ -1,3 +1,6 @@
+# Triton's language is no Python to a type checker: its scalars, loops and launches.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 """The noise of :mod:`mmebm.noise` as Triton device functions.
 
 Everything here is inlined into the kernels that use it, works on one-dimensional tensors of counters and makes no

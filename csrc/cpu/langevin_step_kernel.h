@@ -483,7 +483,8 @@ MMEBM_INLINE F get(const Values& v, Slot s, int64_t i, int n) {
   return v.element[s] ? load(v.element[s] + i, n) : setf(v.value[s]);
 }
 
-// Everything, asked at run time. `keep`: observed elements, or null. `reject`: low and high are only compared with.
+// Everything, asked at run time. `keep`: observed elements, or null. `reject`: low and high are only compared with, and not
+// where observed.
 Found general(float* out, const float* x, const float* g, const float* z, const uint8_t* keep, int64_t n,
               const Values& v, bool bounds, bool reject) {
   int64_t clipped = 0;
@@ -530,15 +531,16 @@ Found general(float* out, const float* x, const float* g, const float* z, const 
     } else if (z) {
       y = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), xi);
     }
+    const M stays = keep ? bytes(keep + i, m) : none();
     if (bounded) {
-      const F kept = clamp(y, get(v, LOW, i, m), get(v, HIGH, i, m));
+      const F inside = clamp(y, get(v, LOW, i, m), get(v, HIGH, i, m));
       if (reject) {
-        outside = either(outside, both(valid, unequal(kept, y)));
+        outside = either(outside, without(both(valid, unequal(inside, y)), stays));
       } else {
-        y = kept;
+        y = inside;
       }
     }
-    if (keep) y = select(bytes(keep + i, m), xi, y);
+    if (keep) y = select(stays, xi, y);
     store(out + i, y, m);
     clipped += count(both(valid, changed));
   }

@@ -54,6 +54,7 @@ MMEBM_INLINE M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); 
 MMEBM_INLINE M unequal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 MMEBM_INLINE M either(M a, M b) { return static_cast<M>(a | b); }
 MMEBM_INLINE M both(M a, M b) { return static_cast<M>(a & b); }
+MMEBM_INLINE M without(M a, M b) { return static_cast<M>(a & ~b); }
 MMEBM_INLINE M none() { return 0; }
 MMEBM_INLINE M lanes(int n) { return first(n); }
 MMEBM_INLINE int count(M m) { return __builtin_popcount(m); }
@@ -130,6 +131,7 @@ MMEBM_INLINE M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 MMEBM_INLINE M unequal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
 MMEBM_INLINE M either(M a, M b) { return _mm256_or_ps(a, b); }
 MMEBM_INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
+MMEBM_INLINE M without(M a, M b) { return _mm256_andnot_ps(b, a); }
 MMEBM_INLINE M none() { return _mm256_setzero_ps(); }
 MMEBM_INLINE M lanes(int n) { return _mm256_castsi256_ps(first(n)); }
 MMEBM_INLINE int count(M m) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(m))); }
@@ -231,6 +233,7 @@ MMEBM_INLINE M greater(F a, F b) { return a > b; }
 MMEBM_INLINE M unequal(F a, F b) { return a != b; }
 MMEBM_INLINE M either(M a, M b) { return a | b; }
 MMEBM_INLINE M both(M a, M b) { return a & b; }
+MMEBM_INLINE M without(M a, M b) { return a & ~b; }
 MMEBM_INLINE M none() { return I{0, 0, 0, 0}; }
 MMEBM_INLINE M lanes(int n) { return first(n); }
 MMEBM_INLINE int count(M m) { return -(m[0] + m[1] + m[2] + m[3]); }

@@ -13,7 +13,7 @@ from mmebm.evaluation import figures
 from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
-from mmebm.training.checkpoint import write_atomically
+from mmebm.files import write_atomically
 from mmebm.training.run import POINTS, Run
 
 TITLES = {"vae": "VAE only", "x0": "x0: generator", "xk": "xk: after Langevin"}

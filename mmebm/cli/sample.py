@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mmebm.cli.common import pick_device
-from mmebm.training.checkpoint import write_atomically
+from mmebm.files import write_atomically
 from mmebm.training.run import Run
 
 

@@ -16,8 +16,8 @@ from mmebm import __version__
 from mmebm.cli.common import pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
-from mmebm.training import PRESETS, Config, Trainer, preset
-from mmebm.training import checkpoint as files
+from mmebm.files import write_atomically
+from mmebm.training import PRESETS, Config, Trainer, checkpoint, preset
 from mmebm.training.config import override
 from mmebm.training.run import CHECKPOINT, Run, load_data
 
@@ -70,7 +70,7 @@ def _commit() -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    files.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 class _Log:
@@ -108,7 +108,7 @@ def train(arguments: argparse.Namespace) -> int:
         if given or arguments.set:
             raise ValueError(f"--resume goes on with the stored configuration; leave out {', '.join(given) or '--set'}")
         folder = Path(arguments.resume)
-        content = files.load(folder / CHECKPOINT, device)
+        content = checkpoint.load(folder / CHECKPOINT, device)
         config = Config.from_json(content["config"])
     else:
         config = _config(arguments)
@@ -141,7 +141,7 @@ def _train(trainer: Trainer, folder: Path) -> bool:
     """Trains to the end or to Ctrl-C, saving on the way; returns whether the end was reached."""
 
     def save() -> None:
-        files.save(folder / CHECKPOINT, trainer.state_dict())
+        checkpoint.save(folder / CHECKPOINT, trainer.state_dict())
 
     def stop(number: int, frame: Any) -> None:
         # the first Ctrl-C ends the iteration in hand and saves; a second one ends at once, the last save stays

@@ -12,11 +12,9 @@ the same interface, and its accuracy of 1 holds by construction.
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmebm.data.base import Modality, MultimodalDataset, check_count
+from mmebm.files import write_atomically
 
 __all__ = ["Classifiers", "fit_classifiers"]
 
@@ -175,16 +174,7 @@ class Classifiers:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything to ``path`` (atomically), readable by :meth:`load` and torch.load(weights_only=True)."""
-        buffer = io.BytesIO()
-        torch.save(self.state_dict(), buffer)
-        path = Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(buffer.getvalue())
-            part.replace(path)
-        finally:
-            with suppress(FileNotFoundError):
-                part.unlink()
+        write_atomically(Path(path), lambda file: torch.save(self.state_dict(), file))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifiers:

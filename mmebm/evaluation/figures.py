@@ -6,15 +6,15 @@ imported when a figure is drawn, without pyplot: no global state, no window, wha
 
 from __future__ import annotations
 
-import io
 import os
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+
+from mmebm.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -388,14 +388,6 @@ def _cells(figure: Figure, box: tuple[float, float, float, float], size: tuple[f
 
 
 def _write(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # so that equal figures are equal files
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(buffer.getvalue())
-        part.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
-    return path
+    # no software version in it, so that equal figures are equal files
+    write_atomically(Path(path), lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+    return Path(path)

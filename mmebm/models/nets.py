@@ -43,19 +43,19 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and min(shape[1:]) >= 4
 
 
-def _halvings(shape: Sequence[int]) -> int:
-    # down to a side of 3 or 4, at most three times
-    return min(3, max(1, int(math.log2(min(shape[1:]) / 3))))
+def _halvings(shape: Sequence[int], side: int) -> int:
+    """How often an image is halved until its shorter side is at most ``side``; at least once."""
+    return max(1, math.ceil(math.log2(min(shape[1:]) / side)))
 
 
 def encoder(shape: Sequence[int], out: int, *, net: Net, width: int, depth: int, act: str) -> nn.Sequential:
     """(n, *shape) -> (n, out). "conv" halves images by strided convolutions; vectors get an MLP in both cases."""
     if net == "conv" and is_image(shape):
-        layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 3, padding=1), activation(act)]
-        channels, side = width, list(shape[1:])
-        for _ in range(_halvings(shape)):
-            layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1), activation(act)]
-            channels, side = 2 * channels, [s // 2 for s in side]
+        layers: list[nn.Module] = []
+        channels, side = shape[0], list(shape[1:])
+        for i in range(_halvings(shape, 4)):
+            layers += [nn.Conv2d(channels, width * 2**i, 4, stride=2, padding=1), activation(act)]
+            channels, side = width * 2**i, [s // 2 for s in side]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * math.prod(side), out))
     return nn.Sequential(nn.Flatten(), *mlp([math.prod(shape), *[width] * depth, out], act))
 
@@ -74,7 +74,8 @@ class _Crop(nn.Module):
 def decoder(latent: int, shape: Sequence[int], *, net: Net, width: int, depth: int, act: str) -> nn.Sequential:
     """(n, latent) -> (n, *shape) in (-1, 1) (tanh)."""
     if net == "conv" and is_image(shape):
-        halvings = _halvings(shape)
+        # small maps stop at a side of 7 or 8: most of the cost is there where the maps are large
+        halvings = _halvings(shape, 8)
         side = [-(-s // 2**halvings) for s in shape[1:]]
         channels = width * 2**halvings
         layers: list[nn.Module] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,15 @@ from mmebm.reference.langevin_step import langevin_step, perturb, stochastic_rou
 
 # 5.7 standard deviations: exceeded with probability 1.2e-8
 SIGMAS = 5.7
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: on a busy machine, waiting for a second thread takes 70 times the work (measured)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def step(x: Tensor, g: Tensor, xi: Tensor | None = None, **options: Any) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,15 @@ from mmebm.samplers.schedules import linear, table
 # exceeded with probability 1.2e-8 by a normal number, so that all of this file together gives a false alarm in fewer
 # than one of 10^6 runs.
 SIGMAS = 5.7
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: on a busy machine, waiting for a second thread takes 70 times the work (measured)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def quadratic(x: Tensor) -> Tensor:

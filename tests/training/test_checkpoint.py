@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmebm.files import write_atomically
 from mmebm.training import checkpoint
 
 
@@ -25,7 +26,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, broken)
+        write_atomically(path, broken)
     assert checkpoint.load(path)["iteration"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 

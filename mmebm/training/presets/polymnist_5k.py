@@ -19,7 +19,7 @@ def config() -> Config:
         preset="polymnist-5k",
         data=DataConfig("polymnist-5k"),
         model=ModelConfig(
-            latent=64, net="conv", generator_width=24, inference_width=16, energy_trunk_width=12, sigma=0.2,
+            latent=64, net="conv", generator_width=16, inference_width=16, energy_trunk_width=16, sigma=0.2,
         ),
         data_chain=ChainConfig(steps=5, travel=2.5, noise=0.005, clamp=True),
         latent_chain=ChainConfig(steps=5, step="auto"),

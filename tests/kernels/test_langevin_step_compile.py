@@ -1,0 +1,184 @@
+"""Compiles every specialisation of the Triton ``langevin_step`` for GPUs that need not be there.
+
+Fails where a register spills, where a kernel needs more shared memory or registers than it is known to, and where the hot
+kernel loses its 16-byte accesses. The default selection compiles all of sm_90 and, for the other targets, the corners of
+the table (narrowest and widest tuples, all dtypes); ``-m "compile and slow"`` has the rest.
+
+Worst figures, Triton 3.7.1 with its own ptxas, 2026-11-22 (registers; shared memory in bytes), no spill anywhere:
+
+    map, sm_80, sm_90, sm_100    fp32 72, 16-bit 72; 0
+    chain, the same              fp32 TBD, 16-bit TBD; TBD
+    norm, the same               TBD; 16
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mmebm.kernels import langevin_step as room  # noqa: E402
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
+]
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+# The registers of one thread; 128 threads a program. 80 leave an SM of 64K registers 24 warps of the map kernel, enough
+# to keep its memory busy with two 16-byte loads a thread in flight; 255 is what the hardware has.
+REGISTERS = {"map": 80, "chain": 255, "norm": 64}
+# Bytes. The map kernel shares nothing on NVIDIA; on AMD, 16-bit tensors change layout once (a vector of 4 words there).
+SHARED = {"map": 0, "chain": 1024, "norm": 256}
+SHARED_AMD = 4096
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One specialisation: what :mod:`mmebm.kernels.langevin_step` leaves constant."""
+
+    kernel: str
+    dtype: str
+    grad: str
+    tensors: int
+    vector: bool = True
+    rows: int = 1
+
+    def __str__(self) -> str:
+        kind = "tensors" if self.vector else "floats"
+        extra = {"map": f"-{kind}", "chain": f"-rows{self.rows}", "norm": ""}[self.kernel]
+        return f"{self.kernel}-{self.dtype}-grad_{self.grad}-{self.tensors}{extra}"
+
+
+def specs() -> list[Spec]:
+    pairs = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
+    out = []
+    for dtype, grad in pairs:
+        for width in room._WIDTHS["map"]:
+            out += [Spec("map", dtype, grad, width, vector) for vector in (False, True)]
+        for width in room._WIDTHS["chain"]:
+            out += [Spec("chain", dtype, grad, width, rows=rows) for rows in (1, room._SHORT_CHAINS)]
+            out.append(Spec("norm", dtype, grad, width))
+    # a gradient wider than the state's 16 bits
+    out += [Spec("map", "bf16", "fp32", 1, False), Spec("chain", "bf16", "fp32", 1)]
+    return out
+
+
+def corner(spec: Spec) -> bool:
+    """The narrowest and the widest of each kernel, in fp32 and in one 16-bit format: fp16 differs by a few roundings."""
+    widest = room._WIDTHS["map"][-1]
+    if spec.dtype == "fp16" or spec.dtype != spec.grad:
+        return False
+    if spec.kernel == "map":
+        return (spec.tensors, spec.vector) in ((1, False), (widest, True))
+    return spec.tensors == widest
+
+
+CASES = [(name, spec) for name in TARGETS for spec in specs()]
+QUICK = [case for case in CASES if case[0] == "sm_90" or corner(case[1])]
+
+
+def source(spec: Spec) -> ASTSource:
+    """The specialisation as a launch would ask for it: annotated scalars, tuples of odd integers and of floats."""
+    kernel = {"map": room._map_kernel, "chain": room._chain_kernel, "norm": room._norm_kernel}[spec.kernel]
+    group = 4 if spec.dtype == "fp32" else 8
+    block = room._TILE // group
+    constants = {"GDTYPE": DTYPES[spec.grad], "T": spec.tensors, "G": group}
+    if spec.kernel == "map":
+        constants |= {"DTYPE": DTYPES[spec.dtype], "VECTOR": spec.vector, "B": block}
+    elif spec.kernel == "chain":
+        constants |= {"DTYPE": DTYPES[spec.dtype], "R": spec.rows, "C": block // spec.rows}
+    else:
+        constants |= {"C": block}
+    tuples = {name: ("i64",) * spec.tensors for name in ("xs", "gs", "ms")}
+    tuples |= {name: ("i32",) * spec.tensors for name in ("ns", "metas", "streams")}
+    tuples |= {"fs": ("fp32",) * (8 * spec.tensors), "vs": ("i64",) * (8 * spec.tensors)}
+    signature = {}
+    for parameter in kernel.params:
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = tuples.get(parameter.name) or parameter.annotation_type
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants)
+
+
+def figures(case: tuple[str, Spec]) -> dict[str, int] | str:
+    """Registers, shared memory, spills and vector accesses of one case, or what went wrong. Runs in its own process."""
+    target, spec = case
+    try:
+        compiled = triton.compile(
+            source(spec), target=TARGETS[target], options={"num_warps": room._WARPS, "enable_fp_fusion": True}
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if TARGETS[target].backend == "hip":
+        text = compiled.asm["amdgcn"]
+        return {
+            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
+            "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1)),
+            "shared": compiled.metadata.shared,
+            "vectors": len(re.findall(r"global_(?:load|store)_dwordx4", text)),
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = lambda tool, *arguments: subprocess.run(
+            [str(TOOLS / tool), *arguments, file.name], capture_output=True, text=True, check=True
+        ).stdout
+        usage, code = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        # local memory is used for nothing else here: no arrays, no library sine
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "vectors": len(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*\.128\b", code)),
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, Spec], dict[str, int] | str]:
+    """The figures of all selected cases, compiled on all cores."""
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == test_compiles_within_budget.__name__]
+    wanted = [item.callspec.params["case"] for item in items]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context) as pool:
+        return dict(zip(wanted, pool.map(figures, wanted), strict=True))
+
+
+def parameters():
+    for case in CASES:
+        marks = () if case in QUICK else (pytest.mark.slow,)
+        yield pytest.param(case, id=f"{case[0]}-{case[1]}", marks=marks)
+
+
+@pytest.mark.parametrize("case", parameters())
+def test_compiles_within_budget(case, compiled) -> None:
+    target, spec = case
+    found = compiled[case]
+    assert isinstance(found, dict), found
+    assert found["spills"] == 0, found
+    assert found["registers"] <= (256 if target == "gfx942" else REGISTERS[spec.kernel]), found
+    assert found["shared"] <= (SHARED_AMD if target == "gfx942" else SHARED[spec.kernel]), found
+    if spec.kernel == "map":
+        # at least: load x, load g, store x
+        assert found["vectors"] >= 3, found
