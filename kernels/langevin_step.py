@@ -223,10 +223,18 @@ def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr
 
 @triton.jit
 def _propose(
-    x, g, factor, t, fs, vs, meta, chain, ok, group, offset, step, stream, k0, k1,
+    x_stored, g_stored, factor, t, fs, vs, meta, chain, ok, group, offset, step, stream, k0, k1,
     T: tl.constexpr, VECTOR: tl.constexpr, NORMED: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """x + d, before the bounds, and where a clip changed something. ``factor`` is the norm clip's (NORMED)."""
+    # The noise first: it needs most registers, and nothing but what was loaded has to be kept meanwhile
+    xi = tl.zeros(x_stored.shape, tl.float32)
+    if (meta & _NOISE) != 0:
+        global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
+        xi = normals(group.to(tl.uint32), global_chain, step, stream, k0, k1, G)
+        xi *= _param(t, fs, vs, meta, chain, ok, _NOISE_SCALE, T, VECTOR)
+    x = x_stored.to(tl.float32)
+    g = g_stored.to(tl.float32)
     changed = tl.zeros(x.shape, tl.int32)
     if (meta & _CLIP) != 0:
         c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
@@ -241,18 +249,21 @@ def _propose(
         # not 1 / std^2, which overflows where the quotient does not
         inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, _PRIOR_STD, T, VECTOR)
         g = g + x * inverse * inverse
-    d = tl.zeros(x.shape, tl.float32)
+    d = xi
     if (meta & _GRAD) != 0:
-        d = -_param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
-    if (meta & _NOISE) != 0:
-        scale = _param(t, fs, vs, meta, chain, ok, _NOISE_SCALE, T, VECTOR)
-        global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
-        d = d + scale * normals(group.to(tl.uint32), global_chain, step, stream, k0, k1, G)
+        d = xi - _param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
     if (meta & _MAX) != 0:
         m = _param(t, fs, vs, meta, chain, ok, _MAX_UPDATE, T, VECTOR)
         changed = changed | (tl.abs(d) > m).to(tl.int32)
         d = _clamp(d, -m, m)
     return x + d, changed
+
+
+@triton.jit
+def _observed(mask_address, n, meta, chain, left, group, G: tl.constexpr):
+    """Where the mask says that the old value stays, as bytes."""
+    row = tl.where((meta & _MASK_ROWS) != 0, chain.to(tl.int64) * n, 0)
+    return _load(mask_address, row + group * G, left, meta, tl.uint8, G)
 
 
 @triton.jit
@@ -269,9 +280,7 @@ def _finish(
         halves = rounding_halves(group.to(tl.uint32), global_chain, step, tag, k0, k1)
         out = stochastic_round(y, halves, DTYPE)
     if (meta & _MASK) != 0:
-        row = tl.where((meta & _MASK_ROWS) != 0, chain.to(tl.int64) * n, 0)
-        observed = _load(mask_address, row + group * G, left, meta, tl.uint8, G)
-        out = tl.where(observed != 0, x_stored, out)
+        out = tl.where(_observed(mask_address, n, meta, chain, left, group, G) != 0, x_stored, out)
     return out
 
 
@@ -313,11 +322,11 @@ def _map_kernel(
         place = chain.to(tl.int64) * n + group * G
 
         x_stored = _load(x_at, place, left, meta, DTYPE, G)
-        g = tl.zeros([B, G], tl.float32)
+        g_stored = tl.zeros([B, G], GDTYPE)
         if (meta & _GRAD) != 0:
-            g = _load(g_at, place, left, meta, GDTYPE, G).to(tl.float32)
+            g_stored = _load(g_at, place, left, meta, GDTYPE, G)
         y, _changed = _propose(
-            x_stored.to(tl.float32), g, 1.0, t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1,
+            x_stored, g_stored, 1.0, t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1,
             T, VECTOR, False, G,
         )  # fmt: skip
         y = _bounds(y, t, fs, vs, meta, chain, ok, T, VECTOR)
@@ -433,6 +442,7 @@ def _chain_kernel(
     for turn in range(tl.where((todo & _CHECK) != 0, 0, 1), tl.where((todo & _UPDATE) != 0, 2, 1)):
         # in the update pass: what the check pass found, all of each chain's groups together
         keeps = _spread(_rows(outside, R, C), R, C) != 0
+        counting = ((todo & _STATS) != 0) & (turn == 1)
         for t in range(tensors):
             x_at, g_at, m_at = _select(t, xs, 0, 1, T) >> 1, _select(t, gs, 0, 1, T) >> 1, _select(t, ms, 0, 1, T) >> 1
             n = (_select(t, ns, 0, 1, T) - 3) >> 1
@@ -467,17 +477,25 @@ def _chain_kernel(
                 place = chain.to(tl.int64) * n + group * G
 
                 x_stored = _load(x_at, place, left, meta, DTYPE, G)
-                x = x_stored.to(tl.float32)
-                g = _load(g_at, place, left, meta, GDTYPE, G).to(tl.float32)
+                g_stored = _load(g_at, place, left, meta, GDTYPE, G)
+                # each statistic as early as it can be, so that fewer values wait in registers
+                if counting:
+                    g = g_stored.to(tl.float32)
+                    grad2 += tl.sum(g * g, axis=1)
                 y, changed = _propose(
-                    x, g, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1,
-                    T, True, True, G,
+                    x_stored, g_stored, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream,
+                    k0, k1, T, True, True, G,
                 )  # fmt: skip
+                if counting:
+                    clipped += tl.sum(tl.where(valid, changed, 0), axis=1)
                 if turn == 0:
                     if (meta & (_LOW | _HIGH)) != 0:
                         # not equal also where y is NaN
-                        leaves = (_bounds(y, t, fs, vs, meta, chain, ok, T, True) != y) & valid
-                        outside = outside | tl.max(leaves.to(tl.int32), axis=1)
+                        leaves = ((_bounds(y, t, fs, vs, meta, chain, ok, T, True) != y) & valid).to(tl.int32)
+                        if (meta & _MASK) != 0:
+                            # what stays anyway rejects nothing
+                            leaves = tl.where(_observed(m_at, n, meta, chain, left, group, G) != 0, 0, leaves)
+                        outside = outside | tl.max(leaves, axis=1)
                 else:
                     if (todo & _REJECT) == 0:
                         y = _bounds(y, t, fs, vs, meta, chain, ok, T, True)
@@ -487,12 +505,10 @@ def _chain_kernel(
                     )  # fmt: skip
                     out = tl.where(keeps[:, None], x_stored, out)
                     _store(x_at, place, out, left, meta, DTYPE, G)
-                    if (todo & _STATS) != 0:
+                    if counting:
                         new = out.to(tl.float32)
-                        move = tl.where(valid, new - x, 0.0)
-                        grad2 += tl.sum(g * g, axis=1)
+                        move = tl.where(valid, new - x_stored.to(tl.float32), 0.0)
                         moved2 += tl.sum(move * move, axis=1)
-                        clipped += tl.sum(tl.where(valid, changed, 0), axis=1)
                         # inf - inf and NaN - NaN are NaN, anything finite minus itself is 0
                         nonfinite += tl.sum((((new - new) != 0.0) & valid).to(tl.int32), axis=1)
 
@@ -653,6 +669,8 @@ class TritonStepper:
             raise ValueError(f"rng must be 'philox' for the triton backend, got {options.rng!r}")
         self.options = options
         self._tile = tile
+        # one group a thread: with two, the passes of the chain kernel spill
+        self._chain_groups = min(32 * _WARPS, tile // 4)
         self._splits = splits
         self._streams = [2 * noise.stream(i) + 3 for i in options.streams]
         self._masks: dict[int, tuple[tuple[int, ...], Tensor | None]] = {}
@@ -683,8 +701,9 @@ class TritonStepper:
             return None, 0
         cached = self._masks.get(i)
         if cached is None or cached[0] != tuple(x.shape):
-            shape = torch.broadcast_shapes(source.shape, x.shape)
-            if shape != x.shape or source.dtype != torch.bool or source.device != x.device:
+            pairs = zip(reversed(source.shape), reversed(x.shape), strict=False)
+            broadcasts = source.dim() <= x.dim() and all(m in (1, n) for m, n in pairs)
+            if not broadcasts or source.dtype != torch.bool or source.device != x.device:
                 raise ValueError(
                     f"the observed mask of tensor {i} must be bool on {x.device} and broadcast to {tuple(x.shape)}, "
                     f"got {source.dtype} {tuple(source.shape)} on {source.device}"
@@ -807,7 +826,7 @@ class TritonStepper:
 
     def _shape(self, batch: _Batch, x: Sequence[Tensor], per_vector: int) -> tuple[int, int, int]:
         """(chains a program, groups of a chain a turn, splits of a chain) of the chain kernel."""
-        block, chains = self._tile // per_vector, x[0].shape[0]
+        block, chains = self._chain_groups, x[0].shape[0]
         longest = max(-(-prod(x[i].shape[1:]) // per_vector) for i in batch.members)
         if self._splits is not None:
             return 1, block, self._splits

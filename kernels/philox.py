@@ -170,20 +170,25 @@ def rounding_halves(group, chain, step, stream, k0, k1):
 def stochastic_round(y, half, DTYPE: tl.constexpr):
     """float32 ``y`` to bfloat16 or float16, up where the fraction left over exceeds (half + 1/2) 2^-16."""
     bits = y.to(tl.int32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
     if DTYPE == tl.bfloat16:
-        # The fraction is the low half of the bits, also for subnormals. "Up" is towards +inf, so of a negative number
-        # the magnitude grows where the rest up to the next magnitude does not exceed the threshold.
+        # The fraction is the low half of the bits, also for subnormals; that of inf is 0. "Up" is towards +inf, so of a
+        # negative number the magnitude grows where the rest up to the next magnitude does not exceed the threshold.
         h = half.to(tl.int32)
         h = tl.where(bits < 0, 0xFFFF - h, h)
-        grow = ((bits & 0xFFFF) > h).to(tl.int32)
-        rounded = (((bits >> 16) + grow) << 16).to(tl.float32, bitcast=True)
+        high = (bits >> 16) + ((bits & 0xFFFF) > h).to(tl.int32)
+        high = tl.where(y != y, 0x7FC0, high)
+        out = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         # a unit in the last place of float16 at y is a power of two: scaling by it is exact, subnormals included
         exponent = tl.maximum((bits >> 23) & 0xFF, 113)
         ulp = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
-        scaled = y * ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+        scaled = tl.abs(y) * ((264 - exponent) << 23).to(tl.float32, bitcast=True)
         down = tl.floor(scaled)
-        up = (scaled - down) > (half.to(tl.float32) + 0.5) * 1.52587890625e-05
-        rounded = (down + up.to(tl.float32)) * ulp
-    return tl.where(finite, rounded, y).to(DTYPE)
+        fraction = scaled - down
+        threshold = (half.to(tl.float32) + 0.5) * 1.52587890625e-05
+        # of a negative number 1 - fraction is what is left over; the comparison turned round stays exact
+        grow = tl.where(bits < 0, fraction >= 1.0 - threshold, fraction > threshold)
+        rounded = (down + grow.to(tl.float32)) * ulp
+        rounded = tl.where(bits < 0, -rounded, rounded)
+        out = tl.where((bits & 0x7F800000) != 0x7F800000, rounded, y).to(DTYPE)
+    return out

@@ -41,8 +41,10 @@
 namespace mmebm {
 namespace {
 
-// Two rows of noise can overhang: one vector of counters, 4 W elements.
-constexpr int64_t PADDED = TILE + 4 * W + 16;
+// Vectors of counters that are worked on side by side.
+constexpr int TURN = 2;
+// Noise may overhang its tile by what one turn makes.
+constexpr int64_t PADDED = TILE + 4 * W * TURN + 16;
 
 // The purposes of noise.py that this op draws for, besides DRIFT = 0.
 constexpr uint32_t ROUNDING = 4, PERTURB_ROUNDING = 5;
@@ -82,34 +84,38 @@ struct Counters {
   I c0, c1, c2, c3;
 };
 
-template <int FROM>
-MMEBM_INLINE void rounds(Counters& c, const uint64_t* k0, const uint64_t* k1) {
+// Rounds FROM to 9 of N sets of counters side by side: one round waits for the one before it, so a single set would leave
+// the multipliers idle most of the time.
+template <int FROM, int N>
+MMEBM_INLINE void rounds(Counters* c, const OneChain& s) {
   const I m0 = seti64(0xD2511F53ull), m1 = seti64(0xCD9E8D57ull);
 #pragma GCC unroll 10
   for (int r = FROM; r < 10; ++r) {
-    const I p0 = mul_low(c.c0, m0), p1 = mul_low(c.c2, m1);
-    c.c0 = xor3(high_half(p1), c.c1, seti64(k0[r]));
-    c.c1 = p1;
-    c.c2 = xor3(high_half(p0), c.c3, seti64(k1[r]));
-    c.c3 = p0;
+    const I k0 = seti64(s.k0[r]), k1 = seti64(s.k1[r]);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const I p0 = mul_low(c[i].c0, m0), p1 = mul_low(c[i].c2, m1);
+      c[i].c0 = xor3(high_half(p1), c[i].c1, k0);
+      c[i].c1 = p1;
+      c[i].c2 = xor3(high_half(p0), c[i].c3, k1);
+      c[i].c3 = p0;
+    }
   }
 }
 
-MMEBM_INLINE Counters philox_one(I block, const OneChain& s) {
+// The first three rounds of counters (block, chain of s, ...), then the rest.
+template <int N>
+MMEBM_INLINE void philox_one(const I* block, const OneChain& s, Counters* c) {
   const I m0 = seti64(0xD2511F53ull), m1 = seti64(0xCD9E8D57ull);
-  const I p0 = mul_low(block, m0);                           // round 1
-  const I q1 = mul_low(xor2(high_half(p0), seti64(s.c2_1)), m1);  // round 2
-  const I r0 = mul_low(xor2(high_half(q1), seti64(s.c0_2)), m0);  // round 3
-  const I r1 = mul_low(xor2(p0, seti64(s.c2_2)), m1);
-  Counters c = {xor3(high_half(r1), q1, seti64(s.k0[2])), r1, xor2(high_half(r0), seti64(s.c2_3)), r0};
-  rounds<3>(c, s.k0, s.k1);
-  return c;
-}
-
-MMEBM_INLINE Counters philox_any(I block, I chain, Key key, const OneChain& s) {
-  Counters c = {block, chain, seti64(key.step), seti64(key.stream)};
-  rounds<0>(c, s.k0, s.k1);
-  return c;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    const I p0 = mul_low(block[i], m0);                              // round 1
+    const I q1 = mul_low(xor2(high_half(p0), seti64(s.c2_1)), m1);  // round 2
+    const I r0 = mul_low(xor2(high_half(q1), seti64(s.c0_2)), m0);  // round 3
+    const I r1 = mul_low(xor2(p0, seti64(s.c2_2)), m1);
+    c[i] = {xor3(high_half(r1), q1, seti64(s.k0[2])), r1, xor2(high_half(r0), seti64(s.c2_3)), r0};
+  }
+  rounds<3, N>(c, s);
 }
 
 MMEBM_INLINE F radius(I word) {
@@ -174,22 +180,26 @@ MMEBM_INLINE void emit(const Counters& even, const Counters& odd, char* out) {
                 interleave(even.c3, odd.c3), out);
 }
 
-// Blocks [first, first + count) of one chain, up to a multiple of W of them.
+// Blocks [first, first + count) of one chain, up to a multiple of TURN W of them.
 template <bool NORMALS>
 MMEBM_INLINE void draw_chain(Key key, uint32_t chain, int64_t first, int64_t count, char* out) {
   OneChain s;
   OneChain::init(s, key, chain);
-  alignas(64) uint32_t lanes_even[W], lanes_odd[W];
-  for (int i = 0; i < W; i += 2) {
-    lanes_even[i] = static_cast<uint32_t>(first) + counter_of_lane(i);
-    lanes_odd[i] = static_cast<uint32_t>(first) + counter_of_lane(i + 1);
-    lanes_even[i + 1] = lanes_odd[i + 1] = 0;
+  alignas(64) uint32_t lanes_of[2 * TURN][W];
+  for (int i = 0; i < 2 * TURN; ++i) {
+    for (int lane = 0; lane < W; lane += 2) {
+      lanes_of[i][lane] = static_cast<uint32_t>(first + i / 2 * W) + counter_of_lane(lane + i % 2);
+      lanes_of[i][lane + 1] = 0;
+    }
   }
-  I even = loadi(lanes_even), odd = loadi(lanes_odd);
-  for (int64_t i = 0; i < count; i += W) {
-    emit<NORMALS>(philox_one(even, s), philox_one(odd, s), out + 16 * i);
-    even = addi(even, seti(W));
-    odd = addi(odd, seti(W));
+  I block[2 * TURN];
+  for (int i = 0; i < 2 * TURN; ++i) block[i] = loadi(lanes_of[i]);
+  for (int64_t done = 0; done < count; done += TURN * W) {
+    Counters c[2 * TURN];
+    philox_one<2 * TURN>(block, s, c);
+#pragma GCC unroll 2
+    for (int i = 0; i < TURN; ++i) emit<NORMALS>(c[2 * i], c[2 * i + 1], out + 16 * (done + i * W));
+    for (int i = 0; i < 2 * TURN; ++i) block[i] = addi(block[i], seti(TURN * W));
   }
 }
 
@@ -197,46 +207,52 @@ MMEBM_INLINE void draw_chain(Key key, uint32_t chain, int64_t first, int64_t cou
 template <bool NORMALS, int SIZE>
 MMEBM_INLINE void draw_chains(Key key, uint32_t chain, int64_t rows, int64_t elements, char* out) {
   constexpr int64_t PER = 16 / SIZE;
-  const int64_t blocks = (elements + PER - 1) / PER;
+  const int64_t blocks = (elements + PER - 1) / PER, total = rows * blocks;
   const int64_t last = (elements - (blocks - 1) * PER) * SIZE;  // bytes of a chain's last block that are its own
   OneChain s;
   OneChain::init(s, key, 0);
-  alignas(64) uint32_t block0[W], chain0[W];
-  for (int i = 0; i < W; ++i) {
-    const int64_t at = counter_of_lane(i);
-    block0[i] = static_cast<uint32_t>(at % blocks);
-    chain0[i] = chain + static_cast<uint32_t>(at / blocks);
-  }
-  I block = loadi(block0), row = loadi(chain0);
-  const I stride = seti(static_cast<uint32_t>(W % blocks)), rows_stride = seti(static_cast<uint32_t>(W / blocks));
-  const I limit = seti(static_cast<uint32_t>(blocks)), zero = seti(0), one = seti(1);
-  int64_t column = 0;
-  const int64_t total = rows * blocks;
-  for (int64_t i = 0; i < total; i += W) {
-    const Counters even = philox_any(block, row, key, s);
-    const Counters odd = philox_any(high_half(block), high_half(row), key, s);
-    if (last == 16) {
-      emit<NORMALS>(even, odd, out);
-      out += 16 * W;
-    } else {
-      alignas(64) char group[16 * W];
-      emit<NORMALS>(even, odd, group);
-      const int64_t inside = total - i < W ? total - i : W;
-      for (int64_t j = 0; j < inside; ++j) {
-        memcpy(out, group + 16 * j, 16);
-        if (++column == blocks) {
-          column = 0;
-          out += last;
-        } else {
-          out += 16;
-        }
-      }
+  I block[TURN], row[TURN];
+  for (int i = 0; i < TURN; ++i) {
+    alignas(64) uint32_t block0[W], row0[W];
+    for (int lane = 0; lane < W; ++lane) {
+      const int64_t at = i * W + counter_of_lane(lane);
+      block0[lane] = static_cast<uint32_t>(at % blocks);
+      row0[lane] = chain + static_cast<uint32_t>(at / blocks);
     }
-    block = addi(block, stride);
-    row = addi(row, rows_stride);
-    const I wrapped = where_less(block, limit, zero, limit);
-    row = addi(row, where_less(block, limit, zero, one));
-    block = subi(block, wrapped);
+    block[i] = loadi(block0);
+    row[i] = loadi(row0);
+  }
+  const I stride = seti(static_cast<uint32_t>(TURN * W % blocks));
+  const I row_stride = seti(static_cast<uint32_t>(TURN * W / blocks));
+  const I limit = seti(static_cast<uint32_t>(blocks)), zero = seti(0), one = seti(1);
+  const I step = seti64(key.step), stream = seti64(key.stream);
+  int64_t column = 0;
+  for (int64_t done = 0; done < total; done += TURN * W) {
+    Counters c[2 * TURN];
+#pragma GCC unroll 2
+    for (int i = 0; i < TURN; ++i) {
+      c[2 * i] = {block[i], row[i], step, stream};
+      c[2 * i + 1] = {high_half(block[i]), high_half(row[i]), step, stream};
+      block[i] = addi(block[i], stride);
+      row[i] = addi(addi(row[i], row_stride), where_less(block[i], limit, zero, one));
+      block[i] = subi(block[i], where_less(block[i], limit, zero, limit));
+    }
+    rounds<0, 2 * TURN>(c, s);
+    alignas(64) char group[16 * W * TURN];
+    char* const to = last == 16 ? out : group;
+#pragma GCC unroll 2
+    for (int i = 0; i < TURN; ++i) emit<NORMALS>(c[2 * i], c[2 * i + 1], to + 16 * W * i);
+    if (last == 16) {  // chains follow each other without a gap
+      out += 16 * W * TURN;
+      continue;
+    }
+    const int64_t inside = total - done < TURN * W ? total - done : TURN * W;
+    for (int64_t j = 0; j < inside; ++j) {
+      memcpy(out, group + 16 * j, 16);
+      const bool ends = ++column == blocks;
+      column = ends ? 0 : column;
+      out += ends ? last : 16;
+    }
   }
 }
 
@@ -246,9 +262,9 @@ void draw(Key key, uint32_t chain, int64_t rows, int64_t begin, int64_t end, voi
   constexpr int64_t PER = 16 / SIZE;
   char* out = static_cast<char*>(buffer);
   const int64_t elements = end - begin;
-  const int64_t vectors = (elements + PER * W - 1) / (PER * W);
+  const int64_t turn = PER * W * TURN, made = (elements + turn - 1) / turn * turn;
   // By chain where at most one lane in 16 is wasted on what lies behind the chain's end.
-  if (rows == 1 || vectors * PER * W * 16 <= elements * 17) {
+  if (rows == 1 || made * 16 <= elements * 17) {
     for (int64_t r = 0; r < rows; ++r) {
       draw_chain<NORMALS>(key, chain + static_cast<uint32_t>(r), begin / PER, (elements + PER - 1) / PER,
                           out + r * elements * SIZE);
@@ -334,34 +350,41 @@ void round_to(const float* y, Storage storage, const uint16_t* h, void* to, int6
 
 // ------------------------------------------------------------------------------------------------------------------ sums
 
-MMEBM_INLINE double lanes_sum(const double* lane) {
-  double sum = 0.0;
-  for (int i = 0; i < 16; ++i) sum += lane[i];
-  return sum;
+MMEBM_INLINE double lanes_sum(double* lane) {
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
 }
 
-// of clamp(g, -clip, clip); clip = inf leaves g alone, a NaN too
-double square_sum(const float* g, int64_t n, float clip) {
-  double lane[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    for (int j = 0; j < 16; ++j) {
-      float v = g[i + j];
-      v = v < -clip ? -clip : v;
-      v = v > clip ? clip : v;
-      lane[j] += static_cast<double>(v) * static_cast<double>(v);
-    }
+// 16 elements from p on, as far as there are: the rest is 0. By vectors, so that what reads `out` need not wait for it.
+MMEBM_INLINE void load_16(float* out, const float* p, int64_t n) {
+  for (int i = 0; i < 16; i += W) {
+    const int64_t rest = n - i;
+    store(out + i, rest >= W ? load(p + i) : rest > 0 ? load(p + i, static_cast<int>(rest)) : setf(0.0f));
   }
-  for (int j = 0; i + j < n; ++j) {
-    float v = g[i + j];
-    v = v < -clip ? -clip : v;
-    v = v > clip ? clip : v;
-    lane[j] += static_cast<double>(v) * static_cast<double>(v);
+}
+
+// Of clamp(g, -clip, clip), where CLIP; a NaN stays.
+template <bool CLIP>
+double square_sum(const float* g, int64_t n, float clip) {
+  alignas(64) double lane[16] = {};
+  for (int64_t i = 0; i < n; i += 16) {
+    alignas(64) float v[16];
+    load_16(v, g + i, n - i);
+    for (int j = 0; j < 16; ++j) {
+      if (CLIP) {
+        v[j] = v[j] < -clip ? -clip : v[j];
+        v[j] = v[j] > clip ? clip : v[j];
+        v[j] = i + j < n ? v[j] : 0.0f;  // a negative limit makes something of nothing
+      }
+      lane[j] += static_cast<double>(v[j]) * static_cast<double>(v[j]);
+    }
   }
   return lanes_sum(lane);
 }
 
-// the same with a limit per element
+// The same with a limit per element.
 double square_sum(const float* g, int64_t n, const float* clip) {
   double lane[16] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -374,24 +397,27 @@ double square_sum(const float* g, int64_t n, const float* clip) {
 }
 
 double moved_sum(const float* y, const float* x, int64_t n) {
-  double lane[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
+  alignas(64) double lane[16] = {};
+  for (int64_t i = 0; i < n; i += 16) {
+    alignas(64) float to[16], from[16];
+    load_16(to, y + i, n - i);
+    load_16(from, x + i, n - i);
     for (int j = 0; j < 16; ++j) {
-      const float moved = y[i + j] - x[i + j];
+      const float moved = to[j] - from[j];
       lane[j] += static_cast<double>(moved) * static_cast<double>(moved);
     }
-  }
-  for (int j = 0; i + j < n; ++j) {
-    const float moved = y[i + j] - x[i + j];
-    lane[j] += static_cast<double>(moved) * static_cast<double>(moved);
   }
   return lanes_sum(lane);
 }
 
+// y - y is 0 for a number and NaN for what is not finite.
 int64_t nonfinite_count(const float* y, int64_t n) {
   int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) total += (float_bits(y[i]) & 0x7f800000u) == 0x7f800000u;
+  for (int64_t i = 0; i < n; i += W) {
+    const int m = n - i < W ? static_cast<int>(n - i) : W;
+    const F v = load(y + i, m);
+    total += count(both(lanes(m), unequal(sub(v, v), sub(v, v))));
+  }
   return total;
 }
 
@@ -564,7 +590,7 @@ MMEBM_INLINE Span span_of(const StepJob& job, const StepTensor& t, int64_t tile)
 
 MMEBM_INLINE double clipped_squares(const float* g, int64_t n, const Values& v) {
   if (v.element[GRAD_CLIP]) return square_sum(g, n, v.element[GRAD_CLIP]);
-  return square_sum(g, n, v.has[GRAD_CLIP] ? v.value[GRAD_CLIP] : __builtin_inff());
+  return v.has[GRAD_CLIP] ? square_sum<true>(g, n, v.value[GRAD_CLIP]) : square_sum<false>(g, n, 0.0f);
 }
 
 // n elements from `base` on as floats, in `buffer` where they are stored in 16 bits.
@@ -621,12 +647,12 @@ void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
                       (z ? O_NOISE : 0) | (given(MAX_UPDATE) ? O_MAX_UPDATE : 0) | (bounded ? O_BOUNDS : 0);
   const int64_t pieces = by_chain ? span.rows : 1, length = by_chain ? n : total;
 
+  Values v;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t at = piece * length, slot = span.slot + piece;
     const float* gi = g ? g + at : nullptr;
     const float* zi = z ? z + at : nullptr;
-    Values v;
-    at_chain(t, span.row + piece, base + at, v);
+    if (piece == 0 || chain_constants || element_constants) at_chain(t, span.row + piece, base + at, v);
     if (simple) {
       PLAIN[options](out + at, x + at, gi, zi, length, v);
       continue;
@@ -640,13 +666,13 @@ void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
     const Found found = general(out + at, x + at, gi, zi, keep, length, v, job.bounds, job.reject);
     if (job.stats) {
       job.clipped[slot] = found.clipped;
-      job.grad_squares[slot] = square_sum(gi, length, __builtin_inff());
+      job.grad_squares[slot] = square_sum<false>(gi, length, 0.0f);
     }
     if (job.reject) job.outside[slot] = found.outside;
   }
 
   if (wide) {
-    alignas(64) uint16_t halves[PADDED + 4 * W];
+    alignas(64) uint16_t halves[PADDED + 4 * W * TURN];
     const uint32_t purpose = job.drift ? ROUNDING : PERTURB_ROUNDING;
     draw<false, 2>({job.seed, job.step, purpose << 24 | t.index}, chain, span.rows, span.begin, span.end, halves);
     uint16_t* stored = static_cast<uint16_t*>(target) + base;

@@ -59,12 +59,14 @@ def _store(y: Tensor, like: Tensor, threshold: Tensor | None) -> Tensor:
     return y.to(like.dtype) if threshold is None else stochastic_round(y, like.dtype, threshold)
 
 
-def _clamp(y: Tensor, low: Any, high: Any) -> Tensor:
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        # torch.clamp takes two tensors or two numbers
-        low = torch.as_tensor(low, dtype=y.dtype, device=y.device) if low is not None else None
-        high = torch.as_tensor(high, dtype=y.dtype, device=y.device) if high is not None else None
-    return y if low is None and high is None else torch.clamp(y, low, high)
+def clamp(y: Tensor, low: Any, high: Any) -> Tensor:
+    """``y`` in [low, high], each a number, a tensor or None; NaN stays NaN."""
+    if low is None and high is None:
+        return y
+    if low is None or high is None or isinstance(low, Tensor) == isinstance(high, Tensor):
+        return torch.clamp(y, low, high)
+    # torch.clamp takes two tensors or two numbers
+    return torch.clamp(torch.clamp(y, min=low), max=high)
 
 
 def _norm_factor(g: Tensor, limit: Any, over: NormOver) -> Tensor:
@@ -88,7 +90,7 @@ def perturb(
     for i, (xi, ni, p) in enumerate(zip(x, noise, params, strict=True)):
         y = widen(xi) if ni is None else widen(xi) + p.noise_scale * ni
         if clamp_noise:
-            y = _clamp(y, p.low, p.high)
+            y = clamp(y, p.low, p.high)
         y = _store(y, xi, thresholds[i] if thresholds else None)
         mask = observed[i] if observed else None
         out.append(y if mask is None else torch.where(mask, xi, y))
@@ -127,7 +129,7 @@ def langevin_step(
         if p.grad_clip is not None:
             if changed is not None:
                 changed = changed | (g.abs() > p.grad_clip)
-            g = _clamp(g, -p.grad_clip, p.grad_clip)
+            g = clamp(g, -p.grad_clip, p.grad_clip)
         if p.grad_norm_clip is not None:
             factor = _norm_factor(g, p.grad_norm_clip, norm_over)
             if changed is not None:
@@ -141,12 +143,12 @@ def langevin_step(
         if p.max_update is not None:
             if changed is not None:
                 changed = changed | (d.abs() > p.max_update)
-            d = _clamp(d, -p.max_update, p.max_update)
+            d = clamp(d, -p.max_update, p.max_update)
         y = wide + d
         if outside == "clamp":
-            y = _clamp(y, p.low, p.high)
+            y = clamp(y, p.low, p.high)
         elif p.low is not None or p.high is not None:
-            fits = _clamp(y, p.low, p.high) == y
+            fits = clamp(y, p.low, p.high) == y
             ok = per_chain(fits if mask is None else fits | mask).all(dim=1)
             inside = ok if inside is None else inside & ok
         y = _store(y, xi, thresholds[i] if thresholds else None)

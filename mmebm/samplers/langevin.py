@@ -19,7 +19,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops import langevin_step as op
 from mmebm.ops.params import NormOver, Outside, StepParams
-from mmebm.reference.langevin_step import per_chain, widen
+from mmebm.reference.langevin_step import clamp, per_chain, widen
 from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.state import (
@@ -470,11 +470,7 @@ class _Loop:
         end, mask = self.problem.ends[i], self.problem.masks[i]
         if mask is True:
             return x
-        y = widen(x)
-        for bound, limit in ((end.low, torch.maximum), (end.high, torch.minimum)):
-            if bound is not None:
-                y = limit(y, torch.as_tensor(bound, dtype=y.dtype, device=y.device))
-        y = y.to(x.dtype)
+        y = clamp(widen(x), end.low, end.high).to(x.dtype)
         return torch.where(mask, x, y) if isinstance(mask, Tensor) else y
 
     def step(self, k: int, x: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
@@ -590,7 +586,10 @@ class _Loop:
         if not isinstance(out, Tensor) or out.shape != y.shape or out.dtype != y.dtype:
             raise ValueError(f"project must return a tensor of shape {tuple(y.shape)} and {y.dtype}, got {out!r:.80}")
         mask = self._mask(i)
-        return out if mask is None else torch.where(mask, y, out)
+        if mask is not None:
+            return torch.where(mask, y, out)
+        # what the function returns may be the user's own tensor, and a stepper may overwrite the state
+        return out if out is y else out.clone(memory_format=torch.contiguous_format)
 
     def _descend(
         self, group: list[int], k: int, x: list[Tensor], old: list[Tensor], y: list[Tensor], energy: Tensor | None,

@@ -51,8 +51,10 @@ class ModelConfig:
 class ChainConfig:
     """One Langevin chain: x <- x - (s^2/2) dE/dx + noise xi.
 
-    The step ``s`` is given by ``step`` (a number, or "auto": ``auto_fraction`` of the largest stable one, measured
-    every ``auto_every`` iterations on the worst chain), or by ``travel`` = steps s^2, a number or one per modality.
+    The step ``s`` is given by ``step`` (a number, or "auto": ``auto_fraction`` of the largest stable one, measured on a
+    batch every ``auto_every`` iterations), or by ``travel`` = steps s^2, a number or one per modality. The chains of a
+    batch differ in their limits; "auto" takes the quantile ``auto_quantile`` of them. The very worst chain (0) is often
+    four times stiffer than all but a few, and then nothing moves; outputs bounded by tanh keep those few finite.
     ``noise=None`` ties the noise to the step (temperature 1). ``clamp`` keeps the chain in [-1, 1].
     """
 
@@ -62,6 +64,7 @@ class ChainConfig:
     noise: float | None = None
     clamp: bool = False
     auto_fraction: float = 0.7
+    auto_quantile: float = 0.05
     auto_every: int = 100
 
     def __post_init__(self) -> None:

@@ -98,12 +98,11 @@ class System(nn.Module):
 
     @torch.no_grad()
     def measure_latent_step(self, x: Batch, generator: torch.Generator | None = None) -> None:
-        """Sets the latent step to ``auto_fraction`` of the stable limit of the worst chain (``step="auto"``)."""
-        z = self.inference.sample(x, generator)
-        limit = largest_stable_step(
-            Posterior(self.generator, self.prior, x), z, prior_std=1.0, generator=generator
-        ).min()
-        self.latent_step.copy_(self.config.latent_chain.auto_fraction * limit)
+        """Sets the latent step from the curvature of the posterior at inferred z (``step="auto"``)."""
+        chain, z = self.config.latent_chain, self.inference.sample(x, generator)
+        posterior = Posterior(self.generator, self.prior, x)
+        limits = largest_stable_step(posterior, z, prior_std=1.0, generator=generator)
+        self.latent_step.copy_(chain.auto_fraction * limits.quantile(chain.auto_quantile))
 
     @torch.no_grad()
     def generate(self, n: int, *, seed: int) -> dict[str, Tensor]:

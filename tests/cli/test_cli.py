@@ -61,7 +61,7 @@ def test_samples_are_natural_and_repeatable(run: Path, tmp_path: Path) -> None:
         return dict(np.load(tmp_path / name))
 
     a = draw("a.npz", "--n", "30", "--seed", "3")
-    assert a["mnist"].dtype == np.float32 and a["mnist"].shape == (30, 1, 28, 28)
+    assert a["mnist"].dtype == np.float32 and a["mnist"].shape == (30, 1, 14, 14)
     assert a["optdigits"].shape == (30, 1, 8, 8)
     assert a["mnist"].min() >= 0 and a["mnist"].max() <= 1
     assert set(a["word"]) <= set(WORDS) and "label" not in a

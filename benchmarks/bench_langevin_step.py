@@ -1,0 +1,285 @@
+"""The update of a Langevin step, and whole chains of them, against hand-written loops and the peers.
+
+    python -m pytest benchmarks/bench_langevin_step.py
+
+Every implementation passes a parity gate before it is timed: without noise it computes the reference's update, and with
+noise the displacement has the mean and the variance it must have. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmebm
+from mmebm import native
+from mmebm.ops import langevin_step as op
+from mmebm.ops.params import StepParams
+
+STEP_SIZE, NOISE_SCALE = 0.01, 0.005
+Update = Callable[[int], object]
+
+UPDATES: dict[str, list[tuple[int, ...]]] = {
+    "4,096 floats": [(64, 64)],
+    "150,528 floats": [(64, 3, 28, 28)],
+    "752,640 floats": [(320, 3, 28, 28)],
+    "3,010,560 floats": [(1280, 3, 28, 28)],
+    "5 tensors of 150,528 floats": [(64, 3, 28, 28)] * 5,
+    "4,090 floats, 10 a chain": [(409, 10)],
+}
+
+
+def eager(x: Sequence[Tensor], grad: Sequence[Tensor], scale: float) -> Update:
+    """The loop that people write, in place."""
+
+    def update(step: int) -> None:
+        for t, g in zip(x, grad, strict=True):
+            t.add_(g, alpha=-STEP_SIZE)
+            t.add_(torch.randn_like(t), alpha=scale)
+            t.clamp_(0, 1)
+
+    return update
+
+
+def compiled(x: Sequence[Tensor], grad: Sequence[Tensor], scale: float) -> Update:
+    """The same loop under torch.compile."""
+
+    def body(x: Sequence[Tensor], grad: Sequence[Tensor]) -> None:
+        for t, g in zip(x, grad, strict=True):
+            t.copy_((t - STEP_SIZE * g + scale * torch.randn_like(t)).clamp(0, 1))
+
+    torch._dynamo.reset()
+    function = torch.compile(body, fullgraph=True)
+    try:
+        function(x, grad)
+    except Exception as error:
+        pytest.skip(f"torch.compile cannot build this here: {error}")
+    return lambda step: function(x, grad)
+
+
+def with_stepper(backend: str) -> Callable[[Sequence[Tensor], Sequence[Tensor], float], Update]:
+    def prepare(x: Sequence[Tensor], grad: Sequence[Tensor], scale: float) -> Update:
+        state = list(x)
+        n = len(state)
+        options = op.StepOptions(seed=1, streams=tuple(range(n)), noisy=(True,) * n)
+        try:
+            stepper, _ = op.stepper(backend, state, options)
+        except native.BackendError as error:
+            pytest.skip(str(error))
+        params = [StepParams(STEP_SIZE, scale, low=0.0, high=1.0)] * n
+
+        def update(step: int) -> None:
+            out, _ = stepper.step(state, grad, params, step, with_noise=True, stats=False)
+            if not stepper.inplace:
+                state[:] = out
+                for t, y in zip(x, out, strict=True):
+                    t.copy_(y)
+
+        return update
+
+    return prepare
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], Update]] = {
+    "eager": eager,
+    "torch.compile": compiled,
+    "mmebm torch": with_stepper("torch"),
+    "mmebm cpp": with_stepper("cpp"),
+}
+
+
+def tensors(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = [torch.rand(shape, generator=generator) for shape in shapes]
+    return x, [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def gate(prepare: Callable[[Sequence[Tensor], Sequence[Tensor], float], Update]) -> None:
+    """Nothing is timed that does not compute the update."""
+    x, grad = tensors([(64, 3, 28, 28), (64, 10)], seed=1)
+    exact = [(t.double() - STEP_SIZE * g.double()).clamp(0, 1) for t, g in zip(x, grad, strict=True)]
+    ours = [t.clone() for t in x]
+    prepare(ours, grad, 0.0)(0)
+    # torch.compile ran once more, to compile
+    again = [(y - STEP_SIZE * g.double()).clamp(0, 1) for y, g in zip(exact, grad, strict=True)]
+    errors = [max(float((y - e).abs().max()) for y, e in zip(ours, ends, strict=True)) for ends in (exact, again)]
+    assert min(errors) < 1e-6, f"the update without noise is off by {min(errors)}"
+    middle = [torch.full_like(t, 0.5) for t in x]
+    prepare(middle, [torch.zeros_like(g) for g in grad], NOISE_SCALE)(0)
+    moved = (middle[0] - 0.5).double().flatten() / NOISE_SCALE
+    n, steps = moved.numel(), round(float(moved.var()))
+    assert steps in (1, 2) and abs(moved.var() / steps - 1) < 6 * math.sqrt(2 / n), f"variance {moved.var()}"
+    assert abs(moved.mean()) < 6 * math.sqrt(steps / n), f"mean {moved.mean()}"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("workload", UPDATES)
+def test_update(benchmark: Any, workload: str, implementation: str) -> None:
+    prepare = IMPLEMENTATIONS[implementation]
+    gate(prepare)
+    x, grad = tensors(UPDATES[workload])
+    update = prepare(x, grad, NOISE_SCALE)
+    elements = sum(t.numel() for t in x)
+    benchmark.group = f"update, {workload}, {torch.get_num_threads()} threads"
+    benchmark.extra_info.update(implementation=implementation, elements=elements)
+    count = iter(range(1 << 62))
+    # short updates are timed in bunches, so that the clock does not count
+    bunch = max(1, 200_000 // elements)
+
+    def run() -> None:
+        for _ in range(bunch):
+            update(next(count))
+
+    rounds = max(20, min(2000, 100_000_000 // (elements * bunch)))
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=5)
+    scale_times(benchmark, bunch)
+
+
+def scale_times(benchmark: Any, count: int) -> None:
+    """The times of ``count`` calls become those of one."""
+    data = benchmark.stats.stats.data
+    data[:] = [seconds / count for seconds in data]
+
+
+# -- options
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "value clip and prior": {"grad_clip": 1.0, "prior_std": 1.0},
+    "norm clip": {"grad_norm_clip": 10.0},
+    "step size per chain": {"step_size": torch.full((64, 1, 1, 1), STEP_SIZE)},
+    "statistics": {},
+}
+
+
+def eager_option(name: str, x: Tensor, g: Tensor) -> None:
+    if name == "value clip and prior":
+        g = g.clamp(-1.0, 1.0) + x
+    if name == "norm clip":
+        g = g * (10.0 / g.flatten(1).norm(dim=1).clamp_min(10.0)).view(-1, 1, 1, 1)
+    before = x.clone() if name == "statistics" else x
+    if name == "step size per chain":
+        x.sub_(OPTIONS[name]["step_size"] * g)
+    else:
+        x.add_(g, alpha=-STEP_SIZE)
+    x.add_(torch.randn_like(x), alpha=NOISE_SCALE)
+    x.clamp_(0, 1)
+    if name == "statistics":
+        g.flatten(1).norm(dim=1)
+        (x - before).flatten(1).norm(dim=1)
+        (~torch.isfinite(x)).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("implementation", ("eager", "mmebm cpp"))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(benchmark: Any, name: str, implementation: str) -> None:
+    (x,), (g,) = tensors([(64, 3, 28, 28)])
+    values: dict[str, Any] = {"step_size": STEP_SIZE, "noise_scale": NOISE_SCALE, "low": 0.0, "high": 1.0}
+    params = [StepParams(**{**values, **OPTIONS[name]})]
+    options = op.StepOptions(seed=1, streams=(0,), noisy=(True,))
+    try:
+        stepper, _ = op.stepper("cpp", [x], options)
+    except native.BackendError as error:
+        pytest.skip(str(error))
+    expected, _ = op.TorchStepper(options).step([x.clone()], [g], params, 0, with_noise=True, stats=True)
+    out, _ = stepper.step([x.clone()], [g], params, 0, with_noise=True, stats=True)
+    torch.testing.assert_close(out[0], expected[0], rtol=0, atol=1e-6)
+    count = iter(range(1 << 62))
+
+    def cpp() -> None:
+        stepper.step([x], [g], params, next(count), with_noise=True, stats=name == "statistics")
+
+    benchmark.group = f"150,528 floats, {name}, {torch.get_num_threads()} threads"
+    benchmark.extra_info.update(implementation=implementation, elements=x.numel())
+    benchmark.pedantic(cpp if implementation == "mmebm cpp" else lambda: eager_option(name, x, g), rounds=500, warmup_rounds=5)
+
+
+# -- whole chains
+
+
+CHAINS: dict[str, tuple[int, int, int, int]] = {
+    "100 chains of 64, MLP 64-200-200-1": (100, 64, 200, 20),
+    "4,096 chains of 2, MLP 2-64-64-1": (4096, 2, 64, 20),
+}
+
+
+class Energy(torch.nn.Sequential):
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__(
+            torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU(),
+            torch.nn.Linear(width, 1), torch.nn.Flatten(0),
+        )  # fmt: skip
+
+
+def eager_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(energy(x).sum(), x)
+        x = x.detach() - STEP_SIZE * grad + NOISE_SCALE * torch.randn_like(x)
+    return x
+
+
+def mmebm_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+    return mmebm.langevin(energy, x, steps=steps, step_size=STEP_SIZE, noise_scale=NOISE_SCALE)
+
+
+def peer(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(f"{name} is not installed ({error}); pip install 'mmebm[peers]'")
+
+
+def torchebm_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+    core, samplers = peer("torchebm.core"), peer("torchebm.samplers")
+
+    class Model(core.BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = energy
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.energy(x)
+
+    scale = NOISE_SCALE / math.sqrt(2 * STEP_SIZE)
+    sampler = samplers.LangevinDynamics(Model(), step_size=STEP_SIZE, noise_scale=scale, device=torch.device("cpu"))
+    return sampler.sample(x=x, n_steps=steps)
+
+
+def ebmkit_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+    samplers = peer("ebm.samplers")
+    sampler = samplers.LangevinDynamics(step_size=STEP_SIZE, steps=steps, noise_scale=NOISE_SCALE)
+    return sampler.sample(energy, x)
+
+
+WHOLE: dict[str, Callable[[Energy, Tensor, int], Tensor]] = {
+    "eager": eager_chain, "mmebm": mmebm_chain, "torchebm": torchebm_chain, "ebmkit": ebmkit_chain,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", WHOLE)
+@pytest.mark.parametrize("workload", CHAINS)
+def test_chain(benchmark: Any, workload: str, implementation: str) -> None:
+    chains, dim, width, steps = CHAINS[workload]
+    run = WHOLE[implementation]
+    torch.manual_seed(0)
+    energy, x = Energy(dim, width), torch.randn(chains, dim)
+    # the gate: the drift moves every implementation alike, and what the noise adds has its variance
+    still = x.double()
+    wide = Energy(dim, width).double()
+    wide.load_state_dict(energy.state_dict())
+    for _ in range(steps):
+        still = still.detach().requires_grad_()
+        still = still - STEP_SIZE * torch.autograd.grad(wide(still).sum(), still)[0]
+    noise = (run(energy, x, steps).double() - still.detach()) / (NOISE_SCALE * math.sqrt(steps))
+    assert abs(noise.var() - 1) < 0.1, f"variance {noise.var()} of the noise"
+    assert abs(noise.mean()) < 0.1, f"mean {noise.mean()} of the noise"
+    benchmark.group = f"{steps} steps, {workload}, {torch.get_num_threads()} threads"
+    benchmark.extra_info.update(implementation=implementation)
+    benchmark.pedantic(lambda: run(energy, x, steps), rounds=40, warmup_rounds=3)

@@ -1,0 +1,283 @@
+"""Times the Langevin update on a GPU: Triton against eager PyTorch, torch.compile, and what the memory allows.
+
+    python benchmarks/gpu.py [--out FILE] [--quick]
+
+Every candidate does the same work on the same tensors: ``x <- clamp(x - a g + s xi)`` with fresh noise for every
+tensor of the state. The floor is measured, not looked up: a device copy of as many bytes as the update has to move (x
+in, g in, x out). Times are medians, with the 20th and 80th percentile, of CUDA events around batches of calls long
+enough to hide the clock of the events; the first batches warm the device up and are dropped; the candidates take
+turns, so that a slow change of the clocks meets all of them. The time a call takes on the host (nothing waited for)
+and the first call (compilation) stand beside them. A candidate that gives a wrong result is reported with the error
+instead of a time.
+
+Writes one JSON file with the device, driver, versions and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import triton
+
+from mmebm.kernels.langevin_step import TritonStepper
+from mmebm.ops.langevin_step import StepOptions, TorchStepper
+from mmebm.ops.params import StepParams
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("cuda")
+A, S, LOW, HIGH = 0.01, 0.05, -4.0, 4.0
+
+# name: shapes of the tensors of the state
+STATES: dict[str, list[tuple[int, ...]]] = {
+    "latent 100 x 64": [(100, 64)],
+    "toy 100,000 x 2": [(100_000, 2)],
+    "images 64 x 3 x 32 x 32": [(64, 3, 32, 32)],
+    "images 256 x 3 x 64 x 64": [(256, 3, 64, 64)],
+    "MNIST 128 x 784 + SVHN 128 x 3,072 + text 128 x 88": [(128, 784), (128, 3, 32, 32), (128, 88)],
+    "PolyMNIST 5 x (128 x 3 x 28 x 28)": [(128, 3, 28, 28)] * 5,
+    "faces 64 x 3 x 128 x 128 + attributes 64 x 40": [(64, 3, 128, 128), (64, 40)],
+    "16M": [(1024, 16384)],
+    "256M": [(4096, 65536)],
+    "odd 1,024 x 16,381": [(1024, 16381)],
+}
+QUICK = ("latent 100 x 64", "images 64 x 3 x 32 x 32", "16M")
+
+
+def shell(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown ({type(error).__name__})"
+
+
+def environment() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(DEVICE)
+    return {
+        "device": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": shell("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(shell("git", "status", "--porcelain")),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def eager(x: list[torch.Tensor], g: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What a hand-written loop does, in place."""
+    for xi, gi in zip(x, g, strict=True):
+        xi.add_(gi, alpha=-A)
+        xi.add_(torch.randn_like(xi), alpha=S)
+        xi.clamp_(LOW, HIGH)
+    return x
+
+
+def candidates(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[list[torch.Tensor], list[torch.Tensor]], object]]:
+    count = len(shapes)
+    params = [StepParams(step_size=A, noise_scale=S, low=LOW, high=HIGH)] * count
+    options = StepOptions(seed=1, streams=tuple(range(count)), noisy=(True,) * count)
+    stepper = TritonStepper(options)
+    clipped = [StepParams(step_size=A, noise_scale=S, low=LOW, high=HIGH, grad_norm_clip=10.0)] * count
+    return {
+        "triton": lambda x, g: stepper.step(x, g, params, 3, with_noise=True, stats=False),
+        "triton, statistics": lambda x, g: stepper.step(x, g, params, 3, with_noise=True, stats=True),
+        "triton, norm clip": lambda x, g: stepper.step(x, g, clipped, 3, with_noise=True, stats=False),
+        "eager": eager,
+        "torch.compile": torch.compile(eager, dynamic=False),
+    }
+
+
+def correct(name: str, call: Callable, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> str | None:
+    """The reason why a candidate must not be timed, if there is one."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = [torch.randn(s, generator=generator, device=DEVICE).to(dtype) for s in shapes]
+    g = [torch.randn(s, generator=generator, device=DEVICE).to(dtype) for s in shapes]
+    out = [xi.clone() for xi in x]
+    call(out, g)
+    for xi, gi, oi in zip(x, g, out, strict=True):
+        # the noise differs between generators: compare its moments; inner values only, as the clamp bends the tails
+        inner = oi.float().abs() < 3
+        xi32 = ((oi.float() - xi.float() + A * gi.float()) / S)[inner]
+        if dtype == torch.float32 and xi.numel() > 10_000:
+            mean, variance = xi32.mean().item(), xi32.var().item()
+            if abs(mean) > 6 * xi32.numel() ** -0.5 or abs(variance - 1) > 12 * xi32.numel() ** -0.5 + 0.02:
+                return f"noise of mean {mean:.4f}, variance {variance:.4f}"
+        if not torch.isfinite(oi).all():
+            return "not finite"
+    if name == "triton" and dtype == torch.float32 and sum(xi.numel() for xi in x) <= 1 << 24:
+        count = len(shapes)
+        params = [StepParams(step_size=A, noise_scale=S, low=LOW, high=HIGH)] * count
+        options = StepOptions(seed=1, streams=tuple(range(count)), noisy=(True,) * count)
+        wanted, _ = TorchStepper(options).step(x, g, params, 3, with_noise=True, stats=False)
+        worst = max((a - b).abs().max().item() for a, b in zip(out, wanted, strict=True))
+        if worst > 4e-6:
+            return f"differs from the reference by {worst}"
+    return None
+
+
+def batch_time(call: Callable[[], object], calls: int) -> float:
+    """Seconds of device time a call, of one batch of ``calls``."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3 / calls
+
+
+def graphed(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    times = sorted(times)
+    return {
+        "median_us": 1e6 * statistics.median(times),
+        "p20_us": 1e6 * times[int(0.2 * (len(times) - 1))],
+        "p80_us": 1e6 * times[int(0.8 * (len(times) - 1))],
+    }
+
+
+def host_time(call: Callable[[], object]) -> float:
+    """Seconds the host spends on a call; the device is given time to keep up between batches."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            call()
+        times.append((time.perf_counter() - start) / 10)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int) -> dict[str, object]:
+    torch._dynamo.reset()
+    elements = sum(torch.Size(s).numel() for s in shapes)
+    # in, in, out
+    moved = 3 * elements * dtype.itemsize
+    x = [torch.randn(s, device=DEVICE).to(dtype) for s in shapes]
+    g = [torch.randn(s, device=DEVICE).to(dtype) for s in shapes]
+    # a copy reads and writes: half of the bytes each
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+
+    calls: dict[str, Callable[[], object]] = {"copy of the same bytes": lambda: target.copy_(source)}
+    out: dict[str, object] = {"elements": elements, "bytes": moved, "results": {}}
+    results: dict[str, dict[str, object]] = {}
+    for name, function in candidates(shapes).items():
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        try:
+            function([xi.clone() for xi in x], g)
+            torch.cuda.synchronize()
+            first = time.perf_counter() - start
+            wrong = correct(name, function, shapes, dtype)
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            continue
+        if wrong is not None:
+            results[name] = {"error": wrong}
+            continue
+        results[name] = {"first_call_s": first}
+        calls[name] = lambda function=function: function(x, g)
+
+    # graphs take the host out of the measurement; a small state would else time Python
+    many = max(1, min(50, int(2e8 // moved)))
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, call in calls.items():
+        results.setdefault(name, {})["host_us"] = 1e6 * host_time(call)
+        try:
+            graphs[name] = graphed(call, many)
+        except Exception as error:
+            torch.cuda.synchronize()
+            results[name]["graph_error"] = f"{type(error).__name__}: {error}"[:500]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    replayed: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(rounds + 3):
+        for name, call in calls.items():
+            t = batch_time(call, many)
+            if turn >= 3:
+                times[name].append(t)
+        for name, graph in graphs.items():
+            t = batch_time(graph.replay, 1) / many
+            if turn >= 3:
+                replayed[name].append(t)
+    for name in calls:
+        results[name]["loop"] = summary(times[name])
+        if name in replayed:
+            results[name]["graph"] = summary(replayed[name])
+            results[name]["graph_gigabytes_per_s"] = moved / statistics.median(replayed[name]) * 1e-9
+    out["results"] = results
+    return out
+
+
+def table(case: str, found: dict) -> str:
+    lines = [f"{case}: {found['elements']:,} elements, {found['bytes'] / 1e6:,.1f} MB moved"]
+    for name, r in found["results"].items():
+        if "error" in r:
+            lines.append(f"  {name:28} {r['error']}")
+            continue
+        graph = r.get("graph", {}).get("median_us", float("nan"))
+        rate = r.get("graph_gigabytes_per_s", float("nan"))
+        lines.append(
+            f"  {name:28} graph {graph:9.2f} us ({rate:7.0f} GB/s)   loop {r['loop']['median_us']:9.2f} us"
+            f"   host {r['host_us']:7.2f} us"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-<device>-<date>.json")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--rounds", type=int, default=21, help="batches that count (default 21)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
+        return 1
+    report: dict[str, object] = {"environment": environment(), "rounds": arguments.rounds}
+    cases: dict[str, object] = {}
+    for name in QUICK if arguments.quick else STATES:
+        for dtype in (torch.float32, torch.bfloat16):
+            case = f"{name}, {str(dtype).removeprefix('torch.')}"
+            cases[case] = found = measure(STATES[name], dtype, arguments.rounds)
+            print(table(case, found), flush=True)
+            torch.cuda.empty_cache()
+    report["cases"] = cases
+    device = str(report["environment"]["device"]).lower().replace(" ", "-")  # type: ignore[index]
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{device}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
