@@ -18,7 +18,7 @@ from mmebm.training.run import Run
 
 def sample(arguments: argparse.Namespace) -> int:
     """Runs the command: images float32 (n, C, H, W) in [0, 1], text an array of strings, vectors float32 (n, D);
-    with ``--given`` the class index of each row as ``label``; ``info`` holds the settings as JSON."""
+    with ``--given`` the class index of each row as ``label``. The settings go into a .json file of the same name."""
     if arguments.n < 1:
         raise ValueError(f"--n must be at least 1, got {arguments.n}")
     if arguments.steps is not None and arguments.steps < 0:
@@ -55,7 +55,6 @@ def sample(arguments: argparse.Namespace) -> int:
         **run.settings(arguments.steps), "seed": arguments.seed, "point": arguments.point,
         "given": arguments.given or [], "split": arguments.split if arguments.given else None, "seconds": seconds,
     }  # fmt: skip
-    arrays["info"] = np.array(json.dumps(info))
     out = Path(arguments.out)
     out = out if out.suffix == ".npz" else out.with_name(out.name + ".npz")
 
@@ -63,6 +62,9 @@ def sample(arguments: argparse.Namespace) -> int:
         np.savez_compressed(file, **arrays)
 
     write_atomically(out, write)
-    shapes = ", ".join(f"{name} {value.shape}" for name, value in arrays.items() if name != "info")
+    # beside the arrays, not among them: whoever reads the file wants modalities
+    text = json.dumps(info, indent=2)
+    write_atomically(out.with_suffix(".json"), lambda file: file.write(text.encode()))
+    shapes = ", ".join(f"{name} {value.shape}" for name, value in arrays.items())
     print(f"{out}: {shapes}, {seconds:.1f} s")
     return 0

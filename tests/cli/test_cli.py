@@ -65,7 +65,8 @@ def test_samples_are_natural_and_repeatable(run: Path, tmp_path: Path) -> None:
     assert a["optdigits"].shape == (30, 1, 8, 8)
     assert a["mnist"].min() >= 0 and a["mnist"].max() <= 1
     assert set(a["word"]) <= set(WORDS) and "label" not in a
-    info = json.loads(str(a["info"]))
+    assert set(a) == {"mnist", "optdigits", "word"}
+    info = json.loads((tmp_path / "a.json").read_text())
     assert info["seed"] == 3 and info["point"] == "xk" and info["data_steps"] == 4
     b, c = draw("b.npz", "--n", "30", "--seed", "3"), draw("c.npz", "--n", "30", "--seed", "4")
     assert np.array_equal(a["mnist"], b["mnist"]) and not np.array_equal(a["mnist"], c["mnist"])
