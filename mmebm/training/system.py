@@ -97,12 +97,16 @@ class System(nn.Module):
         return sampler.sample(Posterior(self.generator, self.prior, x), z, steps, seed=seed, **options)
 
     @torch.no_grad()
-    def measure_latent_step(self, x: Batch, generator: torch.Generator | None = None) -> None:
-        """Sets the latent step from the curvature of the posterior at inferred z (``step="auto"``)."""
+    def measure_latent_step(self, x: Batch, generator: torch.Generator | None = None, *, keep: float = 0.0) -> None:
+        """Sets the latent step from the curvature of the posterior at inferred z (``step="auto"``).
+
+        A low quantile of one batch is noisy: ``keep`` is the weight of the old step in the geometric mean of both.
+        """
         chain, z = self.config.latent_chain, self.inference.sample(x, generator)
         posterior = Posterior(self.generator, self.prior, x)
         limits = largest_stable_step(posterior, z, prior_std=1.0, generator=generator)
-        self.latent_step.copy_(chain.auto_fraction * limits.quantile(chain.auto_quantile))
+        measured = chain.auto_fraction * limits.quantile(chain.auto_quantile)
+        self.latent_step.copy_(self.latent_step**keep * measured ** (1 - keep))
 
     @torch.no_grad()
     def generate(self, n: int, *, seed: int) -> dict[str, Tensor]:

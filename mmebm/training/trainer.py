@@ -203,7 +203,7 @@ class Trainer:
             x = self.batch(rng)
             chain = self.config.latent_chain
             if stage.kind == "joint" and chain.step == "auto" and k % chain.auto_every == 0:
-                self.system.measure_latent_step(x, rng)
+                self.system.measure_latent_step(x, rng, keep=0.5 if k else 0.0)
             if stage.kind == "joint" and k == 0:
                 self.vae_only = self._vae()
             rows.append({**self._steps[stage.kind](x, rng), "iteration": self.iteration})

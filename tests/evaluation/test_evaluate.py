@@ -48,7 +48,7 @@ def test_numbers_of_known_samples(
         {
             "oracle": lambda given, s: {**test.batch(torch.arange(200)), **given},
             "noise": lambda given, s: {
-                **{name: torch.randn(x.shape, generator=generator) for name, x in test.batch(torch.arange(200)).items()},
+                **{m.name: torch.randn(200, *m.shape, generator=generator) for m in test.modalities},
                 **given,
             },
         },
@@ -72,7 +72,7 @@ def test_numbers_of_known_samples(
 def test_conditional_numbers_know_right_from_wrong(
     sets: tuple[MultimodalDataset, MultimodalDataset], judges: Classifiers
 ) -> None:
-    """A completion by a real tuple of the given rows is as good as the judges; one of the next class is always wrong."""
+    """A completion by a real tuple of the class is as good as the judges; one of the next class is always wrong."""
     train, test = sets
     by_class = [test.index[test.labels == c] for c in range(10)]
     position = {tuple(x.flatten().tolist()): i for i, x in enumerate(test.pools["word"])}
