@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,15 +137,18 @@ def test_update(benchmark: Any, workload: str, implementation: str) -> None:
         for _ in range(bunch):
             update(next(count))
 
-    rounds = max(20, min(2000, 100_000_000 // (elements * bunch)))
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=5)
-    scale_times(benchmark, bunch)
-
-
-def scale_times(benchmark: Any, count: int) -> None:
-    """The times of ``count`` calls become those of one."""
+    measure(benchmark, run)
     data = benchmark.stats.stats.data
-    data[:] = [seconds / count for seconds in data]
+    data[:] = [seconds / bunch for seconds in data]
+
+
+def measure(benchmark: Any, run: Callable[[], object]) -> None:
+    """Rounds for about two seconds, however busy the machine is."""
+    for _ in range(3):
+        begin = time.perf_counter()
+        run()
+        took = time.perf_counter() - begin
+    benchmark.pedantic(run, rounds=max(5, min(2000, int(2 / took))))
 
 
 # -- options
@@ -197,7 +201,8 @@ def test_options(benchmark: Any, name: str, implementation: str) -> None:
 
     benchmark.group = f"150,528 floats, {name}, {torch.get_num_threads()} threads"
     benchmark.extra_info.update(implementation=implementation, elements=x.numel())
-    benchmark.pedantic(cpp if implementation == "mmebm cpp" else lambda: eager_option(name, x, g), rounds=500, warmup_rounds=5)
+    run = cpp if implementation == "mmebm cpp" else lambda: eager_option(name, x, g)
+    measure(benchmark, run)
 
 
 # -- whole chains
@@ -282,4 +287,4 @@ def test_chain(benchmark: Any, workload: str, implementation: str) -> None:
     assert abs(noise.mean()) < 0.1, f"mean {noise.mean()} of the noise"
     benchmark.group = f"{steps} steps, {workload}, {torch.get_num_threads()} threads"
     benchmark.extra_info.update(implementation=implementation)
-    benchmark.pedantic(lambda: run(energy, x, steps), rounds=40, warmup_rounds=3)
+    measure(benchmark, lambda: run(energy, x, steps))

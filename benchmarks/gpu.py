@@ -91,10 +91,11 @@ def candidates(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[list[torch.
     count = len(shapes)
     params = [StepParams(step_size=A, noise_scale=S, low=LOW, high=HIGH)] * count
     options = StepOptions(seed=1, streams=tuple(range(count)), noisy=(True,) * count)
-    stepper = TritonStepper(options)
+    stepper, small = TritonStepper(options), TritonStepper(options, tile=512)
     clipped = [StepParams(step_size=A, noise_scale=S, low=LOW, high=HIGH, grad_norm_clip=10.0)] * count
     return {
         "triton": lambda x, g: stepper.step(x, g, params, 3, with_noise=True, stats=False),
+        "triton, one group a thread": lambda x, g: small.step(x, g, params, 3, with_noise=True, stats=False),
         "triton, statistics": lambda x, g: stepper.step(x, g, params, 3, with_noise=True, stats=True),
         "triton, norm clip": lambda x, g: stepper.step(x, g, clipped, 3, with_noise=True, stats=False),
         "eager": eager,

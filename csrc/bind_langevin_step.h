@@ -68,7 +68,7 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
         },
         "Box-Muller as LangevinStep does it: float32 (blocks, 4) from uint32 (blocks, 4).", py::arg("words_ptr"),
         py::arg("out_ptr"), py::arg("blocks"), py::arg("isa") = "auto");
-  py::class_<LangevinStep>(m, "LangevinStep", "One update of all tensors of a state, in place, prepared once per chain.")
+  py::class_<LangevinStep>(m, "LangevinStep", "The update of all tensors of a state, in place; one object per chain.")
       .def(py::init([isa_from](int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor,
                                const std::string& isa) {
              if (chains < 0) throw py::value_error("chains must not be negative");
@@ -110,7 +110,8 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
            },
            "x + noise, in place.", py::arg("x"), py::arg("seed"), py::arg("step"), py::arg("threads"))
       .def("step",
-           [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise, int threads) {
+           [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise,
+              int threads) {
              StepCall call(self);
              take_addresses(self, x, "x", false);
              take_addresses(self, grad, "grad", true);

@@ -119,7 +119,8 @@ _WIDTHS: Final = {"map": (1, 2, 8), "chain": (1, 8)}  # lengths of the tuples, s
 _SHORT_CHAINS: Final = 8  # chains a program of the chain kernel has where that many fit in its tile, else one
 _ABSENT: Final = 1 << 40  # stands for an address that is never read
 _TILE: Final = 1024  # elements
-_WARPS: Final = 4
+_THREADS: Final = 128
+_WARPS: Final = _THREADS // (32 if torch.version.hip is None else 64)
 # Below this many programs a device is not full, and long chains are cut. Not a property of the device: the order of
 # sums, and with it the last bit of a norm, would depend on it.
 _BUSY: Final = 128
@@ -670,7 +671,7 @@ class TritonStepper:
         self.options = options
         self._tile = tile
         # one group a thread: with two, the passes of the chain kernel spill
-        self._chain_groups = min(32 * _WARPS, tile // 4)
+        self._chain_groups = min(_THREADS, tile // 4)
         self._splits = splits
         self._streams = [2 * noise.stream(i) + 3 for i in options.streams]
         self._masks: dict[int, tuple[tuple[int, ...], Tensor | None]] = {}

@@ -1,8 +1,8 @@
 // The order of passes over a state, the sums over parts of chains, and the choice of instruction set; the loops
 // themselves are in langevin_step_kernel.h.
 //
-// A step is one parallel pass over the tiles of all tensors. There is a pass before it where a norm is needed that spans
-// tiles, and one after it where a chain that leaves the box keeps its place in all tensors.
+// A step is one parallel pass over the tiles of all tensors. There is a pass before it where a norm is needed that
+// spans tiles, and one after it where a chain that leaves the box keeps its place in all tensors.
 #include "langevin_step.h"
 
 #include <algorithm>

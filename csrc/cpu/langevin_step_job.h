@@ -1,5 +1,5 @@
-// What langevin_step.cpp and its loops (langevin_step_kernel.h) share: the work and how it is cut. Plain data, because the
-// files with AVX in them must not instantiate anything from std:: (isa.h).
+// What langevin_step.cpp and its loops (langevin_step_kernel.h) share: the work and how it is cut. Plain data, because
+// the files with AVX in them must not instantiate anything from std:: (isa.h).
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ struct StepTensor {
   Storage storage = Storage::fp32, grad_storage = Storage::fp32;
   const uint8_t* observed = nullptr;  // (chains, numel), nonzero: keeps its value
   Constant constants[SLOTS];
-  // A tile is `rows` whole chains, or one of `parts` parts of a chain of `part` elements (a multiple of 64, the last one
-  // shorter). The parts depend on numel alone, and sums are taken part by part, so that no sum depends on the
+  // A tile is `rows` whole chains, or one of `parts` parts of a chain of `part` elements (a multiple of 64, the last
+  // one shorter). The parts depend on numel alone, and sums are taken part by part, so that no sum depends on the
   // number of threads or on how a batch was split.
   int64_t rows = 1, parts = 1, part = 0;
   int64_t first_tile = 0, first_slot = 0;  // slot: one part of one chain, where sums go
@@ -70,7 +70,7 @@ struct StepJob {
 struct StepLoops {
   void (*update)(const StepJob& job, const StepTensor& t, int64_t tile);
   void (*norm)(const StepJob& job, const StepTensor& t, int64_t tile);    // fills norm_squares
-  void (*commit)(const StepJob& job, const StepTensor& t, int64_t tile);  // reject: proposals of the chains that stay inside
+  void (*commit)(const StepJob& job, const StepTensor& t, int64_t tile);  // the proposals of chains that stay inside
   // Box-Muller alone, so that tests reach every word: (blocks, 4) words to (blocks, 4) normals.
   void (*normals)(const uint32_t* words, float* out, int64_t blocks);
 };

@@ -1,34 +1,35 @@
-// The loops of langevin_step, compiled once per instruction set: the including file defines MMEBM_LOOPS, the name of the
-// table. See langevin_step_job.h for how the work is cut into tiles.
+// The loops of langevin_step, compiled once per instruction set: the including file defines MMEBM_LOOPS, the name of
+// the table. See langevin_step_job.h for how the work is cut into tiles.
 //
 // Noise. Per W counters (a vector of them, 16 with AVX-512) ten rounds of Philox give 4 W words, which Box-Muller turns
 // into 4 W normals. What the speed comes from:
-//   * a product of 32-bit words is 64 bits wide, so the even and the odd counters live in the low halves of the 64-bit lanes
-//     of two registers: per round and register two multiplications, two shifts and two three-way xors, no shuffle. The
-//     high halves hold garbage that no multiplication reads;
-//   * inside one chain the second counter word, step and stream are the same for all lanes, so that one of the two products of
-//     rounds 1 and 2 is a scalar, done once per tile;
-//   * lane l holds counter W/4 (l % 4) + l / 4, so that after a 4 x 4 transposition inside groups of four lanes the four
-//     registers are 4 W consecutive elements: no shuffle crosses a group;
-//   * log by the split u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1], -2 log u = -2 log 2 e + f q(f) with q of degree 7
-//     (weighted minimax, error 7e-8, relative next to u = 1, where f <= 0 and hence no root of a negative number); sine and
-//     cosine of pi a by the quadrant of a and polynomials on [-1/4, 1/4] (errors 1.2e-9 and 3.2e-8). u and a have the bits of
-//     noise.py; the normals are within 2e-6 of its float64 (largest difference seen 9.6e-7).
-// Chains too short to fill vectors (10 elements are 3 counters) share them: lanes then hold counters of several chains, and
-// each block's elements are stored where they belong. A block of 16 bytes overhangs its chain by up to 3 elements, which the
-// next chain's first block overwrites; the buffer has room for the last.
+//   * a product of 32-bit words is 64 bits wide, so the even and the odd counters live in the low halves of the 64-bit
+//     lanes of two registers: per round and register two multiplications, two moves of a high half and two three-way
+//     xors. The high halves hold garbage that no multiplication reads;
+//   * a round waits for the one before it, so TURN vectors of counters go through the rounds side by side;
+//   * inside one chain the second counter word, step and stream are the same for all lanes, so that one of the two
+//     products of rounds 1 and 2 is a scalar, done once per tile;
+//   * lane l holds counter W/4 (l % 4) + l / 4, so that after a 4 x 4 transposition inside groups of four lanes the
+//     four registers are 4 W consecutive elements: no shuffle crosses a group;
+//   * log by the split u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1], -2 log u = -2 log 2 e + f q(f) with q of
+//     degree 7 (weighted minimax, error 7e-8, relative next to u = 1, where f <= 0 and hence no root of a negative
+//     number); sine and cosine of pi a by the quadrant of a and polynomials on [-1/4, 1/4] (errors 1.2e-9 and 3.2e-8).
+//     u and a have the bits of noise.py; the normals are within 2e-6 of its float64 (largest difference seen 9.6e-7).
+// Chains too short to fill vectors (10 elements are 3 counters) share them: lanes then hold counters of several chains,
+// and each block's elements are stored where they belong. A block of 16 bytes overhangs its chain by up to 3 elements,
+// which the next chain's first block overwrites; the buffer has room for the last.
 //
-// Update. One loop over the tile reads x, gradient and noise and writes x. With scalar constants the loop is compiled for each
-// set of options (`plain`); per-element constants, masks and counts go through one loop that asks at run time (`general`).
-// Per-chain constants, norm clips and statistics take the tile chain by chain. Sums of squares are in double over 16 fixed
-// lanes: products of two floats are exact there, so every instruction set gives the same bits.
+// Update. One loop over the tile reads x, gradient and noise and writes x. With scalar constants the loop is compiled
+// for each set of options (`plain`); per-element constants, masks and counts go through one loop that asks at run time
+// (`general`). Per-chain constants, norm clips and statistics take the tile chain by chain. Sums of squares are in
+// double over 16 fixed lanes: products of two floats are exact there, so every instruction set gives the same bits.
 //
-// NaN. max and min return the second operand where one is NaN (langevin_step_vec.h) and are called so that a NaN state or
-// gradient stays NaN, as torch.clamp does. Nothing here is compiled with -ffast-math.
+// NaN. max and min return the second operand where one is NaN (langevin_step_vec.h) and are called so that a NaN state
+// or gradient stays NaN, as torch.clamp does. Nothing here is compiled with -ffast-math.
 //
-// Every multiplication that meets an addition is written as `fma` in both loops, so that the compiler finds nothing to fuse
-// in one of them only. With and without fused multiply-add results differ in the last bits: AVX2 and AVX-512 agree bit for bit, the
-// generic loops agree with them within the 2e-6 of the normals.
+// Every multiplication that meets an addition is written as `fma` in both loops, so that the compiler finds nothing to
+// fuse in one of them only. With and without fused multiply-add results differ in the last bits: AVX2 and AVX-512 agree
+// bit for bit, the generic loops agree with them within the 2e-6 of the normals.
 //
 // Limits: chains and steps count modulo 2^32; a chain has fewer than 2^32 blocks of 4 elements (checked by the caller).
 #include <cstdint>
@@ -49,7 +50,7 @@ constexpr int64_t PADDED = TILE + 4 * W * TURN + 16;
 // The purposes of noise.py that this op draws for, besides DRIFT = 0.
 constexpr uint32_t ROUNDING = 4, PERTURB_ROUNDING = 5;
 
-// ---------------------------------------------------------------------------------------------------------------- noise
+// --------------------------------------------------------------------------------------------------------------- noise
 
 struct Key {
   uint64_t seed;
@@ -84,8 +85,8 @@ struct Counters {
   I c0, c1, c2, c3;
 };
 
-// Rounds FROM to 9 of N sets of counters side by side: one round waits for the one before it, so a single set would leave
-// the multipliers idle most of the time.
+// Rounds FROM to 9 of N sets of counters side by side: one round waits for the one before it, so a single set would
+// leave the multipliers idle most of the time.
 template <int FROM, int N>
 MMEBM_INLINE void rounds(Counters* c, const OneChain& s) {
   const I m0 = seti64(0xD2511F53ull), m1 = seti64(0xCD9E8D57ull);
@@ -288,7 +289,7 @@ void normals(const uint32_t* words, float* out, int64_t blocks) {
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- 16-bit storage
+// ------------------------------------------------------------------------------------------------------ 16-bit storage
 
 MMEBM_INLINE float half_float(uint32_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
@@ -308,7 +309,8 @@ void widen(const void* from, Storage storage, float* to, int64_t n) {
   }
 }
 
-// reference.stochastic_round: the lower neighbour, or the upper one if the fraction between them exceeds (h + 1/2) 2^-16.
+// reference.stochastic_round: the lower neighbour, or the upper one if the fraction between them exceeds (h + 1/2)
+// 2^-16.
 MMEBM_INLINE uint16_t round_bf16(float y, uint32_t h) {
   const uint32_t bits = float_bits(y), low = bits & 0xffffu;
   const bool negative = (bits >> 31) != 0;
@@ -348,7 +350,7 @@ void round_to(const float* y, Storage storage, const uint16_t* h, void* to, int6
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------ sums
+// ---------------------------------------------------------------------------------------------------------------- sums
 
 MMEBM_INLINE double lanes_sum(double* lane) {
   for (int width = 8; width > 0; width /= 2) {
@@ -421,7 +423,7 @@ int64_t nonfinite_count(const float* y, int64_t n) {
   return total;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- update
+// -------------------------------------------------------------------------------------------------------------- update
 
 // The constants as one loop sees them: scalars, or per element from the loop's first on.
 struct Values {
@@ -509,8 +511,8 @@ MMEBM_INLINE F get(const Values& v, Slot s, int64_t i, int n) {
   return v.element[s] ? load(v.element[s] + i, n) : setf(v.value[s]);
 }
 
-// Everything, asked at run time. `keep`: observed elements, or null. `reject`: low and high are only compared with, and not
-// where observed.
+// Everything, asked at run time. `keep`: observed elements, or null. `reject`: low and high are only compared with, and
+// not where observed.
 Found general(float* out, const float* x, const float* g, const float* z, const uint8_t* keep, int64_t n,
               const Values& v, bool bounds, bool reject) {
   int64_t clipped = 0;
@@ -573,7 +575,7 @@ Found general(float* out, const float* x, const float* g, const float* z, const 
   return {clipped, count(outside) != 0};
 }
 
-// ----------------------------------------------------------------------------------------------------------------- tiles
+// --------------------------------------------------------------------------------------------------------------- tiles
 
 struct Span {
   int64_t row, rows, begin, end, slot;

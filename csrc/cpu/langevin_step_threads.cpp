@@ -1,13 +1,15 @@
-// The threads are those of the OpenMP runtime that torch has already loaded, found by name and not linked: a pool of our own,
-// or a second OpenMP runtime, would compete for the cores with torch's threads, which go on spinning for a while
-// after each of torch's own parallel loops. GOMP_parallel is the stable entry of libgomp, and LLVM's libomp has it too.
+// The threads are those of the OpenMP runtime that torch has already loaded, found by name and not linked: a pool of
+// our own, or a second OpenMP runtime, would compete for the cores with torch's threads, which go on spinning for a
+// while after each of torch's own parallel loops. GOMP_parallel is the stable entry of libgomp, and LLVM's libomp has
+// it too.
 //
-// On a machine with more work than cores that runtime can wait a scheduler's time slice, ten milliseconds, for a thread that
-// has a hundred microseconds of work. So parallel calls are timed: one that took twice as long as all its work took on one core
-// makes the next ones run alone, for twenty times as long as it took itself, so that trying again costs a twentieth.
+// On a machine with more work than cores that runtime can wait a scheduler's time slice, ten milliseconds, for a thread
+// that has a hundred microseconds of work. So parallel calls are timed: one that took twice as long as all its work
+// took on one core makes the next ones run alone, for twenty times as long as it took itself, so that trying again
+// costs a twentieth.
 //
-// Without that runtime, threads are started for each call. In a child of fork() there is one thread: the runtime's threads
-// did not come along, and waiting for them would hang.
+// Without that runtime, threads are started for each call. In a child of fork() there is one thread: the runtime's
+// threads did not come along, and waiting for them would hang.
 #include "langevin_step_threads.h"
 
 #include <dlfcn.h>

@@ -72,8 +72,8 @@ MMEBM_INLINE I where_less(I x, I y, I a, I b) { return _mm512_mask_blend_epi32(_
 MMEBM_INLINE I high_exponent(I a) { return _mm512_srai_epi32(a, 23); }
 MMEBM_INLINE I quadrant_sign(I a) { return _mm512_slli_epi32(a, 30); }
 MMEBM_INLINE I mul_low(I a, I b) { return _mm512_mul_epu32(a, b); }  // low words of 64-bit lanes -> 64-bit products
-// The high word of each 64-bit lane in the low one; what is left above does not matter. A shuffle, because a shift of 512
-// bits would compete with the multiplications for one port.
+// The high word of each 64-bit lane in the low one; what is left above does not matter. A shuffle, because a shift of
+// 512 bits would compete with the multiplications for one port.
 MMEBM_INLINE I high_half(I a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xF5)); }
 // 32-bit lanes from the low words of the 64-bit lanes of two registers, even lanes first
 MMEBM_INLINE I interleave(I even, I odd) {

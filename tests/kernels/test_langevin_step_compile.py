@@ -41,15 +41,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
-# The registers of one thread; 128 threads a program. 80 leave an SM of 64K registers 24 warps of the map kernel, enough
-# to keep its memory busy with two 16-byte loads a thread in flight; 255 is what the hardware has.
-REGISTERS = {"map": 80, "chain": 255, "norm": 64}
+# The registers of one thread; 128 threads a program. 96 leave an SM of 64K registers 20 warps of the map kernel with
+# four 16-byte loads a thread in flight, 40 KB; 3.3 TB/s over 132 SMs at 600 ns need 15.
+REGISTERS = {"map": 96, "chain": 168, "norm": 64}
 # Bytes of local memory a thread: 32 is what a library sine takes. ptxas gives up a few registers of the chain kernel
 # where that lets one more program fit on an SM: constants hoisted out of its loops.
 STACK = {"map": 0, "chain": 32, "norm": 0}
-# Bytes. The map kernel shares nothing on NVIDIA; on AMD, 16-bit tensors change layout once (a vector of 4 words there).
-SHARED = {"map": 0, "chain": 1024, "norm": 256}
-SHARED_AMD = 4096
+# Bytes. The map kernel shares nothing.
+SHARED = {"map": 0, "chain": 256, "norm": 256}
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,9 @@ def source(spec: Spec) -> ASTSource:
     if spec.kernel == "map":
         constants |= {"DTYPE": DTYPES[spec.dtype], "VECTOR": spec.vector, "B": block}
     elif spec.kernel == "chain":
-        constants |= {"DTYPE": DTYPES[spec.dtype], "R": spec.rows, "C": 32 * room._WARPS // spec.rows}
+        constants |= {"DTYPE": DTYPES[spec.dtype], "R": spec.rows, "C": room._THREADS // spec.rows}
     else:
-        constants |= {"C": 32 * room._WARPS}
+        constants |= {"C": room._THREADS}
     tuples = {name: ("i64",) * spec.tensors for name in ("xs", "gs", "ms")}
     tuples |= {name: ("i32",) * spec.tensors for name in ("ns", "metas", "streams")}
     tuples |= {"fs": ("fp32",) * (8 * spec.tensors), "vs": ("i64",) * (8 * spec.tensors)}
@@ -125,8 +124,9 @@ def figures(case: tuple[str, Spec]) -> dict[str, int] | str:
     """Registers, shared memory, stack and vector accesses of one case, or what went wrong. Runs in its own process."""
     target, spec = case
     try:
+        warps = room._THREADS // TARGETS[target].warp_size
         compiled = triton.compile(
-            source(spec), target=TARGETS[target], options={"num_warps": room._WARPS, "enable_fp_fusion": True}
+            source(spec), target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True}
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -173,14 +173,14 @@ def parameters():
             yield pytest.param(case, id=f"{case[0]}-{case[1]}")
 
 
-@pytest.mark.parametrize("case", parameters())
+@pytest.mark.parametrize("case", list(parameters()))
 def test_compiles_within_budget(case, compiled) -> None:
-    target, spec = case
+    _, spec = case
     found = compiled[case]
     assert isinstance(found, dict), found
     assert found["stack"] <= STACK[spec.kernel], found
-    assert found["registers"] <= (256 if target == "gfx942" else REGISTERS[spec.kernel]), found
-    assert found["shared"] <= (SHARED_AMD if target == "gfx942" else SHARED[spec.kernel]), found
+    assert found["registers"] <= REGISTERS[spec.kernel], found
+    assert found["shared"] <= SHARED[spec.kernel], found
     if spec.kernel == "map":
         # at least: load x, load g, store x
         assert found["vectors"] >= 3, found

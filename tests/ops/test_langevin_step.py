@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -70,8 +72,8 @@ def double_params(params: Sequence[StepParams]) -> list[StepParams]:
 
 
 def truth(
-    x: Sequence[Tensor], grad: Sequence[Tensor] | None, params: Sequence[StepParams], options: op.StepOptions, step: int,
-    *, with_noise: bool = True, stats: bool = False,
+    x: Sequence[Tensor], grad: Sequence[Tensor] | None, params: Sequence[StepParams], options: op.StepOptions,
+    step: int, *, with_noise: bool = True, stats: bool = False,
 ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
     """The reference in float64; ``grad=None`` is the half-step."""
     drawn: list[Tensor | None] = [
@@ -107,8 +109,8 @@ def three_way(ours: Tensor, torchs: Tensor, exact: Tensor, scale: float, context
     if error.max().item() > limit:
         worst = int(error.argmax())
         pytest.fail(
-            f"{context}: error {error.max():.3e}, torch's {torch_error.max():.3e}, limit {limit:.3e}; at element {worst}: "
-            f"{ours[finite][worst].item()!r} against {exact[finite][worst].item()!r}"
+            f"{context}: error {error.max():.3e}, torch's {torch_error.max():.3e}, limit {limit:.3e}; at element "
+            f"{worst}: {ours[finite][worst].item()!r} against {exact[finite][worst].item()!r}"
         )
 
 
@@ -308,9 +310,9 @@ def test_random_combinations(isa: str, seed: int, part: int) -> None:
             grad.append(draw(t.shape, generator) * rng.choice((0.1, 1.0, 10.0)))
             if rng.random() < 0.1 and t.numel():
                 grad[-1].view(-1)[rng.randrange(t.numel())] = rng.choice((math.nan, math.inf, -math.inf))
-            value = lambda low, high, t=t: random_value(rng, generator, t, low, high)  # noqa: E731
-            maybe = lambda low, high: value(low, high) if rng.random() < 0.3 else None  # noqa: E731,B023
-            # a power of two: torch divides a number by a tensor by way of the reciprocal, and counts 1 - 2^-24 as a clip
+            value = partial(random_value, rng, generator, t)
+            maybe = partial(lambda value, low, high: value(low, high) if rng.random() < 0.3 else None, value)
+            # a power of two: torch divides a number by a tensor by its reciprocal, and would count 1 - 2^-24 as a clip
             limit = rng.choice((0.5, 1.0, 2.0, 4.0))
             norm: Any = rng.choice([None, None, limit, torch.full((chains, *[1] * (t.dim() - 1)), limit)])
             bounds = (maybe(-2.0, -0.5), maybe(0.5, 2.0))
@@ -326,8 +328,9 @@ def test_random_combinations(isa: str, seed: int, part: int) -> None:
         if over == "tensor":
             params = [replace(p, grad_norm_clip=2.0) if p.grad_norm_clip is not None else p for p in params]
         options = make_options(
-            x, rng.getrandbits(64), outside=outside, norm_over=over, observed=tuple(masks), chain_offset=rng.randrange(99),
-            noisy=tuple(rng.random() < 0.8 for _ in x), streams=tuple(rng.randrange(2**24) for _ in x),
+            x, rng.getrandbits(64), outside=outside, norm_over=over, observed=tuple(masks),
+            chain_offset=rng.randrange(99), noisy=tuple(rng.random() < 0.8 for _ in x),
+            streams=tuple(rng.randrange(2**24) for _ in x),
         )  # fmt: skip
         with_noise = rng.random() < 0.8
         if outside == "reject" and near_a_bound(x, grad, params, options, with_noise):
@@ -390,7 +393,8 @@ def test_rejection_keeps_a_chain_in_all_its_tensors(isa: str, seed: int) -> None
     grad[0][1, 2999] = 1e3
     grad[1][3, 0] = -1e3
     grad[1][4, 1] = math.nan
-    params = [plain_params(noise_scale=0.01, low=-5.0, high=5.0), plain_params(noise_scale=0.01, high=5.0), plain_params()]
+    quiet = plain_params(noise_scale=0.01, high=5.0)
+    params = [replace(quiet, low=-5.0), quiet, plain_params()]
     before = [t.clone() for t in x]
     out = compare(x, grad, params, make_options(x, seed, outside="reject"))
     for t, b in zip(out, before, strict=True):
@@ -445,7 +449,7 @@ def test_avx2_and_avx512_agree_bit_for_bit(seed: int, monkeypatch: pytest.Monkey
             monkeypatch.setenv("MMEBM_CPU_ISA", name)
             results[name] = run_chain(x, seed, stats=True)
     if "avx512" in results:
-        for a, b in zip(sum(results["avx2"], []), sum(results["avx512"], []), strict=True):
+        for a, b in zip(chain(*results["avx2"]), chain(*results["avx512"]), strict=True):
             assert torch.equal(a, b)
     # the generic loops have no fused multiply-add
     for a, b in zip(results["generic"][0], next(reversed(results.values()))[0], strict=True):
@@ -459,7 +463,7 @@ def test_threads_do_not_matter(seed: int, outside: str, over: str) -> None:
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append(sum(run_chain(x, seed, stats=True, outside=outside, norm_over=over), []))
+        results.append(list(chain(*run_chain(x, seed, stats=True, outside=outside, norm_over=over))))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
@@ -832,9 +836,10 @@ def test_entry(seed: int, backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         assert torch.equal(c, d) and a.data_ptr() != c.data_ptr()
     del settings["noise_scale"]
-    first = op.langevin_step(x, None, **settings, noise_scale=0.05, noise_at="before", clamp_noise=True, backend=backend)
+    settings.update(noise_scale=0.05, noise_at="before", backend=backend)
+    first = op.langevin_step(x, None, **settings, clamp_noise=True)
     half = op.TorchStepper(replace(options, clamp_noise=True)).perturb(x, params, 4)
-    second = op.langevin_step(first, grad, **settings, noise_scale=0.05, noise_at="before", backend=backend)
+    second = op.langevin_step(first, grad, **settings)
     whole, _ = op.TorchStepper(options).step(half, grad, params, 4, with_noise=False, stats=False)
     for a, b in zip(second, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
