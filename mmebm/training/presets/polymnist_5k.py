@@ -26,9 +26,14 @@ def config() -> Config:
         loss=LossConfig(elbo=1.0, energy_l2=0.01),
         generator=AdamConfig(lr=1e-3),
         inference=AdamConfig(lr=1e-3),
-        energy=AdamConfig(lr=1e-3, beta1=0.0, beta2=0.9),
-        stages=(Stage("warmup", 4000), Stage("prior", 2000), Stage("joint", 600)),
-        latent_prior=LatentPriorConfig(width=200),
+        energy=AdamConfig(lr=2e-3, beta1=0.0, beta2=0.9),
+        stages=(
+            Stage("warmup", 4000),
+            Stage("prior", 2000, lr=0.5, final_lr=0.5),
+            Stage("joint", 600, lr=0.5, final_lr=0.3),
+        ),
+        # as in the demo: at 5e-4 the prior lags behind the posterior (gap -30)
+        latent_prior=LatentPriorConfig(width=200, adam=AdamConfig(lr=2e-3)),
         shuffled_tuples=ShuffledTuplesConfig(),
         batch=50,
     )  # fmt: skip
