@@ -29,8 +29,8 @@ it.
 
 Specialisation. Triton compiles anew for an argument's type, for the value 1 and for divisibility by 16, and inside
 tuples this cannot be switched off. So integers in tuples, addresses too, are sent as ``2 v + 1`` or ``2 v + 3``: an
-odd number above 1 has no special property (alignment is a flag instead). Scalars have declared types, options are
-bits of a run-time word (a branch that all threads take alike), floats are always fp32. Constants of compilation are
+odd number above 1 has no special property (alignment is a flag instead). Scalars have declared types and are
+never specialised, options are bits of a run-time word (a branch that all threads take alike), floats are fp32. Constants of compilation are
 the dtypes, the number of tensors, whether any parameter is a tensor, and the shape of the chain kernel's tile: no
 value of a seed, step, size or option compiles anything anew. There is no autotuning: it would run the update several
 times on the real state.
@@ -114,10 +114,18 @@ _SHARED: Final = tl.constexpr(8)  # the answers of pass 0 lie in memory (chains 
 _STATS: Final = tl.constexpr(16)
 _FINISH: Final = tl.constexpr(32)  # this program has the whole sums: take their roots
 
+# Arguments whose value must not compile anything anew; a declared type alone still does for 1 and multiples of 16
+_SCALARS: Final = (
+    "seed", "seed_at", "step", "step_at", "offset", "purpose", "chains", "span_log2", "tensors", "todo", "splits",
+    "norms_at", "norm_parts", "norm_row_stride", "norm_tensor_stride", "outside_at", "floats_at", "counts_at", "column0",
+    "columns", "out_at",
+)  # fmt: skip
+
 _PARTS: Final = tl.constexpr(64)  # at most so many splits of a chain
 _WIDTHS: Final = {"map": (1, 2, 8), "chain": (1, 8)}  # lengths of the tuples, so also tensors per launch
 _SHORT_CHAINS: Final = 8  # chains a program of the chain kernel has where that many fit in its tile, else one
 _ABSENT: Final = 1 << 40  # stands for an address that is never read
+_REMEMBERED: Final = 32  # sets of addresses and parameters
 _TILE: Final = 1024  # elements
 _THREADS: Final = 128
 _WARPS: Final = _THREADS // (32 if torch.version.hip is None else 64)
@@ -285,7 +293,7 @@ def _finish(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SCALARS)
 def _map_kernel(
     xs, gs, ms, ns, metas, streams, fs, vs,
     seed: tl.int64, seed_at: tl.int64, step: tl.int64, step_at: tl.int64, offset: tl.int64,
@@ -379,7 +387,7 @@ def _partial_sums(address, row, row_ok, parts, R: tl.constexpr):
     return tl.sum(total, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SCALARS)
 def _norm_kernel(
     gs, ns, metas, fs, vs, out_at: tl.int64, chains: tl.int32, splits: tl.int32, tensors: tl.int32,
     GDTYPE: tl.constexpr, T: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
@@ -404,7 +412,7 @@ def _norm_kernel(
         tl.store(out_at.to(tl.int64).to(tl.pointer_type(tl.float32)) + place + tl.arange(0, 1), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SCALARS)
 def _chain_kernel(
     xs, gs, ms, ns, metas, streams, fs, vs,
     seed: tl.int64, seed_at: tl.int64, step: tl.int64, step_at: tl.int64, offset: tl.int64,
@@ -676,6 +684,7 @@ class TritonStepper:
         self._streams = [2 * noise.stream(i) + 3 for i in options.streams]
         self._masks: dict[int, tuple[tuple[int, ...], Tensor | None]] = {}
         self._packed: dict[int, tuple[StepParams, tuple[int, ...], _Packed]] = {}
+        self._made: dict[tuple[Any, ...], tuple[list[_Batch], tuple[StepParams, ...]]] = {}
         self._seed: tuple[int, int] | None = None
         self._seed_tensor: Tensor | None = None
 
@@ -731,6 +740,16 @@ class TritonStepper:
         noisy: bool,
     ) -> list[_Batch]:  # fmt: skip
         """The launches' tensors and tuples. ``keep``: the options of params that count here."""
+        # Addresses repeat from step to step with a caching allocator, and the tuples take longer to make than to find
+        key = (
+            kernel, keep, noisy,
+            tuple([(xi.data_ptr(), xi.shape, xi.dtype) for xi in x]),
+            None if grad is None else tuple([(gi.data_ptr(), gi.dtype) for gi in grad]),
+            tuple([id(p) for p in params]),
+        )  # fmt: skip
+        found = self._made.get(key)
+        if found is not None:
+            return found[0]
         widths = _WIDTHS[kernel]
         groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
         for i, xi in enumerate(x):
@@ -742,6 +761,11 @@ class TritonStepper:
                 part = members[start : start + widths[-1]]
                 width = min(w for w in widths if w >= len(part))
                 out.append(self._batch(part, width, dtype, grad_dtype, x, grad, params, keep, noisy))
+        if not any(packed.converted for _, _, packed in self._packed.values()):
+            if len(self._made) >= _REMEMBERED:
+                self._made.clear()
+            # with the params, so that no other object gets their id, and what their tensors' addresses belong to
+            self._made[key] = out, tuple(params)
         return out
 
     def _batch(

@@ -160,9 +160,7 @@ def test_each_option(name: str, stats: bool, dtype: torch.dtype, generator: torc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "shape", [(100, 64), (10**5, 2), (999, 100), (65, 784), (3, 1_000_003), (1, 5), (1, 1 << 20)]
-)
+@pytest.mark.parametrize("shape", [(100, 64), (10**5, 2), (999, 100), (65, 784), (3, 1_000_003), (1, 5), (1, 1 << 20)])
 @pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
 def test_shapes(shape: tuple[int, ...], stats: bool, generator: torch.Generator) -> None:
     check(state([shape], generator), state([shape], generator), [PLAIN], options(1), stats=stats)

@@ -22,11 +22,15 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from mmebm.kernels import langevin_step as room  # noqa: E402
+from mmebm.ops.langevin_step import StepOptions  # noqa: E402
+from mmebm.ops.params import StepParams  # noqa: E402
 
 pytestmark = [
     pytest.mark.compile,
@@ -40,10 +44,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+KERNELS = {"map": room._map_kernel, "chain": room._chain_kernel, "norm": room._norm_kernel}
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 # The registers of one thread; 128 threads a program. 96 leave an SM of 64K registers 20 warps of the map kernel with
 # four 16-byte loads a thread in flight, 40 KB; 3.3 TB/s over 132 SMs at 600 ns need 15.
-REGISTERS = {"map": 96, "chain": 168, "norm": 64}
+REGISTERS = {"map": 96, "chain": 224, "norm": 64}
 # Bytes of local memory a thread: 32 is what a library sine takes. ptxas gives up a few registers of the chain kernel
 # where that lets one more program fit on an SM: constants hoisted out of its loops.
 STACK = {"map": 0, "chain": 32, "norm": 0}
@@ -98,7 +103,7 @@ QUICK = [case for case in CASES if case[0] == "sm_90" or corner(case[1])]
 
 def source(spec: Spec) -> ASTSource:
     """The specialisation as a launch would ask for it: annotated scalars, tuples of odd integers and of floats."""
-    kernel = {"map": room._map_kernel, "chain": room._chain_kernel, "norm": room._norm_kernel}[spec.kernel]
+    kernel = KERNELS[spec.kernel]
     group = 4 if spec.dtype == "fp32" else 8
     block = room._TILE // group
     constants = {"GDTYPE": DTYPES[spec.grad], "T": spec.tensors, "G": group}
@@ -184,3 +189,70 @@ def test_compiles_within_budget(case, compiled) -> None:
     if spec.kernel == "map":
         # at least: load x, load g, store x
         assert found["vectors"] >= 3, found
+
+
+class Recorder:
+    """Stands for a kernel: keeps what Triton's own binder makes of each launch, runs nothing."""
+
+    def __init__(self, kernel) -> None:
+        self.binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS["sm_90"]))
+        self.names = [parameter.name for parameter in kernel.params]
+        self.seen: list[dict[str, object]] = []
+
+    def __getitem__(self, grid):
+        assert len(grid) == 1 and 0 < grid[0] < 2**31
+        return self.launch
+
+    def launch(self, **arguments) -> None:
+        _, specialization, _ = self.binder(**arguments)
+        self.seen.append(dict(zip(self.names, specialization, strict=True)))
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, cases) -> dict[str, list[dict[str, object]]]:
+    """The bindings of steps of all kinds: (shapes, dtype, params, step, seed, chain_offset) each."""
+    recorders = {name: Recorder(kernel) for name, kernel in KERNELS.items()}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(room, f"_{name}_kernel", recorder)
+    for shapes, params, step, seed, offset in cases:
+        count = len(shapes)
+        for outside in ("clamp", "reject"):
+            opt = StepOptions(
+                seed=seed, streams=tuple(range(count)), noisy=(True,) * count, chain_offset=offset, outside=outside
+            )
+            for splits, stats in ((None, False), (None, True), (3, True)):
+                x, grad = [torch.zeros(s) for s in shapes], [torch.zeros(s) for s in shapes]
+                stepper = room.TritonStepper(opt, splits=splits)
+                stepper.step(x, grad, [params] * count, step, with_noise=True, stats=stats)
+                stepper.perturb(x, [params] * count, step)
+    return {name: recorder.seen for name, recorder in recorders.items()}
+
+
+def test_no_value_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, addresses, options, seeds and steps are arguments that Triton sees nothing special in."""
+    plain = StepParams(step_size=1, noise_scale=0)
+    full = StepParams(0.1, 1.0, grad_clip=16, grad_norm_clip=1, max_update=2.0, prior_std=1, low=-1, high=1)
+    cases = [
+        ([(200, 1), (200, 1)], plain, 0, 0, 0),
+        ([(1, 16), (1, 5000)], full, 1, 1, 1),
+        ([(16, 3, 32, 32), (16, 7)], full, 16, 16, 16),
+        ([(2, 64), (2, 129)], plain, 2**32 - 1, 2**64 - 1, 2**31),
+        ([(3, 64), (3, 129)], plain, torch.tensor([7]), torch.tensor([9]), 0),
+    ]
+    for name, seen in launches(monkeypatch, cases).items():
+        # the tile of the chain kernel is meant to differ
+        kinds = {tuple((k, str(v)) for k, v in launch.items() if k not in ("R", "C")) for launch in seen}
+        assert len(seen) > 5 and len(kinds) == 1, (name, kinds)
+
+
+def test_launches_are_the_ones_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [([(4, 8)] * count, StepParams(0.1, 0.1, grad_norm_clip=1.0, low=0.0), 0, 0, 0) for count in (1, 2, 5, 9)]
+    for name, seen in launches(monkeypatch, cases).items():
+        shipped = [source(spec) for spec in specs() if spec.kernel == name and spec.dtype == spec.grad == "fp32"]
+        for launch in seen:
+            types = {k: v[0] for k, v in launch.items()}
+            constants = {k: v[1] for k, v in launch.items() if v[0] == "constexpr"}
+            index = {k: (i,) for i, k in enumerate(launch)}
+            assert any(
+                types == built.signature and all(built.constants[index[k]] == v for k, v in constants.items())
+                for built in shipped
+            ), (name, launch)
