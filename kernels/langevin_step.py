@@ -30,7 +30,8 @@ it.
 Specialisation. Triton compiles anew for an argument's type, for the value 1 and for divisibility by 16, and inside
 tuples this cannot be switched off. So integers in tuples, addresses too, are sent as ``2 v + 1`` or ``2 v + 3``: an
 odd number above 1 has no special property (alignment is a flag instead). Scalars have declared types and are
-never specialised, options are bits of a run-time word (a branch that all threads take alike), floats are fp32. Constants of compilation are
+never specialised, options are bits of a run-time word (a branch that all threads take alike), floats are fp32.
+Constants of compilation are
 the dtypes, the number of tensors, whether any parameter is a tensor, and the shape of the chain kernel's tile: no
 value of a seed, step, size or option compiles anything anew. There is no autotuning: it would run the update several
 times on the real state.
@@ -117,8 +118,8 @@ _FINISH: Final = tl.constexpr(32)  # this program has the whole sums: take their
 # Arguments whose value must not compile anything anew; a declared type alone still does for 1 and multiples of 16
 _SCALARS: Final = (
     "seed", "seed_at", "step", "step_at", "offset", "purpose", "chains", "span_log2", "tensors", "todo", "splits",
-    "norms_at", "norm_parts", "norm_row_stride", "norm_tensor_stride", "outside_at", "floats_at", "counts_at", "column0",
-    "columns", "out_at",
+    "norms_at", "norm_parts", "norm_row_stride", "norm_tensor_stride", "outside_at", "floats_at", "counts_at",
+    "column0", "columns", "out_at",
 )  # fmt: skip
 
 _PARTS: Final = tl.constexpr(64)  # at most so many splits of a chain

@@ -72,8 +72,8 @@ def clamp(y: Tensor, low: Any, high: Any) -> Tensor:
 def _norm_factor(g: Tensor, limit: Any, over: NormOver) -> Tensor:
     flat = per_chain(g)
     norm = flat.norm(dim=1).reshape(-1, *[1] * (g.dim() - 1)) if over == "chain" else flat.norm()
-    # 1 up to the limit, and differentiable at norm 0; a NaN norm stays NaN, so that a broken chain is seen. A tensor over
-    # a tensor: torch divides a number by a tensor as number * (1 / tensor), which is not always 1 for equal ones
+    # 1 up to the limit, and differentiable at norm 0; a NaN norm stays NaN, so that a broken chain is seen. Tensor by
+    # tensor: torch divides a number by a tensor as number * (1 / tensor), which is not always 1 for equal ones
     bound = limit if isinstance(limit, Tensor) else norm.new_full((), limit)
     return bound / torch.clamp_min(norm, bound)
 
