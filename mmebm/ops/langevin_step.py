@@ -11,21 +11,19 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol, TypeAlias, Union
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.backends import NAMES
-from mmebm.ops.params import NormOver, Outside, StepParams, StepStats
+from mmebm.ops.params import Constant, NormOver, Outside, StepParams, StepStats, per_tensor
 from mmebm.reference import langevin_step as reference
 
 __all__ = ["CppStepper", "StepOptions", "Stepper", "TorchStepper", "langevin_step", "stepper"]
 
 Rng = Literal["philox", "torch"]
-# of langevin_step: one for all tensors, or one per tensor
-Constant: TypeAlias = Union[float, Tensor, "Sequence[float | Tensor | None]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,22 +479,6 @@ if not hasattr(torch.ops.mmebm, "langevin_step"):
     torch.library.register_fake("mmebm::langevin_step", _fake, lib=_library)
 
 
-def _each(name: str, value: Constant | None, tensors: int) -> list[float | Tensor | None]:
-    """``value`` for each tensor: one for all, or a list with one for each."""
-    values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * tensors
-    if len(values) != tensors:
-        raise ValueError(f"{name} must be one value or a list of {tensors}, one per tensor, got {len(values)}")
-    for i, v in enumerate(values):
-        if v is None or isinstance(v, Tensor):
-            continue
-        if isinstance(v, bool) or not isinstance(v, (int, float)):
-            raise TypeError(f"{name}[{i}] must be a number or a tensor, got {type(v).__name__}")
-        if v != v:
-            raise ValueError(f"{name}[{i}] must be a number, got nan")
-        values[i] = float(v)
-    return values
-
-
 def langevin_step(
     x: Sequence[Tensor],
     grad: Sequence[Tensor] | None,
@@ -567,7 +549,7 @@ def langevin_step(
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
     columns = [
-        _each(name, value, len(x))
+        per_tensor(name, value, len(x))
         for name, value in zip(
             _FIELDS, (step_size, noise_scale, grad_clip, grad_norm_clip, max_update, prior_std, low, high), strict=True
         )

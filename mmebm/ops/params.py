@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias, Union
 
 from torch import Tensor
 
 NoiseAt = Literal["after", "before"]
 NormOver = Literal["chain", "tensor"]
 Outside = Literal["clamp", "reject"]
+# what a functional op takes: one for all tensors, or one per tensor
+Constant: TypeAlias = Union[float, Tensor, "Sequence[float | Tensor | None]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +41,19 @@ class StepStats:
     displacement: Tensor
     clipped: Tensor
     nonfinite: Tensor
+
+
+def per_tensor(name: str, value: Constant | None, tensors: int) -> list[float | Tensor | None]:
+    """``value`` for each tensor: one for all, or a list with one for each."""
+    values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * tensors
+    if len(values) != tensors:
+        raise ValueError(f"{name} must be one value or a list of {tensors}, one per tensor, got {len(values)}")
+    for i, v in enumerate(values):
+        if v is None or isinstance(v, Tensor):
+            continue
+        if isinstance(v, bool) or not isinstance(v, (int, float)):
+            raise TypeError(f"{name}[{i}] must be a number or a tensor, got {type(v).__name__}")
+        if v != v:
+            raise ValueError(f"{name}[{i}] must be a number, got nan")
+        values[i] = float(v)
+    return values
