@@ -6,6 +6,7 @@ torch is not imported, no GPU is looked for, nothing is downloaded. Settings, al
                                         1: fail if they are not here; 0: do not build
     MMEBM_CUDA_ARCHS                    default "80;90;100+PTX", less what this nvcc does not know
     CXX, CXXFLAGS                       the C++ compiler, and flags added to ours
+    LDFLAGS                             flags added to ours where mmebm._cpu is linked (nvcc links mmebm._cuda)
     CUDA_HOME                           the CUDA toolkit (default: nvcc on PATH, else /usr/local/cuda)
     MAX_JOBS                            compilers that run at a time (default: ninja's, about one per core)
 
@@ -251,7 +252,8 @@ class BuildExtensions(build_ext):
             link = [*tools.cxx, "-bundle", "-undefined", "dynamic_lookup"]
         else:
             link = [*tools.cxx, "-shared", "-pthread"]
-        rule(f"link{tag}", [*link, "$in", "-o", "$out"], depfile=False)
+        added = [] if tools.nvcc else shlex.split(os.environ.get("LDFLAGS", ""))
+        rule(f"link{tag}", [*link, "$in", "-o", "$out", *added], depfile=False)
         objects = []
         for source in extension.sources:
             stem = Path(source).stem
