@@ -1,6 +1,6 @@
 """The update of a Langevin step, and whole chains of them, against hand-written loops and the peers.
 
-    python -m pytest benchmarks/bench_langevin_step.py
+    python -m pytest benchmarks/bench_langevin_step.py --benchmark-only
 
 Every implementation passes a parity gate before it is timed: without noise it computes the reference's update, and with
 noise the displacement has the mean and the variance it must have. See benchmarks/README.md.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from mmebm.ops.params import StepParams
 
 STEP_SIZE, NOISE_SCALE = 0.01, 0.005
 Update = Callable[[int], object]
+Measure = Callable[..., None]
 
 UPDATES: dict[str, list[tuple[int, ...]]] = {
     "4,096 floats": [(64, 64)],
@@ -87,6 +87,7 @@ def with_stepper(backend: str) -> Callable[[Sequence[Tensor], Sequence[Tensor], 
     return prepare
 
 
+COPY = "copy of as many bytes"
 IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], Update]] = {
     "eager": eager,
     "torch.compile": compiled,
@@ -119,16 +120,25 @@ def gate(prepare: Callable[[Sequence[Tensor], Sequence[Tensor], float], Update])
     assert abs(moved.mean()) < 6 * math.sqrt(steps / n), f"mean {moved.mean()}"
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, COPY))
 @pytest.mark.parametrize("workload", UPDATES)
-def test_update(benchmark: Any, workload: str, implementation: str) -> None:
-    prepare = IMPLEMENTATIONS[implementation]
-    gate(prepare)
+def test_update(benchmark: Any, measure: Measure, workload: str, implementation: str) -> None:
     x, grad = tensors(UPDATES[workload])
-    update = prepare(x, grad, NOISE_SCALE)
     elements = sum(t.numel() for t in x)
     benchmark.group = f"update, {workload}, {torch.get_num_threads()} threads"
-    benchmark.extra_info.update(implementation=implementation, elements=elements)
+    # an update reads x and the gradient and writes x
+    benchmark.extra_info.update(implementation=implementation, bytes=12 * elements)
+    if implementation == COPY:
+        benchmark.extra_info["roof"] = True
+        # a copy reads and writes: half of the bytes each; ones, as memory never written may all be one page of zeros
+        source = torch.ones(6 * elements, dtype=torch.uint8)
+        target = source.clone()
+        update: Update = lambda step: target.copy_(source)
+    else:
+        benchmark.extra_info.update(elements=elements, baseline=implementation == "eager")
+        prepare = IMPLEMENTATIONS[implementation]
+        gate(prepare)
+        update = prepare(x, grad, NOISE_SCALE)
     count = iter(range(1 << 62))
     # short updates are timed in bunches, so that the clock does not count
     bunch = max(1, 200_000 // elements)
@@ -137,18 +147,7 @@ def test_update(benchmark: Any, workload: str, implementation: str) -> None:
         for _ in range(bunch):
             update(next(count))
 
-    measure(benchmark, run)
-    data = benchmark.stats.stats.data
-    data[:] = [seconds / bunch for seconds in data]
-
-
-def measure(benchmark: Any, run: Callable[[], object]) -> None:
-    """Rounds for about two seconds, however busy the machine is."""
-    for _ in range(3):
-        begin = time.perf_counter()
-        run()
-        took = time.perf_counter() - begin
-    benchmark.pedantic(run, rounds=max(5, min(2000, int(2 / took))))
+    measure(run, bunch)
 
 
 # -- options
@@ -182,7 +181,7 @@ def eager_option(name: str, x: Tensor, g: Tensor) -> None:
 
 @pytest.mark.parametrize("implementation", ("eager", "mmebm cpp"))
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(benchmark: Any, name: str, implementation: str) -> None:
+def test_options(benchmark: Any, measure: Measure, name: str, implementation: str) -> None:
     (x,), (g,) = tensors([(64, 3, 28, 28)])
     values: dict[str, Any] = {"step_size": STEP_SIZE, "noise_scale": NOISE_SCALE, "low": 0.0, "high": 1.0}
     params = [StepParams(**{**values, **OPTIONS[name]})]
@@ -200,9 +199,9 @@ def test_options(benchmark: Any, name: str, implementation: str) -> None:
         stepper.step([x], [g], params, next(count), with_noise=True, stats=name == "statistics")
 
     benchmark.group = f"150,528 floats, {name}, {torch.get_num_threads()} threads"
-    benchmark.extra_info.update(implementation=implementation, elements=x.numel())
+    benchmark.extra_info.update(implementation=implementation, elements=x.numel(), baseline=implementation == "eager")
     run = cpp if implementation == "mmebm cpp" else lambda: eager_option(name, x, g)
-    measure(benchmark, run)
+    measure(run)
 
 
 # -- whole chains
@@ -214,6 +213,9 @@ CHAINS: dict[str, tuple[int, int, int, int]] = {
 }
 
 
+Chainable = Callable[[Tensor], Tensor]
+
+
 class Energy(torch.nn.Sequential):
     def __init__(self, dim: int, width: int) -> None:
         super().__init__(
@@ -222,7 +224,7 @@ class Energy(torch.nn.Sequential):
         )  # fmt: skip
 
 
-def eager_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+def eager_chain(energy: Chainable, x: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(energy(x).sum(), x)
@@ -230,7 +232,7 @@ def eager_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
     return x
 
 
-def mmebm_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+def mmebm_chain(energy: Chainable, x: Tensor, steps: int) -> Tensor:
     return mmebm.langevin(energy, x, steps=steps, step_size=STEP_SIZE, noise_scale=NOISE_SCALE)
 
 
@@ -241,7 +243,7 @@ def peer(name: str) -> Any:
         pytest.skip(f"{name} is not installed ({error}); pip install 'mmebm[peers]'")
 
 
-def torchebm_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+def torchebm_chain(energy: Chainable, x: Tensor, steps: int) -> Tensor:
     core, samplers = peer("torchebm.core"), peer("torchebm.samplers")
 
     class Model(core.BaseModel):
@@ -257,20 +259,20 @@ def torchebm_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
     return sampler.sample(x=x, n_steps=steps)
 
 
-def ebmkit_chain(energy: Energy, x: Tensor, steps: int) -> Tensor:
+def ebmkit_chain(energy: Chainable, x: Tensor, steps: int) -> Tensor:
     samplers = peer("ebm.samplers")
     sampler = samplers.LangevinDynamics(step_size=STEP_SIZE, steps=steps, noise_scale=NOISE_SCALE)
     return sampler.sample(energy, x)
 
 
-WHOLE: dict[str, Callable[[Energy, Tensor, int], Tensor]] = {
+WHOLE: dict[str, Callable[[Chainable, Tensor, int], Tensor]] = {
     "eager": eager_chain, "mmebm": mmebm_chain, "torchebm": torchebm_chain, "ebmkit": ebmkit_chain,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", WHOLE)
 @pytest.mark.parametrize("workload", CHAINS)
-def test_chain(benchmark: Any, workload: str, implementation: str) -> None:
+def test_chain(benchmark: Any, measure: Measure, workload: str, implementation: str) -> None:
     chains, dim, width, steps = CHAINS[workload]
     run = WHOLE[implementation]
     torch.manual_seed(0)
@@ -286,5 +288,69 @@ def test_chain(benchmark: Any, workload: str, implementation: str) -> None:
     assert abs(noise.var() - 1) < 0.1, f"variance {noise.var()} of the noise"
     assert abs(noise.mean()) < 0.1, f"mean {noise.mean()} of the noise"
     benchmark.group = f"{steps} steps, {workload}, {torch.get_num_threads()} threads"
-    benchmark.extra_info.update(implementation=implementation)
-    measure(benchmark, lambda: run(energy, x, steps))
+    benchmark.extra_info.update(implementation=implementation, baseline=implementation == "eager")
+    measure(lambda: run(energy, x, steps))
+
+
+# -- a full step: everything included, and an energy that costs next to nothing
+
+
+FULL = (256, 32, 100)  # chains, elements, steps
+
+
+def quadratic(x: Tensor) -> Tensor:
+    return x.square().sum(1)
+
+
+def jem_chain(energy: Chainable, x: Tensor, steps: int) -> Tensor:
+    """The loop of the JEM code and what descends from it: through ``.data``, one gradient a step."""
+    x = x.clone().requires_grad_()
+    for _ in range(steps):
+        (grad,) = torch.autograd.grad(energy(x).sum(), [x], retain_graph=True)
+        x.data += -STEP_SIZE * grad + NOISE_SCALE * torch.randn_like(x)
+    return x.detach()
+
+
+def jax_chain() -> Callable[[Tensor], Callable[[], Any]]:
+    """SGLD as one jitted ``lax.scan``; its threads are XLA's own."""
+    jax = peer("jax")
+
+    def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
+        x, key = carry
+        key, this = jax.random.split(key)
+        gradient = jax.grad(lambda x: (x * x).sum())(x)
+        return (x - STEP_SIZE * gradient + NOISE_SCALE * jax.random.normal(this, x.shape), key), None
+
+    @jax.jit
+    def chain(x: Any, key: Any) -> Any:
+        return jax.lax.scan(step, (x, key), length=FULL[2])[0][0]
+
+    def prepare(x: Tensor) -> Callable[[], Any]:
+        start, key = jax.device_put(x.numpy(), jax.devices("cpu")[0]), jax.random.key(0)
+        return lambda: chain(start, key).block_until_ready()
+
+    return prepare
+
+
+@pytest.mark.parametrize("implementation", ("JEM loop", "torchebm", "ebmkit", "jax, jitted scan", "mmebm"))
+def test_full_step(benchmark: Any, measure: Measure, implementation: str) -> None:
+    chains, size, steps = FULL
+    x = torch.randn(chains, size, generator=torch.Generator().manual_seed(0))
+    if implementation.startswith("jax"):
+        run = jax_chain()(x)
+    else:
+        whole = jem_chain if implementation == "JEM loop" else WHOLE[implementation]
+        run = lambda: whole(quadratic, x, steps)
+    # the gate: x_k = r^k x_0 + noise of variance s^2 (1 + r^2 + ... + r^(2k - 2)), to six standard errors
+    out = torch.tensor(run().tolist(), dtype=torch.float64)
+    rate = 1 - 2 * STEP_SIZE
+    variance = NOISE_SCALE**2 * (1 - rate ** (2 * steps)) / (1 - rate**2)
+    noise = out - rate**steps * x.double()
+    assert abs(noise.var() / variance - 1) < 6 * math.sqrt(2 / x.numel()), f"variance {noise.var()} of the noise"
+    drift = (noise * x).sum() / x.norm()
+    assert abs(drift) < 6 * math.sqrt(variance), f"the drift is off by {drift / x.norm()}"
+    benchmark.group = f"full step, {steps} steps of {chains} chains of {size}, sum of squares"
+    benchmark.extra_info.update(
+        implementation=implementation, elements=steps * x.numel(), baseline=implementation == "JEM loop"
+    )
+    measure(run)
