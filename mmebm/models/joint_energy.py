@@ -23,6 +23,8 @@ class JointEnergy(nn.Module):
         spectral: spectral norm on every layer; then the energy is times ``scale`` (a unit scale barely moves x).
     """
 
+    mmebm_pure = True
+
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], *, net: Net = "mlp", width: int = 256, depth: int = 2,
         act: str = "silu", trunk_width: int = 16, features: int = 128, spectral: bool = False, scale: float = 1.0,

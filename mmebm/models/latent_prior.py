@@ -22,6 +22,8 @@ def standard_normal(n: int, latent: int, *, seed: int, device: torch.device) -> 
 class GaussianPrior(nn.Module):
     """N(0, I): its energy correction is zero."""
 
+    mmebm_pure = True
+
     def __init__(self, latent: int) -> None:
         super().__init__()
         self.latent = latent
@@ -42,6 +44,8 @@ class LatentPrior(nn.Module):
         latent: size of z.
         sampler, steps: the short chain that draws from it, started at N(0, I).
     """
+
+    mmebm_pure = True
 
     def __init__(
         self, latent: int, sampler: Langevin, steps: int, *, width: int = 128, depth: int = 2, act: str = "silu"

@@ -31,7 +31,10 @@ from mmebm.ops.terms import Term, check_terms, pack, tensors_of, too_wide, unpac
 from mmebm.reference.langevin_mlp import langevin_mlp as reference
 from mmebm.reference.langevin_step import per_chain, widen
 
-__all__ = ["FIELDS", "MlpChain", "MlpResult", "Precision", "constants_of", "langevin_mlp", "room", "run"]
+__all__ = [
+    "FIELDS", "MlpChain", "MlpResult", "Precision", "constants_of", "flat_mask", "langevin_mlp", "name_of", "room",
+    "run",
+]  # fmt: skip
 
 Precision = Literal["fp32", "tf32x3", "bf16"]
 
@@ -200,6 +203,11 @@ def room(backend: str, chain: MlpChain, x: Tensor) -> tuple[ModuleType | None, s
             return module, f"auto: {name}, the state is on {x.device}"
         reasons.append(f"not {name}: {reason}")
     return None, f"auto: {'; '.join(reasons) or f'no room for {x.device}'}"
+
+
+def name_of(module: ModuleType) -> str:
+    """The backend whose room ``module`` is."""
+    return next((name for name, path in _ROOMS.items() if path == module.__name__), module.__name__)
 
 
 def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor) -> MlpResult:

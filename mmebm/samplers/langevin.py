@@ -11,18 +11,20 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops import langevin_step as op
+from mmebm.ops.langevin_mlp import Precision
 from mmebm.ops.params import NormOver, Outside, StepParams
 from mmebm.reference.langevin_step import clamp, per_chain, widen
+from mmebm.samplers import fused
 from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.schedules import Schedule
-from mmebm.samplers.state import (
+from mmebm.state import (
     Key,
     State,
     Structure,
@@ -56,7 +58,8 @@ class Samples:
         trace: per recorded quantity a tensor (steps, chains), or (steps,) for the energy where it returns a scalar; see
             ``record`` in :meth:`Langevin.sample`.
         trajectory: with ``thin=t`` the states after steps t, 2t, ...: the given structure of (steps // t, chains, ...).
-        info: seed, steps, first_step, next_step (where a restart goes on), backend and the reason for it, and
+        info: seed, steps, first_step, next_step (where a restart goes on), backend, op ("langevin_mlp" for the whole
+            chain in one call, "langevin_step" for a step at a time) and the reason for both, and
             ``nonfinite``, a boolean (chains,) tensor: chains that hold an inf or NaN, or were frozen for it.
     """
 
@@ -149,6 +152,7 @@ class Langevin:
         rng: "philox", noise that depends on (seed, chain, step, tensor, element) only, or "torch", ``torch.randn`` per
             tensor in state order, so that a ported script gives its old numbers.
         backend: "auto", or one by name, which then must be available (:func:`mmebm.backends`).
+        precision: of a fused MLP energy's matrix products on a GPU (:class:`mmebm.ops.langevin_mlp.MlpChain`).
         on_nonfinite: "ignore" (reported in ``info``), "freeze" a chain at its last finite state, or "raise" at the end.
 
     Raises:
@@ -176,6 +180,7 @@ class Langevin:
     mode: Mode = "eval"
     rng: op.Rng = "philox"
     backend: str = "auto"
+    precision: Precision = "fp32"
     on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
 
     def __post_init__(self) -> None:
@@ -186,6 +191,7 @@ class Langevin:
         _choice("accept", self.accept, (None, "descent"))
         _choice("mode", self.mode, ("eval", "train", "keep"))
         _choice("rng", self.rng, ("philox", "torch"))
+        _choice("precision", self.precision, get_args(Precision))
         _choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
         for name in ("step_size", "temperature"):
             value = getattr(self, name)
@@ -397,6 +403,12 @@ class Langevin:
     def _run(self, p: _Problem, tensors: list[Tensor]) -> Any:
         chains, device = tensors[0].shape[0], tensors[0].device
         modules = modules_of(p.energy, *p.calls[0])
+        with torch.no_grad(), sampling(modules, self.mode):
+            whole = fused.run(self, p, [t.detach() for t in tensors])
+        if isinstance(whole, fused.FusedRun):
+            return self._finish(p, whole.state, whole.trace, whole.trajectory, whole.frozen, {
+                "backend": whole.backend, "op": "langevin_mlp", "reason": whole.reason
+            })  # fmt: skip
         plain = p.steps - p.differentiable
         # with all steps differentiable, the graph reaches back to the given state
         x = [t.clone() if p.differentiable and not plain else t.detach().clone() for t in tensors]
@@ -411,16 +423,26 @@ class Langevin:
             with torch.enable_grad(), sampling(modules, self.mode, freeze=False):
                 for k in steps[plain:]:
                     x = loop.step(k, x, create_graph=True)
-        if p.ends:
-            x = [loop.clamp(i, t) for i, t in enumerate(x)]
-        if not p.differentiable:
-            x = [t.detach() for t in x]
-        broken = torch.zeros(chains, dtype=torch.bool, device=device) if loop.alive is None else ~loop.alive
-        for t in x:
-            broken = broken | ~torch.isfinite(per_chain(t.detach())).all(dim=1)
         empty = torch.zeros(p.steps, chains, device=device)
         trace = {name: torch.stack(rows) if rows else empty for name, rows in loop.trace.items()}
-        return x, trace, loop.kept, broken, {"backend": loop.backend, "reason": loop.reason}
+        return self._finish(p, x, trace, loop.kept, None if loop.alive is None else ~loop.alive, {
+            "backend": loop.backend, "op": "langevin_step", "reason": f"{loop.reason}; a step at a time: {whole}"
+        })  # fmt: skip
+
+    @staticmethod
+    def _finish(
+        p: _Problem, x: list[Tensor], trace: dict[str, Tensor], kept: list[Tensor], frozen: Tensor | None,
+        info: dict[str, str],
+    ) -> Any:  # fmt: skip
+        """What is left after the last step: bounds at the end, which chains are broken."""
+        if p.ends:
+            x = [_clamp_at_end(p, i, t) for i, t in enumerate(x)]
+        if not p.differentiable:
+            x = [t.detach() for t in x]
+        broken = torch.zeros(x[0].shape[0], dtype=torch.bool, device=x[0].device) if frozen is None else frozen
+        for t in x:
+            broken = broken | ~torch.isfinite(per_chain(t.detach())).all(dim=1)
+        return x, trace, kept, broken, info
 
 
 class _Loop:
@@ -464,14 +486,6 @@ class _Loop:
     def _mask(self, i: int) -> Tensor | None:
         mask = self.problem.masks[i]
         return mask if isinstance(mask, Tensor) else None
-
-    def clamp(self, i: int, x: Tensor) -> Tensor:
-        """Tensor ``i`` clamped to its bounds at the end of the chain, where not observed."""
-        end, mask = self.problem.ends[i], self.problem.masks[i]
-        if mask is True:
-            return x
-        y = clamp(widen(x), end.low, end.high).to(x.dtype)
-        return torch.where(mask, x, y) if isinstance(mask, Tensor) else y
 
     def step(self, k: int, x: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
         """Step ``k`` of this run; a new list."""
@@ -607,6 +621,15 @@ class _Loop:
             # the accepted point's gradient is the next step's: one gradient per step
             self.cached = torch.where(better, new_energy, energy), _where(better, new_grads, grads)
         return _where(better, y, old)
+
+
+def _clamp_at_end(p: _Problem, i: int, x: Tensor) -> Tensor:
+    """Tensor ``i`` clamped to its bounds at the end of the chain, where not observed."""
+    end, mask = p.ends[i], p.masks[i]
+    if mask is True:
+        return x
+    y = clamp(widen(x), end.low, end.high).to(x.dtype)
+    return torch.where(mask, x, y) if isinstance(mask, Tensor) else y
 
 
 def _where(rows: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> list[Tensor]:

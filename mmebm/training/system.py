@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmebm.diagnostics import largest_stable_step
+from mmebm.energies.lower import Symbol, call, residual
 from mmebm.models import GaussianPrior, JointEnergy, JointInference, LatentPrior, SharedGenerator
 from mmebm.samplers import Langevin, Samples
 from mmebm.training.config import ChainConfig, Config
@@ -33,6 +36,15 @@ class Posterior:
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.generator.negative_log_likelihood(self.x, z) + self.prior(z)
+
+    def mmebm_lowered(self, z: Symbol) -> Symbol:
+        """The same on a symbolic z, for :func:`mmebm.energies.lower`: one residual per modality, and the prior."""
+        g = self.generator
+        parts = [
+            residual(call(g.decoders[name], z), value, scale=g.sigma, likelihood=g.likelihood, weight=g.weights[name])
+            for name, value in self.x.items()
+        ]
+        return functools.reduce(operator.add, [*parts, call(self.prior, z)])
 
 
 class System(nn.Module):

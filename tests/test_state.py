@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmebm.samplers import Langevin, langevin
-from mmebm.samplers.state import broadcast, flatten, observed_masks, per_key
+from mmebm.state import broadcast, flatten, observed_masks, per_key
 
 
 class Pair(NamedTuple):

@@ -1,0 +1,63 @@
+"""The plain MLP energy: the one that whole chains of run in one call."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmebm.ops.mlp_energy import mlp_energy
+from mmebm.ops.terms import ACTIVATIONS, Activation
+
+_MODULES: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus,
+    "tanh": nn.Tanh, "elu": nn.ELU,
+}  # fmt: skip
+
+
+class MLP(nn.Module):
+    """E(x) = an MLP of the flattened x with one output.
+
+    Args:
+        inputs: elements of one chain.
+        hidden: widths of the hidden layers, e.g. (200, 200).
+        activation: one of :data:`mmebm.ops.terms.ACTIVATIONS`.
+
+    Raises:
+        ValueError: for an unknown activation or a width below 1.
+    """
+
+    mmebm_pure = True
+
+    def __init__(self, inputs: int, hidden: Sequence[int] = (128, 128), activation: Activation = "silu") -> None:
+        super().__init__()
+        if activation not in _MODULES:
+            raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+        if inputs < 1 or any(width < 1 for width in hidden):
+            raise ValueError(f"inputs and hidden widths must be at least 1, got {inputs} and {list(hidden)}")
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i, (a, b) in enumerate(itertools.pairwise((inputs, *hidden, 1))):
+            layers += ([_MODULES[activation]()] if i else []) + [nn.Linear(a, b)]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(chains, ...) -> (chains,)."""
+        return self.net(x).squeeze(1)
+
+    def energy_and_gradient(self, x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """E(x) (chains,) and dE/dx in the shape of ``x`` in one pass (:func:`mmebm.ops.mlp_energy.mlp_energy`),
+        differentiable in the weights: for score matching and gradient penalties."""
+        from mmebm.energies.lower import lower
+
+        # the graph to the weights must not be cut, which lower does: its terms are for chains
+        terms = lower(self, x).terms
+        linear = [layer for layer in self.net if isinstance(layer, nn.Linear)]
+        stack = terms[0].stack  # pyright: ignore[reportAttributeAccessIssue]
+        live = type(stack)(
+            tuple(layer.weight for layer in linear), tuple(layer.bias for layer in linear), stack.activation,
+            stack.slope,
+        )  # fmt: skip
+        energy, grad = mlp_energy(torch.flatten(x, 1), [type(terms[0])(live)], backend=backend)  # pyright: ignore
+        return energy, grad.reshape(x.shape)

@@ -1,0 +1,43 @@
+"""Sums of energies: a joint energy and a prior, a product of experts, guidance."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmebm.energies.lower import Symbol, call
+
+
+class Sum(nn.Module):
+    """E(x) = sum_i weight_i E_i(x).
+
+    Args:
+        energies: callables of the same state, each (chains,); modules among them are registered.
+        weights: a number for each; ``None``: 1.
+
+    Raises:
+        TypeError, ValueError: for something not callable, or another number of weights.
+    """
+
+    def __init__(self, *energies: Callable[..., Any], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if not energies or not all(callable(e) for e in energies):
+            raise TypeError(f"Sum takes at least one energy, each callable, got {energies!r:.80}")
+        self.weights = [1.0] * len(energies) if weights is None else [float(w) for w in weights]
+        if len(self.weights) != len(energies):
+            raise ValueError(f"weights must be {len(energies)} numbers, one per energy, got {len(self.weights)}")
+        self.energies = list(energies)
+        self.parts = nn.ModuleList(e for e in energies if isinstance(e, nn.Module))
+
+    def forward(self, x: Any) -> Tensor:
+        """The state -> (chains,)."""
+        return functools.reduce(operator.add, (w * e(x) for w, e in zip(self.weights, self.energies, strict=True)))
+
+    def mmebm_lowered(self, x: Any) -> Symbol:
+        """The same on a symbolic state, for :func:`mmebm.energies.lower`."""
+        values = (w * call(e, x) for w, e in zip(self.weights, self.energies, strict=True))
+        return functools.reduce(operator.add, values)

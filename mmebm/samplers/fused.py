@@ -1,0 +1,136 @@
+"""Runs a whole chain in one call of ``langevin_mlp`` where the energy and the options allow it, or says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmebm.energies.lower import CannotLower, lower
+from mmebm.native import BackendError
+from mmebm.ops import langevin_mlp as op
+from mmebm.ops.params import StepParams
+from mmebm.ops.terms import too_wide
+from mmebm.reference.langevin_step import per_chain
+
+if TYPE_CHECKING:
+    from mmebm.samplers.langevin import Langevin, _Problem
+
+RECORDS = ("energy", "grad_norm")
+
+
+@dataclass(frozen=True)
+class FusedRun:
+    """What a chain in one call returns: as the loop's, tensor by tensor. ``frozen``: bool (chains,), or ``None``."""
+
+    state: list[Tensor]
+    trace: dict[str, Tensor]
+    trajectory: list[Tensor]
+    frozen: Tensor | None
+    backend: str
+    reason: str
+
+
+def _options_reason(sampler: Langevin, p: _Problem, tensors: Sequence[Tensor]) -> str | None:
+    """What the options ask for that only the loop does."""
+    if sampler.backend == "torch":
+        return "backend='torch' is the loop with autograd"
+    if sampler.score:
+        return "score=True: there is no energy"
+    if sampler.rng != "philox":
+        return f"rng={sampler.rng!r}"
+    if p.differentiable:
+        return "differentiable steps need autograd"
+    if len(p.blocks) != 1:
+        return f"{len(p.blocks)} blocks"
+    if sampler.accept is not None or any(function is not None for function in p.project):
+        return "accept and project act between the steps"
+    if sampler.outside != "clamp" or (sampler.norm_over != "chain" and sampler.grad_norm_clip is not None):
+        return f"outside={sampler.outside!r}, norm_over={sampler.norm_over!r}"
+    if any(name not in RECORDS for name in p.record):
+        return f"record={p.record}; taken are {RECORDS}"
+    if len(p.calls) != 1 or p.calls[0][0] or p.calls[0][1]:
+        return "the energy takes further arguments"
+    if any(t.dtype != torch.float32 for t in tensors):
+        return "the state is not float32"
+    return None
+
+
+def run(sampler: Langevin, p: _Problem, tensors: list[Tensor]) -> FusedRun | str:
+    """The chain from ``tensors``, which stay as they are, or the reason why it takes the loop."""
+    reason = _options_reason(sampler, p, tensors)
+    if reason is not None:
+        return reason
+    try:
+        lowered = lower(p.energy, p.build(tensors), log_prob=sampler.log_prob)
+    except CannotLower as error:
+        return f"the energy is not a sum of MLPs: {error}"
+    if lowered.scalar and "energy" in p.record:
+        return "the energy returns a scalar, not one value per chain"
+    wide = too_wide(lowered.terms)
+    if wide is not None:
+        return f"the energy has {wide}"
+    chains, device = tensors[0].shape[0], tensors[0].device
+    moving = [i in p.blocks[0] for i in range(len(tensors))]
+    still = StepParams(0.0, 0.0)
+    table = op.constants_of(
+        [[params if moves else still for params, moves in zip(row, moving, strict=True)] for row in p.params],
+        chains, torch.float32, device,
+    )  # fmt: skip
+    if isinstance(table, str):
+        return table
+    flat = [per_chain(t) for t in tensors]
+    widths = tuple(t.shape[1] for t in flat)
+    chain = op.MlpChain(
+        terms=lowered.terms, widths=widths, streams=tuple(range(len(tensors))), noisy=tuple(p.noisy),
+        moving=tuple(moving), constants=table[0], present=table[1],
+        observed=op.flat_mask([mask if isinstance(mask, Tensor) else None for mask in p.masks], tensors),
+        seed=p.seed, chain_offset=p.chain_offset, noise_at=sampler.noise_at, clamp_noise=sampler.clamp_noise,
+        freeze=sampler.on_nonfinite == "freeze", precision=sampler.precision,
+    )  # fmt: skip
+    x = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat, dim=1)
+    try:
+        module, why = op.room(sampler.backend, chain, x)
+    except BackendError as error:
+        return str(error)
+    if module is None:
+        return why
+
+    def apart(rows: Tensor) -> list[Tensor]:
+        return [part.reshape(t.shape) for part, t in zip(rows.split(widths, dim=1), tensors, strict=True)]
+
+    piece = p.thin or p.steps
+    frozen, traces, kept = None, {name: [] for name in p.record}, []
+    for start in range(0, p.steps, piece) if p.steps else ():
+        stop = min(start + piece, p.steps)
+        result = op.run(
+            module, chain.rows(start, stop), x, stop - start, p.first_step + start,
+            energy="energy" in p.record, grad_norm="grad_norm" in p.record,
+        )  # fmt: skip
+        # a frozen chain stays so in the pieces that follow
+        x = result.x if frozen is None else torch.where(frozen.unsqueeze(1), x, result.x)
+        for name, rows in traces.items():
+            rows.append(getattr(result, name))
+        if result.frozen is not None:
+            frozen = result.frozen if frozen is None else frozen | result.frozen
+        if p.thin and stop - start == piece:
+            kept.append(x)
+    # a tensor that does not move is handed back as it came, whatever its bits
+    state = [
+        part.contiguous() if moves else t.clone() for part, t, moves in zip(apart(x), tensors, moving, strict=True)
+    ]
+    empty = torch.zeros(0, chains, device=device)
+    trajectory = []
+    if p.thin:
+        rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), device=device)
+        trajectory = [
+            part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
+        ]
+    return FusedRun(
+        state, {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}, trajectory, frozen,
+        op.name_of(module), why,
+    )  # fmt: skip
+
