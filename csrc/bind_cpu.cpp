@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_langevin_mlp.h"
 #include "bind_langevin_step.h"
 #include "cpu/noise.h"
 
@@ -76,4 +77,5 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("out_ptr"), py::arg("blocks"), py::arg("isa") = "auto");
 
   bind_langevin_step(m, isa_from);
+  bind_langevin_mlp(m, isa_from);
 }

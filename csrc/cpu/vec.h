@@ -1,4 +1,4 @@
-// The few vector operations that langevin_step_kernel.h is written in, for the instruction set of the including file:
+// The few vector operations that the kernels of the CPU ops are written in, for the instruction set of the including file:
 // 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, or plain GCC/Clang vectors on other processors).
 //
 // Everything is in an unnamed namespace and nothing comes from std::, see isa.h. `max` and `min` return their second
@@ -51,6 +51,7 @@ MMEBM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 MMEBM_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 MMEBM_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 MMEBM_INLINE M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+MMEBM_INLINE M at_most(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 MMEBM_INLINE M unequal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 MMEBM_INLINE M either(M a, M b) { return static_cast<M>(a | b); }
 MMEBM_INLINE M both(M a, M b) { return static_cast<M>(a & b); }
@@ -70,6 +71,7 @@ MMEBM_INLINE I xor3(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0
 // a where the signed words of x are below those of y, else b
 MMEBM_INLINE I where_less(I x, I y, I a, I b) { return _mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(x, y), b, a); }
 MMEBM_INLINE I high_exponent(I a) { return _mm512_srai_epi32(a, 23); }
+MMEBM_INLINE I exponent(I a) { return _mm512_slli_epi32(a, 23); }
 MMEBM_INLINE I quadrant_sign(I a) { return _mm512_slli_epi32(a, 30); }
 MMEBM_INLINE I mul_low(I a, I b) { return _mm512_mul_epu32(a, b); }  // low words of 64-bit lanes -> 64-bit products
 // The high word of each 64-bit lane in the low one; what is left above does not matter. A shuffle, because a shift of
@@ -130,6 +132,7 @@ MMEBM_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 MMEBM_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 MMEBM_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 MMEBM_INLINE M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+MMEBM_INLINE M at_most(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 MMEBM_INLINE M unequal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
 MMEBM_INLINE M either(M a, M b) { return _mm256_or_ps(a, b); }
 MMEBM_INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
@@ -151,6 +154,7 @@ MMEBM_INLINE I xor2(I a, I b) { return _mm256_xor_si256(a, b); }
 MMEBM_INLINE I xor3(I a, I b, I c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 MMEBM_INLINE I where_less(I x, I y, I a, I b) { return _mm256_blendv_epi8(b, a, _mm256_cmpgt_epi32(y, x)); }
 MMEBM_INLINE I high_exponent(I a) { return _mm256_srai_epi32(a, 23); }
+MMEBM_INLINE I exponent(I a) { return _mm256_slli_epi32(a, 23); }
 MMEBM_INLINE I quadrant_sign(I a) { return _mm256_slli_epi32(a, 30); }
 MMEBM_INLINE I mul_low(I a, I b) { return _mm256_mul_epu32(a, b); }
 MMEBM_INLINE I high_half(I a) { return _mm256_srli_epi64(a, 32); }
@@ -232,6 +236,7 @@ MMEBM_INLINE I mul_low(I a, I b) { return (I)(((L)a & 0xffffffffull) * ((L)b & 0
 #endif
 MMEBM_INLINE F abs(F a) { return (F)((I)a & seti(0x7fffffffu)); }
 MMEBM_INLINE M greater(F a, F b) { return a > b; }
+MMEBM_INLINE M at_most(F a, F b) { return a <= b; }
 MMEBM_INLINE M unequal(F a, F b) { return a != b; }
 MMEBM_INLINE M either(M a, M b) { return a | b; }
 MMEBM_INLINE M both(M a, M b) { return a & b; }
@@ -255,6 +260,7 @@ MMEBM_INLINE I where_less(I x, I y, I a, I b) {
   return (a & m) | (b & ~m);
 }
 MMEBM_INLINE I high_exponent(I a) { return a >> 23; }
+MMEBM_INLINE I exponent(I a) { return a << 23; }
 MMEBM_INLINE I quadrant_sign(I a) { return a << 30; }
 MMEBM_INLINE I high_half(I a) { return (I)((L)a >> 32); }
 MMEBM_INLINE I interleave(I even, I odd) { return (I)(((L)even & 0xffffffffull) | ((L)odd << 32)); }

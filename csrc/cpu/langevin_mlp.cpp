@@ -1,0 +1,123 @@
+// Packs the weights, cuts the batch into tiles and chooses the instruction set; the loops themselves are in
+// langevin_mlp_kernel.h.
+#include "langevin_mlp.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "langevin_step_threads.h"
+
+#define MMEBM_LOOPS mlp_loops_generic
+#include "langevin_mlp_kernel.h"
+
+namespace mmebm {
+namespace {
+
+const MlpLoops& loops_for(Isa isa) {
+#if defined(MMEBM_X86)
+  if (isa == Isa::avx512) return mlp_loops_avx512;
+  if (isa == Isa::avx2) return mlp_loops_avx2;
+#endif
+  (void)isa;
+  return mlp_loops_generic;
+}
+
+// Panels of (depth, up to PANEL) from row-major rows: panel p holds rows p PANEL and following.
+void pack_rows(const float* weight, int64_t rows, int64_t depth, float* to) {
+  for (int64_t row = 0; row < rows; row += PANEL) {
+    const int64_t n = std::min(PANEL, rows - row);
+    for (int64_t j = 0; j < n; ++j) {
+      const float* from = weight + (row + j) * depth;
+      for (int64_t k = 0; k < depth; ++k) to[k * n + j] = from[k];
+    }
+    to += n * depth;
+  }
+}
+
+// The same of the transposed matrix: panel p holds columns p PANEL and following.
+void pack_columns(const float* weight, int64_t rows, int64_t columns, float* to) {
+  for (int64_t column = 0; column < columns; column += PANEL) {
+    const int64_t n = std::min(PANEL, columns - column);
+    for (int64_t k = 0; k < rows; ++k) std::copy_n(weight + k * columns + column, n, to + k * n);
+    to += n * rows;
+  }
+}
+
+struct Free {
+  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats floats(int64_t n) {
+  void* p = ::operator new[](sizeof(float) * static_cast<size_t>(std::max<int64_t>(n, 1)), std::align_val_t(64));
+  return Floats(static_cast<float*>(p));
+}
+
+// What a tile may take of the second-level cache, beside the weights that all tiles read.
+constexpr int64_t TILE_BYTES = 512 << 10;
+
+}  // namespace
+
+void langevin_mlp(MlpJob job, std::vector<MlpStackTerm>& stacks, Isa isa, int threads) {
+  const MlpLoops& loops = loops_for(isa);
+  std::vector<MlpLayer*> layers;
+  int64_t packed = 0;
+  for (MlpStackTerm& stack : stacks) {
+    stack.term.layers = stack.layers.data();
+    stack.term.depth = static_cast<int64_t>(stack.layers.size());
+    for (MlpLayer& layer : stack.layers) {
+      layers.push_back(&layer);
+      packed += 2 * ((layer.inputs * layer.outputs + 15) / 16 * 16);
+    }
+  }
+  const Floats weights = floats(packed);
+  float* at = weights.get();
+  for (MlpLayer* layer : layers) {
+    layer->forward = at;
+    at += (layer->inputs * layer->outputs + 15) / 16 * 16;
+    layer->backward = at;
+    at += (layer->inputs * layer->outputs + 15) / 16 * 16;
+    pack_rows(layer->weight, layer->outputs, layer->inputs, const_cast<float*>(layer->forward));
+    pack_columns(layer->weight, layer->outputs, layer->inputs, const_cast<float*>(layer->backward));
+  }
+  std::vector<MlpTerm> terms;
+  for (const MlpStackTerm& stack : stacks) terms.push_back(stack.term);
+  job.terms = terms.data();
+  job.term_count = static_cast<int64_t>(terms.size());
+
+  // Tiles as large as registers and cache allow, but as many as there are threads, and all of about one size.
+  const int64_t units = (job.chains + loops.lanes - 1) / loops.lanes;
+  if (units == 0) return;
+  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), units));
+  int64_t most = loops.most;
+  while (most > 1 && 4 * mlp_scratch(job, most * loops.lanes).size > TILE_BYTES) --most;
+  const int64_t share = (units + threads - 1) / threads, rounds = (share + most - 1) / most;
+  const int64_t vectors = (share + rounds - 1) / rounds, tiles = (units + vectors - 1) / vectors;
+
+  const int64_t size = mlp_scratch(job, vectors * loops.lanes).size;
+  const Floats scratch = floats(size * threads);
+  const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
+  for_each_tile(tiles, threads, [&](int64_t tile) {
+    int slot = 0;
+    while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
+    const int64_t first = tile * vectors;
+    loops.tile(job, first * loops.lanes, std::min(vectors, units - first), scratch.get() + slot * size);
+    taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);
+  });
+}
+
+void mlp_activation(Activation kind, float slope, const float* in, float* value, float* derivative, int64_t n,
+                    Isa isa) {
+  const MlpLoops& loops = loops_for(isa);
+  const int64_t whole = n / loops.lanes * loops.lanes;
+  loops.activate(kind, slope, in, value, derivative, whole);
+  float rest[3][16] = {};
+  std::copy(in + whole, in + n, rest[0]);
+  loops.activate(kind, slope, rest[0], rest[1], rest[2], loops.lanes);
+  std::copy_n(rest[1], n - whole, value + whole);
+  std::copy_n(rest[2], n - whole, derivative + whole);
+}
+
+}  // namespace mmebm

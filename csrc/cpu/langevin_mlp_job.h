@@ -1,0 +1,135 @@
+// What langevin_mlp.cpp and its loops (langevin_mlp_kernel.h) share: the problem, and how it is cut. Plain data, because
+// the files with AVX in them must not instantiate anything from std:: (isa.h).
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace mmebm {
+
+// In the order of mmebm/ops/terms.py.
+enum class Activation : int32_t { relu, leaky_relu, silu, gelu, softplus, tanh, elu };
+constexpr int ACTIVATIONS = 7;
+
+// The columns of the table of constants, in the order of FIELDS in mmebm/ops/langevin_mlp.py.
+enum Field { F_STEP_SIZE, F_NOISE_SCALE, F_GRAD_CLIP, F_NORM_CLIP, F_MAX_UPDATE, F_PRECISION, F_LOW, F_HIGH, FIELDS };
+
+// Outputs of a layer that are summed side by side. A packed matrix is one panel after the other, each (depth, PANEL),
+// the last one (depth, what is left).
+constexpr int64_t PANEL = 8;
+
+struct MlpLayer {
+  int64_t inputs = 0, outputs = 0;
+  const float* weight = nullptr;    // (outputs, inputs)
+  const float* bias = nullptr;      // (outputs,) or null
+  const float* forward = nullptr;   // packed: outputs from inputs
+  const float* backward = nullptr;  // packed: inputs from outputs
+};
+
+enum class TermKind : int32_t { scalar, residual, quadratic };
+
+struct MlpTerm {
+  TermKind kind = TermKind::scalar;
+  Activation activation = Activation::relu;
+  float slope = 0.0f;
+  MlpLayer* layers = nullptr;
+  int64_t depth = 0;  // layers
+  double weight = 1.0, scale = 1.0;
+  bool laplace = false, tanh = false;
+  const float* target = nullptr;      // residual: (chains, outputs)
+  const uint8_t* observed = nullptr;  // residual: rows of outputs, or null
+  int64_t observed_stride = 0;        // from one chain's row to the next: outputs, or 0 for one row
+  const float *mean = nullptr, *precision = nullptr;  // quadratic: (inputs,)
+
+  int64_t outputs() const { return layers[depth - 1].outputs; }
+};
+
+struct MlpTensor {
+  int64_t begin = 0, width = 0;  // its rows of the state
+  uint32_t stream = 0, present = 0;
+  bool noisy = true, moving = true;
+};
+
+struct MlpJob {
+  const MlpTerm* terms = nullptr;
+  const MlpTensor* tensors = nullptr;
+  int64_t term_count = 0, tensor_count = 0, chains = 0, inputs = 0;
+  const float* x = nullptr;  // (chains, inputs)
+  // one evaluation: energy (chains,) and gradient (chains, inputs); no steps then
+  float* gradient = nullptr;
+  // or a chain
+  int64_t steps = 0;
+  uint64_t seed = 0;
+  uint32_t first_step = 0, chain_offset = 0;
+  bool noise_before = false, clamp_noise = false, freeze = false;
+  const float* constants = nullptr;  // (rows, tensors, FIELDS, columns)
+  int64_t constant_rows = 1, constant_columns = 1;
+  const uint8_t* observed = nullptr;  // rows of inputs, or null
+  int64_t observed_stride = 0;
+  float* out = nullptr;        // (chains, inputs)
+  float* energy = nullptr;     // (steps, chains) or null
+  float* grad_norm = nullptr;  // (steps, chains) or null
+  uint8_t* frozen = nullptr;   // (chains,) where freeze
+};
+
+// Where a tile of `lanes` chains keeps its things, in floats from the start of its scratch memory.
+struct MlpScratch {
+  int64_t x, g, old, a, b, slopes, targets, masks, observed, rows, size;
+};
+
+static inline int64_t mlp_max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline MlpScratch mlp_scratch(const MlpJob& job, int64_t lanes) {
+  int64_t wide = 1, slopes = 0, targets = 0, masks = 0;
+  for (int64_t t = 0; t < job.term_count; ++t) {
+    const MlpTerm& term = job.terms[t];
+    if (term.kind == TermKind::quadratic) continue;
+    int64_t hidden = 0;
+    for (int64_t l = 0; l < term.depth; ++l) {
+      wide = mlp_max(wide, term.layers[l].outputs);
+      if (l + 1 < term.depth) hidden += term.layers[l].outputs;
+    }
+    slopes = mlp_max(slopes, hidden);
+    if (term.kind == TermKind::residual) {
+      targets += term.outputs();
+      if (term.observed) masks += term.outputs();
+    }
+  }
+  MlpScratch s;
+  int64_t at = 0;
+  const auto take = [&at](int64_t floats) {
+    const int64_t begin = at;
+    at += (floats + 15) / 16 * 16;
+    return begin;
+  };
+  s.x = take(job.inputs * lanes);
+  s.g = take(job.inputs * lanes);
+  s.old = take(job.freeze ? job.inputs * lanes : 0);
+  s.a = take(wide * lanes);
+  s.b = take(wide * lanes);
+  s.slopes = take(slopes * lanes);
+  s.targets = take(targets * lanes);
+  s.masks = take((masks * lanes + 3) / 4);
+  s.observed = take(job.observed ? (job.inputs * lanes + 3) / 4 : 0);
+  s.rows = take(3 * lanes);  // energy, dead, one more row
+  s.size = at;
+  return s;
+}
+
+// One instruction set's loops.
+struct MlpLoops {
+  int64_t lanes;  // chains in one vector
+  int64_t most;   // vectors a tile can have
+  // All steps of `vectors * lanes` chains from `first` on (fewer at the end of the batch), in aligned scratch memory.
+  void (*tile)(const MlpJob& job, int64_t first, int64_t vectors, float* scratch);
+  // An activation and its derivative alone, so that tests reach every bit pattern; n is a multiple of lanes.
+  void (*activate)(Activation kind, float slope, const float* in, float* value, float* derivative, int64_t n);
+};
+
+extern const MlpLoops mlp_loops_generic;
+#if defined(MMEBM_X86)
+extern const MlpLoops mlp_loops_avx2, mlp_loops_avx512;
+#endif
+
+}  // namespace mmebm

@@ -1,0 +1,171 @@
+"""The C++ room of ``langevin_mlp`` and ``mlp_energy``: whole chains in one call, by :file:`csrc/cpu/langevin_mlp_kernel.h`.
+
+The instruction set is the best this processor has; ``MMEBM_CPU_ISA`` = ``baseline``, ``avx2`` or ``avx512`` asks for
+another. No result depends on the number of threads (``torch.get_num_threads()``) or on how a batch is split, and
+``avx2`` and ``avx512`` agree bit for bit. Weights are read, and repacked, at each call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from mmebm import native, noise
+from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
+from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Term, inputs_of, tensors_of
+
+__all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]
+
+_LIMITS: Final = ("grad_clip", "grad_norm_clip", "max_update", "low", "high")
+
+
+def _isa() -> str:
+    isa = os.environ.get("MMEBM_CPU_ISA", "") or "auto"
+    return "generic" if isa == "baseline" else isa
+
+
+def _strided(name: str, t: Tensor) -> str | None:
+    if t.device.type != "cpu" or t.layout is not torch.strided:
+        return f"{name} is {t.layout} on {t.device}, taken are plain tensors on the CPU"
+    return None
+
+
+def supports_energy(terms: Sequence[Term], x: Tensor) -> str | None:
+    """Whether :func:`energy_and_gradient` takes ``terms`` at the flat state ``x``: ``None``, or the reason why not."""
+    if x.dim() != 2 or x.dtype != torch.float32:
+        return f"the state is {x.dtype} of shape {tuple(x.shape)}, taken is float32 (chains, inputs)"
+    reason = _strided("the state", x)
+    for i, term in enumerate(terms):
+        if not isinstance(term, Quadratic) and min(term.stack.sizes) < 1:
+            return f"term {i} has a layer without inputs or outputs: {term.stack.sizes}"
+        for t in tensors_of(term):
+            reason = reason or _strided(f"a tensor of term {i}", t)
+            if t.dtype not in (torch.float32, torch.bool):
+                return f"a tensor of term {i} is {t.dtype}, taken is float32"
+        if inputs_of(term) != x.shape[1] or x.shape[1] == 0:
+            return f"term {i} has {inputs_of(term)} inputs, the state {x.shape[1]}; taken is one number of at least 1"
+    if reason is not None:
+        return reason
+    available, reason = native.available("cpp")
+    return None if available else reason
+
+
+def supports(chain: MlpChain, x: Tensor) -> str | None:
+    """Whether :func:`run` takes ``chain`` from the flat state ``x``: ``None``, or the reason why not."""
+    reason = supports_energy(chain.terms, x)
+    if reason is not None:
+        return reason
+    table, mask = chain.constants, chain.observed
+    tensors, (chains, inputs) = len(chain.widths), x.shape
+    if {len(chain.streams), len(chain.noisy), len(chain.moving), len(chain.present)} != {tensors} or tensors == 0:
+        return f"streams, noisy, moving and present do not all have {tensors} entries, one per tensor"
+    if sum(chain.widths) != inputs or min(chain.widths) < 0:
+        return f"the widths {chain.widths} do not sum to the {inputs} inputs"
+    if (
+        table.dim() != 4 or table.dtype != torch.float32 or _strided("constants", table) is not None
+        or table.shape[0] == 0 or table.shape[1:3] != (tensors, len(FIELDS)) or table.shape[3] not in (1, chains)
+    ):  # fmt: skip
+        return f"the constants are {table.dtype} {tuple(table.shape)} on {table.device}"
+    for name in _LIMITS:
+        # a clamp whose limit is NaN is NaN in torch, and no limit at all in the processor's min and max
+        if bool(table[:, :, FIELDS.index(name)].isnan().any()):
+            return f"{name} holds NaN"
+    if mask is not None and (
+        mask.dtype != torch.uint8 or _strided("observed", mask) is not None
+        or mask.shape not in ((chains, inputs), (1, inputs))
+    ):  # fmt: skip
+        return f"observed is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+    return None
+
+
+def _plain(t: Tensor, alive: list[Tensor]) -> Tensor:
+    t = t.detach().resolve_neg().contiguous()
+    alive.append(t)
+    return t
+
+
+def _described(terms: Sequence[Term], chains: int, alive: list[Tensor]) -> list[tuple[Any, ...]]:
+    """The terms as ``mmebm._cpu`` takes them; what the addresses point to is kept in ``alive``."""
+    out: list[tuple[Any, ...]] = []
+    for term in terms:
+        if isinstance(term, Quadratic):
+            out.append((2, _plain(term.mean, alive).data_ptr(), _plain(term.precision, alive).data_ptr()))
+            continue
+        stack = term.stack
+        layers = tuple(
+            (_plain(w, alive).data_ptr(), 0 if b is None else _plain(b, alive).data_ptr(), w.shape[1], w.shape[0])
+            for w, b in zip(stack.weights, stack.biases, strict=True)
+        )
+        common = (layers, ACTIVATIONS.index(stack.activation), float(stack.slope), float(term.weight))
+        if not isinstance(term, Residual):
+            out.append((0, *common))
+            continue
+        outputs, mask = stack.sizes[-1], term.observed
+        if term.target.shape != (chains, outputs):
+            raise ValueError(f"target must be {(chains, outputs)}, got {tuple(term.target.shape)}")
+        stride = 0
+        if mask is not None:
+            if mask.shape not in ((chains, outputs), (1, outputs)):
+                raise ValueError(f"observed must be {(chains, outputs)} or {(1, outputs)}, got {tuple(mask.shape)}")
+            stride = 0 if mask.shape[0] == 1 else outputs
+        out.append((
+            1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh),
+            _plain(term.target, alive).data_ptr(), 0 if mask is None else _plain(mask, alive).data_ptr(), stride,
+        ))  # fmt: skip
+    return out
+
+
+def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tensor]:
+    """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
+    reason = supports_energy(terms, x)
+    if reason is not None:
+        raise native.BackendError(f"cpp: mlp_energy: {reason}")
+    alive: list[Tensor] = []
+    x = _plain(x, alive)
+    energy, grad = x.new_empty(x.shape[0]), torch.empty_like(x)
+    native.cpu().mlp_energy(
+        x.data_ptr(), *x.shape, _described(terms, x.shape[0], alive), energy.data_ptr(), grad.data_ptr(),
+        torch.get_num_threads(), _isa(),
+    )  # fmt: skip
+    return energy, grad
+
+
+def run(
+    chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
+) -> MlpResult:
+    """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
+    reason = supports(chain, x)
+    if reason is None and (steps < 0 or chain.constants.shape[0] not in (1, steps) and chain.constants.shape[0] < steps):
+        reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
+    if reason is not None:
+        raise native.BackendError(f"cpp: langevin_mlp: {reason}")
+    alive: list[Tensor] = []
+    x = _plain(x, alive)
+    chains = x.shape[0]
+    out = torch.empty_like(x)
+    energies = x.new_empty(steps, chains) if energy else None
+    norms = x.new_empty(steps, chains) if grad_norm else None
+    frozen = torch.zeros(chains, dtype=torch.bool) if chain.freeze else None
+    constants = _plain(chain.constants, alive)
+    mask = None if chain.observed is None else _plain(chain.observed, alive)
+    tensors = [
+        (width, noise.stream(index, noise.DRIFT), noisy, moving, present)
+        for width, index, noisy, moving, present in zip(
+            chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, strict=True
+        )
+    ]
+    native.cpu().langevin_mlp(
+        x.data_ptr(), *x.shape, _described(chain.terms, chains, alive), tensors,
+        constants.data_ptr(), constants.shape[0], constants.shape[3],
+        0 if mask is None else mask.data_ptr(), 0 if mask is None or mask.shape[0] == 1 else x.shape[1],
+        steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
+        chain.noise_at == "before", chain.clamp_noise, out.data_ptr(),
+        0 if energies is None else energies.data_ptr(), 0 if norms is None else norms.data_ptr(),
+        0 if frozen is None else frozen.data_ptr(), torch.get_num_threads(), _isa(),
+    )  # fmt: skip
+    return MlpResult(out, energies, norms, frozen)
