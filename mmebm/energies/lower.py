@@ -573,7 +573,12 @@ def _has_no_effect(function: types.FunctionType, owner: Any) -> str | None:
     return None
 
 
-_TORCH = ("torch.nn.modules.", "torch.nn.utils.parametriz")
+# What torch.nn has that only computes, and that terms can say
+_KNOWN = frozenset((
+    nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.ReLU,
+    nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Softplus, nn.Tanh, nn.ELU, nn.Module,
+))  # fmt: skip
+_NORMED = "torch.nn.utils.parametriz"
 _NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
 
 
@@ -601,8 +606,10 @@ def _examine(module: nn.Module) -> None:
         if m.training and (m._forward_pre_hooks or torch.nn.utils.parametrize.is_parametrized(m)):
             _refuse(f"{label} is parametrized and in train mode, where a call may change it")
         owner = _definer(kind, "forward")
-        if owner.__module__.startswith(_TORCH) or owner.__dict__.get("mmebm_pure", False):
+        if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             continue
+        if owner.__module__.startswith("torch."):  # batch norm, for one, counts its calls
+            _refuse(f"it holds a {label}")
         function = owner.__dict__["forward"]
         if not isinstance(function, types.FunctionType):
             _refuse(f"{label}.forward is a {type(function).__name__}")

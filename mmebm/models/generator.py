@@ -38,7 +38,8 @@ class SharedGenerator(nn.Module):
             raise ValueError(f"weights name {sorted(unknown)}, but the modalities are {list(shapes)}")
         if likelihood not in ("gaussian", "laplace"):
             raise ValueError(f"likelihood must be 'gaussian' or 'laplace', got {likelihood!r}")
-        self.shapes, self.latent, self.sigma, self.likelihood = dict(shapes), latent, sigma, likelihood
+        self.shapes, self.latent, self.sigma = dict(shapes), latent, sigma
+        self.likelihood: Likelihood = likelihood
         self.weights = {name: (weights or {}).get(name, 1.0) for name in shapes}
         self.decoders = nn.ModuleDict({
             name: decoder(latent, shape, net=net, width=width, depth=depth, act=act) for name, shape in shapes.items()
