@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "bind_langevin_step_cuda.h"
 #include "cuda/noise.h"
 
 namespace py = pybind11;
@@ -72,4 +73,6 @@ PYBIND11_MODULE(_cuda, m) {
         "normal by the same device functions, run on the host on a host pointer.", py::arg("out_ptr"),
         py::arg("chains"), py::arg("numel"), py::arg("seed"), py::arg("step"), py::arg("stream"),
         py::arg("chain_offset"));
+
+  bind_langevin_step(m);
 }

@@ -1,4 +1,4 @@
-// mmebm._cpu.LangevinStep. mmebm/ops/langevin_step.py checks tensors, keeps them alive and passes addresses.
+// mmebm._cpu.LangevinStep. mmebm/ops/langevin_step_native.py checks tensors, keeps them alive and passes addresses.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,31 +8,23 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_common.h"
 #include "cpu/langevin_step.h"
 
 namespace mmebm {
 
 // The addresses in `list`, one per tensor.
 inline void take_addresses(LangevinStep& step, pybind11::handle list, const char* name, bool grad) {
-  if (!PyList_Check(list.ptr()) || static_cast<size_t>(PyList_GET_SIZE(list.ptr())) != step.count()) {
-    throw pybind11::value_error(std::string(name) + " must be a list of one address per tensor");
-  }
+  require_addresses(list, step.count(), name);
   for (size_t i = 0; i < step.count(); ++i) {
-    void* address = PyLong_AsVoidPtr(PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)));
-    if (address == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
+    void* address = address_at(list, i, name, step.empty(i));
     StepTensor& tensor = step.tensor(i);
-    if (address == nullptr && !step.empty(i)) throw pybind11::value_error(std::string(name) + " holds a null address");
     if (grad) {
       tensor.grad = address;
     } else {
       tensor.x = address;
     }
   }
-}
-
-inline Storage storage_from(int storage) {
-  if (storage < 0 || storage > 2) throw pybind11::value_error("storage must be 0 (fp32), 1 (bf16) or 2 (fp16)");
-  return static_cast<Storage>(storage);
 }
 
 // Below this many elements a step takes less time than giving up the interpreter lock and waking a thread.
@@ -79,8 +71,7 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
            py::arg("norm_tensor"), py::arg("isa"))
       .def("add",
            [](LangevinStep& self, int64_t numel, uint32_t index, bool noisy, int storage, uintptr_t observed) {
-             if (numel < 0 || numel > (int64_t{1} << 33)) throw py::value_error("numel must be in [0, 2**33]");
-             if (index >= 1u << 24) throw py::value_error("index must be below 2**24");
+             require_tensor(numel, index);
              self.add(numel, index, noisy, storage_from(storage), reinterpret_cast<const uint8_t*>(observed));
            },
            "A tensor of the state; observed: address of a mask, a byte per element, or 0.", py::arg("numel"),

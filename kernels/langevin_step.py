@@ -55,7 +55,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -65,10 +65,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mmebm import noise
 from mmebm.kernels.philox import key_words, normals, rounding_halves, split4, split8, stochastic_round
-from mmebm.ops.params import StepParams, StepStats
-
-if TYPE_CHECKING:
-    from mmebm.ops.langevin_step import StepOptions
+from mmebm.ops.params import StepOptions, StepParams, StepStats, per_chain_or_single
 
 __all__ = ["TritonStepper", "supports"]
 
@@ -545,13 +542,6 @@ _DTYPES: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bf
 _INTERPRETED: Final = isinstance(_map_kernel, InterpretedFunction)
 
 
-def _fits(value: Tensor, x: Tensor) -> bool:
-    """Whether a parameter is one number, or one per chain of ``x``."""
-    if value.numel() == 1:
-        return value.dim() <= x.dim()
-    return value.dim() == x.dim() and value.shape[0] == x.shape[0] and value.numel() == x.shape[0]
-
-
 def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepParams] | None = None) -> str | None:
     """``None`` if :class:`TritonStepper` takes this state, else the reason why not, as a sentence for a log."""
     if options.rng != "philox":
@@ -585,7 +575,7 @@ def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepPar
             value = getattr(p, name)
             if not isinstance(value, Tensor):
                 continue
-            if not _fits(value, xi):
+            if not per_chain_or_single(value, xi.shape):
                 return (
                     f"{name} of tensor {i} has shape {tuple(value.shape)}; taken are one element, or one per chain: "
                     f"{(chains, *[1] * (xi.dim() - 1))}"
@@ -622,7 +612,7 @@ def _pack(p: StepParams, x: Tensor) -> _Packed:
             floats.append(float(value))
             addresses.append(2 * _ABSENT + 1)
             continue
-        if not _fits(value, x):
+        if not per_chain_or_single(value, x.shape):
             raise ValueError(
                 f"{name} must be a number or a tensor with one element or one per chain, "
                 f"got shape {tuple(value.shape)} for a state of shape {tuple(x.shape)}"
@@ -662,7 +652,7 @@ class TritonStepper:
     """The update in Triton: all tensors in one launch a step, in place.
 
     Args:
-        options: see :class:`mmebm.ops.langevin_step.StepOptions`; :func:`supports` says what is not taken.
+        options: see :class:`mmebm.ops.params.StepOptions`; :func:`supports` says what is not taken.
         tile: elements per program and turn, a power of two from 128 on; changes nothing but the last bits of norms.
         splits: cut every chain of the chain kernel in so many; ``None`` decides by shape.
     """

@@ -5,15 +5,9 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "mmebm/langevin.h"
 
 namespace mmebm {
-
-enum class Storage : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
-
-// The constants of a step, in the order of StepParams (mmebm/ops/params.py).
-enum Slot { STEP_SIZE, NOISE_SCALE, GRAD_CLIP, GRAD_NORM_CLIP, MAX_UPDATE, PRIOR_STD, LOW, HIGH, SLOTS };
-
-enum class Kind : int32_t { absent = 0, scalar = 1, chain = 2, element = 3 };
 
 struct Constant {
   Kind kind = Kind::absent;

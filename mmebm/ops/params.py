@@ -1,16 +1,18 @@
-"""The constants of one Langevin step for one tensor of the state: what every backend's ``langevin_step`` takes."""
+"""What every backend's ``langevin_step`` takes: the constants of a step, and what stays the same along a chain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, Union
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, TypeAlias, Union
 
+import torch
 from torch import Tensor
 
 NoiseAt = Literal["after", "before"]
 NormOver = Literal["chain", "tensor"]
 Outside = Literal["clamp", "reject"]
+Rng = Literal["philox", "torch"]
 # what a functional op takes: one for all tensors, or one per tensor
 Constant: TypeAlias = Union[float, Tensor, "Sequence[float | Tensor | None]"]
 
@@ -27,6 +29,43 @@ class StepParams:
     prior_std: float | Tensor | None = None
     low: float | Tensor | None = None
     high: float | Tensor | None = None
+
+
+FIELDS: Final = tuple(field.name for field in fields(StepParams))
+
+
+def per_chain_or_single(value: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a constant of a tensor (chains, ...) is one number or one per chain: what backends on a GPU take."""
+    if value.numel() == 1:
+        return value.dim() <= len(shape)
+    return value.dim() == len(shape) and value.shape[0] == shape[0] == value.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """What stays the same along one chain.
+
+    Attributes:
+        seed: the key of the noise, an int or a 1-element int64 tensor on the state's device.
+        streams: the tensor index of each tensor in the noise's stream word (its position in the whole state).
+        chain_offset: global index of the first chain.
+        norm_over, outside, clamp_noise: see :func:`mmebm.reference.langevin_step.langevin_step`.
+        noisy: per tensor whether it gets noise at all (False: its scale is the constant 0).
+        observed: per tensor ``None`` or a boolean mask of the elements that keep their value.
+        rng: "philox" (this library's noise) or "torch" (``torch.randn`` per tensor in state order).
+        generator: the generator of ``rng="torch"``; ``None`` is torch's global one.
+    """
+
+    seed: int | Tensor
+    streams: tuple[int, ...]
+    noisy: tuple[bool, ...]
+    chain_offset: int = 0
+    norm_over: NormOver = "chain"
+    outside: Outside = "clamp"
+    clamp_noise: bool = False
+    observed: tuple[Tensor | None, ...] = ()
+    rng: Rng = "philox"
+    generator: torch.Generator | None = None
 
 
 @dataclass(slots=True)
