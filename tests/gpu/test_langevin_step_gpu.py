@@ -1,4 +1,4 @@
-"""The Triton ``langevin_step`` on a GPU: against float64, captured in a graph, on several streams, beyond 2^31 bytes.
+"""``langevin_step`` on a GPU, in Triton and in CUDA C++: against float64, in a graph, on streams, beyond 2^31 bytes.
 
 ``python -m pytest -m gpu``; skipped with the reason where there is no CUDA device.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from mmebm import noise
-from mmebm.ops.langevin_step import StepOptions, TorchStepper
+from mmebm.ops import langevin_step as op
+from mmebm.ops.langevin_step import StepOptions, Stepper, TorchStepper
 from mmebm.ops.params import StepParams
 from mmebm.reference import langevin_step as reference
 
@@ -20,8 +22,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False"),
 ]
-if torch.cuda.is_available():
-    from mmebm.kernels.langevin_step import TritonStepper, supports
+
+Make = Callable[..., Stepper]
 
 DEVICE = torch.device("cuda")
 PLAIN = StepParams(step_size=0.1, noise_scale=0.3)
@@ -51,6 +53,17 @@ def options(count: int, **change) -> StepOptions:
 
 def state(shapes, generator: torch.Generator, dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for shape in shapes]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def make(request: pytest.FixtureRequest, need: Callable[[str], None]) -> Make:
+    """A function of options and a state that gives the stepper of one backend; raises where it is not taken."""
+    need(request.param)
+
+    def build(given: StepOptions, x: list[torch.Tensor], params: list[StepParams] | None = None) -> Stepper:
+        return op.stepper(request.param, x, given, params)[0]
+
+    return build
 
 
 @pytest.fixture
@@ -87,12 +100,13 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.double() - b)[finite].abs().max().item() if finite.any() else 0.0
 
 
-def check(x, grad, params, opt: StepOptions, *, step=3, with_noise: bool = True, stats: bool = True, **how) -> None:
+def check(
+    make: Make, x, grad, params, opt: StepOptions, *, step=3, with_noise: bool = True, stats: bool = True
+) -> None:
     """No further from float64 than twice the fp32 reference is, plus the 2e-6 that the noise may differ by."""
-    assert supports(x, opt, params) is None
     right, right_stats = exact(x, grad, params, opt, step, with_noise=with_noise)
     eager, _ = TorchStepper(opt).step(list(x), grad, params, step, with_noise=with_noise, stats=False)
-    out, out_stats = TritonStepper(opt, **how).step(
+    out, out_stats = make(opt, x, params).step(
         [xi.clone() for xi in x], grad, params, step, with_noise=with_noise, stats=stats
     )
     for i, (a, e, r) in enumerate(zip(out, eager, right, strict=True)):
@@ -125,13 +139,13 @@ def check(x, grad, params, opt: StepOptions, *, step=3, with_noise: bool = True,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normals_on_this_device(dtype: torch.dtype) -> None:
+def test_normals_on_this_device(make: Make, dtype: torch.dtype) -> None:
     """32 million of them within 2e-6 of float64 (fp32), and unit moments."""
     chains, length = 512, 1 << 16
     x, grad = [torch.zeros(chains, length, device=DEVICE, dtype=dtype)], [torch.zeros(1, 1, device=DEVICE, dtype=dtype)]
     grad = [grad[0].expand(chains, length)]
     params = [StepParams(step_size=0.0, noise_scale=1.0)]
-    out = TritonStepper(options(1)).step(x, grad, params, 7, with_noise=True, stats=False)[0][0]
+    out = make(options(1), x).step(x, grad, params, 7, with_noise=True, stats=False)[0][0]
     if dtype == torch.float32:
         worst = 0.0
         for first in range(0, chains, 64):
@@ -152,34 +166,37 @@ def test_normals_on_this_device(dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
 @pytest.mark.parametrize("name", ONE_OPTION)
-def test_each_option(name: str, stats: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_each_option(make: Make, name: str, stats: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
     shapes = [(37, 3, 32, 32), (37, 40), (37, 7), (37,)]
     check(
-        state(shapes, generator, dtype), state(shapes, generator, dtype), [ONE_OPTION[name]] * 4, options(4),
+        make, state(shapes, generator, dtype), state(shapes, generator, dtype), [ONE_OPTION[name]] * 4, options(4),
         stats=stats,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(100, 64), (10**5, 2), (999, 100), (65, 784), (3, 1_000_003), (1, 5), (1, 1 << 20)])
 @pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
-def test_shapes(shape: tuple[int, ...], stats: bool, generator: torch.Generator) -> None:
-    check(state([shape], generator), state([shape], generator), [PLAIN], options(1), stats=stats)
+def test_shapes(make: Make, shape: tuple[int, ...], stats: bool, generator: torch.Generator) -> None:
+    check(make, state([shape], generator), state([shape], generator), [PLAIN], options(1), stats=stats)
 
 
 @pytest.mark.parametrize("outside", ["clamp", "reject"])
 @pytest.mark.parametrize("norm_over", ["chain", "tensor"])
 @pytest.mark.parametrize("shape", [(300, 50), (4, 200_000)])
-def test_sums_over_chains(shape, norm_over: str, outside: str, generator: torch.Generator) -> None:
+def test_sums_over_chains(make: Make, shape, norm_over: str, outside: str, generator: torch.Generator) -> None:
     params = [dataclasses.replace(PLAIN, grad_norm_clip=9.0, low=-4.0, high=4.0), PLAIN]
     opt = options(2, norm_over=norm_over, outside=outside)
     x = state([shape, (shape[0], 10)], generator)
     x[0].clamp_(-2.2, 2.2)
     x[0][::2, 1] = 9.0
-    check(x, state([shape, (shape[0], 10)], generator), params, opt)
+    check(make, x, state([shape, (shape[0], 10)], generator), params, opt)
 
 
-def test_splits_agree(generator: torch.Generator) -> None:
-    """The same update however the chains are cut; only norms may move by a last bit."""
+def test_splits_agree(need: Callable[[str], None], generator: torch.Generator) -> None:
+    """The same update however Triton cuts the chains; only norms may move by a last bit. CUDA C++ has no choice."""
+    need("triton")
+    from mmebm.kernels.langevin_step import TritonStepper
+
     x, grad = state([(5, 30_000)], generator), state([(5, 30_000)], generator)
     results = [
         TritonStepper(options(1, outside="reject"), splits=splits).step(
@@ -194,7 +211,7 @@ def test_splits_agree(generator: torch.Generator) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("case", range(20))
-def test_random_combinations(case: int, dtype: torch.dtype, seed: int, generator: torch.Generator) -> None:
+def test_random_combinations(make: Make, case: int, dtype: torch.dtype, seed: int, generator: torch.Generator) -> None:
     draw = random.Random(seed)
     chains = draw.choice([1, 3, 64, 257])
     count = draw.choice([1, 2, 3, 8, 11])
@@ -232,16 +249,16 @@ def test_random_combinations(case: int, dtype: torch.dtype, seed: int, generator
         observed=tuple(observed),
     )  # fmt: skip
     x, grad = state(shapes, generator, dtype), state(shapes, generator, dtype)
-    check(x, grad, params, opt, stats=draw.random() < 0.5, with_noise=draw.random() < 0.8)
+    check(make, x, grad, params, opt, stats=draw.random() < 0.5, with_noise=draw.random() < 0.8)
 
 
 @DTYPES
-def test_perturb(dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_perturb(make: Make, dtype: torch.dtype, generator: torch.Generator) -> None:
     x = state([(50, 33), (50, 256)], generator, dtype)
     opt = options(2, clamp_noise=True)
     params = [dataclasses.replace(PLAIN, low=-1.0, high=1.0)] * 2
     wanted = TorchStepper(opt).perturb(list(x), params, 5)
-    out = TritonStepper(opt).perturb([xi.clone() for xi in x], params, 5)
+    out = make(opt, x).perturb([xi.clone() for xi in x], params, 5)
     for a, b in zip(out, wanted, strict=True):
         if dtype == torch.float32:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
@@ -250,23 +267,58 @@ def test_perturb(dtype: torch.dtype, generator: torch.Generator) -> None:
             torch.testing.assert_close(a, b, rtol=HALF[dtype], atol=1e-6)
 
 
-def test_nan_and_inf_stay_visible() -> None:
+@DTYPES
+@pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
+def test_addresses_that_are_not_aligned(
+    make: Make, stats: bool, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Views that start anywhere give the same bits as tensors that start where vectors do."""
+    x, grad = state([(20, 1000)], generator, dtype), state([(20, 1000)], generator)
+    mask = torch.rand(20, 1000, generator=generator, device=DEVICE) < 0.3
+
+    def moved(t: torch.Tensor, by: int) -> torch.Tensor:
+        return torch.empty(t.numel() + by, dtype=t.dtype, device=DEVICE)[by:].view(t.shape).copy_(t)
+
+    params = [FULL if stats else dataclasses.replace(FULL, grad_norm_clip=None)]
+    results = []
+    for by in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 2, 0), (0, 0, 1), (3, 1, 5)):
+        here = [moved(x[0], by[0])]
+        opt = options(1, observed=(moved(mask, by[2]),))
+        results.append(
+            make(opt, here).step(here, [moved(grad[0], by[1])], params, 0, with_noise=True, stats=stats)[0][0]
+        )
+    assert all(torch.equal(other, results[0]) for other in results[1:])
+
+
+def test_many_tensors(make: Make, generator: torch.Generator) -> None:
+    """More than one launch takes, and a chain that one of them rejects."""
+    shapes = [(9, 1 + 5 * i) for i in range(70)]
+    x, grad = state(shapes, generator), state(shapes, generator)
+    for t in x:
+        t.clamp_(-2.0, 2.0)
+    x[69][4, 3] = 9.0
+    params = [dataclasses.replace(PLAIN, low=-5.0, high=5.0)] * 70
+    check(make, x, grad, params, options(70, outside="reject"))
+    check(make, x, grad, params, options(70), stats=False)
+
+
+def test_nan_and_inf_stay_visible(make: Make) -> None:
     x, grad = torch.zeros(6, 40, device=DEVICE), torch.zeros(6, 40, device=DEVICE)
     grad[1, 3], grad[2, 4], grad[3, 5] = float("nan"), float("inf"), float("-inf")
     x[4, 6] = float("nan")
     params = [dataclasses.replace(PLAIN, grad_clip=1.0, max_update=1.0, low=-1.0, high=1.0)]
     for stats in (False, True):
-        out, found = TritonStepper(options(1)).step([x.clone()], [grad], params, 0, with_noise=True, stats=stats)
+        out, found = make(options(1), [x]).step([x.clone()], [grad], params, 0, with_noise=True, stats=stats)
         assert out[0].isnan().sum(1).tolist() == [0, 1, 0, 0, 1, 0]
         if found is not None:
             assert found.nonfinite.tolist() == [0, 1, 0, 0, 1, 0]
 
 
-def test_runs_repeat_bit_for_bit(generator: torch.Generator) -> None:
+def test_runs_repeat_bit_for_bit(make: Make, generator: torch.Generator) -> None:
     shapes = [(4, 100_000), (4, 30)]
     x, grad = state(shapes, generator), state(shapes, generator)
     runs = [
-        TritonStepper(options(2, outside="reject")).step(
+        make(options(2, outside="reject"), x).step(
             [xi.clone() for xi in x], grad, [FULL] * 2, 0, with_noise=True, stats=True
         )
         for _ in range(5)
@@ -277,17 +329,15 @@ def test_runs_repeat_bit_for_bit(generator: torch.Generator) -> None:
 
 
 @DTYPES
-def test_split_of_the_batch_changes_nothing(dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_split_of_the_batch_changes_nothing(make: Make, dtype: torch.dtype, generator: torch.Generator) -> None:
     shapes = [(64, 3, 32, 32), (64, 10)]
     x, grad = state(shapes, generator, dtype), state(shapes, generator, dtype)
-    whole = TritonStepper(options(2)).step(
-        [xi.clone() for xi in x], grad, [PLAIN] * 2, 1, with_noise=True, stats=False
-    )[0]
+    whole = make(options(2), x).step([xi.clone() for xi in x], grad, [PLAIN] * 2, 1, with_noise=True, stats=False)[0]
     for first, last in ((0, 10), (10, 64)):
-        part = TritonStepper(options(2, chain_offset=first)).step(
-            [xi[first:last].clone() for xi in x], [g[first:last] for g in grad], [PLAIN] * 2, 1, with_noise=True,
-            stats=False,
-        )[0]  # fmt: skip
+        some = [xi[first:last].clone() for xi in x]
+        part = make(options(2, chain_offset=first), some).step(
+            some, [g[first:last] for g in grad], [PLAIN] * 2, 1, with_noise=True, stats=False
+        )[0]
         assert all(torch.equal(a, b[first:last]) for a, b in zip(part, whole, strict=True))
 
 
@@ -295,14 +345,14 @@ def test_split_of_the_batch_changes_nothing(dtype: torch.dtype, generator: torch
 
 
 @pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
-def test_a_replayed_graph_draws_fresh_noise(stats: bool, generator: torch.Generator) -> None:
+def test_a_replayed_graph_draws_fresh_noise(make: Make, stats: bool, generator: torch.Generator) -> None:
     """The step is a number in memory that the graph counts up; each replay equals the eager step of that number."""
     params = [dataclasses.replace(FULL, low=-9.0, high=9.0)] * 2
     shapes = [(33, 100), (33, 7)]
     start = state(shapes, generator)
     grad = state(shapes, generator)
     seed, step = torch.tensor([77], device=DEVICE), torch.tensor([0], device=DEVICE)
-    stepper = TritonStepper(options(2, seed=seed))
+    stepper = make(options(2, seed=seed), start)
     stepper.step([xi.clone() for xi in start], grad, params, step, with_noise=True, stats=stats)  # compiles
     torch.cuda.synchronize()
     x = [xi.clone() for xi in start]
@@ -311,7 +361,7 @@ def test_a_replayed_graph_draws_fresh_noise(stats: bool, generator: torch.Genera
         out, found = stepper.step(x, grad, params, step, with_noise=True, stats=stats)
         step += 1
     eager = [xi.clone() for xi in start]
-    reference_stepper = TritonStepper(options(2, seed=77))
+    reference_stepper = make(options(2, seed=77), start)
     for k in range(4):
         graph.replay()
         eager, expected = reference_stepper.step(eager, grad, params, k, with_noise=True, stats=stats)
@@ -324,18 +374,18 @@ def test_a_replayed_graph_draws_fresh_noise(stats: bool, generator: torch.Genera
     for xi, first in zip(x, start, strict=True):
         xi.copy_(first)
     graph.replay()
-    other = TritonStepper(options(2, seed=78)).step(
+    other = make(options(2, seed=78), start).step(
         [xi.clone() for xi in start], grad, params, 0, with_noise=True, stats=False
     )[0]
     assert all(torch.equal(a, b) for a, b in zip(out, other, strict=True))
 
 
-def test_a_captured_chain_with_its_gradient(generator: torch.Generator) -> None:
+def test_a_captured_chain_with_its_gradient(make: Make, generator: torch.Generator) -> None:
     """Gradient and update of 5 steps in one graph: the addresses of the gradients are those of the graph's pool."""
     weight = torch.randn(32, 32, generator=generator, device=DEVICE) / 8
     scale = torch.linspace(0.1, 0.3, 5, device=DEVICE)
     seed = torch.tensor([3], device=DEVICE)
-    stepper = TritonStepper(options(1, seed=seed))
+    stepper = make(options(1, seed=seed), [torch.empty(40, 32, device=DEVICE)])
 
     def chain(x: torch.Tensor) -> torch.Tensor:
         for k in range(5):
@@ -365,19 +415,42 @@ def test_a_captured_chain_with_its_gradient(generator: torch.Generator) -> None:
         torch.testing.assert_close(got, chain(start.clone()), rtol=1e-4, atol=1e-4)
 
 
-def test_streams(generator: torch.Generator) -> None:
+def test_a_captured_step_reads_its_constants_anew(make: Make, generator: torch.Generator) -> None:
+    """Constants on the device are read at each replay, also where the kernel reads a copy of another dtype."""
+    start, grad = state([(6, 50)], generator), state([(6, 50)], generator)
+    size = torch.tensor(0.1, device=DEVICE, dtype=torch.float64)
+    scale = torch.rand(6, 1, device=DEVICE, generator=generator)
+    params = [StepParams(step_size=size, noise_scale=scale)]
+    stepper = make(options(1), start)
+    stepper.step([start[0].clone()], grad, params, 0, with_noise=True, stats=False)
+    torch.cuda.synchronize()
+    x = start[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = stepper.step([x], grad, params, 0, with_noise=True, stats=False)[0][0]
+    for factor in (1.0, 0.5):
+        size.mul_(factor)
+        scale.mul_(factor)
+        x.copy_(start[0])
+        graph.replay()
+        fixed = [StepParams(step_size=size.item(), noise_scale=scale.clone())]
+        wanted = make(options(1), start).step([start[0].clone()], grad, fixed, 0, with_noise=True, stats=False)[0][0]
+        assert torch.equal(out, wanted)
+
+
+def test_streams(make: Make, generator: torch.Generator) -> None:
     """Chains on two streams at once, each ordered with its own work only."""
     starts = [torch.randn(256, 4096, generator=generator, device=DEVICE) for _ in range(2)]
     grads = [torch.randn(256, 4096, generator=generator, device=DEVICE) for _ in range(2)]
     wanted = []
     for i in range(2):
-        stepper, x = TritonStepper(options(1, seed=i)), starts[i].clone()
+        stepper, x = make(options(1, seed=i), [starts[i]]), starts[i].clone()
         for k in range(20):
             x = stepper.step([x], [grads[i]], [PLAIN], k, with_noise=True, stats=False)[0][0]
         wanted.append(x)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
-    steppers = [TritonStepper(options(1, seed=i)) for i in range(2)]
+    steppers = [make(options(1, seed=i), [starts[i]]) for i in range(2)]
     states = [s.clone() for s in starts]
     torch.cuda.synchronize()
     for k in range(20):
@@ -389,7 +462,7 @@ def test_streams(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
-def test_beyond_two_gigabytes(stats: bool) -> None:
+def test_beyond_two_gigabytes(make: Make, stats: bool) -> None:
     """2^31 + 2^22 elements of bf16: offsets in elements and in bytes leave 32 bits."""
     free, _ = torch.cuda.mem_get_info()
     chains, length = 2049, 1 << 20
@@ -400,21 +473,21 @@ def test_beyond_two_gigabytes(stats: bool) -> None:
     grad[-1] = 1.0
     params = [StepParams(step_size=2.0, noise_scale=0.5)]
     opt = options(1)
-    out, _ = TritonStepper(opt).step([x], [grad], params, 0, with_noise=True, stats=stats)
+    out, _ = make(opt, [x]).step([x], [grad], params, 0, with_noise=True, stats=stats)
     assert out[0].data_ptr() == x.data_ptr()
     for chain in (0, 1023, 1024, 2047, 2048):
-        part = TritonStepper(options(1, chain_offset=chain)).step(
-            [torch.zeros(1, length, device=DEVICE, dtype=torch.bfloat16)], [grad[chain : chain + 1]], params, 0,
-            with_noise=True, stats=False,
-        )[0]  # fmt: skip
+        alone = [torch.zeros(1, length, device=DEVICE, dtype=torch.bfloat16)]
+        part = make(options(1, chain_offset=chain), alone).step(
+            alone, [grad[chain : chain + 1]], params, 0, with_noise=True, stats=False
+        )[0]
         assert torch.equal(part[0][0], x[chain]), chain
     # no element was left out
     assert (x == 0).sum().item() < 0.001 * x.numel()
 
 
-def test_nothing_synchronises(generator: torch.Generator) -> None:
+def test_nothing_synchronises(make: Make, generator: torch.Generator) -> None:
     x, grad = state([(64, 100)], generator), state([(64, 100)], generator)
-    stepper = TritonStepper(options(1, seed=torch.tensor([1], device=DEVICE), outside="reject"))
+    stepper = make(options(1, seed=torch.tensor([1], device=DEVICE), outside="reject"), x)
     step = torch.tensor([0], device=DEVICE)
     params = [dataclasses.replace(FULL, noise_scale=torch.full((64, 1), 0.1, device=DEVICE))]
     stepper.step([x[0].clone()], grad, params, step, with_noise=True, stats=True)
@@ -429,15 +502,16 @@ def test_nothing_synchronises(generator: torch.Generator) -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_nothing_compiles_anew_for_another_value(generator: torch.Generator) -> None:
-    """Sizes, options, seeds and steps are arguments: one compiled kernel takes them all."""
+def test_nothing_compiles_anew_for_another_value(need: Callable[[str], None], generator: torch.Generator) -> None:
+    """Sizes, options, seeds and steps are arguments: one kernel that Triton compiled takes them all."""
+    need("triton")
     from mmebm.kernels import langevin_step as room
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in room._map_kernel.device_caches.values())
 
     def run(shapes, params: StepParams, step: int, key: int) -> None:
-        TritonStepper(options(2, seed=key)).step(
+        room.TritonStepper(options(2, seed=key)).step(
             state(shapes, generator), state(shapes, generator), [params] * 2, step, with_noise=True, stats=False
         )
 

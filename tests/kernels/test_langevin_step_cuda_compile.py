@@ -1,0 +1,107 @@
+"""What ptxas made of ``csrc/cuda/langevin_step.cu`` in the extension as built: registers, stack and wide accesses.
+
+Reads the machine code in ``mmebm/_cuda*.so`` with cuobjdump and nvdisasm of the CUDA toolkit or, where that has none,
+those in Triton's package. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mmebm import native
+from mmebm.backends import require_backends
+
+pytestmark = pytest.mark.compile
+
+# Registers of a thread, 256 threads a block, of 64K an SM (CUDA's table of compute capabilities, 8.0 to 10.0):
+#   map     80: 3 blocks, so 768 threads with two 16-byte loads in flight are 24 KB; an H100 needs 15 (3.35 TB/s over
+#           132 SMs at 600 ns)
+#   chain   128: 2 blocks
+#   others  64: 4 blocks
+REGISTERS = {"map_kernel": 80, "chain_kernel": 128, "norm_kernel": 64, "fold_kernel": 64, "finish_kernel": 64}
+# Fewest 16-byte accesses in the map kernel: load and store of x for each of three storages, an fp32 gradient's loads
+# (one for fp32 states, two for each 16-bit one) and a 16-bit gradient's (one for each 16-bit state).
+WIDE = {"load": 3 + 1 + 2 * 2 + 2, "store": 3}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    try:
+        return Path(str(native.cuda().__file__))
+    except native.BackendError as error:
+        if "cuda" in require_backends() or "extension not built" not in str(error):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+def tool(name: str) -> str:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(name) or shutil.which(str(Path(home, "bin", name)))
+    spec = find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        found = shutil.which(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name))
+    if found is None:
+        pytest.skip(f"no {name}: neither in the CUDA toolkit ({home}) nor in Triton")
+    return found
+
+
+@functools.cache
+def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel): registers and bytes of stack."""
+    text = subprocess.run(
+        [tool("cuobjdump"), "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    out, arch = {}, ""
+    for line, following in zip(text.splitlines(), [*text.splitlines()[1:], ""], strict=True):
+        if found := re.search(r"arch = (sm_\d+)", line):
+            arch = found.group(1)
+        if found := re.search(r"Function (\S+):", line):
+            usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", following))
+            for kernel in REGISTERS:
+                # the name of the function is in the mangled one, after its length
+                if f"{len(kernel)}{kernel}" in found.group(1) and "StepTable" in found.group(1):
+                    out[arch, kernel] = {name: int(number) for name, number in usage.items()}
+    return out
+
+
+def architectures(library: Path) -> list[str]:
+    return [f"sm_{arch.removesuffix('+PTX')}" for arch in str(native.cuda().architectures).split(";")]
+
+
+@pytest.mark.parametrize("kernel", REGISTERS)
+def test_kernels_keep_to_their_registers(kernel: str, library: Path) -> None:
+    found = resources(library)
+    for arch in architectures(library):
+        usage = found[arch, kernel]
+        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"{arch}: registers spill, {usage}"
+        assert usage["REG"] <= REGISTERS[kernel], f"{arch}: {usage}"
+
+
+def test_the_map_kernel_has_wide_accesses(library: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [tool("cuobjdump"), "--extract-elf", "all", str(library)], cwd=tmp_path, capture_output=True, check=True
+    )
+    seen = set()
+    for cubin in tmp_path.glob("*.cubin"):
+        code = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        arch = re.search(r"sm_\d+", cubin.name)
+        assert arch is not None, cubin.name
+        for section in re.split(r"(?m)^\s*\.section\s+", code)[1:]:
+            name = section.split(",", 1)[0]
+            if not name.startswith(".text.") or "map_kernel" not in name or "StepTable" not in name:
+                continue
+            seen.add(arch.group(0))
+            counts = {
+                "load": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", section)),
+                "store": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", section)),
+            }
+            assert all(counts[way] >= WIDE[way] for way in WIDE), (arch.group(0), counts)
+    assert seen == set(architectures(library))
