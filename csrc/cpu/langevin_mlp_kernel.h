@@ -39,6 +39,9 @@ constexpr int MOST = 1, PANELS = 1;  // 16 registers: one panel, its weights and
 
 enum class To { store, times, add };
 
+// Products summed one after the other; parts of a longer sum are added up, for the sake of rounding errors.
+constexpr int64_t PART = 256;
+
 MMEBM_INLINE void write(F v, float* out, const float* factor, int64_t at, To to) {
   if (to == To::times) v = mul(v, load(factor + at));
   if (to == To::add) v = add(load(out + at), v);
@@ -56,15 +59,30 @@ void panels(const float* w, const float* in, int64_t depth, const float* bias, c
     for (int m = 0; m < M; ++m) sum[j][m] = setf(bias ? bias[j] : 0.0f);
   }
   const float* second = w + (P - 1) * J * depth;
-  for (int64_t k = 0; k < depth; ++k) {
-    F x[M];
+  float before[P * J * C];
+  for (int64_t k = 0; k < depth;) {
+    const int64_t end = depth - k <= PART ? depth : k + PART;
+    for (; k < end; ++k) {
+      F x[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) x[m] = load(in + k * C + m * W);
+      for (int m = 0; m < M; ++m) x[m] = load(in + k * C + m * W);
+#pragma GCC unroll 16
+      for (int j = 0; j < P * J; ++j) {
+        const F weight = setf(j < J ? w[k * J + j] : second[k * J + j - J]);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) sum[j][m] = fma(weight, x[m], sum[j][m]);
+      }
+    }
+    if (depth <= PART) break;
 #pragma GCC unroll 16
     for (int j = 0; j < P * J; ++j) {
-      const F weight = setf(j < J ? w[k * J + j] : second[k * J + j - J]);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[j][m] = fma(weight, x[m], sum[j][m]);
+      for (int m = 0; m < M; ++m) {
+        float* const at = before + j * C + m * W;
+        if (end > PART) sum[j][m] = add(load(at), sum[j][m]);
+        store(at, sum[j][m]);
+        if (end < depth) sum[j][m] = setf(0.0f);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -78,43 +96,56 @@ void panels(const float* w, const float* in, int64_t depth, const float* bias, c
 template <int M, int J, int S>
 void narrow(const float* w, const float* in, int64_t depth, const float* bias, const float* factor, float* out, To to) {
   constexpr int C = M * W;
-  F sum[S][J][M];
+  F total[J][M];
 #pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) {
+  for (int j = 0; j < J; ++j) {
 #pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) {
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[s][j][m] = setf(bias && s == 0 ? bias[j] : 0.0f);
-    }
+    for (int m = 0; m < M; ++m) total[j][m] = setf(bias ? bias[j] : 0.0f);
   }
-  int64_t k = 0;
-  for (; k + S <= depth; k += S) {
+  for (int64_t k = 0; k < depth;) {
+    const int64_t end = depth - k <= PART ? depth : k + PART;
+    F sum[S][J][M];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const F x = load(in + (k + s) * C + m * W);
+      for (int j = 0; j < J; ++j) {
 #pragma GCC unroll 4
-        for (int j = 0; j < J; ++j) sum[s][j][m] = fma(setf(w[(k + s) * J + j]), x, sum[s][j][m]);
+        for (int m = 0; m < M; ++m) sum[s][j][m] = setf(0.0f);
       }
     }
-  }
-  for (; k < depth; ++k) {
+    for (; k + S <= end; k += S) {
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const F x = load(in + k * C + m * W);
+      for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) sum[0][j][m] = fma(setf(w[k * J + j]), x, sum[0][j][m]);
+        for (int m = 0; m < M; ++m) {
+          const F x = load(in + (k + s) * C + m * W);
+#pragma GCC unroll 4
+          for (int j = 0; j < J; ++j) sum[s][j][m] = fma(setf(w[(k + s) * J + j]), x, sum[s][j][m]);
+        }
+      }
+    }
+    for (; k < end; ++k) {
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const F x = load(in + k * C + m * W);
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) sum[0][j][m] = fma(setf(w[k * J + j]), x, sum[0][j][m]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        F v = add(sum[0][j][m], sum[1][j][m]);
+        if (S == 4) v = add(v, add(sum[S - 2][j][m], sum[S - 1][j][m]));
+        total[j][m] = add(total[j][m], v);
+      }
     }
   }
 #pragma GCC unroll 4
   for (int j = 0; j < J; ++j) {
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      F v = add(sum[0][j][m], sum[1][j][m]);
-      if (S == 4) v = add(v, add(sum[S - 2][j][m], sum[S - 1][j][m]));
-      write(v, out, factor, j * C + m * W, to);
-    }
+    for (int m = 0; m < M; ++m) write(total[j][m], out, factor, j * C + m * W, to);
   }
 }
 
@@ -206,8 +237,8 @@ MMEBM_INLINE Both activation(F a, F slope) {
   }
   if (KIND == Activation::silu) {
     const F t = clamp(a, setf(-87.0f), setf(87.0f));
-    const F s = div(one, add(one, exp_of(sub(zero, t))));
-    return {mul(max(setf(-87.0f), a), s), fma(mul(t, s), sub(one, s), s)};
+    const F e = exp_of(sub(zero, t)), s = div(one, add(one, e));
+    return {mul(max(setf(-87.0f), a), s), fma(mul(t, s), mul(e, s), s)};
   }
   if (KIND == Activation::gelu) {
     // Phi(-|a|) = exp(-a^2 / 2) Q(u), u = 1 / (1 + |a| / 4): Q is half the scaled complementary error function, of
@@ -225,7 +256,7 @@ MMEBM_INLINE Both activation(F a, F slope) {
     q = fma(q, u, setf(0.100351408f));
     q = fma(q, u, setf(-2.76155424e-5f));
     const F below = mul(e, q);
-    const F phi = select(greater(t, zero), sub(one, below), below);
+    const F phi = select(greater(t, zero), fma(sub(zero, e), q, one), below);
     return {mul(max(setf(-13.1f), a), phi), fma(mul(t, e), setf(0.398942280f), phi)};
   }
   if (KIND == Activation::softplus) {
@@ -364,12 +395,12 @@ void quadratic(const Tile<M>& t, const MlpTerm& term, bool add_to, bool energy) 
     for (int64_t i = 0; i < t.job.inputs; ++i) {
       const int64_t at = i * t.C + m * W;
       const F moved = sub(load(t.x + at), setf(term.mean[i]));
-      const F pull = mul(setf(term.precision[i]), moved);
+      const F precision = setf(term.precision[i]), pull = mul(precision, moved);
       if (energy) {
         sum.part = fma(pull, moved, sum.part);
         next(sum);
       }
-      store(t.g + at, add_to ? add(load(t.g + at), pull) : pull);
+      store(t.g + at, add_to ? fma(precision, moved, load(t.g + at)) : pull);
     }
     if (energy) store(t.energy + m * W, fma(setf(0.5f), whole(sum), load(t.energy + m * W)));
   }
@@ -557,10 +588,15 @@ void update(const Tile<M>& t, int64_t k, uint32_t step) {
       if (clip) g = clamp(g, sub(zero, limit[m]), limit[m]);
       if (norm_clip) g = mul(g, factor[m]);
       if (prior) g = fma(precision[m], x, g);
-      F d = mul(rate[m], g);
-      if (noise) d = fma(scale[m], z, d);
-      if (most) d = clamp(d, sub(zero, largest[m]), largest[m]);
-      F y = add(x, d);
+      F y;
+      if (noise || most) {
+        F d = mul(rate[m], g);
+        if (noise) d = fma(scale[m], z, d);
+        if (most) d = clamp(d, sub(zero, largest[m]), largest[m]);
+        y = add(x, d);
+      } else {
+        y = fma(rate[m], g, x);
+      }
       if (bounds) y = clamp(y, low[m], high[m]);
       if (t.observed) y = select(bytes(t.observed + at, W), x, y);
       store(t.x + at, y);

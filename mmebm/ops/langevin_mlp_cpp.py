@@ -1,4 +1,4 @@
-"""The C++ room of ``langevin_mlp`` and ``mlp_energy``: whole chains in one call, by :file:`csrc/cpu/langevin_mlp_kernel.h`.
+"""The C++ room of ``langevin_mlp`` and ``mlp_energy``: :file:`csrc/cpu/langevin_mlp_kernel.h`.
 
 The instruction set is the best this processor has; ``MMEBM_CPU_ISA`` = ``baseline``, ``avx2`` or ``avx512`` asks for
 another. No result depends on the number of threads (``torch.get_num_threads()``) or on how a batch is split, and
@@ -7,7 +7,6 @@ another. No result depends on the number of threads (``torch.get_num_threads()``
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, Final
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
-from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Term, inputs_of, tensors_of
+from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Term, check_terms, inputs_of, tensors_of
 
 __all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]
 
@@ -89,10 +88,10 @@ def _plain(t: Tensor, alive: list[Tensor]) -> Tensor:
     return t
 
 
-def _described(terms: Sequence[Term], chains: int, alive: list[Tensor]) -> list[tuple[Any, ...]]:
+def _described(terms: Sequence[Term], x: Tensor, alive: list[Tensor]) -> list[tuple[Any, ...]]:
     """The terms as ``mmebm._cpu`` takes them; what the addresses point to is kept in ``alive``."""
     out: list[tuple[Any, ...]] = []
-    for term in terms:
+    for term in check_terms(terms, x.shape[0], x.shape[1], x.device):
         if isinstance(term, Quadratic):
             out.append((2, _plain(term.mean, alive).data_ptr(), _plain(term.precision, alive).data_ptr()))
             continue
@@ -105,14 +104,8 @@ def _described(terms: Sequence[Term], chains: int, alive: list[Tensor]) -> list[
         if not isinstance(term, Residual):
             out.append((0, *common))
             continue
-        outputs, mask = stack.sizes[-1], term.observed
-        if term.target.shape != (chains, outputs):
-            raise ValueError(f"target must be {(chains, outputs)}, got {tuple(term.target.shape)}")
-        stride = 0
-        if mask is not None:
-            if mask.shape not in ((chains, outputs), (1, outputs)):
-                raise ValueError(f"observed must be {(chains, outputs)} or {(1, outputs)}, got {tuple(mask.shape)}")
-            stride = 0 if mask.shape[0] == 1 else outputs
+        mask = term.observed
+        stride = 0 if mask is None or mask.shape[0] == 1 else mask.shape[1]
         out.append((
             1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh),
             _plain(term.target, alive).data_ptr(), 0 if mask is None else _plain(mask, alive).data_ptr(), stride,
@@ -129,7 +122,7 @@ def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tenso
     x = _plain(x, alive)
     energy, grad = x.new_empty(x.shape[0]), torch.empty_like(x)
     native.cpu().mlp_energy(
-        x.data_ptr(), *x.shape, _described(terms, x.shape[0], alive), energy.data_ptr(), grad.data_ptr(),
+        x.data_ptr(), x.shape[0], x.shape[1], _described(terms, x, alive), energy.data_ptr(), grad.data_ptr(),
         torch.get_num_threads(), _isa(),
     )  # fmt: skip
     return energy, grad
@@ -140,7 +133,7 @@ def run(
 ) -> MlpResult:
     """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
     reason = supports(chain, x)
-    if reason is None and (steps < 0 or chain.constants.shape[0] not in (1, steps) and chain.constants.shape[0] < steps):
+    if reason is None and chain.constants.shape[0] != 1 and chain.constants.shape[0] < steps:
         reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
     if reason is not None:
         raise native.BackendError(f"cpp: langevin_mlp: {reason}")
@@ -160,7 +153,7 @@ def run(
         )
     ]
     native.cpu().langevin_mlp(
-        x.data_ptr(), *x.shape, _described(chain.terms, chains, alive), tensors,
+        x.data_ptr(), x.shape[0], x.shape[1], _described(chain.terms, x, alive), tensors,
         constants.data_ptr(), constants.shape[0], constants.shape[3],
         0 if mask is None else mask.data_ptr(), 0 if mask is None or mask.shape[0] == 1 else x.shape[1],
         steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,

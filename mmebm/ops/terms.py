@@ -8,7 +8,6 @@ are each one call. :mod:`mmebm.energies` makes terms from modules.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -206,16 +205,26 @@ def pack(terms: Sequence[Term]) -> tuple[str, list[Tensor | None]]:
     """(description, tensors); :func:`unpack` is the inverse."""
     tensors: list[Tensor | None] = []
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return {"kind": type(value).__name__, **fields}
+    # JSON by hand: torch.compile cannot trace json.dumps
+    def text(value: Any) -> str:
+        if isinstance(value, (Stack, Scalar, Residual, Quadratic)):
+            fields = [f'"{name}": {text(getattr(value, name))}' for name in value.__dataclass_fields__]
+            return f'{{"kind": "{type(value).__name__}", {", ".join(fields)}}}'
         if isinstance(value, Tensor):
             tensors.append(value)
-            return {"tensor": len(tensors) - 1}
-        return [plain(part) for part in value] if isinstance(value, tuple) else value
+            return f'{{"tensor": {len(tensors) - 1}}}'
+        if isinstance(value, tuple):
+            return "[" + ", ".join([text(part) for part in value]) + "]"
+        if value is None or isinstance(value, bool):
+            return {None: "null", True: "true", False: "false"}[value]
+        if isinstance(value, str):
+            return f'"{value}"'
+        number = float(value)
+        if number != number or number in (math.inf, -math.inf):
+            return "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"
+        return repr(number)
 
-    return json.dumps([plain(term) for term in terms]), tensors
+    return "[" + ", ".join([text(term) for term in terms]) + "]", tensors
 
 
 def unpack(description: str, tensors: Sequence[Tensor | None]) -> tuple[Term, ...]:
@@ -231,5 +240,3 @@ def unpack(description: str, tensors: Sequence[Tensor | None]) -> tuple[Term, ..
         return tuple(rebuilt(part) for part in value) if isinstance(value, list) else value
 
     return tuple(rebuilt(term) for term in json.loads(description))
-
-
