@@ -1,4 +1,4 @@
-"""Times the Langevin update on a GPU: Triton against eager PyTorch, torch.compile, and what the memory allows.
+"""Times the Langevin update on a GPU: Triton and CUDA C++ against eager PyTorch, torch.compile and a copy of the bytes.
 
     python benchmarks/gpu.py [--out FILE] [--quick]
 
@@ -30,7 +30,7 @@ import torch
 import triton
 
 from mmebm.kernels.langevin_step import TritonStepper
-from mmebm.ops.langevin_step import StepOptions, TorchStepper
+from mmebm.ops.langevin_step import CudaStepper, StepOptions, TorchStepper
 from mmebm.ops.params import StepParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,11 +93,25 @@ def candidates(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[list[torch.
     options = StepOptions(seed=1, streams=tuple(range(count)), noisy=(True,) * count)
     stepper, small = TritonStepper(options), TritonStepper(options, tile=512)
     clipped = [StepParams(step_size=A, noise_scale=S, low=LOW, high=HIGH, grad_norm_clip=10.0)] * count
+
+    def cuda(constants: list[StepParams], stats: bool) -> Callable[[list[torch.Tensor], list[torch.Tensor]], object]:
+        made: list[CudaStepper] = []  # at the first call: where the extension is missing, the error is the result
+
+        def step(x: list[torch.Tensor], g: list[torch.Tensor]) -> object:
+            if not made:
+                made.append(CudaStepper(options, x))
+            return made[0].step(x, g, constants, 3, with_noise=True, stats=stats)
+
+        return step
+
     return {
         "triton": lambda x, g: stepper.step(x, g, params, 3, with_noise=True, stats=False),
         "triton, one group a thread": lambda x, g: small.step(x, g, params, 3, with_noise=True, stats=False),
         "triton, statistics": lambda x, g: stepper.step(x, g, params, 3, with_noise=True, stats=True),
         "triton, norm clip": lambda x, g: stepper.step(x, g, clipped, 3, with_noise=True, stats=False),
+        "cuda": cuda(params, False),
+        "cuda, statistics": cuda(params, True),
+        "cuda, norm clip": cuda(clipped, False),
         "eager": eager,
         "torch.compile": torch.compile(eager, dynamic=False),
     }
@@ -120,7 +134,7 @@ def correct(name: str, call: Callable, shapes: list[tuple[int, ...]], dtype: tor
                 return f"noise of mean {mean:.4f}, variance {variance:.4f}"
         if not torch.isfinite(oi).all():
             return "not finite"
-    if name == "triton" and dtype == torch.float32 and sum(xi.numel() for xi in x) <= 1 << 24:
+    if name in ("triton", "cuda") and dtype == torch.float32 and sum(xi.numel() for xi in x) <= 1 << 24:
         count = len(shapes)
         params = [StepParams(step_size=A, noise_scale=S, low=LOW, high=HIGH)] * count
         options = StepOptions(seed=1, streams=tuple(range(count)), noisy=(True,) * count)
