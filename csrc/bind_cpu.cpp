@@ -7,6 +7,7 @@
 
 #include "bind_langevin_mlp.h"
 #include "bind_langevin_step.h"
+#include "bind_residual.h"
 #include "cpu/noise.h"
 
 namespace py = pybind11;
@@ -77,5 +78,6 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("out_ptr"), py::arg("blocks"), py::arg("isa") = "auto");
 
   bind_langevin_step(m, isa_from);
+  bind_residual(m, isa_from);
   bind_langevin_mlp(m, isa_from);
 }
