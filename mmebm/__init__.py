@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mmebm import diagnostics, noise
 from mmebm.backends import BackendError, backends
-from mmebm.samplers import Langevin, Samples, langevin, schedules
+from mmebm.samplers import Langevin, ReplayBuffer, Samples, initial, langevin, schedules
 
 __all__ = [
-    "BackendError", "Langevin", "Samples", "__version__", "backends", "diagnostics", "langevin", "noise", "schedules",
+    "BackendError", "Langevin", "ReplayBuffer", "Samples", "__version__", "backends", "diagnostics", "initial",
+    "langevin", "noise", "schedules",
 ]  # fmt: skip
 
 try:

@@ -1,6 +1,7 @@
 """Samplers: Langevin dynamics of any energy, and what belongs to a chain."""
 
-from mmebm.samplers import schedules
+from mmebm.samplers import initial, schedules
+from mmebm.samplers.buffer import ReplayBuffer
 from mmebm.samplers.langevin import Langevin, Samples, langevin
 
-__all__ = ["Langevin", "Samples", "langevin", "schedules"]
+__all__ = ["Langevin", "ReplayBuffer", "Samples", "initial", "langevin", "schedules"]

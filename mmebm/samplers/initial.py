@@ -1,0 +1,151 @@
+"""Where chains start: functions ``(n, generator) -> state`` for :class:`mmebm.ReplayBuffer`, or to call.
+
+Those that depend on a class take ``labels`` (n,) too. All draw on the generator's device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmebm.state import check_setting
+
+__all__ = ["class_gaussian", "data", "each", "generated", "normal", "uniform"]
+
+Initial = Callable[..., Any]
+
+
+def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(shape, (str, int)) or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in shape):
+        raise ValueError(f"shape must be the sizes of one chain, such as (1, 28, 28), got {shape!r}")
+    return tuple(shape)
+
+
+def uniform(shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Initial:
+    """Uniform in [low, high)."""
+    size = _shape(shape)
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"low and high must be finite with low <= high, got {low!r} and {high!r}")
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(n, *size, generator=generator, device=generator.device, dtype=dtype) * (high - low) + low
+
+    return draw
+
+
+def normal(shape: Sequence[int], std: float = 1.0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Initial:
+    """Normal with one mean and standard deviation."""
+    size = _shape(shape)
+    check_setting("std", std)
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, *size, generator=generator, device=generator.device, dtype=dtype) * std + mean
+
+    return draw
+
+
+def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
+    """A row of ``examples`` (m, ...), drawn uniformly; with ``labels`` (m,), among those of the chain's class.
+
+    Raises:
+        ValueError: for no examples, labels of another length, or a class below the largest without an example.
+    """
+    if len(examples) == 0:
+        raise ValueError(f"examples must hold at least one row, got shape {tuple(examples.shape)}")
+    if labels is None:
+
+        def anyone(n: int, generator: torch.Generator) -> Tensor:
+            at = torch.randint(len(examples), (n,), generator=generator, device=generator.device)
+            return examples.to(generator.device)[at]
+
+        return anyone
+    order, start, count = _by_class(examples, labels)
+    rows = examples[order.to(examples.device)]
+
+    def of_class(n: int, generator: torch.Generator, labels: Tensor) -> Tensor:
+        device = generator.device
+        u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+        first, size = start.to(device)[labels], count.to(device)[labels]
+        return rows.to(device)[first + torch.minimum((u * size).long(), size - 1)]
+
+    return of_class
+
+
+def _by_class(examples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in the order of their class, where each class starts, and how many it has; on the CPU."""
+    held = labels.detach().cpu().long()
+    if held.shape != (len(examples),) or bool((held < 0).any()):
+        raise ValueError(f"labels must be ({len(examples)},), 0 or above, one per example, got {tuple(held.shape)}")
+    count = torch.bincount(held)
+    if bool((count == 0).any()):
+        raise ValueError(f"labels must name every class below the largest, got none of {(count == 0).nonzero()[0, 0]}")
+    return held.argsort(stable=True), count.cumsum(0) - count, count
+
+
+def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full", jitter: float = 1e-4) -> Initial:
+    """A normal per class, fitted to the ``examples`` (m, ...) of the class (JEM++).
+
+    Args:
+        covariance: "full", or "diagonal", for examples of many elements.
+        jitter: added to the variances, so that constant elements are no trouble.
+
+    Raises:
+        ValueError: for another ``covariance``, or labels as in :func:`data`.
+    """
+    if covariance not in ("full", "diagonal"):
+        raise ValueError(f'covariance must be "full" or "diagonal", got {covariance!r}')
+    check_setting("jitter", jitter, strict=True)
+    order, start, count = _by_class(examples, labels)
+    flat = examples.detach().cpu().double().flatten(1)[order]
+    means, scales = [], []
+    for a, m in zip(start.tolist(), count.tolist(), strict=True):
+        part = flat[a : a + m]
+        means.append(part.mean(0))
+        centred = part - means[-1]
+        if covariance == "full":
+            spread = centred.T @ centred / m
+            spread.diagonal().add_(jitter)
+            scales.append(torch.linalg.cholesky(spread))
+        else:
+            scales.append((centred.square().mean(0) + jitter).sqrt())
+    mean = torch.stack(means).to(examples.dtype)
+    scale = torch.stack(scales).to(examples.dtype)
+    shape = examples.shape[1:]
+
+    def draw(n: int, generator: torch.Generator, labels: Tensor) -> Tensor:
+        device = generator.device
+        xi = torch.randn(n, flat.shape[1], generator=generator, device=device, dtype=mean.dtype)
+        spread = scale.to(device)
+        if covariance == "diagonal":
+            out = xi * spread[labels]
+        else:
+            # one product per class, so that no (n, elements, elements) tensor is made
+            out = torch.zeros_like(xi)
+            for c in range(len(spread)):
+                out = torch.where((labels == c)[:, None], xi @ spread[c].T, out)
+        return (mean.to(device)[labels] + out).reshape(n, *shape)
+
+    return draw
+
+
+def generated(generator_net: Callable[[Any], Any], latent: Initial) -> Initial:
+    """What a generator makes of latents: ``generator_net(latent(n, generator))``, without its graph."""
+    if not callable(generator_net) or not callable(latent):
+        raise TypeError("generator_net and latent must be functions")
+
+    def draw(n: int, generator: torch.Generator) -> Any:
+        with torch.no_grad():
+            return generator_net(latent(n, generator))
+
+    return draw
+
+
+def each(parts: Mapping[str, Initial]) -> Initial:
+    """A dict state, each tensor from its own initialiser (none of them by class)."""
+    if not isinstance(parts, Mapping) or not parts or not all(callable(part) for part in parts.values()):
+        raise TypeError(f"parts must be a mapping from name to initialiser, got {parts!r:.80}")
+    return lambda n, generator: {name: part(n, generator) for name, part in parts.items()}
