@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -650,3 +651,23 @@ def test_constants_that_are_refused_are_known_before_the_chain_starts() -> None:
         assert reason is not None and "high of tensor 0" in reason and word in reason
     for value in (1.0, None, torch.ones(()), torch.ones(1, 1, 1), torch.ones(3, 1, 1)):
         assert room.constants_reason(x, [plain(high=value)]) is None
+
+
+def test_auto_takes_cuda_only_where_triton_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    state: Any = [SimpleNamespace(device=torch.device("cuda:0"))]
+    options = op.StepOptions(seed=0, streams=(0,), noisy=(True,))
+    triton = SimpleNamespace(name="triton")
+    monkeypatch.delenv("MMEBM_BACKEND", raising=False)
+    monkeypatch.setattr(op, "CudaStepper", lambda options, x: SimpleNamespace(name="cuda"))
+    monkeypatch.setattr(op, "cuda_reason", lambda x, options, params: None)
+    monkeypatch.setattr(op, "_triton_reason", lambda *arguments: (None, lambda options: triton))
+    assert op.stepper("auto", state, options)[0] is triton
+    monkeypatch.setattr(op, "_triton_reason", lambda *arguments: ("it is not installed", None))
+    chosen, reason = op.stepper("auto", state, options)
+    assert chosen.name == "cuda" and "it is not installed" in reason
+    monkeypatch.setattr(op, "cuda_reason", lambda x, options, params: "nor is this")
+    chosen, reason = op.stepper("auto", state, options)
+    assert chosen.name == "torch" and "it is not installed" in reason and "nor is this" in reason
+    for backend, word in (("triton", "it is not installed"), ("cuda", "nor is this")):
+        with pytest.raises(native.BackendError, match=f"{backend}: {word}"):
+            op.stepper(backend, state, options)
