@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "ACCEPT", "DRIFT", "INITIAL", "PERTURB_ROUNDING", "REINIT", "ROUNDING",
+    "ACCEPT", "DRIFT", "INITIAL", "MOMENTUM", "PERTURB_ROUNDING", "REINIT", "ROUNDING", "SWAP",
     "draw_seed", "normal", "philox4x32", "rounding_fraction", "stream", "uniform", "words",
 ]  # fmt: skip
 
@@ -53,6 +53,8 @@ ACCEPT: Final = 2  # accept-reject decisions
 REINIT: Final = 3  # re-initialisation of chains (replay buffers)
 ROUNDING: Final = 4  # stochastic rounding of an updated state to 16-bit storage
 PERTURB_ROUNDING: Final = 5  # the same where noise is added before the gradient: that state is stored too
+MOMENTUM: Final = 6  # velocities drawn afresh: at every step of HMC, at the start of underdamped dynamics
+SWAP: Final = 7  # exchanges between the temperatures of a ladder
 
 
 def stream(tensor_index: int, purpose: int = DRIFT) -> int:

@@ -1,0 +1,276 @@
+"""What every sampler's ``sample`` does around its steps: arguments checked, settings resolved, results recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmebm import noise
+from mmebm.reference.langevin_step import per_chain
+from mmebm.samplers.gradient import Target
+from mmebm.samplers.langevin import Samples, _calls, _check_writable, _counter, _leaves
+from mmebm.samplers.modes import Mode, modules_of, sampling
+from mmebm.state import (
+    Key,
+    State,
+    Structure,
+    broadcast,
+    check_setting,
+    flatten,
+    integer,
+    observed_masks,
+    per_key,
+)
+
+Numbers = Mapping[str, Mapping[str, Any]]
+Value = float | Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """The checked arguments of one ``sample``. ``moving``: indices of the tensors that are not wholly observed."""
+
+    energy: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keys: tuple[Key, ...]
+    tensors: list[Tensor]
+    build: Structure
+    masks: list[bool | Tensor]
+    moving: list[int]
+    steps: int
+    seed: int | Tensor
+    chain_offset: int
+    first_step: int | Tensor
+    record: tuple[str, ...]
+    thin: int | None
+    inplace: bool
+
+    @property
+    def chains(self) -> int:
+        return self.tensors[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def masked(self, i: int, value: Tensor) -> Tensor:
+        """``value`` with 0 in the observed elements of tensor ``i``."""
+        mask = self.masks[i]
+        return value.masked_fill(mask, 0.0) if isinstance(mask, Tensor) else value
+
+    def normals(self, i: int, k: int, purpose: int) -> Tensor:
+        """The normals of tensor ``i`` at step ``k`` of this run, 0 where observed."""
+        t = self.tensors[i]
+        xi = noise.normal(
+            t.shape, seed=self.seed, step=self.first_step + k, stream=noise.stream(i, purpose),
+            chain_offset=self.chain_offset, dtype=t.dtype, device=t.device,
+        )  # fmt: skip
+        return self.masked(i, xi)
+
+    def uniforms(self, count: int, k: int, purpose: int) -> Tensor:
+        """(chains, count) uniforms in [0, 1) at step ``k`` of this run."""
+        return noise.uniform(
+            (self.chains, count), seed=self.seed, step=self.first_step + k, stream=noise.stream(0, purpose),
+            chain_offset=self.chain_offset, device=self.device,
+        )  # fmt: skip
+
+    def structure(self, parts: Sequence[Tensor]) -> Any:
+        """One tensor for each moving tensor of the state, in the state's structure; 0 for those that stay."""
+        full = [torch.zeros_like(t) for t in self.tensors]
+        for i, part in zip(self.moving, parts, strict=True):
+            full[i] = part
+        return self.build(full)
+
+    def moving_parts(self, name: str, value: Any) -> list[Tensor]:
+        """The inverse of :meth:`structure`: copies of the parts that move, 0 where observed.
+
+        Raises:
+            TypeError, ValueError: where ``value`` has not the state's structure and shapes.
+        """
+        keys, parts, _ = flatten(value)
+        if keys != self.keys:
+            raise ValueError(f"{name} must have the state's keys {list(self.keys)}, got {list(keys)}")
+        for key, part, t in zip(keys, parts, self.tensors, strict=True):
+            if part.shape != t.shape or part.dtype != t.dtype or part.device != t.device:
+                raise ValueError(
+                    f"{name}[{key!r}] must be like the state, {tuple(t.shape)}, {t.dtype}, {t.device}, "
+                    f"got {tuple(part.shape)}, {part.dtype}, {part.device}"
+                )
+        return [self.masked(i, parts[i].detach().clone()) for i in self.moving]
+
+
+def per_chain_shape(value: Tensor, like: Tensor) -> Tensor:
+    """(chains,) reshaped so that it broadcasts against ``like``, (chains, ...)."""
+    return value.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def check_numbers(sampler: Any, numbers: Numbers) -> None:
+    """Checks a description's settings, each a number, a tensor, a mapping or a function of the step.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+    """
+    for name, allowed in numbers.items():
+        value = getattr(sampler, name)
+        leaves = value.values() if isinstance(value, Mapping) else [value]
+        if any(leaf is None for leaf in leaves):
+            raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}")
+        for label, leaf in _leaves(name, value):
+            if not callable(leaf):
+                check_setting(label, leaf, **allowed)
+
+
+def settings(sampler: Any, numbers: Numbers, call: Call) -> list[dict[str, list[Value]]]:
+    """The settings of every tensor by name: one entry for all steps or, with functions among them, one per step."""
+    given = {name: per_key(name, getattr(sampler, name), call.keys, required=True) for name in numbers}
+
+    def value(name: str, i: int, k: int) -> Value:
+        setting = given[name][i]
+        label = name + (f"[{call.keys[i]!r}]" if len(call.keys) > 1 else "")
+        if callable(setting):
+            setting, label = setting(k), f"{label} at step {k}"
+            if setting is None:
+                raise TypeError(f"{label} must be a number or a tensor, got None")
+            check_setting(label, setting, **numbers[name])
+        return broadcast(label, setting, call.tensors[i], call.tensors[i].dtype)
+
+    def row(k: int) -> dict[str, list[Value]]:
+        return {name: [value(name, i, k) for i in range(len(call.keys))] for name in given}
+
+    if not any(callable(setting) for column in given.values() for setting in column):
+        return [row(0)]
+    if isinstance(call.first_step, Tensor):
+        raise ValueError("first_step must be an int where a setting is a function of the step, got a tensor")
+    # evaluated before the chain starts, so that no step waits for a copy to the device
+    return [row(call.first_step + k) for k in range(max(call.steps, 1))]
+
+
+def resolve(
+    energy: Any, state: State, steps: int, *, args: Sequence[Any], kwargs: Mapping[str, Any] | None, observed: Any,
+    seed: int | Tensor | None, generator: torch.Generator | None, chain_offset: int, first_step: int | Tensor,
+    record: Collection[str], records: Sequence[str], thin: int | None, inplace: bool,
+) -> Call:  # fmt: skip
+    """Checks what every ``sample`` takes. ``records``: the names that ``record`` may hold.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what would do.
+    """
+    if not callable(energy):
+        raise TypeError(f"energy must be callable, got {type(energy).__name__}")
+    keys, tensors, build = flatten(state)
+    for key, t in zip(keys, tensors, strict=True):
+        if t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"state[{key!r}] must be float32 or float64, got {t.dtype}; Langevin takes 16 bits too")
+    chains, device = tensors[0].shape[0], tensors[0].device
+    steps = integer("steps", steps, 0)
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"args must be a list or tuple of further arguments, got {type(args).__name__}")
+    if isinstance(record, str) or not isinstance(record, Collection) or any(name not in records for name in record):
+        raise ValueError(f"record must be a collection of {list(records)}, got {record!r}")
+    if inplace:
+        _check_writable(keys, tensors)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if seed is not None and generator is not None:
+        raise ValueError("give seed or generator, not both")
+    masks = observed_masks(observed, keys, tensors)
+    return Call(
+        energy=energy, args=tuple(args), kwargs=dict(kwargs or {}), keys=keys, tensors=tensors, build=build,
+        masks=masks, moving=[i for i in range(len(keys)) if masks[i] is not True], steps=steps,
+        chain_offset=integer("chain_offset", chain_offset, 0, 2**32 - chains + 1),
+        first_step=_counter("first_step", first_step, 0, 2**32 - steps + 1, device),
+        record=tuple(record), thin=None if thin is None else integer("thin", thin, 1), inplace=inplace,
+        seed=noise.draw_seed(generator) if seed is None else _counter("seed", seed, -(2**63), 2**64, device),
+    )  # fmt: skip
+
+
+@contextmanager
+def running(
+    call: Call, mode: Mode, *, log_prob: bool, score: bool = False,
+    each: Callable[[Any], Any] = lambda value: value,
+) -> Iterator[Target]:  # fmt: skip
+    """The energy, with the user's modules in ``mode`` and frozen, and neither inference mode nor gradients around.
+
+    ``each`` is applied to every (args, kwargs) of the energy.
+    """
+    # what was made in inference mode cannot be saved by autograd: _calls copies it, and the samplers copy the state
+    with torch.inference_mode(False), torch.no_grad():
+        calls = [each(pair) for pair in _calls(call.args, call.kwargs, call.first_step, call.steps)]
+        with sampling(modules_of(call.energy, *calls[0]), mode):
+            yield Target(
+                call.energy, calls, call.keys, call.build, call.moving, call.masks, log_prob=log_prob, score=score
+            )
+
+
+class Recorder:
+    """The trace and the trajectory of a run, kept on the device."""
+
+    def __init__(self, call: Call, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """``shapes``: of the records that hold more than one value per chain, what follows (steps, chains)."""
+        self.call = call
+        self.shapes = dict(shapes or {})
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in call.record}
+        self.kept = [t.new_empty(call.steps // call.thin, *t.shape) for t in call.tensors] if call.thin else []
+
+    def add(self, **values: Tensor | None) -> None:
+        for name, value in values.items():
+            if name in self.rows and value is not None:
+                self.rows[name].append(value)
+
+    def keep(self, k: int, x: Sequence[Tensor]) -> None:
+        """``x``, the state after step ``k`` of the run."""
+        thin = self.call.thin
+        if thin and (k + 1) % thin == 0:
+            for rows, t in zip(self.kept, x, strict=True):
+                rows[(k + 1) // thin - 1].copy_(t)
+
+    def samples(self, x: list[Tensor], *, frozen: Tensor | None = None, **info: Any) -> Samples:
+        """What ``sample`` returns. ``frozen``: (chains,), chains to be reported as non-finite whatever they hold."""
+        call = self.call
+        with torch.inference_mode(False), torch.no_grad():
+            broken = torch.zeros(call.chains, dtype=torch.bool, device=call.device) if frozen is None else frozen
+            for t in x:
+                broken = broken | ~torch.isfinite(per_chain(t)).all(dim=1)
+            trace = {
+                name: torch.stack(rows) if rows
+                else torch.zeros(call.steps, call.chains, *self.shapes.get(name, ()), device=call.device)
+                for name, rows in self.rows.items()
+            }  # fmt: skip
+        if call.inplace:
+            with torch.no_grad():
+                for given, got in zip(call.tensors, x, strict=True):
+                    given.copy_(got)
+            x = call.tensors
+        info = {
+            "seed": call.seed, "steps": call.steps, "first_step": call.first_step,
+            "next_step": call.first_step + call.steps, "nonfinite": broken, **info,
+        }  # fmt: skip
+        return Samples(call.build(x), trace, call.build(self.kept) if call.thin else None, info)
+
+
+def sqrt(value: Value) -> Value:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def exp(value: Value) -> Value:
+    return value.exp() if isinstance(value, Tensor) else math.exp(value)
+
+
+def where(rows: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> list[Tensor]:
+    """Chain by chain from ``yes`` or ``no``."""
+    return [torch.where(per_chain_shape(rows, a), a, b) for a, b in zip(yes, no, strict=True)]
+
+
+def total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The sum over all elements and tensors, (chains,); zeros like ``like`` without any."""
+    out = torch.zeros_like(like)
+    for part in parts:
+        out = out + per_chain(part).sum(1)
+    return out

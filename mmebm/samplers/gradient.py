@@ -1,0 +1,112 @@
+"""The user's energy as a sampler sees it: one value per chain, and the gradient of the tensors that move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmebm.reference.langevin_step import per_chain
+from mmebm.state import Key, Structure, like_state
+
+
+@dataclass(frozen=True)
+class Target:
+    """An energy with everything it is called with.
+
+    Attributes:
+        energy: called as ``energy(build(x), *args, **kwargs)``.
+        calls: (args, kwargs) per step, or one entry for all steps.
+        keys, build: of the state, from :func:`mmebm.state.flatten`.
+        moving: indices of the tensors whose gradient is wanted.
+        masks: per tensor of the state a boolean mask of observed elements, whose gradient is 0, or a bool.
+        log_prob: the callable returns log p.
+        score: the callable returns d log p / dx in the state's structure.
+    """
+
+    energy: Callable[..., Any]
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    keys: tuple[Key, ...]
+    build: Structure
+    moving: Sequence[int]
+    masks: Sequence[bool | Tensor]
+    log_prob: bool = False
+    score: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether the energy is another one at each step, so that no gradient outlives its step."""
+        return len(self.calls) > 1
+
+    def __call__(self, x: Sequence[Tensor], k: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Energy and gradient at step ``k`` of the run.
+
+        Returns:
+            The energy, (chains,) or () as the callable has it, detached, ``None`` for a score; and the gradient of each
+            moving tensor.
+
+        Raises:
+            TypeError, ValueError: where the callable returns no tensor, one of another number of chains, or one that
+                does not depend on the state.
+        """
+        full = list(x)
+        # on also for a score, which may take a gradient itself
+        with torch.enable_grad():
+            if self.score:
+                parts = like_state(self._call(full, k), self.keys, full)
+                return None, [self._masked(i, -parts[i].detach()) for i in self.moving]
+            for i in self.moving:
+                full[i] = full[i].detach().requires_grad_()
+            value = self._call(full, k)
+            leaves = [full[i] for i in self.moving]
+            grads: Sequence[Tensor | None] = [None] * len(leaves)
+            if value.requires_grad and leaves:
+                grads = torch.autograd.grad(value.sum() if value.dim() else value, leaves, allow_unused=True)
+        if leaves and all(g is None for g in grads) and not self._depends(x, k):
+            raise ValueError("energy must depend on the state through differentiable operations; it does not")
+        value = value.detach()
+        energy = per_chain(value).sum(1) if value.dim() else value
+        found = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+        if self.log_prob:
+            energy, found = -energy, [-g for g in found]
+        return energy, [self._masked(i, g) for i, g in zip(self.moving, found, strict=True)]
+
+    def _masked(self, i: int, g: Tensor) -> Tensor:
+        mask = self.masks[i]
+        return g.masked_fill(mask, 0.0) if isinstance(mask, Tensor) else g
+
+    def _call(self, x: list[Tensor], k: int) -> Any:
+        args, kwargs = self.calls[min(k, len(self.calls) - 1)]
+        value = self.energy(self.build(x), *args, **kwargs)
+        if self.score:
+            return value
+        if not isinstance(value, Tensor):
+            raise TypeError(f"energy must return a tensor, got {type(value).__name__}")
+        if value.dim() and value.shape[0] != x[0].shape[0]:
+            raise ValueError(
+                f"energy must return a scalar or one value per chain ({x[0].shape[0]}, ...), "
+                f"got shape {tuple(value.shape)}"
+            )
+        return value
+
+    def _depends(self, x: Sequence[Tensor], k: int) -> bool:
+        """Whether the energy depends on anything in the state (on the tensors that move it need not)."""
+        every = [t.detach().requires_grad_() for t in x]
+        with torch.enable_grad():
+            total = self._call(every, k).sum()
+            grads = torch.autograd.grad(total, every, allow_unused=True) if total.requires_grad else ()
+        return any(g is not None for g in grads)
+
+
+def one_per_chain(name: str, energy: Tensor | None) -> Tensor:
+    """``energy`` where it has one value per chain, (chains,).
+
+    Raises:
+        ValueError: naming the sampler, where the callable returned a scalar.
+    """
+    if energy is None or energy.dim() == 0:
+        raise ValueError(f"{name} needs one energy per chain; the energy returned a scalar")
+    return energy
