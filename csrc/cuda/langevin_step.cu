@@ -26,9 +26,11 @@
 // Maths of the map kernel on an H100 (3.35 TB/s, 132 SMs at 1.7 GHz, from its data sheet). Bytes in flight: 600 ns of
 // latency at full rate are 15 KB an SM; 80 registers leave 768 threads an SM with two 16-byte loads each, 24 KB, so
 // one group a thread at a time is enough and the other warps' arithmetic hides the rest. Arithmetic: a Philox block
-// with its four normals is some 250 instructions; an SM issues 128 lanes a cycle, which makes 2.9e13 lane instructions
-// a second against 7e10 groups of 48 bytes in fp32: 60 per cent of them. In 16 bits a block of 4 elements is 24 bytes
-// and rounding adds to it, so there the arithmetic, not the memory, is the limit. (Estimates, not measurements.)
+// with its four normals is some 240 instructions and the rest of a group up to 200 (counted in the code for sm_90,
+// nvcc 13.0, 2026-11-22); an SM issues 128 lanes a cycle, which makes 2.9e13 lane instructions a second, and 7e10
+// groups of 48 bytes a second in fp32 need 1.7e13 for the noise alone and up to 3.1e13 in all. So fp32 is about even between
+// arithmetic and memory, and in 16 bits, with 24 bytes for four normals, the arithmetic is the limit. Estimates: no
+// device was there to measure on.
 //
 // The table of tensors is the kernel's parameter, 4 KB at most: a copy to the device would be one more operation a
 // step, and a captured graph holds it without anything kept alive. Seed and step may lie on the device, so that a
@@ -59,7 +61,7 @@ enum TensorBit : uint32_t {
   MASK = 4u << SLOTS,
   MASK_ROWS = 8u << SLOTS,  // the mask has a row per chain
   ALIGNED = 16u << SLOTS,   // every group is one access in each array
-  BY_CHAIN = 32u << SLOTS   // a constant has one value per chain
+  INDIRECT = 32u << SLOTS   // a constant is at an address
 };
 
 // StepTable::todo
@@ -206,17 +208,16 @@ MMEBM_HD Group<G> gradient(const StepTensor& t, int64_t place, int left) {
 MMEBM_HD Constants constants_of(const StepTensor& t, int64_t chain) {
   Constants out;
   MMEBM_UNROLL
-  for (int slot = 0; slot < SLOTS; ++slot) {
-    const Kind kind = static_cast<Kind>(t.kinds >> 4 * slot & 15u);
-    if (kind == Kind::absent) {
-      out.of[slot] = 0.0f;
-    } else if (kind == Kind::chain || kind == Kind::one) {
-      out.of[slot] = reinterpret_cast<const float*>(t.constants[slot])[kind == Kind::chain ? chain : 0];
-    } else {
-      out.of[slot] = bits_float(static_cast<uint32_t>(t.constants[slot]));
+  for (int slot = 0; slot < SLOTS; ++slot) out.of[slot] = bits_float(static_cast<uint32_t>(t.constants[slot]));
+  if (t.with & INDIRECT) {
+    MMEBM_UNROLL
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      const Kind kind = static_cast<Kind>(t.kinds >> 4 * slot & 15u);
+      if (kind != Kind::chain && kind != Kind::one) continue;
+      const float value = reinterpret_cast<const float*>(t.constants[slot])[kind == Kind::chain ? chain : 0];
+      out.of[slot] = slot == PRIOR_STD ? 1.0f / value : value;
     }
   }
-  if (t.with & 1u << PRIOR_STD) out.of[PRIOR_STD] = 1.0f / out.of[PRIOR_STD];
   return out;
 }
 
@@ -698,12 +699,16 @@ void CudaLangevinStep::set(size_t tensor, Slot slot, Kind kind, float value, con
   StepTensor& t = tensors_[tensor].kernel;
   t.kinds = (t.kinds & ~(15u << 4 * slot)) | static_cast<uint32_t>(kind) << 4 * slot;
   t.with = kind == Kind::absent ? t.with & ~bit(slot) : t.with | bit(slot);
+  // what is read as a number is what propose takes
+  if (slot == PRIOR_STD) value = 1.0f / value;
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
-  t.constants[slot] = kind == Kind::chain || kind == Kind::one ? reinterpret_cast<uint64_t>(values) : bits;
-  t.with &= ~static_cast<uint32_t>(BY_CHAIN);
+  const bool at = kind == Kind::chain || kind == Kind::one;
+  t.constants[slot] = at ? reinterpret_cast<uint64_t>(values) : bits;
+  t.with &= ~static_cast<uint32_t>(INDIRECT);
   for (int i = 0; i < SLOTS; ++i) {
-    if ((t.kinds >> 4 * i & 15u) == static_cast<uint32_t>(Kind::chain)) t.with |= BY_CHAIN;
+    const Kind other = static_cast<Kind>(t.kinds >> 4 * i & 15u);
+    if (other == Kind::chain || other == Kind::one) t.with |= INDIRECT;
   }
 }
 
@@ -788,7 +793,7 @@ int64_t CudaLangevinStep::scratch_bytes(bool stats) const {
 
 int CudaLangevinStep::perturb(StepNumber seed, StepNumber step, int device, uint64_t cuda_stream) {
   return run_map(seed, step, PERTURB_ROUNDING,
-                 ~(bit(NOISE_SCALE) | (clamp_noise_ ? bit(LOW) | bit(HIGH) : 0u) | MASK | MASK_ROWS | BY_CHAIN),
+                 ~(bit(NOISE_SCALE) | (clamp_noise_ ? bit(LOW) | bit(HIGH) : 0u) | MASK | MASK_ROWS | INDIRECT),
                  WITH_NOISE, device, cuda_stream);
 }
 
