@@ -29,7 +29,7 @@ def _isa() -> str:
 
 
 def _strided(name: str, t: Tensor) -> str | None:
-    if t.device.type != "cpu" or t.layout is not torch.strided:
+    if not t.is_cpu or t.layout is not torch.strided:
         return f"{name} is {t.layout} on {t.device}, taken are plain tensors on the CPU"
     return None
 
@@ -70,10 +70,11 @@ def supports(chain: MlpChain, x: Tensor) -> str | None:
         or table.shape[0] == 0 or table.shape[1:3] != (tensors, len(FIELDS)) or table.shape[3] not in (1, chains)
     ):  # fmt: skip
         return f"the constants are {table.dtype} {tuple(table.shape)} on {table.device}"
-    for name in _LIMITS:
-        # a clamp whose limit is NaN is NaN in torch, and no limit at all in the processor's min and max
-        if bool(table[:, :, FIELDS.index(name)].isnan().any()):
-            return f"{name} holds NaN"
+    if bool(table.isnan().any()):
+        for name in _LIMITS:
+            # a clamp whose limit is NaN is NaN in torch, and no limit at all in the processor's min and max
+            if bool(table[:, :, FIELDS.index(name)].isnan().any()):
+                return f"{name} holds NaN"
     if mask is not None and (
         mask.dtype != torch.uint8 or _strided("observed", mask) is not None
         or mask.shape not in ((chains, inputs), (1, inputs))
