@@ -73,11 +73,13 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
     return keys, tensors, build
 
 
-def like_state(value: Any, keys: Sequence[Key], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of a score in the order of the state, in its dtypes.
+def like_state(
+    value: Any, keys: Sequence[Key], tensors: Sequence[Tensor], *, name: str = "the score"
+) -> list[Tensor]:
+    """The tensors of a score (or what else ``name`` says) in the order of the state, in its dtypes.
 
     Raises:
-        TypeError, ValueError: where the score has not the state's structure and shapes.
+        TypeError, ValueError: where it has not the state's structure and shapes.
     """
     parts: Any = value
     if isinstance(value, Tensor):
@@ -86,10 +88,10 @@ def like_state(value: Any, keys: Sequence[Key], tensors: Sequence[Tensor]) -> li
         parts = dict(enumerate(value))
     wanted = {key: tuple(x.shape) for key, x in zip(keys, tensors, strict=True)}
     if not isinstance(parts, Mapping) or not all(isinstance(part, Tensor) for part in parts.values()):
-        raise TypeError(f"the score must be tensors in the state's structure, {wanted}, got {value!r:.80}")
+        raise TypeError(f"{name} must be tensors in the state's structure, {wanted}, got {value!r:.80}")
     shapes = {key: tuple(part.shape) for key, part in parts.items()}
     if shapes != wanted:
-        raise ValueError(f"the score must have the state's shapes {wanted}, got {shapes}")
+        raise ValueError(f"{name} must have the state's shapes {wanted}, got {shapes}")
     return [parts[key].to(x.dtype) for key, x in zip(keys, tensors, strict=True)]
 
 

@@ -69,7 +69,7 @@ def clamp(y: Tensor, low: Any, high: Any) -> Tensor:
     return torch.clamp(torch.clamp(y, min=low), max=high)
 
 
-def _norm_factor(g: Tensor, limit: Any, over: NormOver) -> Tensor:
+def norm_factor(g: Tensor, limit: Any, over: NormOver) -> Tensor:
     flat = per_chain(g)
     norm = flat.norm(dim=1).reshape(-1, *[1] * (g.dim() - 1)) if over == "chain" else flat.norm()
     # 1 up to the limit, and differentiable at norm 0; a NaN norm stays NaN, so that a broken chain is seen. Tensor by
@@ -133,7 +133,7 @@ def langevin_step(
                 changed = changed | (g.abs() > p.grad_clip)
             g = clamp(g, -p.grad_clip, p.grad_clip)
         if p.grad_norm_clip is not None:
-            factor = _norm_factor(g, p.grad_norm_clip, norm_over)
+            factor = norm_factor(g, p.grad_norm_clip, norm_over)
             if changed is not None:
                 changed = changed | (factor < 1)
             g = g * factor

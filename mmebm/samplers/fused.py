@@ -117,7 +117,7 @@ def run(sampler: Langevin, p: _Problem, tensors: list[Tensor]) -> FusedRun | str
         if result.frozen is not None:
             frozen = result.frozen if frozen is None else frozen | result.frozen
         if p.thin and stop - start == piece:
-            kept.append(x)
+            kept.append(x.cpu() if p.offload else x)
     # a tensor that does not move is handed back as it came, whatever its bits
     state = [
         part.contiguous() if moves else t.clone() for part, t, moves in zip(apart(x), tensors, moving, strict=True)
@@ -125,7 +125,8 @@ def run(sampler: Langevin, p: _Problem, tensors: list[Tensor]) -> FusedRun | str
     empty = torch.zeros(0, chains, device=device)
     trajectory = []
     if p.thin:
-        rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), device=device)
+        home = "cpu" if p.offload else device
+        rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), device=home)
         trajectory = [
             part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
         ]

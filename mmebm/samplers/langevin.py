@@ -19,9 +19,9 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops import langevin_step as op
 from mmebm.ops.langevin_mlp import Precision
-from mmebm.ops.params import NormOver, Outside, StepParams
+from mmebm.ops.params import NormOver, Outside, Rng, StepParams
 from mmebm.reference.langevin_step import clamp, per_chain, widen
-from mmebm.samplers import fused
+from mmebm.samplers import fused, metropolis
 from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.schedules import Schedule
 from mmebm.state import (
@@ -39,7 +39,7 @@ from mmebm.state import (
 
 __all__ = ["Langevin", "Samples", "langevin"]
 
-RECORDS = ("energy", "grad_norm", "displacement", "clipped", "nonfinite")
+RECORDS = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
 # The numbers of a step, and what each may be (see check_setting).
 _NUMBERS: dict[str, dict[str, Any]] = {
     "step_size": {}, "noise_scale": {}, "temperature": {}, "grad_clip": {}, "grad_norm_clip": {"strict": True},
@@ -90,6 +90,7 @@ class _Problem:
     first_step: int | Tensor
     record: tuple[str, ...]
     thin: int | None
+    offload: bool
     differentiable: int
 
 
@@ -145,7 +146,10 @@ class Langevin:
         bounds_at: at every "step" or only at the "end" (the states of the trajectory are then without bounds).
         outside: at the bounds "clamp", or "reject": a chain with an element outside stays where it was.
         project: a function (or one per key) applied to a tensor after its update, e.g. onto a sphere.
-        accept: None, or "descent": a chain moves only where its energy fell.
+        finish: a function of the final state, in its structure, that returns the state to hand out (a denoising step,
+            a rescaling); after the bounds at the end, without effect on the trajectory and on observed elements.
+        accept: None, "descent": a chain moves only where its energy fell, or "metropolis": the step is a proposal
+            (MALA), so that the chain's law is exp(-E / T) exactly, T = s^2 / (2a), which all tensors must share.
         log_prob: the callable returns log p (or f = -E) instead of E.
         score: the callable returns the score d log p / dx, in the state's structure.
         mode: modules found in the energy run in "eval" or "train" mode or as they are ("keep"); restored afterwards.
@@ -174,11 +178,12 @@ class Langevin:
     bounds_at: Literal["step", "end"] = "step"
     outside: Outside = "clamp"
     project: Any = None
-    accept: Literal["descent"] | None = None
+    finish: Callable[[Any], Any] | None = None
+    accept: Literal["descent", "metropolis"] | None = None
     log_prob: bool = False
     score: bool = False
     mode: Mode = "eval"
-    rng: op.Rng = "philox"
+    rng: Rng = "philox"
     backend: str = "auto"
     precision: Precision = "fp32"
     on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
@@ -188,7 +193,7 @@ class Langevin:
         _choice("norm_over", self.norm_over, ("chain", "tensor"))
         _choice("bounds_at", self.bounds_at, ("step", "end"))
         _choice("outside", self.outside, ("clamp", "reject"))
-        _choice("accept", self.accept, (None, "descent"))
+        _choice("accept", self.accept, (None, "descent", "metropolis"))
         _choice("mode", self.mode, ("eval", "train", "keep"))
         _choice("rng", self.rng, ("philox", "torch"))
         _choice("precision", self.precision, get_args(Precision))
@@ -225,6 +230,11 @@ class Langevin:
             raise ValueError('outside="reject" needs bounds at every step and noise_at="after"')
         if self.accept is not None and (self.score or self.noise_at == "before"):
             raise ValueError(f'accept={self.accept!r} needs an energy and noise_at="after"')
+        why = metropolis.refusal(self) if self.accept == "metropolis" else None
+        if why is not None:
+            raise ValueError(f'accept="metropolis" needs a step that can be taken back; it goes without {why}')
+        if self.finish is not None and not callable(self.finish):
+            raise TypeError(f"finish must be a function of the state, got {self.finish!r:.80}")
         for label, item in _leaves("project", self.project):
             if not callable(item):
                 raise TypeError(f"{label} must be a function of a tensor, or a mapping to such, got {item!r:.80}")
@@ -283,6 +293,7 @@ class Langevin:
         first_step: int | Tensor = 0,
         record: Collection[str] = (),
         thin: int | None = None,
+        offload: bool = False,
         inplace: bool = False,
         chunk_size: int | None = None,
         differentiable: int | bool | None = None,
@@ -306,8 +317,11 @@ class Langevin:
             first_step: index of the first step, so that K1 steps and then K2 with ``first_step=K1`` equal K1 + K2.
             record: any of "energy" and "grad_norm" (where the gradient is taken; before clips and prior),
                 "displacement" (distance from the state before the step to the one after it), "clipped" (elements whose
-                gradient or update a clip changed), "nonfinite" (elements of the update that are inf or NaN).
+                gradient or update a clip changed), "nonfinite" (elements of the update that are inf or NaN),
+                "accepted" (with ``accept``: the fraction of the step's blocks that moved, so 0 or 1 without blocks).
             thin: keep the state after every ``thin``-th step.
+            offload: keep the trajectory in the CPU's memory (pinned where the state is on a GPU: the copies overlap
+                with the steps, and the call waits for them at its end).
             inplace: write the result into the given tensors.
             chunk_size: run at most so many chains at a time; tensors in ``args`` and ``kwargs`` (also inside lists,
                 tuples and dicts) whose first dimension is the number of chains are cut along.
@@ -339,6 +353,12 @@ class Langevin:
             raise ValueError(f"record must be a collection of {list(RECORDS)}, got {record!r}")
         if "energy" in record and self.score:
             raise ValueError('record="energy" needs an energy; with score=True there is none')
+        if "accepted" in record and self.accept is None:
+            raise ValueError('record="accepted" needs accept="metropolis" or "descent"')
+        if offload and thin is None:
+            raise ValueError("offload moves the trajectory: it needs thin")
+        if self.accept == "metropolis" and any(widen(t[:0]).dtype != t.dtype for t in tensors):
+            raise ValueError('accept="metropolis" needs float32 or float64: a step rounded to 16 bits is no Gaussian')
         if inplace:
             _check_writable(keys, tensors)
         if self.rng == "torch" and (chain_offset or chunk_size is not None):
@@ -373,7 +393,7 @@ class Langevin:
                 energy=energy, calls=calls, keys=keys, build=build, steps=steps, blocks=groups, masks=masks,
                 params=params, ends=[], project=per_key("project", self.project, keys, required=False), noisy=noisy,
                 seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step,
-                record=tuple(record), thin=thin, differentiable=min(last, steps),
+                record=tuple(record), thin=thin, offload=bool(offload), differentiable=min(last, steps),
             )  # fmt: skip
             if self.bounds_at == "end":
                 free = [[dataclasses.replace(p, low=None, high=None) for p in row] for row in params]
@@ -384,6 +404,10 @@ class Langevin:
                 rows = [slice(start, start + chunk_size) for start in range(0, chains, chunk_size)]
                 result = _join([self._run(_cut(problem, chains, part), [t[part] for t in tensors]) for part in rows])
             out, trace, trajectory, broken, info = result
+            if offload and device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            if self.finish is not None:
+                out = self._finished(problem, out)
             if self.on_nonfinite == "raise" and bool(broken.any()):
                 raise FloatingPointError(
                     f"{int(broken.sum())} of {chains} chains are not finite after {steps} steps; a smaller step_size, "
@@ -429,6 +453,18 @@ class Langevin:
             "backend": loop.backend, "op": "langevin_step", "reason": f"{loop.reason}; a step at a time: {whole}"
         })  # fmt: skip
 
+    def _finished(self, p: _Problem, x: list[Tensor]) -> list[Tensor]:
+        """``finish`` of the final state, observed elements as they were."""
+        assert self.finish is not None
+        # on always, as for a score: the function may take a gradient itself
+        with torch.enable_grad(), sampling(modules_of(self.finish), self.mode, freeze=not p.differentiable):
+            value = self.finish(p.build(list(x)))
+        out = like_state(value, p.keys, x, name="finish")
+        if not p.differentiable:
+            out = [t.detach() for t in out]
+        pairs = zip(x, out, p.masks, strict=True)
+        return [t if mask is True else torch.where(mask, t, y) if mask is not False else y for t, y, mask in pairs]
+
     @staticmethod
     def _finish(
         p: _Problem, x: list[Tensor], trace: dict[str, Tensor], kept: list[Tensor], frozen: Tensor | None,
@@ -469,15 +505,27 @@ class _Loop:
             self.references.append(chosen if chosen.name == "torch" else op.TorchStepper(options))
         chains, device = tensors[0].shape[0], tensors[0].device
         self.trace: dict[str, list[Tensor]] = {name: [] for name in p.record}
-        self.kept = [t.new_empty(p.steps // p.thin, *t.shape) for t in tensors] if p.thin else []
+        self.kept: list[Tensor] = []
+        if p.thin:
+            # pinned, so that the copies do not hold up the steps
+            home: dict[str, Any] = {"device": "cpu", "pin_memory": device.type == "cuda"} if p.offload else {}
+            self.kept = [torch.empty(p.steps // p.thin, *t.shape, dtype=t.dtype, **{"device": device, **home})
+                         for t in tensors]  # fmt: skip
         self.alive: Tensor | None = None
         if sampler.on_nonfinite == "freeze":
             self.alive = torch.ones(chains, dtype=torch.bool, device=device)
-        self.cached: tuple[Tensor, list[Tensor]] | None = None
+        # the accepted point's energy and gradients (by tensor) are the next update's: one gradient per update
+        self.cached: tuple[Tensor | None, dict[int, Tensor]] | None = None
+        self.moving = [i for group in p.blocks for i in group]
+        self.reuses = sampler.accept is not None and len(p.calls) == 1
+        self.temperatures: list[float | Tensor] = []
+        if sampler.accept == "metropolis" and self.moving:
+            names = [p.keys[i] for i in self.moving]
+            self.temperatures = [metropolis.temperature([row[i] for i in self.moving], names) for row in p.params]
         # what a step must do besides the update, known before the chain starts
         self.noise_first = sampler.noise_at == "before"
         self.projects = any(function is not None for function in p.project)
-        self.stats = any(name != "energy" for name in p.record)
+        self.stats = any(name not in ("energy", "accepted") for name in p.record)
         self.wants_energy = "energy" in p.record or sampler.accept is not None
         revised = self.noise_first or self.projects or sampler.accept is not None or self.alive is not None
         self.measures = "displacement" in p.record and revised
@@ -500,7 +548,7 @@ class _Loop:
             rows.append(totals[name] if name in totals else torch.zeros(x[0].shape[0], device=x[0].device))
         if p.thin and (k + 1) % p.thin == 0:
             for rows, t in zip(self.kept, x, strict=True):
-                rows[(k + 1) // p.thin - 1].copy_(t.detach())
+                rows[(k + 1) // p.thin - 1].copy_(t.detach(), non_blocking=p.offload)
         return x
 
     def _update(self, b: int, k: int, x: list[Tensor], totals: dict[str, Tensor], create_graph: bool) -> None:
@@ -515,7 +563,8 @@ class _Loop:
             current = stepper.perturb(current, params, position)
             for i, t in zip(group, current, strict=True):
                 x[i] = t
-        energy, grads = self.cached if self.cached is not None else self._evaluate(x, group, k, create_graph)
+        energy, slopes = self.cached if self.cached is not None else self._slopes(b, k, x, create_graph)
+        grads = [slopes[i] for i in group]
         y, stats = stepper.step(current, grads, params, position, with_noise=not self.noise_first, stats=self.stats)
         if self.projects:
             y = [self._project(i, t) for i, t in zip(group, y, strict=True)]
@@ -524,7 +573,10 @@ class _Loop:
                 self.alive = self.alive & torch.isfinite(per_chain(t.detach())).all(dim=1)
             y = _where(self.alive, y, old)
         if self.sampler.accept is not None:
-            y = self._descend(group, k, x, old, y, energy, grads, create_graph)
+            moved = self._accept(b, k, x, old, y, energy, slopes, create_graph)
+            y = _where(moved, y, old)
+            if "accepted" in self.trace:
+                totals["accepted"] = totals.get("accepted", 0) + moved.to(torch.float32) / len(p.blocks)
         for i, t in zip(group, y, strict=True):
             x[i] = t
         if energy is not None and "energy" in self.trace:
@@ -605,22 +657,48 @@ class _Loop:
         # what the function returns may be the user's own tensor, and a stepper may overwrite the state
         return out if out is y else out.clone(memory_format=torch.contiguous_format)
 
-    def _descend(
-        self, group: list[int], k: int, x: list[Tensor], old: list[Tensor], y: list[Tensor], energy: Tensor | None,
-        grads: list[Tensor], create_graph: bool,
-    ) -> list[Tensor]:  # fmt: skip
+    def _slopes(self, b: int, k: int, x: list[Tensor], create_graph: bool) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """The energy per chain and its gradient by tensor: block ``b``'s, or all where the next block can use them."""
+        wanted = self.moving if self.reuses else self.problem.blocks[b]
+        energy, grads = self._evaluate(x, wanted, k, create_graph)
+        return energy, dict(zip(wanted, grads, strict=True))
+
+    def _accept(
+        self, b: int, k: int, x: list[Tensor], old: list[Tensor], y: list[Tensor], energy: Tensor | None,
+        slopes: dict[int, Tensor], create_graph: bool,
+    ) -> Tensor:  # fmt: skip
+        """The chains that move from ``old`` to ``y``: boolean (chains,)."""
+        group = self.problem.blocks[b]
         if energy is None or energy.dim() == 0:
-            raise ValueError('accept="descent" needs one energy per chain; the energy returned a scalar')
+            raise ValueError(f'accept="{self.sampler.accept}" needs one energy per chain; the energy returned a scalar')
         trial = list(x)
         for i, t in zip(group, y, strict=True):
             trial[i] = t
-        new_energy, new_grads = self._evaluate(trial, group, k, create_graph)
+        new_energy, new_slopes = self._slopes(b, k, trial, create_graph)
         assert new_energy is not None
-        better = new_energy < energy
-        if len(self.problem.blocks) == 1 and len(self.problem.calls) == 1:
-            # the accepted point's gradient is the next step's: one gradient per step
-            self.cached = torch.where(better, new_energy, energy), _where(better, new_grads, grads)
-        return _where(better, y, old)
+        if self.sampler.accept == "descent":
+            moved = new_energy < energy
+        else:
+            ratio = metropolis.log_ratio(
+                old, y, [slopes[i] for i in group], [new_slopes[i] for i in group], energy, new_energy,
+                self.params[min(k, len(self.params) - 1)][b], [self._mask(i) for i in group],
+                self.temperatures[min(k, len(self.temperatures) - 1)], self.sampler.norm_over,
+            )  # fmt: skip
+            moved = self._uniform(b, k, ratio) < ratio.exp()
+        if self.reuses:
+            kept = _where(moved, list(new_slopes.values()), list(slopes.values()))
+            self.cached = torch.where(moved, new_energy, energy), dict(zip(slopes, kept, strict=True))
+        return moved
+
+    def _uniform(self, b: int, k: int, like: Tensor) -> Tensor:
+        """The numbers in [0, 1) that decide about block ``b`` in step ``k``, one per chain."""
+        p = self.problem
+        if self.sampler.rng == "torch":
+            return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=p.generator)
+        return noise.uniform(
+            like.shape, seed=p.seed, step=p.first_step + k, stream=noise.stream(p.blocks[b][0], noise.ACCEPT),
+            chain_offset=p.chain_offset, dtype=like.dtype, device=like.device,
+        )  # fmt: skip
 
 
 def _clamp_at_end(p: _Problem, i: int, x: Tensor) -> Tensor:
@@ -788,7 +866,7 @@ def langevin(energy: Callable[..., Any], state: State, steps: int, **both: Any) 
 
     Args:
         energy, state, steps, and any keyword of :class:`Langevin` (``step_size`` is required) and of
-        :meth:`Langevin.sample`, except ``record`` and ``thin``, whose results only ``sample`` returns.
+        :meth:`Langevin.sample`, except ``record``, ``thin`` and ``offload``, whose results only ``sample`` returns.
 
     Returns:
         The final state, in the structure that was given.

@@ -197,6 +197,9 @@ def splits(seed: int) -> dict[str, Split]:
         "per element": Split(double_well, flat, {"step_size": torch.linspace(0.01, 0.03, 5)}, {}),
         "noise before": Split(double_well, flat, {"step_size": 0.02, "noise_at": "before"}, {}),
         "descent": Split(double_well, flat, {"step_size": 1.6, "accept": "descent"}, {}),
+        "metropolis": Split(double_well, flat, {"step_size": 0.9, "accept": "metropolis", "prior_std": 2.0}, {}),
+        "metropolis, dict, blocks": Split(joint, both, {"step_size": per_chain * 9, "accept": "metropolis"},
+                                          {"blocks": ("b", "a"), "observed": {"a": both["a"][:, :1, :1] > 0}}),
         "bfloat16": Split(double_well, flat.bfloat16(), {"step_size": 0.02}, {}),
     }  # fmt: skip
 
@@ -522,6 +525,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clips": {"grad_clip": 0.5, "grad_norm_clip": 0.9, "max_update": 0.08},
     "projected": {"project": {"a": lambda t: t / t.flatten(1).norm(dim=1)[:, None, None]}},
     "descent": {"accept": "descent", "step_size": 1.6},
+    "metropolis": {"accept": "metropolis", "step_size": 0.5},
     "frozen": {"on_nonfinite": "freeze"},
     "log_prob": {"log_prob": True},
 }
