@@ -28,9 +28,9 @@
 // one group a thread at a time is enough and the other warps' arithmetic hides the rest. Arithmetic: a Philox block
 // with its four normals is some 240 instructions and the rest of a group up to 200 (counted in the code for sm_90,
 // nvcc 13.0, 2026-11-22); an SM issues 128 lanes a cycle, which makes 2.9e13 lane instructions a second, and 7e10
-// groups of 48 bytes a second in fp32 need 1.7e13 for the noise alone and up to 3.1e13 in all. So fp32 is about even between
-// arithmetic and memory, and in 16 bits, with 24 bytes for four normals, the arithmetic is the limit. Estimates: no
-// device was there to measure on.
+// groups of 48 bytes a second in fp32 need 1.7e13 for the noise alone and up to 3.1e13 in all. So fp32 is about even
+// between arithmetic and memory, and in 16 bits, with 24 bytes for four normals, the arithmetic is the limit.
+// Estimates: no device was there to measure on.
 //
 // The table of tensors is the kernel's parameter, 4 KB at most: a copy to the device would be one more operation a
 // step, and a captured graph holds it without anything kept alive. Seed and step may lie on the device, so that a
