@@ -89,18 +89,32 @@ MMEBM_ALWAYS void store_16(const float* from, Storage storage, void* to, int64_t
 
 // ------------------------------------------------------------------------------------------------ gaussian and laplace
 
+// Selections are by bits: of a condition on a byte the compiler makes jumps.
 template <bool LAPLACE, bool MASK>
 MMEBM_ALWAYS void terms_16(const float* __restrict y, const float* __restrict t, const uint8_t* __restrict keep,
                            float* __restrict g, float c, double* __restrict lane) {
+  alignas(64) uint32_t mask[LANES];
+  alignas(64) float r[LANES];
+  if (MASK) {
+    for (int j = 0; j < LANES; ++j) mask[j] = 0u - static_cast<uint32_t>(keep[j] != 0);
+  }
   for (int j = 0; j < LANES; ++j) {
-    float r = y[j] - t[j];
-    if (MASK) r = keep[j] ? r : 0.0f;
-    const double wide = static_cast<double>(r);
-    lane[j] += LAPLACE ? (wide < 0.0 ? -wide : wide) : wide * wide;
-    // a NaN is its own sign, so that it stays visible
-    float slope = c * (LAPLACE ? (r > 0.0f ? 1.0f : r < 0.0f ? -1.0f : r) : r);
-    if (MASK) slope = keep[j] ? slope : 0.0f;
-    g[j] = slope;
+    r[j] = y[j] - t[j];
+    if (MASK) r[j] = bits_float(float_bits(r[j]) & mask[j]);
+  }
+  for (int j = 0; j < LANES; ++j) {
+    const double wide = static_cast<double>(r[j]);
+    lane[j] += LAPLACE ? __builtin_fabs(wide) : wide * wide;
+  }
+  for (int j = 0; j < LANES; ++j) {
+    float d = r[j];
+    if (LAPLACE) {
+      const float sign = bits_float((float_bits(d) & 0x80000000u) | 0x3f800000u);
+      d = d != 0.0f ? sign : 0.0f;
+      d = r[j] != r[j] ? r[j] : d;  // a NaN is its own sign, so that it stays visible
+    }
+    const float slope = c * d;
+    g[j] = MASK ? bits_float(float_bits(slope) & mask[j]) : slope;
   }
 }
 
@@ -165,8 +179,8 @@ MMEBM_ALWAYS float exp_16(float x) {
   p = p * r + 4.9999994e-1f;
   p = (p * r) * r + r;
   const uint32_t exponent = float_bits(shifted) - 0x4b400000u + 127u;
-  const float e = (p + 1.0f) * bits_float(exponent << 23);
-  return x < -87.0f ? 0.0f : e;
+  const uint32_t large = x < -87.0f ? 0u : 0xffffffffu;
+  return bits_float(float_bits((p + 1.0f) * bits_float(exponent << 23)) & large);
 }
 
 // What one position adds, and what its gradients are made of.
@@ -253,7 +267,8 @@ double classes_of_16(const ResidualTensor& t, int64_t chain, int64_t first, int 
     for (int j = 0; j < LANES; ++j) sum[j] += static_cast<double>(exp_16(v[j] - most[j]));
   }
   alignas(64) float scale[LANES] = {}, off[LANES] = {};
-  alignas(64) int32_t target[LANES], counts[LANES] = {};
+  alignas(64) int32_t target[LANES];
+  alignas(64) uint32_t counts[LANES] = {};
   double value = 0.0;
   for (int j = 0; j < LANES; ++j) target[j] = -1;
   for (int j = 0; j < n; ++j) {
@@ -262,15 +277,16 @@ double classes_of_16(const ResidualTensor& t, int64_t chain, int64_t first, int 
     scale[j] = p.scale;
     off[j] = p.weight;
     target[j] = static_cast<int32_t>(p.target);
-    counts[j] = p.counts;
+    counts[j] = p.counts ? 0xffffffffu : 0u;
   }
   if (t.grad) {
     for (int64_t k = 0; k < t.classes; ++k) {
       part(v, k);
       alignas(64) float g[LANES];
       for (int j = 0; j < LANES; ++j) {
-        const float full = scale[j] * exp_16(v[j] - most[j]) - (target[j] == static_cast<int32_t>(k) ? off[j] : 0.0f);
-        g[j] = counts[j] ? full : 0.0f;
+        const uint32_t here = target[j] == static_cast<int32_t>(k) ? 0xffffffffu : 0u;
+        const float full = scale[j] * exp_16(v[j] - most[j]) - bits_float(float_bits(off[j]) & here);
+        g[j] = bits_float(float_bits(full) & counts[j]);
       }
       store_16(g, t.storage, t.grad, base + k * t.positions + first, n);
     }

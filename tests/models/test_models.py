@@ -79,6 +79,37 @@ def test_likelihood_is_that_of_torch(likelihood: str, seed: int) -> None:
     torch.testing.assert_close(only, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+def test_likelihood_has_the_gradients_of_its_formula(likelihood: str, seed: int) -> None:
+    """In z and in the decoders, for the mean over the batch; the curvature in z; and in x, in float64."""
+    torch.manual_seed(seed)
+    generator = SharedGenerator(
+        {"a": (3,), "b": (2,)}, 4, width=8, sigma=0.3, weights={"b": 6.0},
+        likelihood=likelihood,  # type: ignore[arg-type]
+    ).double()  # fmt: skip
+    z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    x = {"a": torch.randn(5, 3, dtype=torch.float64), "b": torch.randn(5, 2, dtype=torch.float64)}
+
+    def formula(x: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
+        r = {m: x[m] - mean for m, mean in generator(z).items()}
+        term = {m: v.square() / 0.18 if likelihood == "gaussian" else v.abs() / 0.3 for m, v in r.items()}
+        return term["a"].sum(1) + 6 * term["b"].sum(1)
+
+    ours, expected = generator.negative_log_likelihood(x, z).mean(), formula(x, z).mean()
+    torch.testing.assert_close(ours, expected)
+    variables = [z, *generator.parameters()]
+    first, wanted = (torch.autograd.grad(v, variables, create_graph=True) for v in (ours, expected))
+    torch.testing.assert_close(first, wanted)
+    second, wanted = (torch.autograd.grad(g[0].square().sum(), z)[0] for g in (first, wanted))
+    torch.testing.assert_close(second, wanted)
+    for value in x.values():
+        value.requires_grad_()
+    ours, expected = generator.negative_log_likelihood(x, z).mean(), formula(x, z).mean()
+    variables = [z, *x.values(), *generator.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(ours, variables), torch.autograd.grad(expected, variables))
+    assert generator.negative_log_likelihood({}, z).tolist() == [0.0] * 5
+
+
 def test_weights_of_unknown_modalities_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weights name \['c'\], but the modalities are \['a'\]"):
         SharedGenerator({"a": (3,)}, 4, weights={"c": 1.0})

@@ -325,6 +325,16 @@ def test_second_derivative_of_the_cpp_room(seed: int) -> None:
     assert expected.abs().max() > 1
 
 
+def test_backward_passes_add_up() -> None:
+    y = torch.linspace(1, 2, 24).view(4, 6).requires_grad_()
+    value = op.residual([y], [torch.zeros(4, 6)])
+    for passes in (1, 2, 3):
+        value.sum().backward(retain_graph=True)
+        torch.testing.assert_close(y.grad, passes * y.detach())
+    ((2 * value).sum() + value[1]).backward()
+    torch.testing.assert_close(y.grad, y.detach() * torch.tensor([5.0, 6.0, 5.0, 5.0])[:, None])
+
+
 def test_one_backward_through_two_decoders(seed: int) -> None:
     ys, ts, settings = big_case(seed)
     settings = {k: v[:2] for k, v in settings.items()}
