@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mmebm import diagnostics, noise
 from mmebm.backends import BackendError, backends
-from mmebm.samplers import Langevin, ReplayBuffer, Samples, initial, langevin, schedules
+from mmebm.samplers import Langevin, ReplayBuffer, Samples, capture, initial, langevin, schedules
 
 __all__ = [
-    "BackendError", "Langevin", "ReplayBuffer", "Samples", "__version__", "backends", "diagnostics", "initial",
-    "langevin", "noise", "schedules",
+    "BackendError", "Langevin", "ReplayBuffer", "Samples", "__version__", "backends", "capture", "diagnostics",
+    "initial", "langevin", "noise", "schedules",
 ]  # fmt: skip
 
 try:

@@ -21,7 +21,7 @@ from mmebm.ops import langevin_step as op
 from mmebm.ops.langevin_mlp import Precision
 from mmebm.ops.params import NormOver, Outside, Rng, StepParams
 from mmebm.reference.langevin_step import clamp, per_chain, widen
-from mmebm.samplers import fused, metropolis
+from mmebm.samplers import capture, fused, metropolis
 from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.schedules import Schedule
 from mmebm.state import (
@@ -59,8 +59,9 @@ class Samples:
             ``record`` in :meth:`Langevin.sample`.
         trajectory: with ``thin=t`` the states after steps t, 2t, ...: the given structure of (steps // t, chains, ...).
         info: seed, steps, first_step, next_step (where a restart goes on), backend, op ("langevin_mlp" for the whole
-            chain in one call, "langevin_step" for a step at a time) and the reason for both, and
-            ``nonfinite``, a boolean (chains,) tensor: chains that hold an inf or NaN, or were frozen for it.
+            chain in one call, "langevin_graph" for a captured graph of all steps, "langevin_step" for a step at a time)
+            and the reason for both, and ``nonfinite``, a boolean (chains,) tensor: chains that hold an inf or NaN, or
+            were frozen for it.
     """
 
     state: Any
@@ -157,6 +158,8 @@ class Langevin:
             tensor in state order, so that a ported script gives its old numbers.
         backend: "auto", or one by name, which then must be available (:func:`mmebm.backends`).
         precision: of a fused MLP energy's matrix products on a GPU (:class:`mmebm.ops.langevin_mlp.MlpChain`).
+        capture: a chain that is not one fused call as one CUDA graph, replayed (:mod:`mmebm.samplers.capture`): "auto"
+            from the second equal call on, where it can be; True at once, or a BackendError with the reason; False not.
         on_nonfinite: "ignore" (reported in ``info``), "freeze" a chain at its last finite state, or "raise" at the end.
 
     Raises:
@@ -186,6 +189,7 @@ class Langevin:
     rng: Rng = "philox"
     backend: str = "auto"
     precision: Precision = "fp32"
+    capture: Literal["auto", True, False] = "auto"
     on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
 
     def __post_init__(self) -> None:
@@ -197,6 +201,8 @@ class Langevin:
         _choice("mode", self.mode, ("eval", "train", "keep"))
         _choice("rng", self.rng, ("philox", "torch"))
         _choice("precision", self.precision, get_args(Precision))
+        if self.capture != "auto" and not isinstance(self.capture, bool):
+            raise ValueError(f"capture must be 'auto', True or False, got {self.capture!r}")
         _choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
         for name in ("step_size", "temperature"):
             value = getattr(self, name)
@@ -425,7 +431,6 @@ class Langevin:
         return Samples(build(out), trace, None if thin is None else build(trajectory), info)
 
     def _run(self, p: _Problem, tensors: list[Tensor]) -> Any:
-        chains, device = tensors[0].shape[0], tensors[0].device
         modules = modules_of(p.energy, *p.calls[0])
         with torch.no_grad(), sampling(modules, self.mode):
             whole = fused.run(self, p, [t.detach() for t in tensors])
@@ -433,6 +438,21 @@ class Langevin:
             return self._finish(p, whole.state, whole.trace, whole.trajectory, whole.frozen, {
                 "backend": whole.backend, "op": "langevin_mlp", "reason": whole.reason
             })  # fmt: skip
+        captured = capture.run(self, p, [t.detach() for t in tensors], self._chain)
+        if isinstance(captured, str):
+            op_name, ran = "langevin_step", self._chain(p, tensors)
+            reason = f"{ran.reason}; a step at a time: {whole}; not captured: {captured}"
+        else:
+            op_name, ran = "langevin_graph", captured
+            reason = f"{ran.reason}; not a fused call: {whole}"
+        return self._finish(p, ran.state, ran.trace, ran.trajectory, ran.frozen, {
+            "backend": ran.backend, "op": op_name, "reason": reason
+        })  # fmt: skip
+
+    def _chain(self, p: _Problem, tensors: list[Tensor]) -> fused.FusedRun:
+        """The loop, from ``tensors``, which stay as they are."""
+        chains, device = tensors[0].shape[0], tensors[0].device
+        modules = modules_of(p.energy, *p.calls[0])
         plain = p.steps - p.differentiable
         # with all steps differentiable, the graph reaches back to the given state
         x = [t.clone() if p.differentiable and not plain else t.detach().clone() for t in tensors]
@@ -449,9 +469,8 @@ class Langevin:
                     x = loop.step(k, x, create_graph=True)
         empty = torch.zeros(p.steps, chains, device=device)
         trace = {name: torch.stack(rows) if rows else empty for name, rows in loop.trace.items()}
-        return self._finish(p, x, trace, loop.kept, None if loop.alive is None else ~loop.alive, {
-            "backend": loop.backend, "op": "langevin_step", "reason": f"{loop.reason}; a step at a time: {whole}"
-        })  # fmt: skip
+        frozen = None if loop.alive is None else ~loop.alive
+        return fused.FusedRun(x, trace, loop.kept, frozen, loop.backend, loop.reason)
 
     def _finished(self, p: _Problem, x: list[Tensor]) -> list[Tensor]:
         """``finish`` of the final state, observed elements as they were."""
