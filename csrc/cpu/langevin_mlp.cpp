@@ -72,7 +72,7 @@ void langevin_mlp(MlpJob job, std::vector<MlpStackTerm>& stacks, Isa isa, int th
       packed += 2 * ((layer.inputs * layer.outputs + 15) / 16 * 16);
     }
   }
-  const Floats weights = floats(packed);
+  const Floats weights = floats(packed + 16);  // quads read a little past the end
   float* at = weights.get();
   for (MlpLayer* layer : layers) {
     layer->forward = at;
@@ -87,22 +87,26 @@ void langevin_mlp(MlpJob job, std::vector<MlpStackTerm>& stacks, Isa isa, int th
   job.terms = terms.data();
   job.term_count = static_cast<int64_t>(terms.size());
 
-  // Tiles as large as registers and cache allow, but as many as there are threads, and all of about one size.
-  const int64_t units = (job.chains + loops.lanes - 1) / loops.lanes;
-  if (units == 0) return;
-  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), units));
+  // Tiles as large as registers and cache allow, but as many as there are threads, and all of about one size; a small
+  // rest of the batch is a tile of its own, in quads.
+  const int64_t rest = job.chains % loops.lanes <= loops.quads ? job.chains % loops.lanes : 0;
+  const int64_t units = (job.chains - rest + loops.lanes - 1) / loops.lanes;
+  const int64_t wanted = std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(units, 1));
   int64_t most = loops.most;
-  while (most > 1 && 4 * mlp_scratch(job, most * loops.lanes).size > TILE_BYTES) --most;
-  const int64_t share = (units + threads - 1) / threads, rounds = (share + most - 1) / most;
-  const int64_t vectors = (share + rounds - 1) / rounds, tiles = (units + vectors - 1) / vectors;
+  while (most > 1 && 4 * mlp_scratch(job, most * loops.lanes, false).size > TILE_BYTES) --most;
+  const int64_t share = std::max<int64_t>((units + wanted - 1) / wanted, 1), rounds = (share + most - 1) / most;
+  const int64_t vectors = (share + rounds - 1) / rounds, full = (units + vectors - 1) / vectors;
+  const int64_t tiles = full + (rest > 0);
+  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(tiles, 1)));
 
-  const int64_t size = mlp_scratch(job, vectors * loops.lanes).size;
+  const int64_t size = std::max(units > 0 ? mlp_scratch(job, vectors * loops.lanes, false).size : 0,
+                                rest > 0 ? mlp_scratch(job, loops.lanes, true).size : 0);
   const Floats scratch = floats(size * threads);
   const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
   for_each_tile(tiles, threads, [&](int64_t tile) {
     int slot = 0;
     while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
-    const int64_t first = tile * vectors;
+    const int64_t first = tile < full ? tile * vectors : units;
     loops.tile(job, first * loops.lanes, std::min(vectors, units - first), scratch.get() + slot * size);
     taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);
   });

@@ -75,22 +75,31 @@ struct MlpJob {
 
 // Where a tile of `lanes` chains keeps its things, in floats from the start of its scratch memory.
 struct MlpScratch {
-  int64_t x, g, old, a, b, slopes, targets, masks, observed, rows, size;
+  int64_t x, g, old, a, b, slopes, targets, masks, observed, rows, outputs, quads, size;
 };
+
+// Quads (langevin_mlp_kernel.h): four rows of four chains are 16 floats.
+static inline int64_t mlp_quad(int64_t rows) { return (rows + 3) / 4 * 16; }
+constexpr int64_t QUADS = 2;
 
 static inline int64_t mlp_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static inline MlpScratch mlp_scratch(const MlpJob& job, int64_t lanes) {
-  int64_t wide = 1, slopes = 0, targets = 0, masks = 0;
+// `quads`: for a tile in quads, whose state is as that of any other.
+static inline MlpScratch mlp_scratch(const MlpJob& job, int64_t lanes, bool quads) {
+  int64_t wide = 1, slopes = 0, targets = 0, masks = 0, quad_slopes = 0;
   for (int64_t t = 0; t < job.term_count; ++t) {
     const MlpTerm& term = job.terms[t];
     if (term.kind == TermKind::quadratic) continue;
-    int64_t hidden = 0;
+    int64_t hidden = 0, quad_hidden = 0;
     for (int64_t l = 0; l < term.depth; ++l) {
       wide = mlp_max(wide, term.layers[l].outputs);
-      if (l + 1 < term.depth) hidden += term.layers[l].outputs;
+      if (l + 1 < term.depth) {
+        hidden += term.layers[l].outputs;
+        quad_hidden += mlp_quad(term.layers[l].outputs);
+      }
     }
     slopes = mlp_max(slopes, hidden);
+    quad_slopes = mlp_max(quad_slopes, quad_hidden);
     if (term.kind == TermKind::residual) {
       targets += term.outputs();
       if (term.observed) masks += term.outputs();
@@ -106,13 +115,15 @@ static inline MlpScratch mlp_scratch(const MlpJob& job, int64_t lanes) {
   s.x = take(job.inputs * lanes);
   s.g = take(job.inputs * lanes);
   s.old = take(job.freeze ? job.inputs * lanes : 0);
-  s.a = take(wide * lanes);
-  s.b = take(wide * lanes);
-  s.slopes = take(slopes * lanes);
+  s.a = take(quads ? QUADS * mlp_quad(wide) : wide * lanes);
+  s.b = take(quads ? QUADS * mlp_quad(wide) : wide * lanes);
+  s.slopes = take(quads ? QUADS * quad_slopes : slopes * lanes);
   s.targets = take(targets * lanes);
   s.masks = take((masks * lanes + 3) / 4);
   s.observed = take(job.observed ? (job.inputs * lanes + 3) / 4 : 0);
   s.rows = take(3 * lanes);  // energy, dead, one more row
+  s.outputs = take(quads ? wide * lanes : 0);
+  s.quads = take(quads ? (QUADS + 1) * mlp_quad(job.inputs) : 0);
   s.size = at;
   return s;
 }
@@ -121,7 +132,9 @@ static inline MlpScratch mlp_scratch(const MlpJob& job, int64_t lanes) {
 struct MlpLoops {
   int64_t lanes;  // chains in one vector
   int64_t most;   // vectors a tile can have
+  int64_t quads;  // a rest of up to this many chains is faster in quads than as a vector; 0: there are none
   // All steps of `vectors * lanes` chains from `first` on (fewer at the end of the batch), in aligned scratch memory.
+  // No vectors: the rest of the batch, in quads.
   void (*tile)(const MlpJob& job, int64_t first, int64_t vectors, float* scratch);
   // An activation and its derivative alone, so that tests reach every bit pattern; n is a multiple of lanes.
   void (*activate)(Activation kind, float slope, const float* in, float* value, float* derivative, int64_t n);

@@ -12,6 +12,11 @@
 // takes two panels at once, because eight sums alone would wait for each other. Layers of up to 4 outputs split the
 // depth over several sums for the same reason.
 //
+// Quads. The chains that are left over when the batch is cut into vectors, up to 8, would leave most of a vector idle.
+// With AVX-512 a vector of their layers is 4 outputs of 4 chains instead: a row of 4 weights is loaded into all four
+// quarters, and a chain's input is copied over its quarter, once for all outputs. The sums are the same ones in the same
+// order. Everything but products and activations stays as it is, in a vector with idle lanes.
+//
 // The backward pass needs act' of every hidden layer, so the forward pass leaves it beside act: both come from one
 // exponential. Lanes behind the end of the batch repeat its last chain, and are not written.
 //
@@ -30,9 +35,9 @@ namespace {
 using Mask = M;  // M counts the vectors of a tile below
 
 #if defined(__AVX512F__)
-constexpr int MOST = 3, PANELS = 2;
+constexpr int MOST = 3, PANELS = 2, REST = 4 * QUADS;
 #else
-constexpr int MOST = 1, PANELS = 1;  // 16 registers: one panel, its weights and inputs
+constexpr int MOST = 1, PANELS = 1, REST = 0;  // 16 registers: one panel, its weights and inputs
 #endif
 
 // ------------------------------------------------------------------------------------------------------- matrix product
@@ -332,7 +337,7 @@ struct Tile {
   const MlpJob& job;
   int64_t first;   // chain of lane 0
   int64_t inside;  // lanes that are chains
-  float *x, *g, *old, *a, *b, *slopes, *targets, *energy, *dead, *row;
+  float *x, *g, *old, *a, *b, *slopes, *targets, *energy, *dead, *row, *outputs, *quads;
   uint8_t *masks, *observed;
 
   int64_t chain_of(int lane) const { return first + (lane < inside ? lane : inside - 1); }
@@ -458,6 +463,187 @@ void evaluate(const Tile<M>& t, bool energy) {
     product<M>(layer.backward, layer.inputs, now, layer.outputs, nullptr, t.g, t.g, i > 0 ? To::add : To::store);
   }
 }
+
+#if defined(__AVX512F__)
+
+// --------------------------------------------------------------------------------------------------------------- quads
+
+// Block i of a quad's rows is rows 4 i to 4 i + 3: lane 4 chain + row.
+
+MMEBM_INLINE F quarter(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+
+MMEBM_INLINE F quarter(const float* p, int64_t n) {
+  return n >= 4 ? quarter(p) : _mm512_broadcast_f32x4(_mm_maskz_loadu_ps(static_cast<__mmask8>((1 << n) - 1), p));
+}
+
+// Row k of `in` over each chain's quarter.
+MMEBM_INLINE F input_of(const float* in, int64_t k) {
+  return _mm512_permutevar_ps(load(in + k / 4 * 16), _mm512_set1_epi32(static_cast<int>(k % 4)));
+}
+
+// 4 V outputs from `w` on, `stride` weights a depth step, the order of sums that of `panels`.
+template <int V>
+void quad_panels(const float* w, int64_t stride, const float* in, int64_t depth, const float* bias, int64_t outputs,
+                 const float* factor, float* out, To to) {
+  F sum[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) sum[v] = bias && outputs > 4 * v ? quarter(bias + 4 * v, outputs - 4 * v) : setf(0.0f);
+  float before[V * W];
+  const auto next = [&](F x, int64_t k) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[v] = fma(quarter(w + v / 2 * PANEL * depth + v % 2 * 4 + k * stride), x, sum[v]);
+  };
+  for (int64_t k = 0; k < depth;) {
+    const int64_t end = depth - k <= PART ? depth : k + PART;
+    for (; k + 4 <= end; k += 4) {
+      const F x = load(in + k * 4);
+      next(_mm512_shuffle_ps(x, x, 0x00), k);
+      next(_mm512_shuffle_ps(x, x, 0x55), k + 1);
+      next(_mm512_shuffle_ps(x, x, 0xAA), k + 2);
+      next(_mm512_shuffle_ps(x, x, 0xFF), k + 3);
+    }
+    for (; k < end; ++k) next(input_of(in, k), k);
+    if (depth <= PART) break;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      if (end > PART) sum[v] = add(load(before + v * W), sum[v]);
+      store(before + v * W, sum[v]);
+      if (end < depth) sum[v] = setf(0.0f);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    if (outputs > 4 * v) write(sum[v], out, factor, v * W, to);
+  }
+}
+
+// Up to 4 outputs, the order of sums that of `narrow`.
+template <int S>
+void quad_narrow(const float* w, int64_t outputs, const float* in, int64_t depth, const float* bias,
+                 const float* factor, float* out, To to) {
+  F total = bias ? quarter(bias, outputs) : setf(0.0f);
+  for (int64_t k = 0; k < depth;) {
+    const int64_t end = depth - k <= PART ? depth : k + PART;
+    F sum[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) sum[s] = setf(0.0f);
+    for (; k + S <= end; k += S) {
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) sum[s] = fma(quarter(w + (k + s) * outputs), input_of(in, k + s), sum[s]);
+    }
+    for (; k < end; ++k) sum[0] = fma(quarter(w + k * outputs), input_of(in, k), sum[0]);
+    F v = add(sum[0], sum[1]);
+    if (S == 4) v = add(v, add(sum[S - 2], sum[S - 1]));
+    total = add(total, v);
+  }
+  write(total, out, factor, 0, to);
+}
+
+// As `product`. A load may read up to 7 weights that belong to no output (the packed weights have room for that), for
+// lanes that nobody reads.
+void quad_product(const float* w, int64_t outputs, const float* in, int64_t depth, const float* bias,
+                  const float* factor, float* out, To to) {
+  if (outputs <= 2) return quad_narrow<4>(w, outputs, in, depth, bias, factor, out, to);
+  if (outputs <= 4) return quad_narrow<2>(w, outputs, in, depth, bias, factor, out, to);
+  int64_t j = 0;
+  const auto go = [&](auto one, int64_t count, int64_t stride) {
+    one(w + j * depth, stride, in, depth, bias ? bias + j : nullptr, count, factor + 4 * j, out + 4 * j, to);
+    j += count;
+  };
+  while (j + 64 <= outputs) go(quad_panels<16>, 64, PANEL);
+  if (j + 32 <= outputs) go(quad_panels<8>, 32, PANEL);
+  while (j + PANEL <= outputs) go(quad_panels<2>, PANEL, PANEL);
+  if (j < outputs) go(quad_panels<2>, outputs - j, outputs - j);
+}
+
+// Rows of 16 chains to those of one quad, and back.
+MMEBM_INLINE void to_quad(const float* from, int64_t rows, int64_t quad, float* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int c = 0; c < 4; ++c) to[i / 4 * 16 + 4 * c + i % 4] = from[i * W + 4 * quad + c];
+  }
+}
+
+MMEBM_INLINE void from_quad(const float* from, int64_t rows, int64_t quad, float* to, bool add_to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int c = 0; c < 4; ++c) {
+      const float v = from[i / 4 * 16 + 4 * c + i % 4];
+      float* const at = to + i * W + 4 * quad + c;
+      *at = add_to ? *at + v : v;
+    }
+  }
+}
+
+// As `evaluate`.
+void evaluate_quads(const Tile<1>& t, bool energy) {
+  const int64_t quads = (t.inside + 3) / 4, inputs = t.job.inputs;
+  float* const g = t.quads + QUADS * mlp_quad(inputs);
+  store(t.energy, setf(0.0f));
+  for (int64_t q = 0; q < quads; ++q) to_quad(t.x, inputs, q, t.quads + q * mlp_quad(inputs));
+  const float* target = t.targets;
+  const uint8_t* mask = t.masks;
+  for (int64_t i = 0; i < t.job.term_count; ++i) {
+    const MlpTerm& term = t.job.terms[i];
+    if (term.kind == TermKind::quadratic) {
+      quadratic(t, term, i > 0, energy);
+      continue;
+    }
+    int64_t wide = 1, hidden = 0;
+    for (int64_t l = 0; l < term.depth; ++l) {
+      wide = mlp_max(wide, term.layers[l].outputs);
+      if (l + 1 < term.depth) hidden += mlp_quad(term.layers[l].outputs);
+    }
+    const MlpLayer& last = term.layers[term.depth - 1];
+    const bool scalar = term.kind == TermKind::scalar;
+    float* result[QUADS] = {};  // where each quad's outputs are, and the buffer beside them
+    float* other[QUADS] = {};
+    for (int64_t q = 0; q < quads; ++q) {
+      float *now = t.a + q * mlp_quad(wide), *beside = t.b + q * mlp_quad(wide), *slope = t.slopes + q * hidden;
+      const float* in = t.quads + q * mlp_quad(inputs);
+      for (int64_t l = 0; l + 1 < term.depth; ++l) {
+        const MlpLayer& layer = term.layers[l];
+        quad_product(layer.forward, layer.outputs, in, layer.inputs, layer.bias, now, now, To::store);
+        activate(term.activation, term.slope, now, now, slope, mlp_quad(layer.outputs));
+        slope += mlp_quad(layer.outputs);
+        in = now;
+        float* const swap = now;
+        now = beside;
+        beside = swap;
+      }
+      if (!scalar || energy) {
+        quad_product(last.forward, last.outputs, in, last.inputs, last.bias, now, now, To::store);
+        from_quad(now, last.outputs, q, t.outputs, false);
+      }
+      result[q] = now;
+      other[q] = beside;
+    }
+    if (scalar) {
+      const F weight = setf(static_cast<float>(term.weight));
+      if (energy) store(t.energy, fma(weight, load(t.outputs), load(t.energy)));
+      for (int64_t q = 0; q < quads; ++q) store(result[q], weight);
+    } else {
+      residual(t, term, target, term.observed ? mask : nullptr, t.outputs, energy);
+      for (int64_t q = 0; q < quads; ++q) to_quad(t.outputs, last.outputs, q, result[q]);
+      target += term.outputs() * W;
+      if (term.observed) mask += term.outputs() * W;
+    }
+    for (int64_t q = 0; q < quads; ++q) {
+      float *now = result[q], *beside = other[q], *slope = t.slopes + (q + 1) * hidden;
+      for (int64_t l = term.depth - 1; l > 0; --l) {
+        const MlpLayer& layer = term.layers[l];
+        slope -= mlp_quad(layer.inputs);
+        quad_product(layer.backward, layer.inputs, now, layer.outputs, nullptr, slope, beside, To::times);
+        float* const swap = now;
+        now = beside;
+        beside = swap;
+      }
+      const MlpLayer& layer = term.layers[0];
+      quad_product(layer.backward, layer.inputs, now, layer.outputs, nullptr, g, g, To::store);
+      from_quad(g, inputs, q, t.g, i > 0);
+    }
+  }
+}
+
+#endif
 
 // A row of the table of constants, as one vector of chains sees it.
 struct Row {
@@ -653,14 +839,25 @@ void grad_norm(const Tile<M>& t) {
   }
 }
 
-template <int M>
+template <int M, bool QUAD>
 void run_tile(const MlpJob& job, int64_t first, float* scratch) {
   constexpr int C = M * W;
-  const MlpScratch s = mlp_scratch(job, C);
+  const MlpScratch s = mlp_scratch(job, C, QUAD);
   const int64_t left = job.chains - first;
   Tile<M> t = {job, first, left < C ? left : C, scratch + s.x, scratch + s.g, scratch + s.old, scratch + s.a,
                scratch + s.b, scratch + s.slopes, scratch + s.targets, scratch + s.rows, scratch + s.rows + C,
-               scratch + s.rows + 2 * C, reinterpret_cast<uint8_t*>(scratch + s.masks), nullptr};
+               scratch + s.rows + 2 * C, scratch + s.outputs, scratch + s.quads,
+               reinterpret_cast<uint8_t*>(scratch + s.masks), nullptr};
+  const auto evaluated = [&t](bool energy) {
+#if defined(__AVX512F__)
+    if constexpr (QUAD) return evaluate_quads(t, energy);
+#endif
+    evaluate(t, energy);
+  };
+  if (QUAD) {  // idle lanes hold numbers
+    memset(t.g, 0, sizeof(float) * static_cast<size_t>(job.inputs * C));
+    memset(t.outputs, 0, sizeof(float) * static_cast<size_t>(s.quads - s.outputs));
+  }
   gather(t, job.x, job.inputs, job.inputs, t.x);
   if (job.observed) {
     t.observed = reinterpret_cast<uint8_t*>(scratch + s.observed);
@@ -678,7 +875,7 @@ void run_tile(const MlpJob& job, int64_t first, float* scratch) {
     mask += term.outputs() * C;
   }
   if (job.gradient) {
-    evaluate(t, true);
+    evaluated(true);
     record(t, t.energy, job.energy);
     scatter(t, t.g, job.inputs, job.gradient);
     return;
@@ -688,7 +885,7 @@ void run_tile(const MlpJob& job, int64_t first, float* scratch) {
     const uint32_t step = job.first_step + static_cast<uint32_t>(k);
     if (job.freeze) memcpy(t.old, t.x, sizeof(float) * static_cast<size_t>(job.inputs * C));
     if (job.noise_before) perturb(t, k, step);
-    evaluate(t, job.energy != nullptr);
+    evaluated(job.energy != nullptr);
     if (job.energy) record(t, t.energy, job.energy + k * job.chains);
     if (job.grad_norm) {
       grad_norm(t);
@@ -706,15 +903,16 @@ void run_tile(const MlpJob& job, int64_t first, float* scratch) {
 void tile(const MlpJob& job, int64_t first, int64_t vectors, float* scratch) {
   switch (vectors) {
 #if defined(__AVX512F__)
-    case 3: return run_tile<3>(job, first, scratch);
-    case 2: return run_tile<2>(job, first, scratch);
+    case 3: return run_tile<3, false>(job, first, scratch);
+    case 2: return run_tile<2, false>(job, first, scratch);
+    case 0: return run_tile<1, true>(job, first, scratch);
 #endif
-    default: return run_tile<1>(job, first, scratch);
+    default: return run_tile<1, false>(job, first, scratch);
   }
 }
 
 }  // namespace
 
-const MlpLoops MMEBM_LOOPS = {W, MOST, tile, activate};
+const MlpLoops MMEBM_LOOPS = {W, MOST, REST, tile, activate};
 
 }  // namespace mmebm

@@ -354,6 +354,22 @@ def test_batch_split(isa: str, seed: int, draw: Any, noise_at: Any) -> None:
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
+@pytest.mark.parametrize(
+    "sizes", ((1024, 3, 256, 1000), (600, 2, 4, 7), (5, 200, 1, 33), (2, 64, 64, 4), (3, 9, 17, 1))
+)
+def test_rests_of_a_batch(isa: str, seed: int, draw: Any, sizes: tuple[int, ...]) -> None:
+    """Few chains take other loops than many; sums have one order all the same, also where they are cut in parts."""
+    chains = 48
+    terms = [draw.residual(chains, *sizes, mask=chains), draw.quadratic(sizes[0]), Scalar(draw.stack(sizes[0], 20, 1))]
+    x = draw.normal(chains, sizes[0])
+    chain = make_chain(terms, (sizes[0],), chains, seed, params=replace(PLAIN, grad_norm_clip=1.0))
+    whole = everything(cpp.run(chain, x, 3, 0, energy=True, grad_norm=True))
+    for size in (1, 3, 4, 5, 7, 8, 9, 15, 20, 23):
+        part = part_of(chain, slice(10, 10 + size))
+        ours = everything(cpp.run(part, x[10 : 10 + size], 3, 0, energy=True, grad_norm=True))
+        assert torch.equal(ours, whole[:, 10 : 10 + size]), size
+
+
 def test_restart(isa: str, seed: int, draw: Any) -> None:
     chain, x = varied(draw, seed, 20, 15)
     whole = cpp.run(chain, x, 15, 3, energy=True, grad_norm=True)
