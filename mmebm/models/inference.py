@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmebm.models.nets import Net, encoder
+from mmebm.reference.langevin_step import widen
 
 Joint = Literal["mixture", "product", "mixture_of_products"]
 
@@ -74,7 +75,7 @@ class JointInference(nn.Module):
             raise ValueError("x must hold at least one modality, got none")
         experts = []
         for name, value in x.items():
-            mean, logvar = self.experts[name](value).chunk(2, dim=1)
+            mean, logvar = widen(self.experts[name](value)).chunk(2, dim=1)  # densities are not for 16 bits
             # a variance outside e^-10 .. e^4 is a net gone astray, not a posterior
             experts.append(Expert(mean, logvar.clamp(-10.0, 4.0)))
         if self.joint == "product":

@@ -161,7 +161,12 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run, whole. ``threads``: CPU threads (None: torch's own choice)."""
+    """A run, whole. ``threads``: CPU threads (None: torch's own choice).
+
+    For convolutional networks: ``precision="bf16"`` runs the energies of both chains and the losses under autocast (the
+    chains' states, the updates and the weights stay float32; a chain that is one fused call is not affected), and
+    ``channels_last`` lays the weights out so, which the activations then follow. Neither was measured on a GPU yet.
+    """
 
     preset: str
     data: DataConfig = field(default_factory=DataConfig)
@@ -180,6 +185,14 @@ class Config:
     seed: int = 0
     backend: str = "auto"
     threads: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if not isinstance(self.channels_last, bool):
+            raise TypeError(f"channels_last must be True or False, got {self.channels_last!r}")
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed."""

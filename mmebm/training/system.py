@@ -37,6 +37,10 @@ class Posterior:
     def __call__(self, z: Tensor) -> Tensor:
         return self.generator.negative_log_likelihood(self.x, z) + self.prior(z)
 
+    def mmebm_parts(self) -> tuple[Any, tuple[Any, ...]]:
+        """For :mod:`mmebm.samplers.capture`: the posterior of another batch is the same graph on other tensors."""
+        return Posterior, (self.generator, self.prior, self.x)
+
     def mmebm_lowered(self, z: Symbol) -> Symbol:
         """The same on a symbolic z, for :func:`mmebm.energies.lower`: one residual per modality, and the prior."""
         g = self.generator
@@ -84,6 +88,12 @@ class System(nn.Module):
             raise ValueError(f"the latent chain takes one step, got {start!r}")
         self.register_buffer("latent_step", torch.tensor(float(start)))
         self.data_sampler = sampler_of(config.data_chain, config.data_chain.size(), config.backend)
+        if config.channels_last:
+            self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def autocast(self) -> torch.autocast:
+        """What the configured precision puts around energies, chains and losses."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     @property
     def device(self) -> torch.device:
@@ -95,9 +105,10 @@ class System(nn.Module):
     ) -> Samples:
         """The data chain: all modalities at once on the joint energy, ``observed`` ones held."""
         steps = self.config.data_chain.steps if steps is None else steps
-        return self.data_sampler.sample(
-            self.energy, dict(x), steps, seed=seed, observed=set(observed) or None, **options
-        )
+        with self.autocast():
+            return self.data_sampler.sample(
+                self.energy, dict(x), steps, seed=seed, observed=set(observed) or None, **options
+            )
 
     def revise_latent(
         self, z: Tensor, x: Batch, *, seed: int, steps: int | None = None, **options: Any
@@ -106,7 +117,8 @@ class System(nn.Module):
         chain = self.config.latent_chain
         sampler = sampler_of(chain, float(self.latent_step), self.config.backend, prior_std=1.0)
         steps = chain.steps if steps is None else steps
-        return sampler.sample(Posterior(self.generator, self.prior, x), z, steps, seed=seed, **options)
+        with self.autocast():
+            return sampler.sample(Posterior(self.generator, self.prior, x), z, steps, seed=seed, **options)
 
     @torch.no_grad()
     def measure_latent_step(self, x: Batch, generator: torch.Generator | None = None, *, keep: float = 0.0) -> None:

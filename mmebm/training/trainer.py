@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.data.base import MultimodalDataset
+from mmebm.reference.langevin_step import widen
 from mmebm.training.config import Config
 from mmebm.training.extensions import EnergyTerm, ShuffledTuples, prior_teacher
 from mmebm.training.guard import Guard, TrainingDiverged
@@ -79,33 +80,36 @@ class Trainer:
         latent = s.revise_latent(z_q, x, seed=seeds[2])
         z_k = latent.state
 
-        # 5: the generator learns both pairs: real X with its revised z, revised X with its own z
-        loss_g = (
-            loss.generator_real * s.generator.negative_log_likelihood(x, z_k).mean()
-            + loss.generator_revised * s.generator.negative_log_likelihood(x_k, z0).mean()
-        )
-        # 6: so does the inference network
-        per_expert = loss.inference == "per_expert"
-        loss_i = -(
-            loss.inference_real * s.inference.log_prob(z_k, x, per_expert=per_expert).mean()
-            + loss.inference_revised * s.inference.log_prob(z0, x_k, per_expert=per_expert).mean()
-        )
-        bound = self._elbo(x, rng)[0] if loss.elbo else x0[next(iter(x0))].new_zeros(())
+        with s.autocast():
+            # 5: the generator learns both pairs: real X with its revised z, revised X with its own z
+            loss_g = (
+                loss.generator_real * s.generator.negative_log_likelihood(x, z_k).mean()
+                + loss.generator_revised * s.generator.negative_log_likelihood(x_k, z0).mean()
+            )
+            # 6: so does the inference network
+            per_expert = loss.inference == "per_expert"
+            loss_i = -(
+                loss.inference_real * s.inference.log_prob(z_k, x, per_expert=per_expert).mean()
+                + loss.inference_revised * s.inference.log_prob(z0, x_k, per_expert=per_expert).mean()
+            )
+            bound = self._elbo(x, rng)[0] if loss.elbo else x0[next(iter(x0))].new_zeros(())
         self._teach_vae(loss_g + loss_i - loss.elbo * bound)
 
         # 7: the energy falls at real X and rises at what its chain makes of the updated generator's samples
         x_0 = self._decode(z0)
         x_n = s.revise_data(x_0, seed=seeds[3]).state
-        real, fake = s.energy(x), s.energy(x_n)
-        loss_e = real.mean() - fake.mean() + loss.energy_l2 * (real.square().mean() + fake.square().mean())
-        for term in self.energy_terms:
-            loss_e = loss_e + term(s.energy, x, real, rng)
+        with s.autocast():
+            # differences of large energies: not in the 8 bits of a bfloat16
+            real, fake = widen(s.energy(x)), widen(s.energy(x_n))
+            loss_e = real.mean() - fake.mean() + loss.energy_l2 * (real.square().mean() + fake.square().mean())
+            for term in self.energy_terms:
+                loss_e = loss_e + term(s.energy, x, real, rng)
         self.optimisers["energy"].step(loss_e, self.lr)
 
         extra = self.prior_teacher.update(z_k, z0, self.lr)
 
-        with torch.no_grad():
-            start = s.energy(x_0).mean()
+        with torch.no_grad(), s.autocast():
+            start = widen(s.energy(x_0)).mean()
         return {
             "loss_generator": loss_g.detach(), "loss_inference": loss_i.detach(), "loss_energy": loss_e.detach(),
             "gap": (real.mean() - fake.mean()).detach(), "gap_start": (real.mean() - start).detach(),
@@ -116,7 +120,8 @@ class Trainer:
 
     def warmup_step(self, x: dict[str, Tensor], rng: torch.Generator) -> Row:
         """Generator and inference as a multimodal VAE: each row encoded by one expert, all modalities decoded."""
-        bound, mse = self._elbo(x, rng)
+        with self.system.autocast():
+            bound, mse = self._elbo(x, rng)
         self._teach_vae(-bound)
         return {"loss_elbo": -bound.detach(), "mse": mse.detach()}
 
