@@ -5,8 +5,9 @@
 
 Which one is a run-time number, the same for all threads: a new activation compiles nothing. Beside ``exp``, division
 and ``erf`` only polynomials are used, so that the interpreter runs the arithmetic of the GPU and no accuracy hangs on a
-hardware logarithm near 1. Each is as accurate as PyTorch's in float32, and tanh, elu and softplus to a few units in the
-last place of the value, however small: tests in the interpreter and on the GPU hold them against float64. NaN stays NaN.
+hardware logarithm near 1. Each is as accurate as PyTorch's in float32; tanh, elu and softplus are to a few units in
+the last place of the value, however small. Tests in the interpreter and on the GPU hold them against float64. NaN stays
+NaN.
 """
 
 from __future__ import annotations

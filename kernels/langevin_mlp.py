@@ -68,7 +68,6 @@ from mmebm.kernels.philox import box_muller, key_words, philox
 from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 
-
 __all__ = ["TILES", "Plan", "Tile", "gradient", "refusal", "run", "supports", "tile_of"]
 
 # What a launch does: bits of ``todo``
@@ -128,8 +127,11 @@ UNIT: Final = 16  # offsets and widths are multiples of it, so that rows are rea
 def _dot(a, b, acc, MODE: tl.constexpr):
     if MODE == "bf16":
         return tl.dot(a.to(tl.bfloat16), b, acc)
-    elif MODE == "rounded":  # what the interpreter has for bf16 products
-        return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif MODE == "rounded":
+        # The interpreter has no bf16 products, and its conversion cuts off: to nearest even, from the bits
+        bits = a.to(tl.int32, bitcast=True)
+        near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        return tl.dot(tl.where(a == a, near, a), b.to(tl.float32), acc, input_precision="ieee")
     elif MODE == "tf32x3":
         return tl.dot(a, b, acc, input_precision="tf32x3")
     else:
