@@ -8,7 +8,7 @@ in, g in, x out). Times are medians, with the 20th and 80th percentile, of CUDA 
 enough to hide the clock of the events; the first batches warm the device up and are dropped; the candidates take
 turns, so that a slow change of the clocks meets all of them. The time a call takes on the host (nothing waited for)
 and the first call (compilation) stand beside them. A candidate that gives a wrong result is reported with the error
-instead of a time.
+instead of a time. Last comes a whole chain on a convolutional energy: by hand, in the library's loop, and captured.
 
 Writes one JSON file with the device, driver, versions and commit.
 """
@@ -25,11 +25,14 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import triton
 
+from mmebm import Langevin, Samples
 from mmebm.kernels.langevin_step import TritonStepper
+from mmebm.models import JointEnergy
 from mmebm.ops.langevin_step import CudaStepper, StepOptions, TorchStepper
 from mmebm.ops.params import StepParams
 
@@ -253,6 +256,51 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int) -> d
     return out
 
 
+class Chain:
+    """30 steps on a convolutional energy of an image and a text vector, batch 64: what a replayed graph saves."""
+
+    name, steps, batch = "conv joint energy, batch 64, 30 steps", 30, 64
+    shapes: ClassVar[dict[str, tuple[int, ...]]] = {"image": (3, 32, 32), "text": (88,)}
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.energy = JointEnergy(self.shapes, net="conv").to(DEVICE)
+        self.x = {name: torch.randn(self.batch, *shape, device=DEVICE) for name, shape in self.shapes.items()}
+        self.loop = Langevin(A, S, bounds=(LOW, HIGH), capture=False)
+
+    def by_hand(self) -> dict[str, torch.Tensor]:
+        """The loop people write."""
+        x = {name: t.clone() for name, t in self.x.items()}
+        for _ in range(self.steps):
+            for t in x.values():
+                t.requires_grad_()
+            grads = torch.autograd.grad(self.energy(x).sum(), list(x.values()))
+            x = {name: t.detach() for name, t in x.items()}
+            eager(list(x.values()), list(grads))
+        return x
+
+    def sampled(self, capture: bool) -> Samples:
+        return self.loop.replace(capture=capture).sample(self.energy, self.x, self.steps, seed=1)
+
+    def measure(self, rounds: int) -> dict[str, object]:
+        calls: dict[str, Callable[[], object]] = {
+            "by hand": self.by_hand, "loop": lambda: self.sampled(False), "captured": lambda: self.sampled(True),
+        }  # fmt: skip
+        start = time.perf_counter()
+        replayed, wanted = self.sampled(True), self.sampled(False)
+        torch.cuda.synchronize()
+        found: dict[str, object] = {"first_calls_s": time.perf_counter() - start, "reason": replayed.info["reason"]}
+        if not all(torch.equal(replayed.state[name], wanted.state[name]) for name in self.shapes):
+            return {**found, "error": "the captured chain differs from the loop"}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(rounds + 3):
+            for name, call in calls.items():
+                t = batch_time(call, 5)
+                if turn >= 3:
+                    times[name].append(t)
+        return {**found, "results": {name: summary(t) for name, t in times.items()}}
+
+
 def table(case: str, found: dict) -> str:
     lines = [f"{case}: {found['elements']:,} elements, {found['bytes'] / 1e6:,.1f} MB moved"]
     for name, r in found["results"].items():
@@ -286,6 +334,8 @@ def main() -> int:
             print(table(case, found), flush=True)
             torch.cuda.empty_cache()
     report["cases"] = cases
+    report["chain"] = chain = {"case": Chain.name, **Chain().measure(arguments.rounds)}
+    print(json.dumps(chain, indent=1), flush=True)
     device = str(report["environment"]["device"]).lower().replace(" ", "-")  # type: ignore[index]
     out = arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{device}-{datetime.now():%Y%m%d-%H%M%S}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
