@@ -1,5 +1,5 @@
-// What langevin_mlp.cpp and its loops (langevin_mlp_kernel.h) share: the problem, and how it is cut. Plain data, because
-// the files with AVX in them must not instantiate anything from std:: (isa.h).
+// What langevin_mlp.cpp and its loops (langevin_mlp_kernel.h) share: the problem, and a tile's memory. Plain data,
+// because the files with AVX in them must not instantiate anything from std:: (isa.h).
 #pragma once
 
 #include <cstdint>
@@ -41,9 +41,9 @@ struct MlpTerm {
   const uint8_t* observed = nullptr;  // residual: rows of outputs, or null
   int64_t observed_stride = 0;        // from one chain's row to the next: outputs, or 0 for one row
   const float *mean = nullptr, *precision = nullptr;  // quadratic: (inputs,)
-
-  int64_t outputs() const { return layers[depth - 1].outputs; }
 };
+
+static inline int64_t mlp_outputs(const MlpTerm& term) { return term.layers[term.depth - 1].outputs; }
 
 struct MlpTensor {
   int64_t begin = 0, width = 0;  // its rows of the state
@@ -101,8 +101,8 @@ static inline MlpScratch mlp_scratch(const MlpJob& job, int64_t lanes, bool quad
     slopes = mlp_max(slopes, hidden);
     quad_slopes = mlp_max(quad_slopes, quad_hidden);
     if (term.kind == TermKind::residual) {
-      targets += term.outputs();
-      if (term.observed) masks += term.outputs();
+      targets += mlp_outputs(term);
+      if (term.observed) masks += mlp_outputs(term);
     }
   }
   MlpScratch s;

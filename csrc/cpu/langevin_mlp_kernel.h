@@ -14,8 +14,8 @@
 //
 // Quads. The chains that are left over when the batch is cut into vectors, up to 8, would leave most of a vector idle.
 // With AVX-512 a vector of their layers is 4 outputs of 4 chains instead: a row of 4 weights is loaded into all four
-// quarters, and a chain's input is copied over its quarter, once for all outputs. The sums are the same ones in the same
-// order. Everything but products and activations stays as it is, in a vector with idle lanes.
+// quarters, and a chain's input is copied over its quarter, once for all outputs. The sums are the same ones in the
+// same order. Everything but products and activations stays as it is, in a vector with idle lanes.
 //
 // The backward pass needs act' of every hidden layer, so the forward pass leaves it beside act: both come from one
 // exponential. Lanes behind the end of the batch repeat its last chain, and are not written.
@@ -40,7 +40,7 @@ constexpr int MOST = 3, PANELS = 2, REST = 4 * QUADS;
 constexpr int MOST = 1, PANELS = 1, REST = 0;  // 16 registers: one panel, its weights and inputs
 #endif
 
-// ------------------------------------------------------------------------------------------------------- matrix product
+// ------------------------------------------------------------------------------------------------------ matrix product
 
 enum class To { store, times, add };
 
@@ -55,7 +55,8 @@ MMEBM_INLINE void write(F v, float* out, const float* factor, int64_t at, To to)
 
 // P panels of J outputs: out = bias + w in, times `factor`, or added to out.
 template <int M, int J, int P>
-void panels(const float* w, const float* in, int64_t depth, const float* bias, const float* factor, float* out, To to) {
+void panels(const float* w, const float* in, int64_t depth, const float* bias, const float* factor, float* out,
+            To to) {
   constexpr int C = M * W;
   F sum[P * J][M];
 #pragma GCC unroll 16
@@ -99,7 +100,8 @@ void panels(const float* w, const float* in, int64_t depth, const float* bias, c
 
 // J outputs, the depth dealt out to S sums.
 template <int M, int J, int S>
-void narrow(const float* w, const float* in, int64_t depth, const float* bias, const float* factor, float* out, To to) {
+void narrow(const float* w, const float* in, int64_t depth, const float* bias, const float* factor, float* out,
+            To to) {
   constexpr int C = M * W;
   F total[J][M];
 #pragma GCC unroll 4
@@ -191,8 +193,8 @@ struct Both {
   F value, derivative;
 };
 
-// exp(x) = 2^n (1 + p) for x in [-87, 88], by n = round(x / log 2) and p = r + r^2 q(r) on the rest r, |r| <= log(2) / 2,
-// q of degree 4 (minimax, error 5.7e-9 relative to the exponential).
+// exp(x) = 2^n (1 + p) for x in [-87, 88], by n = round(x / log 2) and p = r + r^2 q(r) on the rest r of at most
+// log(2) / 2, q of degree 4 (minimax, error 5.7e-9 relative to the exponential).
 struct Exp {
   I power;  // n in the exponent's place; above the sign there is nothing left
   F p;
@@ -366,7 +368,7 @@ void scatter(const Tile<M>& t, const float* from, int64_t width, float* to) {
 // From the outputs `y` (in place) to dE/dy; the energy where asked for.
 template <int M>
 void residual(const Tile<M>& t, const MlpTerm& term, const float* target, const uint8_t* mask, float* y, bool energy) {
-  const int64_t outputs = term.outputs();
+  const int64_t outputs = mlp_outputs(term);
   const F zero = setf(0.0f), one = setf(1.0f);
   const double per = term.laplace ? term.scale : term.scale * term.scale;
   const F pull = setf(static_cast<float>(term.weight / per)), push = sub(zero, pull);
@@ -448,8 +450,8 @@ void evaluate(const Tile<M>& t, bool energy) {
     } else {
       product<M>(last.forward, last.outputs, in, last.inputs, last.bias, now, now, To::store);
       residual(t, term, target, term.observed ? mask : nullptr, now, energy);
-      target += term.outputs() * C;
-      if (term.observed) mask += term.outputs() * C;
+      target += mlp_outputs(term) * C;
+      if (term.observed) mask += mlp_outputs(term) * C;
     }
     for (int64_t l = term.depth - 1; l > 0; --l) {
       const MlpLayer& layer = term.layers[l];
@@ -623,8 +625,8 @@ void evaluate_quads(const Tile<1>& t, bool energy) {
     } else {
       residual(t, term, target, term.observed ? mask : nullptr, t.outputs, energy);
       for (int64_t q = 0; q < quads; ++q) to_quad(t.outputs, last.outputs, q, result[q]);
-      target += term.outputs() * W;
-      if (term.observed) mask += term.outputs() * W;
+      target += mlp_outputs(term) * W;
+      if (term.observed) mask += mlp_outputs(term) * W;
     }
     for (int64_t q = 0; q < quads; ++q) {
       float *now = result[q], *beside = other[q], *slope = t.slopes + (q + 1) * hidden;
@@ -868,11 +870,11 @@ void run_tile(const MlpJob& job, int64_t first, float* scratch) {
   for (int64_t i = 0; i < job.term_count; ++i) {
     const MlpTerm& term = job.terms[i];
     if (term.kind != TermKind::residual) continue;
-    gather(t, term.target, term.outputs(), term.outputs(), target);
-    target += term.outputs() * C;
+    gather(t, term.target, mlp_outputs(term), mlp_outputs(term), target);
+    target += mlp_outputs(term) * C;
     if (!term.observed) continue;
-    gather(t, term.observed, term.observed_stride, term.outputs(), mask);
-    mask += term.outputs() * C;
+    gather(t, term.observed, term.observed_stride, mlp_outputs(term), mask);
+    mask += mlp_outputs(term) * C;
   }
   if (job.gradient) {
     evaluated(true);

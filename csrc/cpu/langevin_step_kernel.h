@@ -3,7 +3,8 @@
 //
 // Noise. Per W counters (a vector of them, 16 with AVX-512) ten rounds of Philox give 4 W words, which Box-Muller turns
 // into 4 W normals. What the speed comes from:
-//   * philox_vec.h; a round waits for the one before it, so TURN vectors of counters go through the rounds side by side;
+//   * what philox_vec.h says; a round waits for the one before it, so TURN vectors of counters go through the rounds
+//     side by side;
 //   * inside one chain the second counter word, step and stream are the same for all lanes, so that one of the two
 //     products of rounds 1 and 2 is a scalar, done once per tile;
 //   * lane l holds counter W/4 (l % 4) + l / 4, so that after a 4 x 4 transposition inside groups of four lanes the
