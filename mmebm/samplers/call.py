@@ -88,11 +88,11 @@ class Call:
             full[i] = part
         return self.build(full)
 
-    def moving_parts(self, name: str, value: Any) -> list[Tensor]:
-        """The inverse of :meth:`structure`: copies of the parts that move, 0 where observed.
+    def parts(self, name: str, value: Any) -> list[Tensor]:
+        """The tensors of ``value``, which must be like the state.
 
         Raises:
-            TypeError, ValueError: where ``value`` has not the state's structure and shapes.
+            TypeError, ValueError: where it has not the state's structure, shapes, dtypes and device.
         """
         keys, parts, _ = flatten(value)
         if keys != self.keys:
@@ -103,6 +103,11 @@ class Call:
                     f"{name}[{key!r}] must be like the state, {tuple(t.shape)}, {t.dtype}, {t.device}, "
                     f"got {tuple(part.shape)}, {part.dtype}, {part.device}"
                 )
+        return parts
+
+    def moving_parts(self, name: str, value: Any) -> list[Tensor]:
+        """The inverse of :meth:`structure`: copies of the parts that move, 0 where observed."""
+        parts = self.parts(name, value)
         return [self.masked(i, parts[i].detach().clone()) for i in self.moving]
 
 

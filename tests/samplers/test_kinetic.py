@@ -1,0 +1,371 @@
+"""Underdamped, HMC and ParallelTempering: the laws they sample, against closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from mmebm.diagnostics import mala_acceptance
+from mmebm.samplers import HMC, Langevin, ParallelTempering, Underdamped, langevin
+from mmebm.samplers.gradient import Target
+from mmebm.samplers.hmc import leapfrog
+
+# Statistical tests compare sums of many independent terms with their mean; 5.7 standard deviations are exceeded with
+# probability 1.2e-8 by a normal number.
+SIGMAS = 5.7
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: on a busy machine, waiting for a second thread takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quadratic(x: Tensor) -> Tensor:
+    return 0.5 * x.flatten(1).square().sum(1)
+
+
+def normals(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def assert_variance(x: Tensor, variance: float) -> None:
+    """The elements of ``x`` are independent N(0, variance): their squares sum to a chi-square variable."""
+    n = x.numel()
+    off = (float(x.double().square().sum()) / variance - n) / math.sqrt(2 * n)
+    got = float(x.double().var())
+    assert n >= 50_000 and abs(off) < SIGMAS, f"variance {got:.4f} and not {variance:.4f}, off by {off:.1f} sigma"
+    assert abs(float(x.double().sum())) < SIGMAS * math.sqrt(n * variance)
+
+
+def assert_mean(x: Tensor, mean: float) -> None:
+    """``x`` holds independent numbers of mean ``mean``, many of them."""
+    off = (float(x.double().mean()) - mean) / (float(x.double().std()) / math.sqrt(x.numel()))
+    assert x.numel() >= 1000 and abs(off) < SIGMAS, f"mean {float(x.double().mean()):.4f} and not {mean:.4f}: {off:.1f}"
+
+
+def accepted(h: float, leapfrog_steps: int, elements: int) -> float:
+    """Mean acceptance of a trajectory on a standard Gaussian that is at equilibrium.
+
+    The change of the Hamiltonian is ((q - 1) A + (1 / q - 1) B) / 2 with the eigenvalues q > 1 and 1 / q of M^T M, M
+    the leapfrog's matrix, and independent chi-squares A and B. A map that is its own inverse after a flip of the velocity
+    accepts with probability 2 P(change < 0) = 2 P(A / B < 1 / q).
+    """
+    one = np.array([[1 - h**2 / 2, h], [-h + h**3 / 4, 1 - h**2 / 2]])
+    m = np.linalg.matrix_power(one, leapfrog_steps)
+    return 2 * stats.f.cdf(1 / np.linalg.eigvalsh(m.T @ m).max(), elements, elements)
+
+
+# --- Underdamped
+
+
+# a tensor of 60,000 elements; the start is forgotten like |largest eigenvalue|^(2 steps), below 1e-9 in every case
+@pytest.mark.parametrize(
+    ("h", "friction", "temperature", "mass", "curvature", "steps"),
+    [(0.5, 2.0, 1.0, 1.0, 1.0, 60), (1.2, 1.0, 1.0, 1.0, 1.0, 40), (1.8, 1.0, 2.5, 1.0, 1.0, 60),
+     (0.9, 1.0, 1.0, 1.0, 4.0, 60), (1.0, 3.0, 0.5, 4.0, 4.0, 60)],
+)  # fmt: skip
+def test_baoab_has_the_exact_variance_of_positions(
+    h: float, friction: float, temperature: float, mass: float, curvature: float, steps: int, seed: int
+) -> None:
+    sampler = Underdamped(h, friction, temperature, mass)
+    out = sampler.sample(lambda x: curvature * quadratic(x), torch.zeros(240, 10, 5, 5), steps, seed=seed)
+    assert_variance(out.state, temperature / curvature)
+    # the discrete step's law is exact in x and short by this factor in v
+    short = 1 - h**2 * curvature / mass / 4
+    assert_variance(out.info["velocity"], temperature / mass * short)
+
+
+def test_baoab_takes_settings_per_modality_chain_and_step(seed: int) -> None:
+    state = {"a": torch.zeros(300, 200), "b": torch.zeros(300, 10, 20)}
+    temperature = torch.tensor([1.0, 3.0, 0.5]).repeat(100)
+    sampler = Underdamped({"a": 0.9, "b": lambda k: 0.6}, 1.5, temperature, {"a": 1.0, "b": torch.tensor(2.0)})
+    out = sampler.sample(lambda s: quadratic(s["a"]) + quadratic(s["b"]), state, 60, seed=seed)
+    for i in range(3):
+        for x in (out.state["a"], out.state["b"]):
+            t = float(temperature[i])
+            n = x[i::3].numel()
+            off = (float(x[i::3].double().square().sum()) / t - n) / math.sqrt(2 * n)
+            assert abs(off) < SIGMAS
+
+
+def test_without_friction_baoab_is_leapfrog_and_keeps_energy(seed: int) -> None:
+    x = normals(50, 3, 4, seed=seed, dtype=torch.float64)
+    errors = []
+    for h in (0.1, 0.05):
+        out = Underdamped(h, friction=0.0).sample(
+            quartic, x, round(2 / h), seed=seed, record=("energy", "kinetic")
+        )  # fmt: skip
+        total = out.trace["energy"] + out.trace["kinetic"]
+        errors.append(float((total - total[0]).abs().amax(0).mean()))
+    # an integrator of second order: a quarter of the error, up to terms of h^2 relative
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+def test_the_gradient_is_taken_once_a_step() -> None:
+    calls: list[int] = []
+
+    def energy(x: Tensor) -> Tensor:
+        calls.append(x.shape[0])
+        return quadratic(x)
+
+    x = torch.ones(5, 3)
+    for sampler, expected in (
+        (Underdamped(0.1), [5] * 8),
+        (HMC(0.1, 4), [5] * (1 + 7 * 4)),
+        (ParallelTempering(0.1, (1.0, 2.0, 4.0)), [15] * 8),
+    ):
+        calls.clear()
+        sampler.sample(energy, x, 7)
+        assert calls == expected
+
+
+# --- HMC
+
+
+def quartic(x: Tensor) -> Tensor:
+    return (0.25 * x**4 + 0.5 * x**2).flatten(1).sum(1)
+
+
+def test_leapfrog_is_reversible_and_keeps_energy_to_second_order(seed: int) -> None:
+    x, v = normals(20, 3, 4, seed=seed, dtype=torch.float64), normals(20, 3, 4, seed=seed + 1, dtype=torch.float64)
+    mass = 1.0 + torch.arange(4, dtype=torch.float64)
+    target = Target(quartic, [((), {})], (0,), lambda out: out[0], [0], [False])
+
+    def go(x: Tensor, v: Tensor, h: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        _, g = target([x], 0)
+        (y,), (w,), e, _ = leapfrog(target, 0, [x], [v], g, [h], [mass], steps)
+        assert e is not None
+        return y, w, e + (0.5 * mass * w**2).flatten(1).sum(1)
+
+    y, w, _ = go(x, v, 0.1, 20)
+    assert not torch.allclose(y, x, atol=0.1)
+    back, flipped, _ = go(y, -w, 0.1, 20)
+    # rounding of 40 steps of numbers of size 1, amplified along trajectories that diverge mildly
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(-flipped, v, rtol=0, atol=1e-10)
+    start = quartic(x) + (0.5 * mass * v**2).flatten(1).sum(1)
+    coarse, fine = ((go(x, v, h, round(1 / h))[2] - start).abs().mean() for h in (0.02, 0.01))
+    assert 3.5 < float(coarse / fine) < 4.5
+
+
+@pytest.mark.parametrize(("h", "leapfrog_steps"), [(0.5, 3), (1.1, 1), (0.9, 4)])
+def test_hmc_samples_images_and_accepts_as_often_as_it_should(h: float, leapfrog_steps: int, seed: int) -> None:
+    """From equilibrium to equilibrium. Were the kinetic energy only that of the last dimension, both would be off."""
+    x = normals(4000, 3, 4, 4, seed=seed)
+    out = HMC(h, leapfrog_steps).sample(quadratic, x, 1, seed=seed, record=("accept_prob", "accepted"))
+    wanted = accepted(h, leapfrog_steps, 48)
+    assert 0.05 < wanted < 0.995
+    assert_mean(out.trace["accept_prob"][0], wanted)
+    assert_mean(out.trace["accepted"][0], wanted)
+    torch.testing.assert_close(out.info["acceptance"], out.trace["accept_prob"][0])
+    assert_variance(out.state, 1.0)
+
+
+def test_hmc_converges_from_elsewhere(seed: int) -> None:
+    """Temperatures per chain, masses per modality, one joint acceptance."""
+    temperature = torch.tensor([1.0, 4.0]).repeat(1000)
+    mass = {"a": 1.0, "b": torch.linspace(1.0, 2.0, 30)}
+    sampler = HMC({"a": 0.3, "b": 0.32}, 4, mass=mass, temperature=temperature)
+    state = {"a": torch.full((2000, 2, 15), 1.5), "b": torch.zeros(2000, 30)}
+    out = sampler.sample(lambda s: quadratic(s["a"]) + 2 * quadratic(s["b"]), state, 60, seed=seed)
+    for i, t in enumerate((1.0, 4.0)):
+        for key, curvature in (("a", 1.0), ("b", 2.0)):
+            x = out.state[key][i::2]
+            n = x.numel()
+            off = (float(x.double().square().sum()) * curvature / t - n) / math.sqrt(2 * n)
+            assert n == 30_000 and abs(off) < SIGMAS
+
+
+def test_energy_error_is_the_change_of_the_hamiltonian(seed: int) -> None:
+    x = normals(8, 30, seed=seed, dtype=torch.float64)
+    one = HMC(0.3, 3).sample(quadratic, x, 1, seed=seed, record=("energy", "energy_error", "accept_prob"))
+    torch.testing.assert_close(one.trace["energy"][0], quadratic(x))
+    torch.testing.assert_close(one.trace["accept_prob"], one.trace["energy_error"].neg().exp().clamp(max=1))
+    # of order h^2: far below the kinetic energy of 30 elements, and not zero
+    assert 0 < float(one.trace["energy_error"].abs().max()) < 2
+
+
+def test_a_trajectory_that_overflows_is_rejected(seed: int) -> None:
+    x = normals(16, 6, seed=seed)
+    out = HMC(1e6, 20).sample(quartic, x, 3, seed=seed, record=("accept_prob",))
+    assert torch.equal(out.state, x) and bool((out.trace["accept_prob"] == 0).all())
+    assert not bool(out.info["nonfinite"].any())
+
+
+@pytest.mark.parametrize("over", ["chain", "all"])
+@pytest.mark.parametrize("start", [0.01, 3.0])
+def test_dual_averaging_finds_the_target(over: Any, start: float, seed: int) -> None:
+    sampler = HMC(start, 3, adapt=150, target_accept=0.8, adapt_over=over)
+    out = sampler.sample(quadratic, normals(64, 40, seed=seed), 190, seed=seed, record=("step_scale",))
+    scale = out.trace["step_scale"]
+    assert bool((scale[150:] == out.info["step_scale"]).all()) and bool((scale[0] == 1).all())
+    if over == "all":
+        assert bool((scale == scale[:, :1]).all())
+    # the step size that accepts 0.8 of 40-element trajectories, to the accuracy of 150 noisy steps
+    h = start * out.info["step_scale"]
+    reached = torch.tensor([accepted(float(size), 3, 40) for size in h])
+    assert abs(float(reached.mean()) - 0.8) < 0.07
+    assert abs(float(out.info["acceptance"].mean()) - float(reached.mean())) < 0.05
+
+
+def test_adaptation_goes_on_where_it_was(seed: int) -> None:
+    sampler, x = HMC(0.05, 2, adapt=12), normals(6, 10, seed=seed, dtype=torch.float64)
+    whole = sampler.sample(quadratic, x, 20, seed=seed)
+    for cut in (5, 12, 15):
+        first = sampler.sample(quadratic, x, cut, seed=seed)
+        with pytest.raises(ValueError, match=f"first_step={cut} with adapt=12 needs adaptation"):
+            sampler.sample(quadratic, first.state, 20 - cut, seed=seed, first_step=cut)
+        rest = sampler.sample(
+            quadratic, first.state, 20 - cut, seed=seed, first_step=cut, adaptation=first.info["adaptation"]
+        )
+        assert torch.equal(rest.state, whole.state) and torch.equal(rest.info["step_scale"], whole.info["step_scale"])
+
+
+# --- Parallel tempering
+
+
+def two_modes(x: Tensor) -> Tensor:
+    """0.3 N(-5, 1) + 0.7 N(5, 1), in one element."""
+    x = x.flatten(1).squeeze(1)
+    parts = torch.stack((math.log(0.3) - 0.5 * (x + 5) ** 2, math.log(0.7) - 0.5 * (x - 5) ** 2))
+    return -torch.logsumexp(parts, 0)
+
+
+def test_tempering_finds_both_modes_where_langevin_does_not(seed: int) -> None:
+    """All chains start in the wrong mode, below a barrier of 12.5."""
+    start, steps = torch.full((800, 1), -5.0), 300
+    ladder = (1.0, 1.8, 3.2, 6.0, 11.0, 20.0)
+    out = ParallelTempering([0.5 * t for t in ladder], ladder).sample(two_modes, start, steps, seed=seed)
+    right = float((out.state > 0).double().mean())
+    # at equilibrium a binomial share of 800 independent chains; what is left of the start is below 0.01 (measured with
+    # 18,000 chains: 0.703 after 150 steps, 0.702 after 600, both within 0.0034; 2026-11-22)
+    assert abs(right - 0.7) < SIGMAS * math.sqrt(0.21 / 800) + 0.01
+    inside = torch.where(out.state > 0, out.state - 5, out.state + 5)
+    assert abs(float(inside.mean())) < SIGMAS / math.sqrt(800) + 0.01
+    stuck = Langevin(0.5).sample(two_modes, start, steps, seed=seed).state
+    assert float((stuck > 0).double().mean()) < 0.05
+
+
+def test_every_rung_has_its_law_and_swaps_as_often_as_it_should(seed: int) -> None:
+    """On a Gaussian: energies T A / 2 with independent chi-squares A; an exchange is its own inverse and so is made
+    with probability 2 P(it lowers the sum) = 2 P(A / B > T_r+1 / T_r)."""
+    ladder, chains, size = (1.0, 1.3, 2.0, 2.2), 3000, 12
+    start = normals(chains, 4, size, seed=seed) * torch.tensor(ladder).sqrt()[:, None]
+    out = ParallelTempering(0.1, ladder).sample(
+        quadratic, start[:, 0], 2, ladder=start, seed=seed,
+        record=("swap_prob", "accept_prob", "ladder_energy", "energy"),
+    )
+    for r, t in enumerate(ladder):
+        squares = float(out.info["ladder"][:, r].double().square().sum()) / t
+        assert abs(squares - chains * size) < SIGMAS * math.sqrt(2 * chains * size)
+    for r in range(3):
+        wanted = 2 * stats.f.sf(ladder[r + 1] / ladder[r], size, size)
+        tried = out.trace["swap_prob"][r % 2, :, r]
+        assert_mean(tried, wanted)
+        assert bool(out.trace["swap_prob"][1 - r % 2, :, r].isnan().all())
+        torch.testing.assert_close(out.info["swap_acceptance"][:, r], tried)
+    # a step 0.1 at temperature T is one of h = sqrt(0.2 T) on a Gaussian of variance T: curvature 1 whatever T
+    for r in range(4):
+        assert_mean(out.trace["accept_prob"][0, :, r], accepted(math.sqrt(0.2), 1, size))
+    assert torch.equal(out.trace["energy"], out.trace["ladder_energy"][:, :, 0])
+    assert torch.equal(out.state, out.info["ladder"][:, 0])
+
+
+def test_replicas_are_exchanged_and_not_copied(seed: int) -> None:
+    """With steps too small to move, the rungs hold a permutation of the start, the one that is recorded."""
+    start = normals(40, 5, 3, seed=seed)
+    sampler = ParallelTempering(1e-12, (1.0, 1.5, 2.0, 3.0, 4.0), swap_every=2)
+    out = sampler.sample(quadratic, start[:, 0], 9, ladder=start, seed=seed, record=("replica", "swap_prob"))
+    replica = out.trace["replica"]
+    where = replica[-1].unsqueeze(-1).expand(-1, -1, 3)
+    torch.testing.assert_close(out.info["ladder"], start.gather(1, where), rtol=0, atol=1e-3)
+    assert bool((replica.sort(-1).values == torch.arange(5)).all())
+    moved = (replica[1:] != replica[:-1]).any(-1).any(-1)
+    assert moved.tolist() == [k % 2 == 1 for k in range(1, 9)]
+    tried = ~out.trace["swap_prob"].isnan().all(1)
+    assert tried[1].tolist() == [True, False, True, False] and tried[3].tolist() == [False, True, False, True]
+    assert not bool(tried[::2].any())
+
+
+def test_one_rung_is_langevin_and_mala(seed: int) -> None:
+    x = normals(10, 2, 3, seed=seed)
+    plain = ParallelTempering(0.05, [1.0], accept=None).sample(quartic, x, 6, seed=seed, first_step=3).state
+    # the same noise; x - a g + s xi rounds in another order
+    torch.testing.assert_close(plain, langevin(quartic, x, 6, step_size=0.05, seed=seed, first_step=3))
+    many = normals(5000, 20, seed=seed)
+    out = ParallelTempering(0.3, [1.0]).sample(quadratic, many, 1, seed=seed, record=("accept_prob",))
+    assert_mean(out.trace["accept_prob"][0, :, 0], accepted(math.sqrt(0.6), 1, 20))
+    assert_variance(out.state, 1.0)
+
+
+def test_longer_ladders_leave_the_noise_of_lower_rungs(seed: int) -> None:
+    x = normals(4, 6, seed=seed)
+    short, long = (
+        ParallelTempering(0.05, ladder, accept=None, swap_every=100).sample(quartic, x, 5, seed=seed).info["ladder"]
+        for ladder in ((1.0, 2.0), (1.0, 2.0, 3.0))
+    )
+    assert torch.equal(short, long[:, :2])
+
+
+# --- The acceptance of the unadjusted step
+
+
+@pytest.mark.parametrize("a", [0.02, 0.3, 0.8])
+def test_mala_acceptance_of_a_gaussian(a: float, seed: int) -> None:
+    x = normals(5000, 4, 5, seed=seed)
+    p = mala_acceptance(quadratic, x, Langevin(a), seed=seed)
+    assert p.shape == (5000,) and p.dtype == x.dtype
+    assert_mean(p, accepted(math.sqrt(2 * a), 1, 20))
+
+
+def test_mala_acceptance_counts_prior_clip_and_temperature(seed: int) -> None:
+    x = normals(6, 4, seed=seed, dtype=torch.float64)
+    sampler = Langevin(0.3, temperature=1.7, prior_std=1.3, grad_clip=0.8)
+    y = sampler.sample(quartic, x, 1, seed=seed, first_step=5).state
+
+    def gradient(x: Tensor) -> Tensor:
+        return (x**3 + x).clamp(-0.8, 0.8) + x / 1.3**2
+
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return -(y - x + 0.3 * gradient(x)).square().sum(1) / (4 * 0.3 * 1.7)
+
+    log_p = lambda x: -(quartic(x) + x.square().sum(1) / (2 * 1.3**2)) / 1.7
+    wanted = (log_p(y) + forward(y, x) - log_p(x) - forward(x, y)).exp().clamp(max=1)
+    torch.testing.assert_close(mala_acceptance(quartic, x, sampler, seed=seed, first_step=5), wanted)
+
+
+def test_mala_acceptance_of_jem_depends_on_what_it_is_asked(seed: int) -> None:
+    """At noise 0.01 and step 1 the chain samples no exp(-E), and hardly anything else."""
+    x, sampler = normals(2000, 20, seed=seed), Langevin(0.05, 0.01)
+    assert float(mala_acceptance(quadratic, x, sampler, seed=seed).max()) < 1e-6
+    cold = math.sqrt(sampler.implied_temperature) * x
+    p = mala_acceptance(quadratic, cold, sampler, seed=seed, temperature=sampler.implied_temperature)
+    assert_mean(p, accepted(math.sqrt(0.1), 1, 20))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "call", "error", "message"),
+    [
+        (Langevin(0.1, score=True), {}, ValueError, "score=True"),
+        (Langevin(0.1, bounds=(0, 1)), {}, ValueError, "bounds"),
+        (Langevin(0.1, max_update=1.0), {}, ValueError, "max_update"),
+        (Langevin(0.1, temperature=lambda k: 1.0), {}, TypeError, "temperature must be given"),
+        (Langevin(0.1), {"temperature": -1.0}, ValueError, "temperature must be finite and above 0"),
+        (Langevin(0.1), {"temperature": torch.ones(5)}, ValueError, r"one per chain \(4,\)"),
+        (HMC(0.1), {}, TypeError, "sampler must be a Langevin, got HMC"),
+    ],
+)
+def test_mala_acceptance_errors(sampler: Any, call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mala_acceptance(quadratic, torch.zeros(4, 2), sampler, **call)
