@@ -58,8 +58,8 @@ def accepted(h: float, leapfrog_steps: int, elements: int) -> float:
     """Mean acceptance of a trajectory on a standard Gaussian that is at equilibrium.
 
     The change of the Hamiltonian is ((q - 1) A + (1 / q - 1) B) / 2 with the eigenvalues q > 1 and 1 / q of M^T M, M
-    the leapfrog's matrix, and independent chi-squares A and B. A map that is its own inverse after a flip of the velocity
-    accepts with probability 2 P(change < 0) = 2 P(A / B < 1 / q).
+    the leapfrog's matrix, and independent chi-squares A and B. A map that is its own inverse after a flip of the
+    velocity accepts with probability 2 P(change < 0) = 2 P(A / B < 1 / q).
     """
     one = np.array([[1 - h**2 / 2, h], [-h + h**3 / 4, 1 - h**2 / 2]])
     m = np.linalg.matrix_power(one, leapfrog_steps)
