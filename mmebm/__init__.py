@@ -8,13 +8,13 @@ of the published loops. Importing this package imports neither Triton nor a comp
 
 from importlib.metadata import PackageNotFoundError, version
 
-from mmebm import diagnostics, noise
+from mmebm import diagnostics, noise, presets
 from mmebm.backends import BackendError, backends
 from mmebm.samplers import Langevin, ReplayBuffer, Samples, capture, initial, langevin, schedules
 
 __all__ = [
     "BackendError", "Langevin", "ReplayBuffer", "Samples", "__version__", "backends", "capture", "diagnostics",
-    "initial", "langevin", "noise", "schedules",
+    "initial", "langevin", "noise", "presets", "schedules",
 ]  # fmt: skip
 
 try:

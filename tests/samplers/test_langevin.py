@@ -686,6 +686,74 @@ def test_a_projection_may_return_a_tensor_of_the_users(steps: int) -> None:
     assert out.data_ptr() != mine.data_ptr()
 
 
+def test_finish_sees_the_state_after_its_bounds_and_changes_what_is_handed_out() -> None:
+    start = {"a": torch.tensor([[3.0, -3.0]]), "b": torch.tensor([[2.0, 5.0]])}
+    seen: list[Any] = []
+
+    def halve(s: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append({key: t.clone() for key, t in s.items()})
+        return {key: t / 2 for key, t in reversed(s.items())}
+
+    sampler = Langevin(0.5, 0.0, bounds={"a": (-1, 1)}, bounds_at="end", finish=halve)
+    observed = {"b": torch.tensor([[True, False]])}
+    energy = lambda s: quadratic(s["a"]) + quadratic(s["b"])
+    for options in ({}, {"chunk_size": 1}):
+        out = sampler.sample(energy, start, 1, thin=1, observed=observed, **options)
+        assert seen[-1]["a"].tolist() == [[1.0, -1.0]] and seen[-1]["b"].tolist() == [[2.0, 2.5]]
+        assert out.state["a"].tolist() == [[0.5, -0.5]]
+        assert out.state["b"].tolist() == [[2.0, 1.25]]
+        assert out.trajectory["a"].tolist() == [[[1.5, -1.5]]]
+    assert len(seen) == 2  # once a call, whatever the chunks
+
+
+def test_finish_keeps_the_graph_of_differentiable_steps() -> None:
+    scale = torch.tensor(2.0, requires_grad=True)
+    start = torch.ones(1, 2, requires_grad=True)
+    out = langevin(quadratic, start, 1, step_size=0.5, noise_scale=0.0, differentiable=True, finish=lambda x: scale * x)
+    out.sum().backward()
+    assert scale.grad is not None and start.grad is not None
+    torch.testing.assert_close(scale.grad, torch.tensor(1.0))
+    torch.testing.assert_close(start.grad, torch.ones(1, 2))
+    plain = langevin(quadratic, start, 1, step_size=0.5, noise_scale=0.0, finish=lambda x: scale * x)
+    assert not plain.requires_grad
+
+
+def test_finish_runs_its_network_in_the_mode_of_the_chain() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    denoise = lambda x: x + torch.autograd.grad(net(leaf := x.detach().requires_grad_()).sum(), leaf)[0]
+    results = [langevin(quadratic, torch.ones(50, 2), 1, step_size=0.1, noise_scale=0.0, finish=denoise) for _ in "ab"]
+    assert torch.equal(*results) and net.training
+    assert len(results[0].unique(dim=0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("finish", "error", "message"),
+    [
+        (lambda s: s["a"], ValueError, "finish must have the state's shapes"),
+        (lambda s: {"a": s["a"][:1], "b": s["b"]}, ValueError, "finish must have the state's shapes"),
+        (lambda s: None, TypeError, "finish must be tensors in the state's structure"),
+        (3, TypeError, "finish must be a function of the state, got 3"),
+    ],
+)
+def test_finish_must_return_the_states_like(finish: Any, error: type[Exception], message: str) -> None:
+    state = {"a": torch.ones(3, 1), "b": torch.ones(3, 2)}
+    with pytest.raises(error, match=message):
+        langevin(lambda s: quadratic(s["a"]), state, 1, step_size=0.1, finish=finish)
+
+
+def test_an_offloaded_trajectory_is_the_same(seed: int) -> None:
+    """On the CPU it is where it was; tests/gpu has the rest."""
+    s = splits(seed)["dict, blocks, schedule"]
+    sampler = Langevin(**s.options)
+    kept, moved = (
+        sampler.sample(s.energy, s.state, 9, seed=seed, thin=2, offload=offload, chunk_size=5, **s.call)
+        for offload in (False, True)
+    )
+    assert same(kept.trajectory, moved.trajectory) and same(kept.state, moved.state)
+    with pytest.raises(ValueError, match="offload moves the trajectory: it needs thin"):
+        sampler.sample(s.energy, s.state, 9, offload=True, **s.call)
+
+
 @pytest.mark.parametrize("bad", [lambda t: t[:1], lambda t: t.double(), lambda t: None])
 def test_a_projection_must_return_its_like(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"project must return a tensor of shape \(2, 3\) and torch.float32"):

@@ -2,19 +2,26 @@
 
 A loop below is what a user has today. It takes its noise with ``torch.randn_like``, as the sampler does with
 ``rng="torch"``, so that both give the same numbers; then every option of the call is taken away in turn, and the result
-must change: no option may be ignored.
+must change: no option may be ignored. Loops with a preset have the constants of the published code written out, and are
+compared with the preset.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mmebm import presets
 from mmebm.samplers import Langevin, langevin
 from mmebm.samplers.schedules import geometric, linear, polynomial, table
 
@@ -37,6 +44,7 @@ class World:
         self.data = self.normal(CHAINS, 16)
         self.mask = torch.rand(CHAINS, 1, 4, 4, generator=self.rng) < 0.4
         self.f_net, self.z_net, self.decoder = self.mlp(16, 1), self.mlp(6, 1), self.mlp(6, 16)
+        self.normed = nn.Sequential(self.f_net[0], nn.BatchNorm1d(24).double(), *self.f_net[1:]).train()
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.rng, dtype=torch.float64)
@@ -50,6 +58,10 @@ class World:
     def f(self, x: Tensor) -> Tensor:
         """An image network: (chains, 1)."""
         return 3 * self.f_net(x.flatten(1))
+
+    def batch_normed(self, x: Tensor) -> Tensor:
+        """An f = -E that keeps chains off the corners of their box."""
+        return 3 * self.normed(x.flatten(1)) - 0.75 * x.flatten(1).square().sum(1, keepdim=True)
 
     def latent(self, z: Tensor) -> Tensor:
         return 3 * self.z_net(z).squeeze(1)
@@ -78,6 +90,7 @@ class Case:
     start: Callable[[World], Any]
     options: dict[str, Any]
     given: Callable[[World], dict[str, Any]]
+    preset: str | None
 
     def call(self, world: World, options: dict[str, Any]) -> list[Tensor]:
         both = {**options, **self.given(world)}
@@ -97,20 +110,29 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 CASES: dict[str, Case] = {}
 
 
+def non_default(sampler: Langevin) -> dict[str, Any]:
+    """The options in which a sampler differs from ``Langevin(step_size)``."""
+    fields = {f.name: (f.default, getattr(sampler, f.name)) for f in dataclasses.fields(sampler)}
+    # of another type: a tensor does not compare with a number
+    return {name: v for name, (default, v) in fields.items() if type(v) is not type(default) or v != default}
+
+
 def published(
     energy: Callable[[World], Callable[..., Any]], start: Callable[[World], Any],
-    given: Callable[[World], dict[str, Any]] = lambda w: {}, **options: Any,
+    given: Callable[[World], dict[str, Any]] = lambda w: {}, preset: Langevin | None = None, **options: Any,
 ) -> Callable[[Callable[[World], Any]], Callable[[World], Any]]:  # fmt: skip
-    """Registers a hand-written loop with the one call that replaces it."""
+    """Registers a hand-written loop with the one call that replaces it. A preset's loop has the preset's name."""
 
     def register(loop: Callable[[World], Any]) -> Callable[[World], Any]:
-        CASES[loop.__name__] = Case(loop, energy, start, options, given)
+        name = loop.__name__
+        chosen = options if preset is None else non_default(preset)
+        CASES[name] = Case(loop, energy, start, chosen, given, None if preset is None else name)
         return loop
 
     return register
 
 
-@published(lambda w: w.f, lambda w: w.image, step_size=1.0, noise_scale=0.01, log_prob=True)
+@published(lambda w: w.f, lambda w: w.image, preset=presets.jem())
 def jem(w: World) -> Tensor:
     """JEM (Grathwohl 2020): x_k.data += sgld_lr * f_prime + sgld_std * randn_like(x_k), f = -E."""
     x = leaf(w.image)
@@ -121,9 +143,8 @@ def jem(w: World) -> Tensor:
 
 
 @published(
-    lambda w: w.f, lambda w: w.unit,
-    step_size=10.0, noise_scale=0.005, noise_at="before", grad_clip=0.01, bounds=(0, 1),
-)  # fmt: skip
+    lambda w: w.f, lambda w: w.unit, preset=presets.igebm()
+)
 def igebm(w: World) -> Tensor:
     """igebm-pytorch: noise, gradient, its clamp, step 10, clamp to the unit interval."""
     x = w.unit
@@ -135,17 +156,27 @@ def igebm(w: World) -> Tensor:
 
 
 @published(
-    lambda w: w.f, lambda w: (1.6 * w.image).clamp(-1, 1), log_prob=True,
-    step_size=10.0, noise_scale=0.05, noise_at="before", clamp_noise=True, grad_clip=0.03, bounds=(-1.0, 1.0),
-)  # fmt: skip
+    lambda w: w.f, lambda w: (1.6 * w.image).clamp(-1, 1), preset=presets.uva()
+)
 def uva(w: World) -> Tensor:
     """UvA deep learning tutorial 8: clamp after the noise and after the step; the energy is -model(x)."""
     x = (1.6 * w.image).clamp(-1, 1)
     for _ in range(STEPS):
-        x = (x + 0.05 * torch.randn_like(x)).clamp(min=-1.0, max=1.0)
+        x = (x + 0.005 * torch.randn_like(x)).clamp(min=-1.0, max=1.0)
         x = leaf(x)
         g = gradient(-w.f(x), x).clamp(-0.03, 0.03)
         x = (x.detach() - 10 * g).clamp(min=-1.0, max=1.0)
+    return x
+
+
+@published(lambda w: w.batch_normed, lambda w: w.image.clamp(-1, 1), preset=presets.sada_jem())
+def sada_jem(w: World) -> Tensor:
+    """SADA-JEM: gradient of f clamped by value, no noise, clamp of the image; batch norm in train mode."""
+    x = w.image.clamp(-1, 1)
+    for _ in range(STEPS):
+        x = leaf(x)
+        g = gradient(w.batch_normed(x), x).clamp(-1, 1)
+        x = (x + 1.0 * g).detach().clamp(-1, 1)
     return x
 
 
@@ -153,8 +184,8 @@ def uva(w: World) -> Tensor:
     lambda w: w.f, lambda w: w.image.clamp(-1, 1), log_prob=True,
     step_size=0.5, noise_scale=0.01, grad_clip=1.0, bounds=(-1, 1),
 )  # fmt: skip
-def sada_jem(w: World) -> Tensor:
-    """SADA-JEM: gradient of f clamped by value, noise, clamp of the image last."""
+def jem_clipped(w: World) -> Tensor:
+    """SADA-JEM with its noise on: gradient of f clamped by value, noise, clamp of the image last."""
     x = w.image.clamp(-1, 1)
     for _ in range(STEPS):
         x = leaf(x)
@@ -163,24 +194,68 @@ def sada_jem(w: World) -> Tensor:
     return x
 
 
-@published(lambda w: w.f, lambda w: w.image, step_size=1.0, noise_scale=0.015)
-def anatomy(w: World) -> Tensor:
+@published(lambda w: w.f, lambda w: 2 * w.unit - 1, preset=presets.short_run())
+def short_run(w: World) -> Tensor:
+    """Short-run MCMC (Nijkamp 2019): from uniform noise, up f, with noise of 0.01."""
+    x = 2 * w.unit - 1
+    for _ in range(STEPS):
+        x = leaf(x)
+        x = x.detach() + gradient(w.f(x), x) + 1e-2 * torch.randn_like(x)
+    return x
+
+
+@published(lambda w: lambda x: 1e-3 * w.f(x), lambda w: w.unit, preset=presets.improved_cd())
+def improved_cd(w: World) -> Tensor:
+    """Improved CD (Du 2021): noise first, step 100, clamp to the unit interval."""
+    x = w.unit
+    for _ in range(STEPS):
+        x = leaf(x + 0.001 * torch.randn_like(x))
+        g = gradient(1e-3 * w.f(x), x)
+        x = (x.detach() - 100.0 * g).clamp(0, 1)
+    return x
+
+
+@published(lambda w: lambda x: 1e-3 * w.f(x), lambda w: w.unit, step_size=100.0, bounds=(0, 1), noise_at="before",
+           noise_scale=presets.improved_cd(STEPS).noise_scale)  # fmt: skip
+def improved_cd_annealed(w: World) -> Tensor:
+    """The same with its noise annealed."""
+    x = w.unit
+    for i in range(STEPS):
+        x = leaf(x + 0.001 * (STEPS - i - 1) / STEPS * torch.randn_like(x))
+        x = (x.detach() - 100.0 * gradient(1e-3 * w.f(x), x)).clamp(0, 1)
+    return x
+
+
+@published(lambda w: w.f, lambda w: w.image, preset=presets.ebm_anatomy())
+def ebm_anatomy(w: World) -> Tensor:
     """ebm-anatomy (Nijkamp 2020): x_s.data += -f_prime + epsilon * randn_like(x_s)."""
     x = leaf(w.image)
     for _ in range(STEPS):
         f_prime = gradient(w.f(x), x)
-        x.data += -f_prime + 0.015 * torch.randn_like(x)
+        x.data += -f_prime + 0.01 * torch.randn_like(x)
     return x.detach()
 
 
-@published(lambda w: w.latent, lambda w: w.z, step_size=0.4**2 / 2, noise_scale=0.4, prior_std=0.8)
-def lebm_prior(w: World) -> Tensor:
-    """Latent-space EBM prior (Pang 2020): z - s^2/2 (dE/dz + z / sigma_p^2) + s xi."""
+@published(lambda w: w.f, lambda w: w.image, preset=presets.dual_mcmc_data())
+def dual_mcmc_data(w: World) -> Tensor:
+    """Dual-MCMC teaching (Cui 2023), images: the step of 0.5 squared and halved, noise of its own."""
+    x = w.image
+    for _ in range(STEPS):
+        x = leaf(x)
+        g = gradient(w.f(x), x)
+        x = x.detach() - 0.5 * 0.5 * 0.5 * g
+        x = x + 0.001 * torch.randn_like(x)
+    return x
+
+
+@published(lambda w: w.latent, lambda w: w.z, preset=presets.latent_ebm_prior())
+def latent_ebm_prior(w: World) -> Tensor:
+    """Latent-space EBM prior (Pang 2020): z - s^2/2 (dE/dz + z / sigma_p^2) + s xi, sigma_p 1."""
     z = w.z
     for _ in range(STEPS):
         z = leaf(z)
         g = gradient(w.latent(z), z)
-        z = z.detach() - 0.5 * 0.4**2 * (g + z.detach() / 0.8**2) + 0.4 * torch.randn_like(z)
+        z = z.detach() - 0.5 * 0.4**2 * (g + z.detach() / 1.0**2) + 0.4 * torch.randn_like(z)
     return z
 
 
@@ -188,10 +263,8 @@ def posterior(w: World) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda z, x: (w.decoder(z) - x).square().sum(1) / (2 * 0.3**2) + w.latent(z)
 
 
-@published(
-    posterior, lambda w: w.z, given=lambda w: {"args": (w.data,)}, step_size=0.1**2 / 2, noise_scale=0.1, prior_std=1.0
-)
-def lebm_posterior(w: World) -> Tensor:
+@published(posterior, lambda w: w.z, given=lambda w: {"args": (w.data,)}, preset=presets.latent_ebm_posterior())
+def latent_ebm_posterior(w: World) -> Tensor:
     """The same paper's posterior: one backward through the generator, another through the energy."""
     z = w.z
     for _ in range(STEPS):
@@ -199,6 +272,20 @@ def lebm_posterior(w: World) -> Tensor:
         likelihood = gradient(((w.decoder(z) - w.data) ** 2).sum(1) / (2 * 0.3**2), z)
         energy = gradient(w.latent(z), z)
         z = z.detach() - 0.5 * 0.1**2 * (likelihood + energy + z.detach()) + 0.1 * torch.randn_like(z)
+    return z
+
+
+@published(
+    lambda w: lambda z, x: (w.decoder(z) - x).square().sum() / 0.3**2, lambda w: w.z,
+    given=lambda w: {"args": (w.data,)}, preset=presets.dual_mcmc_latent(),
+)  # fmt: skip
+def dual_mcmc_latent(w: World) -> Tensor:
+    """Dual-MCMC teaching, latents: the squared error over sigma^2 without its half, and the prior."""
+    z = w.z
+    for _ in range(STEPS):
+        z = leaf(z)
+        g = gradient((w.decoder(z) - w.data).square().sum(), z)
+        z = z.detach() - 0.5 * 0.1 * 0.1 * (g / 0.3 / 0.3 + z.detach()) + 0.1 * torch.randn_like(z)
     return z
 
 
@@ -241,30 +328,31 @@ def vaebm_energy(w: World) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
     return energy
 
 
-@published(vaebm_energy, lambda w: (w.image, w.z), step_size=0.08 / 2, noise_scale=0.08**0.5)
+@published(vaebm_energy, lambda w: (w.image, w.z), preset=presets.vaebm())
 def vaebm(w: World) -> tuple[Tensor, Tensor]:
     """VAEBM (Xiao 2021): noise of the data and of the latent together, eta/2 and sqrt(eta), mean times batch size."""
     eps_x, eps_z = w.image, w.z
     for _ in range(STEPS):
         eps_x, eps_z = leaf(eps_x), leaf(eps_z)
         g_x, g_z = gradient(vaebm_energy(w)((eps_x, eps_z)), eps_x, eps_z)
-        eps_x = eps_x.detach() - 0.04 * g_x + 0.08**0.5 * torch.randn_like(eps_x)
-        eps_z = eps_z.detach() - 0.04 * g_z + 0.08**0.5 * torch.randn_like(eps_z)
+        eps_x = eps_x.detach() - 0.5 * 8e-5 * g_x + 8e-5**0.5 * torch.randn_like(eps_x)
+        eps_z = eps_z.detach() - 0.5 * 8e-5 * g_z + 8e-5**0.5 * torch.randn_like(eps_z)
     return eps_x, eps_z
 
 
-@published(lambda w: w.f, lambda w: w.image, log_prob=True, step_size=0.2**2 / 2, noise_scale=0.2, prior_std=0.9)
+@published(lambda w: w.f, lambda w: 0.02 * w.image, preset=presets.coopnets())
 def coopnets(w: World) -> Tensor:
     """CoopNets (Xie 2018): x - delta^2/2 (x / sigma^2 - df/dx) + delta xi, Gaussian reference."""
-    x = w.image
+    x = 0.02 * w.image
     for _ in range(STEPS):
         x = leaf(x)
         g = gradient(w.f(x), x)
-        x = x.detach() - 0.5 * 0.2**2 * (x.detach() / 0.9**2 - g) + 0.2 * torch.randn_like(x)
+        x = x.detach() - 0.5 * 0.002**2 * (x.detach() / 0.016**2 - g) + 0.002 * torch.randn_like(x)
     return x
 
 
 DRL_STEP = torch.linspace(0.05, 0.4, CHAINS, dtype=torch.float64).reshape(-1, 1, 1, 1)
+DRL_ALPHA = torch.linspace(0.7, 0.99, CHAINS, dtype=torch.float64)
 DRL_LEVEL = torch.linspace(0.2, 0.9, CHAINS, dtype=torch.float64)
 
 
@@ -274,17 +362,17 @@ def recovery(w: World) -> Callable[..., Tensor]:
 
 @published(
     recovery, lambda w: w.image, given=lambda w: {"args": (w.unit,), "kwargs": {"sigma": DRL_LEVEL}},
-    log_prob=True, step_size=DRL_STEP**2 / 2, noise_scale=DRL_STEP,
+    preset=presets.recovery_likelihood(DRL_STEP.flatten(), DRL_ALPHA),
 )  # fmt: skip
-def drl(w: World) -> Tensor:
-    """Diffusion recovery likelihood (Gao 2021): a step for each sample, (B, 1, 1, 1), by its noise level."""
+def recovery_likelihood(w: World) -> Tensor:
+    """Diffusion recovery likelihood (Gao 2021): a step for each sample, (B, 1, 1, 1), by its noise level; rescaled."""
     y = w.image
     for _ in range(STEPS):
         y = leaf(y)
         log_p = w.f(y).sum() - ((y - w.unit) ** 2 / (2 * DRL_LEVEL.reshape(-1, 1, 1, 1) ** 2)).sum()
         g = gradient(log_p, y)
         y = y.detach() + 0.5 * DRL_STEP**2 * g + DRL_STEP * torch.randn_like(y)
-    return y
+    return y / DRL_ALPHA.reshape(-1, 1, 1, 1)
 
 
 LEVELS = (1.0, 0.6, 0.3)
@@ -300,7 +388,7 @@ def score(w: World) -> Callable[[Tensor, float], Tensor]:
     score, lambda w: w.image, given=lambda w: {"args": (table(SIGMAS),), "score": True},
     step_size=table([0.02 * (sigma / LEVELS[-1]) ** 2 for sigma in SIGMAS]), temperature=0.7,
 )  # fmt: skip
-def ncsn(w: World) -> Tensor:
+def ncsn_tempered(w: World) -> Tensor:
     """NCSN (Song 2019): x + a_i s(x, sigma_i) + sqrt(2 a_i) xi over annealed levels; tempered, to use that too."""
     x = w.image
     for sigma, n in zip(LEVELS, PER_LEVEL, strict=True):
@@ -310,19 +398,48 @@ def ncsn(w: World) -> Tensor:
     return x
 
 
+@published(
+    score, lambda w: w.image, given=lambda w: {"args": (presets.levels((1.0, 0.5), 4),)},
+    preset=presets.ncsn((1.0, 0.5), steps_each=4, epsilon=0.02),
+)  # fmt: skip
+def ncsn(w: World) -> Tensor:
+    """NCSN in its own form: levels, and steps at each; here the second level's last step is beyond the end."""
+    x = w.image
+    for sigma in (1.0, 0.5):
+        size = 0.02 * (sigma / 0.5) ** 2
+        for _ in range(4 if sigma == 1.0 else 3):
+            x = x + size * score(w)(x, sigma) + torch.randn_like(x) * (size * 2) ** 0.5
+    return x
+
+
 LOW = torch.tensor([-1.0, -0.5, -0.7, -0.2, -0.9, -0.6], dtype=torch.float64)
 HIGH = torch.tensor([0.4, 0.6, 1.0, 0.5, 0.3, 0.8], dtype=torch.float64)
+
+
+@published(lambda w: w.latent, lambda w: w.z, preset=presets.ibc(LOW, HIGH, STEPS))
+def ibc(w: World) -> Tensor:
+    """Implicit BC (Florence 2021): the noise inside a clipped increment, a box for each action dimension, decay.
+
+    There lr (g / 2 + N(0, 1)) is subtracted; the sign of the noise is immaterial and here the sampler's.
+    """
+    action = w.z
+    for k in range(STEPS):
+        lr = (0.1 - 1e-5) * (1 - k / (STEPS - 1)) ** 2 + 1e-5
+        action = leaf(action)
+        g = gradient(w.latent(action), action)
+        delta = lr * (0.5 * g - torch.randn_like(action))
+        limit = 0.1 * 0.5 * (HIGH - LOW)
+        delta = torch.max(torch.min(delta, limit), -limit)
+        action = torch.max(torch.min(action.detach() - delta, HIGH), LOW)
+    return action
 
 
 @published(
     lambda w: w.latent, lambda w: w.z, bounds=(LOW, HIGH), max_update=0.1 * (HIGH - LOW) / 2, grad_clip=0.2,
     step_size=polynomial(0.25, 0.01, STEPS, power=2.0), noise_scale=polynomial(0.05, 0.002, STEPS, power=2.0),
 )  # fmt: skip
-def implicit_bc(w: World) -> Tensor:
-    """Implicit BC (Florence 2021): the noise inside a clipped increment, a box for each action dimension, decay.
-
-    There lr (g / 2 + N(0, s)) is subtracted; the sign of the noise is immaterial and here the sampler's.
-    """
+def ibc_clipped(w: World) -> Tensor:
+    """The same with other constants and its gradient clipped."""
     action, s = w.z, 0.1
     for k in range(STEPS):
         lr = (0.5 - 0.02) * (1 - k / (STEPS - 1)) ** 2 + 0.02
@@ -357,15 +474,29 @@ def to_sphere(z: Tensor) -> Tensor:
     return z / z.norm(dim=1, keepdim=True)
 
 
-@published(lambda w: w.latent, lambda w: to_sphere(w.z), step_size=0.2, noise_scale=0.1, project=to_sphere)
-def nae_sphere(w: World) -> Tensor:
+@published(lambda w: w.latent, lambda w: to_sphere(w.z), preset=presets.nae())
+def nae(w: World) -> Tensor:
     """The same paper's latent chain: projected to the unit sphere after every step."""
     z = w.z / w.z.pow(2).sum(1, keepdim=True).sqrt()
     for _ in range(STEPS):
         z = leaf(z)
-        z = z.detach() - 0.2 * gradient(w.latent(z), z) + 0.1 * torch.randn_like(z)
+        z = z.detach() - 0.2 * gradient(w.latent(z), z) + 0.05 * torch.randn_like(z)
         z = z / z.pow(2).sum(1, keepdim=True).sqrt()
     return z
+
+
+@published(lambda w: w.f, lambda w: w.unit.flatten(1), preset=presets.nae_data())
+def nae_data(w: World) -> Tensor:
+    """The same paper's data chain, on vectors: gradient norm limited, annealed noise, clamp."""
+    x, noise = w.unit.flatten(1), 0.05
+    for i in range(STEPS):
+        x = leaf(x)
+        g = gradient(w.f(x), x)
+        norm = g.norm(dim=-1, keepdim=True)
+        g = torch.where(norm > 0.01, g * 0.01 / norm, g)
+        x = (x.detach() - 10.0 * g + noise * torch.randn_like(x)).clamp(0, 1)
+        noise = 0.05 / (1 + i)
+    return x
 
 
 @published(
@@ -386,18 +517,33 @@ def igebm_tensorflow(w: World) -> Tensor:
 EPSILON = torch.linspace(0.0, 0.5, CHAINS, dtype=torch.float64)
 
 
-@published(
-    lambda w: w.bowl, lambda w: w.image.clamp(-1, 1), step_size=0.1, noise_scale=(2 * 0.1 * EPSILON).sqrt(),
-    bounds=(-1.0, 1.0), bounds_at="end",
-)  # fmt: skip
+@published(lambda w: w.bowl, lambda w: 1.5 * w.image.clamp(-1, 1), preset=presets.energy_matching(EPSILON))
 def energy_matching(w: World) -> Tensor:
     """Energy matching (Balcerak 2025): a temperature for each sample, clamp only at the end."""
-    x = w.image.clamp(-1, 1)
+    x = 1.5 * w.image.clamp(-1, 1)
     for _ in range(STEPS):
         x = leaf(x)
-        noise = (2 * 0.1 * EPSILON).sqrt().reshape(-1, 1, 1, 1) * torch.randn_like(x)
-        x = x.detach() - 0.1 * gradient(w.bowl(x), x) + noise
+        noise = (2 * 0.01 * EPSILON).sqrt().reshape(-1, 1, 1, 1) * torch.randn_like(x)
+        x = x.detach() - 0.01 * gradient(w.bowl(x), x) + noise
     return x.clamp(-1, 1)
+
+
+@published(
+    lambda w: lambda state: w.pair(state["z"], state["r"]) / 1e-3, lambda w: {"z": w.z, "r": w.image},
+    given=lambda w: {"blocks": ("z", "r")}, preset=presets.hat_ebm(),
+)  # fmt: skip
+def hat_ebm(w: World) -> list[Tensor]:
+    """HAT-EBM (Hill 2022): latent, then residual at the new latent; only the residual's gradient is clipped."""
+    z, r = w.z, w.image
+    for _ in range(STEPS):
+        z = leaf(z)
+        z = z.detach() - (5e-3**2 / 2) * gradient(w.pair(z, r) / 1e-3, z) + 5e-3 * torch.randn_like(z)
+        r = leaf(r)
+        g = gradient(w.pair(z, r) / 1e-3, r)
+        norm = g.reshape(CHAINS, -1).norm(dim=1).reshape(-1, 1, 1, 1)
+        g = torch.where(norm > 2.5, g * 2.5 / norm, g)
+        r = r.detach() - (1e-4**2 / 2) * g + 1e-4 * torch.randn_like(r)
+    return [z, r]
 
 
 @published(
@@ -406,7 +552,7 @@ def energy_matching(w: World) -> Tensor:
     grad_norm_clip={"r": 0.5}, prior_std={"z": 1.0},
 )  # fmt: skip
 def hat_blocks(w: World) -> list[Tensor]:
-    """HAT-EBM (Hill 2022): latent, then residual at the new latent; only the residual's gradient is clipped."""
+    """The same with large steps and a Gaussian prior of the latent."""
     z, r = w.z, w.image
     for _ in range(STEPS):
         z = leaf(z)
@@ -421,9 +567,7 @@ def hat_blocks(w: World) -> list[Tensor]:
 IRED_STEP = torch.linspace(1.7, 2.4, CHAINS, dtype=torch.float64)
 
 
-@published(
-    lambda w: w.bowl, lambda w: w.image, step_size=IRED_STEP, noise_scale=0.0, bounds=(-1.5, 1.5), accept="descent"
-)
+@published(lambda w: w.bowl, lambda w: w.image, preset=presets.ired(IRED_STEP, 1.5))
 def ired(w: World) -> Tensor:
     """IRED (Du 2024): a gradient step clamped to the level's range, taken only where the energy falls."""
     x = w.image
@@ -436,15 +580,25 @@ def ired(w: World) -> Tensor:
     return x
 
 
-@published(lambda w: w.f, lambda w: w.image, given=lambda w: {"observed": w.mask}, step_size=0.1, grad_clip=1.0)
-def masked(w: World) -> Tensor:
+@published(lambda w: w.f, lambda w: w.image, given=lambda w: {"observed": w.mask}, preset=presets.masked_multimodal())
+def masked_multimodal(w: World) -> Tensor:
     """GNN-MRF: observed elements keep their value; gradient clipped by value, eta and sqrt(2 eta)."""
     x = w.image
     for _ in range(STEPS):
         x = leaf(x)
         g = gradient(w.f(x), x).clamp(-1, 1)
-        new = x.detach() - 0.1 * g + (2 * 0.1) ** 0.5 * torch.randn_like(x)
+        new = x.detach() - 0.01 * g + (2 * 0.01) ** 0.5 * torch.randn_like(x)
         x = torch.where(w.mask, w.image, new)
+    return x
+
+
+@published(lambda w: w.f, lambda w: w.image, preset=presets.lsd(STEPS))
+def lsd(w: World) -> Tensor:
+    """LSD (Grathwohl 2020): up f, the step decayed in equal ratios to the noise's scale."""
+    x = w.image
+    for lr in torch.logspace(0, -2, STEPS, dtype=torch.float64).tolist():
+        x = leaf(x)
+        x = x.detach() + lr * gradient(w.f(x), x) + torch.randn_like(x) * 0.01
     return x
 
 
@@ -452,14 +606,42 @@ def masked(w: World) -> Tensor:
     lambda w: w.f, lambda w: w.image, log_prob=True, step_size=geometric(0.5, 0.05, STEPS),
     noise_scale=linear(0.1, 0.0, STEPS), prior_std=2.0,
 )  # fmt: skip
-def lsd(w: World) -> Tensor:
-    """LSD (Grathwohl 2020) and improved CD: step decayed in equal ratios, noise linearly to nothing, Gaussian base."""
+def decayed(w: World) -> Tensor:
+    """Step decayed in equal ratios, noise linearly to nothing, Gaussian base."""
     x = w.image
     for k in range(STEPS):
         x = leaf(x)
         lr = 0.5 * (0.05 / 0.5) ** (k / (STEPS - 1))
         g = gradient(w.f(x) - x.flatten(1).square().sum(1, keepdim=True) / (2 * 2.0**2), x)
         x = x.detach() + lr * g + 0.1 * (1 - k / (STEPS - 1)) * torch.randn_like(x)
+    return x
+
+
+@published(
+    lambda w: lambda x: w.bowl(x) / 0.7, lambda w: w.image, step_size=0.3, grad_norm_clip=4.0, prior_std=1.5,
+    accept="metropolis",
+)  # fmt: skip
+def mala(w: World) -> Tensor:
+    """Metropolis-adjusted Langevin, two gradients for each step, as most write it."""
+
+    def log_target(x: Tensor) -> Tensor:
+        return -w.bowl(x) / 0.7 - x.flatten(1).square().sum(1) / (2 * 1.5**2)
+
+    def mean(x: Tensor) -> Tensor:
+        x = leaf(x)
+        g = gradient(w.bowl(x) / 0.7, x)
+        g = g * (4.0 / g.flatten(1).norm(dim=1)).clamp(max=1.0).reshape(-1, 1, 1, 1)
+        return x.detach() - 0.3 * (g + x.detach() / 1.5**2)
+
+    def log_q(to: Tensor, x: Tensor) -> Tensor:
+        return -(to - mean(x)).flatten(1).square().sum(1) / (4 * 0.3)
+
+    x = w.image
+    for _ in range(STEPS):
+        y = mean(x) + (2 * 0.3) ** 0.5 * torch.randn_like(x)
+        ratio = (log_target(y) + log_q(x, y) - log_target(x) - log_q(y, x)).detach()
+        accept = torch.rand(CHAINS, dtype=torch.float64) < ratio.exp()
+        x = torch.where(accept.reshape(-1, 1, 1, 1), y, x)
     return x
 
 
@@ -490,7 +672,9 @@ def test_every_option_matters(name: str, option: str, seed: int) -> None:
     # a step size cannot go, and without a noise scale the tied conventions would stay as they are
     if option == "step_size":
         fewer["step_size"] = 0.37
-    elif option == "noise_scale" and name != "ired":
+    elif option == "noise_scale" and isinstance(scale := case.options[option], float) and scale == 0.0:
+        pass
+    elif option == "noise_scale":
         fewer["noise_scale"] = 0.0
     torch.manual_seed(seed)
     whole = case.call(world, case.options)
@@ -552,3 +736,72 @@ def test_all_steps_differentiable_reach_state_step_size_and_parameters(seed: int
     for a, b in zip(grads, expected, strict=True):
         assert float(b.abs().max()) > 1e-3  # least seen 0.6 over 200 seeds
         assert float((a - b).abs().max() / b.abs().max()) < EXACT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The presets
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "replace-your-loop.md"
+WITH_PRESET = [name for name, case in CASES.items() if case.preset]
+
+
+def test_every_preset_has_its_loop() -> None:
+    made = {name for name in vars(presets) if inspect.isfunction(vars(presets)[name]) and name[0] != "_"}
+    assert set(WITH_PRESET) == set(presets.__all__) == made - {"levels"}
+
+
+def row(name: str) -> list[str]:
+    """The cells of a preset's row: what the callable gives, steps, temperature, arguments, lines."""
+    found = re.search(rf"^\| `{name}\(.*?\)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    assert found is not None, f"{PAGE.name} has no row for {name}"
+    return [cell.strip() for cell in found.group(1).split("|")]
+
+
+def lines(loop: Callable[..., Any]) -> int:
+    """The statements' lines of a loop below: without signature, docstring, first and last line."""
+    body = inspect.getsource(loop).split('"""')[2]
+    return len([line for line in body.splitlines() if line.strip()]) - 2
+
+
+@pytest.mark.parametrize("name", WITH_PRESET)
+def test_the_page_and_the_docstring_say_the_same(name: str) -> None:
+    gives, steps, _, _, length = row(name)
+    assert int(length) == lines(CASES[name].loop)
+    document = getattr(presets, name).__doc__
+    assert re.search(r"\bT (\d|epsilon|eta)", document) and "Start: " in document
+    # NCSN's are so many a level, those of energy matching depend on the data
+    if name not in ("ncsn", "energy_matching"):
+        assert re.search(rf"Steps\s+{steps.split()[0]}\b", document)
+    assert CASES[name].options.get("log_prob", False) == (gives in ("f = -E", "log p"))
+
+
+TEMPERATURES = {
+    "jem": 5e-5, "short_run": 5e-5, "sada_jem": 0.0, "igebm": 1.25e-6, "uva": 1.25e-6, "improved_cd": 5e-9,
+    "ebm_anatomy": 5e-5, "dual_mcmc_data": 4e-6, "lsd": 5e-5, "coopnets": 1.0, "latent_ebm_prior": 1.0,
+    "latent_ebm_posterior": 1.0, "dual_mcmc_latent": 1.0, "vaebm": 1.0, "masked_multimodal": 1.0, "nae": 6.25e-3,
+    "nae_data": 1.25e-4, "energy_matching": 0.01, "ncsn": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPERATURES)
+def test_implied_temperatures_are_the_documented_ones(name: str) -> None:
+    sampler = getattr(presets, name)()
+    assert sampler.implied_temperature == pytest.approx(TEMPERATURES[name])
+    stated = re.search(r"\bT (\d[\d.e-]*\d|\d)", getattr(presets, name).__doc__)
+    if name != "energy_matching":
+        assert float(row(name)[2].split()[0].rstrip(",")) == pytest.approx(TEMPERATURES[name])
+        assert stated is not None and float(stated.group(1)) == pytest.approx(TEMPERATURES[name])
+    assert pickle.loads(pickle.dumps(sampler)).implied_temperature == sampler.implied_temperature
+
+
+@pytest.mark.parametrize("name", WITH_PRESET)
+def test_keywords_change_a_preset(name: str) -> None:
+    needed = {"recovery_likelihood": (0.1,), "ibc": (-1.0, 1.0), "ired": (0.1, 1.0)}.get(name, ())
+    preset = getattr(presets, name)
+    changes = {"max_update": 0.5, "backend": "torch"}
+    changed = non_default(preset(*needed, **changes))
+    assert changed.keys() == {*non_default(preset(*needed)), *changes}
+    assert changes.items() <= {name: changed[name] for name in changes}.items()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stepsize'"):
+        preset(*needed, stepsize=0.1)
