@@ -237,15 +237,18 @@ class Identity:
         self.both(f.__code__)
         self.add(f.__defaults__, depth + 1)
         self.add(f.__kwdefaults__, depth + 1)
+        self._closure(f, depth)
+        self._globals(f, depth)
+        if f.__dict__:
+            self.add(f.__dict__, depth + 1)
+
+    def _closure(self, f: types.FunctionType, depth: int) -> None:
         for cell in f.__closure__ or ():
             try:
                 content = cell.cell_contents
             except ValueError:  # a cell that is not filled yet
                 continue
             self.add(content, depth + 1)
-        self._globals(f, depth)
-        if f.__dict__:
-            self.add(f.__dict__, depth + 1)
 
     def _globals(self, f: types.FunctionType, depth: int) -> None:
         if _library(f) or (f.__module__ or "").partition(".")[0] == "mmebm":
@@ -257,7 +260,7 @@ class Identity:
                     self.add(value, depth + 1)
 
     def _class(self, owner: type, depth: int) -> None:
-        """The globals that the methods of a user's class name, and the numbers and tensors in the class."""
+        """What the methods of a user's class close over and the globals they name; numbers and tensors in the class."""
         for base in owner.__mro__:
             if _library(base) or base.__module__.partition(".")[0] in ("mmebm", "builtins", *_OPAQUE):
                 continue
@@ -268,6 +271,7 @@ class Identity:
             if depth > _MAX_DEPTH:
                 continue
             for f in _methods_of(base):
+                self._closure(f, depth)
                 self._globals(f, depth)
 
     def _object(self, item: Any, depth: int) -> None:

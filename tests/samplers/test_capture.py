@@ -25,6 +25,8 @@ import mmebm
 from mmebm import BackendError, Langevin, Samples, schedules
 from mmebm.samplers import capture
 from mmebm.samplers.capture import CannotCapture, Engine, _brief
+from mmebm.training.config import ChainConfig, Config, ModelConfig
+from mmebm.training.system import System
 
 
 class _Record(TorchDispatchMode):
@@ -340,6 +342,16 @@ def test_what_the_code_sees_is_part_of_the_key(tape: Tape, seed: int, monkeypatc
     assert [run(lambda x, b=b: b * quartic(x)) for b in (1.0, 1.0, 2.0)] == [5, 5, 6]
     assert run(lambda x, b=1.0: b * quartic(x) + 1) == 7
 
+    def closing(power: float) -> Callable[[Tensor], Tensor]:
+        class Power:
+            def __call__(self, x: Tensor) -> Tensor:
+                return quartic(x) ** power
+
+        return Power()
+
+    first, second = closing(1.5), closing(2.0)
+    assert [run(first), run(second), run(first)] == [8, 9, 9]
+
 
 @pytest.mark.parametrize("change", ["training", "hook", "flag"])
 def test_modules_as_they_are(change: str, tape: Tape, seed: int) -> None:
@@ -352,7 +364,7 @@ def test_modules_as_they_are(change: str, tape: Tape, seed: int) -> None:
     if change == "training":
         energy.train()
     elif change == "hook":
-        inner.layer.register_forward_hook(lambda m, args, out: torch.mul(out, 2))
+        inner.layer.register_forward_hook(lambda *called: torch.mul(called[-1], 2))
     else:
         inner.norm.eps = 0.5
     out = s.sample(energy, x0(seed), 3, seed=seed)
@@ -644,6 +656,39 @@ def test_several_threads(tape: Tape, seed: int) -> None:
     for states, right in zip(found, wanted, strict=True):
         assert len(states) == 5 and all(torch.equal(state, right) for state in states)
     assert tape.captures == 1
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_an_iteration_of_training(net: Any, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The data chain twice and the latent chain, other batches, weights and latent steps: a graph for each of the two,
+    and in the end the weights of the loop."""
+    shapes = {"image": (1, 8, 8), "word": (4,)}
+    model = ModelConfig(latent=3, net=net, generator_width=4, inference_width=4, energy_width=8, energy_trunk_width=4,
+                        energy_features=8)  # fmt: skip
+    config = Config("test", model=model, backend="torch", data_chain=ChainConfig(steps=3, step=0.3, noise=0.01),
+                    latent_chain=ChainConfig(steps=2, step="auto"), batch=5)  # fmt: skip
+    found, tape, keep = [], Tape(), []
+    for backend in (capture.CudaBackend(), tape):
+        monkeypatch.setattr(capture, "_engine", Engine(backend))
+        torch.manual_seed(seed)
+        system = System(config, shapes)
+        optimiser = torch.optim.Adam(system.parameters(), lr=1e-2)
+        for i in range(5):
+            # with a gradient of their own, so that the likelihood is plain PyTorch: on the CPU its op reads a value
+            x = {name: torch.randn(5, *shape).requires_grad_() for name, shape in shapes.items()}
+            keep.append(x)  # so that no address comes back
+            system.latent_step.fill_(0.1 / (i + 1))
+            z = system.revise_latent(torch.randn(5, 3), x, seed=i)
+            fake = system.revise_data(system.generate(5, seed=i), seed=i)
+            again = system.revise_data(system.generate(5, seed=i + 1), seed=i)
+            loss = system.energy(x).mean() - system.energy(fake.state).mean() - system.energy(again.state).mean()
+            loss = loss + system.generator.negative_log_likelihood(x, z.state).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        found.append([p.clone() for p in system.parameters()])
+    assert tape.captures == 2 and [g.replays for g in mmebm.capture.graphs()] == [4, 9]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_inside_another_capture(tape: Tape, seed: int) -> None:
