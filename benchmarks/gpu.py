@@ -8,7 +8,8 @@ in, g in, x out). Times are medians, with the 20th and 80th percentile, of CUDA 
 enough to hide the clock of the events; the first batches warm the device up and are dropped; the candidates take
 turns, so that a slow change of the clocks meets all of them. The time a call takes on the host (nothing waited for)
 and the first call (compilation) stand beside them. A candidate that gives a wrong result is reported with the error
-instead of a time. Last comes a whole chain on a convolutional energy: by hand, in the library's loop, and captured.
+instead of a time. Last come whole chains: on a convolutional energy by hand, in the library's loop, and captured; and
+that of a latent prior, eager, compiled and in one Triton launch, each also as a replayed graph.
 
 Writes one JSON file with the device, driver, versions and commit.
 """
@@ -24,17 +25,22 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 import triton
 
 from mmebm import Langevin, Samples
+from mmebm.kernels import langevin_mlp as mlp_room
 from mmebm.kernels.langevin_step import TritonStepper
 from mmebm.models import JointEnergy
+from mmebm.ops.langevin_mlp import MlpChain, Precision, constants_of
+from mmebm.ops.langevin_mlp import run as run_in
 from mmebm.ops.langevin_step import CudaStepper, StepOptions, TorchStepper
 from mmebm.ops.params import StepParams
+from mmebm.ops.terms import Scalar, Stack
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")
@@ -301,6 +307,64 @@ class Chain:
         return {**found, "results": {name: summary(t) for name, t in times.items()}}
 
 
+class LatentChain:
+    """The latent prior's chain, 100 x 64 on 64-200-200-1: what one launch saves over a captured loop of launches."""
+
+    name, steps = "latent prior, 100 x 64 on 64-200-200-1, 60 steps", 60
+    precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        sizes = [64, 200, 200, 1]
+        layers = [torch.nn.Linear(i, o, device=DEVICE).requires_grad_(False) for i, o in pairwise(sizes)]
+        self.net = torch.nn.Sequential(layers[0], torch.nn.SiLU(), layers[1], torch.nn.SiLU(), layers[2])
+        stack = Stack(tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers), "silu")
+        params = [[StepParams(step_size=A, noise_scale=S, prior_std=1.0)]]
+        table = constants_of(params, 100, torch.float32, DEVICE)
+        assert not isinstance(table, str)
+        self.problems = {
+            precision: MlpChain(
+                terms=(Scalar(stack),), widths=(64,), streams=(0,), noisy=(True,), moving=(True,),
+                constants=table[0], present=table[1], seed=1, precision=precision,
+            )
+            for precision in self.precisions
+        }  # fmt: skip
+        self.x = torch.randn(100, 64, device=DEVICE)
+        self.compiled = torch.compile(self.step, dynamic=False)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        grad = torch.func.grad(lambda z: self.net(z).sum())(x)
+        return x - A * (grad + x) + S * torch.randn_like(x)
+
+    def loop(self, step: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = self.x
+        for _ in range(self.steps):
+            x = step(x)
+        return x
+
+    def measure(self, rounds: int) -> dict[str, object]:
+        calls: dict[str, Callable[[], torch.Tensor]] = {
+            "eager": lambda: self.loop(self.step), "torch.compile": lambda: self.loop(self.compiled),
+        }  # fmt: skip
+        found: dict[str, object] = {}
+        wanted = run_in(None, self.problems["fp32"], self.x, 5, 0).x
+        for precision, problem in self.problems.items():
+            off = (mlp_room.run(problem, self.x, 5, 0).x - wanted).abs().max().item()
+            found[f"{precision}, off after 5 steps"] = off
+            if off > (1e-3 if precision == "bf16" else 2e-5):
+                return {**found, "error": f"triton, {precision}, differs from the reference by {off}"}
+            calls[f"triton, {precision}"] = lambda problem=problem: mlp_room.run(problem, self.x, self.steps, 0).x
+        graphs = {f"{name}, in a graph": graphed(call, 1).replay for name, call in calls.items()}
+        timed: dict[str, Callable[[], object]] = {**calls, **graphs}
+        times: dict[str, list[float]] = {name: [] for name in timed}
+        for turn in range(rounds + 3):
+            for name, call in timed.items():
+                t = batch_time(call, 5)
+                if turn >= 3:
+                    times[name].append(t)
+        return {**found, "results": {name: summary(t) for name, t in times.items()}}
+
+
 def table(case: str, found: dict) -> str:
     lines = [f"{case}: {found['elements']:,} elements, {found['bytes'] / 1e6:,.1f} MB moved"]
     for name, r in found["results"].items():
@@ -336,6 +400,8 @@ def main() -> int:
     report["cases"] = cases
     report["chain"] = chain = {"case": Chain.name, **Chain().measure(arguments.rounds)}
     print(json.dumps(chain, indent=1), flush=True)
+    report["latent_chain"] = latent = {"case": LatentChain.name, **LatentChain().measure(arguments.rounds)}
+    print(json.dumps(latent, indent=1), flush=True)
     device = str(report["environment"]["device"]).lower().replace(" ", "-")  # type: ignore[index]
     out = arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{device}-{datetime.now():%Y%m%d-%H%M%S}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
