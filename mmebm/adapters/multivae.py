@@ -5,8 +5,9 @@
     CoherenceEvaluator(model, classifiers, test_data, sampler=sampler).eval()
 
 The energy tilts a Gaussian: with u the latents of the training set brought to mean 0 and deviation 1, all latent
-spaces side by side, p(u) is proportional to exp(-f(u) - |u|^2 / 2). It is trained by maximum likelihood with persistent
-chains; samples are Langevin chains from N(0, I), scaled back.
+spaces side by side, p(u) is proportional to exp(-f(u) - |u|^2 / 2). It is trained by maximum likelihood with short
+chains from N(0, I), and samples are the ends of chains of the same length, scaled back. (With persistent chains in
+training, new chains from N(0, I) ended far outside the data.)
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.energies import MLP
-from mmebm.samplers import initial
-from mmebm.samplers.buffer import ReplayBuffer
 from mmebm.samplers.langevin import Langevin
 
 try:
@@ -44,24 +43,20 @@ class EBMSamplerConfig(BaseSamplerConfig):
 
     Args:
         hidden: width of the energy's two hidden layers.
-        steps: Langevin steps per iteration of ``fit``.
-        sample_steps: Langevin steps from N(0, I) of ``sample``.
+        steps: Langevin steps from N(0, I), in ``fit`` and in ``sample``.
         step_size: of the chains in the whitened latents; the noise is sqrt(2 step_size).
         iterations: of ``fit``.
         batch_size: of ``fit``.
-        learning_rate: of Adam in ``fit``.
-        buffer_size: number of persistent chains.
+        learning_rate: of Adam in ``fit``, where it falls to 0 linearly.
         seed: of the training and of the first call of ``sample``.
     """
 
     hidden: int = 128
-    steps: int = 20
-    sample_steps: int = 200
-    step_size: float = 0.05
+    steps: int = 40
+    step_size: float = 0.02
     iterations: int = 1000
     batch_size: int = 256
     learning_rate: float = 1e-3
-    buffer_size: int = 4096
     seed: int = 0
 
 
@@ -79,8 +74,16 @@ class EBMSampler(BaseSampler):
         self.energy: MLP | None = None
         self._calls = 0
 
-    def _chain(self) -> Langevin:
-        return Langevin(self.sampler_config.step_size, prior_std=1.0)
+    def _short_run(self, energy: MLP, n: int, call: int, *, first_chain: int, chunk: int | None = None) -> Tensor:
+        """The ends (n, latents) of chains that no other ``call``, and no other range of chains, has run."""
+        c = self.sampler_config
+        start = noise.normal(
+            (n, len(self._mean)), seed=c.seed, step=call, stream=noise.stream(0, noise.INITIAL),
+            chain_offset=first_chain, device=self.device,
+        )  # fmt: skip
+        return Langevin(c.step_size, prior_std=1.0).sample(
+            energy, start, c.steps, seed=c.seed, first_step=call * c.steps, chain_offset=first_chain, chunk_size=chunk
+        ).state  # fmt: skip
 
     def fit(self, train_data: Any, **kwargs: Any) -> None:
         """Trains the energy on the latents of ``train_data``, a MultiVae data set.
@@ -96,26 +99,22 @@ class EBMSampler(BaseSampler):
             raise ValueError(f"train_data must hold at least two examples, got {len(z)}")
         self._mean, self._std = z.mean(0), z.std(0).clamp_min(1e-6)
         u = (z - self._mean) / self._std
-        shape = (u.shape[1],)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(c.seed)
             energy = MLP(u.shape[1], (c.hidden, c.hidden)).to(self.device)
-        optimiser = torch.optim.Adam(energy.parameters(), lr=c.learning_rate)
-        buffer = ReplayBuffer(c.buffer_size, initial.normal(shape), device=self.device, seed=c.seed)
+        # without momentum, which would push where the samples no longer are
+        optimiser = torch.optim.Adam(energy.parameters(), lr=c.learning_rate, betas=(0.0, 0.999))
+        decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 1 - k / c.iterations)
         pick = torch.Generator(self.device).manual_seed(c.seed)
-        chain = self._chain()
         for k in range(c.iterations):
             rows = torch.randint(len(u), (c.batch_size,), generator=pick, device=self.device)
-            start, handle = buffer.draw(c.batch_size)
-            fake = chain.sample(energy, start, c.steps, seed=c.seed, first_step=k * c.steps).state
-            buffer.write(handle, fake)
+            fake = self._short_run(energy, c.batch_size, k, first_chain=0)
             real_energy, fake_energy = energy(u[rows]), energy(fake)
-            # the squares keep the energy's level, which the data leave free, near 0
             loss = real_energy.mean() - fake_energy.mean()
-            loss = loss + 1e-3 * (real_energy.square().mean() + fake_energy.square().mean())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            decay.step()
         self.energy = energy.eval().requires_grad_(False)
         self._calls = 0
         self.is_fitted = True
@@ -148,17 +147,9 @@ class EBMSampler(BaseSampler):
         """
         if not self.is_fitted or self.energy is None:
             raise ArithmeticError("the sampler is not fitted: call sampler.fit(train_data) before sampler.sample()")
-        c, width = self.sampler_config, sum(self._sizes.values())
-        # calls are told apart by the steps of their noise; the stream of initial states is another
-        first, tag = self._calls * c.sample_steps, noise.stream(0, noise.INITIAL)
-        start = noise.normal(
-            (n_samples, width), seed=c.seed, step=self._calls, stream=tag, device=self.device
-        )  # fmt: skip
-        # not the chains of the training: these are other chains of the same seed
-        u = self._chain().sample(
-            self.energy, start, c.sample_steps, seed=c.seed, first_step=first, chain_offset=c.batch_size,
-            chunk_size=batch_size,
-        ).state  # fmt: skip
+        # training ran chains below batch_size
+        first = self.sampler_config.batch_size
+        u = self._short_run(self.energy, n_samples, self._calls, first_chain=first, chunk=batch_size)
         self._calls += 1
         parts = dict(zip(self._sizes, (u * self._std + self._mean).split(list(self._sizes.values()), 1), strict=True))
         out = ModelOutput(z=parts.pop(""), one_latent_space=not self._several)

@@ -47,25 +47,27 @@ def test_fits_the_latents(seed, monkeypatch):
     torch.manual_seed(seed)
     net = model()
     two_clusters(net, monkeypatch)
-    sampler = EBMSampler(net, EBMSamplerConfig(seed=seed, iterations=600))
+    sampler = EBMSampler(net, EBMSamplerConfig(seed=seed, iterations=400))
     assert isinstance(sampler, BaseSampler)
     with pytest.raises(ArithmeticError, match="fit"):
         sampler.sample(2)
     sampler.fit(data(2000))
     z = sampler.sample(1000).z
-    # A Gaussian of the same moments has a third of its mass between the clusters. An energy need not be exact:
-    # over 20 seeds .5 to 4 % lay there, and 9 to 35 % at the left (2026-11-22).
+    # A Gaussian of the same moments has a third of its mass between the clusters. A short chain is not exact: over 12
+    # seeds .6 to 2.9 % of it lay there, 16 to 23 % at the left, and the deviation was 1.95 to 2.19, of the data 2.02
+    # (2026-11-22); that is how far apart fits are, and the bounds are some five times as wide.
     between = ((z[:, 0] > 0.3) & (z[:, 0] < 2.7)).float().mean()
     left = (z[:, 0] < 0.3).float().mean()
-    assert between < 0.15
-    assert 0.02 < left < 0.6
+    assert between < 0.12
+    assert 0.08 < left < 0.35
+    assert (z.std(0) - torch.tensor([2.02, 0.3])).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_protocol(several, seed, tmp_path):
     torch.manual_seed(seed)
     net = model(several)
-    config = EBMSamplerConfig(seed=seed, iterations=3, buffer_size=64, batch_size=16, sample_steps=5)
+    config = EBMSamplerConfig(seed=seed, iterations=3, batch_size=16, steps=5)
     sampler = EBMSampler(net, config)
     sampler.fit(data(150))
     before = torch.get_rng_state()
