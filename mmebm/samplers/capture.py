@@ -165,7 +165,8 @@ class CudaBackend:
 
     Warm-up and capture share one side stream per device: libraries make their handles and workspaces per stream, and
     what is made inside a capture would belong to the graph. Calls of other threads (allocations among them) are
-    allowed during a capture.
+    allowed during a capture. Of a capture that failed, torch may keep the memory reserved to the end of the process
+    (https://github.com/pytorch/pytorch/pull/190348): one more reason not to try twice.
     """
 
     def __init__(self) -> None:
@@ -509,11 +510,14 @@ class Engine:
             return reason
         with self._lock:
             self._bury()
-        call = _Call(sampler, p, tensors)
+        try:
+            call = _Call(sampler, p, tensors)
+            key, kind_key = call.keys()
+            kind, full = hash(kind_key), hash(key)
+        except Exception as error:  # objects that raise when they are looked at must not end a chain that would run
+            return f"what the energy holds cannot be told: {_brief(error)}"
         if call.identity.refusal is not None:
             return call.identity.refusal
-        key, kind_key = call.keys()
-        kind = hash(kind_key)
         with self._lock:
             entry = self.entries.get(key)
             if entry is not None:
@@ -521,8 +525,8 @@ class Engine:
             refused = self._refused.get(kind)
             if refused is not None:
                 return refused
-            first = hash(key) not in self._seen
-            self._seen.note(hash(key), True)
+            first = full not in self._seen
+            self._seen.note(full, True)
             used = self._used.get(kind, _Used())
             self._used.note(kind, used)
             used.calls += first
@@ -556,21 +560,26 @@ class Engine:
             self._used.setdefault(kind, _Used()).captures += 1
             self.entries[key] = entry
             self._watch(key, entry, call)
-            while len(self.entries) > cache_size:
+            while len(self.entries) > max(cache_size, 1):
                 self._drop(next(iter(self.entries)))
             return self._replay(key, entry, call, filled=True)
 
     def _capture(self, call: _Call, chain: Chain, kind: int) -> _Entry:
-        static = _Static.like(call)
-        static.fill(call)
-        p, state = static.problem(call)
+        try:
+            static = _Static.like(call)
+            static.fill(call)
+            p, state = static.problem(call)
+            kept = _Kept(call.identity)
+        except torch.cuda.OutOfMemoryError as error:
+            raise CannotCapture(f"no memory for static copies: {_brief(error)}") from error
         short = replace(p, steps=min(_WARM_UP, p.steps))
         generators = call.identity.generators
         host = self.backend.host_random()
         with _uncached_autocast():
-            kept = _Kept(call.identity)
             try:
                 self.backend.warm_up(call.device, lambda: chain(short, state), generators)
+            except torch.cuda.OutOfMemoryError as error:  # beside the copies; alone the chain may fit
+                raise CannotCapture(f"no memory to warm up: {_brief(error)}") from error
             finally:
                 moved = [not _same(a, b) for a, b in zip(host, self.backend.host_random(), strict=True)]
                 self.backend.restore_host_random(host)

@@ -566,6 +566,34 @@ def test_the_users_errors_are_the_loops(tape: Tape, seed: int) -> None:
     check(sampler(), energy, x0(seed), 3, seed=seed)
 
 
+def test_no_memory_for_a_capture(tape: Tape, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop alone may fit where it does not beside its copies."""
+
+    def warm_up(*given: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(tape, "warm_up", warm_up)
+    s = sampler(capture="auto")
+    outs = [s.sample(quartic, x0(seed), 3, seed=seed) for _ in range(3)]
+    assert all("no memory to warm up" in out.info["reason"] for out in outs[1:])
+    same(outs[-1], s.replace(capture=False).sample(quartic, x0(seed), 3, seed=seed))
+
+
+def test_objects_that_do_not_let_themselves_be_looked_at(tape: Tape, seed: int) -> None:
+    """An energy that no key can hold is left to the loop."""
+
+    class Comparable(type):
+        def __eq__(cls, other: object) -> bool:
+            return cls is other
+
+    class Shy(metaclass=Comparable):
+        def __call__(self, x: Tensor) -> Tensor:
+            return quartic(x)
+
+    out = sampler(capture="auto").sample(Shy(), x0(seed), 2)
+    assert "cannot be told: TypeError: unhashable type" in out.info["reason"]
+
+
 def test_least_recently_used_goes_first(tape: Tape, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmebm.capture, "cache_size", 2)
     s = sampler()
