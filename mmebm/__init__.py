@@ -10,11 +10,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mmebm import diagnostics, noise, presets
 from mmebm.backends import BackendError, backends
-from mmebm.samplers import Langevin, ReplayBuffer, Samples, capture, initial, langevin, schedules
+from mmebm.samplers import (
+    HMC,
+    Langevin,
+    ParallelTempering,
+    ReplayBuffer,
+    Samples,
+    Underdamped,
+    capture,
+    initial,
+    langevin,
+    schedules,
+)
 
 __all__ = [
-    "BackendError", "Langevin", "ReplayBuffer", "Samples", "__version__", "backends", "capture", "diagnostics",
-    "initial", "langevin", "noise", "presets", "schedules",
+    "HMC", "BackendError", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped", "__version__",
+    "backends", "capture", "diagnostics", "initial", "langevin", "noise", "presets", "schedules",
 ]  # fmt: skip
 
 try:
