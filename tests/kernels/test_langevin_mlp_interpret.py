@@ -423,6 +423,20 @@ def test_freeze_keeps_the_last_finite_state(noise_at: str, seed: int) -> None:
     assert torch.isfinite(out.energy[:, [0, 1, 3, 4, 6]]).all()
 
 
+@pytest.mark.parametrize("noise_at", ["after", "before"])
+def test_a_frozen_chain_does_not_thaw(noise_at: str, seed: int) -> None:
+    """Chain 4 leaves the finite numbers in the first of three steps; the next ones would be harmless."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.full((18, 1), 0.05)
+    size[4] = torch.inf
+    rows = [[dataclasses.replace(PLAIN, step_size=value)] * 3 for value in (size, 0.05, 0.05)]
+    c = case(generator, rows, noise_at=noise_at, freeze=True)
+    c.steps = 3
+    out = check_chain(c)
+    assert out.frozen.nonzero().flatten().tolist() == [4]
+    assert torch.equal(out.x[4], c.x[4])
+
+
 def test_nan_stays_visible_through_clips_and_bounds(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for params in (ALL, dataclasses.replace(ALL, grad_norm_clip=None), dataclasses.replace(PLAIN, low=-1.0, high=1.0)):
