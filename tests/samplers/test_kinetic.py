@@ -260,7 +260,7 @@ def test_tempering_finds_both_modes_where_langevin_does_not(seed: int) -> None:
 def test_every_rung_has_its_law_and_swaps_as_often_as_it_should(seed: int) -> None:
     """On a Gaussian: energies T A / 2 with independent chi-squares A; an exchange is its own inverse and so is made
     with probability 2 P(it lowers the sum) = 2 P(A / B > T_r+1 / T_r)."""
-    ladder, chains, size = (1.0, 1.3, 2.0, 2.2), 3000, 12
+    ladder, chains, size = (1.0, 1.3, 2.0, 2.2), 15_000, 12
     start = normals(chains, 4, size, seed=seed) * torch.tensor(ladder).sqrt()[:, None]
     out = ParallelTempering(0.1, ladder).sample(
         quadratic, start[:, 0], 2, ladder=start, seed=seed,
