@@ -24,13 +24,14 @@ import traceback
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmebm.native import BackendError
 from mmebm.ops.params import StepParams
@@ -126,16 +127,51 @@ class Backend(Protocol):
 # -- CUDA
 
 
-def _where(error: BaseException) -> str:
-    """The user's line at which ``error`` was raised, as far as it can be told."""
+def _where(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The user's line among ``frames``, as far as it can be told."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    users = [f for f in frames if not f.filename.startswith((*ours, "<"))]
+    return f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
 
 
 def _brief(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200] + _where(error)
+    place = _where(traceback.extract_tb(error.__traceback__))
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200] + place
+
+
+# Operations that wait for the device to tell a number or a size.
+_READS = frozenset(
+    f"aten::{name}" for name in ("_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_dim")
+)
+
+
+class _OnDevice(TorchDispatchMode):
+    """Refuses what waits for the host, before a capture is begun.
+
+    A capture that fails leaves things behind in torch: reserved memory, generators that believe to be captured, before
+    torch 2.12 also an allocator that believes so. It is the last resort, not the test.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CannotCapture(f"the energy {what}{_where(traceback.extract_stack())}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "name", str)().partition(".")[0]
+        if name in _READS and args[0].device == self.device:
+            self._refuse("reads a value on the host")
+        if name == "aten::index" and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
+            self._refuse("selects by a mask, so that a shape depends on values")
+        out = func(*args, **(kwargs or {}))
+        if name in ("aten::_to_copy", "aten::copy_"):
+            places = {t.device for t in (out, *args[:2]) if isinstance(t, Tensor)}
+            if self.device in places and len(places) > 1:
+                self._refuse("copies between the host and the device")
+        return out
 
 
 class CudaGraph:
@@ -216,8 +252,23 @@ class CudaBackend:
                     cause = error
                     raise
         except Exception as error:
+            self._recover(device, generators)
             raise CannotCapture(_brief(cause or error)) from (cause or error)
         return CudaGraph(graph, outputs, device)
+
+    def _recover(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        """A capture that succeeds: generators of one that failed refuse to draw, as they wait for its end."""
+        side = self._stream(device)
+        word = torch.zeros((), device=device)
+        with suppress(RuntimeError):
+            graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            with (
+                torch.cuda.device(device), torch.cuda.stream(side),
+                torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+            ):  # fmt: skip
+                word.add_(1)
 
     def host_random(self) -> tuple[Any, ...]:
         return random.getstate(), torch.get_rng_state()
@@ -576,8 +627,13 @@ class Engine:
         generators = call.identity.generators
         host = self.backend.host_random()
         with _uncached_autocast():
+            def warm_up() -> None:
+                chain(short, state)
+                with _OnDevice(call.device):  # apart: compiled energies run otherwise under a mode
+                    chain(short, state)
+
             try:
-                self.backend.warm_up(call.device, lambda: chain(short, state), generators)
+                self.backend.warm_up(call.device, warm_up, generators)
             except torch.cuda.OutOfMemoryError as error:  # beside the copies; alone the chain may fit
                 raise CannotCapture(f"no memory to warm up: {_brief(error)}") from error
             finally:

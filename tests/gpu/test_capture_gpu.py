@@ -177,13 +177,22 @@ def branch(x: Tensor) -> Tensor:
     return quartic(x) if x.detach().sum() > 0 else 2 * quartic(x)
 
 
+def selecting(x: Tensor) -> Tensor:
+    return quartic(x) + x[x > 0].sum() / 16
+
+
+def waiting(x: Tensor) -> Tensor:
+    torch.cuda.synchronize()  # no operation of torch's, so that only the capture itself finds it
+    return quartic(x)
+
+
 def host_noise(x: Tensor) -> Tensor:
     return quartic(x) * torch.rand(()).item()
 
 
-@pytest.mark.parametrize("energy", [item, from_the_host, branch, host_noise])
+@pytest.mark.parametrize("energy", [item, from_the_host, branch, selecting, waiting, host_noise])
 def test_what_cannot_be_captured(energy: Any, seed: int) -> None:
-    """The reason, the loop's result, the caller's stream as it was, and a GPU that goes on working."""
+    """The reason, the loop's result, the caller's stream as it was, and a GPU and a generator that go on working."""
     with pytest.raises(BackendError, match="capture=True: "):
         sampler().sample(energy, points(seed), 5)
     s, stream = sampler(capture="auto"), torch.cuda.current_stream()
@@ -196,6 +205,7 @@ def test_what_cannot_be_captured(energy: Any, seed: int) -> None:
     torch.manual_seed(seed)
     same(outs[-1], s.replace(capture=False).sample(energy, points(seed), 5, seed=seed))
     assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+    assert torch.rand(64, device=DEVICE).std() > 0
     check(sampler(), quartic, points(seed), 5, seed=seed)
     torch.cuda.synchronize()
 

@@ -476,6 +476,17 @@ def branching(x: Tensor) -> Tensor:
     return quartic(x) * (2.0 if float(x.detach().sum()) > 0 else 1.0)
 
 
+def selecting(x: Tensor) -> Tensor:
+    return quartic(x) + x[x > 0].sum() / 6
+
+
+def restless(x: Tensor) -> Tensor:
+    """Reads a value only while it is recorded: what a warm-up does not show."""
+    if getattr(capture._engine.backend, "recording", False):
+        float(x.detach().sum())
+    return quartic(x)
+
+
 def host_noise(x: Tensor) -> Tensor:
     return quartic(x) * random.random()
 
@@ -483,11 +494,13 @@ def host_noise(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "energy, reason",
     [
-        (branching, "not permitted when stream is capturing (test_capture.py:"),
+        (branching, "the energy reads a value on the host (test_capture.py:"),
+        (selecting, "selects by a mask, so that a shape depends on values (test_capture.py:"),
+        (restless, "not permitted when stream is capturing (test_capture.py:"),
         (host_noise, "random numbers on the host"),
         (Writing(), "writes to a tensor of shape () that it holds"),
     ],
-    ids=["branching", "host noise", "writing"],
+    ids=["branching", "selecting", "restless", "host noise", "writing"],
 )
 def test_falls_back_with_the_reason(energy: Any, reason: str, tape: Tape, seed: int) -> None:
     """The loop runs instead, and the failed attempt is not made again; capture=True raises the reason."""
