@@ -229,6 +229,9 @@ def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor)
             }
             if values["prior_std"] is not None:
                 values["prior_std"] = values["prior_std"] ** -0.5
+            limit = values["grad_norm_clip"]
+            if limit is not None and bool(limit.isinf().all()):  # given in other steps only
+                values["grad_norm_clip"] = None
             for name in ("step_size", "noise_scale"):  # of a tensor that does not move
                 values[name] = 0.0 if values[name] is None else values[name]
             out.append(StepParams(**values))

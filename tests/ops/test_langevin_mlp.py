@@ -702,3 +702,17 @@ def test_entry_names_what_is_wrong(draw: Any) -> None:
         settings = {**SETTINGS, "x": x, "terms": terms, **changes}
         with pytest.raises(error, match=words):
             op.langevin_mlp(settings.pop("x"), settings.pop("terms"), **settings)
+
+
+def test_a_clip_given_in_some_steps_only(seed: int) -> None:
+    """The table says infinity in the others: over the norm's own infinity or not, that is no clip."""
+    torch.manual_seed(seed)
+    terms = [Quadratic(torch.zeros(5), torch.full((5,), 3.0))]
+    params = [[StepParams(0.02, 0.1)], [StepParams(0.02, 0.1, grad_norm_clip=0.5)], [StepParams(0.02, 0.1)]]
+    x = torch.randn(4, 5)
+    chain = make_chain(terms, (5,), 4, seed, params=params)
+    whole = [op.run(module, chain, x, 3, 0).x for module in (None, cpp)]
+    assert torch.isfinite(whole[0]).all()
+    torch.testing.assert_close(whole[1], whole[0], rtol=0, atol=3 * (NORMAL_TOLERANCE + FLOAT_TOLERANCE))
+    unclipped = op.run(None, make_chain(terms, (5,), 4, seed), x, 1, 0).x
+    assert torch.equal(op.run(None, chain.rows(0, 1), x, 1, 0).x, unclipped)
