@@ -218,5 +218,6 @@ def _ess(x: Tensor) -> Tensor:
     used[-1] = 0
     tau = -1.0 + 2.0 * (sums.cummin(dim=0).values * used).sum(0)
     end = used.sum(0, keepdim=True)
-    tau = tau + even.gather(0, end).squeeze(0).clamp(min=0.0)
+    first, both = even.gather(0, end).squeeze(0), sums.gather(0, end).squeeze(0)
+    tau = tau + torch.where(both > 0, first, first.clamp(min=0.0))
     return n * chains / tau.clamp(min=1.0 / math.log10(n * chains))
