@@ -97,8 +97,8 @@ class ReplayBuffer:
         dequantise: add uniform noise within a uint8 bin at each draw; False gives the middle of the bin.
         transform: ``transform(state, generator) -> state`` applied to stored states when they are drawn, not to fresh
             ones: augmentation.
-        storage: "device", or "host" or "pinned" memory, for buffers that do not fit; those two wait for the device once
-            a ``write``.
+        storage: "device", or "host" or "pinned" memory, for buffers that do not fit; those two wait for the device in
+            ``write``, and in ``draw`` for labels that are on it.
         device: where states are drawn to, "cpu" by default.
         seed: 64-bit int; None draws one from torch's CPU generator.
 

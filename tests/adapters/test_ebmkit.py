@@ -12,7 +12,7 @@ ebm = pytest.importorskip("ebm", reason="ebmkit is not installed (pip install 'm
 
 from mmebm.adapters.ebmkit import LangevinDynamics  # noqa: E402
 
-# float64 in another order of operations; worst seen 6e-16 over 100 seeds of the cases here (Zen 4, 2026-11-22)
+# float64 in another order of operations; worst seen 6e-16 over 100 seeds of the cases here (Xeon, 2026-11-22)
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 

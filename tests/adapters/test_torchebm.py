@@ -23,7 +23,7 @@ from torchebm.core import (  # noqa: E402
 
 from mmebm.adapters.torchebm import LangevinDynamics  # noqa: E402
 
-# float64 in another order of operations; worst seen 6e-16 over 100 seeds of the cases here (Zen 4, 2026-11-22)
+# float64 in another order of operations; worst seen 6e-16 over 100 seeds of the cases here (Xeon, 2026-11-22)
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
