@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "bind_langevin_mlp_cuda.h"
 #include "bind_langevin_step_cuda.h"
 #include "cuda/noise.h"
 
@@ -75,4 +76,5 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("chain_offset"));
 
   bind_langevin_step(m);
+  bind_langevin_mlp(m);
 }
