@@ -12,6 +12,7 @@ from mmebm import diagnostics, noise, presets
 from mmebm.backends import BackendError, backends
 from mmebm.samplers import (
     HMC,
+    MALA,
     Langevin,
     ParallelTempering,
     ReplayBuffer,
@@ -24,8 +25,8 @@ from mmebm.samplers import (
 )
 
 __all__ = [
-    "HMC", "BackendError", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped", "__version__",
-    "backends", "capture", "diagnostics", "initial", "langevin", "noise", "presets", "schedules",
+    "HMC", "MALA", "BackendError", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped",
+    "__version__", "backends", "capture", "diagnostics", "initial", "langevin", "noise", "presets", "schedules",
 ]  # fmt: skip
 
 try:

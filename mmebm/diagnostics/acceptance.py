@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmebm.samplers.call import resolve, running
 from mmebm.samplers.gradient import one_per_chain
-from mmebm.samplers.langevin import Langevin, _params
+from mmebm.samplers.langevin import Langevin
 from mmebm.samplers.metropolis import log_ratio, refusal
+from mmebm.samplers.problem import params_of
 from mmebm.state import State, check_setting
 
 
@@ -82,7 +83,7 @@ def mala_acceptance(
     with running(call, sampler.mode, log_prob=sampler.log_prob) as target:
         if not call.chains:
             return torch.ones(0, dtype=call.tensors[0].dtype, device=call.device)
-        params = _params(step, call.keys, call.tensors, call.first_step, 1)[0][0]
+        params = params_of(step, call.keys, call.tensors, call.first_step, 1)[0][0]
         x = [t.detach().clone() for t in call.tensors]
         y = [part.clone() for part in call.parts("state", after)]
         (e, g), (e_new, g_new) = target(x, 0), target(y, 0)

@@ -3,11 +3,11 @@
 from mmebm.samplers import capture, initial, schedules
 from mmebm.samplers.buffer import ReplayBuffer
 from mmebm.samplers.hmc import HMC
-from mmebm.samplers.langevin import Langevin, Samples, langevin
+from mmebm.samplers.langevin import MALA, Langevin, Samples, langevin
 from mmebm.samplers.tempering import ParallelTempering
 from mmebm.samplers.underdamped import Underdamped
 
 __all__ = [
-    "HMC", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped", "capture", "initial", "langevin",
-    "schedules",
+    "HMC", "MALA", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped", "capture", "initial",
+    "langevin", "schedules",
 ]  # fmt: skip

@@ -14,8 +14,8 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.reference.langevin_step import per_chain
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.langevin import Samples, _calls, _check_writable, _counter, _leaves
 from mmebm.samplers.modes import Mode, modules_of, sampling
+from mmebm.samplers.schedules import Schedule
 from mmebm.state import (
     Key,
     State,
@@ -30,6 +30,90 @@ from mmebm.state import (
 
 Numbers = Mapping[str, Mapping[str, Any]]
 Value = float | Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a chain returns. Nothing here has synchronised with the device.
+
+    Attributes:
+        state: the final state, in the structure that was given, detached unless ``differentiable``.
+        trace: per recorded quantity a tensor (steps, chains), or (steps,) for the energy where it returns a scalar; see
+            ``record`` in :meth:`Langevin.sample`.
+        trajectory: with ``thin=t`` the states after steps t, 2t, ...: the given structure of (steps // t, chains, ...).
+        info: seed, steps, first_step, next_step (where a restart goes on), backend, op ("langevin_mlp" for the whole
+            chain in one call, "langevin_graph" for a captured graph of all steps, "langevin_step" for a step at a time)
+            and the reason for both, and ``nonfinite``, a boolean (chains,) tensor: chains that hold an inf or NaN, or
+            were frozen for it.
+    """
+
+    state: Any
+    trace: dict[str, Tensor]
+    trajectory: Any
+    info: dict[str, Any]
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises a ValueError where ``value`` is not among those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+
+
+def leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    """What a setting holds, with a name for messages: each entry of a mapping, or itself; None is left out."""
+    if not isinstance(value, Mapping):
+        return [] if value is None else [(name, value)]
+    return [(f"{name}[{key!r}]", leaf) for key, leaf in value.items() if leaf is not None]
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of every tensor in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(part, function) for part in value)
+    if type(value) is dict:
+        return {name: map_tensors(part, function) for name, part in value.items()}
+    return value
+
+
+def counter(name: str, value: Any, low: int, high: int, device: torch.device) -> int | Tensor:
+    """A seed or step: an int in [low, high), or a 1-element integer tensor on ``device``."""
+    if not isinstance(value, Tensor):
+        return integer(name, value, low, high)
+    if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be an int or a 1-element integer tensor, got {value!r:.80}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} but the state is on {device}")
+    return value
+
+
+def check_writable(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
+    """Raises a ValueError where ``inplace`` cannot write a tensor."""
+    for key, t in zip(keys, tensors, strict=True):
+        if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(f"inplace needs memory for every element of state[{key!r}], got an expanded tensor")
+        if t.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"inplace cannot write state[{key!r}] outside inference mode: it was made inside")
+
+
+def calls_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any], first_step: int | Tensor, steps: int
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The energy's further arguments: one entry for all steps or, with schedules among them, one per step."""
+    args, kwargs = map_tensors((args, kwargs), lambda t: t.clone() if t.is_inference() else t)
+    if not any(isinstance(value, Schedule) for value in (*args, *kwargs.values())):
+        return [(args, kwargs)]
+    if isinstance(first_step, Tensor):
+        raise ValueError("first_step must be an int where an argument is a function of the step, got a tensor")
+
+    def at(value: Any, k: int) -> Any:
+        return value(k) if isinstance(value, Schedule) else value
+
+    return [
+        (tuple(at(value, k) for value in args), {name: at(value, k) for name, value in kwargs.items()})
+        for k in range(first_step, first_step + max(steps, 1))
+    ]
 
 
 @dataclass(frozen=True)
@@ -124,10 +208,10 @@ def check_numbers(sampler: Any, numbers: Numbers) -> None:
     """
     for name, allowed in numbers.items():
         value = getattr(sampler, name)
-        leaves = value.values() if isinstance(value, Mapping) else [value]
-        if any(leaf is None for leaf in leaves):
+        given = value.values() if isinstance(value, Mapping) else [value]
+        if any(leaf is None for leaf in given):
             raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}")
-        for label, leaf in _leaves(name, value):
+        for label, leaf in leaves(name, value):
             if not callable(leaf):
                 check_setting(label, leaf, **allowed)
 
@@ -180,7 +264,7 @@ def resolve(
     if isinstance(record, str) or not isinstance(record, Collection) or any(name not in records for name in record):
         raise ValueError(f"record must be a collection of {list(records)}, got {record!r}")
     if inplace:
-        _check_writable(keys, tensors)
+        check_writable(keys, tensors)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if seed is not None and generator is not None:
@@ -190,9 +274,9 @@ def resolve(
         energy=energy, args=tuple(args), kwargs=dict(kwargs or {}), keys=keys, tensors=tensors, build=build,
         masks=masks, moving=[i for i in range(len(keys)) if masks[i] is not True], steps=steps,
         chain_offset=integer("chain_offset", chain_offset, 0, 2**32 - chains + 1),
-        first_step=_counter("first_step", first_step, 0, 2**32 - steps + 1, device),
+        first_step=counter("first_step", first_step, 0, 2**32 - steps + 1, device),
         record=tuple(record), thin=None if thin is None else integer("thin", thin, 1), inplace=inplace,
-        seed=noise.draw_seed(generator) if seed is None else _counter("seed", seed, -(2**63), 2**64, device),
+        seed=noise.draw_seed(generator) if seed is None else counter("seed", seed, -(2**63), 2**64, device),
     )  # fmt: skip
 
 
@@ -205,9 +289,9 @@ def running(
 
     ``each`` is applied to every (args, kwargs) of the energy.
     """
-    # what was made in inference mode cannot be saved by autograd: _calls copies it, and the samplers copy the state
+    # what was made in inference mode cannot be saved by autograd: calls_of copies it, and the samplers copy the state
     with torch.inference_mode(False), torch.no_grad():
-        calls = [each(pair) for pair in _calls(call.args, call.kwargs, call.first_step, call.steps)]
+        calls = [each(pair) for pair in calls_of(call.args, call.kwargs, call.first_step, call.steps)]
         with sampling(modules_of(call.energy, *calls[0]), mode):
             yield Target(
                 call.energy, calls, call.keys, call.build, call.moving, call.masks, log_prob=log_prob, score=score

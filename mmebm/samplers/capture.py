@@ -36,17 +36,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmebm.native import BackendError
 from mmebm.ops.params import StepParams
 from mmebm.reference.langevin_step import widen
-from mmebm.samplers.fused import FusedRun
 from mmebm.samplers.identity import Identity, parts_of
+from mmebm.samplers.problem import Problem, Run
 from mmebm.state import integer
 
 if TYPE_CHECKING:
-    from mmebm.samplers.langevin import Langevin, _Problem
+    from mmebm.samplers.langevin import Langevin
 
 __all__ = ["GraphInfo", "cache_size", "clear", "graphs"]
 
 Capture = Literal["auto", True, False]
-Chain = Callable[["_Problem", list[Tensor]], FusedRun]
+Chain = Callable[[Problem, list[Tensor]], Run]
 
 # At most so many graphs are kept, the least recently used goes first; 0: none is captured. May be set.
 cache_size: int = 8
@@ -315,7 +315,7 @@ def _numerics(device: torch.device) -> tuple[Any, ...]:
 class _Call:
     """One call of a chain, taken apart: ``identity`` of what a graph has baked in, and the values that it has not."""
 
-    def __init__(self, sampler: Langevin, p: _Problem, tensors: list[Tensor]) -> None:
+    def __init__(self, sampler: Langevin, p: Problem, tensors: list[Tensor]) -> None:
         self.sampler, self.problem, self.device = sampler, p, tensors[0].device
         self.rebuild, parts, fixed = parts_of(p.energy)
         self.tree = {"state": tensors, "calls": p.calls, "parts": parts, "masks": p.masks}
@@ -392,7 +392,7 @@ class _Static:
                 else:
                     mine.fill_(_signed64(given))
 
-    def problem(self, call: _Call) -> tuple[_Problem, list[Tensor]]:
+    def problem(self, call: _Call) -> tuple[Problem, list[Tensor]]:
         """The call's chain, with every tensor replaced by a static one."""
         place = {id(t): mine for t, mine in zip(call.identity.inputs, self.inputs, strict=True)}
 
@@ -517,8 +517,8 @@ class Engine:
         self._busy = threading.local()
 
     def run(
-        self, capture: Capture, sampler: Langevin, p: _Problem, tensors: list[Tensor], chain: Chain
-    ) -> FusedRun | str:
+        self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain
+    ) -> Run | str:
         """The chain as a graph, or the reason why it takes the loop.
 
         Args:
@@ -533,7 +533,7 @@ class Engine:
             raise BackendError(f"capture=True: {out}")
         return out
 
-    def _options_reason(self, capture: Capture, sampler: Langevin, p: _Problem, tensors: list[Tensor]) -> str | None:
+    def _options_reason(self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor]) -> str | None:
         if capture is False:
             return "capture=False"
         reason = self.backend.unsupported(tensors[0].device)
@@ -554,8 +554,8 @@ class Engine:
         return None
 
     def _run(
-        self, capture: Capture, sampler: Langevin, p: _Problem, tensors: list[Tensor], chain: Chain
-    ) -> FusedRun | str:
+        self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain
+    ) -> Run | str:
         reason = self._options_reason(capture, sampler, p, tensors)
         if reason is not None:
             return reason
@@ -653,15 +653,15 @@ class Engine:
         info = GraphInfo(p.steps, tuple(tuple(t.shape) for t in state), call.device, 0)
         return _Entry(graph, static, kind, info, [])
 
-    def _replay(self, key: tuple[Any, ...], entry: _Entry, call: _Call, *, filled: bool = False) -> FusedRun:
+    def _replay(self, key: tuple[Any, ...], entry: _Entry, call: _Call, *, filled: bool = False) -> Run:
         """One replay with the call's values; the outputs are copies, as the graph writes to its own again."""
         self.entries.move_to_end(key)
         entry.graph.wait()
         if not filled:
             entry.static.fill(call)
         entry.graph.replay()
-        out: FusedRun = entry.graph.outputs
-        copy = FusedRun(
+        out: Run = entry.graph.outputs
+        copy = Run(
             [t.clone() for t in out.state], {name: t.clone() for name, t in out.trace.items()},
             [t.clone() for t in out.trajectory], None if out.frozen is None else out.frozen.clone(), out.backend,
             out.reason,
@@ -729,7 +729,7 @@ def _same(a: Any, b: Any) -> bool:
 _engine = Engine(CudaBackend())
 
 
-def run(sampler: Langevin, p: _Problem, tensors: list[Tensor], chain: Chain) -> FusedRun | str:
+def run(sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
     """The chain as a graph, or the reason why it takes the loop; see :meth:`Engine.run`."""
     return _engine.run(sampler.capture, sampler, p, tensors, chain)
 

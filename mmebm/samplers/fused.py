@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,26 +14,15 @@ from mmebm.ops import langevin_mlp as op
 from mmebm.ops.params import StepParams
 from mmebm.ops.terms import too_wide
 from mmebm.reference.langevin_step import per_chain
+from mmebm.samplers.problem import Problem, Run
 
 if TYPE_CHECKING:
-    from mmebm.samplers.langevin import Langevin, _Problem
+    from mmebm.samplers.langevin import Langevin
 
 RECORDS = ("energy", "grad_norm")
 
 
-@dataclass(frozen=True)
-class FusedRun:
-    """What a chain in one call returns: as the loop's, tensor by tensor. ``frozen``: bool (chains,), or ``None``."""
-
-    state: list[Tensor]
-    trace: dict[str, Tensor]
-    trajectory: list[Tensor]
-    frozen: Tensor | None
-    backend: str
-    reason: str
-
-
-def _options_reason(sampler: Langevin, p: _Problem, tensors: Sequence[Tensor]) -> str | None:
+def _options_reason(sampler: Langevin, p: Problem, tensors: Sequence[Tensor]) -> str | None:
     """What the options ask for that only the loop does."""
     if sampler.backend == "torch":
         return "backend='torch' is the loop with autograd"
@@ -59,7 +47,7 @@ def _options_reason(sampler: Langevin, p: _Problem, tensors: Sequence[Tensor]) -
     return None
 
 
-def run(sampler: Langevin, p: _Problem, tensors: list[Tensor]) -> FusedRun | str:
+def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     """The chain from ``tensors``, which stay as they are, or the reason why it takes the loop."""
     reason = _options_reason(sampler, p, tensors)
     if reason is not None:
@@ -130,7 +118,7 @@ def run(sampler: Langevin, p: _Problem, tensors: list[Tensor]) -> FusedRun | str
         trajectory = [
             part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
         ]
-    return FusedRun(
+    return Run(
         state, {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}, trajectory, frozen,
         op.name_of(module), why,
     )  # fmt: skip

@@ -41,38 +41,58 @@ class Target:
         """Whether the energy is another one at each step, so that no gradient outlives its step."""
         return len(self.calls) > 1
 
-    def __call__(self, x: Sequence[Tensor], k: int) -> tuple[Tensor | None, list[Tensor]]:
+    def value(self, x: Sequence[Tensor], k: int) -> Tensor:
+        """The energy alone, (chains,) or () as the callable has it, detached."""
+        value = self._call(list(x), k).detach()
+        energy = per_chain(value).sum(1) if value.dim() else value
+        return -energy if self.log_prob else energy
+
+    def __call__(
+        self, x: Sequence[Tensor], k: int, *, moving: Sequence[int] | None = None, create_graph: bool = False,
+        energy: bool = True,
+    ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
         """Energy and gradient at step ``k`` of the run.
 
+        Args:
+            moving: instead of the target's own.
+            create_graph: whether the gradient, and through ``x`` the steps before, can be differentiated.
+            energy: whether the energy is wanted.
+
         Returns:
-            The energy, (chains,) or () as the callable has it, detached, ``None`` for a score; and the gradient of each
-            moving tensor.
+            The energy, (chains,) or () as the callable has it, detached, ``None`` for a score or where not wanted; and
+            the gradient of each moving tensor.
 
         Raises:
             TypeError, ValueError: where the callable returns no tensor, one of another number of chains, or one that
                 does not depend on the state.
         """
         full = list(x)
+        moving = self.moving if moving is None else moving
         # on also for a score, which may take a gradient itself
         with torch.enable_grad():
             if self.score:
                 parts = like_state(self._call(full, k), self.keys, full)
-                return None, [self._masked(i, -parts[i].detach()) for i in self.moving]
-            for i in self.moving:
-                full[i] = full[i].detach().requires_grad_()
+                return None, [self._masked(i, -(parts[i] if create_graph else parts[i].detach())) for i in moving]
+            for i in moving:
+                if not (create_graph and full[i].requires_grad):
+                    full[i] = full[i].detach().requires_grad_()
             value = self._call(full, k)
-            leaves = [full[i] for i in self.moving]
+            leaves = [full[i] for i in moving]
             grads: Sequence[Tensor | None] = [None] * len(leaves)
             if value.requires_grad and leaves:
-                grads = torch.autograd.grad(value.sum() if value.dim() else value, leaves, allow_unused=True)
+                total = value.sum() if value.dim() else value
+                grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
         if leaves and all(g is None for g in grads) and not self._depends(x, k):
             raise ValueError("energy must depend on the state through differentiable operations; it does not")
-        value = value.detach()
-        energy = per_chain(value).sum(1) if value.dim() else value
         found = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
         if self.log_prob:
-            energy, found = -energy, [-g for g in found]
-        return energy, [self._masked(i, g) for i, g in zip(self.moving, found, strict=True)]
+            found = [-g for g in found]
+        found = [self._masked(i, g) for i, g in zip(moving, found, strict=True)]
+        if not energy:
+            return None, found
+        value = value.detach()
+        each = per_chain(value).sum(1) if value.dim() else value
+        return -each if self.log_prob else each, found
 
     def _masked(self, i: int, g: Tensor) -> Tensor:
         mask = self.masks[i]

@@ -15,7 +15,9 @@ from mmebm.samplers.call import (
     Call,
     Numbers,
     Recorder,
+    Samples,
     check_numbers,
+    choice,
     per_chain_shape,
     resolve,
     running,
@@ -25,7 +27,6 @@ from mmebm.samplers.call import (
     where,
 )
 from mmebm.samplers.gradient import Target, one_per_chain
-from mmebm.samplers.langevin import Samples, _choice
 from mmebm.samplers.modes import Mode
 from mmebm.state import State, check_setting, integer
 
@@ -73,8 +74,8 @@ class HMC:
     mode: Mode = "eval"
 
     def __post_init__(self) -> None:
-        _choice("mode", self.mode, ("eval", "train", "keep"))
-        _choice("adapt_over", self.adapt_over, ("chain", "all"))
+        choice("mode", self.mode, ("eval", "train", "keep"))
+        choice("adapt_over", self.adapt_over, ("chain", "all"))
         integer("leapfrog_steps", self.leapfrog_steps, 1)
         integer("adapt", self.adapt, 0)
         check_numbers(self, _NUMBERS)

@@ -1,13 +1,14 @@
 """Langevin dynamics as one call: ``langevin(energy, x0, steps=60, step_size=1e-2)``.
 
-The update rule stands in :mod:`mmebm.reference.langevin_step`; the noise in :mod:`mmebm.noise`. This module is the loop
-around them: the gradient of the user's energy, settings per tensor, chain and step, records, and the user's modules
-left as they were.
+The update rule stands in :mod:`mmebm.reference.langevin_step`; the noise in :mod:`mmebm.noise`. This module is what the
+user says and gets. How the chain runs: :mod:`mmebm.samplers.fused` in one call, :mod:`mmebm.samplers.capture` as one CUDA
+graph, :mod:`mmebm.samplers.loop` a step at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,94 +18,18 @@ import torch
 from torch import Tensor
 
 from mmebm import noise
-from mmebm.ops import langevin_step as op
 from mmebm.ops.langevin_mlp import Precision
-from mmebm.ops.params import NormOver, Outside, Rng, StepParams
-from mmebm.reference.langevin_step import clamp, per_chain, widen
-from mmebm.samplers import capture, fused, metropolis
+from mmebm.ops.params import NormOver, Outside, Rng
+from mmebm.reference.langevin_step import per_chain, widen
+from mmebm.samplers import capture, fused, loop, metropolis
+from mmebm.samplers.call import Samples, calls_of, check_writable, choice, counter, leaves
 from mmebm.samplers.modes import Mode, modules_of, sampling
-from mmebm.samplers.schedules import Schedule
-from mmebm.state import (
-    Key,
-    State,
-    Structure,
-    broadcast,
-    check_setting,
-    flatten,
-    integer,
-    like_state,
-    observed_masks,
-    per_key,
-)
+from mmebm.samplers.problem import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
+from mmebm.state import State, check_setting, flatten, integer, like_state, observed_masks, per_key
 
-__all__ = ["Langevin", "Samples", "langevin"]
+__all__ = ["MALA", "Langevin", "Samples", "langevin"]
 
 RECORDS = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
-# The numbers of a step, and what each may be (see check_setting).
-_NUMBERS: dict[str, dict[str, Any]] = {
-    "step_size": {}, "noise_scale": {}, "temperature": {}, "grad_clip": {}, "grad_norm_clip": {"strict": True},
-    "max_update": {}, "prior_std": {"strict": True},
-}  # fmt: skip
-_REQUIRED = ("step_size", "noise_scale", "temperature")
-_BOUND: dict[str, Any] = {"low": -math.inf}
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a chain returns. Nothing here has synchronised with the device.
-
-    Attributes:
-        state: the final state, in the structure that was given, detached unless ``differentiable``.
-        trace: per recorded quantity a tensor (steps, chains), or (steps,) for the energy where it returns a scalar; see
-            ``record`` in :meth:`Langevin.sample`.
-        trajectory: with ``thin=t`` the states after steps t, 2t, ...: the given structure of (steps // t, chains, ...).
-        info: seed, steps, first_step, next_step (where a restart goes on), backend, op ("langevin_mlp" for the whole
-            chain in one call, "langevin_graph" for a captured graph of all steps, "langevin_step" for a step at a time)
-            and the reason for both, and ``nonfinite``, a boolean (chains,) tensor: chains that hold an inf or NaN, or
-            were frozen for it.
-    """
-
-    state: Any
-    trace: dict[str, Tensor]
-    trajectory: Any
-    info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """One chain run with everything resolved. ``calls`` and ``params`` have an entry per step, or one for all steps."""
-
-    energy: Callable[..., Any]
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    keys: tuple[Key, ...]
-    build: Structure
-    steps: int
-    blocks: list[list[int]]
-    masks: list[bool | Tensor]
-    params: list[list[StepParams]]
-    ends: list[StepParams]  # whose bounds hold at the end only; empty where they hold at every step
-    project: list[Callable[[Tensor], Tensor] | None]
-    noisy: list[bool]
-    seed: int | Tensor
-    generator: torch.Generator | None
-    chain_offset: int
-    first_step: int | Tensor
-    record: tuple[str, ...]
-    thin: int | None
-    offload: bool
-    differentiable: int
-
-
-def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
-
-
-def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
-    """What a setting holds, with a name for messages: each entry of a mapping, or itself; None is left out."""
-    if not isinstance(value, Mapping):
-        return [] if value is None else [(name, value)]
-    return [(f"{name}[{key!r}]", leaf) for key, leaf in value.items() if leaf is not None]
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -112,17 +37,6 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _map(leaf, function) for key, leaf in value.items()}
     return (lambda k: function(value(k))) if callable(value) else function(value)
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``function`` of every tensor in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(part, function) for part in value)
-    if type(value) is dict:
-        return {name: _map_tensors(part, function) for name, part in value.items()}
-    return value
 
 
 @dataclass(frozen=True)
@@ -193,25 +107,25 @@ class Langevin:
     on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
 
     def __post_init__(self) -> None:
-        _choice("noise_at", self.noise_at, ("after", "before"))
-        _choice("norm_over", self.norm_over, ("chain", "tensor"))
-        _choice("bounds_at", self.bounds_at, ("step", "end"))
-        _choice("outside", self.outside, ("clamp", "reject"))
-        _choice("accept", self.accept, (None, "descent", "metropolis"))
-        _choice("mode", self.mode, ("eval", "train", "keep"))
-        _choice("rng", self.rng, ("philox", "torch"))
-        _choice("precision", self.precision, get_args(Precision))
+        choice("noise_at", self.noise_at, ("after", "before"))
+        choice("norm_over", self.norm_over, ("chain", "tensor"))
+        choice("bounds_at", self.bounds_at, ("step", "end"))
+        choice("outside", self.outside, ("clamp", "reject"))
+        choice("accept", self.accept, (None, "descent", "metropolis"))
+        choice("mode", self.mode, ("eval", "train", "keep"))
+        choice("rng", self.rng, ("philox", "torch"))
+        choice("precision", self.precision, get_args(Precision))
         if self.capture != "auto" and not isinstance(self.capture, bool):
             raise ValueError(f"capture must be 'auto', True or False, got {self.capture!r}")
-        _choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
+        choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
         for name in ("step_size", "temperature"):
             value = getattr(self, name)
             if value is None or (isinstance(value, Mapping) and any(leaf is None for leaf in value.values())):
                 raise TypeError(
                     f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}"
                 )
-        for name, allowed in _NUMBERS.items():
-            for label, leaf in _leaves(name, getattr(self, name)):
+        for name, allowed in NUMBERS.items():
+            for label, leaf in leaves(name, getattr(self, name)):
                 if not callable(leaf):
                     check_setting(label, leaf, **allowed)
         plain = isinstance(self.temperature, (int, float)) and self.temperature == 1.0
@@ -222,12 +136,12 @@ class Langevin:
             )
         if self.log_prob and self.score:
             raise ValueError("give log_prob=True or score=True, not both")
-        for label, pair in _leaves("bounds", self.bounds):
+        for label, pair in leaves("bounds", self.bounds):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"{label} must be (low, high), or a mapping to such pairs, got {pair!r:.80}")
             fixed = [end for end in pair if end is not None and not callable(end)]
             for end in fixed:
-                check_setting(label, end, **_BOUND)
+                check_setting(label, end, **BOUND)
             if len(fixed) == 2 and not any(isinstance(end, Tensor) for end in fixed) and fixed[0] > fixed[1]:
                 raise ValueError(f"{label} must have low <= high, got {pair!r}")
         if self.clamp_noise and (self.bounds is None or self.bounds_at == "end" or self.noise_at != "before"):
@@ -241,7 +155,7 @@ class Langevin:
             raise ValueError(f'accept="metropolis" needs a step that can be taken back; it goes without {why}')
         if self.finish is not None and not callable(self.finish):
             raise TypeError(f"finish must be a function of the state, got {self.finish!r:.80}")
-        for label, item in _leaves("project", self.project):
+        for label, item in leaves("project", self.project):
             if not callable(item):
                 raise TypeError(f"{label} must be a function of a tensor, or a mapping to such, got {item!r:.80}")
 
@@ -252,7 +166,7 @@ class Langevin:
         Args:
             scale: ``s``, whatever a setting may be: a number, a tensor, a mapping or a function of the step.
         """
-        for label, leaf in _leaves("scale", scale):
+        for label, leaf in leaves("scale", scale):
             if not callable(leaf):
                 check_setting(label, leaf)
         return cls(_map(scale, lambda s: s**2 / 2), scale, **options)
@@ -349,7 +263,7 @@ class Langevin:
         thin = None if thin is None else integer("thin", thin, 1)
         chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
         chain_offset = integer("chain_offset", chain_offset, 0, 2**32 - chains + 1)
-        first_step = _counter("first_step", first_step, 0, 2**32 - steps + 1, device)
+        first_step = counter("first_step", first_step, 0, 2**32 - steps + 1, device)
         last = steps if differentiable is True else integer("differentiable", differentiable or 0, 0)
         if last and (inplace or chunk_size is not None):
             raise ValueError(f"differentiable goes without inplace and chunk_size, got {differentiable!r}")
@@ -366,7 +280,7 @@ class Langevin:
         if self.accept == "metropolis" and any(widen(t[:0]).dtype != t.dtype for t in tensors):
             raise ValueError('accept="metropolis" needs float32 or float64: a step rounded to 16 bits is no Gaussian')
         if inplace:
-            _check_writable(keys, tensors)
+            check_writable(keys, tensors)
         if self.rng == "torch" and (chain_offset or chunk_size is not None):
             raise ValueError('chain_offset and chunk_size need rng="philox": torch\'s noise depends on the batch')
         if chunk_size is not None and self.norm_over == "tensor" and self.grad_norm_clip is not None:
@@ -376,7 +290,7 @@ class Langevin:
         if seed is not None:
             if generator is not None:
                 raise ValueError("give seed or generator, not both")
-            seed = _counter("seed", seed, -(2**63), 2**64, device)
+            seed = counter("seed", seed, -(2**63), 2**64, device)
         given_seed = seed
         if self.rng == "torch":
             if isinstance(seed, Tensor):
@@ -390,12 +304,12 @@ class Langevin:
             seed = given_seed = noise.draw_seed(generator)
 
         masks = observed_masks(observed, keys, tensors)
-        groups = _blocks(blocks, keys, masks)
+        groups = blocks_of(blocks, keys, masks)
         # leaving inference mode, so that autograd works; what was made in it is copied, as autograd cannot save it
         with torch.inference_mode(False), torch.set_grad_enabled(last > 0):
-            params, noisy = _params(self, keys, tensors, first_step, steps)
-            calls = _calls(tuple(args), dict(kwargs or {}), first_step, steps)
-            problem = _Problem(
+            params, noisy = params_of(self, keys, tensors, first_step, steps)
+            calls = calls_of(tuple(args), dict(kwargs or {}), first_step, steps)
+            problem = Problem(
                 energy=energy, calls=calls, keys=keys, build=build, steps=steps, blocks=groups, masks=masks,
                 params=params, ends=[], project=per_key("project", self.project, keys, required=False), noisy=noisy,
                 seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step,
@@ -408,7 +322,7 @@ class Langevin:
                 result = self._run(problem, tensors)
             else:
                 rows = [slice(start, start + chunk_size) for start in range(0, chains, chunk_size)]
-                result = _join([self._run(_cut(problem, chains, part), [t[part] for t in tensors]) for part in rows])
+                result = join([self._run(cut(problem, chains, part), [t[part] for t in tensors]) for part in rows])
             out, trace, trajectory, broken, info = result
             if offload and device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
@@ -430,17 +344,17 @@ class Langevin:
         }  # fmt: skip
         return Samples(build(out), trace, None if thin is None else build(trajectory), info)
 
-    def _run(self, p: _Problem, tensors: list[Tensor]) -> Any:
+    def _run(self, p: Problem, tensors: list[Tensor]) -> Any:
         modules = modules_of(p.energy, *p.calls[0])
         with torch.no_grad(), sampling(modules, self.mode):
             whole = fused.run(self, p, [t.detach() for t in tensors])
-        if isinstance(whole, fused.FusedRun):
+        if isinstance(whole, Run):
             return self._finish(p, whole.state, whole.trace, whole.trajectory, whole.frozen, {
                 "backend": whole.backend, "op": "langevin_mlp", "reason": whole.reason
             })  # fmt: skip
-        captured = capture.run(self, p, [t.detach() for t in tensors], self._chain)
+        captured = capture.run(self, p, [t.detach() for t in tensors], functools.partial(loop.run, self))
         if isinstance(captured, str):
-            op_name, ran = "langevin_step", self._chain(p, tensors)
+            op_name, ran = "langevin_step", loop.run(self, p, tensors)
             reason = f"{ran.reason}; a step at a time: {whole}; not captured: {captured}"
         else:
             op_name, ran = "langevin_graph", captured
@@ -449,30 +363,7 @@ class Langevin:
             "backend": ran.backend, "op": op_name, "reason": reason
         })  # fmt: skip
 
-    def _chain(self, p: _Problem, tensors: list[Tensor]) -> fused.FusedRun:
-        """The loop, from ``tensors``, which stay as they are."""
-        chains, device = tensors[0].shape[0], tensors[0].device
-        modules = modules_of(p.energy, *p.calls[0])
-        plain = p.steps - p.differentiable
-        # with all steps differentiable, the graph reaches back to the given state
-        x = [t.clone() if p.differentiable and not plain else t.detach().clone() for t in tensors]
-        loop = _Loop(self, p, x)
-        # a network need not take an empty batch
-        steps = range(p.steps if chains else 0)
-        with torch.no_grad(), sampling(modules, self.mode):
-            for k in steps[:plain]:
-                x = loop.step(k, x)
-        if p.differentiable:
-            loop.cached = None  # has no graph
-            with torch.enable_grad(), sampling(modules, self.mode, freeze=False):
-                for k in steps[plain:]:
-                    x = loop.step(k, x, create_graph=True)
-        empty = torch.zeros(p.steps, chains, device=device)
-        trace = {name: torch.stack(rows) if rows else empty for name, rows in loop.trace.items()}
-        frozen = None if loop.alive is None else ~loop.alive
-        return fused.FusedRun(x, trace, loop.kept, frozen, loop.backend, loop.reason)
-
-    def _finished(self, p: _Problem, x: list[Tensor]) -> list[Tensor]:
+    def _finished(self, p: Problem, x: list[Tensor]) -> list[Tensor]:
         """``finish`` of the final state, observed elements as they were."""
         assert self.finish is not None
         # on always, as for a score: the function may take a gradient itself
@@ -486,12 +377,12 @@ class Langevin:
 
     @staticmethod
     def _finish(
-        p: _Problem, x: list[Tensor], trace: dict[str, Tensor], kept: list[Tensor], frozen: Tensor | None,
+        p: Problem, x: list[Tensor], trace: dict[str, Tensor], kept: list[Tensor], frozen: Tensor | None,
         info: dict[str, str],
     ) -> Any:  # fmt: skip
         """What is left after the last step: bounds at the end, which chains are broken."""
         if p.ends:
-            x = [_clamp_at_end(p, i, t) for i, t in enumerate(x)]
+            x = [clamp_at_end(p, i, t) for i, t in enumerate(x)]
         if not p.differentiable:
             x = [t.detach() for t in x]
         broken = torch.zeros(x[0].shape[0], dtype=torch.bool, device=x[0].device) if frozen is None else frozen
@@ -500,378 +391,17 @@ class Langevin:
         return x, trace, kept, broken, info
 
 
-class _Loop:
-    """The steps of one run: holds what goes along the chain (records, frozen chains, the cached energy)."""
+def MALA(step_size: Any, temperature: Any = 1.0, **options: Any) -> Langevin:
+    """Langevin with a Metropolis-Hastings test after each step, exact for exp(-E / temperature): one gradient a step.
 
-    def __init__(self, sampler: Langevin, problem: _Problem, tensors: list[Tensor]) -> None:
-        p = problem
-        self.sampler, self.problem = sampler, problem
-        self.params = [[[row[i] for i in group] for group in p.blocks] for row in p.params]
-        self.steppers: list[op.Stepper] = []
-        self.references: list[op.Stepper] = []
-        self.backend, self.reason = "torch", "nothing to update"
-        for group in p.blocks:
-            options = op.StepOptions(
-                seed=p.seed, streams=tuple(group), noisy=tuple(p.noisy[i] for i in group), chain_offset=p.chain_offset,
-                norm_over=sampler.norm_over, outside=sampler.outside, clamp_noise=sampler.clamp_noise,
-                observed=tuple(self._mask(i) for i in group), rng=sampler.rng, generator=p.generator,
-            )  # fmt: skip
-            chosen, self.reason = op.stepper(
-                sampler.backend, [tensors[i].detach() for i in group], options, [p.params[0][i] for i in group]
-            )
-            self.backend = chosen.name
-            self.steppers.append(chosen)
-            self.references.append(chosen if chosen.name == "torch" else op.TorchStepper(options))
-        chains, device = tensors[0].shape[0], tensors[0].device
-        self.trace: dict[str, list[Tensor]] = {name: [] for name in p.record}
-        self.kept: list[Tensor] = []
-        if p.thin:
-            # pinned, so that the copies do not hold up the steps
-            home: dict[str, Any] = {"device": "cpu", "pin_memory": device.type == "cuda"} if p.offload else {}
-            self.kept = [torch.empty(p.steps // p.thin, *t.shape, dtype=t.dtype, **{"device": device, **home})
-                         for t in tensors]  # fmt: skip
-        self.alive: Tensor | None = None
-        if sampler.on_nonfinite == "freeze":
-            self.alive = torch.ones(chains, dtype=torch.bool, device=device)
-        # the accepted point's energy and gradients (by tensor) are the next update's: one gradient per update
-        self.cached: tuple[Tensor | None, dict[int, Tensor]] | None = None
-        self.moving = [i for group in p.blocks for i in group]
-        self.reuses = sampler.accept is not None and len(p.calls) == 1
-        self.temperatures: list[float | Tensor] = []
-        if sampler.accept == "metropolis" and self.moving:
-            names = [p.keys[i] for i in self.moving]
-            self.temperatures = [metropolis.temperature([row[i] for i in self.moving], names) for row in p.params]
-        # what a step must do besides the update, known before the chain starts
-        self.noise_first = sampler.noise_at == "before"
-        self.projects = any(function is not None for function in p.project)
-        self.stats = any(name not in ("energy", "accepted") for name in p.record)
-        self.wants_energy = "energy" in p.record or sampler.accept is not None
-        revised = self.noise_first or self.projects or sampler.accept is not None or self.alive is not None
-        self.measures = "displacement" in p.record and revised
-        self.keeps_old = sampler.accept is not None or self.alive is not None or self.measures
+    Args:
+        step_size: ``a`` of the proposal x - a dE/dx + sqrt(2 a temperature) xi.
+        options: any keyword of :class:`Langevin` that keeps the step reversible.
 
-    def _mask(self, i: int) -> Tensor | None:
-        mask = self.problem.masks[i]
-        return mask if isinstance(mask, Tensor) else None
-
-    def step(self, k: int, x: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-        """Step ``k`` of this run; a new list."""
-        p = self.problem
-        x = list(x)
-        totals: dict[str, Tensor] = {}
-        if not p.blocks and "energy" in self.trace:
-            totals["energy"] = self._per_chain(self._call(x, k).detach())
-        for b in range(len(p.blocks)):
-            self._update(b, k, x, totals, create_graph)
-        for name, rows in self.trace.items():
-            rows.append(totals[name] if name in totals else torch.zeros(x[0].shape[0], device=x[0].device))
-        if p.thin and (k + 1) % p.thin == 0:
-            for rows, t in zip(self.kept, x, strict=True):
-                rows[(k + 1) // p.thin - 1].copy_(t.detach(), non_blocking=p.offload)
-        return x
-
-    def _update(self, b: int, k: int, x: list[Tensor], totals: dict[str, Tensor], create_graph: bool) -> None:
-        """One block's update, written into the list ``x``."""
-        p, group = self.problem, self.problem.blocks[b]
-        stepper = self.references[b] if create_graph else self.steppers[b]
-        params = self.params[min(k, len(self.params) - 1)][b]
-        position = p.first_step + k
-        current = [x[i] for i in group]
-        old = [t.clone() for t in current] if stepper.inplace and self.keeps_old else current
-        if self.noise_first:
-            current = stepper.perturb(current, params, position)
-            for i, t in zip(group, current, strict=True):
-                x[i] = t
-        energy, slopes = self.cached if self.cached is not None else self._slopes(b, k, x, create_graph)
-        grads = [slopes[i] for i in group]
-        y, stats = stepper.step(current, grads, params, position, with_noise=not self.noise_first, stats=self.stats)
-        if self.projects:
-            y = [self._project(i, t) for i, t in zip(group, y, strict=True)]
-        if self.alive is not None:
-            for t in y:
-                self.alive = self.alive & torch.isfinite(per_chain(t.detach())).all(dim=1)
-            y = _where(self.alive, y, old)
-        if self.sampler.accept is not None:
-            moved = self._accept(b, k, x, old, y, energy, slopes, create_graph)
-            y = _where(moved, y, old)
-            if "accepted" in self.trace:
-                totals["accepted"] = totals.get("accepted", 0) + moved.to(torch.float32) / len(p.blocks)
-        for i, t in zip(group, y, strict=True):
-            x[i] = t
-        if energy is not None and "energy" in self.trace:
-            # blocks: the energy at the step's first gradient
-            totals.setdefault("energy", energy)
-        if stats is not None:
-            if self.measures:
-                moved = [per_chain(widen(t.detach()) - widen(o.detach())) for t, o in zip(y, old, strict=True)]
-                stats = dataclasses.replace(stats, displacement=torch.cat(moved, dim=1).norm(dim=1))
-            for name in ("grad_norm", "displacement"):
-                part = getattr(stats, name).detach()
-                totals[name] = torch.hypot(totals[name], part) if name in totals else part
-            for name in ("clipped", "nonfinite"):
-                totals[name] = totals.get(name, 0) + getattr(stats, name)
-
-    def _call(self, x: list[Tensor], k: int) -> Any:
-        p = self.problem
-        args, kwargs = p.calls[min(k, len(p.calls) - 1)]
-        value = p.energy(p.build(x), *args, **kwargs)
-        if self.sampler.score:
-            return value
-        if not isinstance(value, Tensor):
-            raise TypeError(f"energy must return a tensor, got {type(value).__name__}")
-        if value.dim() and value.shape[0] != x[0].shape[0]:
-            raise ValueError(
-                f"energy must return a scalar or one value per chain ({x[0].shape[0]}, ...), "
-                f"got shape {tuple(value.shape)}"
-            )
-        return value
-
-    def _per_chain(self, value: Tensor) -> Tensor:
-        value = per_chain(value).sum(1) if value.dim() else value
-        return -value if self.sampler.log_prob else value
-
-    def _evaluate(
-        self, x: list[Tensor], group: Sequence[int], k: int, create_graph: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """The energy per chain, where it is wanted, and its gradient for the tensors of ``group``."""
-        full = list(x)
-        # on always: a user's score may take a gradient itself, and records nothing otherwise, as nothing requires one
-        with torch.enable_grad():
-            if self.sampler.score:
-                parts = like_state(self._call(full, k), self.problem.keys, x)
-                return None, [-parts[i] if create_graph else -parts[i].detach() for i in group]
-            for i in group:
-                if not (create_graph and full[i].requires_grad):
-                    full[i] = full[i].detach().requires_grad_()
-            value = self._call(full, k)
-            leaves = [full[i] for i in group]
-            grads: Sequence[Tensor | None] = [None] * len(leaves)
-            if value.requires_grad:
-                total = value.sum() if value.dim() else value
-                grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
-        if all(g is None for g in grads) and not self._depends(x, k):
-            raise ValueError("energy must depend on the state through differentiable operations; it does not")
-        found = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
-        energy = self._per_chain(value.detach()) if self.wants_energy else None
-        return energy, [-g for g in found] if self.sampler.log_prob else found
-
-    def _depends(self, x: list[Tensor], k: int) -> bool:
-        """Whether the energy depends on anything in the state (on some tensors it need not)."""
-        every = [t.detach().requires_grad_() for t in x]
-        with torch.enable_grad():
-            total = self._call(every, k).sum()
-            grads = torch.autograd.grad(total, every, allow_unused=True) if total.requires_grad else ()
-        return any(g is not None for g in grads)
-
-    def _project(self, i: int, y: Tensor) -> Tensor:
-        function = self.problem.project[i]
-        if function is None:
-            return y
-        out = function(y)
-        if not isinstance(out, Tensor) or out.shape != y.shape or out.dtype != y.dtype:
-            raise ValueError(f"project must return a tensor of shape {tuple(y.shape)} and {y.dtype}, got {out!r:.80}")
-        mask = self._mask(i)
-        if mask is not None:
-            return torch.where(mask, y, out)
-        # what the function returns may be the user's own tensor, and a stepper may overwrite the state
-        return out if out is y else out.clone(memory_format=torch.contiguous_format)
-
-    def _slopes(self, b: int, k: int, x: list[Tensor], create_graph: bool) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """The energy per chain and its gradient by tensor: block ``b``'s, or all where the next block can use them."""
-        wanted = self.moving if self.reuses else self.problem.blocks[b]
-        energy, grads = self._evaluate(x, wanted, k, create_graph)
-        return energy, dict(zip(wanted, grads, strict=True))
-
-    def _accept(
-        self, b: int, k: int, x: list[Tensor], old: list[Tensor], y: list[Tensor], energy: Tensor | None,
-        slopes: dict[int, Tensor], create_graph: bool,
-    ) -> Tensor:  # fmt: skip
-        """The chains that move from ``old`` to ``y``: boolean (chains,)."""
-        group = self.problem.blocks[b]
-        if energy is None or energy.dim() == 0:
-            raise ValueError(f'accept="{self.sampler.accept}" needs one energy per chain; the energy returned a scalar')
-        trial = list(x)
-        for i, t in zip(group, y, strict=True):
-            trial[i] = t
-        new_energy, new_slopes = self._slopes(b, k, trial, create_graph)
-        assert new_energy is not None
-        if self.sampler.accept == "descent":
-            moved = new_energy < energy
-        else:
-            ratio = metropolis.log_ratio(
-                old, y, [slopes[i] for i in group], [new_slopes[i] for i in group], energy, new_energy,
-                self.params[min(k, len(self.params) - 1)][b], [self._mask(i) for i in group],
-                self.temperatures[min(k, len(self.temperatures) - 1)], self.sampler.norm_over,
-            )  # fmt: skip
-            moved = self._uniform(b, k, ratio) < ratio.exp()
-        if self.reuses:
-            kept = _where(moved, list(new_slopes.values()), list(slopes.values()))
-            self.cached = torch.where(moved, new_energy, energy), dict(zip(slopes, kept, strict=True))
-        return moved
-
-    def _uniform(self, b: int, k: int, like: Tensor) -> Tensor:
-        """The numbers in [0, 1) that decide about block ``b`` in step ``k``, one per chain."""
-        p = self.problem
-        if self.sampler.rng == "torch":
-            return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=p.generator)
-        return noise.uniform(
-            like.shape, seed=p.seed, step=p.first_step + k, stream=noise.stream(p.blocks[b][0], noise.ACCEPT),
-            chain_offset=p.chain_offset, dtype=like.dtype, device=like.device,
-        )  # fmt: skip
-
-
-def _clamp_at_end(p: _Problem, i: int, x: Tensor) -> Tensor:
-    """Tensor ``i`` clamped to its bounds at the end of the chain, where not observed."""
-    end, mask = p.ends[i], p.masks[i]
-    if mask is True:
-        return x
-    y = clamp(widen(x), end.low, end.high).to(x.dtype)
-    return torch.where(mask, x, y) if isinstance(mask, Tensor) else y
-
-
-def _where(rows: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.where(rows.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(yes, no, strict=True)]
-
-
-def _counter(name: str, value: Any, low: int, high: int, device: torch.device) -> int | Tensor:
-    if not isinstance(value, Tensor):
-        return integer(name, value, low, high)
-    if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an int or a 1-element integer tensor, got {value!r:.80}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device} but the state is on {device}")
-    return value
-
-
-def _check_writable(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
-    for key, t in zip(keys, tensors, strict=True):
-        if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
-            raise ValueError(f"inplace needs memory for every element of state[{key!r}], got an expanded tensor")
-        if t.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(f"inplace cannot write state[{key!r}] outside inference mode: it was made inside")
-
-
-def _blocks(blocks: Any, keys: tuple[Key, ...], masks: list[bool | Tensor]) -> list[list[int]]:
-    """The indices of the tensors that move, in the blocks in which they do."""
-    moving = [i for i in range(len(keys)) if masks[i] is not True]
-    if blocks is None:
-        return [moving] if moving else []
-    if not isinstance(blocks, (list, tuple)):
-        raise TypeError(f"blocks must be a list of keys or of collections of keys, got {blocks!r:.80}")
-    groups = [[item] if isinstance(item, (str, int)) else list(item) for item in blocks]
-    named = [key for group in groups for key in group]
-    if len(named) != len(keys) or set(named) != set(keys):
-        raise ValueError(f"blocks must hold each of {list(keys)} exactly once, got {groups}")
-    # in state order within a block, whatever the order of a set
-    members = [[i for i in moving if keys[i] in group] for group in groups]
-    return [group for group in members if group]
-
-
-def _params(
-    sampler: Langevin, keys: tuple[Key, ...], tensors: list[Tensor], first_step: int | Tensor, steps: int
-) -> tuple[list[list[StepParams]], list[bool]]:
-    """The constants of every tensor, one row for all steps or, with schedules, one per step; and who gets noise."""
-    settings = {name: per_key(name, getattr(sampler, name), keys, required=name in _REQUIRED) for name in _NUMBERS}
-    pairs = [pair or (None, None) for pair in per_key("bounds", sampler.bounds, keys, required=False)]
-    settings["low"], settings["high"] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-    def value(name: str, i: int, k: int) -> Any:
-        setting = settings[name][i]
-        label = {"low": "bounds", "high": "bounds"}.get(name, name) + (f"[{keys[i]!r}]" if len(keys) > 1 else "")
-        if callable(setting):
-            setting, label = setting(k), f"{label} at step {k}"
-            if setting is None and name in ("step_size", "temperature"):
-                raise TypeError(f"{label} must be a number or a tensor, got None")
-            if setting is not None:
-                check_setting(label, setting, **_NUMBERS.get(name, _BOUND))
-        if setting is None:
-            return None
-        out = broadcast(label, setting, tensors[i], widen(tensors[i][:0]).dtype)
-        if name == "grad_norm_clip" and isinstance(out, Tensor):
-            per_chain_allowed = sampler.norm_over == "chain" and out.dim() > 0 and out.numel() == out.shape[0]
-            if out.numel() != 1 and not per_chain_allowed:
-                raise ValueError(f"{label} limits a norm, of each chain or of the whole tensor, got {tuple(out.shape)}")
-        return out
-
-    def constants(i: int, k: int) -> StepParams:
-        now = {name: value(name, i, k) for name in settings}
-        temperature, low, high = now.pop("temperature"), now["low"], now["high"]
-        if now["noise_scale"] is None:
-            product = 2 * now["step_size"] * temperature
-            now["noise_scale"] = product.sqrt() if isinstance(product, Tensor) else math.sqrt(product)
-        if low is not None and high is not None:
-            inverted = torch.as_tensor(low > high)
-            # reading a tensor elsewhere would wait for its device
-            if inverted.device.type == "cpu" and bool(inverted.any()):
-                raise ValueError(f"bounds must have low <= high, got {low!r} and {high!r}")
-        return StepParams(**now)
-
-    def silent(name: str, i: int) -> bool:
-        constant = settings[name][i]
-        return not (constant is None or callable(constant) or isinstance(constant, Tensor)) and float(constant) == 0.0
-
-    noisy = [
-        not (silent("noise_scale", i) or (settings["noise_scale"][i] is None and silent("temperature", i)))
-        for i in range(len(keys))
-    ]
-    if not any(callable(setting) for column in settings.values() for setting in column):
-        return [[constants(i, 0) for i in range(len(keys))]], noisy
-    if isinstance(first_step, Tensor):
-        raise ValueError("first_step must be an int where a setting is a function of the step, got a tensor")
-    # evaluated before the chain starts, so that no step waits for a copy to the device
-    return [[constants(i, first_step + k) for i in range(len(keys))] for k in range(max(steps, 1))], noisy
-
-
-def _calls(
-    args: tuple[Any, ...], kwargs: dict[str, Any], first_step: int | Tensor, steps: int
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The energy's further arguments: one entry for all steps or, with schedules among them, one per step."""
-    args, kwargs = _map_tensors((args, kwargs), lambda t: t.clone() if t.is_inference() else t)
-    if not any(isinstance(value, Schedule) for value in (*args, *kwargs.values())):
-        return [(args, kwargs)]
-    if isinstance(first_step, Tensor):
-        raise ValueError("first_step must be an int where an argument is a function of the step, got a tensor")
-
-    def at(value: Any, k: int) -> Any:
-        return value(k) if isinstance(value, Schedule) else value
-
-    return [
-        (tuple(at(value, k) for value in args), {name: at(value, k) for name, value in kwargs.items()})
-        for k in range(first_step, first_step + max(steps, 1))
-    ]
-
-
-def _cut(problem: _Problem, chains: int, rows: slice) -> _Problem:
-    """The problem of some of the chains."""
-
-    def cut(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == chains else value
-
-    def cut_params(p: StepParams) -> StepParams:
-        return StepParams(**{field.name: cut(getattr(p, field.name)) for field in dataclasses.fields(p)})
-
-    return dataclasses.replace(
-        problem,
-        calls=_map_tensors(problem.calls, cut),
-        masks=[mask if isinstance(mask, bool) else mask[rows] for mask in problem.masks],
-        params=[[cut_params(p) for p in row] for row in problem.params],
-        ends=[cut_params(p) for p in problem.ends],
-        chain_offset=problem.chain_offset + rows.start,
-    )
-
-
-def _join(parts: list[Any]) -> Any:
-    states, traces, trajectories, broken, infos = zip(*parts, strict=True)
-    for name, rows in traces[0].items():
-        if rows.dim() == 1:
-            raise ValueError(f"record={name!r} with chunk_size needs one energy per chain, but it is a scalar")
-    return (
-        [torch.cat(column) for column in zip(*states, strict=True)],
-        {name: torch.cat([trace[name] for trace in traces], dim=1) for name in traces[0]},
-        [torch.cat(column, dim=1) for column in zip(*trajectories, strict=True)],
-        torch.cat(broken),
-        infos[0],
-    )
+    Raises:
+        TypeError, ValueError: as :class:`Langevin`.
+    """
+    return Langevin(step_size, temperature=temperature, accept="metropolis", **options)
 
 
 _SAMPLE_OPTIONS = (

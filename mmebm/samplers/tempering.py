@@ -14,9 +14,19 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops.params import StepParams
-from mmebm.samplers.call import Call, Recorder, per_chain_shape, resolve, running, where
+from mmebm.samplers.call import (
+    Call,
+    Recorder,
+    Samples,
+    choice,
+    leaves,
+    map_tensors,
+    per_chain_shape,
+    resolve,
+    running,
+    where,
+)
 from mmebm.samplers.gradient import one_per_chain
-from mmebm.samplers.langevin import Samples, _choice, _leaves, _map_tensors
 from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.modes import Mode
 from mmebm.state import State, check_setting, flatten, integer, per_key
@@ -56,8 +66,8 @@ class ParallelTempering:
     mode: Mode = "eval"
 
     def __post_init__(self) -> None:
-        _choice("mode", self.mode, ("eval", "train", "keep"))
-        _choice("accept", self.accept, ("metropolis", None))
+        choice("mode", self.mode, ("eval", "train", "keep"))
+        choice("accept", self.accept, ("metropolis", None))
         integer("swap_every", self.swap_every, 1)
         given = self.temperatures
         if isinstance(given, (str, Mapping)) or not hasattr(given, "__len__") or not hasattr(given, "__iter__"):
@@ -70,7 +80,7 @@ class ParallelTempering:
         if not ladder or not increasing or not (0 < ladder[0] and ladder[-1] < math.inf):
             raise ValueError(f"temperatures must be increasing, positive and finite, got {ladder}")
         object.__setattr__(self, "temperatures", ladder)
-        for label, leaf in _leaves("step_size", self.step_size) or [("step_size", None)]:
+        for label, leaf in leaves("step_size", self.step_size) or [("step_size", None)]:
             self._rungs(label, leaf)
 
     def replace(self, **changes: Any) -> ParallelTempering:
@@ -156,7 +166,7 @@ class ParallelTempering:
             call, tensors=self._rows(call, ladder),
             masks=[mask if isinstance(mask, bool) else repeat(mask) for mask in call.masks],
         )  # fmt: skip
-        with running(rows, self.mode, log_prob=self.log_prob, each=lambda pair: _map_tensors(pair, repeat)) as target:
+        with running(rows, self.mode, log_prob=self.log_prob, each=lambda pair: map_tensors(pair, repeat)) as target:
             x = [t.detach().clone() for t in rows.tensors]
             wide = x[0].dtype
             temperatures = torch.tensor(self.temperatures, dtype=wide, device=device)

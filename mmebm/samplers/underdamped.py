@@ -11,8 +11,20 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.reference.langevin_step import per_chain
-from mmebm.samplers.call import Numbers, Recorder, check_numbers, exp, resolve, running, settings, sqrt, total, where
-from mmebm.samplers.langevin import Samples, _choice
+from mmebm.samplers.call import (
+    Numbers,
+    Recorder,
+    Samples,
+    check_numbers,
+    choice,
+    exp,
+    resolve,
+    running,
+    settings,
+    sqrt,
+    total,
+    where,
+)
 from mmebm.samplers.modes import Mode
 from mmebm.state import State
 
@@ -63,8 +75,8 @@ class Underdamped:
     on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
 
     def __post_init__(self) -> None:
-        _choice("mode", self.mode, ("eval", "train", "keep"))
-        _choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
+        choice("mode", self.mode, ("eval", "train", "keep"))
+        choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
         check_numbers(self, _NUMBERS)
         if self.log_prob and self.score:
             raise ValueError("give log_prob=True or score=True, not both")

@@ -1,4 +1,4 @@
-"""A chain in one call is the chain of the loop: same noise, same rule, same records; and it is taken where it can be."""
+"""A chain in one call is the chain of the loop: same noise, same rule, same records; taken wherever it can be."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mmebm
 from mmebm.samplers import Langevin, langevin
 from mmebm.samplers.schedules import linear, table
 
@@ -272,3 +273,8 @@ def test_without_one_temperature_there_is_no_target(options: dict[str, Any], sta
 def test_accepted_needs_a_rule() -> None:
     with pytest.raises(ValueError, match='record="accepted" needs accept='):
         Langevin(0.1).sample(quadratic, torch.ones(3, 2), 2, record=("accepted",))
+
+
+def test_mala_by_name() -> None:
+    assert mmebm.MALA(0.1) == mmebm.Langevin(0.1, accept="metropolis")
+    assert mmebm.MALA(0.1, 2.0, prior_std=1.0).temperature == 2.0
