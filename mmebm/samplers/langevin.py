@@ -1,8 +1,8 @@
 """Langevin dynamics as one call: ``langevin(energy, x0, steps=60, step_size=1e-2)``.
 
 The update rule stands in :mod:`mmebm.reference.langevin_step`; the noise in :mod:`mmebm.noise`. This module is what the
-user says and gets. How the chain runs: :mod:`mmebm.samplers.fused` in one call, :mod:`mmebm.samplers.capture` as one CUDA
-graph, :mod:`mmebm.samplers.loop` a step at a time.
+user says and gets. How the chain runs: in one call (:mod:`mmebm.samplers.fused`), as one CUDA graph
+(:mod:`mmebm.samplers.capture`), or a step at a time (:mod:`mmebm.samplers.loop`).
 """
 
 from __future__ import annotations
