@@ -387,8 +387,8 @@ def _subtract(x: Any, other: Any, *, alpha: float = 1) -> Symbol:
         if isinstance(symbol, Symbol) and isinstance(tensor, Tensor):
             if not isinstance(symbol.means, _Outputs):
                 _refuse("it subtracts a tensor from something else than outputs")
-            if tensor.shape != symbol.shape or tensor.requires_grad:
-                _refuse("it subtracts a tensor of another shape")
+            if tensor.shape != symbol.shape:
+                _refuse(f"it subtracts shape {tuple(tensor.shape)} from {tuple(symbol.shape)}")
             return symbol.with_(symbol.shape, _Residual(symbol.means, tensor.detach()))
     if isinstance(x, Symbol) and isinstance(other, Symbol):
         return _add(x, _multiply(other, -1.0))
@@ -618,7 +618,7 @@ def _examine(module: nn.Module) -> None:
             _refuse(why)
 
 
-def call(energy: Any, state: Any) -> Any:
+def call(energy: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``energy`` makes of the symbolic ``state``, for a ``mmebm_lowered`` method that calls others."""
     kind = type(energy)
     if hasattr(kind, "mmebm_lowered"):
@@ -628,10 +628,10 @@ def call(energy: Any, state: Any) -> Any:
         own, there = _definer(kind, "mmebm_lowered"), _definer(kind, method)
         if there is not own and issubclass(there, own):
             _refuse(f"{there.__name__} overrides {method} of {own.__name__}")
-        return kind.mmebm_lowered(energy, state)
+        return kind.mmebm_lowered(energy, state, *args, **kwargs)
     if isinstance(energy, nn.Module):
         _examine(energy)
-        return nn.Module.__call__(energy, state)
+        return nn.Module.__call__(energy, state, *args, **kwargs)
     if isinstance(energy, types.FunctionType):
         why = _has_no_effect(energy, None)
         if why is not None:
@@ -641,11 +641,23 @@ def call(energy: Any, state: Any) -> Any:
         for value in (*named, *_defaults(energy)):
             if isinstance(value, nn.Module):
                 _examine(value)
-        return energy(state)
+        return energy(state, *args, **kwargs)
     return _refuse(f"it is a {kind.__name__}")
 
 
-def lower(energy: Callable[..., Any], state: Any, *, log_prob: bool = False) -> Lowered:
+def _inert(value: Any) -> bool:
+    """Whether an argument is plain data: tensors, numbers, and lists and dicts of these."""
+    if type(value) in (list, tuple):
+        return all(_inert(part) for part in value)
+    if type(value) is dict:
+        return all(_inert(part) for part in value.values())
+    return isinstance(value, (Tensor, numbers.Number, str, type(None)))
+
+
+def lower(
+    energy: Callable[..., Any], state: Any, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+    log_prob: bool = False,
+) -> Lowered:  # fmt: skip
     """The terms of ``energy`` at a state of this structure.
 
     Recognised are ``nn.Sequential`` of ``nn.Linear`` and activations, modules and functions around them that reshape,
@@ -653,8 +665,9 @@ def lower(energy: Callable[..., Any], state: Any, *, log_prob: bool = False) -> 
     package), and their sums. Modules are looked at as they are: train mode, hooks and dropout count.
 
     Args:
-        energy: as :meth:`mmebm.Langevin.sample` takes it, without further arguments.
+        energy: as :meth:`mmebm.Langevin.sample` takes it.
         state: a tensor (chains, ...), or a list, tuple or dict of such; only shapes, dtype and device are read.
+        args, kwargs: what else it is given: tensors, numbers, lists and dicts of these; a posterior's data, say.
         log_prob: whether ``energy`` returns log p and not E.
 
     Raises:
@@ -666,6 +679,9 @@ def lower(energy: Callable[..., Any], state: Any, *, log_prob: bool = False) -> 
         _refuse(f"the state has several dtypes, {sorted(map(str, dtypes))}")
     if torch.is_autocast_enabled(tensors[0].device.type):
         _refuse("autocast is on")
+    given = dict(kwargs or {})
+    if not all(_inert(value) for value in (*args, *given.values())):
+        _refuse("it is given arguments that are not plain data")
     chains = tensors[0].shape[0]
     if chains == 0:
         _refuse("there are no chains")
@@ -673,7 +689,7 @@ def lower(energy: Callable[..., Any], state: Any, *, log_prob: bool = False) -> 
     symbols: Any = [Symbol(t.shape, _Input((i,)), layout) for i, t in enumerate(tensors)]
     try:
         with torch.no_grad():
-            value = call(energy, build(symbols))
+            value = call(energy, build(symbols), *args, **given)
     except CannotLower:
         raise
     except Exception as error:

@@ -40,8 +40,8 @@ def _options_reason(sampler: Langevin, p: Problem, tensors: Sequence[Tensor]) ->
         return f"outside={sampler.outside!r}, norm_over={sampler.norm_over!r}"
     if any(name not in RECORDS for name in p.record):
         return f"record={p.record}; taken are {RECORDS}"
-    if len(p.calls) != 1 or p.calls[0][0] or p.calls[0][1]:
-        return "the energy takes further arguments"
+    if len(p.calls) != 1:
+        return "the energy's arguments are functions of the step"
     if any(t.dtype != torch.float32 for t in tensors):
         return "the state is not float32"
     return None
@@ -53,7 +53,8 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     if reason is not None:
         return reason
     try:
-        lowered = lower(p.energy, p.build(tensors), log_prob=sampler.log_prob)
+        args, kwargs = p.calls[0]
+        lowered = lower(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
     except CannotLower as error:
         return f"the energy is not a sum of MLPs: {error}"
     if lowered.scalar and "energy" in p.record:

@@ -169,6 +169,33 @@ def test_weights_are_read_anew_after_an_optimiser_step() -> None:
     assert_same(energy, x)
 
 
+class Conditional(nn.Module):
+    """A posterior, its data an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 4), nn.Tanh())
+        self.prior = Plain()
+
+    def forward(self, z: Tensor, x: Tensor, weight: float = 1.0) -> Tensor:
+        return weight * (self.decoder(z) - x).square().sum(1) / (2 * 0.3**2) + self.prior(z)
+
+
+def test_arguments_are_data() -> None:
+    energy, z, x = Conditional(), torch.randn(5, 6), torch.randn(5, 4)
+    lowered = lower(energy, z, args=(x,), kwargs={"weight": 0.5})
+    assert [type(t) for t in lowered.terms] == [Residual, Scalar]
+    live = z.clone().requires_grad_()
+    wanted = energy(live, x, weight=0.5)
+    value, grad = mlp_energy(z, lowered.terms)
+    torch.testing.assert_close(value, wanted.detach(), rtol=0, atol=100 * TOLERANCE)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), live)[0], rtol=0, atol=100 * TOLERANCE)
+    with pytest.raises(CannotLower, match="subtracts shape"):
+        lower(energy, z, args=(x[:1],))
+    with pytest.raises(CannotLower, match="not plain data"):
+        lower(energy, z, args=(x,), kwargs={"weight": Counts()})
+
+
 class Joint(nn.Module):
     def __init__(self) -> None:
         super().__init__()

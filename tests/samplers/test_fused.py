@@ -236,6 +236,22 @@ def test_the_loop_is_taken_and_says_why(name: str, seed: int) -> None:
     assert out.info["op"] == "langevin_step" and reason in out.info["reason"], out.info["reason"]
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_posteriors_data_as_an_argument(chunk: int | None, seed: int) -> None:
+    decoder = nn.Sequential(nn.Linear(4, 9), nn.ELU(), nn.Linear(9, 6), nn.Tanh())
+    energy = lambda z, x: (decoder(z) - x).square().sum(1)
+    z, x = torch.randn(5, 4), torch.randn(5, 6)
+    sampler = Langevin(0.05, 0.1, prior_std=1.0)
+    fused = sampler.sample(energy, z, STEPS, seed=seed, args=(x,), chunk_size=chunk)
+    loop = sampler.sample(functools.partial(energy), z, STEPS, seed=seed, args=(x,))
+    assert (fused.info["op"], loop.info["op"]) == ("langevin_mlp", "langevin_step"), fused.info["reason"]
+    wide = copy.deepcopy(decoder).double()
+    exact = sampler.sample(
+        lambda z, x: (wide(z) - x).square().sum(1), z.double(), STEPS, seed=seed, args=(x.double(),)
+    )
+    assert_close(fused.state, loop.state, exact.state)
+
+
 def test_a_scalar_energy_is_recorded_by_the_loop(seed: int) -> None:
     net = MLP(4, (5,))
     energy = lambda x: net(x).sum()
