@@ -9,7 +9,7 @@ enough to hide the clock of the events; the first batches warm the device up and
 turns, so that a slow change of the clocks meets all of them. The time a call takes on the host (nothing waited for)
 and the first call (compilation) stand beside them. A candidate that gives a wrong result is reported with the error
 instead of a time. Last come whole chains: on a convolutional energy by hand, in the library's loop, and captured; and
-that of a latent prior, eager, compiled and in one Triton launch, each also as a replayed graph.
+that of a latent prior, eager, compiled and in one launch of Triton or CUDA C++, each also as a replayed graph.
 
 Writes one JSON file with the device, driver, versions and commit.
 """
@@ -36,6 +36,7 @@ from mmebm import Langevin, Samples
 from mmebm.kernels import langevin_mlp as mlp_room
 from mmebm.kernels.langevin_step import TritonStepper
 from mmebm.models import JointEnergy
+from mmebm.ops import langevin_mlp_cuda as mlp_cuda_room
 from mmebm.ops.langevin_mlp import MlpChain, Precision, constants_of
 from mmebm.ops.langevin_mlp import run as run_in
 from mmebm.ops.langevin_step import CudaStepper, StepOptions, TorchStepper
@@ -349,11 +350,18 @@ class LatentChain:
         found: dict[str, object] = {}
         wanted = run_in(None, self.problems["fp32"], self.x, 5, 0).x
         for precision, problem in self.problems.items():
-            off = (mlp_room.run(problem, self.x, 5, 0).x - wanted).abs().max().item()
-            found[f"{precision}, off after 5 steps"] = off
-            if off > (1e-3 if precision == "bf16" else 2e-5):
-                return {**found, "error": f"triton, {precision}, differs from the reference by {off}"}
-            calls[f"triton, {precision}"] = lambda problem=problem: mlp_room.run(problem, self.x, self.steps, 0).x
+            for name, room in (("triton", mlp_room), ("cuda", mlp_cuda_room)):
+                reason = room.supports(problem, self.x)
+                if reason is not None:
+                    found[f"{name}, {precision}"] = {"error": reason}
+                    continue
+                off = (room.run(problem, self.x, 5, 0).x - wanted).abs().max().item()
+                found[f"{name}, {precision}, off after 5 steps"] = off
+                if off > (1e-3 if precision == "bf16" else 2e-5):
+                    return {**found, "error": f"{name}, {precision}, differs from the reference by {off}"}
+                calls[f"{name}, {precision}"] = lambda room=room, problem=problem: (
+                    room.run(problem, self.x, self.steps, 0).x
+                )
         graphs = {f"{name}, in a graph": graphed(call, 1).replay for name, call in calls.items()}
         timed: dict[str, Callable[[], object]] = {**calls, **graphs}
         times: dict[str, list[float]] = {name: [] for name in timed}

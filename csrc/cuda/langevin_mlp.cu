@@ -6,11 +6,11 @@
 //
 // Weights. They are read where they lie, as (outputs, inputs), straight into the registers that the products need: at
 // each step from L2 if need be, but as many layers as fit beside the state are copied into shared memory first, in
-// bf16 for bf16 products, and stay for all steps. Why: 64-200-200-1 has 211 KB of fp32 weights, which a block reads
-// twice a step. L2 gives an SM some 64 bytes a cycle and shared memory 128, both without waiting, but a load from L2
-// takes 200 to 300 cycles against 30, and with 8 warps a block that is what a step consists of. In bf16 these are
-// 106 KB and stay. Nothing is repacked outside: a captured graph sees new weights. (Figures of an H100 from its
-// data sheet and craft; no device was there to measure on.)
+// bf16 for bf16 products, and stay for all steps. Why: 64-200-200-1 has 211 KB of fp32 weights, each of which a step
+// takes twice. An SM gets about 64 bytes a cycle from L2 and 128 from shared memory, and a load waits some 250 cycles
+// for L2 and 30 for shared memory, which 8 warps a block do not hide. In bf16 these are 106 KB, and stay; in fp32 the
+// first layer and what else fits. Nothing is repacked outside: a captured graph sees new weights. (Estimates for an
+// H100: no device was there to measure on.)
 //
 // Products. A warp computes `rows` x a few columns over the whole depth, alone: no barrier and no staging inside a
 // product, because with 16 rows no two warps read the same weight. A lane takes four consecutive units of the depth at
@@ -18,10 +18,10 @@
 // columns of the same matrix. The order of a sum is free, so that the fragments of mma.sync take them in this order
 // from both operands: what PTX calls k = 2q, 2q + 1, 2q + 8, 2q + 9 of m16n8k16 (q: lane modulo 4) are units 4q to
 // 4q + 3, and likewise for two m16n8k8. Several loads of weights are on their way before the first is used.
-//     fp32     FMA units: a lane has rows / RG rows of a column
+//     fp32     FMA units: a lane has 4 rows of a column
 //     tf32x3   each operand as a sum of two tf32 numbers, three products; what is left out is 2^-22 of the product
 //     bf16     operands rounded to nearest even
-// Sums are fp32, in parts of 256 units.
+// Sums are fp32, in parts of 64 units (256 for bf16), so that rounding errors stay those of a short sum.
 //
 // Everything else is elementwise or a sum over a chain's row, which a warp takes lane by lane and ends in a butterfly.
 // All orders are functions of the widths alone: a chain's result depends neither on the chains beside it, nor on
@@ -30,7 +30,8 @@
 // The code is templates over a team: a block on the device; one thread on the host, which does the lanes of a warp one
 // after the other and the tensor cores' products by the layout that the PTX manual gives for their fragments.
 //
-// Limits: those of mmebm/ops/terms.py; state and activations of 4 chains in shared memory, which all of these fit.
+// Limits: those of mmebm/ops/terms.py. The widest of everything fits shared memory (163 KB on sm_80) with 4 chains.
+// Compute capability 8.0 or later.
 #include "langevin_mlp.h"
 
 #include <cuda_runtime.h>
@@ -43,7 +44,6 @@ namespace mmebm {
 namespace {
 
 constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
-constexpr int PART = 256;  // units summed one after the other; parts of a longer sum are added up
 
 static_assert(sizeof(DeviceChain) <= 4096, "kernel parameters are limited to 4 KB");
 
@@ -202,7 +202,9 @@ MMEBM_HD Pairs fetch(const Matrix<uint16_t>& w, int n, int k) {
 // -- products. A mode says which rows and columns of a warp's tile a lane has, and multiplies.
 //
 //   UNITS       of the depth that a warp takes at a time; first_unit(lane): the first of a lane's four
-//   LOADS       of four weights a lane that are on their way at a time: as many as registers allow
+//   LOADS       of four weights a lane that are on their way at a time: as many as registers allow, MOST beside the
+//               sums of four tiles
+//   PART        units summed one after the other; parts of a longer sum are added up
 //   columns     of one tile of the warp
 //   A, B        operands of a lane, from four units of `rows` rows or of one column
 //   row, column of element e of a lane's sums
@@ -213,7 +215,7 @@ struct Sum {
 
 struct Fp32 {
   using Stored = float;
-  static constexpr int UNITS = 4, LOADS = 8;
+  static constexpr int UNITS = 4, LOADS = 8, MOST = 4, PART = 64;
   struct A {
     Four row[4];
   };
@@ -264,7 +266,7 @@ struct Fragments {
 
 struct Bf16 : Fragments {
   using Stored = uint16_t;
-  static constexpr int UNITS = 16, LOADS = 8;
+  static constexpr int UNITS = 16, LOADS = 8, MOST = 8, PART = 256;
   struct A {
     uint32_t v[4];
   };
@@ -333,7 +335,7 @@ MMEBM_HD Split split(float v) {
 
 struct Tf32x3 : Fragments {
   using Stored = float;
-  static constexpr int UNITS = 16, LOADS = 4;
+  static constexpr int UNITS = 16, LOADS = 4, MOST = 4, PART = 64;
   struct A {
     Four low, high;  // rows
   };
@@ -409,7 +411,8 @@ struct Target {
 template <class Mode, bool BACK, int T, class S, class Team>
 MMEBM_LARGE void tiles(const Team& team, const Matrix<S>& w, const float* a, int ld, int n0, int rows,
                       const Target& to) {
-  constexpr int LANES = Team::LANES, CHUNKS = Mode::LOADS / T;
+  constexpr int LANES = Team::LANES, CHUNKS = (T == 4 ? Mode::MOST : Mode::LOADS) / T, PART = Mode::PART;
+  static_assert(PART % (CHUNKS * Mode::UNITS) == 0, "chunks must not straddle parts");
   using Raw = decltype(fetch<BACK>(w, 0, 0));
   const int depth = BACK ? w.outputs : w.inputs, columns = Mode::columns(rows);
   Sum total[LANES][T];
@@ -509,21 +512,21 @@ MMEBM_HD int copy_ld(const DeviceLayer& layer) {
 
 #pragma nv_exec_check_disable
 template <class Mode, bool BACK, class Team, class F>
-MMEBM_HD void layer_product(const Team& team, const DeviceLayer& layer, const float* memory, const float* a, int ld,
-                              int rows, const Target& to, const F& finish) {
+MMEBM_HD void layer_product(const Team& team, const DeviceLayer& layer, const float* memory, const float* a, int ld_a,
+                            int rows, const Target& to, const F& finish) {
   using Stored = typename Mode::Stored;
   const int inputs = layer.inputs, outputs = layer.outputs;
-  const bool wide = inputs % 4 == 0 && reinterpret_cast<uint64_t>(layer.weight) % 16 == 0;
-  const Matrix<float> there = {layer.weight, inputs, inputs, outputs, wide};
-  const Matrix<Stored> copy = {reinterpret_cast<const Stored*>(memory + layer.place), copy_ld<Mode>(layer), inputs,
-                               outputs, true};
+  const bool wide = inputs % 4 == 0 && reinterpret_cast<uint64_t>(layer.weight) % 16 == 0, stays = layer.place >= 0;
+  const Stored* copy = reinterpret_cast<const Stored*>(memory + (stays ? layer.place : 0));
+  const int ld = copy_ld<Mode>(layer);
   if constexpr (sizeof(Stored) == 4) {
     // one address space for both: half the code
-    product<Mode, BACK>(team, layer.place < 0 ? there : copy, a, ld, rows, to, finish);
-  } else if (layer.place < 0) {
-    product<Mode, BACK>(team, there, a, ld, rows, to, finish);
+    const Matrix<float> w = {stays ? copy : layer.weight, stays ? ld : inputs, inputs, outputs, stays || wide};
+    product<Mode, BACK>(team, w, a, ld_a, rows, to, finish);
+  } else if (stays) {
+    product<Mode, BACK>(team, Matrix<Stored>{copy, ld, inputs, outputs, true}, a, ld_a, rows, to, finish);
   } else {
-    product<Mode, BACK>(team, copy, a, ld, rows, to, finish);
+    product<Mode, BACK>(team, Matrix<float>{layer.weight, inputs, inputs, outputs, wide}, a, ld_a, rows, to, finish);
   }
 }
 

@@ -1,4 +1,5 @@
-"""The Triton ``langevin_mlp`` and ``mlp_energy`` on a GPU: against float64, captured in a graph, on several streams.
+"""``langevin_mlp`` in Triton and CUDA C++, and Triton's ``mlp_energy``, on a GPU: against float64, captured in a graph,
+on several streams.
 
 ``python -m pytest -m gpu``; skipped with the reason where there is no CUDA device.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -26,13 +28,24 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from mmebm.kernels import langevin_mlp as room
+    from mmebm.ops import langevin_mlp_cuda as cuda_room
 
 DEVICE = torch.device("cuda")
 EPS = 2.0**-23
+LAUNCH: dict[str, Any] = {}  # "room": the module that `launch` takes instead of Triton's
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "tf32x3", "bf16"])
 PLAIN = StepParams(step_size=0.05, noise_scale=0.2)
 ALL = StepParams(0.05, 0.2, grad_clip=0.9, grad_norm_clip=1.5, max_update=0.3, prior_std=0.8, low=-1.2, high=1.1)
 SMOOTH = [name for name in ACTIVATIONS if name not in ("relu", "leaky_relu")]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def each_room(request: pytest.FixtureRequest, need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> str:
+    """``launch`` runs in this room."""
+    need(request.param)
+    if request.param == "cuda":
+        monkeypatch.setitem(LAUNCH, "room", cuda_room)
+    return request.param
 
 
 @pytest.fixture
@@ -104,12 +117,13 @@ def chain_of(
 
 
 def launch(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor = 5, **how: Any) -> MlpResult:
-    assert room.supports(chain, x) is None
-    return room.run(chain, x, steps, first_step, energy=True, grad_norm=True, **how)
+    module = LAUNCH.get("room", room)
+    assert module.supports(chain, x) is None
+    return module.run(chain, x, steps, first_step, energy=True, grad_norm=True, **how)
 
 
 def check_chain(chain: MlpChain, x: Tensor, steps: int = 3, tile: Any = None) -> MlpResult:
-    ours = launch(chain, x, steps, tile=tile)
+    ours = launch(chain, x, steps, **({} if tile is None else {"tile": tile}))
     single = run_in(None, chain, x, steps, 5)
     double = dataclasses.replace(chain, terms=wide(chain.terms), constants=chain.constants.double())
     exact = run_in(None, double, x.double(), steps, 5)
@@ -185,6 +199,7 @@ def test_limits(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("clamp_noise", [False, True])
 @pytest.mark.parametrize("noise_at", ["after", "before"])
+@pytest.mark.usefixtures("each_room")
 def test_all_options(noise_at: str, clamp_noise: bool, freeze: bool, generator: torch.Generator) -> None:
     x = randn(generator, 100, 100)
     terms = (
@@ -200,6 +215,7 @@ def test_all_options(noise_at: str, clamp_noise: bool, freeze: bool, generator: 
 
 
 @pytest.mark.parametrize("case", range(20))
+@pytest.mark.usefixtures("each_room")
 def test_random_combinations(case: int, seed: int, generator: torch.Generator) -> None:
     draw = random.Random(seed)
     chains = draw.choice([1, 3, 64, 257, 3000])
@@ -243,6 +259,7 @@ def test_random_combinations(case: int, seed: int, generator: torch.Generator) -
     check_chain(chain, x)
 
 
+@pytest.mark.usefixtures("each_room")
 def test_freeze_keeps_the_last_finite_state(generator: torch.Generator) -> None:
     chain, x = latent(generator, freeze=True)
     x[2, 3], x[5, 8] = float("nan"), float("inf")
@@ -252,6 +269,7 @@ def test_freeze_keeps_the_last_finite_state(generator: torch.Generator) -> None:
 
 
 @PRECISIONS
+@pytest.mark.usefixtures("each_room")
 def test_precision(precision: Any, generator: torch.Generator) -> None:
     """Each is as far from float64 as it says: a gradient's error, relative to the gradient."""
     terms = (Scalar(stack(generator, 64, 200, 200, 1)),)
@@ -268,6 +286,21 @@ def test_precision(precision: Any, generator: torch.Generator) -> None:
 
 
 @PRECISIONS
+def test_the_cuda_room_does_not_depend_on_the_batch(
+    precision: Any, generator: torch.Generator, need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on how many chains a block has, which is a question of how many there are: bit for bit."""
+    need("cuda")
+    monkeypatch.setitem(LAUNCH, "room", cuda_room)
+    chain, _ = latent(generator, precision)
+    x = randn(generator, 5000, 64)
+    whole = launch(chain, x, 4)
+    for start, stop in ((0, 9), (9, 1100)):
+        part = dataclasses.replace(chain, chain_offset=start)
+        assert torch.equal(launch(part, x[start:stop], 4).x, whole.x[start:stop])
+
+
+@PRECISIONS
 def test_both_tiles_and_batch_splits_agree(precision: Any, generator: torch.Generator) -> None:
     """A chain does not depend on the chains beside it (bit for bit), nor but for last bits on the tile."""
     chain, x = latent(generator, precision)
@@ -281,6 +314,7 @@ def test_both_tiles_and_batch_splits_agree(precision: Any, generator: torch.Gene
     torch.testing.assert_close(launch(chain, x, 4, tile=many).x, whole.x, rtol=0, atol=near)
 
 
+@pytest.mark.usefixtures("each_room")
 def test_runs_repeat_and_restart_bit_for_bit(generator: torch.Generator) -> None:
     chain, x = latent(generator)
     whole = launch(chain, x, 20)
@@ -290,6 +324,7 @@ def test_runs_repeat_and_restart_bit_for_bit(generator: torch.Generator) -> None
     assert torch.equal(launch(chain, half.x, 12, first_step=13).x, whole.x)
 
 
+@pytest.mark.usefixtures("each_room")
 def test_more_chains_than_run_at_a_time(generator: torch.Generator) -> None:
     """Programs take several tiles each; the scratch is theirs alone."""
     terms = (Scalar(stack(generator, 2, 64, 64, 1)),)
@@ -300,6 +335,7 @@ def test_more_chains_than_run_at_a_time(generator: torch.Generator) -> None:
 # -- graphs and streams
 
 
+@pytest.mark.usefixtures("each_room")
 def test_a_replayed_graph_draws_fresh_noise_and_sees_the_weights(generator: torch.Generator) -> None:
     seed, step = torch.tensor([77], device=DEVICE), torch.tensor([0], device=DEVICE)
     chain, start = latent(generator, seed=seed)
@@ -331,6 +367,7 @@ def test_a_replayed_graph_draws_fresh_noise_and_sees_the_weights(generator: torc
     assert torch.equal(x, launch(dataclasses.replace(chain, seed=78), start, 10, 0).x)
 
 
+@pytest.mark.usefixtures("each_room")
 def test_streams_do_not_meet(generator: torch.Generator) -> None:
     chain, x = latent(generator)
     wanted = launch(chain, x, 30)
@@ -348,6 +385,7 @@ def test_streams_do_not_meet(generator: torch.Generator) -> None:
 
 
 @PRECISIONS
+@pytest.mark.usefixtures("each_room")
 def test_the_variance_of_a_long_chain(precision: Any, generator: torch.Generator) -> None:
     """Unadjusted Langevin on a standard Gaussian: the stationary variance is 1 / (1 - a / 2), with noise sqrt(2 a).
 
@@ -368,6 +406,7 @@ def test_the_variance_of_a_long_chain(precision: Any, generator: torch.Generator
     assert abs(out.x.double().var().item() / variance - 1) < 5 * (2 / count) ** 0.5
 
 
+@pytest.mark.usefixtures("each_room")
 def test_a_long_chain_has_the_distribution_of_the_reference(generator: torch.Generator) -> None:
     """Trajectories part after many steps, what they draw must not: energies of 4,096 chains with other noise."""
     terms = (Scalar(stack(generator, 8, 64, 64, 1), 3.0), Quadratic(*torch.ones(2, 8, device=DEVICE).mul_(0.5)))

@@ -1,4 +1,5 @@
-"""What ptxas made of ``csrc/cuda/langevin_step.cu`` in the extension as built: registers, stack and wide accesses.
+"""What ptxas made of ``langevin_step.cu`` and ``langevin_mlp.cu`` in the extension as built: registers, stack, wide
+accesses, tensor cores.
 
 Reads the machine code in ``mmebm/_cuda*.so`` with cuobjdump and nvdisasm of the CUDA toolkit or, where that has none,
 those in Triton's package. No GPU is needed.
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +28,14 @@ pytestmark = pytest.mark.compile
 #           132 SMs at 600 ns)
 #   chain   128: 2 blocks
 #   others  64: 4 blocks
-REGISTERS = {"map_kernel": 80, "chain_kernel": 128, "norm_kernel": 64, "fold_kernel": 64, "finish_kernel": 64}
+#   mlp     128: 2 blocks, where shared memory has room for two
+# By the kernel's name, and what its mangled name ends with.
+REGISTERS = {
+    "map_kernel": 80, "chain_kernel": 128, "norm_kernel": 64, "fold_kernel": 64, "finish_kernel": 64,
+    "chain_kernel<Fp32>": 128, "chain_kernel<Tf32x3>": 128, "chain_kernel<Bf16>": 128,
+}  # fmt: skip
+# Matrix instructions of each langevin_mlp kernel: none on the FMA units, else m16n8k8 or m16n8k16 of these operands.
+MATRIX = {"Fp32": None, "Tf32x3": r"\bHMMA\.1688\.F32\.TF32\b", "Bf16": r"\bHMMA\.16816\.F32\.BF16\b"}
 # Fewest 16-byte accesses in the map kernel: load and store of x for each of three storages, an fp32 gradient's loads
 # (one for fp32 states, two for each 16-bit one) and a 16-bit gradient's (one for each 16-bit state).
 WIDE = {"load": 3 + 1 + 2 * 2 + 2, "store": 3}
@@ -53,6 +62,17 @@ def tool(name: str) -> str:
     return found
 
 
+def kernel_of(mangled: str) -> str | None:
+    """The kernel of :data:`REGISTERS` that a function is, if it is one."""
+    # names and template arguments are in the mangled name after their lengths
+    for kernel in REGISTERS:
+        name, _, mode = kernel.rstrip(">").partition("<")
+        owner = f"{len(mode)}{mode}EEEvNS_11DeviceChain" if mode else "StepTable"
+        if f"{len(name)}{name}" in mangled and owner in mangled:
+            return kernel
+    return None
+
+
 @functools.cache
 def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
     """(architecture, kernel): registers and bytes of stack."""
@@ -65,10 +85,8 @@ def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
             arch = found.group(1)
         if found := re.search(r"Function (\S+):", line):
             usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", following))
-            for kernel in REGISTERS:
-                # the name of the function is in the mangled one, after its length
-                if f"{len(kernel)}{kernel}" in found.group(1) and "StepTable" in found.group(1):
-                    out[arch, kernel] = {name: int(number) for name, number in usage.items()}
+            if kernel := kernel_of(found.group(1)):
+                out[arch, kernel] = {name: int(number) for name, number in usage.items()}
     return out
 
 
@@ -85,23 +103,33 @@ def test_kernels_keep_to_their_registers(kernel: str, library: Path) -> None:
         assert usage["REG"] <= REGISTERS[kernel], f"{arch}: {usage}"
 
 
-def test_the_map_kernel_has_wide_accesses(library: Path, tmp_path: Path) -> None:
+def sections(library: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(architecture, kernel, machine code) of every kernel in the extension."""
     subprocess.run(
-        [tool("cuobjdump"), "--extract-elf", "all", str(library)], cwd=tmp_path, capture_output=True, check=True
+        [tool("cuobjdump"), "--extract-elf", "all", str(library)], cwd=folder, capture_output=True, check=True
     )
-    seen = set()
-    for cubin in tmp_path.glob("*.cubin"):
+    for cubin in folder.glob("*.cubin"):
         code = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
         arch = re.search(r"sm_\d+", cubin.name)
         assert arch is not None, cubin.name
         for section in re.split(r"(?m)^\s*\.section\s+", code)[1:]:
             name = section.split(",", 1)[0]
-            if not name.startswith(".text.") or "map_kernel" not in name or "StepTable" not in name:
-                continue
-            seen.add(arch.group(0))
-            counts = {
-                "load": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", section)),
-                "store": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", section)),
-            }
-            assert all(counts[way] >= WIDE[way] for way in WIDE), (arch.group(0), counts)
-    assert seen == set(architectures(library))
+            if name.startswith(".text.") and (kernel := kernel_of(name)):
+                yield arch.group(0), kernel, section
+
+
+def test_wide_accesses_and_tensor_cores(library: Path, tmp_path: Path) -> None:
+    seen = set()
+    for arch, kernel, section in sections(library, tmp_path):
+        loads, mode = len(re.findall(r"\bLDG?\.E(?:\.\w+)*\.128\b", section)), kernel.rstrip(">").partition("<")[2]
+        seen.add((arch, kernel))
+        if kernel == "map_kernel":
+            stores = len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128\b", section))
+            assert loads >= WIDE["load"] and stores >= WIDE["store"], (arch, loads, stores)
+        if not mode:
+            continue
+        # the weights of one, two and four tiles side by side, at least a load each
+        assert loads >= 1 + 2 + 4, (arch, kernel, loads)
+        wanted = MATRIX[mode]
+        assert bool(re.search(wanted or r"\bHMMA\b", section)) == (wanted is not None), (arch, kernel)
+    assert seen == {(arch, kernel) for arch in architectures(library) for kernel in REGISTERS}

@@ -207,10 +207,10 @@ def test_widths(host: dict[str, int], seed: int, draw: Any, double: Callable, wi
     index = WIDTHS.index(width)
     hidden = [WIDTHS[(index + i) % len(WIDTHS)] for i in range(1, 2 + index % 4)]
     terms = [
-        draw.residual(18, width, *hidden, WIDTHS[-1 - index], activation="gelu", tanh=True),
+        draw.residual(70, width, *hidden, WIDTHS[-1 - index], activation="gelu", tanh=True),
         Scalar(draw.stack(width, *reversed(hidden), 1, activation="tanh")),
     ]
-    compare(make_chain(terms, (width,), 18, seed, precision=precision), draw.normal(18, width), 3, double)
+    compare(make_chain(terms, (width,), 70, seed, precision=precision), draw.normal(70, width), 3, double)
 
 
 def test_limits(host: dict[str, int], seed: int, draw: Any, double: Callable) -> None:
