@@ -4,7 +4,7 @@ How: the energy is called once with a :class:`Symbol` in place of the state. A s
 for (the input, the output of a stack, a residual, a value per chain) and takes part in the few operations that terms
 can express; anything else ends the attempt, with the reason. The weights are whatever the modules themselves hand to
 ``linear`` at that moment, so that spectral and weight norm need no code here, and nothing is stale after an optimiser
-step: a chain is lowered anew each time it is run, which takes some 50 us.
+step: a chain is lowered anew each time it is run, which takes some tenths of a millisecond.
 
 Somebody's ``forward`` may also count its calls, or print. It is therefore called only where its bytecode shows that it
 has no such effect (:func:`_has_no_effect`); a class may also say so itself, by ``mmebm_pure = True``. What is not
