@@ -66,7 +66,7 @@ def test_mean_and_covariance(backend: str, need: Callable[[str], None], seed: in
     error = centred.T @ centred / CHAINS - covariance
     limit = 5.7 * ((spread[:, None] * spread).square() + covariance.square()).sqrt() / math.sqrt(CHAINS)
     assert (error.abs() < limit).all(), error / limit
-    # and the step's bias is in it: along the stiffest direction, where L is 5.6, the chain's variance is 1.126 times the
+    # and the step's bias is in it: along the stiffest direction, where L is 5.6, the variance is 1.126 times the
     # posterior's, which is 12 standard deviations (sqrt(2 / CHAINS) of it) away
     rates, directions = torch.linalg.eigh(precision)
     along = (centred @ directions[:, -1]).square().mean() * rates[-1]
