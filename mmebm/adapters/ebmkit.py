@@ -1,3 +1,5 @@
+# The peer is not installed where types are checked.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 """An ebmkit sampler that runs on ours: ``LangevinDynamics`` with the same signature and, from the same global
 generator, the same numbers to rounding.
 

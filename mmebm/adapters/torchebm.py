@@ -1,3 +1,5 @@
+# The peer is not installed where types are checked.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 """A torchebm sampler that runs on ours: ``LangevinDynamics`` with the same signature and, from the same generator, the
 same numbers to rounding.
 
