@@ -7,7 +7,7 @@ can express; anything else ends the attempt, with the reason. The weights are wh
 step: a chain is lowered anew each time it is run, which takes some tenths of a millisecond.
 
 Somebody's ``forward`` may also count its calls, or print. It is therefore called only where its bytecode shows that it
-has no such effect (:func:`_has_no_effect`); a class may also say so itself, by ``mmebm_pure = True``. What is not
+has no such effect (:func:`_refuse_effects`); a class may also say so itself, by ``mmebm_pure = True``. What is not
 recognised is never changed: the chain then calls it at every step, as it always did.
 """
 
@@ -546,31 +546,29 @@ def _defaults(function: types.FunctionType) -> list[Any]:
     return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
-def _has_no_effect(function: types.FunctionType, owner: Any) -> str | None:
-    """``None`` if calling ``function`` can do nothing but compute: it stores nothing, and all it names are modules,
-    tensors, numbers, and operations that symbols know. Else what speaks against it."""
+def _refuse_effects(function: types.FunctionType, owner: Any) -> list[nn.Module]:
+    """Refuses ``function`` unless all it can do is compute: it stores nothing, and all it names are modules, tensors,
+    numbers, and operations that symbols know. Returns the modules it names."""
     code, label = function.__code__, function.__qualname__
     store, found, attributes = _reads(code)
     if store is not None:
-        return f"{label} may have an effect ({store})"
+        _refuse(f"{label} may have an effect ({store})")
+    named: dict[str, Any] = {f"default {i}": value for i, value in enumerate(_defaults(function))}
     for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
         try:
-            value = cell.cell_contents
+            named[name] = cell.cell_contents
         except ValueError:
-            return f"{label} names {name}, which is empty"
-        if not _harmless(value):
-            return f"{label} names {name}, a {type(value).__name__}"
-    if not all(_harmless(value) for value in _defaults(function)):
-        return f"{label} has a default that is not known to be without effect"
+            _refuse(f"{label} names {name}, which is empty")
     for name in found:
-        value = function.__globals__.get(name, getattr(builtins, name, _NOTHING))
-        if not _harmless(value):
-            return f"{label} uses {name}, which is not known to be without effect"
+        named[name] = function.__globals__.get(name, getattr(builtins, name, _NOTHING))
     for name in attributes:
         value = _attribute(owner, name)
-        if not (_harmless(value) if value is not _NOTHING else name in _NAMES):
-            return f"{label} uses .{name}, which is not known to be without effect"
-    return None
+        if value is not _NOTHING or name not in _NAMES:
+            named[f".{name}"] = value
+    for name, value in named.items():
+        if not _harmless(value):
+            _refuse(f"{label} uses {name}, which is not known to be without effect")
+    return [value for value in named.values() if isinstance(value, nn.Module)]
 
 
 # What torch.nn has that only computes, and that terms can say
@@ -598,8 +596,14 @@ def _examine_call(m: nn.Module) -> None:
 
 
 def _examine(module: nn.Module) -> None:
-    """Refuses a module, or one inside it, that may do more than its ``forward`` shows."""
-    for m in module.modules():
+    """Refuses a module, or one inside it or named by it, that may do more than its ``forward`` shows."""
+    waiting, seen = [module], set()
+    while waiting:
+        m = waiting.pop()
+        if id(m) in seen:
+            continue
+        seen.add(id(m))
+        waiting.extend(m.children())
         _examine_call(m)
         kind = type(m)
         label = kind.__name__
@@ -613,9 +617,7 @@ def _examine(module: nn.Module) -> None:
         function = owner.__dict__["forward"]
         if not isinstance(function, types.FunctionType):
             _refuse(f"{label}.forward is a {type(function).__name__}")
-        why = _has_no_effect(function, m)
-        if why is not None:
-            _refuse(why)
+        waiting.extend(_refuse_effects(function, m))
 
 
 def call(energy: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -633,14 +635,8 @@ def call(energy: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         _examine(energy)
         return nn.Module.__call__(energy, state, *args, **kwargs)
     if isinstance(energy, types.FunctionType):
-        why = _has_no_effect(energy, None)
-        if why is not None:
-            _refuse(why)
-        named: list[Any] = [energy.__globals__.get(name) for name in energy.__code__.co_names]
-        named += [cell.cell_contents for cell in energy.__closure__ or ()]
-        for value in (*named, *_defaults(energy)):
-            if isinstance(value, nn.Module):
-                _examine(value)
+        for module in _refuse_effects(energy, None):
+            _examine(module)
         return energy(state, *args, **kwargs)
     return _refuse(f"it is a {kind.__name__}")
 

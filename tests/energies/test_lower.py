@@ -264,6 +264,25 @@ class Branches(Plain):
         return self.net(x) if (x**2).sum() > 0 else -self.net(x)
 
 
+class Outside(Plain):
+    """Uses a module that is none of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + ELSEWHERE(x).squeeze(1)
+
+
+class Hidden(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["other"] = Appends()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.other(x)
+
+
+ELSEWHERE = Appends()
+
+
 def hooked() -> nn.Module:
     net = Plain()
     net.net[0].register_forward_hook(lambda *_: CALLS.append("hook"))
@@ -283,6 +302,8 @@ def sequential(*layers: nn.Module) -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "counts its calls": (Counts, "may have an effect|not known to be without effect"),
     "appends": (Appends, "CALLS"),
+    "names a module elsewhere": (Outside, "CALLS"),
+    "holds a module out of sight": (Hidden, "CALLS"),
     "prints": (Prints, "print"),
     "property": (Property, "factor"),
     "subclass": (Overridden, "overrides forward"),
