@@ -165,7 +165,9 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, Spec], dict[str,
     """The figures of all selected cases, compiled on all cores."""
     name = test_compiles_within_budget.__name__
     wanted = [
-        item.callspec.params["case"] for item in request.session.items if getattr(item, "originalname", "") == name
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.path == request.path and getattr(item, "originalname", "") == name
     ]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context) as pool:
