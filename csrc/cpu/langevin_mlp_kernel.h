@@ -44,8 +44,9 @@ constexpr int MOST = 1, PANELS = 1, REST = 0;  // 16 registers: one panel, its w
 
 enum class To { store, times, add };
 
-// Products summed one after the other; parts of a longer sum are added up, for the sake of rounding errors.
-constexpr int64_t PART = 256;
+// Products summed one after the other; parts of a longer sum are added up: in one run of 1,024 the rounding errors are up
+// to five times those of torch, which sums in 16 lanes. Parts of 64 cost nothing measurable against 256.
+constexpr int64_t PART = 64;
 
 MMEBM_INLINE void write(F v, float* out, const float* factor, int64_t at, To to) {
   if (to == To::times) v = mul(v, load(factor + at));
@@ -225,10 +226,13 @@ MMEBM_INLINE F expm1_of(F x) {
   return fma(scale, e.p, sub(scale, setf(1.0f)));
 }
 
-MMEBM_INLINE F tanh_of(F a) {
-  // 1 in float from 9.02 on
-  const F e = expm1_of(clamp(add(a, a), setf(-20.0f), setf(20.0f)));
-  return div(e, add(e, setf(2.0f)));
+// tanh |a| = e / (e + 2) with e = exp(2 |a|) - 1, and its derivative 4 (e + 1) / (e + 2)^2, which 1 - tanh^2 would lose to
+// cancellation where tanh is near 1.
+MMEBM_INLINE Both tanh_of(F a) {
+  const F zero = setf(0.0f), size = abs(a);
+  const F e = expm1_of(clamp(add(size, size), zero, setf(87.0f))), below = add(e, setf(2.0f));
+  const F t = div(e, below), rest = div(setf(2.0f), below);
+  return {select(greater(zero, a), sub(zero, t), t), mul(mul(add(e, setf(1.0f)), rest), rest)};
 }
 
 // Both of one vector. A limit at an infinity is taken exactly: silu(-inf) is 0 and its derivative too.
@@ -283,8 +287,7 @@ MMEBM_INLINE Both activation(F a, F slope) {
     return {fma(e, q, max(zero, a)), select(greater(a, zero), s, mul(e, s))};
   }
   if (KIND == Activation::tanh) {
-    const F t = tanh_of(a);
-    return {t, fma(sub(zero, t), t, one)};
+    return tanh_of(a);
   }
   const F e = expm1_of(clamp(a, setf(-87.0f), zero));  // elu
   const M up = greater(a, zero);
@@ -376,8 +379,12 @@ void residual(const Tile<M>& t, const MlpTerm& term, const float* target, const 
     Sum sum = no_sum();
     for (int64_t j = 0; j < outputs; ++j) {
       const int64_t at = j * t.C + m * W;
-      F v = load(y + at);
-      if (term.tanh) v = tanh_of(v);
+      F v = load(y + at), slope = one;
+      if (term.tanh) {
+        const Both both = tanh_of(v);
+        v = both.value;
+        slope = both.derivative;
+      }
       F r = sub(v, load(target + at));
       if (mask) r = select(bytes(mask + at, W), r, zero);
       if (energy) {
@@ -385,7 +392,7 @@ void residual(const Tile<M>& t, const MlpTerm& term, const float* target, const 
         next(sum);
       }
       F d = term.laplace ? select(greater(r, zero), pull, select(greater(zero, r), push, zero)) : mul(pull, r);
-      if (term.tanh) d = mul(d, fma(sub(zero, v), v, one));
+      if (term.tanh) d = mul(d, slope);
       store(y + at, d);
     }
     if (energy) {

@@ -22,6 +22,9 @@ from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Scalar, Te
 NORMAL_TOLERANCE = 2e-6
 # An fp32 result may be off by some of its last bits, also where torch's happens to be exact.
 FLOAT_TOLERANCE = 5e-7
+# Through a layer of one or three units the error of a single derivative (DERIVATIVE_ULPS) is that of the whole gradient,
+# with nothing to average it. Of the largest result: 2.4e-6 was the worst of 230 seeds.
+NARROW_TOLERANCE = 5e-6
 # Two fp32 trajectories may take different sides of a kink that is nearer than this: they differ by 1e-5 at most here.
 KINK = 1e-4
 
@@ -66,7 +69,9 @@ def make_chain(
     return replace(chain, **changes)
 
 
-def three_way(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, tiny: float) -> None:
+def three_way(
+    name: str, ours: Tensor, torchs: Tensor, exact: Tensor, tiny: float, relative: float = FLOAT_TOLERANCE
+) -> None:
     """err(ours) <= 2 err(torch) + tiny, and the same elements not finite. ``ours`` may be the first rows only."""
     assert ours.dtype == torchs.dtype and ours.shape[1:] == torchs.shape[1:]
     different = (torch.isfinite(ours) != torch.isfinite(torchs[: len(ours)])).nonzero()
@@ -76,7 +81,7 @@ def three_way(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, tiny: floa
     if error.numel() == 0:
         return
     torch_error = (torchs.double() - exact).abs()[finite].max().item()
-    limit = 2 * torch_error + tiny + FLOAT_TOLERANCE * exact.abs()[finite].max().item()
+    limit = 2 * torch_error + tiny + relative * exact.abs()[finite].max().item()
     assert error.max() <= limit, f"{name}: error {error.max():.3e}, torch's {torch_error:.3e}, limit {limit:.3e}"
 
 
@@ -99,7 +104,7 @@ def part_of(chain: op.MlpChain, rows: slice) -> op.MlpChain:
 
 def compare(
     chain: op.MlpChain, x: Tensor, steps: int, double: Callable, *, first_step: int = 0, keep: Tensor | None = None,
-    chains: int | None = None,
+    chains: int | None = None, relative: float = FLOAT_TOLERANCE,
 ) -> op.MlpResult:  # fmt: skip
     """The C++ room against the reference in fp32 and in float64, all results.
 
@@ -118,7 +123,7 @@ def compare(
         a, b, c = (getattr(result, name) for result in (ours, torchs, exact))
         a, b, c = (t if name == "x" else t.T for t in (a, b, c))
         tiny = steps * NORMAL_TOLERANCE * scale if name == "x" else 0.0
-        three_way(name, a[rows[:chains]], b[rows], c[rows], tiny)
+        three_way(name, a[rows[:chains]], b[rows], c[rows], tiny, relative)
     if chain.freeze:
         assert torch.equal(ours.frozen, torchs.frozen[:chains])
     else:
@@ -165,9 +170,9 @@ def exact_activation(name: str, x: Tensor, slope: float) -> tuple[Tensor, Tensor
     return torch.where(up, x, slope * e), torch.where(up, 1.0, slope * (e + 1))
 
 
-# In units of 2^-23 (1 + |exact|): the largest seen over 5.6 million bit patterns were 1.06 (silu), 0.58, 0.71, 0.62,
-# 0.48 and 0.20 for the values, and 1.6 (gelu), 2.6 (tanh) and at most 1.0 for the derivatives.
-VALUE_ULPS, DERIVATIVE_ULPS = 1.25, 3.0
+# In units of 2^-23 (1 + |exact|): the largest seen over 5.6 million bit patterns were 1.07 (silu) and at most 0.74 for the
+# values, 1.6 (gelu) and at most 0.9 for the derivatives.
+VALUE_ULPS, DERIVATIVE_ULPS = 1.25, 2.0
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -227,7 +232,7 @@ def test_widths(isa: str, seed: int, draw: Any, double: Callable, width: int) ->
         draw.residual(100, width, *hidden, outputs, activation="gelu", tanh=True),
         Scalar(draw.stack(width, *reversed(hidden), 1, activation="tanh")),
     ]
-    compare(make_chain(terms, (width,), 100, seed), draw.normal(100, width), 3, double, chains=chains)
+    compare(make_chain(terms, (width,), 100, seed), draw.normal(100, width), 3, double, chains=chains, relative=NARROW_TOLERANCE)
 
 
 @pytest.mark.parametrize("layers", (1, 2, 3, 4))
