@@ -22,8 +22,8 @@ from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Scalar, Te
 NORMAL_TOLERANCE = 2e-6
 # An fp32 result may be off by some of its last bits, also where torch's happens to be exact.
 FLOAT_TOLERANCE = 5e-7
-# Through a layer of one or three units the error of a single derivative (DERIVATIVE_ULPS) is that of the whole gradient:
-# nothing averages it. Of the largest result: 2.4e-6 was the worst of 230 seeds.
+# Through a layer of one or three units the error of a single derivative (DERIVATIVE_ULPS) is that of the whole
+# gradient: nothing averages it. Of the largest result: 2.4e-6 was the worst of 230 seeds.
 NARROW_TOLERANCE = 5e-6
 # Two fp32 trajectories may take different sides of a kink that is nearer than this: they differ by 1e-5 at most here.
 KINK = 1e-4
