@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SPLIT_SEED", "below", "pair_by_class", "permutation", "random_words", "split_by_class"]
+__all__ = ["SPLIT_SEED", "below", "choose", "pair_by_class", "permutation", "random_words", "split_by_class"]
 
 # Which instance belongs to train and which to test is a property of the benchmark, not of a run: no option changes it,
 # so that a model trained under one pairing seed can be judged under another without having seen a test digit.
@@ -56,26 +56,36 @@ def split_by_class(labels: Ints, name: str, *, test_share: float = 0.2) -> dict[
 
 
 def pair_by_class(
-    pool_labels: Mapping[str, Ints], classes: Sequence[str], n: int, seed: int, *names: str | int
+    pool_labels: Mapping[str, Ints],
+    classes: Sequence[str],
+    n: int,
+    seed: int,
+    *names: str | int,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Ints, Ints]:
     """Tuples of instances that share nothing but the class.
 
     Returns ``index`` of shape ``(n, M)``, columns in the order of ``pool_labels``, and ``labels`` of shape ``(n,)``, in
-    random order. Classes occur equally often (within one, if ``n`` is no multiple of their number). For each class and
-    modality fresh permutations of the instances are laid end to end, so that within a class two instances of a modality
-    are used equally often (within one).
+    random order. Classes occur equally often (within one, if ``n`` is no multiple of their number), or as often as
+    ``counts`` says, which must add up to ``n``. For each class and modality fresh permutations of the instances are
+    laid end to end, so that within a class two instances of a modality are used equally often (within one).
 
-    Raises ValueError for ``n < 1`` and for a modality without an instance of some class.
+    Raises ValueError for ``n < 1``, for a modality without an instance of some class, and for other ``counts``.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1 tuple, got {n}")
+    if counts is not None and (len(counts) != len(classes) or min(counts) < 0 or sum(counts) != n):
+        raise ValueError(f"counts must be {len(classes)} numbers from 0 that add up to {n}, got {list(counts)}")
     columns: dict[str, list[Ints]] = {name: [] for name in pool_labels}
     labels: list[Ints] = []
     for label, class_name in enumerate(classes):
-        count = n // len(classes) + (label < n % len(classes))
+        count = n // len(classes) + (label < n % len(classes)) if counts is None else counts[label]
         labels.append(np.full(count, label, dtype=np.int64))
         for modality, of_instance in pool_labels.items():
             rows = np.flatnonzero(of_instance == label).astype(np.int64)
+            if counts is not None and not count:
+                columns[modality].append(rows[:0])
+                continue
             if not len(rows):
                 raise ValueError(f"modality {modality!r} has no instance of class {class_name!r} to pair")
             words = random_words(seed, "pair", *names, modality, label)
@@ -84,3 +94,12 @@ def pair_by_class(
     order = permutation(random_words(seed, "order", *names), n)
     index = np.stack([np.concatenate(column) for column in columns.values()], axis=1)
     return index[order], np.concatenate(labels)[order]
+
+
+def choose(n: int | None, total: int, what: object, seed: int, *names: str | int) -> Ints:
+    """``n`` of ``total`` rows at random, ``(n,)``; all in their order for ``n`` None. ValueError if there are fewer."""
+    if n is None:
+        return np.arange(total, dtype=np.int64)
+    if n > total:
+        raise ValueError(f"n must be at most the {total} tuples in {what}, got {n}")
+    return permutation(random_words(seed, "choose", *names), total)[:n]

@@ -1,4 +1,4 @@
-"""PolyMNIST: one digit in five styles. The published files from a folder, and a set of the same kind built in memory.
+"""PolyMNIST: one digit in five styles. The published files from a folder, and sets of the same kind built in memory.
 
 The recipe (Sutter, Daunhawer, Vogt, "Generalized multimodal ELBO", ICLR 2021): modality ``m`` has one photograph of its
 own; an instance is a random 28x28 crop of it, with the colours inverted where an MNIST digit is above 128. Each
@@ -8,22 +8,24 @@ modality of a tuple takes its own digit, so that the modalities share the class 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmebm.data.base import Modality, MultimodalDataset, Split, check_count, refuse_path
-from mmebm.data.packages import DIGIT_WORDS, PHOTOGRAPHS, mnist, photograph, pillow
-from mmebm.data.pairing import SPLIT_SEED, below, pair_by_class, permutation, random_words, split_by_class
+from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, check_count, refuse_path
+from mmebm.data.idx import read_mnist
+from mmebm.data.packages import DIGIT_WORDS, PHOTOGRAPHS, mnist, photograph
+from mmebm.data.pairing import SPLIT_SEED, below, choose, pair_by_class, random_words, split_by_class
+from mmebm.data.pools import ArrayPool, FilePool, held, load_tensor, read_image
 
-__all__ = ["crop_corners", "invert", "polymnist", "polymnist_5k"]
+__all__ = ["crop_corners", "difference", "invert", "polymnist", "polymnist_5k", "polymnist_built"]
 
 SIDE: Final = 28
 THRESHOLD: Final = 128
@@ -34,7 +36,9 @@ STRIPS: Final = 12
 STRIP_PERIOD: Final = 4
 
 MODALITY: Final = re.compile(r"m(0|[1-9]\d*)")
+LAYOUT: Final = "the tensor layout has m0.pt, m1.pt, ... and labels.pt"
 PNG_NAME: Final = re.compile(r"(\d+)\.(\d)\.png")
+BACKGROUNDS: Final = (".jpg", ".jpeg", ".png")
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -43,6 +47,49 @@ Ints = NDArray[np.int64]
 def invert(crops: Bytes, digits: Bytes) -> Bytes:
     """The colours of ``crops`` ``(n, C, H, W)`` inverted where ``digits`` ``(n, H, W)`` is above 128; all uint8."""
     return np.where((digits > THRESHOLD)[:, None], 255 - crops, crops)
+
+
+def difference(crops: Bytes, items: Bytes) -> Bytes:
+    """|crop - item| in each colour: like :func:`invert` where the item is white, and soft where it is grey; uint8."""
+    return np.abs(crops.astype(np.int16) - items[:, None]).astype(np.uint8)
+
+
+BLENDS: Final[dict[str, Callable[[Bytes, Bytes], Bytes]]] = {"invert": invert, "difference": difference}
+
+
+@dataclass(frozen=True, eq=False)
+class CropPool:
+    """Items over crops of one photograph, put together when asked: a hundredth of the memory of the result.
+
+    Args:
+        items: uint8 ``(instances, 28, 28)``.
+        background: uint8 ``(H, W, 3)``.
+        ys, xs: where the crop of each instance begins.
+        blend: how the item changes the crop.
+        modality: images ``(3, 28, 28)``.
+    """
+
+    items: Bytes
+    background: Bytes
+    ys: Ints
+    xs: Ints
+    blend: Callable[[Bytes, Bytes], Bytes]
+    modality: Modality
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(instances, 3, 28, 28)``."""
+        return (len(self.items), *self.modality.shape)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """As :meth:`Pool.gather`."""
+        chosen = rows.numpy()
+        windows = np.lib.stride_tricks.sliding_window_view(self.background, (SIDE, SIDE), axis=(0, 1))
+        crops = windows[self.ys[chosen], self.xs[chosen]]
+        return self.modality.model(self.blend(crops, self.items[chosen]))
 
 
 def crop_corners(shape: tuple[int, int], split: Split) -> tuple[Ints, Ints]:
@@ -99,37 +146,137 @@ def polymnist_5k(
     """
     refuse_path("polymnist-5k", path)
     copies = check_count("copies", copies)
-    all_images, all_labels, digit_source = mnist()
-    rows = np.repeat(split_by_class(all_labels, "mnist")[split], copies)
-    digits, of_instance = all_images[rows], all_labels[rows]
-    n = len(rows) if n is None else check_count("n", n)
+    n = None if n is None else check_count("n", n)
+    images, labels, digit_source = mnist()
+    rows = split_by_class(labels, "mnist")[split]
+    photographs = [photograph(file_name) for file_name in PHOTOGRAPHS]
+    pools, of_instance = _crops(
+        "polymnist-5k", split, seed, images[rows], labels[rows], [pixels for pixels, _ in photographs], copies, invert,
+        disjoint=True, stream=False,
+    )  # fmt: skip
+    n = len(of_instance) if n is None else n
+    index, labels = pair_by_class({name: of_instance for name in pools}, DIGIT_WORDS, n, seed, "polymnist-5k", split)
+    sources = [digit_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
+    info = {"options": {"n": n, "copies": copies}, "split_seed": SPLIT_SEED, "sources": sources}
+    return _dataset("polymnist-5k", split, seed, pools, of_instance, index, labels, info)
 
-    pools: dict[str, Tensor] = {}
-    sources = [digit_source]
-    for m, file_name in enumerate(PHOTOGRAPHS):
-        background, source = photograph(file_name)
-        sources.append(source | {"modality": f"m{m}"})
-        words = random_words(seed, "crop", "polymnist-5k", split, m)
-        ys, xs = crop_corners(background.shape[:2], split)
-        ys, xs = ys[below(words, len(ys), len(rows))], xs[below(words, len(xs), len(rows))]
-        windows = np.lib.stride_tricks.sliding_window_view(background, (SIDE, SIDE), axis=(0, 1))
-        pools[f"m{m}"] = _to_model(torch.from_numpy(invert(windows[ys, xs], digits)))
-    pool_labels = {name: of_instance for name in pools}
-    index, labels = pair_by_class(pool_labels, DIGIT_WORDS, n, seed, "polymnist-5k", split)
-    return _dataset(
-        "polymnist-5k",
-        split,
-        seed,
-        pools,
-        of_instance,
-        index,
-        labels,
-        {"options": {"n": n, "copies": copies}, "split_seed": SPLIT_SEED, "sources": sources},
-    )
+
+def polymnist_built(
+    split: Split,
+    *,
+    seed: int = 0,
+    path: str | os.PathLike[str] | None = None,
+    backgrounds: str | os.PathLike[str] | None = None,
+    n: int | None = None,
+    copies: int = 1,
+    blend: Literal["invert", "difference"] = "invert",
+    disjoint: bool = False,
+    classes: Sequence[str] = DIGIT_WORDS,
+    stream: bool = False,
+) -> MultimodalDataset:
+    """PolyMNIST's recipe over idx files and photographs of your own: at full size, or of another kind of item.
+
+    Modalities ``"m0" .. "m{N-1}"``, images ``(3, 28, 28)``, one for each of ``N`` photographs in the order of their
+    file names. Train and test items are those of the idx set; by default each occurs once in each modality, so that the
+    classes are as frequent as there. With the 60,000 digits of MNIST and the five published photographs this is the
+    published recipe, with other draws (the published files have no seed that would give them again).
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        seed: of the crops, the pairing, and the choice of ``n`` tuples.
+        path: the folder of the idx files, as :func:`mmebm.data.idx.read_mnist` looks for them; items must be 28x28.
+        backgrounds: a folder of .jpg, .jpeg and .png files. By default ``backgrounds`` in ``path``, or where there is
+            none the five photographs of ``polymnist-5k`` (the extra 'train').
+        n: the number of tuples, classes balanced within one; by default each instance occurs once.
+        copies: crops for each item.
+        blend: ``"invert"`` the crop's colours where the item is above 128, as published; or the absolute
+            ``"difference"``, which keeps the texture of grey items (Fashion-MNIST).
+        disjoint: whether train and test crops come from separate strips of a photograph, as in ``polymnist-5k``; the
+            published set takes both from everywhere.
+        classes: ten class names.
+        stream: put crops together when a batch asks for them, and not all at once (60,000 x 5 take 2.6 GiB).
+
+    Raises:
+        FileNotFoundError: if idx files or photographs are missing; the message says where they were looked for.
+        ModuleNotFoundError: without Pillow, or without scikit-image where its photographs are to be used.
+        TypeError, ValueError: for files that are not what they should be, and options outside what is said above.
+    """
+    if path is None:
+        raise ValueError("'polymnist-built' is built from idx files: give path=, or load 'polymnist-5k', which needs "
+                         "none")  # fmt: skip
+    n, copies = None if n is None else check_count("n", n), check_count("copies", copies)
+    if blend not in BLENDS:
+        raise ValueError(f"blend must be 'invert' or 'difference', got {blend!r}")
+    if isinstance(classes, str) or len(classes) != 10 or len(set(classes)) != 10:
+        raise ValueError(f"classes must be ten distinct names, got {classes!r}")
+    items, of_item, item_source = read_mnist(path, split)
+    if items.shape[1:] != (SIDE, SIDE):
+        raise ValueError(f"{item_source['file']} has items of {items.shape[1]}x{items.shape[2]}, "
+                         f"{SIDE}x{SIDE} is needed")  # fmt: skip
+    photographs = _backgrounds(Path(path), backgrounds)
+    pools, of_instance = _crops("polymnist-built", split, seed, items, of_item, [pixels for pixels, _ in photographs],
+                                copies, BLENDS[blend], disjoint=disjoint, stream=stream)  # fmt: skip
+    counts = np.bincount(of_instance, minlength=10).tolist() if n is None else None
+    n = len(of_instance) if n is None else n
+    index, labels = pair_by_class({name: of_instance for name in pools}, classes, n, seed, "polymnist-built", split,
+                                  counts=counts)  # fmt: skip
+    sources = [item_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
+    options = {"n": n, "copies": copies, "blend": blend, "disjoint": disjoint, "stream": stream}
+    info = {"options": options, "sources": sources}
+    return _dataset("polymnist-built", split, seed, pools, of_instance, index, labels, info, tuple(classes))
+
+
+def _backgrounds(path: Path, folder: str | os.PathLike[str] | None) -> list[tuple[Bytes, dict[str, Any]]]:
+    """The photographs uint8 ``(H, W, 3)`` in the order of their names, and where they came from."""
+    place = path / "backgrounds" if folder is None else Path(folder)
+    if folder is None and not place.is_dir():
+        return [photograph(file_name) for file_name in PHOTOGRAPHS]
+    entries = sorted(place.iterdir()) if place.is_dir() else []
+    files = [file for file in entries if file.suffix.lower() in BACKGROUNDS and file.name[0] != "."]
+    if not files:
+        raise FileNotFoundError(f"no background photograph (.jpg, .jpeg or .png) in {place}: put one there for each "
+                                "modality")  # fmt: skip
+    return [(read_image(file).transpose(1, 2, 0), {"what": "photograph", "file": str(file)}) for file in files]
+
+
+def _crops(
+    name: str,
+    split: Split,
+    seed: int,
+    items: Bytes,
+    of_item: Ints,
+    photographs: Sequence[Bytes],
+    copies: int,
+    blend: Callable[[Bytes, Bytes], Bytes],
+    *,
+    disjoint: bool,
+    stream: bool,
+) -> tuple[dict[str, Tensor | Pool], Ints]:
+    """A pool over each photograph, every item ``copies`` times on fresh crops, and the class of each instance."""
+    items, of_instance = np.repeat(items, copies, axis=0), np.repeat(of_item, copies)
+    pools: dict[str, Tensor | Pool] = {}
+    for m, background in enumerate(photographs):
+        words = random_words(seed, "crop", name, split, m)
+        ys, xs = crop_corners(background.shape[:2], split) if disjoint else _all_corners(background.shape[:2])
+        ys, xs = ys[below(words, len(ys), len(items))], xs[below(words, len(xs), len(items))]
+        pool = CropPool(items, background, ys, xs, blend, Modality(f"m{m}", (3, SIDE, SIDE), "image"))
+        pools[f"m{m}"] = pool if stream else held(pool)
+    return pools, of_instance
+
+
+def _all_corners(shape: tuple[int, ...]) -> tuple[Ints, Ints]:
+    if min(shape) < SIDE:
+        raise ValueError(f"a photograph of {shape[0]}x{shape[1]} is too small: {SIDE}x{SIDE} is the least")
+    return np.arange(shape[0] - SIDE + 1), np.arange(shape[1] - SIDE + 1)
 
 
 def polymnist(
-    split: Split, *, seed: int = 0, path: str | os.PathLike[str] | None = None, n: int | None = None
+    split: Split,
+    *,
+    seed: int = 0,
+    path: str | os.PathLike[str] | None = None,
+    n: int | None = None,
+    stream: bool = False,
 ) -> MultimodalDataset:
     """The published PolyMNIST (60,000 train and 10,000 test tuples), or a set laid out like it, from a folder.
 
@@ -142,7 +289,7 @@ def polymnist(
       [0, 1] or uint8, and ``(N,)`` integers, paired by row.
 
     Where both lie side by side the PNG files are read, since their names prove the pairing. They are read one by one:
-    expect about a minute for the 300,000 files of the train split, and set ``n`` for less.
+    expect about a minute for the 300,000 files of the train split, and set ``n`` or ``stream`` for less.
 
     Licence: the generating code is MIT; MNIST is commonly quoted as CC BY-SA 3.0; see the Zenodo record for the rest.
 
@@ -151,6 +298,8 @@ def polymnist(
         seed: of the choice of ``n`` tuples; without ``n`` nothing is drawn.
         path: the folder.
         n: take this many tuples at random, all by default.
+        stream: read files when a batch asks for them, and not all of them now (the train split takes 2.6 GiB).
+            What is wrong with a file then shows when it is read.
 
     Raises:
         FileNotFoundError: if there is no such folder, or none of the two layouts in it, or a file of it is missing.
@@ -163,36 +312,25 @@ def polymnist(
         raise ValueError("'polymnist' is read from a folder: give path=, or load 'polymnist-5k', which needs none")
     n = None if n is None else check_count("n", n)
     folder, layout = _find_layout(Path(path), split)
-
-    def choose(total: int) -> Ints:
-        if n is None:
-            return np.arange(total, dtype=np.int64)
-        if n > total:
-            raise ValueError(f"n must be at most the {total} tuples in {folder}, got {n}")
-        return permutation(random_words(seed, "choose", "polymnist", split), total)[:n]
-
-    pools, labels = (_read_png if layout == "png" else _read_tensors)(folder, choose)
-    index = np.repeat(np.arange(len(labels), dtype=np.int64)[:, None], len(pools), axis=1)
-    info: dict[str, Any] = {"options": {"n": n}, "sources": [{"what": "PolyMNIST", "folder": str(folder),
-                                                              "layout": layout}]}  # fmt: skip
-    return _dataset("polymnist", split, seed, pools, labels, index, labels, info)
-
-
-def _to_model(images: Tensor) -> Tensor:
-    """uint8 0..255 or floating [0, 1] images to float32 in [-1, 1]."""
-    modality = Modality("image", tuple(images.shape[1:]), "image")
-    return modality.model(images)
+    pools, of_instance, rows = (_read_png if layout == "png" else _read_tensors)(
+        folder, lambda total: choose(n, total, folder, seed, "polymnist", split), stream
+    )
+    index = np.repeat(rows[:, None], len(pools), axis=1)
+    info: dict[str, Any] = {"options": {"n": n, "stream": stream}, "sources": [{"what": "PolyMNIST",
+                            "folder": str(folder), "layout": layout}]}  # fmt: skip
+    return _dataset("polymnist", split, seed, pools, of_instance, index, of_instance[rows], info)
 
 
 def _dataset(
     name: str,
     split: Split,
     seed: int,
-    pools: dict[str, Tensor],
+    pools: dict[str, Tensor | Pool],
     of_instance: Ints,
     index: Ints,
     labels: Ints,
     info: dict[str, Any],
+    classes: tuple[str, ...] = DIGIT_WORDS,
 ) -> MultimodalDataset:
     shared = torch.from_numpy(np.array(of_instance))
     return MultimodalDataset(
@@ -200,7 +338,7 @@ def _dataset(
         split=split,
         seed=seed,
         modalities=tuple(Modality(key, tuple(pool.shape[1:]), "image") for key, pool in pools.items()),
-        classes=DIGIT_WORDS,
+        classes=classes,
         pools=pools,
         pool_labels={key: shared for key in pools},
         index=torch.from_numpy(index),
@@ -243,7 +381,10 @@ def _png_names(folder: Path) -> set[str]:
     return names
 
 
-def _read_png(folder: Path, choose: Callable[[int], Ints]) -> tuple[dict[str, Tensor], Ints]:
+def _read_png(
+    folder: Path, chosen_of: Callable[[int], Ints], stream: bool
+) -> tuple[dict[str, Tensor | Pool], Ints, Ints]:
+    """The pools, the class of each instance, and the rows to use."""
     modalities = _numbered([entry.name for entry in folder.iterdir() if entry.is_dir()], folder, "")
     names = {m: _png_names(folder / m) for m in modalities}
     everywhere = set.union(*names.values())
@@ -262,60 +403,37 @@ def _read_png(folder: Path, choose: Callable[[int], Ints]) -> tuple[dict[str, Te
         return int(digit), int(number), name  # the name itself tells 7.1.png from 007.1.png
 
     ordered = sorted(everywhere, key=key)
-    chosen = [ordered[row] for row in choose(len(ordered))]
-    labels = np.array([key(name)[0] for name in chosen], dtype=np.int64)
-    images = {m: torch.from_numpy(_read_images([folder / m / name for name in chosen])) for m in modalities}
-    return {m: _to_model(pixels) for m, pixels in images.items()}, labels
+    chosen = [ordered[row] for row in chosen_of(len(ordered))]
+    pools: dict[str, Tensor | Pool] = {}
+    for m in modalities:
+        files = [folder / m / name for name in chosen]
+        pool = FilePool(files, Modality(m, read_image(files[0]).shape, "image"), read_image)
+        pools[m] = pool if stream else held(pool)
+    of_instance = np.array([key(name)[0] for name in chosen], dtype=np.int64)
+    return pools, of_instance, np.arange(len(chosen), dtype=np.int64)
 
 
-def _read_images(files: list[Path]) -> Bytes:
-    image = pillow()
-    images: Bytes | None = None
-    for row, file in enumerate(files):
-        try:
-            with image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
-            raise ValueError(f"{file} cannot be read as an image: {error}") from error
-        if images is None:
-            images = np.empty((len(files), 3, *pixels.shape[:2]), dtype=np.uint8)
-        if pixels.shape[:2] != images.shape[2:]:
-            raise ValueError(f"{file} has {pixels.shape[0]}x{pixels.shape[1]} pixels, "
-                             f"{files[0].name} beside it {images.shape[2]}x{images.shape[3]}")  # fmt: skip
-        images[row] = pixels.transpose(2, 0, 1)
-    assert images is not None  # the caller passes at least one file
-    return images
-
-
-def _read_tensors(folder: Path, choose: Callable[[int], Ints]) -> tuple[dict[str, Tensor], Ints]:
+def _read_tensors(
+    folder: Path, chosen_of: Callable[[int], Ints], stream: bool
+) -> tuple[dict[str, Tensor | Pool], Ints, Ints]:
+    """The pools, the class of each instance, and the rows to use."""
     modalities = _numbered([entry.stem for entry in folder.iterdir() if entry.suffix == ".pt"], folder, ".pt")
-    labels = _load_tensor(folder / "labels.pt").flatten()
+    labels = load_tensor(folder / "labels.pt", LAYOUT).flatten()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{folder / 'labels.pt'} must hold integers, got {labels.dtype}")
     if not len(labels) or not (labels.min() >= 0 and labels.max() < len(DIGIT_WORDS)):
         raise ValueError(f"{folder / 'labels.pt'} must hold digits 0 to 9, at least one")
-    rows = torch.from_numpy(choose(len(labels)))
-    pools: dict[str, Tensor] = {}
+    of_instance = labels.to(torch.int64).numpy()
+    rows = chosen_of(len(labels))
+    pools: dict[str, Tensor | Pool] = {}
     for m in modalities:
         file = folder / f"{m}.pt"
-        images = _load_tensor(file)
+        images = load_tensor(file, LAYOUT, mapped=stream)
         if images.dim() != 4 or len(images) != len(labels):
             raise ValueError(f"{file} must be ({len(labels)}, C, H, W), one row for each of labels.pt, "
                              f"got {tuple(images.shape)}")  # fmt: skip
-        try:
-            pools[m] = _to_model(images[rows])
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-    return pools, labels.to(torch.int64)[rows].numpy()
-
-
-def _load_tensor(file: Path) -> Tensor:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: the tensor layout has m0.pt, m1.pt, ... and labels.pt")
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read by torch.load(weights_only=True): {error}") from error
-    if not isinstance(loaded, Tensor) or loaded.layout != torch.strided:
-        raise ValueError(f"{file} must hold one dense tensor, got {type(loaded).__name__}")
-    return loaded
+        pool = ArrayPool(images.numpy(), Modality(m, tuple(images.shape[1:]), "image"), str(file))
+        pools[m] = pool if stream else pool.gather(torch.from_numpy(rows))
+    if stream:
+        return pools, of_instance, rows
+    return pools, of_instance[rows], np.arange(len(rows), dtype=np.int64)

@@ -1,0 +1,162 @@
+"""Pools that are read when asked: arrays that stay bytes or on disk, and images that stay files.
+
+A data set holds a modality's instances as one float32 tensor where that fits: nothing is faster, and it can live on a
+GPU. Sixty thousand photographs do not fit. These two keep what the source has and convert the rows of a batch;
+:func:`held` makes the tensor after all.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmebm.data.base import Modality, Pool
+from mmebm.data.packages import pillow
+
+__all__ = ["ArrayPool", "FilePool", "held", "load_tensor", "read_image"]
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayPool:
+    """Instances in an array, often a memory-mapped one; rows are converted by :meth:`Modality.model` when asked.
+
+    Args:
+        values: ``(instances, ...)``, anything NumPy can index with rows.
+        modality: what the instances are.
+        source: what error messages call the array, best its file.
+        prepare: applied to the rows of a batch before :meth:`Modality.model`, which wants ``(b, *shape)`` in natural
+            space; by default they are taken as they are.
+    """
+
+    values: NDArray
+    modality: Modality
+    source: str
+    prepare: Callable[[NDArray], NDArray] = np.asarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(instances, *shape)``."""
+        return (len(self.values), *self.modality.shape)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """As :meth:`Pool.gather`; ValueError for values outside their range or not finite, naming the source."""
+        chosen = rows.numpy()
+        try:
+            x = self.modality.model(self.prepare(self.values[chosen]))
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
+        finite = torch.isfinite(x).flatten(1).all(1)
+        if not finite.all():
+            row = int(chosen[int((~finite).nonzero()[0])])
+            raise ValueError(f"{self.source}: row {row} has values that are not finite; say that it is absent, or "
+                             "leave it out")  # fmt: skip
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class FilePool:
+    """Instances in one file each, decoded when asked.
+
+    Args:
+        files: one for each instance, in the order of the rows.
+        modality: what they are.
+        read: a file to its array ``shape``: images uint8 ``(C, H, W)`` or floating in [0, 1].
+    """
+
+    files: Sequence[Path]
+    modality: Modality
+    read: Callable[[Path], NDArray]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(instances, *shape)``."""
+        return (len(self.files), *self.modality.shape)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """As :meth:`Pool.gather`; ValueError naming the file that is not what it should be, or not there any more."""
+        x = torch.zeros((len(rows), *self.modality.shape))
+        for at, row in enumerate(rows.tolist()):
+            file = self.files[row]
+            try:
+                pixels = self.read(file)
+            except FileNotFoundError as error:
+                raise ValueError(f"{file} is gone: it was there when the set was loaded") from error
+            if pixels.shape != self.modality.shape:
+                raise ValueError(f"{file} has {_size(pixels.shape)}, others of {self.modality.name!r} have "
+                                 f"{_size(self.modality.shape)}: resize it")  # fmt: skip
+            try:
+                x[at] = self.modality.model(pixels[None])[0]
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+        return x
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[2]} pixels, {shape[0]} channels" if len(shape) == 3 else f"shape {shape}"
+
+
+def held(pool: Pool, rows: NDArray[np.int64] | None = None) -> Tensor:
+    """The instances of ``pool`` as one tensor, float32 ``(instances, *shape)``.
+
+    With ``rows`` only those are read, and the others are zeros: for instances that are absent and may be anything.
+    """
+    if rows is None:
+        return pool.gather(torch.arange(len(pool)))
+    x = torch.zeros(tuple(pool.shape))
+    x[torch.from_numpy(rows)] = pool.gather(torch.from_numpy(rows))
+    return x
+
+
+def read_image(file: Path) -> NDArray[np.uint8]:
+    """An image file as uint8 ``(3, H, W)``.
+
+    Raises:
+        ModuleNotFoundError: without Pillow.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image.
+    """
+    image = pillow()
+    try:
+        with image.open(file) as picture:
+            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    except FileNotFoundError:
+        raise
+    # Pillow raises SyntaxError for some broken PNG files
+    except (OSError, SyntaxError, image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+
+
+def load_tensor(file: Path, layout: str, *, mapped: bool = False) -> Tensor:
+    """The one dense tensor in a .pt file, on the CPU; nothing in the file is executed.
+
+    Args:
+        file: what torch.save wrote.
+        layout: what else belongs beside the file, for the message when it is missing.
+        mapped: leave the values on disk until they are used.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else, or cannot be read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {layout}")
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read by torch.load(weights_only=True): {error}") from error
+    if not isinstance(loaded, Tensor) or loaded.layout != torch.strided:
+        raise ValueError(f"{file} must hold one dense tensor, got {type(loaded).__name__}")
+    return loaded
