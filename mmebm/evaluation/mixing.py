@@ -1,0 +1,630 @@
+"""Does a chain mix? Chains from several initialisers, followed far beyond their trained length, and judged.
+
+A short chain that ends near good samples may sample its energy, or only revise what it was started from. What tells
+them apart is where else it can be started: chains of one law from a generator, from noise and from data must come to
+agree. R-hat and effective sample size say whether they do (:mod:`mmebm.diagnostics`, Vehtari et al. 2021), the
+acceptance of a Metropolis test what the unadjusted step costs, the noise beside the drift whether it samples or
+minimises, and agreement of the modalities beside the energy whether a falling energy makes them agree or only sharper.
+
+:func:`examine` takes any chain, :func:`mixing` the two chains of a run. Both return plain data, ready for JSON:
+numbers, curves for figures, and a verdict in words. Nothing but the states of the moment is held, whatever the length.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from mmebm.data.base import check_count
+from mmebm.diagnostics import autocorrelation_time, ess, mala_acceptance, rhat
+from mmebm.evaluation.metrics import frechet_distance
+from mmebm.samplers import Langevin
+
+if TYPE_CHECKING:
+    from mmebm.evaluation.classifiers import Classifiers
+    from mmebm.training.run import Run
+
+__all__ = ["THRESHOLDS", "Chain", "data_chain", "examine", "latent_chain", "mixing", "verdict"]
+
+State = Any  # a tensor (n, ...) or a dict of such
+
+# What a verdict calls good, and who says so.
+THRESHOLDS: Final[dict[str, dict[str, Any]]] = {
+    "rhat": {"at_most": 1.01, "source": "Vehtari et al. 2021"},
+    "rhat_nearly": {"at_most": 1.1, "source": "Gelman et al., Bayesian Data Analysis, 2013, the older limit"},
+    "ess": {"at_least": 400, "source": "Vehtari et al. 2021: 100 for each of four chains"},
+    "acceptance": {"at_least": 0.9, "source": "docs/diagnostics.md: one step moves the law by at most a tenth"},
+    "change": {"standard_errors": 2, "source": "about 95 % of a normal law"},
+}
+MIN_DRAWS: Final = 4  # of a chain: fewer leave halves of one draw
+TRACES: Final = 4  # chains of each initialiser that are kept as lines
+DISTANCES: Final = 8  # states, spread logarithmically, at which the distance to real data is taken
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain to examine.
+
+    Args:
+        name: for the verdict, such as "data chain".
+        energy: the energy of a state, ``(n,)``, as the sampler takes it (a prior of the sampler is left to it).
+        sampler: the step; bounds, projections and limits of the update are left out where a single step is judged.
+        steps: the length of the chain in use.
+        starts: initialiser -> state of ``n`` chains, a tensor ``(n, ...)`` or a dict of such; the first one is the
+            start in use. The more they differ, the more R-hat can see.
+        summaries: state -> {name: ``(n,)``}, the scalars that are followed. "energy" must be among them, here with all
+            its terms; "agreement", 1 where all modalities show one class and 0 elsewhere, may be.
+        nominal: the summaries that are class indices: how many chains keep theirs is counted.
+        targets: how many laws there are; row ``i`` of every start samples law ``i % targets``, and chains are compared
+            within a law.
+        advance: how the chain moves, where not by ``sampler.sample(energy, ...)``: called as ``advance(state, steps,
+            seed=, first_step=, chain_offset=)``, returning :class:`mmebm.samplers.Samples`.
+        distance: a distance of a whole state to real data, such as Frechet's.
+        floor: that distance of real data to itself, at the same ``n``.
+    """
+
+    name: str
+    energy: Callable[[State], Tensor]
+    sampler: Langevin
+    steps: int
+    starts: Mapping[str, State]
+    summaries: Callable[[State], Mapping[str, Tensor]]
+    nominal: tuple[str, ...] = ()
+    targets: int = 1
+    advance: Callable[..., Any] | None = None
+    distance: Callable[[State], float] | None = None
+    floor: float | None = None
+
+
+def examine(
+    chain: Chain, *, long: int = 2000, points: int = 100, seed: int = 0, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Follows the chain from each of its starts for ``long`` steps and judges it at both lengths.
+
+    The chain as it is used is the beginning of the long one: noise is a function of the step.
+
+    Args:
+        chain: what to examine.
+        long: steps of the long chain, at least ``chain.steps``.
+        points: how often the states are looked at, at most, up to ``chain.steps`` and beyond.
+        seed: of the noise.
+        progress: called with a line of text after each start.
+
+    Returns:
+        ``horizons``: "trained" and "long", each with its ``steps``, the ``draws`` and ``chains`` used (of the second
+        half of the steps), and per summary ``rhat`` across all starts (the median over the laws), ``rhat_worst``,
+        ``rhat_within`` each start, ``ess_bulk``, ``ess_tail`` (medians over the laws; worth nothing beside a high
+        R-hat), ``autocorrelation_time`` in steps, within chains (a lower bound in a window shorter than fifty of it),
+        and ``unmoved``, the share of chains that never changed it; ``kept``: the share of chains that keep their class,
+        and by chance. ``change``: how the summaries of the first start change, paired, with standard errors. ``step``:
+        ``drift``, ``noise`` and their ``ratio`` per tensor of the state (root mean square over chains) at the start and
+        the end of the trained chain, the implied ``temperature``, ``acceptance`` by temperature. ``curves``: means and
+        standard errors of the summaries by step and start, distances; ``traces``: the energy of a few chains.
+        ``broken``: share of chains per start that became non-finite. ``verdict``: sentences. None stands for what is
+        not finite: the R-hat of a summary with ``unmoved`` 1 is infinite, or one of equal values.
+
+    Raises:
+        TypeError, ValueError: for a length or number of points out of range, starts that differ in ``n`` or are no
+            multiple of ``targets``, or no summary "energy".
+    """
+    check_count("chain.steps", chain.steps)
+    check_count("points", points, least=MIN_DRAWS)
+    check_count("long", long, least=chain.steps)
+    n = _check_starts(chain)
+    marks = [0, *_marks(0, chain.steps, points), *_marks(chain.steps, long, points)]
+    apart = _logarithmic(marks, DISTANCES, {0, chain.steps, long}) if chain.distance is not None else set()
+    curves: dict[str, Any] = {"step": marks, "mean": {}, "error": {}, "distance": {}}
+    traces: dict[str, list[list[float | None]]] = {}
+    broken, seconds, followed, step = {}, {}, {}, {}
+    for index, (start, state) in enumerate(chain.starts.items()):
+        began = time.perf_counter()
+        rows, distances, bad = [], [], torch.zeros(n, dtype=torch.bool)
+        for i, mark in enumerate(marks):
+            if i:
+                samples = (chain.advance or _plain(chain))(
+                    state, mark - marks[i - 1], seed=seed, first_step=marks[i - 1], chain_offset=index * n
+                )
+                state, bad = samples.state, bad | samples.info["nonfinite"].cpu()
+            with torch.no_grad():
+                summaries = chain.summaries(state)
+            if "energy" not in summaries:
+                raise ValueError(f"chain.summaries must hold 'energy', got {list(summaries)}")
+            rows.append(torch.stack([value.detach().double().reshape(n).cpu() for value in summaries.values()]))
+            if chain.distance is not None and mark in apart:
+                distances.append([mark, _number(chain.distance(state))])
+            if index == 0 and mark in (0, chain.steps):
+                step["start" if mark == 0 else "end"] = _drift_and_noise(chain, state, seed, mark)
+                if mark == chain.steps:
+                    step["acceptance"] = _acceptance(chain, state, seed, mark)
+        followed[start] = torch.stack(rows)  # (marks, summaries, n)
+        names = list(summaries)
+        curves["mean"][start] = _series(names, followed[start].mean(2))
+        curves["error"][start] = _series(names, followed[start].std(2) / math.sqrt(n))
+        traces[start] = [_list(line) for line in followed[start][:, names.index("energy"), :TRACES].T]
+        if distances:
+            curves["distance"][start] = distances
+        broken[start], seconds[start] = bad.double().mean().item(), time.perf_counter() - began
+        if progress is not None:
+            progress(f"{chain.name} from {start}: {long} steps of {n} chains, {seconds[start]:.1f} s")
+    all_starts = torch.stack(list(followed.values()), 1)  # (marks, starts, summaries, n)
+    horizons = {
+        name: _horizon(chain, marks, end, {s: all_starts[:, :, j] for j, s in enumerate(names)})
+        for name, end in (("trained", chain.steps), ("long", long))
+    }
+    result = {
+        "name": chain.name, "steps": chain.steps, "long": long, "chains": n, "targets": chain.targets,
+        "starts": list(chain.starts), "horizons": horizons,
+        "change": _changes(chain, marks, names, followed[next(iter(chain.starts))]),
+        "step": {**step, "temperature": _temperature(chain.sampler)}, "floor": chain.floor, "broken": broken,
+        "seconds": seconds, "curves": curves, "traces": traces,
+    }  # fmt: skip
+    return {**result, "verdict": verdict(result)}
+
+
+def verdict(result: Mapping[str, Any]) -> list[str]:
+    """What the numbers of :func:`examine` mean, in sentences; the first is the conclusion."""
+    trained, long = (result["horizons"][name] for name in ("trained", "long"))
+    steps, far = result["steps"], result["long"]
+    limit, nearly = THRESHOLDS["rhat"], THRESHOLDS["rhat_nearly"]
+    where = "across initialisers" if len(result["starts"]) > 1 else "across chains of a single initialiser"
+    first, second = _worst(trained), _worst(long)
+    said = []
+    if first is None:
+        said.append(f"{steps} steps are too few draws for R-hat.")
+    elif first[0] <= limit["at_most"]:
+        fewest, least = _fewest(trained), THRESHOLDS["ess"]
+        few = fewest is not None and fewest < least["at_least"]
+        worth = f", but they are worth only {fewest:.0f} independent draws ({least['at_least']} or more: "
+        said.append(
+            f"R-hat {first[0]:.3f} {where} (at most {limit['at_most']}: {limit['source']}): the chain forgets its "
+            f"start within {steps} steps{worth + least['source'] + ')' if few else ''}."
+        )
+    elif first[0] <= nearly["at_most"]:
+        said.append(
+            f"R-hat {first[0]:.3f} {where} ({first[1]}; {limit['at_most']} would do: {limit['source']}): the chain has "
+            f"nearly forgotten its start within {steps} steps."
+        )
+    else:
+        said.append(
+            f"R-hat {first[0]:.1f} {where} ({first[1]}; {limit['at_most']} would do: {limit['source']}): the chain "
+            f"does not forget its start within {steps} steps; it is a revision, not a sampler of the energy."
+        )
+    if far > steps and second is not None:
+        still = first is None or first[0] > limit["at_most"]
+        if second[0] <= limit["at_most"]:
+            said.append(f"After {far} steps R-hat is {second[0]:.3f}: such chains have forgotten their start.")
+        elif second[0] <= nearly["at_most"]:
+            said.append(f"After {far} steps R-hat is {second[0]:.3f} ({second[1]}): nearly mixed.")
+        else:
+            who = "even such chains" if still else "such chains"
+            said.append(f"After {far} steps R-hat is {second[0]:.1f} ({second[1]}): {who} have not mixed.")
+    said += _change_sentences(result)
+    for name, kept in trained["kept"].items():
+        own = kept[result["starts"][0]]
+        said.append(f"{name}: {own['kept']:.0%} of the chains from {result['starts'][0]} end with the class they began "
+                    f"with ({own['chance']:.0%} by chance).")  # fmt: skip
+    said += _step_sentences(result["step"])
+    lost = {start: share for start, share in result["broken"].items() if share}
+    if lost:
+        said.append("Chains that became inf or NaN: " + ", ".join(f"{v:.1%} from {s}" for s, v in lost.items()) + ".")
+    return said
+
+
+def mixing(
+    run: Run, classifiers: Classifiers | None = None, *, chains: int = 128, long: int = 2000, seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Examines both chains of a run.
+
+    Args:
+        run: a run that has reached its joint stage.
+        classifiers: the judges of classes, agreement and distance; without them these are left out.
+        chains: per initialiser. The latent chain shares them out among posteriors of :data:`REPLICAS` chains each.
+        long: steps of the long chains.
+        seed: of starts and noise.
+        progress: called with a line of text now and then.
+
+    Returns:
+        ``settings``, ``thresholds``, and under ``chains`` "data" and "latent", each as :func:`examine` gives it.
+
+    Raises:
+        ValueError: before the joint stage, when the energy has learned nothing; or for less than eight chains.
+        TypeError: for numbers that are none.
+    """
+    if not run.joint_trained:
+        raise ValueError("run has not reached its joint stage: there is no trained chain to examine")
+    check_count("chains", chains, least=REPLICAS)
+    both = {"data": data_chain(run, classifiers, chains=chains, seed=seed),
+            "latent": latent_chain(run, classifiers, tuples=chains // REPLICAS, seed=seed)}  # fmt: skip
+    return {
+        "settings": {**run.settings(), "seed": seed, "chains": chains, "long": long}, "thresholds": THRESHOLDS,
+        "chains": {
+            name: examine(c, long=max(long, c.steps), seed=seed, progress=progress)
+            for name, c in both.items() if c.steps
+        },
+    }  # fmt: skip
+
+
+REPLICAS: Final = 8  # chains of one posterior from one initialiser
+REAL: Final = 1000  # real tuples behind principal components and distances
+
+
+def data_chain(run: Run, classifiers: Classifiers | None = None, *, chains: int = 128, seed: int = 0) -> Chain:
+    """The chain on x under the joint energy, started at the generator, noise, real tuples and shuffled ones.
+
+    Followed are the energy, the first two principal components of every modality (those of real data), and with
+    ``classifiers`` the class of every modality and whether all agree.
+    """
+    system, test, train = run.system, run.dataset("test"), run.dataset("train")
+    rng = torch.Generator().manual_seed(seed)
+    real = train.batch(torch.randperm(len(train), generator=rng)[:REAL])
+    components = {name: _components(value) for name, value in real.items()}
+
+    def rows() -> Tensor:
+        return torch.randint(len(test), (chains,), generator=rng)
+
+    def noise(name: str, kind: str) -> Tensor:
+        shape = (chains, *real[name].shape[1:])
+        if kind == "image" or kind == "text":
+            values = torch.rand(shape, generator=rng) * 2 - 1
+        else:
+            values = torch.randn(shape, generator=rng) * float(real[name].std())
+        return values.to(real[name].device)
+
+    starts = {
+        "generator": system.generate(chains, seed=seed),
+        "noise": {m.name: noise(m.name, m.kind) for m in test.modalities},
+        "data": test.batch(rows()),
+        "shuffled": {name: test.batch(rows())[name] for name in real},
+    }
+
+    def summaries(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {"energy": system.energy(x)}
+        for name, (mean, axes) in components.items():
+            found |= {f"{name} pc{i + 1}": p for i, p in enumerate(((x[name].flatten(1) - mean) @ axes.T).unbind(1))}
+        return found | _classes(classifiers, x)
+
+    distance, floor = _distance(classifiers, real, test.batch(rows()))
+    return Chain(
+        name="data chain", energy=system.energy, sampler=system.data_sampler, steps=run.config.data_chain.steps,
+        starts=starts, summaries=summaries, nominal=_nominal(classifiers), distance=distance, floor=floor,
+        advance=lambda x, steps, **options: system.revise_data(x, steps=steps, **options),
+    )  # fmt: skip
+
+
+def latent_chain(
+    run: Run, classifiers: Classifiers | None = None, *, tuples: int = 16, replicas: int = REPLICAS, seed: int = 0
+) -> Chain:
+    """The chain on z given all modalities of ``tuples`` test tuples, started at q(z | X), the prior, and N(0, 4).
+
+    Each tuple has its own posterior, so chains are compared within it. Followed are the energy, |z|, two principal
+    components of inferred z, the squared error of what z decodes to, and with ``classifiers`` its classes.
+    """
+    system, test, train = run.system, run.dataset("test"), run.dataset("train")
+    rng = torch.Generator().manual_seed(seed)
+    on_device = torch.Generator(system.device).manual_seed(seed)
+    few = test.batch(torch.randperm(len(test), generator=rng)[:tuples])
+    tuples = len(next(iter(few.values())))
+    x = {name: value.repeat(replicas, *[1] * (value.dim() - 1)) for name, value in few.items()}
+    count = tuples * replicas
+    with torch.no_grad():
+        real = train.batch(torch.randperm(len(train), generator=rng)[:REAL])
+        mean, axes = _components(system.inference.sample(real, on_device))
+        inferred = system.inference.sample(x, on_device)
+    starts = {
+        "inference": inferred,
+        "prior": system.prior.draw(count, seed=seed, device=system.device),
+        "wide": 2 * torch.randn(inferred.shape, generator=on_device, device=system.device),
+    }
+
+    def energy(z: Tensor) -> Tensor:
+        return system.generator.negative_log_likelihood(x, z) + system.prior(z)
+
+    def summaries(z: Tensor) -> dict[str, Tensor]:
+        size = z.square().sum(1)
+        found = {"energy": energy(z) + 0.5 * size, "|z|": size.sqrt()}
+        found |= {f"z pc{i + 1}": p for i, p in enumerate(((z - mean) @ axes.T).unbind(1))}
+        found["squared error"] = system.generator.squared_error(x, z)
+        return found | _classes(classifiers, system.generator(z) if classifiers is not None else {})
+
+    settings, noise = run.settings(), run.config.latent_chain.noise
+    step = settings["latent_step"]
+    return Chain(
+        name="latent chain", energy=energy, steps=run.config.latent_chain.steps, starts=starts, summaries=summaries,
+        sampler=Langevin(step**2 / 2, step if noise is None else noise, prior_std=1.0, on_nonfinite="freeze"),
+        nominal=_nominal(classifiers), targets=tuples,
+        advance=lambda z, steps, **options: system.revise_latent(z, x, steps=steps, **options),
+    )  # fmt: skip
+
+
+def _classes(classifiers: Classifiers | None, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if classifiers is None:
+        return {}
+    names = [m.name for m in classifiers.modalities]
+    pred = classifiers.predict({name: x[name] for name in names})
+    return {
+        "agreement": (pred == pred[:, :1]).all(1).double(),
+        **{f"class of {name}": column.double() for name, column in zip(names, pred.unbind(1), strict=True)},
+    }
+
+
+def _nominal(classifiers: Classifiers | None) -> tuple[str, ...]:
+    return tuple(f"class of {m.name}" for m in classifiers.modalities) if classifiers is not None else ()
+
+
+def _distance(
+    classifiers: Classifiers | None, real: Mapping[str, Tensor], other: Mapping[str, Tensor]
+) -> tuple[Callable[[State], float] | None, float | None]:
+    """The mean Frechet distance over the judged modalities to ``real``, and that of ``other`` real tuples."""
+    if classifiers is None or not classifiers.learned:
+        return None, None
+    names = classifiers.learned
+
+    def features(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return classifiers.features({name: x[name] for name in names})
+
+    true = features(real)
+
+    def distance(x: Mapping[str, Tensor]) -> float:
+        if any(not bool(x[name].isfinite().all()) for name in names):
+            return math.nan
+        found = features(x)
+        return sum(frechet_distance(found[name], true[name]) for name in names) / len(names)
+
+    return distance, distance(other)
+
+
+def _components(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and the first two principal directions (2, d), scaled to unit variance."""
+    flat = value.detach().flatten(1)
+    mean = flat.mean(0)
+    _, scale, axes = torch.linalg.svd(flat - mean, full_matrices=False)
+    return mean, axes[:2] / (scale[:2, None] / math.sqrt(len(flat) - 1)).clamp_min(1e-12)
+
+
+def _check_starts(chain: Chain) -> int:
+    if not chain.starts:
+        raise ValueError("chain.starts must hold at least one initialiser, got none")
+    counts = {name: {len(t) for t in _tensors(state).values()} for name, state in chain.starts.items()}
+    sizes = set().union(*counts.values())
+    if len(sizes) != 1:
+        raise ValueError(f"chain.starts must all have as many chains, got {counts}")
+    n = sizes.pop()
+    if chain.targets < 1 or n < 1 or n % chain.targets:
+        raise ValueError(f"chain.starts must have a multiple of targets={chain.targets} chains, got {n}")
+    return n
+
+
+def _plain(chain: Chain) -> Callable[..., Any]:
+    return lambda state, steps, **options: chain.sampler.sample(chain.energy, state, steps, **options)
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    return dict(state) if isinstance(state, Mapping) else {"state": state}
+
+
+def _marks(begin: int, end: int, points: int) -> list[int]:
+    """At most ``points`` steps in (begin, end], evenly spaced back from ``end``, which is one of them."""
+    if end <= begin:
+        return []
+    stride = -(-(end - begin) // points)
+    return list(range(end, begin, -stride))[::-1]
+
+
+def _logarithmic(marks: Sequence[int], count: int, always: set[int]) -> set[int]:
+    last = max(marks)
+    wanted = [last ** (i / (count - 1)) for i in range(count)]
+    return always | {min(marks, key=lambda m: abs(m - w)) for w in wanted}
+
+
+def _horizon(chain: Chain, marks: Sequence[int], end: int, summaries: Mapping[str, Tensor]) -> dict[str, Any]:
+    """R-hat and its kin over the evenly spaced marks of the second half of ``end`` steps.
+
+    Args:
+        summaries: name -> (marks, starts, n).
+    """
+    last = marks.index(end)
+    stride = marks[last] - marks[last - 1]
+    even = [last]
+    while even[0] > 1 and marks[even[0]] - marks[even[0] - 1] == stride:
+        even.insert(0, even[0] - 1)
+    used = [i for i in even if marks[i] > end / 2]
+    used = used if len(used) >= MIN_DRAWS else even[-MIN_DRAWS:]
+    n = next(iter(summaries.values())).shape[2]
+    head = {"steps": end, "from_step": marks[used[0]], "every": stride, "draws": len(used),
+            "chains": n * len(chain.starts)}  # fmt: skip
+    judged = {}
+    for name, values in summaries.items():
+        draws = values[used]
+        judged[name] = {"unmoved": (draws == draws[:1]).all(0).double().mean().item()}
+        if len(used) < MIN_DRAWS:
+            continue
+        laws = draws.reshape(len(used), len(chain.starts), -1, chain.targets)
+        together = laws.flatten(1, 2)  # (draws, chains of one law, laws)
+        r = rhat(together)
+        within = rhat(laws.permute(0, 2, 3, 1)).nanmedian(0).values
+        # each chain about its own mean: what ess counts as correlation, chains that disagree, is R-hat's matter
+        tau = autocorrelation_time(together - together.mean(0)) * stride
+        judged[name] |= {
+            "rhat": _number(r.nanmedian()), "rhat_worst": _number(r.max()),
+            "rhat_within": dict(zip(chain.starts, _list(within), strict=True)),
+            "ess_bulk": _number(ess(together, method="bulk").nanmedian()),
+            "ess_tail": _number(ess(together, method="tail").nanmedian()),
+            "autocorrelation_time": _number(tau.nanmedian()),
+        }  # fmt: skip
+    kept = {name: _kept(chain, summaries[name][0], summaries[name][last]) for name in chain.nominal}
+    return {**head, "summaries": judged, "kept": kept}
+
+
+def _kept(chain: Chain, before: Tensor, after: Tensor) -> dict[str, dict[str, float]]:
+    """Per start the share of chains with the class they began with, and what unrelated classes would give."""
+    found = {}
+    for start, a, b in zip(chain.starts, before, after, strict=True):
+        classes = torch.unique(torch.cat([a, b]))
+        shares = [(values == classes[:, None]).double().mean(1) for values in (a, b)]
+        found[start] = {"kept": (a == b).double().mean().item(), "chance": (shares[0] * shares[1]).sum().item()}
+    return found
+
+
+def _changes(chain: Chain, marks: Sequence[int], names: Sequence[str], rows: Tensor) -> dict[str, Any]:
+    """How the summaries of the first start change, up to the trained length and beyond: paired, per chain.
+
+    Args:
+        rows: (marks, summaries, n).
+    """
+    at = {"start": 0, "trained": marks.index(chain.steps), "long": len(marks) - 1}
+    found: dict[str, Any] = {}
+    for j, name in enumerate(names):
+        if name in chain.nominal:
+            continue
+        values = {label: rows[i, j] for label, i in at.items()}
+        found[name] = {label: _number(v.mean()) for label, v in values.items()}
+        for label, (a, b) in {"revision": ("start", "trained"), "beyond": ("trained", "long")}.items():
+            off = values[b] - values[a]
+            found[name] |= {label: _number(off.mean()), f"{label}_error": _number(off.std() / math.sqrt(len(off)))}
+    return found
+
+
+def _free(sampler: Langevin) -> Langevin:
+    """The step without what confines it, which is then a Gaussian of the state."""
+    return sampler.replace(
+        bounds=None, bounds_at="step", outside="clamp", clamp_noise=False, max_update=None, project=None, finish=None,
+        accept=None, on_nonfinite="ignore",
+    )  # fmt: skip
+
+
+def _drift_and_noise(chain: Chain, state: State, seed: int, at: int) -> dict[str, dict[str, float | None]]:
+    """Of the very next step, taken with and without its noise: root mean squares over chains of the l2 norms."""
+    free = _free(chain.sampler)
+    still = free.replace(noise_scale=0.0, temperature=1.0)
+    noisy, calm = (
+        _tensors(s.sample(chain.energy, state, 1, seed=seed, first_step=at).state) for s in (free, still)
+    )
+    found = {}
+    for key, before in _tensors(state).items():
+        drift, noise = (
+            (a - b).detach().double().flatten(1).square().sum(1).mean().sqrt().item()
+            for a, b in ((calm[key], before), (noisy[key], calm[key]))
+        )
+        ratio = _number(noise / drift) if drift else None
+        found[key] = {"drift": _number(drift), "noise": _number(noise), "ratio": ratio}
+    return found
+
+
+def _temperature(sampler: Langevin) -> Any:
+    t = sampler.implied_temperature
+    return {key: _number(v) for key, v in t.items()} if isinstance(t, Mapping) else _number(t)
+
+
+def _acceptance(chain: Chain, state: State, seed: int, at: int) -> dict[str, Any]:
+    """Mean acceptance of a Metropolis test of the next step, at temperature 1 and at the implied one."""
+    implied = _temperature(chain.sampler)
+    values = set(implied.values()) if isinstance(implied, dict) else {implied}
+    free, temperatures = _free(chain.sampler), {"1": 1.0}
+    if len(values) == 1 and (only := values.pop()) and abs(only - 1) > 1e-6:
+        temperatures["implied"] = only
+    found: dict[str, Any] = {}
+    for name, t in temperatures.items():
+        try:
+            accepted = mala_acceptance(chain.energy, state, free, temperature=t, seed=seed, first_step=at)
+        except (TypeError, ValueError) as error:  # a step that is no Gaussian, e.g. with noise before the gradient
+            return {"reason": str(error)}
+        found[name] = _number(accepted.double().mean())
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """Six digits, which is more than any of these numbers has; None for inf and NaN, which JSON does not know."""
+    value = float(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _list(values: Tensor) -> list[float | None]:
+    return [_number(v) for v in values.tolist()]
+
+
+def _series(names: Sequence[str], values: Tensor) -> dict[str, list[float | None]]:
+    """(marks, summaries) by name."""
+    return {name: _list(column) for name, column in zip(names, values.unbind(1), strict=True)}
+
+
+def _worst(horizon: Mapping[str, Any]) -> tuple[float, str] | None:
+    """The largest R-hat and its summary."""
+    return max(
+        ((row["rhat"], name) for name, row in horizon["summaries"].items() if row.get("rhat") is not None), default=None
+    )
+
+
+def _fewest(horizon: Mapping[str, Any]) -> float | None:
+    sizes = (row.get(kind) for row in horizon["summaries"].values() for kind in ("ess_bulk", "ess_tail"))
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _change_sentences(result: Mapping[str, Any]) -> list[str]:
+    """Is the chain making modalities agree, or only sharpening? Paired differences of the chains in use."""
+    change, start, steps = result["change"], result["starts"][0], result["steps"]
+    errors = THRESHOLDS["change"]["standard_errors"]
+
+    def moved(row: Mapping[str, Any], label: str) -> bool:
+        value, error = row[label], row[f"{label}_error"]
+        return value is not None and error is not None and abs(value) > errors * error
+
+    def words(row: Mapping[str, Any], a: str, b: str) -> str:
+        return f"{row[a]:.4g} to {row[b]:.4g}"
+
+    said, energy, agreement = [], change["energy"], change.get("agreement")
+    if energy["revision"] is None:
+        return said
+    falls = moved(energy, "revision") and energy["revision"] < 0
+    text = f"From {start}, {steps} steps change the energy from {words(energy, 'start', 'trained')}"
+    if agreement is None:
+        said.append(f"{text}.")
+    elif not moved(agreement, "revision"):
+        meaning = ": it sharpens, and does not make the modalities agree more" if falls else ""
+        said.append(f"{text} and agreement from {words(agreement, 'start', 'trained')}, within {errors} standard errors"
+                    f"{meaning}.")  # fmt: skip
+    else:
+        meaning = "it makes modalities agree" if agreement["revision"] > 0 else "it costs agreement"
+        said.append(f"{text} and agreement from {words(agreement, 'start', 'trained')}: {meaning}.")
+    if result["long"] > steps and energy["beyond"] is not None:
+        far, drifts = result["long"], []
+        if moved(energy, "beyond"):
+            drifts.append(f"energy {words(energy, 'trained', 'long')}")
+        if agreement is not None and moved(agreement, "beyond"):
+            drifts.append(f"agreement {words(agreement, 'trained', 'long')}")
+        distance = dict(result["curves"]["distance"].get(start, ()))
+        if distance.get(steps) is not None and distance.get(far) is not None:
+            drifts.append(f"distance to real data {distance[steps]:.3g} to {distance[far]:.3g}")
+        beyond = f"From step {steps} to {far}"
+        said.append(f"{beyond}: {', '.join(drifts)}." if drifts
+                    else f"{beyond} nothing drifts by more than {errors} standard errors.")  # fmt: skip
+    return said
+
+
+def _step_sentences(step: Mapping[str, Any]) -> list[str]:
+    said, t = [], step["temperature"]
+    ratios = {key: row["ratio"] for key, row in step["end"].items() if row["ratio"] is not None}
+    ratio = ", ".join(f"{v:.2g} ({key})" if len(ratios) > 1 else f"{v:.2g}" for key, v in ratios.items())
+    if isinstance(t, dict):
+        size = ", ".join(f"{v:.2g} ({key})" for key, v in t.items() if v is not None)
+        cold = all(v is not None and v < 0.1 for v in t.values())
+    else:
+        size, cold = ("unknown" if t is None else f"{t:.2g}"), t is not None and t < 0.1
+    said.append(f"Noise over drift of a step: {ratio or 'no drift'}; implied temperature {size}"
+                f"{': the chain minimises rather than samples' if cold else ''}.")  # fmt: skip
+    accepted = step["acceptance"]
+    if "reason" in accepted:
+        return [*said, f"Acceptance of the step is not known: {accepted['reason']}."]
+    least = THRESHOLDS["acceptance"]["at_least"]
+    parts = [f"{v:.2f} at temperature {name if name == '1' else f'{size} (implied)'}"
+             for name, v in accepted.items() if v is not None]  # fmt: skip
+    at = accepted.get("1")
+    tail = "" if at is None or at >= least else f"; below {least} the unadjusted step distorts the law of temperature 1"
+    said.append(f"A Metropolis test would accept a step with probability {' and '.join(parts)}{tail}.")
+    return said
