@@ -1,13 +1,19 @@
 """Multimodal data sets of real instances: built from installed packages, or read from a folder; never downloaded.
 
-    digits         MNIST digit, 8x8 digit of another writer, the class as a word       built in memory
-    polymnist-5k   one digit in five styles, 3x28x28 each                              built in memory
-    polymnist      the published PolyMNIST, or a set laid out like it                  read from ``path``
+    digits           MNIST digit, 8x8 digit of another writer, the class as a word       built in memory
+    polymnist-5k     one digit in five styles, 3x28x28 each                              built in memory
+    views            six views of the same 2,000 digits: an image and five vectors       built in memory
+    polymnist        the published PolyMNIST, or a set laid out like it                  read from ``path``
+    polymnist-built  PolyMNIST's recipe over any idx files and photographs               read from ``path``
+    mnist-svhn       MNIST and SVHN, paired by class                                     read from ``path``
+    mnist-svhn-text  the same with the digit's word in characters                        read from ``path``
+    folder           your own NumPy arrays                                               read from ``path``
 
     train = load("digits", "train", seed=0)
     train.batch(torch.arange(100))["mnist"]           # (100, 1, 28, 28) in [-1, 1]; classes: train.labels[:100]
 
-To add one, put a builder ``f(split, *, seed, path, **options) -> MultimodalDataset`` into :data:`DATASETS`.
+docs/data.md says what each expects in its folder. To add one, put a builder
+``f(split, *, seed, path, **options) -> MultimodalDataset`` into :data:`DATASETS`.
 """
 
 from __future__ import annotations
@@ -17,16 +23,25 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from mmebm.data.base import Modality, MultimodalDataset, Split, check_count
+from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
 from mmebm.data.digits import digits
-from mmebm.data.polymnist import polymnist, polymnist_5k
+from mmebm.data.folder import folder
+from mmebm.data.mnist_svhn import mnist_svhn, mnist_svhn_text
+from mmebm.data.polymnist import polymnist, polymnist_5k, polymnist_built
+from mmebm.data.stream import Prefetch
+from mmebm.data.views import views
 
-__all__ = ["DATASETS", "Modality", "MultimodalDataset", "load"]
+__all__ = ["DATASETS", "Modality", "MultimodalDataset", "Pool", "Prefetch", "Split", "TextCodec", "load"]
 
 DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
     "digits": digits,
     "polymnist-5k": polymnist_5k,
     "polymnist": polymnist,
+    "polymnist-built": polymnist_built,
+    "mnist-svhn": mnist_svhn,
+    "mnist-svhn-text": mnist_svhn_text,
+    "views": views,
+    "folder": folder,
 }
 
 
@@ -41,8 +56,7 @@ def load(
         seed: of everything that is drawn: pairing, crops, choice of tuples. Which digit is a train digit and which a
             test digit is fixed and depends on no argument.
         path: the folder, for sets that are read from one.
-        options: what the builder of the set takes, see :func:`~mmebm.data.digits.digits`,
-            :func:`~mmebm.data.polymnist.polymnist_5k` and :func:`~mmebm.data.polymnist.polymnist`.
+        options: what the builder of the set takes: the functions in :data:`DATASETS` document it.
 
     Raises:
         ValueError: for an unknown name or split, a negative seed, or a bad option value.

@@ -1,8 +1,8 @@
 """MNIST-SVHN and MNIST-SVHN-Text: a handwritten digit, a house number's digit, and the digit's word.
 
 Only the class is shared (Shi, Siddharth, Paige, Torr, "Variational mixture-of-experts autoencoders", NeurIPS 2019; the
-word by Sutter, Daunhawer, Vogt, 2020). Both image sets are read from the reader's own files. The stand-in where there are
-none is ``digits``: the same task, built from installed packages, with other images.
+word by Sutter, Daunhawer, Vogt, 2020). Both image sets are read from the reader's own files. The stand-in where there
+are none is ``digits``: the same task, built from installed packages, with other images.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def mnist_svhn(
     * MNIST as :func:`mmebm.data.idx.read_mnist` looks for it: idx files there or in ``MNIST/raw``.
     * SVHN: ``{split}_32x32.mat`` there or in ``SVHN``. Its class 10 is the digit 0.
     * which belong together: ``{split}-ms-mnist-idx.pt`` and ``{split}-ms-svhn-idx.pt``, or
-      ``mnist_svhn_idx_data_mul_{k}/{split}/{mnist,svhn}_idx.pt``, tensors ``(n,)`` of rows. Where they are not there the
-      pairs are drawn: for each class ``multiplicity`` times the smaller of its two counts, at most ``per_class``, as
-      the published pairs, with other draws.
+      ``mnist_svhn_idx_data_mul_{k}/{split}/{mnist,svhn}_idx.pt``, tensors ``(n,)`` of rows. Where they are not there
+      the pairs are drawn: of each class ``multiplicity`` times the smaller of its two counts, at most ``per_class``, as
+      many as published, with other draws.
 
     Args:
         split: ``"train"`` or ``"test"``.
@@ -139,8 +139,8 @@ def mnist_svhn_text(
     ``text="characters"``, as published: the word at a random place of 8, spaces around it, each place one-hot. The
     alphabet is the space and a to z (27 and not 71 characters: the others never occur), so that the code is ``(216,)``
     of +1 and -1, and the way back is :class:`CharacterCodec`. The first place is drawn once for each tuple and not anew
-    in each pass; it goes up to 7 minus the length of the word, as published. ``text="word"``: one of ten words, ``(10,)``,
-    as in ``digits``; there is nothing to spell and coherence needs no classifier.
+    in each pass; it goes up to 7 minus the length of the word, as published. ``text="word"``: one of ten words,
+    ``(10,)``, as in ``digits``; there is nothing to spell and coherence needs no classifier.
 
     Args and Raises: as :func:`mnist_svhn`.
     """
@@ -222,8 +222,8 @@ def _load(
         labels = of_digit[index[:, 0]]
         mixed = int((labels != of_house[index[:, 1]]).sum())
         if mixed:
-            raise ValueError(f"{found[0]} and {found[1].name} pair different digits in {mixed} of {len(labels)} tuples: "
-                             "they were made for other files, or their names are swapped")  # fmt: skip
+            raise ValueError(f"{found[0]} and {found[1].name} pair different digits in {mixed} of {len(labels)} "
+                             "tuples: they were made for other files, or their names are swapped")  # fmt: skip
     rows = choose(n, len(labels), path, seed, name, split)
     index, labels = index[rows], labels[rows]
 
@@ -270,7 +270,8 @@ def _text(text: str, labels: Ints, seed: int, split: Split) -> tuple[Modality, T
     codes = codec.encode([DIGIT_WORDS[c] for c in of_text], (np.arange(len(of_text)) - first[of_text]).tolist())
     # Below a common multiple, so that the remainder is uniform for words of every length.
     drawn = below(random_words(seed, "text", "mnist-svhn-text", split), int(np.lcm.reduce(starts)), len(labels))
-    return Modality("text", (codec.size,), "caption", codec=codec), codes, of_text, first[labels] + drawn % starts[labels]
+    column = first[labels] + drawn % starts[labels]
+    return Modality("text", (codec.size,), "caption", codec=codec), codes, of_text, column
 
 
 def _pair_files(path: Path, split: Split, multiplicity: int, pairs: str) -> tuple[Path, Path] | None:

