@@ -263,6 +263,7 @@ def fit_classifiers(
 
     AdamW, one cycle, batches of 100, label smoothing .05; images are shifted, turned and scaled a little. Deterministic
     for a seed, a device and a number of threads; torch's global random state, on every device, stays as it was.
+    Instances without a label (-1) are left out.
 
     Args:
         train: the pools to learn from.
@@ -276,7 +277,8 @@ def fit_classifiers(
         The classifiers, in eval mode.
 
     Raises:
-        ValueError: if the two sets differ in modalities or classes, or if a train pool has fewer than two instances.
+        ValueError: if the two sets differ in modalities or classes, if they have no classes, or if a train pool has
+            fewer than two labelled instances, or a test pool none.
         TypeError: if ``steps`` or ``seed`` is no integer.
     """
     if steps is not None:
@@ -284,6 +286,9 @@ def fit_classifiers(
     check_count("seed", seed, least=0)
     if train.modalities != test.modalities or train.classes != test.classes:
         raise ValueError(f"train and test must have the same modalities and classes, got {train!r} and {test!r}")
+    if not train.classes:
+        raise ValueError(f"classifiers need classes, and {train.name!r} has none: evaluate it without them, by "
+                         "distances on features=")  # fmt: skip
     networks: dict[str, Network | None] = {}
     # One seed for each modality, drawn in order: a modality appended later leaves the earlier ones as they are.
     seeds = torch.Generator().manual_seed(seed)
@@ -292,15 +297,21 @@ def fit_classifiers(
         own = int(torch.randint(2**62, (), generator=seeds))
         start = time.perf_counter()
         network = build(modality, train.classes, own)
-        pool, labels = train.pools[modality.name], train.pool_labels[modality.name]
-        batches = steps or min(max(5 * len(pool) // BATCH, 300), 600)
+        rows = _labelled(train, modality.name)
+        batches = steps or min(max(5 * len(rows) // BATCH, 300), 600)
         if network is not None:
             generator = torch.Generator().manual_seed(own)
-            fit(network.to(device), modality, pool, labels, steps=batches, generator=generator)
+            fit(network.to(device), modality, train, rows, steps=batches, generator=generator)
         networks[modality.name] = network
         result = Classifiers(train.classes, train.modalities, networks, result.accuracy, device)
-        right = result.predict({modality.name: test.pools[modality.name]})[:, 0].cpu()
-        share = (right == test.pool_labels[modality.name].cpu()).double().mean().item()
+        judged = _labelled(test, modality.name)
+        if not len(judged):
+            raise ValueError(f"test needs at least one labelled instance of {modality.name!r}, got none")
+        right = []
+        for chunk in judged.split(CHUNK):
+            pred = result.predict({modality.name: test.instances(modality.name, chunk)})[:, 0].cpu()
+            right.append(pred == test.pool_labels[modality.name].cpu()[chunk])
+        share = torch.cat(right).double().mean().item()
         result.accuracy[modality.name] = share
         if progress is not None:
             progress(f"classifier {modality.name}: test accuracy {share:.3f}, " + (
@@ -309,27 +320,34 @@ def fit_classifiers(
     return result
 
 
+def _labelled(data: MultimodalDataset, name: str) -> Tensor:
+    """The instances of a pool that have a class: int64 on the CPU."""
+    return (data.pool_labels[name].cpu() >= 0).nonzero().flatten()
+
+
 def fit(
-    network: Network, modality: Modality, x: Tensor, labels: Tensor, *, steps: int, generator: torch.Generator
-) -> None:
-    """Trains ``network`` in place on instances ``x (n, *shape)`` and ``labels (n,)``; ends in eval mode."""
-    if len(x) < 2:
-        raise ValueError(f"train needs at least two instances of {modality.name!r}, got {len(x)}")
+    network: Network, modality: Modality, data: MultimodalDataset, instances: Tensor, *, steps: int,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    """Trains ``network`` in place on ``instances``, rows of the modality's pool; ends in eval mode."""
+    if len(instances) < 2:
+        raise ValueError(f"train needs at least two instances of {modality.name!r}, got {len(instances)}")
+    labels = data.pool_labels[modality.name]
     device = network.head.weight.device
     network.train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=max(steps, 2))
-    size = min(BATCH, len(x))
+    size = min(BATCH, len(instances))
     order = torch.empty(0, dtype=torch.int64)
     with torch.enable_grad():
         for _ in range(steps):
             if len(order) < size:  # the rest of one pass begins the next: every batch is full
-                order = torch.cat([order, torch.randperm(len(x), generator=generator)])
-            rows, order = order[:size].to(x.device), order[size:]
-            images = prepare(modality, x[rows].to(device))
+                order = torch.cat([order, torch.randperm(len(instances), generator=generator)])
+            rows, order = instances[order[:size]], order[size:]
+            images = prepare(modality, data.instances(modality.name, rows).to(device))
             if modality.kind == "image":
                 images = jitter(images, generator)
-            loss = F.cross_entropy(network(images), labels[rows].to(device), label_smoothing=0.05)
+            loss = F.cross_entropy(network(images), labels[rows.to(labels.device)].to(device), label_smoothing=0.05)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

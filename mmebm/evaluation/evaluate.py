@@ -1,83 +1,284 @@
-"""The whole evaluation of a model, given as functions that draw from it."""
+"""The whole evaluation of a model, given as functions that draw from it.
+
+What is cheap is always measured; the rest is asked for: ``features`` (distances on other networks than the project's
+classifiers), ``pairs`` (each modality from each single one, MMVAE+'s protocol), ``sweep`` (metrics against test-time
+steps), ``latent`` (classes read off the latent) and ``likelihood`` (of the generator). The last four take systems by
+the name of their point, so that each number can be had of the VAE, of the trained system, and of the EBM on the frozen
+VAE.
+
+Conventions, of which published numbers use several: accuracies are of classifiers in eval mode, on tuples that lack no
+modality; conditional coherence leaves the given modalities out. ``by_given`` is the micro average over tuples,
+``by_given_macro`` over classes. ``pairs`` has averages without and with the source itself among its targets: MMVAE+'s
+conditional coherence is without, its conditional FID with.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from mmebm.data.base import MultimodalDataset
+from mmebm.data.base import MultimodalDataset, check_count
 from mmebm.evaluation.classifiers import Classifiers
+from mmebm.evaluation.features import FeatureExtractor, image_features
+from mmebm.evaluation.latent import CHUNK, SUBSETS_PER_SIZE, System, encoders, latent_report, subsets, usable_rows
+from mmebm.evaluation.likelihood import log_likelihood
 from mmebm.evaluation.metrics import (
+    agreement_by_class,
     binomial_error,
     chance_agreement,
+    class_accuracy,
     class_balance,
+    conditional_coherence,
     frechet_distance,
     joint_coherence,
     kernel_distance,
     pair_agreement,
 )
+from mmebm.evaluation.sweep import STEPS, data_chain, run_sweep
+
+__all__ = ["Complete", "Reference", "evaluate", "evaluate_conditional", "evaluate_pairs", "evaluate_samples", "table"]
 
 Batch = Mapping[str, Tensor]
 Complete = Callable[[Batch, int], Batch]
 
+OWN: Final = "classifiers"  # the name of the features of the project's own judges
+LEAST_FOR_KERNEL: Final = 20  # rows: kernel_distance takes ten parts of two
 
-def evaluate_samples(samples: Batch, real: Batch, classifiers: Classifiers, n_classes: int) -> dict[str, Any]:
-    """One set of joint samples against as many real tuples.
 
-    Returns:
-        ``joint_coherence`` with its standard error, ``pair_agreement``, what the marginals alone would give of both
-        (``chance_joint``, ``chance_pair``), the smallest and largest class share over the modalities and the lowest
-        normalised entropy, and per modality with features the Frechet and the kernel distance; ``frechet`` is their
-        mean.
+class Reference:
+    """What samples are measured against: real tuples, the judges, and the real tuples' features, computed once.
+
+    Args:
+        real: modality name -> ``(n, *shape)``.
+        modalities: of the data set.
+        classifiers: the project's judges; None for sets without classes.
+        n_classes: number of classes.
+        features: further networks for distances on images.
     """
-    pred = classifiers.predict(samples)
-    n = pred.shape[0]
-    joint = joint_coherence(pred)
-    chance = chance_agreement(pred, n_classes)
-    balance = class_balance(pred, n_classes)
-    fake, true = classifiers.features(samples), classifiers.features(real)
-    learned = [name for name in fake if name in classifiers.learned]
-    frechet = {name: frechet_distance(fake[name], true[name]) for name in learned}
-    kernel = {name: kernel_distance(fake[name], true[name])._asdict() for name in learned}
-    return {
-        "n": n, "joint_coherence": joint, "joint_coherence_error": binomial_error(joint, n),
-        "pair_agreement": pair_agreement(pred), "chance_joint": chance.joint, "chance_pair": chance.pair,
+
+    def __init__(
+        self, real: Batch, modalities: Sequence[Any], classifiers: Classifiers | None, n_classes: int,
+        features: Sequence[FeatureExtractor] = (),
+    ) -> None:  # fmt: skip
+        names = [extractor.name for extractor in features]
+        if len(set(names)) < len(names) or OWN in names:
+            raise ValueError(f"features must have distinct names, other than {OWN!r}, got {names}")
+        self.modalities, self.classifiers, self.n_classes = tuple(modalities), classifiers, n_classes
+        self.extractors = tuple(features)
+        self._real = self.features(real)
+
+    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """By network and modality: (n, d). Of the classifiers only those that learned features."""
+        out = {extractor.name: image_features(extractor, batch, self.modalities) for extractor in self.extractors}
+        if self.classifiers is not None:
+            own = self.classifiers.features(batch)
+            out[OWN] = {name: value for name, value in own.items() if name in self.classifiers.learned}
+        return out
+
+    def distances(self, batch: Batch) -> dict[str, dict[str, dict[str, Any]]]:
+        """By network and modality: ``frechet``, and ``kernel`` with its error where there are 20 rows for it."""
+        out: dict[str, dict[str, dict[str, Any]]] = {}
+        for network, by_modality in self.features(batch).items():
+            out[network] = {}
+            for name, fake in by_modality.items():
+                real = self._real[network][name]
+                found: dict[str, Any] = {"frechet": frechet_distance(fake, real)}
+                if min(len(fake), len(real)) >= LEAST_FOR_KERNEL:
+                    found["kernel"] = kernel_distance(fake, real)._asdict()
+                out[network][name] = found
+        return out
+
+    def measure(self, samples: Batch) -> dict[str, Any]:
+        """Joint samples: see :func:`evaluate_samples`."""
+        out: dict[str, Any] = {"n": next(iter(samples.values())).shape[0]}
+        distances = self.distances(samples)
+        if self.classifiers is None:
+            out["skipped"] = {"coherence": NO_CLASSIFIERS}
+        else:
+            out.update(_coherence(self.classifiers.predict(samples), self.classifiers.classes))
+            own = distances.pop(OWN)
+            frechet = {name: d["frechet"] for name, d in own.items()}
+            kernel = {name: d["kernel"] for name, d in own.items() if "kernel" in d}
+            out.update(frechet=_mean(frechet.values()), frechet_by_modality=frechet, kernel_by_modality=kernel)
+        if self.extractors:
+            out["features"] = {network: _network(each) for network, each in distances.items() if each}
+        return out
+
+
+NO_CLASSIFIERS: Final = "no classifiers: the set has no classes, or none were given"
+
+
+def _coherence(pred: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    n, k = pred.shape[0], len(classes)
+    balance = class_balance(pred, k)
+    out: dict[str, Any] = {}
+    if pred.shape[1] > 1:
+        joint, chance = joint_coherence(pred), chance_agreement(pred, k)
+        out = {
+            "joint_coherence": joint, "joint_coherence_error": binomial_error(joint, n),
+            "pair_agreement": pair_agreement(pred), "chance_joint": chance.joint, "chance_pair": chance.pair,
+            "joint_coherence_by_class": dict(zip(classes, agreement_by_class(pred, k).tolist(), strict=True)),
+        }  # fmt: skip
+    return out | {
         "class_share_min": balance.shares.min().item(), "class_share_max": balance.shares.max().item(),
-        "entropy": balance.entropy.min().item(), "frechet": sum(frechet.values()) / max(len(frechet), 1),
-        "frechet_by_modality": frechet, "kernel_by_modality": kernel,
+        "entropy": balance.entropy.min().item(),
     }  # fmt: skip
 
 
-def evaluate_conditional(
-    complete: Complete, test: MultimodalDataset, classifiers: Classifiers, *, rows: Tensor, seed: int
+def _network(by_modality: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One network's distances as reported: the mean over modalities, then each."""
+    frechet = {name: d["frechet"] for name, d in by_modality.items()}
+    kernel = {name: d["kernel"] for name, d in by_modality.items() if "kernel" in d}
+    return {
+        "frechet": _mean(frechet.values()), "frechet_by_modality": frechet,
+        "kernel": _mean(k["value"] for k in kernel.values()) if kernel else None, "kernel_by_modality": kernel,
+    }  # fmt: skip
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return math.fsum(values) / max(len(values), 1)
+
+
+def evaluate_samples(
+    samples: Batch, real: Batch, classifiers: Classifiers, n_classes: int, features: Sequence[FeatureExtractor] = ()
 ) -> dict[str, Any]:
-    """Conditional coherence by the number of given modalities, over every subset and every target outside it.
+    """One set of joint samples against as many real tuples.
 
     Returns:
-        ``by_given``: {number given: mean accuracy of the targets against the true class}, and ``by_subset``:
-        {"a+b": {target: accuracy}}.
+        ``joint_coherence`` with its standard error and the part of each class, ``pair_agreement``, what the marginals
+        alone would give of both (``chance_joint``, ``chance_pair``), the smallest and largest class share over the
+        modalities and the lowest normalised entropy, and per modality with features the Frechet and the kernel
+        distance; ``frechet`` is their mean. With ``features`` the same distances of each network under ``features``,
+        for images.
+    """
+    return Reference(real, classifiers.modalities, classifiers, n_classes, features).measure(samples)
+
+
+def evaluate_conditional(
+    complete: Complete, test: MultimodalDataset, classifiers: Classifiers, *, rows: Tensor, seed: int,
+    subsets_per_size: int | None = SUBSETS_PER_SIZE,
+) -> dict[str, Any]:  # fmt: skip
+    """Conditional coherence by the number of given modalities, over every subset and every target outside it.
+
+    Args:
+        complete: given modalities and a seed -> all modalities; called with at most 1,000 rows.
+        test: labelled tuples.
+        classifiers: the judges.
+        rows: which tuples.
+        seed: of the completions, and of the subsets where they are drawn.
+        subsets_per_size: subsets of one size, drawn by seed where there are more (from six modalities on); None for
+            all.
+
+    Returns:
+        ``by_given``: {number given: mean accuracy of the targets against the true class}; ``by_given_macro``, the same
+        with every class counting the same; ``by_class``: {number given: {class: accuracy, or None where no tuple has
+        it}}; ``by_subset``: {"a+b": {target: accuracy}}; and ``subsets``, {number given: {"used", "of"}}.
     """
     names = [m.name for m in test.modalities]
-    real = test.batch(rows)
+    order = [m.name for m in classifiers.modalities]
     labels = test.labels[rows].cpu()
-    by_subset: dict[str, dict[str, float]] = {}
-    by_given: dict[str, float] = {}
-    for size in range(1, len(names)):
-        values = []
-        for given in itertools.combinations(names, size):
-            x = complete({name: real[name] for name in given}, seed)
-            pred = classifiers.predict(x).cpu()
-            scores = {
-                name: (pred[:, j] == labels).double().mean().item() for j, name in enumerate(names) if name not in given
-            }
-            by_subset["+".join(given)] = scores
-            values += scores.values()
-        by_given[str(size)] = sum(values) / len(values)
-    return {"n": len(rows), "by_given": by_given, "by_subset": by_subset}
+    chosen = subsets(names, range(1, len(names)), per_size=subsets_per_size, seed=seed)
+    out: dict[str, Any] = {name: {} for name in ("by_given", "by_given_macro", "by_class", "by_subset", "subsets")}
+    for size, several in chosen.items():
+        micro, macro, classes = [], [], []
+        for given in several:
+            pred = _predicted(complete, test, classifiers, rows, given, seed)
+            targets = [name for name in names if name not in given]
+            columns = pred[:, [order.index(name) for name in targets]]
+            scores = conditional_coherence(columns, labels)
+            out["by_subset"]["+".join(given)] = dict(zip(targets, scores.tolist(), strict=True))
+            micro += scores.tolist()
+            macro += conditional_coherence(columns, labels, "macro").tolist()
+            classes.append(class_accuracy(columns, labels, len(classifiers.classes)))
+        each = torch.cat(classes, dim=1).mean(1).tolist()
+        out["by_given"][str(size)], out["by_given_macro"][str(size)] = _mean(micro), _mean(macro)
+        out["by_class"][str(size)] = {
+            name: None if math.isnan(value) else value for name, value in zip(classifiers.classes, each, strict=True)
+        }
+        out["subsets"][str(size)] = {"used": len(several), "of": math.comb(len(names), size)}
+    return {"n": len(rows), **out}
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """A seed for each chunk, the first as given, the others drawn: not counted up, as the next run's would be these."""
+    drawn = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [seed, *drawn[1:]]
+
+
+def _predicted(
+    complete: Complete, test: MultimodalDataset, classifiers: Classifiers, rows: Tensor, given: Sequence[str], seed: int
+) -> Tensor:
+    """The classes shown by all modalities of completions from ``given``: (n, M) on the CPU."""
+    parts, chunks = [], rows.split(CHUNK)
+    for chunk, own in zip(chunks, _seeds(seed, len(chunks)), strict=True):
+        real = test.batch(chunk)
+        parts.append(classifiers.predict(complete({name: real[name] for name in given}, own)).cpu())
+    return torch.cat(parts)
+
+
+def evaluate_pairs(
+    system: System, test: MultimodalDataset, reference: Reference, *, rows: Tensor, seed: int,
+    latent_steps: int | None = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Every modality decoded from every single one: MMVAE+'s protocol, with the source itself among the targets.
+
+    From z ~ q(z | x_source), revised where ``latent_steps`` says so, all modalities are decoded, the source too: its
+    own column is self-reconstruction, which raises coherence and lowers distances. So there are two averages.
+
+    Args:
+        system: the networks and the chains.
+        test: tuples; labelled where the reference has classifiers.
+        reference: judges and the real features.
+        rows: which tuples.
+        seed: of the draws.
+        latent_steps: of the latent chain; None for as many as in training.
+
+    Returns:
+        ``coherence``: {source: {target: accuracy}}, ``coherence_mean`` without the source, ``coherence_mean_with_self``
+        with it; and under ``distances`` for each network ("classifiers" for the project's own) ``frechet``, {source:
+        {target: distance}}, ``frechet_mean`` and ``frechet_mean_with_self``. Without classifiers ``skipped`` has the
+        reason in place of the coherence.
+    """
+    names = [m.name for m in test.modalities]
+    labels = test.labels[rows].cpu()
+    coherence: dict[str, dict[str, float]] = {}
+    frechet: dict[str, dict[str, dict[str, float]]] = {}
+    way = encoders(system, latent_steps)
+    for source in names:
+        parts, chunks = [], rows.split(CHUNK)
+        for chunk, own in zip(chunks, _seeds(seed, len(chunks)), strict=True):
+            given = {source: test.batch(chunk)[source]}
+            z = way.sample(given, own) if latent_steps == 0 else way.revised_sample(given, own)
+            with torch.no_grad():
+                parts.append(system.generator(z))
+        x = {name: torch.cat([part[name] for part in parts]) for name in names}
+        if reference.classifiers is not None:
+            order = [m.name for m in reference.classifiers.modalities]
+            scores = conditional_coherence(reference.classifiers.predict(x).cpu(), labels).tolist()
+            coherence[source] = {name: scores[order.index(name)] for name in names}
+        for network, by_modality in reference.distances(x).items():
+            frechet.setdefault(network, {})[source] = {name: d["frechet"] for name, d in by_modality.items()}
+    out: dict[str, Any] = {"n": len(rows), "latent_steps": latent_steps}
+    if reference.classifiers is None:
+        out["skipped"] = {"coherence": NO_CLASSIFIERS}
+    else:
+        out.update(coherence=coherence, coherence_mean=_pair_mean(coherence, self_too=False),
+                   coherence_mean_with_self=_pair_mean(coherence, self_too=True))  # fmt: skip
+    out["distances"] = {
+        network: {"frechet": values, "frechet_mean": _pair_mean(values, self_too=False),
+                  "frechet_mean_with_self": _pair_mean(values, self_too=True)}
+        for network, values in frechet.items()
+    }  # fmt: skip
+    return out
+
+
+def _pair_mean(values: Mapping[str, Mapping[str, float]], *, self_too: bool) -> float:
+    return _mean(v for source, row in values.items() for target, v in row.items() if self_too or source != target)
 
 
 def evaluate(
@@ -85,56 +286,163 @@ def evaluate(
     completions: Mapping[str, Complete],
     test: MultimodalDataset,
     train: MultimodalDataset,
-    classifiers: Classifiers,
+    classifiers: Classifiers | None,
     *,
     conditional_rows: int = 1000,
+    subsets_per_size: int | None = SUBSETS_PER_SIZE,
+    features: Sequence[FeatureExtractor] = (),
+    pairs: Mapping[str, System] | None = None,
+    sweep: Mapping[str, System] | None = None,
+    sweep_steps: Sequence[int] = STEPS,
+    latent: Mapping[str, System] | None = None,
+    likelihood: Mapping[str, System] | None = None,
+    likelihood_rows: int = 100,
+    likelihood_options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Every number of the report.
 
     Args:
-        points: name -> joint samples (e.g. "vae", "x0", "xk"), equally many.
+        points: name -> joint samples (e.g. "vae", "x0", "xk", "frozen"), equally many.
         completions: name -> a function from given modalities and a seed to all modalities.
-        test, train: real tuples; the floor is the Frechet distance of train tuples to test tuples.
+        test, train: real tuples; the floor is the Frechet distance of train tuples to test tuples. Those that lack a
+            modality are left out.
+        classifiers: the judges; None for sets without classes, which have no coherence and no latent classification:
+            the result then says so, and ``features`` gives the distances.
         conditional_rows: test tuples that the conditional numbers use.
+        subsets_per_size: see :func:`evaluate_conditional`.
+        features: further networks for distances on images, such as :class:`mmebm.evaluation.Lite0`.
+        pairs: systems for :func:`evaluate_pairs`, each without and with its latent chain.
+        sweep: systems whose data chain is measured at each of ``sweep_steps``.
+        latent: systems for :func:`mmebm.evaluation.latent_report`.
+        likelihood: systems for :func:`mmebm.evaluation.log_likelihood`, on ``likelihood_rows`` test tuples with
+            ``likelihood_options``.
+        seed: of everything drawn here.
 
     Returns:
-        Plain data: ``classifiers`` (test accuracy), ``floor``, ``points`` and ``conditional``.
+        Plain data, ready for JSON: ``classifiers`` (test accuracy), ``floor``, ``points`` and ``conditional``; and
+        ``pairs``, ``sweep``, ``latent`` and ``likelihood`` by the names of their systems, where asked for. What could
+        not be measured is named in ``skipped`` with the reason.
     """
-    n = min(min(next(iter(p.values())).shape[0] for p in points.values()), len(test))
-    generator = torch.Generator().manual_seed(seed)
+    if not points:
+        raise ValueError("points must name at least one set of samples, got none")
+    check_count("conditional_rows", conditional_rows)
     device = next(iter(next(iter(points.values())).values())).device
-    real = test.batch(torch.randperm(len(test), generator=generator)[:n].to(device))
-    other = train.batch(torch.randperm(len(train), generator=generator)[:n].to(device))
-    rows = torch.randperm(len(test), generator=generator)[:conditional_rows].to(device)
-    k = len(test.classes)
-    return {
-        "classifiers": dict(classifiers.accuracy),
-        "floor": evaluate_samples(other, real, classifiers, k),
-        "points": {
-            name: evaluate_samples({m: v[:n] for m, v in p.items()}, real, classifiers, k) for name, p in points.items()
-        },
-        "conditional": {
-            name: evaluate_conditional(c, test, classifiers, rows=rows, seed=seed) for name, c in completions.items()
-        },
+    whole, others = usable_rows(test, labelled=False), usable_rows(train, labelled=False)
+    n = min(min(next(iter(p.values())).shape[0] for p in points.values()), len(whole))
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(rows: Tensor, count: int) -> Tensor:
+        return rows[torch.randperm(len(rows), generator=generator)[:count]].to(device)
+
+    real, other = test.batch(drawn(whole, n)), train.batch(drawn(others, n))
+    judges = classifiers if test.classes else None
+    reference = Reference(real, test.modalities, judges, len(test.classes), features)
+    result: dict[str, Any] = {
+        "classifiers": dict(judges.accuracy) if judges else {},
+        "floor": reference.measure(other),
+        "points": {name: reference.measure({m: v[:n] for m, v in p.items()}) for name, p in points.items()},
+        "conditional": {},
     }
+    skipped: dict[str, str] = {}
+    if features and not result["floor"]["features"]:
+        skipped["features"] = "the set has no images of one or three channels"
+    if judges is None:
+        skipped["coherence"] = skipped["conditional"] = NO_CLASSIFIERS
+        rows = drawn(whole, conditional_rows)
+    else:
+        rows = drawn(usable_rows(test, labelled=True), conditional_rows)
+        result["conditional"] = {
+            name: evaluate_conditional(c, test, judges, rows=rows, seed=seed, subsets_per_size=subsets_per_size)
+            for name, c in completions.items()
+        }
+    if pairs is not None:
+        result["pairs"] = {
+            name: {
+                "decoded": evaluate_pairs(system, test, reference, rows=rows, seed=seed),
+                "after the latent chain": evaluate_pairs(
+                    system, test, reference, rows=rows, seed=seed, latent_steps=None
+                ),
+            }
+            for name, system in pairs.items()
+        }
+    if sweep is not None:
+        result["sweep"] = {
+            name: run_sweep(data_chain(system, n, seed=seed), reference.measure, sweep_steps)
+            for name, system in sweep.items()
+        }
+    if latent is not None:
+        if test.classes:
+            result["latent"] = {
+                name: latent_report(encoders(system), train, test, seed=seed) for name, system in latent.items()
+            }
+        else:
+            skipped["latent"] = "the set has no classes"
+    if likelihood is not None:
+        x = test.batch(drawn(whole, check_count("likelihood_rows", likelihood_rows)))
+        options = {"seed": seed, **(likelihood_options or {})}
+        result["likelihood"] = {
+            name: log_likelihood(system.generator, system.prior, x, **options).summary()
+            for name, system in likelihood.items()
+        }
+    if skipped:
+        result["skipped"] = skipped
+    return result
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as text: one line per point, then the conditional numbers."""
-    accuracy = ", ".join(f"{name} {value:.3f}" for name, value in result["classifiers"].items())
-    lines = [
-        f"digit classifiers, test accuracy: {accuracy}",
-        "",
-        f"{'samples':<22}{'joint':>14}{'chance':>8}{'classes':>14}{'Frechet':>9}",
-    ]
-    for name, p in [*result["points"].items(), ("real (floor)", result["floor"])]:
-        lines.append(
-            f"{name:<22}{p['joint_coherence']:>7.3f} ±{p['joint_coherence_error']:.3f}{p['chance_joint']:>8.3f}"
-            f"{p['class_share_min']:>7.3f}-{p['class_share_max']:.3f} {p['frechet']:>9.1f}"
-        )
-    lines += ["", "conditional coherence by number of given modalities"]
-    for name, c in result["conditional"].items():
-        given = "  ".join(f"{size}: {value:.3f}" for size, value in c["by_given"].items())
-        lines.append(f"{name:<22}  {given}")
+    """The result as text: one line per point, then the conditional numbers, then what else was measured."""
+    floor = ("real (floor)", result["floor"])
+    lines = [f"not measured: {what}: {why}" for what, why in result.get("skipped", {}).items()]
+    if result["classifiers"]:
+        accuracy = ", ".join(f"{name} {value:.3f}" for name, value in result["classifiers"].items())
+        lines += [f"classifiers, test accuracy: {accuracy}", "",
+                  f"{'samples':<22}{'joint':>14}{'chance':>8}{'classes':>14}{'Frechet':>9}"]  # fmt: skip
+        for name, p in [*result["points"].items(), floor]:
+            joint = (
+                f"{p['joint_coherence']:>7.3f} ±{p['joint_coherence_error']:.3f}{p['chance_joint']:>8.3f}"
+                if "joint_coherence" in p else " " * 22
+            )  # fmt: skip
+            balance = f"{p['class_share_min']:>7.3f}-{p['class_share_max']:.3f}"
+            lines.append(f"{name:<22}{joint}{balance} {p['frechet']:>9.1f}")
+    networks = list(result["floor"].get("features", {}))
+    if networks:
+        heads = "".join(f"{f'FD-{name}':>18}{f'KD-{name}':>18}" for name in networks)
+        lines += ["", f"{'samples':<22}{heads}"]
+        for name, p in [*result["points"].items(), floor]:
+            values = [p["features"][network] for network in networks]
+            kernels = ["" if v["kernel"] is None else f"{v['kernel']:.4g}" for v in values]
+            columns = [f"{v['frechet']:>18.2f}{kernel:>18}" for v, kernel in zip(values, kernels, strict=True)]
+            lines.append(f"{name:<22}" + "".join(columns))
+    if result["conditional"]:
+        lines += ["", "conditional coherence by number of given modalities"]
+        for name, c in result["conditional"].items():
+            given = "  ".join(f"{size}: {value:.3f}" for size, value in c["by_given"].items())
+            lines.append(f"{name:<22}  {given}")
+    if "pairs" in result:
+        lines += ["", "each modality from each single one: coherence without / with the source itself"]
+        for name, ways in result["pairs"].items():
+            for way, p in ways.items():
+                if "coherence" in p:
+                    lines.append(f"{f'{name}, {way}':<34}{p['coherence_mean']:>7.3f} / "
+                                 f"{p['coherence_mean_with_self']:.3f}")  # fmt: skip
+    if "latent" in result:
+        lines += ["", "classes read off the latent by number of given modalities: q -> after the latent chain"]
+        for name, conventions in result["latent"].items():
+            for convention, ways in conventions.items():
+                before, after = ways["q"]["by_given"], ways["z_k"]["by_given"]
+                given = "  ".join(f"{size}: {before[size]:.3f} -> {after[size]:.3f}" for size in before)
+                lines.append(f"{f'{name}, {convention}':<28}  {given}")
+    if "likelihood" in result:
+        lines += ["", "log p(X) of the generator by annealed importance sampling, nats per tuple"]
+        for name, r in result["likelihood"].items():
+            lines.append(f"{name:<22}{r['log_p']:>12.2f} ±{r['error_chains']:.2f} (chains) ±{r['error_tuples']:.2f} "
+                         f"(tuples); fewest effective chains {r['effective_min']:.1f}")  # fmt: skip
+    for name, rows in result.get("sweep", {}).items():
+        lines += ["", f"{name}: metrics against steps of the data chain",
+                  f"{'steps':>6}{'seconds':>9}{'joint':>8}{'Frechet':>9}"]  # fmt: skip
+        for row in rows:
+            joint = f"{row['joint_coherence']:>8.3f}" if "joint_coherence" in row else f"{'':>8}"
+            frechet = f"{row['frechet']:>9.1f}" if "frechet" in row else f"{'':>9}"
+            lines.append(f"{row['steps']:>6}{row['seconds']:>9.2f}{joint}{frechet}")
     return "\n".join(lines)

@@ -183,7 +183,7 @@ class Inception:
             found = hashlib.sha256(path.read_bytes()).hexdigest()  # some 90 MB
             if not found.startswith(INCEPTION_SHA256):
                 raise ValueError(f"weights must be a file whose SHA-256 begins with {INCEPTION_SHA256}, got "
-                                 f"{found[:8]} for {str(path)!r}; check=False takes it, but its distances are no FID")  # fmt: skip
+                                 f"{found[:8]} for {str(path)!r}; check=False takes it, but gives no FID")  # fmt: skip
         self.eight_bit = bool(eight_bit)
         self.batch = check_count("batch", batch)
         self.device = torch.device(device)

@@ -60,7 +60,7 @@ class System(Protocol):
 
 
 class Encoders(NamedTuple):
-    """Ways from modalities to z: the inference network's mean and sample, and where the latent chain leads from each."""
+    """Ways from modalities to z: the inference network's mean and sample, and where the latent chain takes each."""
 
     mean: Encode
     sample: Encode

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "Agreement", "ClassBalance", "KernelDistance",
-    "binomial_error", "chance_agreement", "class_balance", "conditional_coherence", "frechet_distance",
-    "joint_coherence", "kernel_distance", "pair_agreement",
+    "agreement_by_class", "binomial_error", "chance_agreement", "class_accuracy", "class_balance",
+    "conditional_coherence", "frechet_distance", "joint_coherence", "kernel_distance", "pair_agreement",
 ]  # fmt: skip
 
 
@@ -63,6 +63,27 @@ def joint_coherence(pred: Tensor) -> float:
     """
     _check_predictions(pred)
     return (pred == pred[:, :1]).all(1).double().mean().item()
+
+
+def agreement_by_class(pred: Tensor, n_classes: int) -> Tensor:
+    """Share of samples on which all classifiers agree on class c; over the classes it sums to the joint coherence.
+
+    Beside the shares of :func:`class_balance` it shows which classes the model never makes coherent.
+
+    Args:
+        pred: integer ``(n, M)`` in [0, n_classes), M >= 2.
+        n_classes: the number of classes, at least 2.
+
+    Returns:
+        float64 ``(n_classes,)`` on the CPU.
+
+    Raises:
+        TypeError, ValueError: if ``pred`` is something else or empty, or ``n_classes`` below 2.
+    """
+    _check_predictions(pred)
+    _check_classes(pred, n_classes)
+    agreed = pred[(pred == pred[:, :1]).all(1), 0]
+    return agreed.cpu().long().bincount(minlength=n_classes).double() / len(pred)
 
 
 def pair_agreement(pred: Tensor) -> float:
@@ -113,11 +134,7 @@ def class_balance(pred: Tensor, n_classes: int) -> ClassBalance:
         TypeError, ValueError: if ``pred`` is something else or empty, or ``n_classes`` below 2.
     """
     _check_predictions(pred, least=1)
-    if n_classes < 2:
-        raise ValueError(f"n_classes must be at least 2, got {n_classes}")
-    low, high = int(pred.min()), int(pred.max())
-    if low < 0 or high >= n_classes:
-        raise ValueError(f"pred must lie in [0, {n_classes}), got [{low}, {high}]")
+    _check_classes(pred, n_classes)
     counts = torch.stack([column.bincount(minlength=n_classes) for column in pred.cpu().long().unbind(1)])
     shares = counts.double() / len(pred)
     entropy = -torch.special.xlogy(shares, shares).sum(1) / math.log(n_classes)
@@ -125,15 +142,18 @@ def class_balance(pred: Tensor, n_classes: int) -> ClassBalance:
     return ClassBalance(shares, shares.amin(1), shares.amax(1), entropy + 0.0)
 
 
-def conditional_coherence(pred_targets: Tensor, labels: Tensor) -> Tensor:
+def conditional_coherence(
+    pred_targets: Tensor, labels: Tensor, average: Literal["micro", "macro"] = "micro"
+) -> Tensor:
     """Accuracy of each target modality's classifier against the class of the given modalities.
 
-    A micro average: every sample counts the same, whatever its class (MultiVae's is a macro average over classes). The
-    targets must not be among the given modalities: self-reconstruction is another quantity.
+    The targets must not be among the given modalities: self-reconstruction is another quantity.
 
     Args:
         pred_targets: integer ``(n, T)``, predictions on the generated targets.
         labels: integer ``(n,)``, the class of the tuple each was generated from.
+        average: "micro", every sample counts the same (MoPoE, MVTCAE, MMVAE+); "macro", every class that occurs counts
+            the same (MultiVae). They differ where the classes are not balanced.
 
     Returns:
         float64 ``(T,)`` on the CPU, one share per target.
@@ -141,11 +161,28 @@ def conditional_coherence(pred_targets: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: if the shapes or types do not fit.
     """
-    _check_predictions(pred_targets, "pred_targets", least=1)
-    if labels.shape != pred_targets.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(pred_targets)},), as many as pred_targets, "
-                         f"got {tuple(labels.shape)}")  # fmt: skip
-    return (pred_targets == labels.to(pred_targets.device)[:, None]).double().mean(0).cpu()
+    if average not in ("micro", "macro"):
+        raise ValueError(f"average must be 'micro' or 'macro', got {average!r}")
+    right = _right(pred_targets, labels)
+    if average == "micro":
+        return right.mean(0)
+    classes = labels.cpu()
+    return torch.stack([right[classes == c].mean(0) for c in classes.unique()]).mean(0)
+
+
+def class_accuracy(pred_targets: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """The same for the tuples of each class: float64 ``(n_classes, T)`` on the CPU, NaN for classes that do not occur.
+
+    Args:
+        pred_targets, labels: as in :func:`conditional_coherence`; labels in [0, n_classes).
+        n_classes: the number of classes, at least 2.
+
+    Raises:
+        TypeError, ValueError: if the shapes or types do not fit.
+    """
+    right, classes = _right(pred_targets, labels), labels.cpu()
+    _check_classes(labels, n_classes, "labels")
+    return torch.stack([right[classes == c].mean(0) for c in range(n_classes)])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -242,6 +279,23 @@ def _check_predictions(pred: Tensor, name: str = "pred", least: int = 2) -> None
         raise TypeError(f"{name} must hold class indices (an integer dtype), got {pred.dtype}")
     if pred.dim() != 2 or pred.shape[0] < 1 or pred.shape[1] < least:
         raise ValueError(f"{name} must have shape (n, M) with n >= 1 and M >= {least}, got {tuple(pred.shape)}")
+
+
+def _check_classes(values: Tensor, n_classes: int, name: str = "pred") -> None:
+    if n_classes < 2:
+        raise ValueError(f"n_classes must be at least 2, got {n_classes}")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= n_classes:
+        raise ValueError(f"{name} must lie in [0, {n_classes}), got [{low}, {high}]")
+
+
+def _right(pred_targets: Tensor, labels: Tensor) -> Tensor:
+    """1 where the prediction is the label: float64 (n, T) on the CPU."""
+    _check_predictions(pred_targets, "pred_targets", least=1)
+    if labels.shape != pred_targets.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(pred_targets)},), as many as pred_targets, "
+                         f"got {tuple(labels.shape)}")  # fmt: skip
+    return (pred_targets == labels.to(pred_targets.device)[:, None]).double().cpu()
 
 
 def _check_features(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmebm.data.base import check_count
 from mmebm.evaluation.latent import Batch, System
 
-__all__ = ["STEPS", "Chain", "data_chain", "latent_chain", "sweep"]
+__all__ = ["STEPS", "Chain", "data_chain", "latent_chain", "run_sweep"]
 
 STEPS: Final = (0, 1, 5, 10, 20, 30, 60, 100)
 
@@ -52,7 +52,7 @@ def latent_chain(system: System, given: Batch, *, seed: int) -> Chain:
     )
 
 
-def sweep(
+def run_sweep(
     chain: Chain, measure: Callable[[Any], Mapping[str, Any]], steps: Sequence[int] = STEPS
 ) -> list[dict[str, Any]]:
     """Runs ``chain`` once to the largest of ``steps`` and measures its state at each of them.
