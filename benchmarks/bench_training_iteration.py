@@ -38,7 +38,10 @@ class HandWritten:
         self.step_size, self.scale = size**2 / 2, size if chain.noise is None else chain.noise
         self.clamp, self.prior_std = chain.clamp, prior_std
 
-    def sample(self, energy: Callable[..., Tensor], state: Any, steps: int, *, seed: int, observed: Any = None) -> Done:
+    def sample(
+        self, energy: Callable[..., Tensor], state: Any, steps: int, *, seed: int, observed: Any = None,
+        chain_offset: int = 0,
+    ) -> Done:  # fmt: skip
         names = list(state) if isinstance(state, dict) else [None]
         x = [t.detach().clone() for t in (state.values() if isinstance(state, dict) else [state])]
         for _ in range(steps):
@@ -101,7 +104,7 @@ def test_training_iteration(benchmark: Any, monkeypatch: pytest.MonkeyPatch, imp
     learner = trainer(implementation, monkeypatch, config())
     rng = torch.Generator().manual_seed(0)
     batches = [learner.batch(rng) for _ in range(8)]
-    learner.system.measure_latent_step(batches[0], rng)
+    learner.system.measure_latent_step(batches[0].x, rng)
     count = iter(range(1 << 30))
     benchmark.group = f"one training iteration of `demo`, {torch.get_num_threads()} threads"
     benchmark.extra_info.update(implementation=implementation, baseline=implementation == "eager")

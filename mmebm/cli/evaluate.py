@@ -14,9 +14,10 @@ from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
 from mmebm.files import write_atomically
-from mmebm.training.run import POINTS, Run
+from mmebm.training.run import Run
 
-TITLES = {"vae": "VAE only", "x0": "x0: generator", "xk": "xk: after Langevin"}
+TITLES = {"vae": "VAE only", "frozen": "frozen: Langevin on top of the VAE", "x0": "x0: generator",
+          "xk": "xk: after Langevin"}  # fmt: skip
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -47,7 +48,7 @@ def report(
     test = run.dataset("test")
     points, seconds = {}, {}
     n = min(n, len(test))
-    for point in POINTS if run.joint_trained else ("vae",):
+    for point in run.points:
         started = time.perf_counter()
         points[point] = run.sample(n, point, seed=seed, steps=steps)
         seconds[point] = time.perf_counter() - started

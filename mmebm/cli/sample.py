@@ -21,15 +21,18 @@ def sample(arguments: argparse.Namespace) -> int:
     with ``--given`` the class index of each row as ``label``. The settings go into a .json file of the same name."""
     if arguments.n < 1:
         raise ValueError(f"--n must be at least 1, got {arguments.n}")
-    if arguments.steps is not None and arguments.steps < 0:
-        raise ValueError(f"--steps must be at least 0, got {arguments.steps}")
+    steps = arguments.steps
+    if isinstance(steps, int) and steps < 0:
+        raise ValueError(f"--steps must be at least 0, got {steps}")
     run = Run(arguments.run, pick_device(arguments.device))
     modalities = run.dataset("test").modalities
     arrays: dict[str, Any] = {}
     started = time.perf_counter()
     if arguments.given:
-        if arguments.point == "vae":
-            raise ValueError("--given goes with --point x0 or xk")
+        if arguments.point in ("vae", "frozen") or arguments.start is not None:
+            raise ValueError("--given goes with --point x0 or xk, and without --start")
+        if steps == "auto":
+            raise ValueError("--steps auto is for joint samples; with --given take a number")
         names = [m.name for m in modalities]
         unknown = sorted(set(arguments.given) - set(names))
         if unknown:
@@ -41,19 +44,25 @@ def sample(arguments: argparse.Namespace) -> int:
         rows = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(rounds)])[: arguments.n]
         rows = rows.to(run.device)
         real = data.batch(rows)
-        data_steps = 0 if arguments.point == "x0" else arguments.steps
+        data_steps = 0 if arguments.point == "x0" or arguments.mode != "data" else steps
         x = run.system.complete(
-            {name: real[name] for name in names if name in arguments.given}, seed=arguments.seed, data_steps=data_steps
-        )
+            {name: real[name] for name in names if name in arguments.given}, seed=arguments.seed,
+            latent_steps=0 if arguments.mode == "decode" else None, data_steps=data_steps,
+        )  # fmt: skip
         arrays["label"] = data.labels[rows].cpu().numpy()
     else:
-        x = run.sample(arguments.n, arguments.point, seed=arguments.seed, steps=arguments.steps)
+        if steps == "auto":
+            start = run.start(min(arguments.n, 1000), seed=arguments.seed, name=arguments.start)
+            steps = run.steps_to_real(start, seed=arguments.seed + 1)
+        x = run.sample(arguments.n, arguments.point, seed=arguments.seed, steps=steps, start=arguments.start)
     seconds = time.perf_counter() - started
     for modality in modalities:
         arrays[modality.name] = modality.natural(x[modality.name])
     info = {
-        **run.settings(arguments.steps), "seed": arguments.seed, "point": arguments.point,
-        "given": arguments.given or [], "split": arguments.split if arguments.given else None, "seconds": seconds,
+        **run.settings(steps), "seed": arguments.seed, "point": arguments.point,
+        "start": arguments.start, "given": arguments.given or [],
+        "mode": arguments.mode if arguments.given else None,
+        "split": arguments.split if arguments.given else None, "seconds": seconds,
     }  # fmt: skip
     out = Path(arguments.out)
     out = out if out.suffix == ".npz" else out.with_name(out.name + ".npz")

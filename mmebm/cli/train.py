@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,26 @@ from mmebm.cli.common import pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
 from mmebm.files import write_atomically
-from mmebm.training import PRESETS, Config, Trainer, checkpoint, preset
+from mmebm.training import PRESETS, Config, Trainer, checkpoint, parallel, preset
 from mmebm.training.config import override
 from mmebm.training.run import CHECKPOINT, Run, load_data
 
 SAVE_EVERY_SECONDS = 30.0
 
 
-def _config(arguments: argparse.Namespace) -> Config:
-    config = preset(arguments.preset or "demo")
-    changes: dict[str, str] = {}
-    if arguments.data is not None:
-        changes["data.name"] = json.dumps(arguments.data)
-    if arguments.data_path is not None:
-        changes["data.path"] = json.dumps(arguments.data_path)
-    if arguments.seed is not None:
-        changes["seed"] = str(arguments.seed)
-    if arguments.threads is not None:
-        changes["threads"] = str(arguments.threads)
-    for item in arguments.set:
-        name, equals, value = item.partition("=")
+def configure(
+    name: str, *, data: str | None = None, data_path: str | None = None, seed: int | None = None,
+    threads: int | None = None, changes: Sequence[str] = (),
+) -> Config:  # fmt: skip
+    """The preset ``name`` with what the command line changes; ``changes`` are FIELD=VALUE."""
+    fields = {"data.name": data, "data.path": data_path, "seed": seed, "threads": threads}
+    texts = {field: json.dumps(value) for field, value in fields.items() if value is not None}
+    for item in changes:
+        field, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--set takes FIELD=VALUE, got {item!r}")
-        changes[name] = value
-    return override(config, changes)
+        texts[field] = value
+    return override(preset(name), texts)
 
 
 def _new_folder(runs: Path, name: str | None, default: str) -> Path:
@@ -102,39 +99,67 @@ class _Log:
 def train(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     device = pick_device(arguments.device)
-    content = None
+    config = None
     if arguments.resume is not None:
         given = [f"--{name}" for name in ("preset", "name", "seed", "data", "data_path") if getattr(arguments, name)]
         if given or arguments.set:
             raise ValueError(f"--resume goes on with the stored configuration; leave out {', '.join(given) or '--set'}")
         folder = Path(arguments.resume)
-        content = checkpoint.load(folder / CHECKPOINT, device)
-        config = Config.from_json(content["config"])
     else:
-        config = _config(arguments)
-        folder = _new_folder(Path(arguments.runs), arguments.name, config.preset)
-    threads = arguments.threads or config.threads
+        config = configure(
+            arguments.preset or "demo", data=arguments.data, data_path=arguments.data_path, seed=arguments.seed,
+            threads=arguments.threads, changes=arguments.set,
+        )  # fmt: skip
+        folder = _new_folder(Path(arguments.runs), arguments.name, config.preset.replace("/", "-"))
+    parallel.start(device)
+    try:
+        trainer = prepare(folder, device, config, threads=arguments.threads)
+        seconds = fit(trainer, folder)
+        if not trainer.processes.first:
+            return 0
+    finally:
+        parallel.finish()
+    if seconds is None:
+        print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume {folder}")
+        return 130
+    report(Run(folder, device), seconds_training=seconds)
+    return 0
+
+
+def prepare(folder: Path, device: torch.device, config: Config | None, *, threads: int | None = None) -> Trainer:
+    """The trainer of a new run in ``folder``, or of the one that is there (``config=None``); writes config.json."""
+    content = checkpoint.load(folder / CHECKPOINT, device) if config is None else None
+    if content is not None:
+        config = Config.from_json(content["config"])
+    assert config is not None
+    threads = threads or config.threads
     if threads is not None:
         torch.set_num_threads(threads)
     data = load_data(config, "train")
-    trainer = Trainer(config, data, device)
+    trainer = Trainer(config, data, device, processes=parallel.Processes.here())
     if content is not None:
         trainer.load_state_dict(content)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "config.json", json.dumps({
-        "config": json.loads(config.to_json()), "data": data.info, "seed": config.seed, "device": str(device),
-        "versions": {"mmebm": __version__, "torch": torch.__version__}, "commit": _commit(),
-        "presets": sorted(PRESETS), "threads": torch.get_num_threads(),
-    }, indent=2, default=str))  # fmt: skip
-    print(f"{folder}: {config.preset} on {data.name} ({len(data)} tuples), {device}, "
-          f"{trainer.total - trainer.iteration} iterations")  # fmt: skip
+    # all have chosen the folder before one of them makes it
+    trainer.processes.barrier()
+    if trainer.processes.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / "config.json", json.dumps({
+            "config": json.loads(config.to_json()), "data": data.info, "seed": config.seed, "device": str(device),
+            "versions": {"mmebm": __version__, "torch": torch.__version__}, "commit": _commit(),
+            "presets": sorted(PRESETS), "threads": torch.get_num_threads(), "processes": trainer.processes.world,
+        }, indent=2, default=str))  # fmt: skip
+        print(f"{folder}: {config.preset} on {data.name} ({len(data)} tuples), {device}, "
+              f"{trainer.total - trainer.iteration} iterations")  # fmt: skip
+    return trainer
 
-    finished = _train(trainer, folder)
-    if not finished:
-        print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume {folder}")
-        return 130
-    report(Run(folder, device), seconds_training=_seconds(folder))
-    return 0
+
+def fit(trainer: Trainer, folder: Path) -> float | None:
+    """Trains to the end and returns the seconds it took in all; None where Ctrl-C ended it before."""
+    if not trainer.processes.first:
+        for _ in trainer.run():
+            pass
+        return None
+    return _seconds(folder) if _train(trainer, folder) else None
 
 
 def _train(trainer: Trainer, folder: Path) -> bool:

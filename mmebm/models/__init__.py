@@ -3,6 +3,6 @@
 from mmebm.models.generator import SharedGenerator
 from mmebm.models.inference import Expert, JointInference
 from mmebm.models.joint_energy import JointEnergy
-from mmebm.models.latent_prior import GaussianPrior, LatentPrior
+from mmebm.models.latent_prior import GaussianPrior, LatentPrior, standard_normal
 
 __all__ = ["Expert", "GaussianPrior", "JointEnergy", "JointInference", "LatentPrior", "SharedGenerator"]

@@ -14,15 +14,18 @@ from mmebm.models.nets import mlp
 from mmebm.samplers import Langevin
 
 
-def standard_normal(n: int, latent: int, *, seed: int, device: torch.device) -> Tensor:
-    """z ~ N(0, I), (n, latent), by this library's noise: row i depends on (seed, i) only."""
-    return noise.normal((n, latent), seed=seed, stream=noise.stream(0, noise.INITIAL), device=device)
+def standard_normal(n: int, latent: int, *, seed: int, device: torch.device, chain_offset: int = 0) -> Tensor:
+    """z ~ N(0, I), (n, latent), by this library's noise: row i depends on (seed, chain_offset + i) only."""
+    return noise.normal(
+        (n, latent), seed=seed, stream=noise.stream(0, noise.INITIAL), chain_offset=chain_offset, device=device
+    )
 
 
 class GaussianPrior(nn.Module):
-    """N(0, I): its energy correction is zero."""
+    """N(0, I): its energy correction is zero, and no chain is needed to draw from it."""
 
     mmebm_pure = True
+    steps = 0
 
     def __init__(self, latent: int) -> None:
         super().__init__()
@@ -32,9 +35,12 @@ class GaussianPrior(nn.Module):
         """(n, latent) -> zeros (n,)."""
         return z.new_zeros(z.shape[0])
 
-    def draw(self, n: int, *, seed: int, device: torch.device, steps: int | None = None) -> Tensor:
-        """``n`` samples (n, latent). ``steps`` is for priors that need a chain."""
-        return standard_normal(n, self.latent, seed=seed, device=device)
+    def draw(
+        self, n: int, *, seed: int, device: torch.device, steps: int | None = None, chain_offset: int = 0
+    ) -> Tensor:
+        """``n`` samples (n, latent), of which the first has the global index ``chain_offset``. ``steps`` is for priors
+        that need a chain."""
+        return standard_normal(n, self.latent, seed=seed, device=device, chain_offset=chain_offset)
 
 
 class LatentPrior(nn.Module):
@@ -58,7 +64,11 @@ class LatentPrior(nn.Module):
         """(n, latent) -> (n,)."""
         return self.net(z).squeeze(1)
 
-    def draw(self, n: int, *, seed: int, device: torch.device, steps: int | None = None) -> Tensor:
-        """``n`` samples (n, latent) after ``steps`` Langevin steps (None: as many as in training)."""
-        start = standard_normal(n, self.latent, seed=seed, device=device)
-        return self.sampler.sample(self, start, self.steps if steps is None else steps, seed=seed).state
+    def draw(
+        self, n: int, *, seed: int, device: torch.device, steps: int | None = None, chain_offset: int = 0
+    ) -> Tensor:
+        """``n`` samples (n, latent) after ``steps`` Langevin steps (None: as many as in training), of which the first
+        has the global index ``chain_offset``."""
+        start = standard_normal(n, self.latent, seed=seed, device=device, chain_offset=chain_offset)
+        steps = self.steps if steps is None else steps
+        return self.sampler.sample(self, start, steps, seed=seed, chain_offset=chain_offset).state

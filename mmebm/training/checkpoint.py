@@ -9,6 +9,8 @@ import torch
 
 from mmebm.files import write_atomically
 
+FORMAT = "mmebm-run-2"
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes ``content`` (tensors, numbers, strings, lists, dicts) to ``path``."""
@@ -28,6 +30,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != "mmebm-run-1":
-        raise ValueError(f"{path} is not a checkpoint of this library (format mmebm-run-1)")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this library (format {FORMAT})")
     return content

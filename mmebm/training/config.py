@@ -11,23 +11,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mmebm.models.inference import Joint
+
+# Where the data chain starts, and the latent chain (mmebm.training.starts says what each is); also "unimodal:NAME".
+DATA_STARTS = ("generator", "noise", "data+noise", "buffer", "independent", "shuffled", "aggregated")
+LATENT_STARTS = ("inference", "mixture", "product", "mixture_of_products", "prior", "persistent")
+NETWORKS = ("generator", "inference", "energy", "prior")
+# Who learns in a stage that does not say.
+TAUGHT = {
+    "warmup": ("generator", "inference"), "prior": ("prior",), "joint": ("generator", "inference", "energy", "prior"),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data set (:func:`mmebm.data.load`) and its options."""
+    """Which data set (:func:`mmebm.data.load`) and its options.
+
+    ``missing``: the probability with which a training tuple loses each of its modalities; it keeps at least one.
+    """
 
     name: str = "digits"
     seed: int = 0
     path: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.missing < 1:
+            raise ValueError(f"missing must lie in [0, 1), got {self.missing!r}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The three networks.
 
-    ``sigma``: scale of the generator's likelihood in units of [-1, 1]; ``weights``: weight of a modality in it;
-    ``spectral``: spectral norm on the energy, multiplied by ``energy_scale``.
+    ``latent``: size of z; ``private``: of it, what each modality has to itself (the baseline MMVAE+; 0 in the paper's
+    method, where all modalities share the whole z). ``sigma``: scale of the generator's likelihood in units of [-1, 1];
+    ``weights``: weight of a modality in it; ``spectral``: spectral norm on the energy, multiplied by ``energy_scale``.
     """
 
     latent: int = 16
@@ -42,7 +62,8 @@ class ModelConfig:
     sigma: float = 0.5
     likelihood: Literal["gaussian", "laplace"] = "gaussian"
     weights: dict[str, float] = field(default_factory=dict)
-    inference: Literal["mixture", "product", "mixture_of_products"] = "mixture"
+    inference: Joint = "mixture"
+    private: int = 0
     spectral: bool = False
     energy_scale: float = 1.0
 
@@ -102,19 +123,25 @@ class AdamConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms (method: Gf, Sf, If) and what the paper leaves open.
+    """Weights of the loss terms (method: Gf, Sf, If) and what the paper leaves open. A weight of 0 switches its term
+    off, and a chain that no term learns from does not run.
 
-    ``elbo`` keeps the warm-up's bound in the joint stage; ``inference`` is the likelihood of the mixture or its lower
-    bound per expert; ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
+    ``objective`` names the bound of the warm-up (:mod:`mmebm.training.objectives`) and ``beta`` weighs its divergence;
+    ``elbo`` keeps that bound in the joint stage, on real tuples, ``elbo_revised`` takes it on revised ones;
+    ``inference`` is the likelihood of the mixture or its lower bound per expert; ``energy`` weighs the joint energy's
+    loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
     """
 
     generator_real: float = 1.0
     generator_revised: float = 1.0
     inference_real: float = 1.0
     inference_revised: float = 0.1
+    energy: float = 1.0
+    objective: str = "single_expert"
     inference: Literal["mixture", "per_expert"] = "mixture"
     beta: float = 1.0
     elbo: float = 0.0
+    elbo_revised: float = 0.0
     energy_l2: float = 0.0
 
 
@@ -131,22 +158,88 @@ class LatentPriorConfig:
 
 @dataclass(frozen=True)
 class ShuffledTuplesConfig:
-    """Extension: tuples whose modalities come from different rows, as extra negatives of the joint energy."""
+    """Extension: tuples whose modalities come from different rows, as extra negatives of the joint energy.
+
+    ``kind``: "uniform", every modality from a row of its own; or "hard", some modalities from a row that the inference
+    network takes for another class but finds near: the nearest ``same`` of the batch count as the same class and are
+    left out, one of the next ``near`` is taken.
+    """
 
     weight: float = 1.0
+    kind: Literal["uniform", "hard"] = "uniform"
+    same: float = 0.2
+    near: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("uniform", "hard"):
+            raise ValueError(f"kind of shuffled tuples must be 'uniform' or 'hard', got {self.kind!r}")
+        if not (0 <= self.same and 0 < self.near and self.same + self.near <= 1):
+            raise ValueError(f"same and near are parts of a batch, together at most 1, got {self.same}, {self.near}")
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where the chains start, in training (:mod:`mmebm.training.starts`; at test another one may be asked for).
+
+    ``data`` is one of :data:`DATA_STARTS`, ``latent`` one of :data:`LATENT_STARTS` or "unimodal:NAME". ``noise``: the
+    standard deviation that "data+noise" adds; ``buffer``: chains kept by "buffer", which restart from the generator
+    with probability ``reinit``.
+    """
+
+    data: str = "generator"
+    latent: str = "inference"
+    noise: float = 0.3
+    buffer: int = 2000
+    reinit: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.data not in DATA_STARTS:
+            raise ValueError(f"start.data must be one of {list(DATA_STARTS)}, got {self.data!r}")
+        if self.latent not in LATENT_STARTS and not self.latent.startswith("unimodal:"):
+            raise ValueError(
+                f"start.latent must be one of {list(LATENT_STARTS)} or 'unimodal:' and a modality, got {self.latent!r}"
+            )
+
+
+_RAMPS = {
+    *(f"loss.{f.name}" for f in dataclasses.fields(LossConfig) if f.type == "float"),
+    "data_chain.steps", "latent_chain.steps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stage:
     """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (latent energy), "joint" (the paper).
 
-    Learning rates go linearly from ``lr`` to ``final_lr`` times the configured ones over the stage.
+    Learning rates go linearly from ``lr`` to ``final_lr`` times the configured ones over the stage. ``train`` names the
+    networks that learn (None: all that the kind teaches); a joint stage that trains the energy alone leaves what the
+    evaluation calls "frozen": the EBM on top of the VAE as it is. ``ramp`` moves other settings linearly from one value
+    to another over the stage, by their names in the configuration: ``{"loss.elbo": (1, 0), "data_chain.steps":
+    (5, 30)}`` (weights of ``loss``, and the steps of the two chains, rounded).
     """
 
     kind: Literal["warmup", "prior", "joint"]
     iterations: int
     lr: float = 1.0
     final_lr: float = 1.0
+    train: tuple[str, ...] | None = None
+    ramp: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("warmup", "prior", "joint"):
+            raise ValueError(f"kind of a stage must be 'warmup', 'prior' or 'joint', got {self.kind!r}")
+        if self.iterations < 0:
+            raise ValueError(f"iterations of a stage must be at least 0, got {self.iterations}")
+        unknown = sorted(set(self.train or ()) - set(NETWORKS))
+        if unknown or self.train == ():
+            raise ValueError(f"train must name some of {list(NETWORKS)}, or be None for all, got {self.train!r}")
+        for name in self.ramp:
+            if name not in _RAMPS:
+                raise ValueError(f"ramp moves one of {sorted(_RAMPS)}, got {name!r}")
+
+    def settings(self, done: float) -> dict[str, float]:
+        """The ramps' values when ``done`` (0 to 1) of the stage is over."""
+        return {name: a + (b - a) * done for name, (a, b) in self.ramp.items()}
 
 
 @dataclass(frozen=True)
@@ -163,6 +256,10 @@ class GuardConfig:
 class Config:
     """A run, whole. ``threads``: CPU threads (None: torch's own choice).
 
+    ``batch`` tuples make an iteration, of all processes together; ``accumulate`` splits each process's share into so
+    many parts whose gradients are averaged (less memory; in the joint stage the generator then is updated after the
+    last part, and the chains of step 7 of the earlier ones start from it as it was).
+
     For convolutional networks: ``precision="bf16"`` runs the energies of both chains and the losses under autocast (the
     chains' states, the updates and the weights stay float32; a chain that is one fused call is not affected), and
     ``channels_last`` lays the weights out so, which the activations then follow. Neither was measured on a GPU yet.
@@ -173,6 +270,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data_chain: ChainConfig = field(default_factory=lambda: ChainConfig(steps=30, step=0.3, noise=0.005))
     latent_chain: ChainConfig = field(default_factory=lambda: ChainConfig(steps=10, step="auto"))
+    start: StartConfig = field(default_factory=StartConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     generator: AdamConfig = field(default_factory=AdamConfig)
     inference: AdamConfig = field(default_factory=AdamConfig)
@@ -182,6 +280,7 @@ class Config:
     shuffled_tuples: ShuffledTuplesConfig | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
     batch: int = 100
+    accumulate: int = 1
     seed: int = 0
     backend: str = "auto"
     threads: int | None = None
@@ -191,6 +290,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if self.accumulate < 1 or self.batch % self.accumulate:
+            raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
         if not isinstance(self.channels_last, bool):
             raise TypeError(f"channels_last must be True or False, got {self.channels_last!r}")
 
@@ -215,8 +316,12 @@ class Config:
 def _build(kind: Any, value: Any) -> Any:
     """Rebuilds nested dataclasses from plain data, following the annotations."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        nested = [option for option in typing.get_args(kind) if dataclasses.is_dataclass(option)]
-        return _build(nested[0], value) if nested and isinstance(value, dict) else value
+        for option in typing.get_args(kind):
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return _build(option, value)
+            if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+                return _build(option, value)
+        return value
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
@@ -225,6 +330,8 @@ def _build(kind: Any, value: Any) -> Any:
         return typing.cast(Any, kind)(**{name: _build(hints[name], item) for name, item in value.items()})
     if typing.get_origin(kind) is tuple:
         return tuple(_build(typing.get_args(kind)[0], item) for item in value)
+    if typing.get_origin(kind) is dict:
+        return {name: _build(typing.get_args(kind)[1], item) for name, item in value.items()}
     return value
 
 

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from mmebm.models import GaussianPrior, LatentPrior
 from mmebm.training.config import LatentPriorConfig, ShuffledTuplesConfig
 from mmebm.training.optimise import Optimiser
+from mmebm.training.system import Batch, System
 
 
 class EnergyTerm(Protocol):
     """One more term in the joint energy's loss."""
 
-    def __call__(self, energy: nn.Module, x: dict[str, Tensor], real: Tensor, rng: torch.Generator) -> Tensor: ...
+    def __call__(self, system: System, x: Batch, real: Tensor, rng: torch.Generator) -> Tensor: ...
 
 
 class ShuffledTuples:
     """Real modalities of different rows: right marginals, no agreement. softplus(E(real) - E(shuffled)), averaged."""
 
     def __init__(self, config: ShuffledTuplesConfig) -> None:
-        self.weight = config.weight
+        self.config = config
 
-    def __call__(self, energy: nn.Module, x: dict[str, Tensor], real: Tensor, rng: torch.Generator) -> Tensor:
-        n = real.shape[0]
-        shuffled = {
-            name: value[torch.randperm(n, generator=rng, device=value.device)] for name, value in x.items()
+    def __call__(self, system: System, x: Batch, real: Tensor, rng: torch.Generator) -> Tensor:
+        shuffled = self.hard(system, x, rng) if self.config.kind == "hard" else self.uniform(x, rng)
+        return self.config.weight * softplus(real - system.energy(shuffled)).mean()
+
+    @staticmethod
+    def uniform(x: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Each modality from a row of its own."""
+        return {
+            name: value[torch.randperm(len(value), generator=rng, device=value.device)] for name, value in x.items()
         }
-        return self.weight * softplus(real - energy(shuffled)).mean()
+
+    @torch.no_grad()
+    def hard(self, system: System, x: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Some modalities of each row, not all, from a row that is near in the latent and yet of another class."""
+        z = torch.stack([component.mean for component in system.inference(x)]).mean(0)
+        n, device = len(z), z.device
+        order = torch.cdist(z, z).argsort(dim=1)  # the row itself comes first
+        low = max(1, math.ceil(self.config.same * n))
+        high = max(low + 1, math.ceil((self.config.same + self.config.near) * n))
+        if high > n:
+            return self.uniform(x, rng)
+        other = order[torch.arange(n, device=device), torch.randint(low, high, (n,), generator=rng, device=device)]
+        luck = torch.rand(n, len(x), generator=rng, device=device)
+        # the luckiest modality changes, the unluckiest stays, the others as it falls
+        change = (luck > 0.5).scatter(1, luck.argmax(1, keepdim=True), True)
+        change = change.scatter(1, luck.argmin(1, keepdim=True), False)
+        return {
+            name: torch.where(change[:, j].reshape(-1, *[1] * (value.dim() - 1)), value[other], value)
+            for j, (name, value) in enumerate(x.items())
+        }
 
 
 class PriorTeacher(Protocol):

@@ -1,35 +1,55 @@
-"""One network's optimiser: Adam as configured, gradient clipping, a learning-rate factor."""
+"""One network's optimiser: Adam as configured, gradient clipping, a learning-rate factor, averaged gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmebm.training.config import AdamConfig
+from mmebm.training.parallel import Processes
 
 
 class Optimiser:
-    """Adam on the parameters of ``module``."""
+    """Adam on the parameters of ``module``.
 
-    def __init__(self, module: nn.Module, config: AdamConfig) -> None:
-        self.config = config
+    Args:
+        module: whose parameters learn.
+        config: Adam's numbers.
+        accumulate: an update is made at every ``accumulate``-th call, with the mean of their gradients.
+        processes: over which the gradients are averaged.
+    """
+
+    def __init__(
+        self, module: nn.Module, config: AdamConfig, *, accumulate: int = 1, processes: Processes | None = None
+    ) -> None:
+        self.config, self.accumulate, self.processes = config, accumulate, processes or Processes()
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(
             self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
             fused=True,
         )  # fmt: skip
+        self._calls = 0
 
     def step(self, loss: Tensor, lr: float = 1.0) -> None:
         """Backward of ``loss`` and one update; gradients of other networks are not touched."""
-        grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        self.apply(grads, lr)
+        self.apply(torch.autograd.grad(loss, self.parameters, allow_unused=True), lr)
 
-    def apply(self, grads: Any, lr: float = 1.0) -> None:
-        """One update with ``grads`` at ``lr`` times the configured rate."""
+    def apply(self, grads: Sequence[Any], lr: float = 1.0) -> None:
+        """One update with ``grads`` at ``lr`` times the configured rate (or a part of it, see ``accumulate``)."""
+        self._calls += 1
         for p, g in zip(self.parameters, grads, strict=True):
-            p.grad = g
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad + g
+        if self._calls < self.accumulate:
+            return
+        self._calls = 0
+        held = [p.grad for p in self.parameters if p.grad is not None]
+        if self.accumulate > 1:
+            torch._foreach_div_(held, float(self.accumulate))
+        self.processes.average(held)
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         for group in self.adam.param_groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +12,21 @@ from torch import Tensor
 from mmebm import data
 from mmebm.data.base import MultimodalDataset
 from mmebm.training import checkpoint
-from mmebm.training.config import Config
+from mmebm.training.config import TAUGHT, Config, Stage
+from mmebm.training.parallel import Processes
+from mmebm.training.starts import DataStarts
 from mmebm.training.system import Batch, System
 
 CHECKPOINT = "checkpoint.pt"
 
-# Where samples are taken: the multimodal VAE after the warm-up, the generator after the joint stage, its revision.
-POINTS = ("vae", "x0", "xk")
+# Where samples are taken: the multimodal VAE after the warm-up; the chain of an energy that learned on top of it while
+# it was held; where the data chain starts after the joint stage; and what that chain makes of it.
+POINTS = ("vae", "frozen", "x0", "xk")
+
+# Chains run at a time when samples are drawn: bounds the memory, and changes nothing else.
+CHUNK = 2000
+# These starts are made of training tuples, which samples should not be.
+_FROM_DATA = ("data+noise", "shuffled", "aggregated")
 
 
 class Run:
@@ -37,23 +45,53 @@ class Run:
         self.device = torch.device(device)
         self.content = checkpoint.load(self.folder / CHECKPOINT, self.device)
         self.config = Config.from_json(self.content["config"])
+        self.processes = Processes.here()
         self._sets: dict[str, MultimodalDataset] = {}
-        shapes = {m.name: m.shape for m in self.dataset("test").modalities}
-        self.system = System(self.config, shapes).to(self.device).eval()
-        self.system.load_state_dict(self.content["system"])
+        self.shapes = {m.name: m.shape for m in self.dataset("test").modalities}
+        self.system = self._system(self.content["system"])
+        snapshots = self.content["snapshots"]
         # the VAE by itself: its own weights, and the prior it was trained with
-        plain = self.config.replace(latent_prior=None)
-        self.vae = System(plain, shapes).to(self.device).eval()
-        snapshot = self.content["vae_only"] or {
-            "generator": self.system.generator.state_dict(), "inference": self.system.inference.state_dict(),
-        }  # fmt: skip
-        self.vae.generator.load_state_dict(snapshot["generator"])
-        self.vae.inference.load_state_dict(snapshot["inference"])
+        self.vae = self._system(snapshots.get("vae", self.content["system"]), plain=True)
+        self.frozen = self._system(snapshots["frozen"]) if "frozen" in snapshots else None
+        self.starts = DataStarts(self.system, self.config.start, seed=self.config.seed)
+        self.starts.load_state_dict(self.content["starts"]["data"])
+
+    def _system(self, state: dict[str, Tensor], *, plain: bool = False) -> System:
+        config = self.config.replace(latent_prior=None) if plain else self.config
+        system = System(config, self.shapes).to(self.device).eval()
+        if plain:
+            state = {name: value for name, value in state.items() if not name.startswith("prior.")}
+        system.load_state_dict(state)
+        return system
 
     @property
     def joint_trained(self) -> bool:
-        """Whether the joint stage has begun (before that, all points are the VAE)."""
-        return bool(self.content["vae_only"])
+        """Whether another stage than the warm-up has begun (before that, all points are the VAE)."""
+        return bool(self.content["snapshots"])
+
+    @property
+    def infers(self) -> bool:
+        """Whether the inference network has learned anything: without it nothing is completed through z."""
+        return any(
+            "inference" in (stage.train or TAUGHT[stage.kind]) and self._teaches_inference(stage)
+            for stage in self.config.stages if stage.iterations
+        )  # fmt: skip
+
+    def _teaches_inference(self, stage: Stage) -> bool:
+        loss = self.config.loss
+        weights = (loss.inference_real, loss.inference_revised, loss.elbo, loss.elbo_revised)
+        return stage.kind == "warmup" or any(weights)
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Those of :data:`POINTS` that this run has."""
+        stages = [stage for stage in self.config.stages if stage.iterations]
+        has = {
+            "vae": any(stage.kind == "warmup" for stage in stages), "x0": self.joint_trained, "xk": self.joint_trained,
+            # where nothing learned after it, xk is this
+            "frozen": self.frozen is not None and stages[-1].train != ("energy",),
+        }  # fmt: skip
+        return tuple(point for point in POINTS if has[point])
 
     def dataset(self, split: data.Split) -> MultimodalDataset:
         """The run's data set, one of its splits, on the run's device."""
@@ -61,22 +99,72 @@ class Run:
             self._sets[split] = load_data(self.config, split).to(self.device)
         return self._sets[split]
 
-    def sample(self, n: int, point: str, *, seed: int, steps: int | None = None) -> Batch:
-        """``n`` joint samples in model space at one of :data:`POINTS`.
+    def real(self, n: int, *, split: data.Split = "train", seed: int = 0) -> dict[str, Tensor]:
+        """``n`` real tuples (as many as there are, where fewer), drawn without putting back."""
+        held = self.dataset(split)
+        rows = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))[:n]
+        return held.batch(rows.to(self.device))
+
+    def sample(
+        self, n: int, point: str, *, seed: int, steps: int | Literal["auto"] | None = None, start: str | None = None
+    ) -> Batch:
+        """``n`` joint samples in model space at one of :data:`POINTS`; the same on any number of processes.
+
+        Args:
+            n: number of tuples.
+            point: where they are taken.
+            seed: of the whole draw.
+            steps: of the data chain: a number, None for as many as in training, or "auto" for as many as bring the
+                mean energy to that of real tuples (:meth:`steps_to_real`).
+            start: where the data chain starts (:mod:`mmebm.training.starts`); None as in training, but from the
+                generator where that was made of training tuples.
 
         Raises:
-            ValueError: for an unknown point.
+            ValueError: for a point that is unknown or that this run does not have.
         """
         if point not in POINTS:
             raise ValueError(f"point must be one of {list(POINTS)}, got {point!r}")
+        if point not in self.points and not (point == "vae" or (point != "frozen" and not self.joint_trained)):
+            raise ValueError(f"this run has no point {point!r}, only {list(self.points)}")
+        begin, end = self.processes.share(n)
         if point == "vae":
-            return self.vae.generate(n, seed=seed)
-        x0 = self.system.generate(n, seed=seed)
-        return x0 if point == "x0" else self.system.revise_data(x0, seed=seed + 1, steps=steps).state
+            return self.processes.gather(self.vae.generate(end - begin, seed=seed, chain_offset=begin), n)
+        system = self.frozen if point == "frozen" and self.frozen is not None else self.system
+        x = self.start(end - begin, seed=seed, name=start, offset=begin, system=system)
+        if point != "x0":
+            steps = self.steps_to_real(x, seed=seed + 1) if steps == "auto" else steps
+            x = system.revise_data(x, seed=seed + 1, steps=steps, chain_offset=begin, chunk_size=CHUNK).state
+        return self.processes.gather(x, n)
+
+    def start(
+        self, n: int, *, seed: int, name: str | None = None, offset: int = 0, system: System | None = None
+    ) -> dict[str, Tensor]:
+        """Where ``n`` data chains start (see :meth:`sample`)."""
+        if name is None:
+            name = self.config.start.data
+            name = "generator" if name in _FROM_DATA else name
+        starts = self.starts
+        if system is not None and system is not self.system:
+            starts = DataStarts(system, self.config.start, seed=self.config.seed)
+        real = self.real(n, seed=seed) if name in _FROM_DATA else {}
+        return starts(n, seed=seed, x=real, name=name, offset=offset).x
+
+    def steps_to_real(self, x: Batch, *, seed: int, limit: int | None = None) -> int:
+        """The number of steps after which the chain from ``x`` has the mean energy of real tuples; ``limit`` (4 times
+        the trained steps) where it does not get there."""
+        limit = 4 * max(self.config.data_chain.steps, 1) if limit is None else limit
+        with torch.no_grad(), self.system.autocast():
+            level = self.system.energy(self.real(1000)).mean()
+        energies = self.system.revise_data(
+            x, seed=seed, steps=limit, record=("energy",), chunk_size=CHUNK
+        ).trace["energy"].mean(1)  # fmt: skip
+        reached = (energies <= level).nonzero()
+        # the energy is recorded where the gradient is taken: entry k is that of x_k
+        return int(reached[0]) if len(reached) else limit
 
     def trajectory(self, n: int, *, seed: int, every: int = 2) -> tuple[dict[str, Tensor], list[int]]:
         """The data chain of ``n`` samples: {modality: (T, n, *shape)} and the steps, the start included."""
-        x0 = self.system.generate(n, seed=seed)
+        x0 = self.start(n, seed=seed)
         out = self.system.revise_data(x0, seed=seed + 1, thin=every)
         states = {name: torch.cat([x0[name][None], out.trajectory[name]]) for name in x0}
         return states, [every * i for i in range(len(next(iter(states.values()))))]
@@ -84,10 +172,18 @@ class Run:
     def completions(self, steps: int | None = None) -> dict[str, Callable[[Batch, int], Batch]]:
         """The ways to fill in missing modalities: decode (A), with latent Langevin (B), with data Langevin too (C)."""
         s, v = self.system, self.vae
-        out: dict[str, Callable[[Batch, int], Batch]] = {
-            "vae, decode": lambda given, seed: v.complete(given, seed=seed, latent_steps=0, data_steps=0),
-        }
-        if self.joint_trained:
+        out: dict[str, Callable[[Batch, int], Batch]] = {}
+        if "vae" in self.points:
+            out["vae, decode"] = lambda given, seed: v.complete(given, seed=seed, latent_steps=0, data_steps=0)
+        if not self.infers:
+
+            def from_start(given: Batch, seed: int) -> Batch:
+                n = next(iter(given.values())).shape[0]
+                x = {**self.start(n, seed=seed), **given}
+                return s.revise_data(x, seed=seed + 1, steps=steps, observed=set(given)).state
+
+            out["data chain from its start"] = from_start
+        elif self.joint_trained:
             out["A: decode"] = lambda given, seed: s.complete(given, seed=seed, latent_steps=0, data_steps=0)
             out["B: latent chain"] = lambda given, seed: s.complete(given, seed=seed, data_steps=0)
             out["C: B + data chain"] = lambda given, seed: s.complete(given, seed=seed, data_steps=steps)
@@ -98,7 +194,8 @@ class Run:
         c = self.config
         data_steps = c.data_chain.steps if steps is None else steps
         return {
-            "preset": c.preset, "iteration": self.content["iteration"], "data_steps": data_steps,
+            "preset": c.preset, "iteration": self.content["iteration"], "evaluations": self.content["evaluations"],
+            "data_start": c.start.data, "latent_start": c.start.latent, "data_steps": data_steps,
             "data_step": c.data_chain.size(), "data_noise": c.data_chain.noise,
             "data_temperature": self.system.data_sampler.implied_temperature,
             "latent_steps": c.latent_chain.steps, "latent_step": float(self.system.latent_step),

@@ -51,6 +51,20 @@ class Posterior:
         return functools.reduce(operator.add, [*parts, call(self.prior, z)])
 
 
+class PartialPosterior:
+    """:class:`Posterior` where rows lack modalities: ``present`` says which they have, bool (n,) by modality."""
+
+    def __init__(self, generator: SharedGenerator, prior: nn.Module, x: Batch, present: Mapping[str, Tensor]) -> None:
+        self.generator, self.prior, self.x, self.present = generator, prior, dict(x), dict(present)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.generator.negative_log_likelihood(self.x, z, present=self.present) + self.prior(z)
+
+    def mmebm_parts(self) -> tuple[Any, tuple[Any, ...]]:
+        """See :meth:`Posterior.mmebm_parts`."""
+        return PartialPosterior, (self.generator, self.prior, self.x, self.present)
+
+
 class System(nn.Module):
     """Joint energy, shared generator, joint inference and the prior of the latent.
 
@@ -71,11 +85,12 @@ class System(nn.Module):
         )  # fmt: skip
         self.generator = SharedGenerator(
             shapes, m.latent, net=m.net, width=m.generator_width, depth=m.depth, act=m.activation, sigma=m.sigma,
-            likelihood=m.likelihood, weights=m.weights,
+            likelihood=m.likelihood, weights=m.weights, private=m.private,
         )  # fmt: skip
         self.inference = JointInference(
-            shapes, m.latent, net=m.net, width=m.inference_width, depth=m.depth, act=m.activation, joint=m.inference
-        )
+            shapes, m.latent, net=m.net, width=m.inference_width, depth=m.depth, act=m.activation, joint=m.inference,
+            private=m.private,
+        )  # fmt: skip
         self.prior: GaussianPrior | LatentPrior = GaussianPrior(m.latent)
         p = config.latent_prior
         if p is not None:
@@ -96,46 +111,80 @@ class System(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     @property
+    def latent(self) -> int:
+        """Size of z."""
+        return self.config.model.latent
+
+    @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.latent_step.device
 
     def revise_data(
-        self, x: Batch, *, seed: int, steps: int | None = None, observed: Collection[str] = (), **options: Any
-    ) -> Samples:
-        """The data chain: all modalities at once on the joint energy, ``observed`` ones held."""
+        self, x: Batch, *, seed: int, steps: int | None = None,
+        observed: Collection[str] | Mapping[str, Tensor] = (), **options: Any,
+    ) -> Samples:  # fmt: skip
+        """The data chain: all modalities at once on the joint energy, ``observed`` ones (or, by a boolean mask per
+        modality, their elements) held."""
         steps = self.config.data_chain.steps if steps is None else steps
+        held = (dict(observed) if isinstance(observed, Mapping) else set(observed)) or None
         with self.autocast():
-            return self.data_sampler.sample(
-                self.energy, dict(x), steps, seed=seed, observed=set(observed) or None, **options
-            )
+            return self.data_sampler.sample(self.energy, dict(x), steps, seed=seed, observed=held, **options)
 
     def revise_latent(
-        self, z: Tensor, x: Batch, *, seed: int, steps: int | None = None, **options: Any
-    ) -> Samples:
-        """The latent chain: z given the modalities that ``x`` holds."""
+        self, z: Tensor, x: Batch, *, seed: int, steps: int | None = None,
+        present: Mapping[str, Tensor] | None = None, **options: Any,
+    ) -> Samples:  # fmt: skip
+        """The latent chain: z given the modalities that ``x`` holds (and each row has, by ``present``)."""
         chain = self.config.latent_chain
         sampler = sampler_of(chain, float(self.latent_step), self.config.backend, prior_std=1.0)
         steps = chain.steps if steps is None else steps
         with self.autocast():
-            return sampler.sample(Posterior(self.generator, self.prior, x), z, steps, seed=seed, **options)
+            return sampler.sample(self.posterior(x, present), z, steps, seed=seed, **options)
+
+    def posterior(self, x: Batch, present: Mapping[str, Tensor] | None = None) -> Posterior | PartialPosterior:
+        """The energy of z given ``x``."""
+        if present is None:
+            return Posterior(self.generator, self.prior, x)
+        return PartialPosterior(self.generator, self.prior, x, present)
 
     @torch.no_grad()
-    def measure_latent_step(self, x: Batch, generator: torch.Generator | None = None, *, keep: float = 0.0) -> None:
+    def fill(
+        self, x: Batch, present: Mapping[str, Tensor], z: Tensor, *, seed: int, **options: Any
+    ) -> dict[str, Tensor]:
+        """Whole tuples from rows that lack modalities: decoded from ``z``, then revised with what is there held."""
+        held = {
+            name: present[name].reshape(-1, *[1] * (value.dim() - 1)).expand_as(value) for name, value in x.items()
+        }
+        decoded = self.generator(z)
+        filled = {name: torch.where(held[name], value, decoded[name]) for name, value in x.items()}
+        return dict(self.revise_data(filled, seed=seed, observed=held, **options).state)
+
+    @torch.no_grad()
+    def measure_latent_step(
+        self, x: Batch, generator: torch.Generator | None = None, *, keep: float = 0.0,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Sets the latent step from the curvature of the posterior at inferred z (``step="auto"``).
 
         A low quantile of one batch is noisy: ``keep`` is the weight of the old step in the geometric mean of both.
         """
-        chain, z = self.config.latent_chain, self.inference.sample(x, generator)
-        posterior = Posterior(self.generator, self.prior, x)
+        chain, z = self.config.latent_chain, self.inference.sample(x, generator, present=present)
+        posterior = self.posterior(x, present)
         limits = largest_stable_step(posterior, z, prior_std=1.0, generator=generator)
         measured = chain.auto_fraction * limits.quantile(chain.auto_quantile)
         self.latent_step.copy_(self.latent_step**keep * measured ** (1 - keep))
 
     @torch.no_grad()
-    def generate(self, n: int, *, seed: int) -> dict[str, Tensor]:
-        """x0: ``n`` tuples decoded from the prior, {modality: (n, *shape)}."""
-        return self.generator(self.prior.draw(n, seed=seed, device=self.device))
+    def decode(self, z: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The generator's means of all modalities at ``z`` (n, latent), or of each at a z of its own."""
+        if isinstance(z, Mapping):
+            return {name: self.generator(value)[name] for name, value in z.items()}
+        return self.generator(z)
+
+    def generate(self, n: int, *, seed: int, chain_offset: int = 0) -> dict[str, Tensor]:
+        """x0: ``n`` tuples decoded from the prior, {modality: (n, *shape)}; the first has index ``chain_offset``."""
+        return self.decode(self.prior.draw(n, seed=seed, device=self.device, chain_offset=chain_offset))
 
     @torch.no_grad()
     def complete(

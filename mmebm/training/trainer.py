@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,154 +13,265 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.data.base import MultimodalDataset
 from mmebm.reference.langevin_step import widen
-from mmebm.training.config import Config
+from mmebm.training import checkpoint
+from mmebm.training.config import TAUGHT, Config, Stage
 from mmebm.training.extensions import EnergyTerm, ShuffledTuples, prior_teacher
 from mmebm.training.guard import Guard, TrainingDiverged
+from mmebm.training.objectives import objective
 from mmebm.training.optimise import Optimiser
-from mmebm.training.system import System
+from mmebm.training.parallel import Processes
+from mmebm.training.starts import DataStarts, Latents, LatentStarts, Start
+from mmebm.training.system import Batch, System
 
 __all__ = ["Trainer", "TrainingDiverged"]
 
 Row = dict[str, Any]
 
+class Minibatch(NamedTuple):
+    """Training tuples ``x``, their numbers ``rows`` in the data set, and which modalities each has (None: all).
+
+    ``offset`` is the global index of the first row, where several processes or parts share an iteration's rows.
+    """
+
+    x: dict[str, Tensor]
+    rows: Tensor
+    present: dict[str, Tensor] | None = None
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of tuples."""
+        return len(self.rows)
+
 
 class Trainer:
     """Trains a :class:`System` on a data set, stage by stage.
 
-    Everything random in an iteration is a function of (seed, iteration, rollbacks), so that a resumed run goes on
-    exactly where it was.
+    Everything random in an iteration is a function of (seed, iteration, rollbacks, process), so that a resumed run goes
+    on exactly where it was.
 
     Args:
         config: the run.
         data: training tuples; moved to ``device``.
         device: where the networks and the data are.
+        processes: this process among those that share the rows of an iteration.
     """
 
-    def __init__(self, config: Config, data: MultimodalDataset, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: Config, data: MultimodalDataset, device: torch.device | str = "cpu", *,
+        processes: Processes | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.device = config, torch.device(device)
+        self.processes = processes or Processes()
+        if config.batch // config.accumulate < self.processes.world:
+            raise ValueError(f"batch={config.batch} in {config.accumulate} parts has no row for each of "
+                             f"{self.processes.world} processes")  # fmt: skip
         self.data = data.to(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.system = System(config, {m.name: m.shape for m in data.modalities}).to(self.device)
         s = self.system
-        self.optimisers = {
-            "generator": Optimiser(s.generator, config.generator),
-            "inference": Optimiser(s.inference, config.inference),
-            "energy": Optimiser(s.energy, config.energy),
-        }
+        adams = {"generator": config.generator, "inference": config.inference, "energy": config.energy}
         if config.latent_prior is not None:
-            self.optimisers["prior"] = Optimiser(s.prior, config.latent_prior.adam)
+            adams["prior"] = config.latent_prior.adam
+        self.optimisers = {
+            name: Optimiser(getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes)
+            for name, adam in adams.items()
+        }
+        self.objective = objective(config.loss.objective)
         self.prior_teacher = prior_teacher(s.prior, config.latent_prior, self.optimisers.get("prior"))
         self.energy_terms: list[EnergyTerm] = []
         if config.shuffled_tuples is not None:
             self.energy_terms.append(ShuffledTuples(config.shuffled_tuples))
+        self.data_starts = DataStarts(s, config.start, seed=config.seed)
+        self.latent_starts = LatentStarts(s, config.start, len(data))
         self.guard = Guard(config.guard)
         self.iteration = 0
-        self.vae_only: dict[str, dict[str, Tensor]] | None = None
-        self.lr = 1.0
+        # forward and backward passes of single tuples through an energy or a generator, in chains
+        self.evaluations = 0
+        # systems as they were on the way: "vae" after the warm-up, "frozen" after the energy learned alone
+        self.snapshots: dict[str, dict[str, Tensor]] = {}
         self.stop = False  # set to end after the iteration in hand
-        self._steps: dict[str, Callable[[dict[str, Tensor], torch.Generator], Row]] = {
+        self._begin(config.stages[0] if config.stages else Stage("warmup", 0), 0.0)
+        self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
             "warmup": self.warmup_step, "prior": self.prior_step, "joint": self.joint_step,
         }  # fmt: skip
 
     # -- the steps -------------------------------------------------------------------------------------------------
 
-    def joint_step(self, x: dict[str, Tensor], rng: torch.Generator) -> Row:
-        """One iteration of the paper on a mini-batch ``x``: three networks taught by what two chains revise."""
-        s, loss = self.system, self.config.loss
-        seeds = [noise.draw_seed(rng) for _ in range(4)]
+    def joint_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
+        """One iteration of the paper on a mini-batch ``X``: three networks taught by what two chains revise."""
+        s, x, teach = self.system, batch.x, self.teach
+        seeds = [noise.draw_seed(rng) for _ in range(5)]
+        row: Row = {}
 
-        # 1, 2: the generator's samples start the data chain of the energy
-        z0 = s.prior.draw(self.config.batch, seed=seeds[0], device=self.device)
-        x0 = self._decode(z0)
-        revised = s.revise_data(x0, seed=seeds[1])
-        x_k = revised.state
+        # 1, 2: the generator's samples X_0 = g(z_0) start the data chain of the energy
+        start = self._start(batch, seeds[0])
+        x_k = self._data_chain(batch, start.x, seeds[1], row) if self._learns_from_revised(start) else None
 
         # 3, 4: the inference network's samples start the latent chain of the generator's posterior
-        z_q = s.inference.sample(x, rng).detach()
-        latent = s.revise_latent(z_q, x, seed=seeds[2])
-        z_k = latent.state
+        z_k = self._latent_chain(batch, rng, seeds[2], row) if self._learns_from_posterior(batch) else None
 
-        with s.autocast():
-            # 5: the generator learns both pairs: real X with its revised z, revised X with its own z
-            loss_g = (
-                loss.generator_real * s.generator.negative_log_likelihood(x, z_k).mean()
-                + loss.generator_revised * s.generator.negative_log_likelihood(x_k, z0).mean()
-            )
-            # 6: so does the inference network
-            per_expert = loss.inference == "per_expert"
-            loss_i = -(
-                loss.inference_real * s.inference.log_prob(z_k, x, per_expert=per_expert).mean()
-                + loss.inference_revised * s.inference.log_prob(z0, x_k, per_expert=per_expert).mean()
-            )
-            bound = self._elbo(x, rng)[0] if loss.elbo else x0[next(iter(x0))].new_zeros(())
-        self._teach_vae(loss_g + loss_i - loss.elbo * bound)
+        # 5, 6: generator and inference network learn two pairs: X with its revised z, revised X with its own z
+        self._teach_vae(batch, z_k, x_k, start.z, rng, row)
 
-        # 7: the energy falls at real X and rises at what its chain makes of the updated generator's samples
-        x_0 = self._decode(z0)
-        x_n = s.revise_data(x_0, seed=seeds[3]).state
-        with s.autocast():
-            # differences of large energies: not in the 8 bits of a bfloat16
-            real, fake = widen(s.energy(x)), widen(s.energy(x_n))
-            loss_e = real.mean() - fake.mean() + loss.energy_l2 * (real.square().mean() + fake.square().mean())
-            for term in self.energy_terms:
-                loss_e = loss_e + term(s.energy, x, real, rng)
-        self.optimisers["energy"].step(loss_e, self.lr)
+        # 7: the energy falls at X and rises at what its chain makes of the updated generator's samples
+        if "energy" in teach and self.loss.energy:
+            x_0 = start.x if start.z is None else s.decode(start.z)
+            x_n = self._data_chain(batch, x_0, seeds[3], row)
+            self.data_starts.keep(start, x_n)
+            real = x if z_k is None or batch.present is None else self._fill(batch, z_k, seeds[4])
+            self._teach_energy(real, x_0, x_n, rng, row)
 
-        extra = self.prior_teacher.update(z_k, z0, self.lr)
+        # an extension: the latent prior, where there is one
+        if "prior" in teach and z_k is not None:
+            drawn = start.z if self.config.start.data == "generator" else None
+            own = drawn if isinstance(drawn, Tensor) else self._prior(batch, seeds[0])
+            row.update(self.prior_teacher.update(z_k, own, self.lr))
+        return row
 
-        with torch.no_grad(), s.autocast():
-            start = widen(s.energy(x_0)).mean()
-        return {
-            "loss_generator": loss_g.detach(), "loss_inference": loss_i.detach(), "loss_energy": loss_e.detach(),
-            "gap": (real.mean() - fake.mean()).detach(), "gap_start": (real.mean() - start).detach(),
-            "mse": s.generator.squared_error(x, z_k).mean().detach(),
-            "latent_size": z_k.norm(dim=1).median() / s.config.model.latent**0.5, "latent_step": s.latent_step.clone(),
-            "frozen_chains": revised.info["nonfinite"].sum() + latent.info["nonfinite"].sum(), **extra,
-        }  # fmt: skip
-
-    def warmup_step(self, x: dict[str, Tensor], rng: torch.Generator) -> Row:
-        """Generator and inference as a multimodal VAE: each row encoded by one expert, all modalities decoded."""
+    def warmup_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
+        """Generator and inference network as a multimodal VAE."""
         with self.system.autocast():
-            bound, mse = self._elbo(x, rng)
-        self._teach_vae(-bound)
-        return {"loss_elbo": -bound.detach(), "mse": mse.detach()}
+            bound, z = self._bound(batch.x, rng, batch.present)
+        self._update_vae(-bound)
+        return {"loss_elbo": -bound.detach(), "mse": self._squared_error(batch, z)}
 
-    def prior_step(self, x: dict[str, Tensor], rng: torch.Generator) -> Row:
+    def prior_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
         """The latent prior learns the aggregated posterior; the other networks rest."""
         with torch.no_grad():
-            posterior = self.system.inference.sample(x, rng)
-        own = self.system.prior.draw(self.config.batch, seed=noise.draw_seed(rng), device=self.device)
-        return self.prior_teacher.update(posterior, own, self.lr)
+            posterior = self.system.inference.sample(batch.x, rng, present=batch.present)
+        return self.prior_teacher.update(posterior, self._prior(batch, noise.draw_seed(rng)), self.lr)
 
     # -- their parts -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _decode(self, z: Tensor) -> dict[str, Tensor]:
-        return self.system.generator(z)
+    def _learns_from_revised(self, start: Start) -> bool:
+        """Whether a loss of generator or inference network needs the revised X."""
+        loss, pairs = self.loss, start.z is not None
+        shared = isinstance(start.z, Tensor)
+        generator = "generator" in self.teach and (loss.elbo_revised or (pairs and loss.generator_revised))
+        inference = "inference" in self.teach and (loss.elbo_revised or (shared and loss.inference_revised))
+        return bool(generator or inference)
 
-    def _elbo(self, x: dict[str, Tensor], rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The evidence lower bound of a mixture posterior, one component per row, and the squared error."""
+    def _learns_from_posterior(self, batch: Minibatch) -> bool:
+        """Whether anything needs the revised z."""
+        loss = self.loss
+        generator = "generator" in self.teach and loss.generator_real
+        inference = "inference" in self.teach and loss.inference_real
+        return bool(generator or inference or "prior" in self.teach or batch.present is not None)
+
+    def _start(self, batch: Minibatch, seed: int) -> Start:
+        """Where the data chains of this batch start."""
+        if self.config.start.data in ("generator", "independent"):
+            self.evaluations += batch.size * self.system.prior.steps
+        return self.data_starts(batch.size, seed=seed, x=batch.x, offset=batch.offset)
+
+    def _data_chain(self, batch: Minibatch, x: Batch, seed: int, row: Row) -> dict[str, Tensor]:
+        """The data chain from ``x``, all modalities at once."""
+        out = self.system.revise_data(x, seed=seed, steps=self.data_steps, chain_offset=batch.offset)
+        self.evaluations += batch.size * self.data_steps
+        row["frozen_chains"] = row.get("frozen_chains", 0) + out.info["nonfinite"].sum()
+        return out.state
+
+    def _latent_chain(self, batch: Minibatch, rng: torch.Generator, seed: int, row: Row) -> Tensor:
+        """The latent chain of ``batch`` from where it starts."""
         s = self.system
-        components = s.inference(x)
-        n = next(iter(x.values())).shape[0]
-        pick = torch.randint(len(components), (n,), generator=rng, device=self.device)
-        rows = torch.arange(n, device=self.device)
-        z = torch.stack([c.sample(rng) for c in components])[pick, rows]
-        kl = torch.stack([c.kl() for c in components])[pick, rows]
-        nll = s.generator.negative_log_likelihood(x, z)
-        with torch.no_grad():
-            mse = s.generator.squared_error(x, z.detach()).mean()
-        return -(nll + self.config.loss.beta * kl).mean(), mse
+        z = self.latent_starts(batch.x, rng, rows=batch.rows, present=batch.present)
+        out = s.revise_latent(
+            z, batch.x, seed=seed, steps=self.latent_steps, present=batch.present, chain_offset=batch.offset
+        )
+        self.evaluations += batch.size * self.latent_steps
+        self.latent_starts.keep(batch.rows, out.state)
+        row["frozen_chains"] = row.get("frozen_chains", 0) + out.info["nonfinite"].sum()
+        row["mse"] = self._squared_error(batch, out.state)
+        row["latent_size"] = out.state.norm(dim=1).median() / s.latent**0.5
+        row["latent_step"] = s.latent_step.clone()
+        return out.state
 
-    def _teach_vae(self, loss: Tensor) -> None:
-        """One backward for generator and inference: with samples detached their losses share no parameter."""
-        pair = [self.optimisers["generator"], self.optimisers["inference"]]
+    def _prior(self, batch: Minibatch, seed: int) -> Tensor:
+        s = self.system
+        self.evaluations += batch.size * s.prior.steps
+        return s.prior.draw(batch.size, seed=seed, device=self.device, chain_offset=batch.offset)
+
+    def _fill(self, batch: Minibatch, z: Tensor, seed: int) -> dict[str, Tensor]:
+        """Whole tuples from a batch that lacks modalities: the energy needs all of them."""
+        assert batch.present is not None
+        self.evaluations += batch.size * self.data_steps
+        return self.system.fill(
+            batch.x, batch.present, z, seed=seed, steps=self.data_steps, chain_offset=batch.offset
+        )
+
+    def _bound(
+        self, x: Batch, rng: torch.Generator, present: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The configured multimodal VAE's bound, averaged over the rows, and the z it used."""
+        s = self.system
+        return self.objective(s.generator, s.inference, x, rng, beta=self.loss.beta, present=present)
+
+    @torch.no_grad()
+    def _squared_error(self, batch: Minibatch, z: Tensor) -> Tensor:
+        return self.system.generator.squared_error(batch.x, z.detach(), present=batch.present).mean()
+
+    def _teach_vae(
+        self, batch: Minibatch, z_k: Tensor | None, x_k: Batch | None, z_0: Latents | None, rng: torch.Generator,
+        row: Row,
+    ) -> None:  # fmt: skip
+        """Steps 5 and 6: the likelihood of both pairs under generator and inference network, and what keeps the VAE."""
+        s, loss, teach = self.system, self.loss, self.teach
+        losses: Row = {}
+        pairs = (
+            (batch.x, z_k, batch.present, loss.generator_real, loss.inference_real),
+            (x_k, z_0, None, loss.generator_revised, loss.inference_revised),
+        )
+        with s.autocast():
+            for x, z, present, of_generator, of_inference in pairs:
+                if x is None or z is None:
+                    continue
+                if "generator" in teach and of_generator:
+                    parts = z.items() if isinstance(z, Mapping) else [(None, z)]
+                    nll = sum(
+                        s.generator.negative_log_likelihood(x if m is None else {m: x[m]}, at, present=present).mean()
+                        for m, at in parts
+                    )
+                    losses["loss_generator"] = losses.get("loss_generator", 0) + of_generator * nll
+                if "inference" in teach and of_inference and isinstance(z, Tensor):
+                    each = loss.inference == "per_expert"
+                    log_q = s.inference.log_prob(z, x, per_expert=each, present=present).mean()
+                    losses["loss_inference"] = losses.get("loss_inference", 0) - of_inference * log_q
+            row.update({name: value.detach() for name, value in losses.items()})
+            if {"generator", "inference"} & set(teach):
+                for name, weight, x, present in (("loss_elbo", loss.elbo, batch.x, batch.present),
+                                                 ("loss_elbo_revised", loss.elbo_revised, x_k, None)):  # fmt: skip
+                    if weight and x is not None:
+                        bound = self._bound(x, rng, present)[0]
+                        losses[name], row[name] = -weight * bound, -bound.detach()
+        if losses:
+            self._update_vae(torch.stack(list(losses.values())).sum())
+
+    def _update_vae(self, loss: Tensor) -> None:
+        """One backward for generator and inference network: with samples detached their losses share no parameter."""
+        pair = [self.optimisers[name] for name in ("generator", "inference") if name in self.teach]
         grads = torch.autograd.grad(loss, [p for o in pair for p in o.parameters], allow_unused=True)
         for optimiser in pair:
             count = len(optimiser.parameters)
             optimiser.apply(grads[:count], self.lr)
             grads = grads[count:]
+
+    def _teach_energy(self, real: Batch, x_0: Batch, x_n: Batch, rng: torch.Generator, row: Row) -> None:
+        """Step 7's update: E falls at real tuples and rises at the chain's ends."""
+        s, loss = self.system, self.loss
+        with s.autocast():
+            # differences of large energies: not in the 8 bits of a bfloat16
+            up, down = widen(s.energy(real)), widen(s.energy(x_n))
+            loss_e = up.mean() - down.mean() + loss.energy_l2 * (up.square().mean() + down.square().mean())
+            for term in self.energy_terms:
+                loss_e = loss_e + term(s, real, up, rng)
+        self.optimisers["energy"].step(loss.energy * loss_e, self.lr)
+        with torch.no_grad(), s.autocast():
+            at_start = widen(s.energy(x_0)).mean()
+        row["loss_energy"] = loss_e.detach()
+        row["gap"] = (up.mean() - down.mean()).detach()
+        row["gap_start"] = up.mean().detach() - at_start
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -177,16 +289,60 @@ class Trainer:
             left -= stage.iterations
         return len(self.config.stages), 0
 
-    def _rng(self) -> torch.Generator:
+    def _begin(self, stage: Stage, done: float) -> None:
+        """Sets what holds at this point of the stage: learning rate, who learns, and the settings that ramp."""
+        self.lr = (stage.lr + (stage.final_lr - stage.lr) * done) * 0.5**self.guard.rollbacks
+        self.teach = tuple(name for name in stage.train or TAUGHT[stage.kind] if name in self.optimisers)
+        now = stage.settings(done)
+        self.loss = dataclasses.replace(
+            self.config.loss, **{k.partition(".")[2]: v for k, v in now.items() if k.startswith("loss.")}
+        )
+        self.data_steps = round(now.get("data_chain.steps", self.config.data_chain.steps))
+        self.latent_steps = round(now.get("latent_chain.steps", self.config.latent_chain.steps))
+
+    def _rng(self, purpose: int = 0) -> torch.Generator:
+        """The generator of this iteration, on this process."""
         mixed = noise.philox4x32(
-            [torch.tensor(v) for v in (self.iteration, self.guard.rollbacks, 0, 0)],
+            [torch.tensor(v) for v in (self.iteration, self.guard.rollbacks, self.processes.rank, purpose)],
             (self.config.seed & noise.MASK32, (self.config.seed >> 32) & noise.MASK32),
         )
         return torch.Generator(self.device).manual_seed(int(mixed[0]) << 31 ^ int(mixed[1]))
 
-    def batch(self, rng: torch.Generator) -> dict[str, Tensor]:
-        """A mini-batch drawn uniformly from the training tuples."""
-        return self.data.batch(torch.randint(len(self.data), (self.config.batch,), generator=rng, device=self.device))
+    def batch(self, rng: torch.Generator, part: int = 0) -> Minibatch:
+        """A mini-batch of tuples drawn uniformly: this process's share of part ``part`` of the iteration's rows."""
+        whole = self.config.batch // self.config.accumulate
+        begin, end = self.processes.share(whole)
+        rows = torch.randint(len(self.data), (end - begin,), generator=rng, device=self.device)
+        present = self.data.presence(rows)
+        if self.config.data.missing:
+            present = self._lose(present, end - begin, rng)
+        return Minibatch(self.data.batch(rows), rows, present, part * whole + begin)
+
+    def _lose(self, present: Mapping[str, Tensor] | None, n: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """``present`` with modalities dropped at random, one at least kept in each row."""
+        names = [m.name for m in self.data.modalities]
+        had = torch.ones(n, len(names), dtype=torch.bool, device=self.device)
+        if present is not None:
+            had = torch.stack([present[name] for name in names], dim=1)
+        luck = torch.rand(had.shape, generator=rng, device=self.device)
+        # the luckiest of those it had stays in any case
+        best = torch.where(had, luck, -1.0).argmax(1, keepdim=True)
+        kept = (had & (luck >= self.config.data.missing)).scatter(1, best, True)
+        return dict(zip(names, kept.unbind(1), strict=True))
+
+    def _iterate(self, stage: Stage, k: int) -> Row:
+        """One iteration: its rows in as many parts as configured."""
+        rng, chain = self._rng(), self.config.latent_chain
+        total: Row = {}
+        for part in range(self.config.accumulate):
+            batch = self.batch(rng, part)
+            due = stage.kind == "joint" and chain.step == "auto" and k % chain.auto_every == 0 and not part
+            if due and self._learns_from_posterior(batch):
+                self.system.measure_latent_step(batch.x, rng, keep=0.5 if k else 0.0, present=batch.present)
+                self.processes.average([self.system.latent_step])
+            row = self._steps[stage.kind](batch, rng)
+            total = row if not total else {name: total.get(name, 0) + value for name, value in row.items()}
+        return {name: value / self.config.accumulate for name, value in total.items()}
 
     def run(self) -> Iterator[Row]:
         """Trains to the end; yields one averaged row of numbers every ``guard.every`` iterations.
@@ -202,21 +358,16 @@ class Trainer:
         while self.iteration < self.total and not self.stop:
             stage_index, k = self._position()
             stage = self.config.stages[stage_index]
-            done = k / max(stage.iterations - 1, 1)
-            self.lr = (stage.lr + (stage.final_lr - stage.lr) * done) * 0.5**self.guard.rollbacks
-            rng = self._rng()
-            x = self.batch(rng)
-            chain = self.config.latent_chain
-            if stage.kind == "joint" and chain.step == "auto" and k % chain.auto_every == 0:
-                self.system.measure_latent_step(x, rng, keep=0.5 if k else 0.0)
-            if stage.kind == "joint" and k == 0:
-                self.vae_only = self._vae()
-            rows.append({**self._steps[stage.kind](x, rng), "iteration": self.iteration})
+            self._begin(stage, k / max(stage.iterations - 1, 1))
+            if stage.kind != "warmup" and "vae" not in self.snapshots:
+                self.snapshots["vae"] = self._snapshot()
+            rows.append({**self._iterate(stage, k), "iteration": self.iteration})
             self.iteration += 1
-            if len(rows) < every and k + 1 < stage.iterations and not self.stop:
+            last = k + 1 == stage.iterations
+            if len(rows) < every and not last and not self.stop:
                 continue
             seconds = (time.perf_counter() - started) / len(rows)
-            numbers = [{name: float(value) for name, value in row.items()} for row in rows]
+            numbers = self._numbers(rows)
             rows = []
             reason = self.guard.reason(numbers)
             if reason is not None:
@@ -225,21 +376,36 @@ class Trainer:
                 self.guard.roll_back(reason)
                 yield {"stage": stage.kind, "iteration": self.iteration, "rolled_back": reason}
             else:
+                if last and self.teach == ("energy",):
+                    self.snapshots["frozen"] = self._snapshot()
                 good, good_iteration = self._networks(), self.iteration
-                mean: Row = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}
-                mean.update(stage=stage.kind, iteration=self.iteration, seconds_per_iteration=seconds)
+                mean: Row = {}
+                for name in dict.fromkeys(name for row in numbers for name in row):
+                    values = [row[name] for row in numbers if name in row]
+                    mean[name] = sum(values) / len(values)
+                mean.update(
+                    stage=stage.kind, iteration=self.iteration, seconds_per_iteration=seconds,
+                    evaluations=self.evaluations,
+                )  # fmt: skip
                 alarm = self.guard.alarm(mean)
                 yield {**mean, "alarm": alarm} if alarm else mean
             started = time.perf_counter()
 
+    def _numbers(self, rows: list[Row]) -> list[dict[str, float]]:
+        """The logged values as numbers, averaged over the processes, so that all of them decide alike."""
+        if self.processes.world > 1:
+            flat = torch.tensor(
+                [float(value) for row in rows for value in row.values()], dtype=torch.float64, device=self.device
+            )
+            self.processes.average([flat])
+            values = iter(flat.tolist())
+            return [{name: next(values) for name in row} for row in rows]
+        return [{name: float(value) for name, value in row.items()} for row in rows]
+
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def _vae(self) -> dict[str, dict[str, Tensor]]:
-        s = self.system
-        return {
-            name: {key: value.detach().clone() for key, value in net.state_dict().items()}
-            for name, net in (("generator", s.generator), ("inference", s.inference))
-        }
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.system.state_dict().items()}
 
     def _networks(self) -> dict[str, Any]:
         def copied(value: Any) -> Any:
@@ -262,12 +428,16 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs: plain data and tensors."""
         return {
-            "format": "mmebm-run-1", "config": self.config.to_json(), "iteration": self.iteration,
-            "rollbacks": self.guard.rollbacks, "vae_only": self.vae_only or {}, **self._networks(),
+            "format": checkpoint.FORMAT, "config": self.config.to_json(), "iteration": self.iteration,
+            "rollbacks": self.guard.rollbacks, "evaluations": self.evaluations, "snapshots": self.snapshots,
+            "starts": {"data": self.data_starts.state_dict(), "latent": self.latent_starts.state_dict()},
+            **self._networks(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`, on a trainer of the same configuration."""
         self._restore(state)
         self.iteration, self.guard.rollbacks = state["iteration"], state["rollbacks"]
-        self.vae_only = state["vae_only"] or None
+        self.evaluations, self.snapshots = state["evaluations"], dict(state["snapshots"])
+        self.data_starts.load_state_dict(state["starts"]["data"])
+        self.latent_starts.load_state_dict(state["starts"]["latent"])

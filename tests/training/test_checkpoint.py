@@ -11,7 +11,7 @@ from mmebm.training import checkpoint
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    content = {"format": "mmebm-run-1", "iteration": 7, "weights": {"a": torch.arange(3.0)}}
+    content = {"format": checkpoint.FORMAT, "iteration": 7, "weights": {"a": torch.arange(3.0)}}
     checkpoint.save(tmp_path / "deep" / "c.pt", content)
     back = checkpoint.load(tmp_path / "deep" / "c.pt")
     assert back["iteration"] == 7 and torch.equal(back["weights"]["a"], torch.arange(3.0))
@@ -19,7 +19,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
-    checkpoint.save(path, {"format": "mmebm-run-1", "iteration": 1})
+    checkpoint.save(path, {"format": checkpoint.FORMAT, "iteration": 1})
 
     def broken(file: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
@@ -50,8 +50,8 @@ class Evil:
 def test_loading_executes_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with open("evil.pt", "wb") as file:
-        pickle.dump({"format": "mmebm-run-1", "x": Evil()}, file)
-    torch.save({"format": "mmebm-run-1", "x": Evil()}, "evil2.pt")
+        pickle.dump({"format": checkpoint.FORMAT, "x": Evil()}, file)
+    torch.save({"format": checkpoint.FORMAT, "x": Evil()}, "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
         with pytest.raises(ValueError, match="not a readable checkpoint"):
             checkpoint.load(tmp_path / name)

@@ -14,6 +14,7 @@ from mmebm.samplers.identity import Identity, parts_of
 from mmebm.training import Trainer, TrainingDiverged, checkpoint, preset
 from mmebm.training.config import AdamConfig, ChainConfig, Config, GuardConfig, LossConfig, ModelConfig, Stage
 from mmebm.training.system import Posterior
+from mmebm.training.trainer import Minibatch
 
 
 def networks(trainer: Trainer) -> dict[str, Tensor]:
@@ -66,10 +67,11 @@ def test_joint_losses_are_those_of_the_method(config: Config, data: MultimodalDa
     trainer = Trainer(config, data)
     before = Trainer(config, data).system  # the same seed: the same weights
     rng = trainer._rng()
-    x = trainer.batch(rng)
+    batch = trainer.batch(rng)
+    x = batch.x
     seen: dict[str, Tensor] = {}
 
-    def catch_q(given: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def catch_q(given: dict[str, Tensor], generator: torch.Generator, **options: Any) -> Tensor:
         seen["z_q"] = before.inference.sample(given, generator)
         return seen["z_q"]
 
@@ -79,7 +81,7 @@ def test_joint_losses_are_those_of_the_method(config: Config, data: MultimodalDa
 
     trainer.system.inference.sample = catch_q  # type: ignore[method-assign, assignment]
     trainer.system.prior.draw = catch_p  # type: ignore[method-assign, assignment]
-    row = trainer.joint_step(x, rng)
+    row = trainer.joint_step(batch, rng)
     z_q, z_0 = seen["z_q"], seen["z_0"]
     x_0 = before.generator(z_0)
     nll, log_q = before.generator.negative_log_likelihood, before.inference.log_prob
@@ -98,7 +100,7 @@ def test_the_latent_chain_descends_its_posterior(config: Config, data: Multimoda
     """Without noise the chain lowers -log p(x, z): the posterior's energy plus the Gaussian of the prior."""
     quiet = ChainConfig(steps=20, step="auto", noise=0.0)
     trainer = Trainer(config.replace(latent_chain=quiet), data)
-    x = trainer.batch(trainer._rng())
+    x = trainer.batch(trainer._rng()).x
     s = trainer.system
     s.measure_latent_step(x)
     z = s.inference.sample(x).detach()
@@ -126,9 +128,9 @@ def test_resuming_changes_nothing(config: Config, data: MultimodalDataset, tmp_p
     list(second.run())
     a, b = networks(whole), networks(second)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert second.vae_only is not None and whole.vae_only is not None
-    for net, state in whole.vae_only.items():
-        assert all(torch.equal(value, second.vae_only[net][name]) for name, value in state.items())
+    assert whole.snapshots["vae"].keys() == second.snapshots["vae"].keys()
+    assert all(torch.equal(value, second.snapshots["vae"][name]) for name, value in whole.snapshots["vae"].items())
+    assert whole.evaluations == second.evaluations > 0
 
 
 def test_training_leaves_the_global_generator_alone(config: Config, data: MultimodalDataset) -> None:
@@ -144,8 +146,8 @@ def test_rolls_back_and_goes_on(config: Config, data: MultimodalDataset) -> None
     trainer = Trainer(config, data)
     step, hits = trainer._steps["joint"], []
 
-    def poisoned(x: dict[str, Tensor], rng: torch.Generator) -> dict[str, object]:
-        row = step(x, rng)
+    def poisoned(batch: Minibatch, rng: torch.Generator) -> dict[str, object]:
+        row = step(batch, rng)
         if not hits:
             hits.append(trainer.iteration)
             for p in trainer.system.energy.parameters():
@@ -211,7 +213,7 @@ def test_bfloat16_trains(config: Config, data: MultimodalDataset) -> None:
         convolution.register_forward_hook(lambda m, args, out: seen.add(out.dtype))
         rows[precision] = list(trainer.run())
         assert all(p.dtype == torch.float32 for p in trainer.system.parameters())
-        chain = trainer.system.revise_data(trainer.batch(trainer._rng()), seed=0)
+        chain = trainer.system.revise_data(trainer.batch(trainer._rng()).x, seed=0)
         assert {t.dtype for t in chain.state.values()} == {torch.float32}
         assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
         seen.clear()
@@ -244,7 +246,7 @@ def test_posteriors_of_two_batches_are_one_graph(config: Config, data: Multimoda
     s = trainer.system
     keys = set()
     for i in range(2):
-        x = {name: value.clone() for name, value in trainer.batch(torch.Generator().manual_seed(i)).items()}
+        x = {name: value.clone() for name, value in trainer.batch(torch.Generator().manual_seed(i)).x.items()}
         rebuild, parts, fixed = parts_of(Posterior(s.generator, s.prior, x))
         identity = Identity(torch.device("cpu"), training=False)
         identity.add(fixed)

@@ -1,4 +1,5 @@
-"""Presets: one file each, a ``config()`` that returns the whole configuration."""
+"""Presets: one file each, a ``config()`` that returns the whole configuration. "preset/variant" is a named change of
+one (:mod:`mmebm.training.variants`)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable
 
 from mmebm.training.config import Config
 from mmebm.training.presets import demo, paper, polymnist_5k
+from mmebm.training.variants import variant
 
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo.config,
@@ -15,11 +17,12 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str) -> Config:
-    """The configuration of that name.
+    """The configuration of that name, e.g. ``"demo"`` or ``"demo/coopnets"``.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
-    return PRESETS[name]()
+    base, slash, change = name.partition("/")
+    if base not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {base!r}")
+    return variant(PRESETS[base](), change) if slash else PRESETS[base]()

@@ -1,0 +1,86 @@
+"""Several processes that train one model (``torchrun --nproc-per-node N -m mmebm.cli.main train ...``).
+
+Each process holds all networks and takes its share of the rows; gradients are averaged before every update, so that the
+networks stay equal. Chains keep their global index (``chain_offset``): what a chain draws does not depend on how many
+processes there are. What an iteration draws with a ``torch.Generator`` does (it is seeded with the rank too), so that a
+training run on two processes is another run than on one, while samples of the same networks are the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and how many there are."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def here(cls) -> Processes:
+        """The process group that torch.distributed has begun, or this process alone."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, n: int) -> tuple[int, int]:
+        """The rows of ``n`` that are this process's: from, to."""
+        return n * self.rank // self.world, n * (self.rank + 1) // self.world
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor's mean over the processes, in place; one call of the network for all of them."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.view_as(t))
+
+    def gather(self, parts: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        """The rows of all processes, in order, on each of them: ``parts`` holds this one's share of ``n``."""
+        if self.world == 1:
+            return dict(parts)
+        out = {}
+        for name, value in parts.items():
+            sizes = [Processes(rank, self.world).share(n) for rank in range(self.world)]
+            most = max(b - a for a, b in sizes)
+            padded = value.new_zeros(most, *value.shape[1:])
+            padded[: len(value)] = value
+            every = [torch.empty_like(padded) for _ in range(self.world)]
+            dist.all_gather(every, padded)
+            out[name] = torch.cat([rows[: b - a] for rows, (a, b) in zip(every, sizes, strict=True)])
+        return out
+
+    def barrier(self) -> None:
+        """Waits for the others."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(device: torch.device) -> Processes:
+    """Joins the processes that ``torchrun`` started; alone without it. NCCL on GPUs, Gloo elsewhere."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes.here()
+
+
+def finish() -> None:
+    """Leaves the process group, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,95 @@
+"""Two processes that train one model and draw its samples, over Gloo on the CPU (two_processes.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmebm.training import Config, Trainer, checkpoint, preset
+from mmebm.training.config import AdamConfig, Stage, override
+from mmebm.training.optimise import Optimiser
+from mmebm.training.parallel import Processes
+from mmebm.training.run import CHECKPOINT, Run, load_data
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process in ``run``, and what two processes made, in ``0.pt`` and ``1.pt``."""
+    out = tmp_path_factory.mktemp("two")
+    changes = {"data_chain.steps": "4", "data.options": '{"size": 14, "n": 500}', "batch": "16"}
+    config = override(preset("demo"), changes)
+    config = config.replace(stages=(Stage("warmup", 20), Stage("prior", 2), Stage("joint", 2)))
+    trainer = Trainer(config, load_data(config, "train"))
+    list(trainer.run())
+    checkpoint.save(out / "run" / CHECKPOINT, trainer.state_dict())
+    (out / "config.json").write_text(config.to_json())
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         str(Path(__file__).with_name("two_processes.py")), str(out)],
+        check=True, timeout=300, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_shares_cover_all_rows_once() -> None:
+    for world, n in ((1, 5), (3, 10), (4, 3)):
+        shares = [Processes(rank, world).share(n) for rank in range(world)]
+        assert [i for a, b in shares for i in range(a, b)] == list(range(n))
+
+
+def test_gradients_of_all_processes_are_averaged(both: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(5, 2), torch.randn(10, 5)
+    optimiser = Optimiser(net, AdamConfig())
+    for _ in range(3):
+        optimiser.step(net(x).square().mean())
+    for one in both:
+        for name, value in one["linear"].items():
+            # another order of sums, through Adam's division by small second moments
+            torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_networks_stay_equal(folder: Path, both: list[dict[str, Any]]) -> None:
+    """Both processes hold the same networks at the end, trained on rows of their own, and log the same numbers."""
+    a, b = both
+    assert all(torch.equal(a["system"][name], b["system"][name]) for name in a["system"])
+    assert all(torch.isfinite(value).all() for value in a["system"].values())
+    for one in both:
+        one["row"].pop("seconds_per_iteration", None)
+    assert a["row"] == b["row"]
+    config = Config.from_json((folder / "config.json").read_text())
+    alone = Trainer(config, load_data(config, "train")).system.state_dict()
+    assert {name.split(".")[0] for name in alone if not torch.equal(alone[name], a["system"][name])} == {
+        "energy", "generator", "inference", "prior", "latent_step",
+    }  # fmt: skip
+
+
+def test_samples_do_not_depend_on_the_number_of_processes(folder: Path, both: list[dict[str, Any]]) -> None:
+    run = Run(folder / "run")
+    for one in both:
+        assert set(one["samples"]) == set(run.points) == {"vae", "x0", "xk"}
+        for point, x in one["samples"].items():
+            for name, value in run.sample(31, point, seed=7).items():
+                # matrix products over another number of rows: rounding, carried through 60 + 4 steps
+                torch.testing.assert_close(x[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_too_small_a_batch_is_named() -> None:
+    config = dataclasses.replace(preset("paper"), batch=16, accumulate=16)
+    with pytest.raises(ValueError, match="batch=16 in 16 parts has no row for each of 2 processes"):
+        Trainer(config, load_data(config, "train"), processes=Processes(0, 2))
