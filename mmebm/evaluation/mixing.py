@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from mmebm.data.base import check_count
+from mmebm.data.base import MultimodalDataset, check_count
 from mmebm.diagnostics import autocorrelation_time, ess, mala_acceptance, rhat
+from mmebm.evaluation.latent import usable_rows
 from mmebm.evaluation.metrics import frechet_distance
 from mmebm.samplers import Langevin
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mmebm.evaluation.classifiers import Classifiers
     from mmebm.training.run import Run
 
-__all__ = ["THRESHOLDS", "Chain", "data_chain", "examine", "latent_chain", "mixing", "verdict"]
+__all__ = ["THRESHOLDS", "Subject", "data_subject", "examine", "latent_subject", "mixing", "verdict"]
 
 State = Any  # a tensor (n, ...) or a dict of such
 
@@ -48,7 +49,7 @@ DISTANCES: Final = 8  # states, spread logarithmically, at which the distance to
 
 
 @dataclass(frozen=True)
-class Chain:
+class Subject:
     """A chain to examine.
 
     Args:
@@ -83,16 +84,17 @@ class Chain:
 
 
 def examine(
-    chain: Chain, *, long: int = 2000, points: int = 100, seed: int = 0, progress: Callable[[str], None] | None = None
-) -> dict[str, Any]:
+    subject: Subject, *, long: int = 2000, points: int = 100, seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Follows the chain from each of its starts for ``long`` steps and judges it at both lengths.
 
     The chain as it is used is the beginning of the long one: noise is a function of the step.
 
     Args:
-        chain: what to examine.
-        long: steps of the long chain, at least ``chain.steps``.
-        points: how often the states are looked at, at most, up to ``chain.steps`` and beyond.
+        subject: what to examine.
+        long: steps of the long chain, at least ``subject.steps``.
+        points: how often the states are looked at, at most, up to ``subject.steps`` and beyond.
         seed: of the noise.
         progress: called with a line of text after each start.
 
@@ -113,35 +115,35 @@ def examine(
         TypeError, ValueError: for a length or number of points out of range, starts that differ in ``n`` or are no
             multiple of ``targets``, or no summary "energy".
     """
-    check_count("chain.steps", chain.steps)
+    check_count("subject.steps", subject.steps)
     check_count("points", points, least=MIN_DRAWS)
-    check_count("long", long, least=chain.steps)
-    n = _check_starts(chain)
-    marks = [0, *_marks(0, chain.steps, points), *_marks(chain.steps, long, points)]
-    apart = _logarithmic(marks, DISTANCES, {0, chain.steps, long}) if chain.distance is not None else set()
+    check_count("long", long, least=subject.steps)
+    n = _check_starts(subject)
+    marks = [0, *_marks(0, subject.steps, points), *_marks(subject.steps, long, points)]
+    apart = _logarithmic(marks, DISTANCES, {0, subject.steps, long}) if subject.distance is not None else set()
     curves: dict[str, Any] = {"step": marks, "mean": {}, "error": {}, "distance": {}}
     traces: dict[str, list[list[float | None]]] = {}
     broken, seconds, followed, step = {}, {}, {}, {}
-    for index, (start, state) in enumerate(chain.starts.items()):
+    for index, (start, state) in enumerate(subject.starts.items()):
         began = time.perf_counter()
         rows, distances, bad = [], [], torch.zeros(n, dtype=torch.bool)
         for i, mark in enumerate(marks):
             if i:
-                samples = (chain.advance or _plain(chain))(
+                samples = (subject.advance or _plain(subject))(
                     state, mark - marks[i - 1], seed=seed, first_step=marks[i - 1], chain_offset=index * n
                 )
                 state, bad = samples.state, bad | samples.info["nonfinite"].cpu()
             with torch.no_grad():
-                summaries = chain.summaries(state)
+                summaries = subject.summaries(state)
             if "energy" not in summaries:
-                raise ValueError(f"chain.summaries must hold 'energy', got {list(summaries)}")
+                raise ValueError(f"subject.summaries must hold 'energy', got {list(summaries)}")
             rows.append(torch.stack([value.detach().double().reshape(n).cpu() for value in summaries.values()]))
-            if chain.distance is not None and mark in apart:
-                distances.append([mark, _number(chain.distance(state))])
-            if index == 0 and mark in (0, chain.steps):
-                step["start" if mark == 0 else "end"] = _drift_and_noise(chain, state, seed, mark)
-                if mark == chain.steps:
-                    step["acceptance"] = _acceptance(chain, state, seed, mark)
+            if subject.distance is not None and mark in apart:
+                distances.append([mark, _number(subject.distance(state))])
+            if index == 0 and mark in (0, subject.steps):
+                step["start" if mark == 0 else "end"] = _drift_and_noise(subject, state, seed, mark)
+                if mark == subject.steps:
+                    step["acceptance"] = _acceptance(subject, state, seed, mark)
         followed[start] = torch.stack(rows)  # (marks, summaries, n)
         names = list(summaries)
         curves["mean"][start] = _series(names, followed[start].mean(2))
@@ -151,17 +153,17 @@ def examine(
             curves["distance"][start] = distances
         broken[start], seconds[start] = bad.double().mean().item(), time.perf_counter() - began
         if progress is not None:
-            progress(f"{chain.name} from {start}: {long} steps of {n} chains, {seconds[start]:.1f} s")
+            progress(f"{subject.name} from {start}: {long} steps of {n} chains, {seconds[start]:.1f} s")
     all_starts = torch.stack(list(followed.values()), 1)  # (marks, starts, summaries, n)
     horizons = {
-        name: _horizon(chain, marks, end, {s: all_starts[:, :, j] for j, s in enumerate(names)})
-        for name, end in (("trained", chain.steps), ("long", long))
+        name: _horizon(subject, marks, end, {s: all_starts[:, :, j] for j, s in enumerate(names)})
+        for name, end in (("trained", subject.steps), ("long", long))
     }
     result = {
-        "name": chain.name, "steps": chain.steps, "long": long, "chains": n, "targets": chain.targets,
-        "starts": list(chain.starts), "horizons": horizons,
-        "change": _changes(chain, marks, names, followed[next(iter(chain.starts))]),
-        "step": {**step, "temperature": _temperature(chain.sampler)}, "floor": chain.floor, "broken": broken,
+        "name": subject.name, "steps": subject.steps, "long": long, "chains": n, "targets": subject.targets,
+        "starts": list(subject.starts), "horizons": horizons,
+        "change": _changes(subject, marks, names, followed[next(iter(subject.starts))]),
+        "step": {**step, "temperature": _temperature(subject.sampler)}, "floor": subject.floor, "broken": broken,
         "seconds": seconds, "curves": curves, "traces": traces,
     }  # fmt: skip
     return {**result, "verdict": verdict(result)}
@@ -240,8 +242,8 @@ def mixing(
     if not run.joint_trained:
         raise ValueError("run has not reached its joint stage: there is no trained chain to examine")
     check_count("chains", chains, least=REPLICAS)
-    both = {"data": data_chain(run, classifiers, chains=chains, seed=seed),
-            "latent": latent_chain(run, classifiers, tuples=chains // REPLICAS, seed=seed)}  # fmt: skip
+    both = {"data": data_subject(run, classifiers, chains=chains, seed=seed),
+            "latent": latent_subject(run, classifiers, tuples=chains // REPLICAS, seed=seed)}  # fmt: skip
     return {
         "settings": {**run.settings(), "seed": seed, "chains": chains, "long": long}, "thresholds": THRESHOLDS,
         "chains": {
@@ -255,7 +257,7 @@ REPLICAS: Final = 8  # chains of one posterior from one initialiser
 REAL: Final = 1000  # real tuples behind principal components and distances
 
 
-def data_chain(run: Run, classifiers: Classifiers | None = None, *, chains: int = 128, seed: int = 0) -> Chain:
+def data_subject(run: Run, classifiers: Classifiers | None = None, *, chains: int = 128, seed: int = 0) -> Subject:
     """The chain on x under the joint energy, started at the generator, noise, real tuples and shuffled ones.
 
     Followed are the energy, the first two principal components of every modality (those of real data), and with
@@ -263,18 +265,19 @@ def data_chain(run: Run, classifiers: Classifiers | None = None, *, chains: int 
     """
     system, test, train = run.system, run.dataset("test"), run.dataset("train")
     rng = torch.Generator().manual_seed(seed)
-    real = train.batch(torch.randperm(len(train), generator=rng)[:REAL])
+    real = train.batch(_some(train, REAL, rng))
     components = {name: _components(value) for name, value in real.items()}
 
     def rows() -> Tensor:
-        return torch.randint(len(test), (chains,), generator=rng)
+        whole = usable_rows(test, labelled=False)
+        return whole[torch.randint(len(whole), (chains,), generator=rng)]
 
     def noise(name: str, kind: str) -> Tensor:
         shape = (chains, *real[name].shape[1:])
-        if kind == "image" or kind == "text":
-            values = torch.rand(shape, generator=rng) * 2 - 1
-        else:
+        if kind == "vector":
             values = torch.randn(shape, generator=rng) * float(real[name].std())
+        else:
+            values = torch.rand(shape, generator=rng) * 2 - 1
         return values.to(real[name].device)
 
     starts = {
@@ -291,16 +294,16 @@ def data_chain(run: Run, classifiers: Classifiers | None = None, *, chains: int 
         return found | _classes(classifiers, x)
 
     distance, floor = _distance(classifiers, real, test.batch(rows()))
-    return Chain(
+    return Subject(
         name="data chain", energy=system.energy, sampler=system.data_sampler, steps=run.config.data_chain.steps,
         starts=starts, summaries=summaries, nominal=_nominal(classifiers), distance=distance, floor=floor,
         advance=lambda x, steps, **options: system.revise_data(x, steps=steps, **options),
     )  # fmt: skip
 
 
-def latent_chain(
+def latent_subject(
     run: Run, classifiers: Classifiers | None = None, *, tuples: int = 16, replicas: int = REPLICAS, seed: int = 0
-) -> Chain:
+) -> Subject:
     """The chain on z given all modalities of ``tuples`` test tuples, started at q(z | X), the prior, and N(0, 4).
 
     Each tuple has its own posterior, so chains are compared within it. Followed are the energy, |z|, two principal
@@ -309,12 +312,12 @@ def latent_chain(
     system, test, train = run.system, run.dataset("test"), run.dataset("train")
     rng = torch.Generator().manual_seed(seed)
     on_device = torch.Generator(system.device).manual_seed(seed)
-    few = test.batch(torch.randperm(len(test), generator=rng)[:tuples])
+    few = test.batch(_some(test, tuples, rng))
     tuples = len(next(iter(few.values())))
     x = {name: value.repeat(replicas, *[1] * (value.dim() - 1)) for name, value in few.items()}
     count = tuples * replicas
     with torch.no_grad():
-        real = train.batch(torch.randperm(len(train), generator=rng)[:REAL])
+        real = train.batch(_some(train, REAL, rng))
         mean, axes = _components(system.inference.sample(real, on_device))
         inferred = system.inference.sample(x, on_device)
     starts = {
@@ -335,12 +338,18 @@ def latent_chain(
 
     settings, noise = run.settings(), run.config.latent_chain.noise
     step = settings["latent_step"]
-    return Chain(
+    return Subject(
         name="latent chain", energy=energy, steps=run.config.latent_chain.steps, starts=starts, summaries=summaries,
         sampler=Langevin(step**2 / 2, step if noise is None else noise, prior_std=1.0, on_nonfinite="freeze"),
         nominal=_nominal(classifiers), targets=tuples,
         advance=lambda z, steps, **options: system.revise_latent(z, x, steps=steps, **options),
     )  # fmt: skip
+
+
+def _some(data: MultimodalDataset, count: int, rng: torch.Generator) -> Tensor:
+    """``count`` rows of tuples that lack no modality (fewer where there are)."""
+    whole = usable_rows(data, labelled=False)
+    return whole[torch.randperm(len(whole), generator=rng)[:count]]
 
 
 def _classes(classifiers: Classifiers | None, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -388,21 +397,21 @@ def _components(value: Tensor) -> tuple[Tensor, Tensor]:
     return mean, axes[:2] / (scale[:2, None] / math.sqrt(len(flat) - 1)).clamp_min(1e-12)
 
 
-def _check_starts(chain: Chain) -> int:
-    if not chain.starts:
-        raise ValueError("chain.starts must hold at least one initialiser, got none")
-    counts = {name: {len(t) for t in _tensors(state).values()} for name, state in chain.starts.items()}
+def _check_starts(subject: Subject) -> int:
+    if not subject.starts:
+        raise ValueError("subject.starts must hold at least one initialiser, got none")
+    counts = {name: {len(t) for t in _tensors(state).values()} for name, state in subject.starts.items()}
     sizes = set().union(*counts.values())
     if len(sizes) != 1:
-        raise ValueError(f"chain.starts must all have as many chains, got {counts}")
+        raise ValueError(f"subject.starts must all have as many chains, got {counts}")
     n = sizes.pop()
-    if chain.targets < 1 or n < 1 or n % chain.targets:
-        raise ValueError(f"chain.starts must have a multiple of targets={chain.targets} chains, got {n}")
+    if subject.targets < 1 or n < 1 or n % subject.targets:
+        raise ValueError(f"subject.starts must have a multiple of targets={subject.targets} chains, got {n}")
     return n
 
 
-def _plain(chain: Chain) -> Callable[..., Any]:
-    return lambda state, steps, **options: chain.sampler.sample(chain.energy, state, steps, **options)
+def _plain(subject: Subject) -> Callable[..., Any]:
+    return lambda state, steps, **options: subject.sampler.sample(subject.energy, state, steps, **options)
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
@@ -423,7 +432,7 @@ def _logarithmic(marks: Sequence[int], count: int, always: set[int]) -> set[int]
     return always | {min(marks, key=lambda m: abs(m - w)) for w in wanted}
 
 
-def _horizon(chain: Chain, marks: Sequence[int], end: int, summaries: Mapping[str, Tensor]) -> dict[str, Any]:
+def _horizon(subject: Subject, marks: Sequence[int], end: int, summaries: Mapping[str, Tensor]) -> dict[str, Any]:
     """R-hat and its kin over the evenly spaced marks of the second half of ``end`` steps.
 
     Args:
@@ -438,14 +447,14 @@ def _horizon(chain: Chain, marks: Sequence[int], end: int, summaries: Mapping[st
     used = used if len(used) >= MIN_DRAWS else even[-MIN_DRAWS:]
     n = next(iter(summaries.values())).shape[2]
     head = {"steps": end, "from_step": marks[used[0]], "every": stride, "draws": len(used),
-            "chains": n * len(chain.starts)}  # fmt: skip
+            "chains": n * len(subject.starts)}  # fmt: skip
     judged = {}
     for name, values in summaries.items():
         draws = values[used]
         judged[name] = {"unmoved": (draws == draws[:1]).all(0).double().mean().item()}
         if len(used) < MIN_DRAWS:
             continue
-        laws = draws.reshape(len(used), len(chain.starts), -1, chain.targets)
+        laws = draws.reshape(len(used), len(subject.starts), -1, subject.targets)
         together = laws.flatten(1, 2)  # (draws, chains of one law, laws)
         r = rhat(together)
         within = rhat(laws.permute(0, 2, 3, 1)).nanmedian(0).values
@@ -453,35 +462,35 @@ def _horizon(chain: Chain, marks: Sequence[int], end: int, summaries: Mapping[st
         tau = autocorrelation_time(together - together.mean(0)) * stride
         judged[name] |= {
             "rhat": _number(r.nanmedian()), "rhat_worst": _number(r.max()),
-            "rhat_within": dict(zip(chain.starts, _list(within), strict=True)),
+            "rhat_within": dict(zip(subject.starts, _list(within), strict=True)),
             "ess_bulk": _number(ess(together, method="bulk").nanmedian()),
             "ess_tail": _number(ess(together, method="tail").nanmedian()),
             "autocorrelation_time": _number(tau.nanmedian()),
         }  # fmt: skip
-    kept = {name: _kept(chain, summaries[name][0], summaries[name][last]) for name in chain.nominal}
+    kept = {name: _kept(subject, summaries[name][0], summaries[name][last]) for name in subject.nominal}
     return {**head, "summaries": judged, "kept": kept}
 
 
-def _kept(chain: Chain, before: Tensor, after: Tensor) -> dict[str, dict[str, float]]:
+def _kept(subject: Subject, before: Tensor, after: Tensor) -> dict[str, dict[str, float]]:
     """Per start the share of chains with the class they began with, and what unrelated classes would give."""
     found = {}
-    for start, a, b in zip(chain.starts, before, after, strict=True):
+    for start, a, b in zip(subject.starts, before, after, strict=True):
         classes = torch.unique(torch.cat([a, b]))
         shares = [(values == classes[:, None]).double().mean(1) for values in (a, b)]
         found[start] = {"kept": (a == b).double().mean().item(), "chance": (shares[0] * shares[1]).sum().item()}
     return found
 
 
-def _changes(chain: Chain, marks: Sequence[int], names: Sequence[str], rows: Tensor) -> dict[str, Any]:
+def _changes(subject: Subject, marks: Sequence[int], names: Sequence[str], rows: Tensor) -> dict[str, Any]:
     """How the summaries of the first start change, up to the trained length and beyond: paired, per chain.
 
     Args:
         rows: (marks, summaries, n).
     """
-    at = {"start": 0, "trained": marks.index(chain.steps), "long": len(marks) - 1}
+    at = {"start": 0, "trained": marks.index(subject.steps), "long": len(marks) - 1}
     found: dict[str, Any] = {}
     for j, name in enumerate(names):
-        if name in chain.nominal:
+        if name in subject.nominal:
             continue
         values = {label: rows[i, j] for label, i in at.items()}
         found[name] = {label: _number(v.mean()) for label, v in values.items()}
@@ -499,12 +508,12 @@ def _free(sampler: Langevin) -> Langevin:
     )  # fmt: skip
 
 
-def _drift_and_noise(chain: Chain, state: State, seed: int, at: int) -> dict[str, dict[str, float | None]]:
+def _drift_and_noise(subject: Subject, state: State, seed: int, at: int) -> dict[str, dict[str, float | None]]:
     """Of the very next step, taken with and without its noise: root mean squares over chains of the l2 norms."""
-    free = _free(chain.sampler)
+    free = _free(subject.sampler)
     still = free.replace(noise_scale=0.0, temperature=1.0)
     noisy, calm = (
-        _tensors(s.sample(chain.energy, state, 1, seed=seed, first_step=at).state) for s in (free, still)
+        _tensors(s.sample(subject.energy, state, 1, seed=seed, first_step=at).state) for s in (free, still)
     )
     found = {}
     for key, before in _tensors(state).items():
@@ -522,17 +531,17 @@ def _temperature(sampler: Langevin) -> Any:
     return {key: _number(v) for key, v in t.items()} if isinstance(t, Mapping) else _number(t)
 
 
-def _acceptance(chain: Chain, state: State, seed: int, at: int) -> dict[str, Any]:
+def _acceptance(subject: Subject, state: State, seed: int, at: int) -> dict[str, Any]:
     """Mean acceptance of a Metropolis test of the next step, at temperature 1 and at the implied one."""
-    implied = _temperature(chain.sampler)
+    implied = _temperature(subject.sampler)
     values = set(implied.values()) if isinstance(implied, dict) else {implied}
-    free, temperatures = _free(chain.sampler), {"1": 1.0}
+    free, temperatures = _free(subject.sampler), {"1": 1.0}
     if len(values) == 1 and (only := values.pop()) and abs(only - 1) > 1e-6:
         temperatures["implied"] = only
     found: dict[str, Any] = {}
     for name, t in temperatures.items():
         try:
-            accepted = mala_acceptance(chain.energy, state, free, temperature=t, seed=seed, first_step=at)
+            accepted = mala_acceptance(subject.energy, state, free, temperature=t, seed=seed, first_step=at)
         except (TypeError, ValueError) as error:  # a step that is no Gaussian, e.g. with noise before the gradient
             return {"reason": str(error)}
         found[name] = _number(accepted.double().mean())

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from mmebm.energies import Gaussian, GaussianMixture
-from mmebm.evaluation.mixing import THRESHOLDS, Chain, examine
+from mmebm.evaluation.mixing import THRESHOLDS, Subject, examine
 from mmebm.samplers import Langevin
 
 
-def chain(energy: Any, sampler: Langevin, starts: dict[str, Tensor], steps: int, **options: Any) -> Chain:
+def chain(energy: Any, sampler: Langevin, starts: dict[str, Tensor], steps: int, **options: Any) -> Subject:
     def summaries(x: Tensor) -> dict[str, Tensor]:
         return {"energy": energy(x), "first": x[:, 0]}
 
-    return Chain("chain", energy, sampler, steps, starts, options.pop("summaries", summaries), **options)
+    return Subject("chain", energy, sampler, steps, starts, options.pop("summaries", summaries), **options)
 
 
 def normal(n: int, d: int, seed: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -147,7 +147,7 @@ def test_agreement_beside_the_energy(seed: int) -> None:
     for name, energy in (("together", together), ("small", small)):
         starts = {"start": {"a": normal(400, 1, seed), "b": normal(400, 1, seed + 1)}}
         sampler = Langevin(0.005, 1e-6)
-        setting = Chain(name, energy, sampler, 50, starts, summaries(energy))
+        setting = Subject(name, energy, sampler, 50, starts, summaries(energy))
         result = examine(setting, long=50, seed=seed)
         assert set(result["step"]["end"]) == {"a", "b"}
         said[name] = " ".join(result["verdict"])
@@ -184,7 +184,7 @@ def test_broken_chains_are_counted(seed: int) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"steps": 0}, ValueError, "chain.steps must be at least 1, got 0"),
+        ({"steps": 0}, ValueError, "subject.steps must be at least 1, got 0"),
         ({"starts": {}}, ValueError, "at least one initialiser"),
         ({"starts": {"a": torch.zeros(3, 1), "b": torch.zeros(4, 1)}}, ValueError, "as many chains, got .*4"),
         ({"targets": 2}, ValueError, "multiple of targets=2 chains, got 3"),
