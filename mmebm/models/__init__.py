@@ -5,4 +5,6 @@ from mmebm.models.inference import Expert, JointInference
 from mmebm.models.joint_energy import JointEnergy
 from mmebm.models.latent_prior import GaussianPrior, LatentPrior, standard_normal
 
-__all__ = ["Expert", "GaussianPrior", "JointEnergy", "JointInference", "LatentPrior", "SharedGenerator"]
+__all__ = [
+    "Expert", "GaussianPrior", "JointEnergy", "JointInference", "LatentPrior", "SharedGenerator", "standard_normal",
+]  # fmt: skip

@@ -30,7 +30,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.models import standard_normal
 from mmebm.samplers.buffer import Handle, ReplayBuffer
-from mmebm.training.config import StartConfig
+from mmebm.training.config import DATA_STARTS, StartConfig
 from mmebm.training.system import Batch, System
 
 Latents = Tensor | dict[str, Tensor]
@@ -83,6 +83,8 @@ class DataStarts:
             offset: global index of the first chain.
         """
         s, name = self.system, name or self.config.data
+        if name not in DATA_STARTS:
+            raise ValueError(f"the data chain starts by one of {list(DATA_STARTS)}, got {name!r}")
         rng = torch.Generator(s.device).manual_seed((seed + offset) % 2**63)
         if name == "generator":
             z: Latents = s.prior.draw(n, seed=seed, device=s.device, chain_offset=offset)
@@ -112,10 +114,8 @@ class DataStarts:
                 return (value + self.config.noise * added).clamp_(-1, 1)
 
             return Start({m: noisy(value) for m, value in real.items()}, None)
-        if name == "shuffled":
-            return Start({m: value[torch.randperm(n, generator=rng, device=value.device)] for m, value in real.items()},
-                         None)  # fmt: skip
-        raise ValueError(f"unknown start of the data chain {name!r}")
+        shuffled = {m: value[torch.randperm(n, generator=rng, device=value.device)] for m, value in real.items()}
+        return Start(shuffled, None)
 
     def keep(self, start: Start, end: Mapping[str, Tensor]) -> None:
         """Stores where persistent chains ended."""

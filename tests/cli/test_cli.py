@@ -75,6 +75,29 @@ def test_samples_are_natural_and_repeatable(run: Path, tmp_path: Path) -> None:
     assert np.array_equal(still["mnist"], start["mnist"]) and not np.array_equal(a["mnist"], start["mnist"])
 
 
+def test_starts_modes_and_automatic_steps(run: Path, tmp_path: Path) -> None:
+    """Other starts and ways of completing give other samples; "auto" says how many steps it took."""
+
+    def draw(name: str, *options: str) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+        assert main(["sample", str(run), "--out", str(tmp_path / name), "--n", "20", "--device", "cpu", *options]) == 0
+        return dict(np.load(tmp_path / name)), json.loads((tmp_path / name).with_suffix(".json").read_text())
+
+    usual, _ = draw("a.npz")
+    noise, info = draw("b.npz", "--start", "noise", "--point", "x0")
+    assert info["start"] == "noise" and not np.array_equal(usual["mnist"], noise["mnist"])
+    assert 0.4 < noise["mnist"].mean() < 0.6  # uniform noise, not a dark image of a digit
+    _, info = draw("c.npz", "--steps", "auto")
+    assert isinstance(info["data_steps"], int) and 0 <= info["data_steps"] <= 4 * 4
+    given = ["--given", "word"]
+    decoded, latent, data = (draw(f"{mode}.npz", *given, "--mode", mode)[0] for mode in ("decode", "latent", "data"))
+    assert np.array_equal(decoded["word"], data["word"]) and np.array_equal(decoded["label"], data["label"])
+    assert not np.array_equal(decoded["mnist"], latent["mnist"]) and not np.array_equal(latent["mnist"], data["mnist"])
+    for bad in (["--point", "frozen"], ["--start", "x"], ["--given", "word", "--start", "noise"],
+                ["--given", "word", "--steps", "auto"]):  # fmt: skip
+        assert main(["sample", str(run), "--out", str(tmp_path / "x.npz"), "--device", "cpu", *bad]) == 1
+    assert not (tmp_path / "x.npz").exists()
+
+
 def test_conditional_samples_keep_what_is_given(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "given.npz"
     given = ["--given", "word", "mnist"]
