@@ -1,0 +1,53 @@
+"""``mmebm report``: the whole run on one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mmebm.cli.common import pick_device
+from mmebm.files import write_atomically
+from mmebm.training.run import CHECKPOINT, Run
+
+MIXING = "mixing.json"
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from mmebm.report import write_report
+
+    folder = Path(arguments.run)
+    run = Run(folder, pick_device(arguments.device)) if (folder / CHECKPOINT).is_file() else None
+    mixing = None
+    if arguments.mixing:
+        # with the error of a missing checkpoint, where there is none
+        run = run or Run(folder, pick_device(arguments.device))
+        mixing = _mixing(run, chains=arguments.chains, long=arguments.long, seed=arguments.seed)
+    path = write_report(folder, run, mixing=mixing, seed=arguments.seed, out=arguments.out)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _mixing(run: Run, *, chains: int, long: int, seed: int) -> dict[str, Any]:
+    """The examination of this checkpoint with these settings, from the run's folder where it is there already."""
+    from mmebm.evaluation.classifiers import Classifiers
+    from mmebm.evaluation.mixing import mixing
+
+    path, judges = run.folder / MIXING, run.folder / "classifiers.pt"
+    judged = judges.is_file()
+    wanted = {"iteration": run.content["iteration"], "seed": seed, "chains": chains, "long": long, "judged": judged}
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {key: found["settings"].get(key) for key in wanted} == wanted:
+            return found
+    if not judged:
+        print(f"no classes and distances: {judges} is missing; `mmebm evaluate` fits the classifiers")
+    found = mixing(
+        run, Classifiers.load(judges, run.device) if judged else None, chains=chains, long=long, seed=seed, progress=print
+    )
+    found["settings"]["judged"] = judged
+    text = json.dumps(found, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return found

@@ -1,0 +1,415 @@
+"""What a run's page says, section by section, and what it says is missing.
+
+A section returns its content, or None where there is nothing to show; what a reader may miss is told at the top. Numbers
+come from the files that training and evaluation left, so that the page and they agree; pictures are drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from mmebm import __version__
+from mmebm.evaluation import figures
+from mmebm.files import write_atomically
+from mmebm.report import pictures
+from mmebm.report.page import Html, details, document, element, figure, join, number, table, tree
+from mmebm.training.run import CHECKPOINT, Run
+
+__all__ = ["write_report"]
+
+MIXING: Final = "mixing.json"
+METRICS: Final = "metrics.json"
+LOG: Final = "log.jsonl"
+CONFIG: Final = "config.json"
+
+# Keys of a point's numbers as a reader knows them; all others keep their own name.
+NAMES: Final = {
+    "joint_coherence": "joint coherence", "chance_joint": "by chance", "pair_agreement": "pair agreement",
+    "chance_pair": "by chance, pairs", "entropy": "lowest class entropy", "frechet": "Frechet distance",
+}  # fmt: skip
+SHOWN: Final = {"classifiers", "floor", "points", "conditional", "settings", "seconds", "skipped", "sweep"}
+
+
+@dataclass
+class _Folder:
+    """What is known of a run; ``missing`` grows while the page is written."""
+
+    path: Path
+    run: Run | None
+    info: dict[str, Any]
+    log: list[dict[str, Any]]
+    metrics: dict[str, Any] | None
+    mixing: dict[str, Any] | None
+    drawings: Path
+    seed: int
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The configured stages that have iterations."""
+        return [s for s in self.info.get("config", {}).get("stages", ()) if s.get("iterations")]
+
+
+def write_report(
+    folder: Path | str, run: Run | None = None, *, mixing: Mapping[str, Any] | None = None, seed: int = 0,
+    out: Path | str | None = None,
+) -> Path:  # fmt: skip
+    """Writes the page of a run, whatever of it there is by now.
+
+    Args:
+        folder: the run's folder: config.json, log.jsonl, metrics.json and mixing.json are read where they are.
+        run: its networks, for the pictures; None for a run without a checkpoint.
+        mixing: what :func:`mmebm.evaluation.mixing.mixing` returned, instead of mixing.json.
+        seed: of the pictures.
+        out: where to write; ``folder``/report.html unless given.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: where ``folder`` holds nothing of a run.
+        ValueError: where one of its files is not JSON.
+        ImportError: without matplotlib.
+    """
+    folder = Path(folder)
+    if run is None and not any((folder / name).is_file() for name in (CONFIG, LOG, METRICS)):
+        raise FileNotFoundError(f"no run in {folder}: `mmebm train` leaves {CONFIG}, {LOG} and {CHECKPOINT} there")
+    with tempfile.TemporaryDirectory() as drawings:
+        of = _Folder(
+            path=folder, run=run, info=_json(folder / CONFIG) or {}, log=_log(folder / LOG),
+            metrics=_json(folder / METRICS), drawings=Path(drawings), seed=seed,
+            mixing=dict(mixing) if mixing is not None else _json(folder / MIXING),
+        )  # fmt: skip
+        if run is not None:
+            of.info["config"] = json.loads(run.config.to_json())
+        text = _page(of)
+    path = Path(out) if out is not None else folder / "report.html"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def _page(of: _Folder) -> str:
+    sections: list[tuple[str, str, Callable[[_Folder], Html | None]]] = [
+        ("numbers", "Numbers", _numbers),
+        ("samples", "Samples", _samples),
+        ("chains", "Chains, step by step", _revisions),
+        ("conditional", "Given some modalities", _conditional),
+        ("paths", "Through the latent", _paths),
+        ("steps", "What more steps buy", _sweep),
+        ("mixing", "Do the chains mix?", _mixing),
+        ("training", "Training", _training),
+        ("more", "All other numbers", _more),
+        ("seconds", "Seconds", _seconds),
+        ("configuration", "Configuration", _configuration),
+        ("versions", "Versions and data", _versions),
+    ]
+    _say_missing(of)
+    written = [(name, heading, content) for name, heading, write in sections if (content := write(of)) is not None]
+    config = of.info.get("config", {})
+    lead = [element("p", _progress(of), class_="lead")]
+    if of.missing:
+        lead.append(element("div", "Not on this page:", element("ul", *(element("li", m) for m in of.missing)),
+                            class_="note"))  # fmt: skip
+    name = of.path.resolve().name
+    title = f"{name}: {config['preset']} on {config.get('data', {}).get('name', '?')}" if "preset" in config else name
+    return document(title, join(*lead), written)
+
+
+def _progress(of: _Folder) -> str:
+    total = sum(stage["iterations"] for stage in of.stages)
+    if of.run is not None:
+        at = int(of.run.content["iteration"])
+    else:
+        at = max((row.get("iteration", 0) for row in of.log), default=0)
+    state = "finished" if total and at >= total else "not finished" if total else "unknown length"
+    commit = f", commit {of.info['commit']}" if of.info.get("commit") else ""
+    seed = f", seed {of.info['seed']}" if "seed" in of.info else ""
+    return f"Iteration {at} of {total or '?'} ({state}){seed}{commit}"
+
+
+def _say_missing(of: _Folder) -> None:
+    if of.run is None:
+        of.missing.append(f"every picture of samples: there is no {CHECKPOINT} yet")
+    elif not of.run.joint_trained:
+        of.missing.append("samples after joint training, and both chains: only the warm-up has run")
+    if of.metrics is None:
+        of.missing.append(f"numbers: there is no {METRICS} yet; `mmebm evaluate {of.path}` writes it")
+    if not of.log:
+        of.missing.append(f"training curves: there is no {LOG}, or it is empty")
+    if not of.info.get("versions"):
+        of.missing.append(f"versions and commit: there is no {CONFIG}")
+    if of.mixing is None:
+        of.missing.append(f"whether the chains mix: `mmebm report {of.path} --mixing` finds out")
+
+
+def _numbers(of: _Folder) -> Html | None:
+    if of.metrics is None:
+        return None
+    m, parts = of.metrics, []
+    settings = m.get("settings", {})
+    if of.run is not None and settings.get("iteration", of.run.content["iteration"]) != of.run.content["iteration"]:
+        parts.append(element("p", f"Measured at iteration {settings['iteration']}; the checkpoint is at "
+                                  f"{of.run.content['iteration']}.", class_="note"))  # fmt: skip
+    points = {name: row for name, row in m.get("points", {}).items() if isinstance(row, Mapping)}
+    if points:
+        if isinstance(m.get("floor"), Mapping):
+            points["real against real"] = m["floor"]
+        parts.append(_points(points))
+    if m.get("classifiers"):
+        accuracy = ", ".join(f"{name} {number(share)}" for name, share in m["classifiers"].items())
+        parts.append(element("p", f"Judged by the project's classifiers, test accuracy: {accuracy}.", class_="lead"))
+    if isinstance(m.get("skipped"), Mapping):
+        parts += [element("h3", "Not measured"), tree(m["skipped"])]
+    completed = {name: row for name, row in m.get("conditional", {}).items() if isinstance(row, Mapping)}
+    given = {name: row["by_given"] for name, row in completed.items() if isinstance(row.get("by_given"), Mapping)}
+    if given:
+        sizes = list(dict.fromkeys(size for row in given.values() for size in row))
+        parts += [
+            element("h3", "Conditional coherence, by the number of given modalities"),
+            table(["", *sizes], [[name, *(row.get(size) for size in sizes)] for name, row in given.items()]),
+        ]
+    if completed:
+        parts.append(details("By subset, by class, and the rest", tree(completed)))
+    nested = {name: {k: v for k, v in row.items() if isinstance(v, (Mapping, list))} for name, row in points.items()}
+    if any(nested.values()):
+        parts.append(details("Every point in full: by class, by modality, by network", tree(nested)))
+    return join(*parts) if parts else None
+
+
+def _points(points: Mapping[str, Mapping[str, Any]]) -> Html:
+    """One row per point; an error joins its value, and the class shares are a range."""
+    names = list(dict.fromkeys(k for row in points.values() for k, v in row.items() if not isinstance(v, (Mapping, list))))
+    shares = {"class_share_min", "class_share_max"} <= set(names)
+    hidden = {f"{name}_error" for name in names} | ({"class_share_min", "class_share_max"} if shares else set())
+    kept = [name for name in names if name not in hidden]
+
+    def value(row: Mapping[str, Any], name: str) -> Any:
+        error = row.get(f"{name}_error")
+        return row.get(name) if error is None else f"{number(row.get(name))} ± {number(error)}"
+
+    head = ["", *(NAMES.get(name, name) for name in kept), *(["class shares"] if shares else [])]
+    rows = []
+    for point, row in points.items():
+        ends = [f"{number(row.get('class_share_min'))} to {number(row.get('class_share_max'))}"] if shares else []
+        rows.append([pictures.TITLES.get(point, point), *(value(row, name) for name in kept), *ends])
+    return table(head, rows)
+
+
+def _samples(of: _Folder) -> Html | None:
+    if of.run is None:
+        return None
+    path = pictures.samples(of.run, of.drawings / "samples.png", seed=of.seed)
+    return figure(path, "joint samples at each point", "A column is one sample of the joint model; all points from one seed.")
+
+
+def _revisions(of: _Folder) -> Html | None:
+    if of.run is None or not of.run.joint_trained:
+        return None
+    drawn = pictures.revisions(of.run, of.drawings, seed=of.seed)
+    parts = [join(element("h3", name), figure(path, name, caption)) for name, (path, caption) in drawn.items()]
+    return join(*parts) if parts else None
+
+
+def _conditional(of: _Folder) -> Html | None:
+    path = of.run and pictures.completions(of.run, of.drawings / "conditional.png", seed=of.seed)
+    return figure(path, "completions", "Test tuples: what is given, and the other modalities by each way to complete them. "
+                  "A column is one tuple.") if path else None  # fmt: skip
+
+
+def _paths(of: _Folder) -> Html | None:
+    path = of.run and pictures.interpolations(of.run, of.drawings / "paths.png", seed=of.seed)
+    return figure(path, "latent paths", "Decoded on the way from one test tuple's latent to another's; the ends are "
+                  "reconstructions.") if path else None  # fmt: skip
+
+
+def _rows(value: Any) -> dict[str, list[Mapping[str, Any]]]:
+    """The series of a sweep: name -> rows with "steps", whether there is one list or one for each point."""
+    named = value if isinstance(value, Mapping) else {"": value}
+    return {
+        str(name): rows for name, rows in named.items()
+        if isinstance(rows, list) and rows and all(isinstance(row, Mapping) and "steps" in row for row in rows)
+    }  # fmt: skip
+
+
+def _sweep(of: _Folder) -> Html | None:
+    series = _rows((of.metrics or {}).get("sweep"))
+    if not series:
+        return None
+    parts = []
+    every = [row for rows in series.values() for row in rows]
+    wanted = [k for k in ("joint_coherence", "frechet", "kernel") if all(isinstance(row.get(k), (int, float)) for row in every)]
+    try:
+        path = figures.sweep(series, of.drawings / "sweep.png", quantities=wanted or None)
+        parts.append(figure(path, "metrics against steps and seconds", "The data chain at test time, stopped after each "
+                            "number of steps."))  # fmt: skip
+    except ValueError:  # rows of something else than numbers: the table has them
+        pass
+    for name, rows in series.items():
+        flat = [{k: v for k, v in row.items() if not isinstance(v, (Mapping, list))} for row in rows]
+        parts += [element("h3", pictures.TITLES.get(name, name)) if name else None, tree(flat)]
+    return join(*parts)
+
+
+def _training(of: _Folder) -> Html | None:
+    rows = [row for row in of.log if "rolled_back" not in row]
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
+    if not names:
+        return None
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in ("iteration", *names)}
+    columns = {name: [v if isinstance(v, (int, float)) else math.nan for v in values] for name, values in columns.items()}
+    begins, total = {}, 0
+    for index, stage in enumerate(of.stages, start=1):
+        begins[f"{index} {stage['kind']}"] = float(total)
+        total += stage["iterations"]
+    path = figures.curves(columns, of.drawings / "curves.png", stages=begins)
+    parts = [figure(path, "training curves", "Each over the stages in which it is logged.")]
+    events = [(row.get("iteration"), f"rolled back: {row['rolled_back']}") for row in of.log if "rolled_back" in row]
+    events += [(row.get("iteration"), f"warning: {row['alarm']}") for row in rows if "alarm" in row]
+    if events:
+        parts += [element("h3", "Events"), table(("iteration", "what"), sorted(events, key=lambda e: e[0] or 0))]
+    return join(*parts)
+
+
+def _mixing(of: _Folder) -> Html | None:
+    if of.mixing is None:
+        return None
+    parts = []
+    at = of.mixing.get("settings", {}).get("iteration")
+    if of.run is not None and at is not None and at != of.run.content["iteration"]:
+        parts.append(element("p", f"Examined at iteration {at}; the checkpoint is at {of.run.content['iteration']}. "
+                                  f"--mixing examines it again.", class_="note"))  # fmt: skip
+    for name, chain in of.mixing.get("chains", {}).items():
+        parts += [element("h3", chain["name"].capitalize()), _chain(of, name, chain)]
+    sources = {name: {k: v for k, v in row.items()} for name, row in of.mixing.get("thresholds", {}).items()}
+    if sources:
+        parts.append(details("Thresholds and where they come from", tree(sources)))
+    return join(*parts)
+
+
+def _chain(of: _Folder, name: str, chain: Mapping[str, Any]) -> Html:
+    curves, marks = chain["curves"], {"trained": chain["steps"]}
+    parts: list[Any] = [element("ul", *(element("li", sentence) for sentence in chain["verdict"]))]
+    starts = chain["starts"]
+    followed = list(curves["mean"][starts[0]])
+    # a class is a name and not a size: its mean over chains says nothing
+    shown = [q for q in followed if not q.startswith("class of ")]
+    by = {kind: {q: {s: curves[kind][s][q] for s in starts} for q in shown} for kind in ("mean", "error")}
+    path = figures.lines(
+        by["mean"], of.drawings / f"mixing-{name}.png", x=curves["step"], errors=by["error"], marks=marks, logarithmic=True
+    )
+    caption = "Means over the chains of each initialiser, with two standard errors. Chains of one law must meet."
+    parts.append(figure(path, f"{chain['name']}: summaries by step", caption))
+    path = figures.traces(chain["traces"], curves["step"], of.drawings / f"traces-{name}.png", marks=marks, logarithmic=True)
+    parts.append(figure(path, f"{chain['name']}: traces", "The energy of a few single chains, by initialiser."))
+    if curves["distance"]:
+        steps = sorted({step for rows in curves["distance"].values() for step, _ in rows})
+        rows = [[start, *(dict(map(tuple, curves["distance"][start])).get(step) for step in steps)] for start in starts
+                if start in curves["distance"]]  # fmt: skip
+        floor = f" Real against real: {number(chain['floor'])}." if chain.get("floor") is not None else ""
+        parts += [element("h4", "Frechet distance to real data, by step"), table(["", *steps], rows),
+                  element("p", f"Of {chain['chains']} chains each, so biased upwards for all alike.{floor}", class_="lead")]  # fmt: skip
+    for label, horizon in chain["horizons"].items():
+        if label == "long" and horizon["steps"] == chain["steps"]:
+            continue
+        parts += _horizon(label, horizon)
+    rest = {key: chain[key] for key in ("step", "change", "broken") if key in chain}
+    kept = {f"{label}, {q}": {s: f"{number(row['kept'])} ({number(row['chance'])})" for s, row in rows.items()}
+            for label, horizon in chain["horizons"].items() for q, rows in horizon["kept"].items()}  # fmt: skip
+    if kept:
+        parts.append(details("Chains that keep their class (by chance)", tree(kept)))
+    parts.append(details("Noise, drift, acceptance and changes", tree(rest)))
+    return join(*parts)
+
+
+def _horizon(label: str, horizon: Mapping[str, Any]) -> list[Any]:
+    window = horizon["steps"] - horizon["from_step"]
+    head = ("", "R-hat", "worst law", "bulk ESS", "tail ESS", "autocorrelation time, steps", "chains that never moved")
+    rows = []
+    for name, row in horizon["summaries"].items():
+        tau = row.get("autocorrelation_time")
+        # a window of fewer than fifty autocorrelation times cannot tell how long they are
+        rows.append([
+            name, row.get("rhat"), row.get("rhat_worst"), row.get("ess_bulk"), row.get("ess_tail"),
+            f"≥ {number(tau)}" if tau is not None and 50 * tau > window else tau, f"{row['unmoved']:.0%}",
+        ])  # fmt: skip
+    title = f"After {horizon['steps']} steps ({'as trained' if label == 'trained' else 'beyond training'})"
+    text = (f"{horizon['chains']} chains of all initialisers, {horizon['draws']} draws each, from step "
+            f"{horizon['from_step']} on, every {horizon['every']}. Effective sizes mean nothing beside a high R-hat; a "
+            f"dash is an R-hat that is infinite, or of equal values.")  # fmt: skip
+    return [element("h4", title), table(head, rows), element("p", text, class_="lead")]
+
+
+def _more(of: _Folder) -> Html | None:
+    """Every key of metrics.json that no other section knows."""
+    rest = {key: value for key, value in (of.metrics or {}).items() if key not in SHOWN}
+    sweep = (of.metrics or {}).get("sweep")
+    if sweep is not None and not _rows(sweep):
+        rest["sweep"] = sweep
+    if not rest:
+        return None
+    return join(*(join(element("h3", key), tree(value, 4)) for key, value in rest.items()))
+
+
+def _seconds(of: _Folder) -> Html | None:
+    parts = []
+    if isinstance((of.metrics or {}).get("seconds"), Mapping):
+        parts.append(tree((of.metrics or {})["seconds"]))
+    by_stage: dict[str, list[float]] = {}
+    for row in of.log:
+        if isinstance(row.get("seconds_per_iteration"), (int, float)):
+            by_stage.setdefault(str(row.get("stage", "?")), []).append(row["seconds_per_iteration"])
+    if by_stage:
+        rows = [(stage, statistics.median(values)) for stage, values in by_stage.items()]
+        parts.append(table(("stage", "seconds per iteration, median"), rows))
+    return join(*parts) if parts else None
+
+
+def _configuration(of: _Folder) -> Html | None:
+    parts = []
+    if of.info.get("config"):
+        parts.append(details("The whole configuration", tree(of.info["config"])))
+    if (of.metrics or {}).get("settings"):
+        parts.append(details("Settings of the evaluation", tree((of.metrics or {})["settings"])))
+    return join(*parts) if parts else None
+
+
+def _versions(of: _Folder) -> Html:
+    info = {key: value for key, value in of.info.items() if key not in ("config", "data", "presets")}
+    parts = [tree({**info, "this page": f"mmebm {__version__}"})]
+    if of.info.get("data"):
+        parts.append(details("Data", tree(of.info["data"])))
+    return join(*parts)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The rows of the log; the last line may be half written while training goes on."""
+    if not path.is_file():
+        return []
+    lines: Sequence[str] = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if i < len(lines) - 1:
+                raise ValueError(f"{path}, line {i + 1} is not JSON: {error}") from error
+    return [row for row in rows if isinstance(row, dict)]
