@@ -59,16 +59,16 @@ class TextSettings:
     dim: int = 64
     length: int = 32
     least: int = 1
-    embedding: int = 128
-    hidden: int = 192
+    embedding: int = 64
+    hidden: int = 160
     noise: float = 0.2
     word_dropout: float = 0.3
-    swap: float = 0.2
-    batch: int = 128
-    learning_rate: float = 2e-3
+    swap: float = 0.3
+    batch: int = 64
+    learning_rate: float = 4e-3
     round: int = 100
-    rounds: int = 40
-    patience: int = 4
+    rounds: int = 30
+    patience: int = 3
     held_out: float = 0.1
     cool_down: float = 0.5
 
@@ -76,8 +76,9 @@ class TextSettings:
         for name in ("dim", "least", "embedding", "hidden", "batch", "round", "rounds", "patience"):
             check_count(name, getattr(self, name))
         check_count("length", self.length, least=2)
-        for name, low, high in (("noise", 0.0, 1.0), ("word_dropout", 0.0, 1.0), ("swap", 0.0, 1.0), ("held_out", 0.0, 0.5),
-                                ("cool_down", 0.0, 10.0), ("learning_rate", 0.0, 1.0)):  # fmt: skip
+        ranges = {"noise": (0, 1), "word_dropout": (0, 1), "swap": (0, 1), "held_out": (0, 0.5), "cool_down": (0, 10),
+                  "learning_rate": (0, 1)}  # fmt: skip
+        for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
@@ -203,8 +204,8 @@ class TextAutoencoder(nn.Module):
             ValueError: if it is something else.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"no text autoencoder at {path}: TextAutoencoder.save writes one, and a caption set "
-                                    "that is loaded without codec= fits its own")  # fmt: skip
+            raise FileNotFoundError(f"no text autoencoder at {path}: TextAutoencoder.save writes one, and a caption "
+                                    "set that is loaded without codec= fits its own")  # fmt: skip
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["format"] != FORMAT:

@@ -1,0 +1,140 @@
+"""COCO: photographs of everyday scenes, each with about five English captions, from a folder that you have.
+
+Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014. Captions CC BY 4.0, images under the terms of Flickr
+(as commonly stated). Nothing here downloads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from mmebm.data.base import MultimodalDataset, Split, check_count
+from mmebm.data.captions import Codec, ImageCaptions, Take, caption_codec, check_option
+
+__all__ = ["coco"]
+
+YEARS: Final = (2017, 2014)
+PART: Final = {"train": "train", "test": "val"}
+NUMBERED: Final = re.compile(r"(?:^|_)(\d{12})\.\w+$")
+SETTINGS: Final[dict[str, Any]] = {"length": 32, "least": 5, "hidden": 256, "batch": 128, "learning_rate": 2e-3}
+
+
+def coco(
+    split: Split,
+    *,
+    seed: int = 0,
+    path: str | os.PathLike[str] | None = None,
+    n: int | None = None,
+    size: int = 64,
+    captions: Take = "one",
+    year: int | None = None,
+    stream: bool = True,
+    dim: int = 128,
+    codec: Codec = None,
+) -> MultimodalDataset:
+    """Scenes and captions; modalities ``"image"`` ``(3, size, size)`` and ``"caption"`` ``(dim,)``; no classes.
+
+    ``path`` is the folder that holds ``annotations/captions_{train,val}{2014,2017}.json`` and the images in
+    ``{train,val}{2014,2017}/`` or ``images/{train,val}{2014,2017}/``, under the names that the annotations give. The
+    test split here is COCO's "val": its own test split has no public captions.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        seed: of the drawn captions and of the choice of ``n``.
+        path: the folder.
+        n: take this many tuples at random, all by default.
+        size: side of the images, which become square.
+        captions: ``"one"``, drawn for each image, or ``"all"``, a tuple for each caption.
+        year: 2014 or 2017; by default the later one that has the split's annotations.
+        stream: read the images of a batch when it is asked for, and not all at once (5.4 GiB for the train split).
+        dim: size of the code, where the codec is fitted here.
+        codec: a file, or a codec; by default one is fitted to the captions of the train split, once, which takes a
+            while.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file of it is missing.
+        ValueError: if ``path`` is None, or annotations and images do not pair up; the message names the file.
+        TypeError: for an option of another type.
+        ModuleNotFoundError: without Pillow.
+    """
+    if path is None:
+        raise ValueError("'coco' is read from a folder: give path=, or load 'emoji-captions', which needs none")
+    size, dim = check_count("size", size, least=4), check_count("dim", dim)
+    n = None if n is None else check_count("n", n)
+    check_option("captions", captions, ("all", "one"))
+    if year not in (None, *YEARS):
+        raise ValueError(f"year must be 2014 or 2017, got {year!r}")
+    root = Path(path)
+    year = year or next((year for year in YEARS if _annotations(root, split, year).is_file()), YEARS[0])
+    found = _read(root, split, year)
+
+    def train() -> list[str]:
+        if split == "train":
+            return [caption for own in found.captions for caption in own]
+        return [caption for own in _captions(_annotations(root, "train", year))[1].values() for caption in own]
+
+    fitted = caption_codec("coco", train, codec, dim=dim, **SETTINGS)
+    options = {"n": n, "size": size, "captions": captions, "year": year, "stream": stream, "dim": dim}
+    return found.dataset(fitted, seed=seed, size=size, take=captions, n=n, stream=stream, options=options)
+
+
+def _annotations(root: Path, split: Split, year: int) -> Path:
+    return root / "annotations" / f"captions_{PART[split]}{year}.json"
+
+
+def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Image number -> file name, and -> its captions, both in the order of the file's images."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: unpack annotations_trainval2017.zip (or 2014) of "
+                                "https://cocodataset.org there; 'emoji-captions' needs no download")  # fmt: skip
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names = [(image["id"], image["file_name"]) for image in content["images"]]
+        pairs = [(one["image_id"], one["caption"]) for one in content["annotations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a caption file of COCO: {type(error).__name__} {error}") from error
+    of: dict[int, str] = {}
+    for number, name in names:
+        if number in of:
+            raise ValueError(f"{file}: image {number} is there twice")
+        # Names hold the number: a name under another one would pair every caption of it wrongly
+        if (found := NUMBERED.search(name)) and int(found[1]) != number:
+            raise ValueError(f"{file}: image {number} has the file of another, {name}")
+        of[number] = name
+    captions: dict[int, list[str]] = {number: [] for number in of}
+    for number, caption in pairs:
+        if number not in captions:
+            raise ValueError(f"{file}: a caption is for image {number}, which is not among its images: {caption!r:.80}")
+        if text := " ".join(caption.split()):  # some end with a newline
+            captions[number].append(text)
+    empty = [number for number, own in captions.items() if not own]
+    if empty:
+        raise ValueError(f"{file}: image {empty[0]} has no caption ({len(empty)} such images)")
+    if not of:
+        raise ValueError(f"{file} holds no image")
+    return of, captions
+
+
+def _read(root: Path, split: Split, year: int) -> ImageCaptions:
+    file = _annotations(root, split, year)
+    names, captions = _captions(file)
+    part = f"{PART[split]}{year}"
+    folders = (root / part, root / "images" / part)
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"no images: looked for {' and '.join(map(str, folders))}")
+    there = {entry.name for entry in os.scandir(folder)}
+    absent = sorted(name for name in names.values() if name not in there)
+    if absent:
+        first = folder / absent[0]
+        raise FileNotFoundError(f"{first} is missing ({len(absent)} such images), and {file} lists it")
+    labels = np.full(len(names), -1, dtype=np.int64)
+    sources = [{"what": "COCO", "folder": str(folder), "annotations": str(file)}]
+    images = [folder / name for name in names.values()]
+    return ImageCaptions("coco", split, images, list(captions.values()), labels, (), sources)
