@@ -44,9 +44,8 @@ def _mixing(run: Run, *, chains: int, long: int, seed: int) -> dict[str, Any]:
             return found
     if not judged:
         print(f"no classes and distances: {judges} is missing; `mmebm evaluate` fits the classifiers")
-    found = mixing(
-        run, Classifiers.load(judges, run.device) if judged else None, chains=chains, long=long, seed=seed, progress=print
-    )
+    classifiers = Classifiers.load(judges, run.device) if judged else None
+    found = mixing(run, classifiers, chains=chains, long=long, seed=seed, progress=print)
     found["settings"]["judged"] = judged
     text = json.dumps(found, allow_nan=False)
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -374,6 +374,7 @@ def _panel(
     seen = np.isfinite(values) & np.isfinite(at) & ((values > 0) | (not logarithmic))
     x, y = at[seen], values[seen]
     _style(axes, name)
+    axes.locator_params(axis="x", nbins=5)
     if len(at) > 1 and at[0] < at[-1]:
         # Only the stages in which there is something to see: a short last one would be a spike at the edge.
         begins = [begin for begin in stages.values() if at[0] < begin < at[-1]]
@@ -497,7 +498,7 @@ def traces(
                              f"{[len(values) for values in several]}")  # fmt: skip
         colour = COLOURS[index % len(COLOURS)]
         parts.append(_Panel(title, "step", [_Line("", at, _floats(v), colour=colour) for v in several], logarithmic))
-    return _multiples("chains", parts, path, min(len(parts), 4), marks or {}, share=True)
+    return _multiples("chains", parts, path, 2 if len(parts) == 4 else 3, marks or {}, share=True)
 
 
 def sweep(

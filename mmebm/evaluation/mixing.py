@@ -207,10 +207,10 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
             who = "even such chains" if still else "such chains"
             said.append(f"After {far} steps R-hat is {second[0]:.1f} ({second[1]}): {who} have not mixed.")
     said += _change_sentences(result)
-    for name, kept in trained["kept"].items():
-        own = kept[result["starts"][0]]
-        said.append(f"{name}: {own['kept']:.0%} of the chains from {result['starts'][0]} end with the class they began "
-                    f"with ({own['chance']:.0%} by chance).")  # fmt: skip
+    own = {name.removeprefix("class of "): kept[result["starts"][0]] for name, kept in trained["kept"].items()}
+    if own:
+        each = ", ".join(f"{name} {row['kept']:.0%} ({row['chance']:.0%})" for name, row in own.items())
+        said.append(f"Chains from {result['starts'][0]} that end with the class they began with (by chance): {each}.")
     said += _step_sentences(result["step"])
     lost = {start: share for start, share in result["broken"].items() if share}
     if lost:

@@ -35,6 +35,7 @@ h4 { font-size: .9rem; margin: 1rem 0 .3rem; color: var(--faint); }
 p { margin: .5rem 0; max-width: 48rem; }
 ul { margin: .5rem 0; padding-left: 1.3rem; max-width: 48rem; }
 a { color: var(--accent); }
+main .lead { font-size: .86rem; }
 nav { margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; }
 .lead { color: var(--faint); margin: 0; }
 .note { background: var(--note); padding: .6rem .9rem; border-radius: .3rem; max-width: 48rem; }
@@ -44,7 +45,8 @@ table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabu
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--faint); }
 th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
-td.text { text-align: left; max-width: 30rem; overflow-wrap: anywhere; }
+td { white-space: nowrap; }
+td.text { text-align: left; min-width: 12rem; max-width: 30rem; white-space: normal; overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tbody tr:hover { background: var(--shade); }
 figure { margin: .8rem 0 1.2rem; }
@@ -98,7 +100,7 @@ def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Html:
     """A table with a header row; the first column names the rows."""
 
     def cell(value: Any) -> Html:
-        text = isinstance(value, str) and not isinstance(value, Html) and len(value) > 24
+        text = isinstance(value, str) and not isinstance(value, Html) and len(value) > 32
         inner = value if isinstance(value, Html) else number(value)
         return element("td", inner, class_="text") if text else element("td", inner)
 

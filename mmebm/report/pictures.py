@@ -74,7 +74,9 @@ def revisions(run: Run, folder: Path, *, seed: int = 0, chains: int = 3) -> dict
 
 def completions(run: Run, path: Path, *, seed: int = 0, columns: int = 4) -> Path | None:
     """Every single modality given, and the others as each way completes them; None where the run has no way."""
-    ways = {name: way for name, way in run.completions().items() if not name.startswith("vae") or not run.joint_trained}
+    ways = run.completions()
+    if run.joint_trained:
+        ways = {name: way for name, way in ways.items() if not name.startswith("vae")}
     x = _real(run, columns, seed)
     if not ways or len(x) < 2:
         return None
@@ -94,9 +96,9 @@ def interpolations(run: Run, path: Path, *, seed: int = 0, rows: int = 3, points
     if not run.infers:
         return None
     x = _real(run, 2 * rows, seed)
-    halves = [{k: v[i::2] for k, v in x.items()} for i in (0, 1)]
-    made = interpolate(run.system, *halves, points, seed=seed, latent_steps=None if run.joint_trained else 0)
-    strips = {f"path {i + 1}": natural(run, {k: v[i] for k, v in made.items()}) for i in range(len(halves[1][next(iter(x))]))}
+    a, b = ({k: v[i : 2 * rows : 2] for k, v in x.items()} for i in (0, 1))
+    made = interpolate(run.system, a, b, points, seed=seed, latent_steps=None if run.joint_trained else 0)
+    strips = {f"path {i + 1}": natural(run, {k: v[i] for k, v in made.items()}) for i in range(rows)}
     return figures.interpolation_grid(strips, path)
 
 
@@ -119,4 +121,4 @@ def _frames(trained: int) -> tuple[int, int]:
 
 
 def _beyond(trained: int, shown: int) -> str:
-    return f" Trained with {trained} steps; those after it are beyond." if shown > trained else f" Trained with {trained} steps."
+    return f" Trained with {trained} steps{'; what comes after them is beyond training' if shown > trained else ''}."

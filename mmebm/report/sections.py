@@ -1,7 +1,7 @@
 """What a run's page says, section by section, and what it says is missing.
 
-A section returns its content, or None where there is nothing to show; what a reader may miss is told at the top. Numbers
-come from the files that training and evaluation left, so that the page and they agree; pictures are drawn anew.
+A section returns its content, or None where there is nothing to show; what a reader may miss is told at the top.
+Numbers come from the files that training and evaluation left, so that the page and they agree; pictures are drawn anew.
 """
 
 from __future__ import annotations
@@ -185,19 +185,26 @@ def _numbers(of: _Folder) -> Html | None:
 
 def _points(points: Mapping[str, Mapping[str, Any]]) -> Html:
     """One row per point; an error joins its value, and the class shares are a range."""
-    names = list(dict.fromkeys(k for row in points.values() for k, v in row.items() if not isinstance(v, (Mapping, list))))
+    single = (k for row in points.values() for k, v in row.items() if not isinstance(v, (Mapping, list)))
+    names = list(dict.fromkeys(single))
     shares = {"class_share_min", "class_share_max"} <= set(names)
     hidden = {f"{name}_error" for name in names} | ({"class_share_min", "class_share_max"} if shares else set())
-    kept = [name for name in names if name not in hidden]
+    kept = sorted((name for name in names if name not in hidden), key=lambda name: name == "n")
 
     def value(row: Mapping[str, Any], name: str) -> Any:
-        error = row.get(f"{name}_error")
-        return row.get(name) if error is None else f"{number(row.get(name))} ± {number(error)}"
+        value, error = row.get(name), row.get(f"{name}_error")
+        if not isinstance(value, (int, float)) or not isinstance(error, (int, float)) or not error > 0:
+            return value
+        digits = max(1 - math.floor(math.log10(error)), 0)  # the error to two digits, and the value as far
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+    def share(value: Any) -> str:
+        return f"{value:.2g}" if isinstance(value, (int, float)) else number(value)
 
     head = ["", *(NAMES.get(name, name) for name in kept), *(["class shares"] if shares else [])]
     rows = []
     for point, row in points.items():
-        ends = [f"{number(row.get('class_share_min'))} to {number(row.get('class_share_max'))}"] if shares else []
+        ends = [f"{share(row.get('class_share_min'))} to {share(row.get('class_share_max'))}"] if shares else []
         rows.append([pictures.TITLES.get(point, point), *(value(row, name) for name in kept), *ends])
     return table(head, rows)
 
@@ -206,7 +213,8 @@ def _samples(of: _Folder) -> Html | None:
     if of.run is None:
         return None
     path = pictures.samples(of.run, of.drawings / "samples.png", seed=of.seed)
-    return figure(path, "joint samples at each point", "A column is one sample of the joint model; all points from one seed.")
+    caption = "A column is one sample of the joint model; all points from one seed."
+    return figure(path, "joint samples at each point", caption)
 
 
 def _revisions(of: _Folder) -> Html | None:
@@ -244,7 +252,8 @@ def _sweep(of: _Folder) -> Html | None:
         return None
     parts = []
     every = [row for rows in series.values() for row in rows]
-    wanted = [k for k in ("joint_coherence", "frechet", "kernel") if all(isinstance(row.get(k), (int, float)) for row in every)]
+    first = ("joint_coherence", "frechet", "kernel")
+    wanted = [name for name in first if all(isinstance(row.get(name), (int, float)) for row in every)]
     try:
         path = figures.sweep(series, of.drawings / "sweep.png", quantities=wanted or None)
         parts.append(figure(path, "metrics against steps and seconds", "The data chain at test time, stopped after each "
@@ -262,8 +271,10 @@ def _training(of: _Folder) -> Html | None:
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
     if not names:
         return None
-    columns = {name: [row.get(name, math.nan) for row in rows] for name in ("iteration", *names)}
-    columns = {name: [v if isinstance(v, (int, float)) else math.nan for v in values] for name, values in columns.items()}
+    logged = {name: [row.get(name) for row in rows] for name in ("iteration", *names)}
+    columns = {
+        name: [float(v) if isinstance(v, (int, float)) else math.nan for v in values] for name, values in logged.items()
+    }
     begins, total = {}, 0
     for index, stage in enumerate(of.stages, start=1):
         begins[f"{index} {stage['kind']}"] = float(total)
@@ -302,23 +313,27 @@ def _chain(of: _Folder, name: str, chain: Mapping[str, Any]) -> Html:
     shown = [q for q in followed if not q.startswith("class of ")]
     by = {kind: {q: {s: curves[kind][s][q] for s in starts} for q in shown} for kind in ("mean", "error")}
     path = figures.lines(
-        by["mean"], of.drawings / f"mixing-{name}.png", x=curves["step"], errors=by["error"], marks=marks, logarithmic=True
-    )
+        by["mean"], of.drawings / f"mixing-{name}.png", x=curves["step"], errors=by["error"], marks=marks,
+        logarithmic=True,
+    )  # fmt: skip
     caption = "Means over the chains of each initialiser, with two standard errors. Chains of one law must meet."
     parts.append(figure(path, f"{chain['name']}: summaries by step", caption))
-    path = figures.traces(chain["traces"], curves["step"], of.drawings / f"traces-{name}.png", marks=marks, logarithmic=True)
+    path = of.drawings / f"traces-{name}.png"
+    figures.traces(chain["traces"], curves["step"], path, marks=marks, logarithmic=True)
     parts.append(figure(path, f"{chain['name']}: traces", "The energy of a few single chains, by initialiser."))
     if curves["distance"]:
         steps = sorted({step for rows in curves["distance"].values() for step, _ in rows})
         rows = [[start, *(dict(map(tuple, curves["distance"][start])).get(step) for step in steps)] for start in starts
                 if start in curves["distance"]]  # fmt: skip
-        floor = f" Real against real: {number(chain['floor'])}." if chain.get("floor") is not None else ""
+        text = f"Of {chain['chains']} chains each, so biased upwards for all alike."
+        if chain.get("floor") is not None:
+            text += f" As many real tuples have {number(chain['floor'])}."
         parts += [element("h4", "Frechet distance to real data, by step"), table(["", *steps], rows),
-                  element("p", f"Of {chain['chains']} chains each, so biased upwards for all alike.{floor}", class_="lead")]  # fmt: skip
+                  element("p", text, class_="lead")]  # fmt: skip
     for label, horizon in chain["horizons"].items():
         if label == "long" and horizon["steps"] == chain["steps"]:
             continue
-        parts += _horizon(label, horizon)
+        parts += _horizon(label, horizon, several=chain["targets"] > 1)
     rest = {key: chain[key] for key in ("step", "change", "broken") if key in chain}
     kept = {f"{label}, {q}": {s: f"{number(row['kept'])} ({number(row['chance'])})" for s, row in rows.items()}
             for label, horizon in chain["horizons"].items() for q, rows in horizon["kept"].items()}  # fmt: skip
@@ -328,16 +343,17 @@ def _chain(of: _Folder, name: str, chain: Mapping[str, Any]) -> Html:
     return join(*parts)
 
 
-def _horizon(label: str, horizon: Mapping[str, Any]) -> list[Any]:
+def _horizon(label: str, horizon: Mapping[str, Any], *, several: bool) -> list[Any]:
     window = horizon["steps"] - horizon["from_step"]
-    head = ("", "R-hat", "worst law", "bulk ESS", "tail ESS", "autocorrelation time, steps", "chains that never moved")
+    head = ("", "R-hat", *(["worst law"] if several else []), "bulk ESS", "tail ESS", "autocorrelation time, steps",
+            "never changed")  # fmt: skip
     rows = []
     for name, row in horizon["summaries"].items():
         tau = row.get("autocorrelation_time")
         # a window of fewer than fifty autocorrelation times cannot tell how long they are
         rows.append([
-            name, row.get("rhat"), row.get("rhat_worst"), row.get("ess_bulk"), row.get("ess_tail"),
-            f"≥ {number(tau)}" if tau is not None and 50 * tau > window else tau, f"{row['unmoved']:.0%}",
+            name, row.get("rhat"), *([row.get("rhat_worst")] if several else []), row.get("ess_bulk"),
+            row.get("ess_tail"), f"≥ {number(tau)}" if tau is not None and 50 * tau > window else tau, f"{row['unmoved']:.0%}",
         ])  # fmt: skip
     title = f"After {horizon['steps']} steps ({'as trained' if label == 'trained' else 'beyond training'})"
     text = (f"{horizon['chains']} chains of all initialisers, {horizon['draws']} draws each, from step "
