@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.data.base import MultimodalDataset
+from mmebm.data.stream import Prefetch
 from mmebm.reference.langevin_step import widen
 from mmebm.training import checkpoint
 from mmebm.training.config import TAUGHT, Config, Stage
@@ -91,6 +92,7 @@ class Trainer:
         self.evaluations = 0
         # systems as they were on the way: "vae" after the warm-up, "frozen" after the energy learned alone
         self.snapshots: dict[str, dict[str, Tensor]] = {}
+        self._reader: Prefetch | None = None
         self.stop = False  # set to end after the iteration in hand
         self._begin(config.stages[0] if config.stages else Stage("warmup", 0), 0.0)
         self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
@@ -300,23 +302,41 @@ class Trainer:
         self.data_steps = round(now.get("data_chain.steps", self.config.data_chain.steps))
         self.latent_steps = round(now.get("latent_chain.steps", self.config.latent_chain.steps))
 
-    def _rng(self, purpose: int = 0) -> torch.Generator:
-        """The generator of this iteration, on this process."""
-        mixed = noise.philox4x32(
-            [torch.tensor(v) for v in (self.iteration, self.guard.rollbacks, self.processes.rank, purpose)],
-            (self.config.seed & noise.MASK32, (self.config.seed >> 32) & noise.MASK32),
-        )
+    def _rng(self, *, iteration: int | None = None, purpose: int = 0) -> torch.Generator:
+        """The generator of an iteration (this one), on this process, for one purpose."""
+        counter = (
+            self.iteration if iteration is None else iteration, self.guard.rollbacks, self.processes.rank, purpose,
+        )  # fmt: skip
+        key = (self.config.seed & noise.MASK32, (self.config.seed >> 32) & noise.MASK32)
+        mixed = noise.philox4x32([torch.tensor(v) for v in counter], key)
         return torch.Generator(self.device).manual_seed(int(mixed[0]) << 31 ^ int(mixed[1]))
 
-    def batch(self, rng: torch.Generator, part: int = 0) -> Minibatch:
-        """A mini-batch of tuples drawn uniformly: this process's share of part ``part`` of the iteration's rows."""
-        whole = self.config.batch // self.config.accumulate
-        begin, end = self.processes.share(whole)
-        rows = torch.randint(len(self.data), (end - begin,), generator=rng, device=self.device)
+    def _share(self) -> tuple[int, int]:
+        """This process's rows of a part of an iteration: from, to."""
+        return self.processes.share(self.config.batch // self.config.accumulate)
+
+    def rows(self, iteration: int, part: int = 0) -> Tensor:
+        """The tuples, drawn uniformly, of one part of an iteration on this process; known before its turn comes."""
+        begin, end = self._share()
+        rng = self._rng(iteration=iteration, purpose=1 + part)
+        return torch.randint(len(self.data), (end - begin,), generator=rng, device=self.device)
+
+    def batch(self, part: int = 0, x: dict[str, Tensor] | None = None) -> Minibatch:
+        """This process's share of a part of this iteration; ``x`` are its tuples where they are there already."""
+        rows = self.rows(self.iteration, part)
         present = self.data.presence(rows)
         if self.config.data.missing:
-            present = self._lose(present, end - begin, rng)
-        return Minibatch(self.data.batch(rows), rows, present, part * whole + begin)
+            present = self._lose(present, len(rows), self._rng(purpose=1 + self.config.accumulate + part))
+        offset = part * (self.config.batch // self.config.accumulate) + self._share()[0]
+        return Minibatch(self.data.batch(rows) if x is None else x, rows, present, offset)
+
+    def _ahead(self) -> Prefetch | None:
+        """What reads the tuples of this and the next iterations in the background, for sets that are not in memory."""
+        if all(isinstance(pool, Tensor) for pool in self.data.pools.values()):
+            return None
+        parts = range(self.config.accumulate)
+        coming = (self.rows(i, part) for i in range(self.iteration, self.total) for part in parts)
+        return Prefetch(self.data, coming)
 
     def _lose(self, present: Mapping[str, Tensor] | None, n: int, rng: torch.Generator) -> dict[str, Tensor]:
         """``present`` with modalities dropped at random, one at least kept in each row."""
@@ -335,7 +355,7 @@ class Trainer:
         rng, chain = self._rng(), self.config.latent_chain
         total: Row = {}
         for part in range(self.config.accumulate):
-            batch = self.batch(rng, part)
+            batch = self.batch(part, next(self._reader)[1] if self._reader is not None else None)
             due = stage.kind == "joint" and chain.step == "auto" and k % chain.auto_every == 0 and not part
             if due and self._learns_from_posterior(batch):
                 self.system.measure_latent_step(batch.x, rng, keep=0.5 if k else 0.0, present=batch.present)
@@ -354,6 +374,7 @@ class Trainer:
         good = self._networks()
         good_iteration = self.iteration
         rows: list[Row] = []
+        self._reader = self._ahead()
         started = time.perf_counter()
         while self.iteration < self.total and not self.stop:
             stage_index, k = self._position()
@@ -374,6 +395,7 @@ class Trainer:
                 self._restore(good)
                 self.iteration = good_iteration
                 self.guard.roll_back(reason)
+                self._reader = self._ahead()  # other rows from here on
                 yield {"stage": stage.kind, "iteration": self.iteration, "rolled_back": reason}
             else:
                 if last and self.teach == ("energy",):
@@ -390,6 +412,7 @@ class Trainer:
                 alarm = self.guard.alarm(mean)
                 yield {**mean, "alarm": alarm} if alarm else mean
             started = time.perf_counter()
+        self._reader = None
 
     def _numbers(self, rows: list[Row]) -> list[dict[str, float]]:
         """The logged values as numbers, averaged over the processes, so that all of them decide alike."""

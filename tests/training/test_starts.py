@@ -199,8 +199,9 @@ def test_missing_modalities(config: Config, data: MultimodalDataset) -> None:
     assert all(torch.isfinite(torch.tensor(v)) for row in rows for v in row.values() if isinstance(v, float))
 
     trainer = Trainer(settings, data)
-    rng = torch.Generator().manual_seed(0)
-    drawn = [trainer.batch(rng) for _ in range(200)]
+    drawn = []
+    for trainer.iteration in range(200):
+        drawn.append(trainer.batch())
     has = torch.cat([torch.stack(list(b.present.values()), 1) for b in drawn if b.present is not None])
     assert has.any(1).all()
     # each kept with probability 1/2, and the luckiest where none is: 1/2 + 1/8/3 of them; six standard errors
@@ -236,7 +237,7 @@ def test_fill_keeps_what_is_there(config: Config, data: MultimodalDataset) -> No
 def test_hard_tuples_change_some_modalities(config: Config, data: MultimodalDataset) -> None:
     """From a row that is near in the latent, but not among the nearest; at least one modality stays and one changes."""
     trainer = Trainer(config, data)
-    s, batch = trainer.system, trainer.batch(torch.Generator().manual_seed(0))
+    s, batch = trainer.system, trainer.batch()
     # tuples with every value their own, so that each is recognised
     x = {m: torch.randn_like(v) for m, v in batch.x.items()}
     term = ShuffledTuples(ShuffledTuplesConfig(kind="hard", same=0.25, near=0.5))

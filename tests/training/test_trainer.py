@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mmebm.data.base import MultimodalDataset
+from mmebm.data.pools import ArrayPool
 from mmebm.samplers.identity import Identity, parts_of
 from mmebm.training import Trainer, TrainingDiverged, checkpoint, preset
 from mmebm.training.config import AdamConfig, ChainConfig, Config, GuardConfig, LossConfig, ModelConfig, Stage
@@ -67,7 +70,7 @@ def test_joint_losses_are_those_of_the_method(config: Config, data: MultimodalDa
     trainer = Trainer(config, data)
     before = Trainer(config, data).system  # the same seed: the same weights
     rng = trainer._rng()
-    batch = trainer.batch(rng)
+    batch = trainer.batch()
     x = batch.x
     seen: dict[str, Tensor] = {}
 
@@ -100,7 +103,7 @@ def test_the_latent_chain_descends_its_posterior(config: Config, data: Multimoda
     """Without noise the chain lowers -log p(x, z): the posterior's energy plus the Gaussian of the prior."""
     quiet = ChainConfig(steps=20, step="auto", noise=0.0)
     trainer = Trainer(config.replace(latent_chain=quiet), data)
-    x = trainer.batch(trainer._rng()).x
+    x = trainer.batch().x
     s = trainer.system
     s.measure_latent_step(x)
     z = s.inference.sample(x).detach()
@@ -131,6 +134,28 @@ def test_resuming_changes_nothing(config: Config, data: MultimodalDataset, tmp_p
     assert whole.snapshots["vae"].keys() == second.snapshots["vae"].keys()
     assert all(torch.equal(value, second.snapshots["vae"][name]) for name, value in whole.snapshots["vae"].items())
     assert whole.evaluations == second.evaluations > 0
+
+
+def test_tuples_read_from_disk_are_those_in_memory(config: Config, data: MultimodalDataset, tmp_path) -> None:
+    """A memory-mapped pool, read ahead in the background: the same networks, bit for bit, also after a rollback."""
+    file = tmp_path / "vector.npy"
+    np.save(file, data.instances("vector", torch.arange(64)).numpy())
+    pool = ArrayPool(np.load(file, mmap_mode="r"), data.modalities[2], str(file))
+    streamed = dataclasses.replace(data, pools={**data.pools, "vector": pool})
+    ends = []
+    for held in (data, streamed):
+        trainer = Trainer(config, held)
+        trainer.guard.reason = iter_once(trainer.guard.reason)  # type: ignore[method-assign]
+        rows = list(trainer.run())
+        assert sum("rolled_back" in row for row in rows) == 1
+        ends.append(networks(trainer))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def iter_once(reason: Any) -> Any:
+    """A guard that finds fault once, at its third look."""
+    looks = iter(range(100))
+    return lambda rows: "for the test" if next(looks) == 2 else reason(rows)
 
 
 def test_training_leaves_the_global_generator_alone(config: Config, data: MultimodalDataset) -> None:
@@ -180,8 +205,6 @@ def test_latent_alarm_is_in_the_log(config: Config, data: MultimodalDataset) -> 
 @pytest.mark.parametrize("model", [{"spectral": True, "energy_scale": 10.0}, {"likelihood": "laplace"},
                                    {"inference": "product"}, {"inference": "mixture_of_products"}])  # fmt: skip
 def test_switches_run(inference: str, model: dict[str, object], config: Config, data: MultimodalDataset) -> None:
-    import dataclasses
-
     config = config.replace(
         model=dataclasses.replace(config.model, **model), loss=LossConfig(inference=inference)  # type: ignore[arg-type]
     )
@@ -213,7 +236,7 @@ def test_bfloat16_trains(config: Config, data: MultimodalDataset) -> None:
         convolution.register_forward_hook(lambda m, args, out: seen.add(out.dtype))
         rows[precision] = list(trainer.run())
         assert all(p.dtype == torch.float32 for p in trainer.system.parameters())
-        chain = trainer.system.revise_data(trainer.batch(trainer._rng()).x, seed=0)
+        chain = trainer.system.revise_data(trainer.batch().x, seed=0)
         assert {t.dtype for t in chain.state.values()} == {torch.float32}
         assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
         seen.clear()
@@ -245,8 +268,8 @@ def test_posteriors_of_two_batches_are_one_graph(config: Config, data: Multimoda
     trainer = Trainer(conv(config), data)
     s = trainer.system
     keys = set()
-    for i in range(2):
-        x = {name: value.clone() for name, value in trainer.batch(torch.Generator().manual_seed(i)).x.items()}
+    for trainer.iteration in range(2):
+        x = {name: value.clone() for name, value in trainer.batch().x.items()}
         rebuild, parts, fixed = parts_of(Posterior(s.generator, s.prior, x))
         identity = Identity(torch.device("cpu"), training=False)
         identity.add(fixed)
