@@ -94,7 +94,7 @@ def folder(
     if unknown:
         raise ValueError(f"codecs has {unknown}; the modalities are {names}")
 
-    total = len(arrays[names[0]].values)
+    total = len(np.atleast_1d(arrays[names[0]].values))
     for array in arrays.values():
         if array.values.ndim < 1 or len(array.values) != total or not total:
             raise ValueError(f"{array.source} has shape {array.values.shape}, and {arrays[names[0]].source} "
@@ -110,8 +110,8 @@ def folder(
         if not len(there):
             raise ValueError(f"{arrays[name].source}: no tuple has {name!r}; leave the array out")
         settings = meta.get("modalities", {}).get(name, {})
-        pool = _pool(name, arrays[name], other.get(name), settings, meta_file, codecs.get(name))
-        modalities.append(pool.modality)
+        modality, pool = _pool(name, arrays[name], other.get(name), settings, meta_file, codecs.get(name))
+        modalities.append(modality)
         pools[name] = pool if stream else held(pool, there)
         pool_labels[name] = np.full(total, -1)
         pool_labels[name][there] = labels[there]
@@ -268,7 +268,7 @@ def _pool(
     settings: Mapping[str, Any],
     meta_file: Path,
     codec: TextCodec | None,
-) -> ArrayPool:
+) -> tuple[Modality, ArrayPool]:
     values, source = array.values, array.source
     strings = values.dtype.kind == "U"
     kind = settings.get("kind")
@@ -281,26 +281,27 @@ def _pool(
                          f"{sorted(KEYS[kind])}")  # fmt: skip
     if codec is not None and kind != "caption":
         raise ValueError(f"{name!r} is of kind {kind!r} and takes no codec")
-    if kind == "image":
-        return _image(name, array, settings, meta_file)
-    if kind == "text":
-        return _text(name, array, other, settings, meta_file)
+    if kind in ("image", "text"):
+        image = kind == "image"
+        pool = _image(name, array, settings, meta_file) if image else _text(name, array, other, settings, meta_file)
+        return pool.modality, pool
     if kind == "caption" and strings and values.ndim == 1:
         if codec is None:
             raise ValueError(f"{source} holds strings: give codecs={{{name!r}: codec}}")
-        codes = codec.encode([str(text) for text in values]).detach().cpu().numpy()
-        return ArrayPool(codes, Modality(name, codes.shape[1:], "caption", codec=codec), source, _numbers)
+        values = codec.encode([str(text) for text in values]).detach().cpu().numpy()
     if values.dtype.kind not in "fiub" or values.ndim > 2 or (kind == "caption" and values.ndim != 2):
         raise ValueError(f"{source} must hold numbers (n, D) for kind {kind!r}, got {values.dtype} {values.shape}")
     shape = values.shape[1:] or (1,)
-    if kind == "caption":
-        return ArrayPool(values, Modality(name, shape, kind, codec=codec), source, _numbers)
+    if kind == "caption":  # its codes are converted as a vector is, not as strings are
+        codes = ArrayPool(values, Modality(name, shape, "vector"), source, _numbers)
+        return Modality(name, shape, kind, codec=codec), codes
     centre: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
     if "range" in settings:
         low, high = _range(name, settings["range"], meta_file, shape[0])
         centre, spread = tuple(((low + high) / 2).tolist()), tuple(((high - low) / 2).tolist())
-    return ArrayPool(values, Modality(name, shape, "vector", centre=centre, spread=spread), source, _numbers)
+    modality = Modality(name, shape, "vector", centre=centre, spread=spread)
+    return modality, ArrayPool(values, modality, source, _numbers)
 
 
 def _numbers(x: NDArray[Any]) -> NDArray[Any]:

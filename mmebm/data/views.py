@@ -47,7 +47,8 @@ def views(
 
     Each number of a vector is standardised by its mean and standard deviation over the train split and divided by
     ``deviations``, so that more than 99 % lie in [-1, 1], and none is cut off: ``Modality.centre`` and ``spread``,
-    which :meth:`~mmebm.data.base.Modality.natural` undoes. A number that never changes in the train split is only centred.
+    which :meth:`~mmebm.data.base.Modality.natural` undoes. A number that never changes in the train split is only
+    centred.
 
     Digits are divided between train and test by class and a fixed seed: no option moves one.
 
@@ -141,6 +142,8 @@ def _read(file: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]
     csv = file.suffix == ".csv"
     lines = raw.decode("latin-1").splitlines()[1 if csv else 0 :]
     expected = f"a table of {SIZES[name]} numbers{' and a class, with a header,' if csv else ''} in each line"
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{file} is not {expected}: it has no line")
     try:
         table = np.loadtxt(lines, delimiter="," if csv else None, ndmin=2)
     except ValueError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,19 @@ WORDS = ("zero", "one", "two")
 IMAGE = Modality("picture", (3, 4, 5), "image")
 TEXT = Modality("word", (3,), "text", WORDS)
 VECTOR = Modality("point", (2,), "vector")
+
+
+class Letters:
+    """A codec of two-letter texts: each letter a number in [-1, 1]."""
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[(ord(c) - 109) / 13 for c in text] for text in texts], dtype=torch.float64).reshape(-1, 2)
+
+    def decode(self, codes: torch.Tensor) -> list[str]:
+        return ["".join(chr(round(109 + 13 * float(v))) for v in row) for row in codes]
+
+
+CAPTION = Modality("caption", (2,), "caption", codec=Letters())
 
 
 def small(**changes: Any) -> MultimodalDataset:
@@ -76,9 +91,42 @@ def test_vector_is_unchanged() -> None:
     assert VECTOR.model(values.astype(np.float64)).dtype == torch.float32
 
 
+def test_a_vector_with_centre_and_spread_comes_back_in_its_own_units(seed: int) -> None:
+    centre, spread = (1000.0, -0.5), (250.0, 1e-3)
+    modality = Modality("point", (2,), "vector", centre=centre, spread=spread)
+    values = np.random.default_rng(seed).normal(centre, spread, (50, 2))
+    model = modality.model(values)
+    assert model.dtype == torch.float32
+    np.testing.assert_array_equal(model.numpy(), ((values - centre) / spread).astype(np.float32))
+    # Two roundings to float32, of half an ulp each: the first is of a number of the size of the model value (times
+    # spread), the second of the value.
+    bound = 2.0**-24 * (np.abs(model.numpy()) * spread + np.abs(values)) * (1 + 1e-6)
+    assert (np.abs(modality.natural(model) - values) <= bound).all()
+
+
+def test_captions_go_through_their_codec() -> None:
+    codes = CAPTION.model(["az", "mm"])
+    assert codes.dtype == torch.float32 and torch.allclose(codes, torch.tensor([[-12 / 13, 1.0], [0, 0]]))
+    assert CAPTION.natural(codes + 0.01).tolist() == ["az", "mm"]
+    assert CAPTION.natural(codes[:0]).shape == (0,) and CAPTION.model([]).shape == (0, 2)
+    assert Modality("caption", (2,), "caption") == CAPTION  # splits may have their own copies of a codec
+
+
+def test_captions_without_a_codec_are_codes_only() -> None:
+    modality = Modality("caption", (2,), "caption")
+    for call in (lambda: modality.natural(torch.zeros(1, 2)), lambda: modality.model(["az"])):
+        with pytest.raises(ValueError, match="'caption': captions need a codec"):
+            call()
+    wider = Modality("caption", (3,), "caption", codec=Letters())
+    with pytest.raises(ValueError, match=r"its codec must give codes \(1, 3\), got \(1, 2\)"):
+        wider.model(["az"])
+
+
 @pytest.mark.parametrize(
     ("modality", "x", "message"),
     [
+        (CAPTION, [["az"]], "n captions"),
+        (CAPTION, np.zeros(2), "n captions"),
         (IMAGE, np.zeros((2, 3, 4, 4), np.float32), r"picture.*\(n, 3, 4, 5\).*\(2, 3, 4, 4\)"),
         (IMAGE, np.zeros((3, 4, 5), np.float32), r"\(n, 3, 4, 5\)"),
         (IMAGE, np.full((1, 3, 4, 5), 1.5, np.float32), r"\[0, 1\], got \[1.5, 1.5\]"),
@@ -94,7 +142,7 @@ def test_model_refuses(modality: Modality, x: Any, message: str) -> None:
         modality.model(x)
 
 
-@pytest.mark.parametrize("modality", [IMAGE, TEXT, VECTOR])
+@pytest.mark.parametrize("modality", [IMAGE, TEXT, VECTOR, CAPTION])
 def test_natural_refuses_another_shape(modality: Modality) -> None:
     for shape in ((2, 7), (2, *modality.shape, 1), modality.shape):
         with pytest.raises(ValueError, match="must have shape"):
@@ -110,6 +158,12 @@ def test_natural_refuses_another_shape(modality: Modality) -> None:
         (("a", (2,), "text", ("x",)), "2 distinct words"),
         (("a", (2,), "text", ("x", "x")), "2 distinct words"),
         (("a", (2,), "vector", ("x", "y")), "kind 'text'"),
+        (("a", (2,), "vector", (), Letters()), "kind 'caption'"),
+        (("a", (1, 2, 2), "caption", (), Letters()), "1 positive sizes"),
+        (("a", (2,), "caption", (), None, (0.0, 0.0), (1.0, 1.0)), "kind 'vector'"),
+        (("a", (2,), "vector", (), None, (0.0,), (1.0, 1.0)), "2 numbers each in centre and spread, got 1 and 2"),
+        (("a", (1,), "vector", (), None, (0.0,), (0.0,)), "spread positive"),
+        (("a", (1,), "vector", (), None, (float("nan"),), (1.0,)), "finite"),
     ],
 )
 def test_modality_refuses(arguments: tuple[Any, ...], message: str) -> None:
@@ -123,6 +177,73 @@ def test_batch_gathers_each_modality_from_its_own_column() -> None:
     assert batch["point"].tolist() == [[6, 7], [2, 3], [2, 3]]
     assert TEXT.natural(batch["word"]).tolist() == ["two", "one", "one"]
     assert {k: tuple(v.shape) for k, v in small().batch(torch.arange(0)).items()} == {"point": (0, 2), "word": (0, 3)}
+
+
+def test_instances_are_rows_of_a_pool() -> None:
+    assert small().instances("point", torch.tensor([3, 0])).tolist() == [[6, 7], [0, 1]]
+    with pytest.raises(ValueError, match=r"\['point', 'word'\], got 'sound'"):
+        small().instances("sound", torch.tensor([0]))
+    with pytest.raises(IndexError, match=r"\[0, 3\)"):
+        small().instances("word", torch.tensor([3]))
+
+
+def test_what_is_absent_is_zeros_in_a_batch_and_never_looked_at() -> None:
+    present = torch.tensor([[True, True], [False, True], [True, False], [True, True], [True, True]])
+    pools = {"point": torch.tensor([[0.0, 1], [torch.nan, 3], [4, 5], [6, 7]]), "word": TEXT.model(WORDS)}
+    # tuple 1 lacks the point, whose index leads to a NaN; tuple 2 the word, whose index leads to another class
+    index = torch.tensor([[0, 0], [1, 1], [2, 0], [3, 2], [0, 0]])
+    data = small(pools=pools, index=index, present=present)
+    rows = torch.tensor([2, 1, 3])
+    batch = data.batch(rows)
+    assert batch["point"].tolist() == [[4, 5], [0, 0], [6, 7]]
+    assert batch["word"].tolist() == [[0, 0, 0], [-1, 1, -1], [-1, -1, 1]]
+    there = data.presence(rows)
+    assert there is not None and {k: v.tolist() for k, v in there.items()} == {
+        "point": [True, False, True], "word": [False, True, True]}  # fmt: skip
+    assert small().presence(rows) is None
+    with pytest.raises(IndexError):
+        small().presence(torch.tensor([5]))
+    assert pickle.loads(pickle.dumps(data.to("cpu"))).present.tolist() == present.tolist()
+    with pytest.raises(ValueError, match="1 tuples have an instance of another class in 'word'"):
+        small(pools=pools, index=index, present=present | torch.tensor([False, True]))
+
+
+def test_sets_without_classes_and_single_tuples_without_a_label() -> None:
+    nobody = {"point": torch.full((4,), -1), "word": torch.full((3,), -1)}
+    data = small(classes=(), pool_labels=nobody, labels=torch.full((5,), -1))
+    assert data.classes == () and data.batch(torch.arange(5))["point"].shape == (5, 2)
+    # -1 goes with any class, on either side
+    small(labels=torch.tensor([0, -1, 2, 2, -1]))
+    small(pool_labels={"point": torch.tensor([0, -1, 2, -1]), "word": torch.arange(3)})
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 0\), or be -1"):
+        small(classes=(), pool_labels=nobody)
+
+
+@dataclasses.dataclass
+class Squares:
+    """A pool that computes: instance ``i`` is ``(i, i * i)``."""
+
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n, 2)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([rows.float(), rows.float() ** 2], 1)
+
+
+def test_a_pool_need_not_be_a_tensor() -> None:
+    data = small(pools={"point": Squares(4), "word": TEXT.model(WORDS)})
+    batch = data.to("cpu").batch(torch.tensor([3, 1]))
+    assert batch["point"].tolist() == [[3, 9], [1, 1]] and TEXT.natural(batch["word"]).tolist() == ["two", "one"]
+    assert data.instances("point", torch.tensor([2])).tolist() == [[2, 4]]
+    assert repr(data).endswith("0 MiB and point read when asked>")
+    with pytest.raises(ValueError, match=r"pool 'point' must be float32 \(4, 2\), got torch.float32 \(3, 2\)"):
+        small(pools={"point": Squares(3), "word": TEXT.model(WORDS)})
 
 
 @pytest.mark.parametrize(
@@ -164,6 +285,11 @@ def test_to_shares_what_is_there_already_and_pickling_keeps_everything() -> None
         ({"pools": {"point": torch.zeros(4, 2).double(), "word": torch.zeros(3, 3)}}, "float32"),
         ({"modalities": (VECTOR, VECTOR)}, "distinct names"),
         ({"modalities": ()}, "at least one"),
+        ({"labels": torch.tensor([0, 1, 2, 2, -2])}, r"\[0, 3\), or be -1 for unlabelled, got \[-2, 2\]"),
+        ({"pool_labels": {"point": torch.tensor([0, 1, 2, 3]), "word": torch.arange(3)}}, "labels of 'point'"),
+        ({"present": torch.ones(5, 2)}, r"present must be bool \(5, 2\), got torch.float32"),
+        ({"present": torch.ones(5, 3, dtype=torch.bool)}, r"present must be bool \(5, 2\)"),
+        ({"present": torch.arange(10).reshape(5, 2) > 3}, "2 tuples have no modality at all, the first is tuple 0"),
     ],
 )
 def test_dataset_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:

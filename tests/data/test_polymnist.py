@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,3 +319,107 @@ def test_a_broken_tensor_file_is_named(
         torch.save(content, file)
     with pytest.raises(error, match=message):
         load("polymnist", "train", path=tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- read by the batch
+
+
+@pytest.mark.parametrize("layout", ["png", "pt"])
+@pytest.mark.parametrize("n", [None, 3])
+def test_a_streamed_set_gives_the_same_batches(tmp_path: Path, layout: str, n: int | None) -> None:
+    if layout == "png":
+        write_png(tmp_path / "test")
+    else:
+        write_tensors(tmp_path / "test")
+    held, streamed = (load("polymnist", "test", path=tmp_path, n=n, stream=stream) for stream in (False, True))
+    rows = torch.tensor([2, 0, 2])
+    for name, x in held.batch(rows).items():
+        assert torch.equal(streamed.batch(rows)[name], x)
+    assert torch.equal(streamed.labels, held.labels) and "m0" in repr(streamed).split("read when asked")[0]
+
+
+def test_a_streamed_file_that_breaks_later_is_named(tmp_path: Path) -> None:
+    write_png(tmp_path / "test")
+    data = load("polymnist", "test", path=tmp_path, stream=True)
+    (tmp_path / "test/m1" / NAMES[0]).unlink()  # digit 3, i = 0: row 0
+    data.batch(torch.tensor([1, 4]))
+    with pytest.raises(ValueError, match=r"m1.0\.3\.png is gone"):
+        data.batch(torch.tensor([0]))
+
+
+# ---------------------------------------------------------------------------------------------- over any idx set
+
+
+def write_backgrounds(folder: Path, seed: int, sizes: tuple[tuple[int, int], ...] = ((30, 40), (28, 28))) -> list:
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir(parents=True)
+    random_pixels = np.random.default_rng(seed)
+    pixels = [random_pixels.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
+    for name, picture in zip(("b.png", "a.png"), pixels):  # the second comes first
+        image.fromarray(picture).save(folder / name)
+    (folder / "._a.png").write_bytes(b"left by an archiver")
+    return pixels[::-1]
+
+
+@pytest.mark.parametrize("blend", ["invert", "difference"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_items_over_crops(
+    tmp_path: Path, write_mnist: Callable[..., Any], seed: int, blend: str, stream: bool
+) -> None:
+    items, labels = write_mnist(tmp_path, "train", 23)
+    small, large = write_backgrounds(tmp_path / "backgrounds", seed)
+    data = load("polymnist-built", "train", path=tmp_path, seed=seed, blend=blend, stream=stream)
+    assert [m.shape for m in data.modalities] == [(3, 28, 28)] * 2 and len(data) == 23
+    assert torch.bincount(data.labels).tolist() == np.bincount(labels).tolist()
+    for column in range(2):  # each instance once
+        assert data.index[:, column].sort().values.tolist() == list(range(23))
+    batch = data.batch(torch.arange(23))
+    for m, background in ((0, small), (1, large)):
+        got = np.rint(data.modalities[m].natural(batch[f"m{m}"]) * 255).astype(int)
+        of_row = data.index[:, m].numpy()
+        assert np.array_equal(labels[of_row], data.labels.numpy())
+        shown, windows = items[of_row].astype(int), []
+        for y in range(background.shape[0] - 27):
+            windows += [background[y : y + 28, x : x + 28] for x in range(background.shape[1] - 27)]
+        for picture, item in zip(got, shown):
+            crops = np.stack(windows).transpose(0, 3, 1, 2).astype(int)
+            expected = np.where(item > 128, 255 - crops, crops) if blend == "invert" else np.abs(crops - item)
+            assert (expected == picture).all(axis=(1, 2, 3)).any()
+
+
+def test_options_of_the_built_set(tmp_path: Path, write_mnist: Callable[..., Any], seed: int) -> None:
+    write_mnist(tmp_path, "test", 20)
+    write_backgrounds(tmp_path / "photos", seed)
+    names = tuple("abcdefghij")
+    photos = tmp_path / "photos"
+    data = load("polymnist-built", "test", path=tmp_path, backgrounds=photos, copies=3, n=25, classes=names)
+    assert data.classes == names and len(data) == 25 and len(data.pools["m1"]) == 60
+    assert torch.bincount(data.labels, minlength=10).tolist() == [3] * 5 + [2] * 5
+    assert json.loads(json.dumps(data.info)) == data.info
+    for options, message in (
+        ({"blend": "add"}, "blend must be"), ({"classes": names[:9]}, "ten distinct names"), ({"copies": 0}, "copies"),
+        ({"disjoint": True}, "28x336 is the least"), ({"backgrounds": tmp_path / "none"}, None),
+    ):  # fmt: skip
+        kind = ValueError if message else FileNotFoundError
+        with pytest.raises(kind, match=message or r"no background photograph .* in .*none"):
+            load("polymnist-built", "test", path=tmp_path, **{"backgrounds": photos, **options})
+    with pytest.raises(ValueError, match="give path=, or load 'polymnist-5k'"):
+        load("polymnist-built", "test")
+    write_mnist(tmp_path, "train", 20, side=14)
+    with pytest.raises(ValueError, match="items of 14x14, 28x28 is needed"):
+        load("polymnist-built", "train", path=tmp_path)
+
+
+def test_without_photographs_those_of_scikit_image_are_used(
+    tmp_path: Path, packages: None, write_mnist: Callable[..., Any]
+) -> None:
+    write_mnist(tmp_path, "test", 20)
+    data = load("polymnist-built", "test", path=tmp_path, disjoint=True, stream=True)
+    assert [source["file"] for source in data.info["sources"][1:]] == list(PHOTOGRAPHS)
+
+
+def test_a_photograph_too_small_is_refused(tmp_path: Path, write_mnist: Callable[..., Any], seed: int) -> None:
+    write_mnist(tmp_path, "test", 20)
+    write_backgrounds(tmp_path / "backgrounds", seed, ((28, 28), (27, 90)))
+    with pytest.raises(ValueError, match="27x90 is too small: 28x28"):
+        load("polymnist-built", "test", path=tmp_path)

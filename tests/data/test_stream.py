@@ -1,0 +1,125 @@
+"""Prefetch: the same batches, a bounded number of them, exceptions where they belong, and no thread left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mmebm.data import Modality, MultimodalDataset, Prefetch
+
+
+class Counting:
+    """A pool whose instance ``i`` is ``(i,)``; it counts its calls, and fails for row ``broken``."""
+
+    def __init__(self, n: int, broken: int = -1) -> None:
+        self.n, self.broken, self.calls = n, broken, 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n, 1)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.broken in rows.tolist():
+            raise ValueError(f"file {self.broken} cannot be read")
+        return rows.float()[:, None]
+
+
+def dataset(pool: Counting) -> MultimodalDataset:
+    nobody = torch.full((pool.n,), -1)
+    return MultimodalDataset("counting", "train", 0, (Modality("x", (1,), "vector"),), (), {"x": pool}, {"x": nobody},
+                             torch.arange(pool.n)[:, None], nobody)  # fmt: skip
+
+
+def eventually(condition) -> bool:
+    """Whether ``condition()`` becomes true within ten seconds, far longer than it can take."""
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    return condition()
+
+
+def threads() -> int:
+    return sum(thread.name == "mmebm-prefetch" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_batches_are_those_of_a_plain_loop(seed: int, depth: int) -> None:
+    data = dataset(Counting(50))
+
+    def rows() -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for size in range(12):
+            yield torch.randint(50, (size,), generator=generator)
+
+    seen = list(Prefetch(data, rows(), depth=depth))
+    assert len(seen) == 12
+    for (chosen, batch), expected in zip(seen, rows()):
+        assert torch.equal(chosen, expected) and torch.equal(batch["x"], expected.float()[:, None])
+    assert eventually(lambda: threads() == 0)
+
+
+def test_no_more_than_depth_batches_and_one_are_prepared() -> None:
+    pool = Counting(100)
+    with Prefetch(dataset(pool), (torch.tensor([i]) for i in range(100)), depth=2) as batches:
+        assert eventually(lambda: pool.calls == 3)
+        next(batches)
+        assert eventually(lambda: pool.calls == 4)
+        time.sleep(0.05)  # it would run on here
+        assert pool.calls == 4
+    assert threads() == 0 and pool.calls == 4
+    with pytest.raises(StopIteration):
+        next(batches)
+    batches.close()
+
+
+def test_an_exception_comes_after_the_batches_before_it() -> None:
+    batches = Prefetch(dataset(Counting(9, broken=2)), (torch.tensor([i]) for i in range(9)), depth=5)
+    assert [int(next(batches)[0]) for _ in range(2)] == [0, 1]
+    with pytest.raises(ValueError, match="file 2 cannot be read"):
+        next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
+    assert eventually(lambda: threads() == 0)
+
+
+def test_an_exception_of_the_rows_surfaces_too() -> None:
+    def rows() -> Iterator[torch.Tensor]:
+        yield torch.tensor([0])
+        raise RuntimeError("no more rows")
+
+    with Prefetch(dataset(Counting(3)), rows()) as batches:
+        next(batches)
+        with pytest.raises(RuntimeError, match="no more rows"):
+            next(batches)
+    with Prefetch(dataset(Counting(3)), [torch.tensor([3])]) as batches, pytest.raises(IndexError):
+        next(batches)
+
+
+def test_dropping_the_last_reference_ends_the_thread() -> None:
+    batches = Prefetch(dataset(Counting(9)), (torch.tensor([i % 9]) for i in range(10**6)))
+    next(batches)
+    assert threads() == 1
+    del batches
+    gc.collect()
+    assert eventually(lambda: threads() == 0)
+
+
+def test_leaving_by_an_exception_ends_the_thread() -> None:
+    with pytest.raises(KeyError), Prefetch(dataset(Counting(9)), (torch.tensor([i % 9]) for i in range(10**6))):
+        raise KeyError
+    assert threads() == 0
+
+
+@pytest.mark.parametrize(("depth", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_depth_is_checked(depth: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="depth must be"):
+        Prefetch(dataset(Counting(1)), [], depth=depth)  # type: ignore[arg-type]
