@@ -7,6 +7,9 @@
     polymnist-built  PolyMNIST's recipe over any idx files and photographs               read from ``path``
     mnist-svhn       MNIST and SVHN, paired by class                                     read from ``path``
     mnist-svhn-text  the same with the digit's word in characters                        read from ``path``
+    emoji-captions   emoji and their English names                                       from Debian packages
+    cub              photographs of birds with sentences                                 read from ``path``
+    coco             photographs of scenes with sentences                                read from ``path``
     folder           your own NumPy arrays                                               read from ``path``
 
     train = load("digits", "train", seed=0)
@@ -24,7 +27,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
+from mmebm.data.coco import coco
+from mmebm.data.cub import cub
 from mmebm.data.digits import digits
+from mmebm.data.emoji import emoji_captions
 from mmebm.data.folder import folder
 from mmebm.data.mnist_svhn import mnist_svhn, mnist_svhn_text
 from mmebm.data.polymnist import polymnist, polymnist_5k, polymnist_built
@@ -41,6 +47,9 @@ DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
     "mnist-svhn": mnist_svhn,
     "mnist-svhn-text": mnist_svhn_text,
     "views": views,
+    "emoji-captions": emoji_captions,
+    "cub": cub,
+    "coco": coco,
     "folder": folder,
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmebm.data import DATASETS, Modality, MultimodalDataset, load
+from mmebm.data import DATASETS, Modality, MultimodalDataset, Prefetch, load
 
 WORDS = ("zero", "one", "two")
 IMAGE = Modality("picture", (3, 4, 5), "image")
@@ -344,6 +344,22 @@ def test_info_is_plain(digits_test: MultimodalDataset, poly_test: MultimodalData
         assert json.loads(json.dumps(data.info)) == data.info
         assert data.info["seed"] == 0 and data.info["tuples"] == len(data)
         assert {"package", "version", "file", "sha256", "licence"} <= data.info["sources"][0].keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_streamed_and_what_is_absent_on_a_gpu() -> None:
+    present = torch.tensor([[True, True], [False, True], [True, False], [True, True], [True, True]])
+    data = small(pools={"point": Squares(4), "word": TEXT.model(WORDS)}, present=present)
+    moved = data.to("cuda")
+    assert isinstance(moved.pools["point"], Squares)
+    for rows in (torch.tensor([4, 2, 1]), torch.tensor([4, 2, 1], device="cuda")):
+        for name, values in moved.batch(rows).items():
+            assert values.is_cuda and torch.equal(values.cpu(), data.batch(rows.cpu())[name])
+        there = moved.presence(rows)
+        assert there is not None and there["point"].is_cuda and there["point"].tolist() == [True, True, False]
+    with Prefetch(moved, [torch.tensor([4, 2])]) as batches:
+        assert next(batches)[1]["point"].tolist() == [[0, 0], [4, 4]]
 
 
 @pytest.mark.gpu
