@@ -24,13 +24,13 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.mixing:
         # with the error of a missing checkpoint, where there is none
         run = run or Run(folder, pick_device(arguments.device))
-        mixing = _mixing(run, chains=arguments.chains, long=arguments.long, seed=arguments.seed)
+        mixing = examined(run, chains=arguments.chains, long=arguments.long, seed=arguments.seed)
     path = write_report(folder, run, mixing=mixing, seed=arguments.seed, out=arguments.out)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 
-def _mixing(run: Run, *, chains: int, long: int, seed: int) -> dict[str, Any]:
+def examined(run: Run, *, chains: int, long: int, seed: int) -> dict[str, Any]:
     """The examination of this checkpoint with these settings, from the run's folder where it is there already."""
     from mmebm.evaluation.classifiers import Classifiers
     from mmebm.evaluation.mixing import mixing

@@ -595,7 +595,9 @@ def _change_sentences(result: Mapping[str, Any]) -> list[str]:
     if agreement is None:
         said.append(f"{text}.")
     elif not moved(agreement, "revision"):
-        meaning = ": it sharpens, and does not make the modalities agree more" if falls else ""
+        # of a chain on the modalities themselves; one on their latent does something else
+        on_data = len(result["step"]["start"]) > 1
+        meaning = ": it sharpens, and does not make the modalities agree more" if falls and on_data else ""
         said.append(f"{text} and agreement from {words(agreement, 'start', 'trained')}, within {errors} standard errors"
                     f"{meaning}.")  # fmt: skip
     else:

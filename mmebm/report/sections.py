@@ -227,14 +227,14 @@ def _revisions(of: _Folder) -> Html | None:
 
 def _conditional(of: _Folder) -> Html | None:
     path = of.run and pictures.completions(of.run, of.drawings / "conditional.png", seed=of.seed)
-    return figure(path, "completions", "Test tuples: what is given, and the other modalities by each way to complete them. "
-                  "A column is one tuple.") if path else None  # fmt: skip
+    caption = "Test tuples: what is given, and the others by each way to complete them. A column is one tuple."
+    return figure(path, "completions", caption) if path else None
 
 
 def _paths(of: _Folder) -> Html | None:
     path = of.run and pictures.interpolations(of.run, of.drawings / "paths.png", seed=of.seed)
-    return figure(path, "latent paths", "Decoded on the way from one test tuple's latent to another's; the ends are "
-                  "reconstructions.") if path else None  # fmt: skip
+    caption = "Decoded on the way from one test tuple's latent to another's; the ends are reconstructions."
+    return figure(path, "latent paths", caption) if path else None
 
 
 def _rows(value: Any) -> dict[str, list[Mapping[str, Any]]]:
@@ -256,8 +256,8 @@ def _sweep(of: _Folder) -> Html | None:
     wanted = [name for name in first if all(isinstance(row.get(name), (int, float)) for row in every)]
     try:
         path = figures.sweep(series, of.drawings / "sweep.png", quantities=wanted or None)
-        parts.append(figure(path, "metrics against steps and seconds", "The data chain at test time, stopped after each "
-                            "number of steps."))  # fmt: skip
+        caption = "The data chain at test time, stopped after each number of steps."
+        parts.append(figure(path, "metrics against steps and seconds", caption))
     except ValueError:  # rows of something else than numbers: the table has them
         pass
     for name, rows in series.items():
@@ -351,10 +351,10 @@ def _horizon(label: str, horizon: Mapping[str, Any], *, several: bool) -> list[A
     for name, row in horizon["summaries"].items():
         tau = row.get("autocorrelation_time")
         # a window of fewer than fifty autocorrelation times cannot tell how long they are
-        rows.append([
-            name, row.get("rhat"), *([row.get("rhat_worst")] if several else []), row.get("ess_bulk"),
-            row.get("ess_tail"), f"≥ {number(tau)}" if tau is not None and 50 * tau > window else tau, f"{row['unmoved']:.0%}",
-        ])  # fmt: skip
+        tau = f"≥ {number(tau)}" if tau is not None and 50 * tau > window else tau
+        worst = [row.get("rhat_worst")] if several else []
+        rows.append([name, row.get("rhat"), *worst, row.get("ess_bulk"), row.get("ess_tail"), tau,
+                     f"{row['unmoved']:.0%}"])  # fmt: skip
     title = f"After {horizon['steps']} steps ({'as trained' if label == 'trained' else 'beyond training'})"
     text = (f"{horizon['chains']} chains of all initialisers, {horizon['draws']} draws each, from step "
             f"{horizon['from_step']} on, every {horizon['every']}. Effective sizes mean nothing beside a high R-hat; a "

