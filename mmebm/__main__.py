@@ -1,7 +1,5 @@
-"""``python -m mmebm`` is the command line."""
-
-import sys
+"""``python -m mmebm``, which ``torchrun -m mmebm`` starts in several processes."""
 
 from mmebm.cli.main import main
 
-sys.exit(main())
+raise SystemExit(main())

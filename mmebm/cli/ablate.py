@@ -65,13 +65,12 @@ def _one(folder: Path, name: str, seed: int, judges: Path, arguments: argparse.N
                 threads=arguments.threads, changes=arguments.set,
             )  # fmt: skip
         trainer = prepare(folder, device, config, threads=arguments.threads)
-        seconds = fit(trainer, folder)
-        if seconds is None:
+        if not fit(trainer, folder):
             raise KeyboardInterrupt
         # all variants see the same data, and are judged by the same classifiers
         if judges.is_file():
             shutil.copyfile(judges, folder / JUDGES)
-        report(Run(folder, device), n=arguments.n, seconds_training=seconds)
+        report(Run(folder, device), n=arguments.n)
         if not judges.is_file():
             shutil.copyfile(folder / JUDGES, judges)
     return json.loads(metrics.read_text())

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from mmebm.cli.common import pick_device
-from mmebm.evaluation import figures
+from mmebm.evaluation import FeatureExtractor, Inception, Lite0, figures
 from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
@@ -25,12 +25,35 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.n < 100:
         raise ValueError(f"--n must be at least 100 for a Frechet distance, got {arguments.n}")
     run = Run(arguments.run, pick_device(arguments.device))
-    report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed)
+    systems = {name: system for name, system in (("vae", run.vae), ("joint", run.system)) if _has(run, name)}
+    chains = {name: system for name, system in (("frozen", run.frozen), ("joint", run.system)) if _has(run, name)}
+    more: dict[str, Any] = {"features": [_network(name, run) for name in arguments.features]}
+    for name, about in (("pairs", systems), ("sweep", chains), ("latent", systems), ("likelihood", systems)):
+        if getattr(arguments, name):
+            more[name] = about
+    report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, **more)
     return 0
 
 
-def _classifiers(run: Run) -> Classifiers:
-    """The run's digit classifiers, fitted once and kept in its folder."""
+def _has(run: Run, name: str) -> bool:
+    """Whether the run has this system, trained."""
+    return run.joint_trained if name == "joint" else name in run.points
+
+
+def _network(name: str, run: Run) -> FeatureExtractor:
+    """The network that ``--features`` names."""
+    kind, _, file = name.partition(":")
+    if kind == "lite0" and not file:
+        return Lite0(device=run.device)
+    if kind == "inception" and file:
+        return Inception(file, device=run.device)
+    raise ValueError(f"--features takes lite0 or inception:FILE, got {name!r}")
+
+
+def _classifiers(run: Run) -> Classifiers | None:
+    """The run's classifiers, fitted once and kept in its folder; None for sets without classes."""
+    if not run.dataset("test").classes:
+        return None
     path = run.folder / "classifiers.pt"
     if path.is_file():
         return Classifiers.load(path, run.device)
@@ -41,9 +64,10 @@ def _classifiers(run: Run) -> Classifiers:
 
 
 def report(
-    run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, seconds_training: float | None = None
+    run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, **more: Any
 ) -> dict[str, Any]:
-    """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder."""
+    """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``more`` are
+    options of :func:`mmebm.evaluation.evaluate.evaluate`."""
     judges = _classifiers(run)
     test = run.dataset("test")
     points, seconds = {}, {}
@@ -53,10 +77,10 @@ def report(
         points[point] = run.sample(n, point, seed=seed, steps=steps)
         seconds[point] = time.perf_counter() - started
     started = time.perf_counter()
-    result = measure(points, run.completions(steps), test, run.dataset("train"), judges, seed=seed)
+    result = measure(points, run.completions(steps), test, run.dataset("train"), judges, seed=seed, **more)
     seconds["evaluation"] = time.perf_counter() - started
-    if seconds_training is not None:
-        seconds["training"] = seconds_training
+    if run.seconds_training is not None:
+        seconds["training"] = run.seconds_training
     result = {"settings": {**run.settings(steps), "seed": seed, "n": n}, "seconds": seconds, **result}
     text = json.dumps(result, indent=2)
     write_atomically(run.folder / "metrics.json", lambda file: file.write(text.encode()))
@@ -72,9 +96,7 @@ def report(
         states, marks = run.trajectory(4, seed=seed)
         frames = {name: _frames(m, states[name]) for name, m in names.items()}
         figures.trajectory_grid(frames, marks, run.folder / "trajectory.png")
-    log = run.folder / "log.jsonl"
-    if log.is_file():
-        _curves(run, log.read_text().splitlines())
+    _curves(run)
     print(f"pictures and metrics.json are in {run.folder}")
     return result
 
@@ -84,8 +106,10 @@ def _frames(modality: Any, states: Any) -> Any:
     return flat.reshape(*states.shape[:2], *flat.shape[1:])
 
 
-def _curves(run: Run, lines: list[str]) -> None:
-    rows = [row for row in map(json.loads, lines) if "rolled_back" not in row]
+def _curves(run: Run) -> None:
+    rows = [row for row in run.log() if "rolled_back" not in row]
+    if not rows:
+        return
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
     columns = {name: [row.get(name, math.nan) for row in rows] for name in ("iteration", *names)}
     begins, total = {}, 0

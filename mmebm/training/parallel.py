@@ -1,4 +1,4 @@
-"""Several processes that train one model (``torchrun --nproc-per-node N -m mmebm.cli.main train ...``).
+"""Several processes that train one model (``torchrun --nproc-per-node N -m mmebm train ...``).
 
 Each process holds all networks and takes its share of the rows; gradients are averaged before every update, so that the
 networks stay equal. Chains keep their global index (``chain_offset``): what a chain draws does not depend on how many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +93,21 @@ class Run:
             "frozen": self.frozen is not None and stages[-1].train != ("energy",),
         }  # fmt: skip
         return tuple(point for point in POINTS if has[point])
+
+    def log(self) -> list[dict[str, Any]]:
+        """The rows of the training log; none where there is no log."""
+        path = self.folder / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    @property
+    def seconds_training(self) -> float | None:
+        """Seconds of training by the log: iterations times seconds per iteration; None without one."""
+        rows, total, last = self.log(), 0.0, 0
+        for row in rows:
+            if "seconds_per_iteration" in row:
+                total += row["seconds_per_iteration"] * max(row["iteration"] - last, 0)
+            last = row["iteration"]
+        return total if rows else None
 
     def dataset(self, split: data.Split) -> MultimodalDataset:
         """The run's data set, one of its splits, on the run's device."""
