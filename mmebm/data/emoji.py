@@ -10,6 +10,7 @@ cannot be had: they exercise the way of a caption through the system. Numbers on
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -191,7 +192,8 @@ def _draw(font_file: Path, emoji: list[str], size: int) -> dict[str, NDArray[np.
             "first, apt-get install libfribidi0 the second", name="PIL"
         )  # fmt: skip
     try:
-        font = ImageFont.truetype(font_file, FONT_SIZE)
+        # Its bytes: of a path that it cannot read, Pillow looks for the name elsewhere on the system
+        font = ImageFont.truetype(io.BytesIO(font_file.read_bytes()), FONT_SIZE)
     except OSError as error:
         raise ValueError(f"{font_file} cannot be read as a font: {error}; apt-get install --reinstall "
                          "fonts-noto-color-emoji") from error  # fmt: skip

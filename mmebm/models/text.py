@@ -28,6 +28,7 @@ __all__ = ["TextAutoencoder", "TextSettings", "fit_text_autoencoder", "reading_a
 FORMAT: Final = "mmebm-text-1"
 CHUNK: Final = 1024  # captions that are encoded or decoded at a time
 JUDGES: Final = 2000  # captions that a round is judged on, at most
+LEAST_JUDGES: Final = 20  # fewer say nothing: all captions are trained on and judge, too
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TextSettings:
         round: updates between two looks at the held-out captions, or one pass over the captions, whichever is more.
         rounds: at most so many.
         patience: training stops after so many rounds without a better result on the held-out captions.
-        held_out: share of the captions that only judge when to stop.
+        held_out: share of the captions that only judge when to stop; none if that were fewer than 20.
         cool_down: rounds after that, as a share of the rounds so far, on all captions with a falling learning rate.
 
     Raises:
@@ -256,8 +257,7 @@ def fit_text_autoencoder(
     """Trains a text autoencoder on captions, each different one once, and freezes it.
 
     A share of them is held out to say when to stop: training goes back to the state that gave most of their words back.
-    Then they join the others for the cool-down. The same arguments give the same weights on one machine with one number
-    of threads.
+    Then they join the others for the cool-down. The same arguments give the same weights on one machine.
 
     Args:
         captions: one string for each, at least one with a word.
@@ -268,7 +268,8 @@ def fit_text_autoencoder(
 
     Returns:
         The autoencoder. Its ``info`` says how many captions, words and rounds there were, and the accuracies of
-        :func:`reading_accuracy`: on the held-out captions before they joined, and on up to 2,000 of all at the end.
+        :func:`reading_accuracy`: on the held-out captions before they joined (None without), and on up to 2,000 of all
+        at the end.
 
     Raises:
         TypeError, ValueError: for captions or settings outside what is said above.
@@ -286,8 +287,28 @@ def fit_text_autoencoder(
         torch.manual_seed(seed)
         model = TextAutoencoder(vocabulary, chosen).to(device)
 
+    # One thread: more gain nothing on networks so small, and would let the number of cores into the sums
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model.info = _fit(model, different, draw, device, log) | {"seed": seed}
+    finally:
+        torch.set_num_threads(threads)
+    return model
+
+
+def _fit(
+    model: TextAutoencoder,
+    different: list[str],
+    draw: torch.Generator,
+    device: torch.device | str,
+    log: Callable[[str], object] | None,
+) -> dict[str, Any]:
+    """Trains ``model`` in place and freezes it on the CPU; what its ``info`` will say."""
+    vocabulary, chosen = model.vocabulary, model.settings
     order = torch.randperm(len(different), generator=draw).tolist()
-    judges = [different[k] for k in order[: min(round(chosen.held_out * len(different)), JUDGES)]]
+    share = min(round(chosen.held_out * len(different)), JUDGES)
+    judges = [different[k] for k in order[: share if share >= LEAST_JUDGES else 0]]
     pupils = [different[k] for k in order[len(judges) :]]
     train = _Training(model, draw)
     best, best_state, since, rounds = -1.0, {}, 0, 0
@@ -299,7 +320,7 @@ def fit_text_autoencoder(
         rounds, since = rounds + 1, since + 1
         now = reading_accuracy(model, judges or pupils[:JUDGES])
         if log is not None:
-            log(f"round {rounds}: loss {loss:.3f}, {now[0]:.3f} of the held-out words, {now[1]:.3f} of the captions")
+            log(f"round {rounds}: loss {loss:.3f}, {now[0]:.3f} of the words back, {now[1]:.3f} of the captions")
         if now[0] > best:
             best, since, result = now[0], 0, now
             best_state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -310,12 +331,12 @@ def fit_text_autoencoder(
     train.updates(vocabulary.numbers(different, chosen.length).to(device), rates)
     model.cpu().eval().requires_grad_(False)
     at_end = reading_accuracy(model, [different[k] for k in order[-JUDGES:]])
-    model.info = {
-        "seed": seed, "captions": len(different), "words": len(vocabulary), "rounds": rounds, "updates": train.count,
-        "held_out": len(judges), "held_out_words": result[0], "held_out_captions": result[1],
+    return {
+        "captions": len(different), "words": len(vocabulary), "rounds": rounds, "updates": train.count,
+        "held_out": len(judges), "held_out_words": result[0] if judges else None,
+        "held_out_captions": result[1] if judges else None,
         "words_back": at_end[0], "captions_back": at_end[1],
     }  # fmt: skip
-    return model
 
 
 class _Training:
