@@ -11,7 +11,22 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from mmebm.evaluation.figures import ACCENT, BROKEN, CELL, DPI, curves, sample_grid, trajectory_grid
+from mmebm.evaluation.figures import (
+    ACCENT,
+    BROKEN,
+    CELL,
+    COLOURS,
+    DPI,
+    conditional_grid,
+    curves,
+    interpolation_grid,
+    lines,
+    revision_grid,
+    sample_grid,
+    sweep,
+    traces,
+    trajectory_grid,
+)
 
 PIXEL = 1 / 255
 
@@ -114,6 +129,91 @@ def test_trajectory_grid_follows_the_chain(tmp_path: Path):
     assert np.diff(rows) == pytest.approx([CELL * DPI] * 3, abs=1)
 
 
+def flat(*greys: float) -> np.ndarray:
+    """An image of one grey each."""
+    return np.broadcast_to(np.array(greys, dtype=np.float32)[:, None, None, None], (len(greys), 1, 6, 6))
+
+
+def centre(picture: np.ndarray, grey: float) -> np.ndarray:
+    """Row and column of the middle of what has this grey."""
+    hit = np.abs(picture - grey).max(-1) < 2 * PIXEL
+    assert np.sqrt(hit.sum()) == pytest.approx(0.9 * CELL * DPI, abs=3), grey  # a cell less its gaps
+    return np.argwhere(hit).mean(0)
+
+
+def rgb(colour: str) -> tuple[float, float, float]:
+    return int(colour[1:3], 16) / 255, int(colour[3:5], 16) / 255, int(colour[5:7], 16) / 255
+
+
+def test_revision_grid_goes_from_left_to_right_and_ends_in_the_input(tmp_path: Path):
+    chains = {"one": {"m": flat(0.2, 0.3, 0.4)}, "two": {"m": flat(0.5, 0.6, 0.7)}}
+    picture = read(revision_grid(chains, [0, 2, 4], tmp_path / "r.png", observed={"two": {"m": flat(0.8)}}))
+    step = CELL * DPI
+    for strip in ((0.2, 0.3, 0.4), (0.5, 0.6, 0.7)):
+        places = [centre(picture, grey) for grey in strip]
+        assert np.diff(places, axis=0).ravel() == pytest.approx([0, step] * 2, abs=1.5)
+    assert centre(picture, 0.5)[0] > centre(picture, 0.2)[0] + step
+    # the input stands apart, by .35 of a cell
+    assert centre(picture, 0.8) - centre(picture, 0.7) == pytest.approx([0, 1.35 * step], abs=1.5)
+
+
+def test_conditional_grid_leaves_blank_what_a_group_has_not(tmp_path: Path):
+    blocks = {"given a": {"given": {"a": flat(0.2)}, "A": {"b": flat(0.4)}, "B": {"b": flat(0.6)}}}
+    picture = read(conditional_grid(blocks, tmp_path / "c.png"))
+    given, a, b = (centre(picture, grey) for grey in (0.2, 0.4, 0.6))
+    # "given" needs no more room than its column of one cell
+    assert a - given == pytest.approx([CELL * DPI, 1.35 * CELL * DPI], abs=1.5)
+    assert b - a == pytest.approx([0, 1.35 * CELL * DPI], abs=1.5)
+    nine = {"t": {"g": {"a": flat(*[0.5] * 9)}}}
+    wide, narrow = (read(conditional_grid(nine, tmp_path / "n.png", columns=k)).shape[1] for k in (9, 4))
+    assert wide - narrow == pytest.approx(5 * CELL * DPI, abs=1)
+
+
+def test_interpolation_grid_has_a_column_per_point(tmp_path: Path):
+    rows = {"path": {"m": flat(0.1, 0.3, 0.5, 0.7), "word": np.array(["a", "b", "c", "d"])}}
+    picture = read(interpolation_grid(rows, tmp_path / "i.png"))
+    assert np.diff([centre(picture, g)[1] for g in (0.1, 0.3, 0.5, 0.7)]) == pytest.approx([CELL * DPI] * 3, abs=1)
+
+
+def test_lines_have_a_colour_each_and_a_band(tmp_path: Path):
+    x = list(range(0, 2000, 10))
+    panels = {"energy": {"a": [1.0] * 200, "b": [None] * 100 + [2.0] * 100}, "other": {"a": [k / 9 for k in x]}}
+    plain = read(lines(panels, tmp_path / "l.png", x=x, marks={"trained": 30}))
+    for colour in COLOURS[:2]:
+        assert share_of(plain, rgb(colour)) > 2e-4  # a line of half a panel, 1.2 points wide: about 1e-3
+    errors = {"energy": {"a": [0.5] * 200}}
+    banded = read(lines(panels, tmp_path / "l.png", x=x, errors=errors, logarithmic=True))
+    tint = tuple(0.15 * c + 0.85 for c in rgb(COLOURS[0]))
+    assert share_of(banded, tint) > 0.02 > share_of(plain, tint)
+
+
+def test_traces_have_a_panel_per_initialiser(tmp_path: Path):
+    chains = {name: [[1.0, 2.0, 3.0], [2.0, None, 1.0]] for name in ("a", "b", "c")}
+    three = read(traces(chains, [0, 1, 2], tmp_path / "t.png"))
+    assert three.shape[1] == pytest.approx((3.2 * 3 + 0.15) * DPI, abs=1)
+    two = read(traces({k: chains[k] for k in "ab"}, [0, 1, 2], tmp_path / "t.png"))
+    assert two.shape[1] == pytest.approx((3.2 * 2 + 0.15) * DPI, abs=1)
+
+
+def test_sweep_draws_against_steps_and_against_seconds(tmp_path: Path):
+    rows = [{"steps": k, "seconds": 0.1 * k, "frechet": 9.0 / (k + 1), "joint": 0.5, "text": "x"} for k in (0, 5, 100)]
+    four = read(sweep({"xk": rows, "frozen": rows}, tmp_path / "s.png"))
+    assert four.shape[:2] == pytest.approx((DPI * (1.95 * 2 + 0.25 + 0.3), DPI * (3.2 * 2 + 0.15)), abs=1)
+    short = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    one = read(sweep({"xk": short}, tmp_path / "s.png", quantities=["frechet"]))
+    assert one.shape[:2] == pytest.approx((DPI * (1.95 + 0.25), DPI * (3.2 + 0.15)), abs=1)
+
+
+def test_curves_show_the_stages_that_a_quantity_has(tmp_path: Path):
+    """A quantity of the last tenth alone is drawn over its own stage, as wide as one of the whole."""
+    n = 100
+    log = {"iteration": list(range(n)), "late": [float("nan")] * 90 + [float(k) for k in range(10)]}
+    picture = read(curves(log, tmp_path / "c.png", stages={"first": 0, "last": 90}))
+    blue = np.abs(picture - np.array(rgb(ACCENT))).max(-1) < 0.1
+    columns = np.argwhere(blue.any(0)).ravel()
+    assert np.ptp(columns) > 0.6 * picture.shape[1]
+
+
 def test_curves_draw_a_panel_per_quantity(tmp_path: Path):
     n = 400
     log = {
@@ -154,6 +254,18 @@ def test_stages_are_marked(tmp_path: Path):
         (lambda p: trajectory_grid({"a": np.zeros((3, 2, 5))}, [0, 1], p), r"shape \(2, n, ...\).* got \(3, 2, 5\)"),
         (lambda p: trajectory_grid({}, [0], p), "must not be empty"),
         (lambda p: curves({"a": [1.0], "b": [1.0, 2.0]}, p), "lists of one length"),
+        (lambda p: revision_grid({"t": {"m": flat(0.5)}}, [0, 2], p), r"\['t'\]\['m'\] must have 2 columns"),
+        (lambda p: revision_grid({"t": {"m": flat(0.5)}}, [0], p, observed={"u": {}}), r"observed .* got \['u'\]"),
+        (lambda p: interpolation_grid({}, p), "rows must hold at least one strip"),
+        (lambda p: conditional_grid({"t": {}}, p), "at least one block of groups"),
+        (lambda p: conditional_grid({"t": {"g": {"a": flat(1), "b": flat(1, 1)}}}, p), "as many samples .*'b': 2"),
+        (lambda p: lines({"q": {"a": [1.0]}}, p, x=[0, 1]), r"panels\['q'\]\['a'\] must have 2 values"),
+        (lambda p: lines({"q": {"a": [None]}}, p, x=[0]), "at least one number, got"),
+        (lambda p: lines({"q": {"a": [1]}}, p, x=[0], columns=0), "columns must be at least 1, got 0"),
+        (lambda p: traces({"a": [[1.0], [1.0, 2.0]]}, [0], p), r"chains\['a'\] must have 1 values .*got \[1, 2\]"),
+        (lambda p: sweep({"a": [{"seconds": 1}]}, p), "each with 'steps'"),
+        (lambda p: sweep({"a": [{"steps": 1, "t": "x"}]}, p), "rows must hold numbers to draw"),
+        (lambda p: sweep({"a": [{"steps": 1, "t": 1}]}, p, quantities=["u"]), r"got none of \['u'\]"),
         (lambda p: curves({"iteration": [1.0]}, p), "at least one quantity"),
         (lambda p: curves({"a": [1.0]}, p, log_scale=["b"]), r"must name quantities of log, got \['b'\]"),
     ],

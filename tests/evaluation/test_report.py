@@ -84,7 +84,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     trainer = Trainer(config, data.load("digits", "train", **config.data.options), torch.device("cpu"))
     rows = []
     for row in trainer.run():
-        rows.append(row)
+        # few curves, which is where the time of a page goes
+        rows.append({name: row[name] for name in ("iteration", "stage", "mse", "seconds_per_iteration") if name in row})
         if trainer.iteration == 6 and not (folder / "half").exists():
             checkpoint.save(folder / "half" / CHECKPOINT, trainer.state_dict())
     checkpoint.save(folder / "whole" / CHECKPOINT, trainer.state_dict())
@@ -156,9 +157,7 @@ def test_a_run_without_a_checkpoint_has_its_curves(trained: dict[str, Path], tmp
         shutil.copy(trained["whole"] / name, tmp_path / name)
     page = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "there is no checkpoint.pt yet" in page.text and page.tags.count("img") == 1
-    (tmp_path / "config.json").unlink()
-    page = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
-    assert "versions and commit" in page.text and page.tags.count("img") == 1
+    assert "versions and commit" not in page.text and "Iteration 10 of 10" in page.text
 
 
 def test_mixing_is_examined_once_and_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +198,7 @@ def test_the_command_writes_the_page(
     shutil.copy(trained["whole"] / "log.jsonl", tmp_path / "log.jsonl")
     given = {"run": str(tmp_path), "mixing": False, "chains": 16, "long": 12, "seed": 0, "device": "cpu", "out": None}
     assert report(argparse.Namespace(**given)) == 0
+    assert "versions and commit" in (tmp_path / "report.html").read_text(encoding="utf-8")  # no config.json
     assert "report.html: 0." in capsys.readouterr().out and (tmp_path / "report.html").is_file()
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         report(argparse.Namespace(**{**given, "mixing": True}))
