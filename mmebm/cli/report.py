@@ -40,7 +40,7 @@ def examined(run: Run, *, chains: int, long: int, seed: int) -> dict[str, Any]:
     wanted = {"iteration": run.content["iteration"], "seed": seed, "chains": chains, "long": long, "judged": judged}
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if {key: found["settings"].get(key) for key in wanted} == wanted:
+        if {key: found.get("settings", {}).get(key) for key in wanted} == wanted:
             return found
     if not judged:
         print(f"no classes and distances: {judges} is missing; `mmebm evaluate` fits the classifiers")

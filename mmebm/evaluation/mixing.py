@@ -233,7 +233,8 @@ def mixing(
         progress: called with a line of text now and then.
 
     Returns:
-        ``settings``, ``thresholds``, and under ``chains`` "data" and "latent", each as :func:`examine` gives it.
+        ``settings``, ``thresholds``, and under ``chains`` "data" and, where anything infers a latent, "latent", each as
+        :func:`examine` gives it.
 
     Raises:
         ValueError: before the joint stage, when the energy has learned nothing; or for less than eight chains.
@@ -242,8 +243,9 @@ def mixing(
     if not run.joint_trained:
         raise ValueError("run has not reached its joint stage: there is no trained chain to examine")
     check_count("chains", chains, least=REPLICAS)
-    both = {"data": data_subject(run, classifiers, chains=chains, seed=seed),
-            "latent": latent_subject(run, classifiers, tuples=chains // REPLICAS, seed=seed)}  # fmt: skip
+    both = {"data": data_subject(run, classifiers, chains=chains, seed=seed)}
+    if run.infers:
+        both["latent"] = latent_subject(run, classifiers, tuples=chains // REPLICAS, seed=seed)
     return {
         "settings": {**run.settings(), "seed": seed, "chains": chains, "long": long}, "thresholds": THRESHOLDS,
         "chains": {
@@ -258,7 +260,7 @@ REAL: Final = 1000  # real tuples behind principal components and distances
 
 
 def data_subject(run: Run, classifiers: Classifiers | None = None, *, chains: int = 128, seed: int = 0) -> Subject:
-    """The chain on x under the joint energy, started at the generator, noise, real tuples and shuffled ones.
+    """The chain on x under the joint energy, started as in use, at the generator, noise, real and shuffled tuples.
 
     Followed are the energy, the first two principal components of every modality (those of real data), and with
     ``classifiers`` the class of every modality and whether all agree.
@@ -272,20 +274,13 @@ def data_subject(run: Run, classifiers: Classifiers | None = None, *, chains: in
         whole = usable_rows(test, labelled=False)
         return whole[torch.randint(len(whole), (chains,), generator=rng)]
 
-    def noise(name: str, kind: str) -> Tensor:
-        shape = (chains, *real[name].shape[1:])
-        if kind == "vector":
-            values = torch.randn(shape, generator=rng) * float(real[name].std())
-        else:
-            values = torch.rand(shape, generator=rng) * 2 - 1
-        return values.to(real[name].device)
-
-    starts = {
-        "generator": system.generate(chains, seed=seed),
-        "noise": {m.name: noise(m.name, m.kind) for m in test.modalities},
-        "data": test.batch(rows()),
-        "shuffled": {name: test.batch(rows())[name] for name in real},
-    }
+    # the run's own start, unless that is made of data, which is here anyway
+    own = run.config.start.data
+    first = [own] if own in ("noise", "independent", "buffer") else []
+    names = dict.fromkeys([*first, "generator", "noise"])
+    starts = {name: run.start(chains, seed=seed, name=name) for name in names}
+    starts["data"] = test.batch(rows())
+    starts["shuffled"] = {name: test.batch(rows())[name] for name in real}
 
     def summaries(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {"energy": system.energy(x)}

@@ -42,12 +42,12 @@ def revisions(run: Run, folder: Path, *, seed: int = 0, chains: int = 3) -> dict
     found = {}
     if config.data_chain.steps:
         steps, every = _frames(config.data_chain.steps)
-        x0 = system.generate(chains, seed=seed)
+        x0 = run.start(chains, seed=seed)
         moved = system.revise_data(x0, seed=seed + 1, steps=steps, thin=every).trajectory
         states = {name: torch.cat([x0[name][None], moved[name]]) for name in x0}
         strips = {f"chain {i + 1}": natural(run, {k: v[:, i] for k, v in states.items()}) for i in range(chains)}
         path = figures.revision_grid(strips, range(0, steps + 1, every), folder / "data-chain.png")
-        found["Data chain"] = (path, f"x under the joint energy, all modalities at once, from the generator's samples."
+        found["Data chain"] = (path, f"x under the joint energy, all modalities at once."
                                      f"{_beyond(config.data_chain.steps, steps)}")  # fmt: skip
     if config.latent_chain.steps and run.infers:
         steps, every = _frames(config.latent_chain.steps)
