@@ -49,8 +49,8 @@ def emoji_captions(
 ) -> MultimodalDataset:
     """Each emoji with its name; modalities ``"image"`` ``(3, size, size)`` on white and ``"caption"`` ``(dim,)``.
 
-    Skin tones are left out, so that no two splits share a drawing but for its colour. Which split an emoji belongs to
-    (a fifth is test) depends on its code points alone, and not on the versions of the packages. Classes are CLDR's
+    Variants of skin tone are left out: one drawing in two tones could fall into both splits. Which split an emoji
+    belongs to (a fifth is test) depends on its code points alone, and not on the versions of the packages. Classes are CLDR's
     groups ("Food & Drink") or subgroups ("food-fruit"); emoji newer than its table have the label -1.
 
     Args:
