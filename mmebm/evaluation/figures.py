@@ -379,7 +379,8 @@ def _panel(
         # Only the stages in which there is something to see: a short last one would be a spike at the edge.
         begins = [begin for begin in stages.values() if at[0] < begin < at[-1]]
         if len(x) and begins:
-            left = max([at[0], *(begin for begin in begins if begin <= x[0])])
+            # what is logged at the end of a stage belongs to it, though the next begins there
+            left = max([at[0], *(begin for begin in begins if begin < x[0])])
             right = min([at[-1], *(begin for begin in begins if begin >= x[-1])])
             axes.set_xlim(left, right if right > left else at[-1])
         else:

@@ -183,7 +183,7 @@ def _numbers(of: _Folder) -> Html | None:
     return join(*parts) if parts else None
 
 
-def _points(points: Mapping[str, Mapping[str, Any]]) -> Html:
+def _points(points: Mapping[str, Mapping[str, Any]], corner: str = "") -> Html:
     """One row per point; an error joins its value, and the class shares are a range."""
     single = (k for row in points.values() for k, v in row.items() if not isinstance(v, (Mapping, list)))
     names = list(dict.fromkeys(single))
@@ -201,7 +201,7 @@ def _points(points: Mapping[str, Mapping[str, Any]]) -> Html:
     def share(value: Any) -> str:
         return f"{value:.2g}" if isinstance(value, (int, float)) else number(value)
 
-    head = ["", *(NAMES.get(name, name) for name in kept), *(["class shares"] if shares else [])]
+    head = [corner, *(NAMES.get(name, name) for name in kept), *(["class shares"] if shares else [])]
     rows = []
     for point, row in points.items():
         ends = [f"{share(row.get('class_share_min'))} to {share(row.get('class_share_max'))}"] if shares else []
@@ -261,8 +261,8 @@ def _sweep(of: _Folder) -> Html | None:
     except ValueError:  # rows of something else than numbers: the table has them
         pass
     for name, rows in series.items():
-        flat = [{k: v for k, v in row.items() if not isinstance(v, (Mapping, list))} for row in rows]
-        parts += [element("h3", pictures.TITLES.get(name, name)) if name else None, tree(flat)]
+        by_steps = {number(row["steps"]): {k: v for k, v in row.items() if k != "steps"} for row in rows}
+        parts += [element("h3", pictures.TITLES.get(name, name)) if name else None, _points(by_steps, "steps")]
     return join(*parts)
 
 

@@ -207,7 +207,8 @@ def test_sweep_draws_against_steps_and_against_seconds(tmp_path: Path):
 def test_curves_show_the_stages_that_a_quantity_has(tmp_path: Path):
     """A quantity of the last tenth alone is drawn over its own stage, as wide as one of the whole."""
     n = 100
-    log = {"iteration": list(range(n)), "late": [float("nan")] * 90 + [float(k) for k in range(10)]}
+    # at 90 the first stage has ended, and its last value is logged
+    log = {"iteration": list(range(n)), "late": [float("nan")] * 91 + [float(k) for k in range(9)]}
     picture = read(curves(log, tmp_path / "c.png", stages={"first": 0, "last": 90}))
     blue = np.abs(picture - np.array(rgb(ACCENT))).max(-1) < 0.1
     columns = np.argwhere(blue.any(0)).ravel()
