@@ -15,7 +15,9 @@ from mmebm.models.inference import Joint
 
 # Where the data chain starts, and the latent chain (mmebm.training.starts says what each is); also "unimodal:NAME".
 DATA_STARTS = ("generator", "noise", "data+noise", "buffer", "independent", "shuffled", "aggregated")
-LATENT_STARTS = ("inference", "mixture", "product", "mixture_of_products", "prior", "persistent")
+LATENT_STARTS = (
+    "inference", "mixture", "product", "product_without_prior", "mixture_of_products", "prior", "persistent",
+)  # fmt: skip
 NETWORKS = ("generator", "inference", "energy", "prior")
 # Who learns in a stage that does not say.
 TAUGHT = {
@@ -126,7 +128,8 @@ class LossConfig:
     """Weights of the loss terms (method: Gf, Sf, If) and what the paper leaves open. A weight of 0 switches its term
     off, and a chain that no term learns from does not run.
 
-    ``objective`` names the bound of the warm-up (:mod:`mmebm.training.objectives`) and ``beta`` weighs its divergence;
+    ``objective`` names the bound of the warm-up (:mod:`mmebm.training.objectives`), with ``objective_options`` such as
+    ``{"samples": 10}`` for "mmvae", and ``beta`` weighs its divergence;
     ``elbo`` keeps that bound in the joint stage, on real tuples, ``elbo_revised`` takes it on revised ones;
     ``inference`` is the likelihood of the mixture or its lower bound per expert; ``energy`` weighs the joint energy's
     loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
@@ -138,6 +141,7 @@ class LossConfig:
     inference_revised: float = 0.1
     energy: float = 1.0
     objective: str = "single_expert"
+    objective_options: dict[str, Any] = field(default_factory=dict)
     inference: Literal["mixture", "per_expert"] = "mixture"
     beta: float = 1.0
     elbo: float = 0.0

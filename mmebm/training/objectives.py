@@ -13,6 +13,7 @@ otherwise.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
@@ -268,7 +269,13 @@ def objective(name: str, **options: Any) -> Objective:
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
+        TypeError: for an option that it does not have.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {name!r}")
+    every = set(inspect.signature(Objective.__call__).parameters)
+    known = [option for option in inspect.signature(OBJECTIVES[name]).parameters if option not in every]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"objective {name!r} has no option {option!r}, only {', '.join(known) or 'none at all'}")
     return functools.partial(OBJECTIVES[name], **options) if options else OBJECTIVES[name]

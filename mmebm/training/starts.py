@@ -13,7 +13,7 @@ The data chain, ``start.data``:
 The latent chain, ``start.latent``:
 
     inference                                  a sample of q(z | X) as it is configured: the paper's is the mixture
-    mixture, product, mixture_of_products      a sample of that joint of the same experts
+    mixture, product, mixture_of_products      a sample of that joint of the same experts; also product_without_prior
     unimodal:NAME                              the expert of one modality alone
     prior                                      z ~ p(z): no inference network
     persistent                                 where the chain of this training tuple ended the last time

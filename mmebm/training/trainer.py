@@ -79,7 +79,7 @@ class Trainer:
             name: Optimiser(getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes)
             for name, adam in adams.items()
         }
-        self.objective = objective(config.loss.objective)
+        self.objective = objective(config.loss.objective, **config.loss.objective_options)
         self.prior_teacher = prior_teacher(s.prior, config.latent_prior, self.optimisers.get("prior"))
         self.energy_terms: list[EnergyTerm] = []
         if config.shuffled_tuples is not None:

@@ -156,7 +156,7 @@ def baseline(objective: str) -> Callable[[Config], Config]:
             if modalities is None:
                 raise ValueError(f"mmvae+ needs the number of modalities of {config.data.name!r}: known are "
                                  f"{sorted(MODALITIES)}")  # fmt: skip
-            model = dataclasses.replace(model, latent=own + modalities * own, private=own)
+            model = dataclasses.replace(model, latent=config.model.latent - own + modalities * own, private=own)
         return _with(vae(config).replace(model=model), objective=objective)
 
     change.__doc__ = f"The baseline {objective} on the same networks."

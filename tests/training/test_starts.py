@@ -12,6 +12,7 @@ from mmebm.data.base import MultimodalDataset
 from mmebm.training import Config, Trainer, checkpoint, preset
 from mmebm.training.config import (
     DATA_STARTS,
+    LATENT_STARTS,
     AdamConfig,
     DataConfig,
     LossConfig,
@@ -26,7 +27,7 @@ from mmebm.training.starts import DataStarts, LatentStarts
 from mmebm.training.trainer import Minibatch
 from mmebm.training.variants import GRIDS, VARIANTS, variant
 
-LATENTS = ("inference", "mixture", "product", "mixture_of_products", "prior", "persistent", "unimodal:vector")
+LATENTS = (*LATENT_STARTS, "unimodal:vector")
 
 
 def joint(config: Config, iterations: int = 2, **changes: Any) -> Config:
@@ -289,6 +290,19 @@ def test_every_variant_trains(name: str, config: Config, data: MultimodalDataset
     vae_only = {"vae", "mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"}
     expected = {"generator", "inference"} if name in vae_only else {"energy", "generator", "inference"}
     assert moved(trainer) - {"latent_step"} == learns.get(name, expected)
+
+
+def test_objectives_take_their_options(config: Config, data: MultimodalDataset) -> None:
+    """More samples per row tighten the importance-weighted bound: (Burda et al., 2016), here with the same networks."""
+    bounds = []
+    for samples in (1, 50):
+        loss = LossConfig(objective="mmvae", objective_options={"samples": samples})
+        trainer = Trainer(config.replace(loss=loss, batch=64), data)
+        with torch.no_grad():
+            bounds.append(trainer._bound(trainer.batch().x, torch.Generator().manual_seed(0))[0])
+    assert bounds[1] > bounds[0]
+    with pytest.raises(TypeError, match=r"objective 'mmvae' has no option 'sample', only samples"):
+        Trainer(config.replace(loss=LossConfig(objective="mmvae", objective_options={"sample": 3})), data)
 
 
 def test_grids_name_variants_and_presets_take_them() -> None:
