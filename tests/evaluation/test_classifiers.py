@@ -176,7 +176,46 @@ def test_bad_batches_are_refused(toy_judges: Classifiers, change, message: str):
         toy_judges.predict(change(x))
 
 
+def test_instances_without_a_label_are_left_out():
+    """Every second instance unlabelled, and its picture inverted: learned from it, it would teach the opposite."""
+    whole = toy(120)
+    hidden = torch.arange(120) % 4 >= 2
+    labels = torch.where(hidden, -1, whole.labels)
+    pools = {name: torch.where(hidden.reshape(-1, *[1] * (x.dim() - 1)), -x, x) for name, x in whole.pools.items()}
+    partial = replace(whole, pools=pools, labels=labels, pool_labels=dict.fromkeys(pools, labels))
+    judges = fit_classifiers(partial, toy(seed=1), steps=30)
+    assert judges.accuracy == pytest.approx({"image": 1, "vector": 1, "word": 1}, abs=0.05)
+    # half of the instances would be right only half of the time
+    assert fit_classifiers(toy(), partial, steps=30).accuracy == pytest.approx(judges.accuracy, abs=0.05)
+    none = dict.fromkeys(pools, torch.full((120,), -1))
+    with pytest.raises(ValueError, match="test needs at least one labelled instance of 'image', got none"):
+        fit_classifiers(toy(), replace(whole, labels=none["image"], pool_labels=none), steps=1)
+
+
+def test_a_pool_that_is_read_when_asked_teaches_the_same():
+    class Read:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x, self.shape = x, tuple(x.shape)
+
+        def __len__(self) -> int:
+            return len(self.x)
+
+        def gather(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.x[rows]
+
+    held = toy()
+    read = replace(held, pools={name: Read(x) for name, x in held.pools.items()})
+    one, two = fit_classifiers(held, held, steps=5), fit_classifiers(read, read, steps=5)
+    x = toy(seed=2).batch(torch.arange(20))
+    assert one.accuracy == two.accuracy
+    assert all(torch.equal(one.features(x)[name], two.features(x)[name]) for name in ("image", "vector"))
+
+
 def test_bad_sets_are_refused():
+    unlabelled = torch.full((60,), -1)
+    bare = replace(toy(), classes=(), labels=unlabelled, pool_labels=dict.fromkeys(toy().pools, unlabelled))
+    with pytest.raises(ValueError, match="classifiers need classes, and 'toy' has none"):
+        fit_classifiers(bare, bare)
     with pytest.raises(ValueError, match="same modalities and classes"):
         fit_classifiers(toy(), replace(toy(), classes=("a", "b")))
     with pytest.raises(ValueError, match="at least two instances of 'image', got 1"):

@@ -203,7 +203,7 @@ def test_interpolated_rows(system: Any, make_set: MakeSet, seed: int) -> None:
         (lambda e, d: latent_classification(lambda x, s: e(x, s) / 0, d, d), "finite codes, got 120 of 120 rows"),
         (lambda e, d: latent_path(torch.zeros(2, 3), torch.zeros(2, 4), 3), r"one shape \(n, d\)"),
         (lambda e, d: latent_path(torch.zeros(2, 3), torch.zeros(2, 3), 1), "steps must be at least 2, got 1"),
-        (lambda e, d: latent_path(torch.zeros(2, 3), torch.zeros(2, 3), 3, how="curved"), "how must be .* got 'curved'"),
+        (lambda e, d: latent_path(torch.ones(2, 3), torch.ones(2, 3), 3, how="curved"), "how must be .* got 'curved'"),
     ],
 )
 def test_bad_input_is_refused(call, message: str, make_set: MakeSet) -> None:

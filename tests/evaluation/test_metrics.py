@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from mmebm.evaluation.metrics import (
+    agreement_by_class,
     binomial_error,
     chance_agreement,
+    class_accuracy,
     class_balance,
     conditional_coherence,
     frechet_distance,
@@ -43,6 +45,33 @@ def test_coherence_of_predictions_made_by_hand():
         conditional_coherence(pred, torch.tensor([3, 3, 0, 4])), torch.tensor([3, 3, 2], dtype=torch.float64) / 4,
         rtol=EXACT, atol=0,
     )  # fmt: skip
+
+
+def test_macro_and_class_averages_of_predictions_made_by_hand():
+    labels = torch.tensor([0, 0, 0, 2])
+    pred = torch.tensor([[0, 1], [0, 0], [1, 0], [2, 1]])
+    expected = {"micro": [3 / 4, 2 / 4], "macro": [(2 / 3 + 1) / 2, (2 / 3 + 0) / 2]}
+    for average, values in expected.items():
+        assert conditional_coherence(pred, labels, average).tolist() == pytest.approx(values, rel=EXACT)
+    by_class = class_accuracy(pred, labels, 3)
+    assert by_class[[0, 2]].flatten().tolist() == pytest.approx([2 / 3, 2 / 3, 1, 0], rel=EXACT)
+    assert by_class[1].isnan().all()  # no tuple of that class
+
+
+def test_macro_and_micro_agree_on_balanced_classes(seed: int):
+    pred = torch.randint(3, (60, 2), generator=torch.Generator().manual_seed(seed))
+    labels = torch.arange(60) % 3
+    micro, macro = (conditional_coherence(pred, labels, average) for average in ("micro", "macro"))
+    torch.testing.assert_close(macro, micro, rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(class_accuracy(pred, labels, 3).mean(0), micro, rtol=EXACT, atol=EXACT)
+
+
+def test_agreement_by_class_is_the_joint_coherence_taken_apart(seed: int):
+    pred = torch.randint(4, (500, 3), generator=torch.Generator().manual_seed(seed))
+    shares = agreement_by_class(pred, 5)
+    counted = [sum(row == [c] * 3 for row in pred.tolist()) / 500 for c in range(5)]
+    assert shares.tolist() == pytest.approx(counted, rel=EXACT)
+    assert shares.sum().item() == pytest.approx(joint_coherence(pred), rel=EXACT)
 
 
 def test_collapse_is_coherent_by_chance_only():
@@ -184,6 +213,9 @@ BROKEN = torch.tensor([[1.0], [float("nan")]])
         (lambda: chance_agreement(PRED + 4, 4), ValueError, r"pred must lie in \[0, 4\), got \[4, 4\]"),
         (lambda: class_balance(PRED - 1, 4), ValueError, r"pred must lie in \[0, 4\), got \[-1, -1\]"),
         (lambda: conditional_coherence(PRED, PRED[:2, 0]), ValueError, r"labels must have shape \(3,\).* got \(2,\)"),
+        (lambda: conditional_coherence(PRED, PRED[:, 0], "mean"), ValueError, "average must be .* got 'mean'"),
+        (lambda: class_accuracy(PRED, PRED[:, 0] - 1, 3), ValueError, r"labels must lie in \[0, 3\), got \[-1, -1\]"),
+        (lambda: agreement_by_class(PRED, 1), ValueError, "n_classes must be at least 2, got 1"),
         (lambda: frechet_distance(draw(0, 1, 2), draw(0, 9, 2)), ValueError, "a must have at least 2 samples, got 1"),
         (lambda: frechet_distance(draw(0, 9, 2), draw(0, 9, 3)), ValueError, "same number of features, got 2 and 3"),
         (lambda: frechet_distance(draw(0, 9), draw(0, 9, 3)), ValueError, r"a must have shape \(n, d\), got \(9,\)"),

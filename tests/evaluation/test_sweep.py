@@ -68,5 +68,5 @@ def test_what_steps_may_be() -> None:
         run_sweep(chain, lambda x: {}, ())
     with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
         run_sweep(chain, lambda x: {}, (5, -1))
-    with pytest.raises(TypeError, match="steps must be an integer of at least 0, got 2.5"):
+    with pytest.raises(TypeError, match=r"steps must be an integer of at least 0, got 2\.5"):
         run_sweep(chain, lambda x: {}, (2.5,))  # type: ignore[list-item]
