@@ -50,8 +50,8 @@ def emoji_captions(
     """Each emoji with its name; modalities ``"image"`` ``(3, size, size)`` on white and ``"caption"`` ``(dim,)``.
 
     Variants of skin tone are left out: one drawing in two tones could fall into both splits. Which split an emoji
-    belongs to (a fifth is test) depends on its code points alone, and not on the versions of the packages. Classes are CLDR's
-    groups ("Food & Drink") or subgroups ("food-fruit"); emoji newer than its table have the label -1.
+    belongs to (a fifth is test) depends on its code points alone, and not on the versions of the packages. Classes are
+    CLDR's groups ("Food & Drink") or subgroups ("food-fruit"); emoji newer than its table have the label -1.
 
     Args:
         split: ``"train"`` or ``"test"``.

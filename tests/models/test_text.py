@@ -15,13 +15,13 @@ from mmebm.models.text import TextAutoencoder, TextSettings, fit_text_autoencode
 
 CAPTIONS = [f"{a} {b} {c} {d}." for a, b, c, d in itertools.product(
     ("a", "one"), ("small", "large", "grey"), ("bird", "cat", "fish"), ("sings", "sleeps", "eats"))]  # fmt: skip
-SMALL: dict[str, Any] = {"dim": 16, "embedding": 16, "hidden": 32, "length": 8, "batch": 32, "learning_rate": 1e-2}
+SMALL: dict[str, Any] = {"dim": 16, "embedding": 24, "hidden": 48, "length": 8, "batch": 32, "learning_rate": 5e-3}
 QUICK = SMALL | {"round": 4, "rounds": 1}
 
 
 @pytest.fixture(scope="module")
 def fitted(session_seed: int) -> TextAutoencoder:
-    return fit_text_autoencoder(CAPTIONS, seed=session_seed, **SMALL, round=50, rounds=6)
+    return fit_text_autoencoder(CAPTIONS, seed=session_seed, **SMALL, round=80, rounds=6)
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def test_captions_come_back_word_for_word(fitted: TextAutoencoder) -> None:
     codes = fitted.encode(CAPTIONS)
     assert codes.shape == (54, 16) and codes.dtype == torch.float32 and codes.abs().max() < 1
     whole = sum(a == b for a, b in zip(fitted.decode(codes), CAPTIONS)) / 54
-    assert whole > 0.95  # eight seeds gave 1
+    assert whole > 0.95  # thirteen seeds gave 1
     assert fitted.info["captions_back"] == pytest.approx(whole) and fitted.info["captions"] == 54
 
 
 def test_codes_nearby_decode_alike(fitted: TextAutoencoder, seed: int) -> None:
-    # At the noise of its training. Eight seeds gave at least .994 of the words.
+    # At the noise of its training. Thirteen seeds gave at least .99 of the words.
     generator = torch.Generator().manual_seed(seed)
     assert reading_accuracy(fitted, CAPTIONS, noise=0.2, generator=generator)[0] > 0.95
     # what was moved outside the cube of codes counts as its surface
@@ -116,7 +116,7 @@ def test_a_code_depends_on_its_caption_alone(fresh: TextAutoencoder, seed: int) 
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed)).tolist()
     together = fresh.encode([captions[k] for k in order])
     alone = torch.cat([fresh.encode([captions[k]]) for k in order])
-    # float32 sums of 32 terms in another order, through eight steps of a contraction: some hundred roundings of 6e-8
+    # float32 sums of 48 terms in another order, through eight steps of a contraction: some hundred roundings of 6e-8
     assert torch.allclose(together, alone, rtol=0, atol=2e-5)
 
 
