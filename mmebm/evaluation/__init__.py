@@ -31,10 +31,10 @@ from mmebm.evaluation.metrics import (
     kernel_distance,
     pair_agreement,
 )
-from mmebm.evaluation.sweep import STEPS, data_chain, latent_chain, run_sweep
+from mmebm.evaluation.sweep import STEPS, Chain, data_chain, latent_chain, run_sweep
 
 __all__ = [
-    "STEPS", "Agreement", "ClassBalance", "Classifiers", "FeatureExtractor", "Gap", "Inception", "KernelDistance",
+    "STEPS", "Agreement", "Chain", "ClassBalance", "Classifiers", "FeatureExtractor", "Gap", "Inception", "KernelDistance",
     "Likelihood", "Lite0",
     "agreement_by_class", "binomial_error", "chance_agreement", "class_accuracy", "class_balance",
     "conditional_coherence", "curves", "data_chain", "encoders", "fit_classifiers", "frechet_distance", "interpolate",

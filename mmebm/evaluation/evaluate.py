@@ -38,7 +38,7 @@ from mmebm.evaluation.metrics import (
     kernel_distance,
     pair_agreement,
 )
-from mmebm.evaluation.sweep import STEPS, data_chain, run_sweep
+from mmebm.evaluation.sweep import STEPS, Chain, data_chain, run_sweep
 
 __all__ = ["Complete", "Reference", "evaluate", "evaluate_conditional", "evaluate_pairs", "evaluate_samples", "table"]
 
@@ -292,7 +292,7 @@ def evaluate(
     subsets_per_size: int | None = SUBSETS_PER_SIZE,
     features: Sequence[FeatureExtractor] = (),
     pairs: Mapping[str, System] | None = None,
-    sweep: Mapping[str, System] | None = None,
+    sweep: Mapping[str, System | Chain] | None = None,
     sweep_steps: Sequence[int] = STEPS,
     latent: Mapping[str, System] | None = None,
     likelihood: Mapping[str, System] | None = None,
@@ -313,7 +313,8 @@ def evaluate(
         subsets_per_size: see :func:`evaluate_conditional`.
         features: further networks for distances on images, such as :class:`mmebm.evaluation.Lite0`.
         pairs: systems for :func:`evaluate_pairs`, each without and with its latent chain.
-        sweep: systems whose data chain is measured at each of ``sweep_steps``.
+        sweep: systems whose data chain, from the generator, is measured at each of ``sweep_steps``; or chains of tuples
+            (:func:`mmebm.evaluation.data_chain`), where they start elsewhere.
         latent: systems for :func:`mmebm.evaluation.latent_report`.
         likelihood: systems for :func:`mmebm.evaluation.log_likelihood`, on ``likelihood_rows`` test tuples with
             ``likelihood_options``.
@@ -368,8 +369,10 @@ def evaluate(
         }
     if sweep is not None:
         result["sweep"] = {
-            name: run_sweep(data_chain(system, n, seed=seed), reference.measure, sweep_steps)
-            for name, system in sweep.items()
+            name: run_sweep(
+                chain if isinstance(chain, Chain) else data_chain(chain, n, seed=seed), reference.measure, sweep_steps
+            )
+            for name, chain in sweep.items()
         }
     if latent is not None:
         if test.classes:

@@ -33,11 +33,11 @@ class Chain(NamedTuple):
     advance: Callable[[Any, int, int], Any]
 
 
-def data_chain(system: System, n: int, *, seed: int) -> Chain:
-    """The data chain of ``n`` tuples from the generator: after k steps what ``run.sample(n, "xk", seed=seed, steps=k)``
-    gives of the run whose system this is."""
+def data_chain(system: System, n: int, *, seed: int, start: Batch | None = None) -> Chain:
+    """The data chain of ``n`` tuples from ``start``, or from the generator: after k steps what ``run.sample(n, "xk",
+    seed=seed, steps=k)`` gives of the run whose system this is, and whose ``run.start(n, seed=seed)`` that is."""
     return Chain(
-        system.generate(n, seed=seed),
+        system.generate(n, seed=seed) if start is None else dict(start),
         lambda x, steps, first: system.revise_data(x, seed=seed + 1, steps=steps, first_step=first),
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmebm.data.base import Modality, MultimodalDataset
 from mmebm.evaluation.evaluate import Reference, evaluate, evaluate_conditional, evaluate_pairs, evaluate_samples, table
+from mmebm.evaluation.sweep import data_chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Batch = Mapping[str, Tensor]
@@ -216,8 +217,9 @@ def test_everything_at_each_point_as_plain_data(system: Any, make_set: MakeSet, 
     plain = measured()
     assert set(plain) == {"classifiers", "floor", "points", "conditional"}
     systems = {"vae": system, "x0": system}
+    elsewhere = data_chain(system, 50, seed=seed, start=points["x0"])
     full = measured(
-        features=[Mean()], pairs=systems, sweep={"xk": system, "frozen": system}, sweep_steps=(0, 2, 5), latent=systems,
+        features=[Mean()], pairs=systems, sweep={"xk": system, "frozen": elsewhere}, sweep_steps=(0, 2, 5), latent=systems,
         likelihood=systems, likelihood_rows=3, likelihood_options={"chains": 4, "steps": 5},
     )  # fmt: skip
     assert json.loads(json.dumps(full, allow_nan=False)) == full
@@ -229,6 +231,8 @@ def test_everything_at_each_point_as_plain_data(system: Any, make_set: MakeSet, 
     assert [row["steps"] for row in full["sweep"]["frozen"]] == [0, 2, 5]
     start = full["sweep"]["xk"][0]
     assert start["frechet"] == pytest.approx(plain["points"]["vae"]["frechet"], rel=1e-9)  # the same draw, no steps
+    moved = full["sweep"]["frozen"][0]
+    assert moved["frechet"] == pytest.approx(plain["points"]["x0"]["frechet"], rel=1e-9)
     assert full["latent"]["x0"]["sample, all rows"]["q"]["train_rows"] == 100
     assert full["likelihood"]["vae"] == full["likelihood"]["x0"] and full["likelihood"]["vae"]["n"] == 3
     by_class = full["points"]["x0"]["joint_coherence_by_class"]
