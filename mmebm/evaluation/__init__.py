@@ -34,8 +34,8 @@ from mmebm.evaluation.metrics import (
 from mmebm.evaluation.sweep import STEPS, Chain, data_chain, latent_chain, run_sweep
 
 __all__ = [
-    "STEPS", "Agreement", "Chain", "ClassBalance", "Classifiers", "FeatureExtractor", "Gap", "Inception", "KernelDistance",
-    "Likelihood", "Lite0",
+    "STEPS", "Agreement", "Chain", "ClassBalance", "Classifiers", "FeatureExtractor", "Gap", "Inception",
+    "KernelDistance", "Likelihood", "Lite0",
     "agreement_by_class", "binomial_error", "chance_agreement", "class_accuracy", "class_balance",
     "conditional_coherence", "curves", "data_chain", "encoders", "fit_classifiers", "frechet_distance", "interpolate",
     "interpolate_prior", "joint_coherence", "kernel_distance", "latent_chain", "latent_classification",

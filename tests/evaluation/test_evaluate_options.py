@@ -219,8 +219,8 @@ def test_everything_at_each_point_as_plain_data(system: Any, make_set: MakeSet, 
     systems = {"vae": system, "x0": system}
     elsewhere = data_chain(system, 50, seed=seed, start=points["x0"])
     full = measured(
-        features=[Mean()], pairs=systems, sweep={"xk": system, "frozen": elsewhere}, sweep_steps=(0, 2, 5), latent=systems,
-        likelihood=systems, likelihood_rows=3, likelihood_options={"chains": 4, "steps": 5},
+        features=[Mean()], pairs=systems, sweep={"xk": system, "frozen": elsewhere}, sweep_steps=(0, 2, 5),
+        latent=systems, likelihood=systems, likelihood_rows=3, likelihood_options={"chains": 4, "steps": 5},
     )  # fmt: skip
     assert json.loads(json.dumps(full, allow_nan=False)) == full
     assert set(full) - set(plain) == {"pairs", "sweep", "latent", "likelihood"}
