@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from mmebm.cli.common import pick_device
-from mmebm.evaluation import FeatureExtractor, Inception, Lite0, figures
+from mmebm.evaluation import FeatureExtractor, Inception, Lite0, data_chain, figures
 from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
@@ -25,19 +25,23 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.n < 100:
         raise ValueError(f"--n must be at least 100 for a Frechet distance, got {arguments.n}")
     run = Run(arguments.run, pick_device(arguments.device))
-    systems = {name: system for name, system in (("vae", run.vae), ("joint", run.system)) if _has(run, name)}
-    chains = {name: system for name, system in (("frozen", run.frozen), ("joint", run.system)) if _has(run, name)}
+    n = min(arguments.n, len(run.dataset("test")))
     more: dict[str, Any] = {"features": [_network(name, run) for name in arguments.features]}
-    for name, about in (("pairs", systems), ("sweep", chains), ("latent", systems), ("likelihood", systems)):
+    trained = {"vae": run.vae if "vae" in run.points else None, "x0": run.system if run.joint_trained else None}
+    systems = {name: system for name, system in trained.items() if system is not None}
+    for name in ("pairs", "latent", "likelihood"):
         if getattr(arguments, name):
-            more[name] = about
+            if not run.infers and name != "likelihood":
+                raise ValueError(f"--{name} needs an inference network, which this run does not train")
+            more[name] = systems
+    if arguments.sweep:
+        chains = {"frozen": run.frozen if "frozen" in run.points else None, "xk": trained["x0"]}
+        more["sweep"] = {
+            name: data_chain(system, n, seed=arguments.seed, start=run.start(n, seed=arguments.seed, system=system))
+            for name, system in chains.items() if system is not None
+        }  # fmt: skip
     report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, **more)
     return 0
-
-
-def _has(run: Run, name: str) -> bool:
-    """Whether the run has this system, trained."""
-    return run.joint_trained if name == "joint" else name in run.points
 
 
 def _network(name: str, run: Run) -> FeatureExtractor:
