@@ -20,7 +20,7 @@ from mmebm.cli.progress import Progress
 from mmebm.files import write_atomically
 from mmebm.training import PRESETS, Config, Trainer, checkpoint, parallel, preset
 from mmebm.training.config import override
-from mmebm.training.run import CHECKPOINT, Run, load_data
+from mmebm.training.run import CHECKPOINT, Run, keep_codec, load_data
 
 SAVE_EVERY_SECONDS = 30.0
 
@@ -135,7 +135,7 @@ def prepare(folder: Path, device: torch.device, config: Config | None, *, thread
     threads = threads or config.threads
     if threads is not None:
         torch.set_num_threads(threads)
-    data = load_data(config, "train")
+    data = load_data(config, "train", folder)
     trainer = Trainer(config, data, device, processes=parallel.Processes.here())
     if content is not None:
         trainer.load_state_dict(content)
@@ -143,6 +143,7 @@ def prepare(folder: Path, device: torch.device, config: Config | None, *, thread
     trainer.processes.barrier()
     if trainer.processes.first:
         folder.mkdir(parents=True, exist_ok=True)
+        keep_codec(data, folder)
         _write_text(folder / "config.json", json.dumps({
             "config": json.loads(config.to_json()), "data": data.info, "seed": config.seed, "device": str(device),
             "versions": {"mmebm": __version__, "torch": torch.__version__}, "commit": _commit(),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmebm import data
 from mmebm.data.base import MultimodalDataset
+from mmebm.models.text import TextAutoencoder
 from mmebm.training import checkpoint
 from mmebm.training.config import TAUGHT, Config, Stage
 from mmebm.training.parallel import Processes
@@ -19,6 +20,7 @@ from mmebm.training.starts import DataStarts
 from mmebm.training.system import Batch, System
 
 CHECKPOINT = "checkpoint.pt"
+CODEC = "codec.pt"
 
 # Where samples are taken: the multimodal VAE after the warm-up; the chain of an energy that learned on top of it while
 # it was held; where the data chain starts after the joint stage; and what that chain makes of it.
@@ -112,7 +114,7 @@ class Run:
     def dataset(self, split: data.Split) -> MultimodalDataset:
         """The run's data set, one of its splits, on the run's device."""
         if split not in self._sets:
-            self._sets[split] = load_data(self.config, split).to(self.device)
+            self._sets[split] = load_data(self.config, split, self.folder).to(self.device)
         return self._sets[split]
 
     def real(self, n: int, *, split: data.Split = "train", seed: int = 0) -> dict[str, Tensor]:
@@ -220,7 +222,17 @@ class Run:
         }  # fmt: skip
 
 
-def load_data(config: Config, split: data.Split) -> MultimodalDataset:
-    """The configured data set."""
+def load_data(config: Config, split: data.Split, folder: Path | None = None) -> MultimodalDataset:
+    """The configured data set, its captions by the codec that is kept in the run's ``folder``, where one is."""
     d = config.data
-    return data.load(d.name, split, seed=d.seed, path=d.path, **d.options)
+    options = dict(d.options)
+    if folder is not None and (folder / CODEC).is_file():
+        options["codec"] = str(folder / CODEC)
+    return data.load(d.name, split, seed=d.seed, path=d.path, **options)
+
+
+def keep_codec(held: MultimodalDataset, folder: Path) -> None:
+    """Stores a fitted text codec beside the run: another fit would be another modality."""
+    for modality in held.modalities:
+        if isinstance(modality.codec, TextAutoencoder) and not (folder / CODEC).is_file():
+            modality.codec.save(folder / CODEC)

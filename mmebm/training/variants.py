@@ -2,7 +2,7 @@
 
 ``preset("demo/coopnets")`` is the preset ``demo`` as the variant ``coopnets`` changes it; ``mmebm ablate`` runs a grid
 of them. Every variant has the seconds of the preset: what it does not spend on joint iterations it spends on its
-warm-up and the other way round, by :data:`JOINT_COST`. Evaluations of gradients and seconds are in each result.
+warm-up and the other way round, by :data:`COSTS`. Evaluations of gradients and seconds are in each result.
 """
 
 from __future__ import annotations
@@ -11,40 +11,59 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mmebm.training.config import Config, LatentPriorConfig, ShuffledTuplesConfig, Stage
+from mmebm.training.config import TAUGHT, Config, LatentPriorConfig, ShuffledTuplesConfig, Stage
 from mmebm.training.objectives import JOINT_OF
 
-# Warm-up iterations that take as long as one joint iteration (two CPU cores; the joint stage with both extensions).
-JOINT_COST = {"demo": 8.5, "paper": 8.5, "polymnist-5k": 5.0}
+# What the parts of a joint iteration take, in iterations of the warm-up (measured on two CPU cores, one thread each).
+COSTS: dict[str, dict[str, float]] = {
+    "demo": {"energy": 4.0, "latent": 2.0, "prior": 2.5},
+    "polymnist-5k": {"energy": 2.5, "latent": 2.0, "prior": 0.5},
+}
 
 
 def _with(config: Config, **loss: Any) -> Config:
     return config.replace(loss=dataclasses.replace(config.loss, **loss))
 
 
-def _iterations(config: Config, kind: str) -> int:
-    return sum(stage.iterations for stage in config.stages if stage.kind == kind)
+def _costs(config: Config) -> dict[str, float]:
+    return COSTS.get(config.preset.partition("/")[0], COSTS["demo"])
 
 
-def _cost(config: Config) -> float:
-    return JOINT_COST.get(config.preset.partition("/")[0], 5.0)
+def cost(config: Config, stage: Stage) -> float:
+    """What an iteration of ``stage`` takes, in iterations of the warm-up."""
+    if stage.kind != "joint":
+        return 1.0
+    costs, teach, loss = _costs(config), stage.train or TAUGHT["joint"], config.loss
+    vae = {"generator", "inference"} & set(teach)
+    prior = "prior" in teach and config.latent_prior is not None
+    energy = "energy" in teach and loss.energy > 0
+    revised = vae and (loss.generator_revised or loss.inference_revised or loss.elbo_revised)
+    latent = prior or (vae and (loss.generator_real or loss.inference_real))
+    # a chain for the energy's update, and one for the other networks'
+    chains = 0.5 * costs["energy"] * (bool(energy) + bool(revised))
+    return max(1.0, chains + costs["latent"] * bool(latent) + costs["prior"] * prior)
 
 
-def _joint(config: Config) -> Stage:
-    joint = [stage for stage in config.stages if stage.kind == "joint"]
-    return joint[-1] if joint else Stage("joint", 0, lr=0.5, final_lr=0.3)
+def budget(config: Config) -> float:
+    """What all stages take together, in iterations of the warm-up."""
+    return sum(stage.iterations * cost(config, stage) for stage in config.stages)
 
 
-def _warmup(config: Config) -> Stage:
-    warm = [stage for stage in config.stages if stage.kind == "warmup"]
-    return warm[0] if warm else Stage("warmup", 0)
+def _warmup(config: Config) -> tuple[Stage, ...]:
+    return tuple(stage for stage in config.stages if stage.kind == "warmup")
 
 
-def _only_joint(config: Config, **changes: Any) -> tuple[Stage, ...]:
-    """All the time in one joint stage, without a warm-up."""
-    joint = _joint(config)
-    n = joint.iterations + round((_iterations(config, "warmup") + _iterations(config, "prior")) / _cost(config))
-    return (dataclasses.replace(joint, iterations=n, lr=1.0, final_lr=joint.final_lr, **changes),)
+def _then_joint(config: Config, plain: Config, before: tuple[Stage, ...], **changes: Any) -> Config:
+    """``plain`` with the stages ``before`` and one joint stage that takes what is left of ``config``'s budget."""
+    joint = [stage for stage in config.stages if stage.kind == "joint"] or [Stage("joint", 0, lr=0.5, final_lr=0.3)]
+    stage = dataclasses.replace(joint[0], **{"train": None, **changes})
+    left = budget(config) - sum(s.iterations * cost(plain, s) for s in before)
+    stage = dataclasses.replace(stage, iterations=max(round(left / cost(plain, stage)), 0))
+    return plain.replace(stages=(*before, stage))
+
+
+def _plain(config: Config) -> Config:
+    return _with(config.replace(latent_prior=None, shuffled_tuples=None), elbo=0.0)
 
 
 def full(config: Config) -> Config:
@@ -54,64 +73,57 @@ def full(config: Config) -> Config:
 
 def paper(config: Config) -> Config:
     """The paper's loop alone: no ELBO kept, no latent prior, no shuffled tuples. The automatic latent step stays."""
-    # a prior iteration takes about as long as one of the warm-up
-    joint = _joint(config)
-    extra = round(_iterations(config, "prior") / _cost(config))
-    stages = tuple(stage for stage in config.stages if stage.kind == "warmup")
-    stages += (dataclasses.replace(joint, iterations=joint.iterations + extra),)
-    return _with(config.replace(latent_prior=None, shuffled_tuples=None, stages=stages), elbo=0.0)
+    return _then_joint(config, _plain(config), _warmup(config))
 
 
 def vae(config: Config) -> Config:
     """Generator and inference network as a multimodal VAE, no chain."""
-    plain = paper(config)
-    n = _iterations(plain, "warmup") + round(_cost(config) * _iterations(plain, "joint"))
-    return plain.replace(stages=(dataclasses.replace(_warmup(config), iterations=n),))
+    first = _warmup(config)[0] if _warmup(config) else Stage("warmup", 0)
+    return _plain(config).replace(stages=(dataclasses.replace(first, iterations=round(budget(config))),))
 
 
 def abp(config: Config) -> Config:
     """Generator and inference network with the latent chain, no energy: alternating back-propagation, short-run."""
-    return _with(paper(config), energy=0.0, generator_revised=0.0, inference_revised=0.0)
+    plain = _with(_plain(config), energy=0.0, generator_revised=0.0, inference_revised=0.0)
+    return _then_joint(config, plain, _warmup(config))
 
 
 def ebm(config: Config) -> Config:
     """The energy alone, its chains started from noise."""
-    plain = paper(config)
-    start = dataclasses.replace(config.start, data="noise")
-    return plain.replace(start=start, stages=_only_joint(config, train=("energy",)))
+    plain = _plain(config).replace(start=dataclasses.replace(config.start, data="noise"))
+    return _then_joint(config, plain, (), lr=1.0, train=("energy",))
 
 
 def coopnets(config: Config) -> Config:
     """Energy and generator teach each other; no inference network, no warm-up (Xie et al., 2018)."""
-    plain = _with(paper(config), generator_real=0.0, inference_real=0.0, inference_revised=0.0)
-    return plain.replace(stages=_only_joint(config))
+    plain = _with(_plain(config), generator_real=0.0, inference_real=0.0, inference_revised=0.0)
+    return _then_joint(config, plain, (), lr=1.0)
 
 
 def coop_vae(config: Config) -> Config:
     """Energy and VAE, the VAE taught by revised samples only; no warm-up (Xie et al., 2021)."""
     plain = _with(
-        paper(config), generator_real=0.0, generator_revised=0.0, inference_real=0.0, inference_revised=0.0,
+        _plain(config), generator_real=0.0, generator_revised=0.0, inference_real=0.0, inference_revised=0.0,
         elbo_revised=1.0,
     )  # fmt: skip
-    return plain.replace(stages=_only_joint(config))
+    return _then_joint(config, plain, (), lr=1.0)
 
 
 def frozen(config: Config) -> Config:
     """The VAE as the warm-up left it, and an energy on top of it."""
-    plain = paper(config)
-    return plain.replace(stages=(_warmup(plain), dataclasses.replace(_joint(plain), train=("energy",))))
+    return _then_joint(config, _plain(config), _warmup(config), train=("energy",))
 
 
 def paper_elbo(config: Config) -> Config:
     """The paper's loop with the warm-up's bound kept."""
-    return _with(paper(config), elbo=1.0)
+    return _then_joint(config, _with(_plain(config), elbo=1.0), _warmup(config))
 
 
 def paper_prior(config: Config) -> Config:
     """The paper's loop with the latent energy prior."""
-    return _with(
-        config.replace(latent_prior=config.latent_prior or LatentPriorConfig(), shuffled_tuples=None), elbo=0.0
-    )
+    plain = _plain(config).replace(latent_prior=config.latent_prior or LatentPriorConfig())
+    before = tuple(stage for stage in config.stages if stage.kind != "joint")
+    return _then_joint(config, plain, before)
 
 
 def paper_shuffled(config: Config) -> Config:
@@ -120,8 +132,10 @@ def paper_shuffled(config: Config) -> Config:
 
 
 def paper_hard(config: Config) -> Config:
-    """The paper's loop with hard shuffled tuples as negatives."""
-    return paper(config).replace(shuffled_tuples=ShuffledTuplesConfig(kind="hard"))
+    """The paper's loop with hard shuffled tuples as negatives, those of the preset where it has them."""
+    own = config.shuffled_tuples
+    hard = own if own is not None and own.kind == "hard" else ShuffledTuplesConfig(kind="hard")
+    return paper(config).replace(shuffled_tuples=hard)
 
 
 def data_start(name: str) -> Callable[[Config], Config]:

@@ -25,7 +25,7 @@ from mmebm.training.extensions import ShuffledTuples
 from mmebm.training.optimise import Optimiser
 from mmebm.training.starts import DataStarts, LatentStarts
 from mmebm.training.trainer import Minibatch
-from mmebm.training.variants import GRIDS, VARIANTS, variant
+from mmebm.training.variants import GRIDS, VARIANTS, budget, cost, variant
 
 LATENTS = (*LATENT_STARTS, "unimodal:vector")
 
@@ -328,3 +328,12 @@ def test_bad_settings_are_named() -> None:
             make()
 
 
+
+
+@pytest.mark.parametrize("base", ["demo", "polymnist-5k"])
+def test_variants_have_the_presets_budget(base: str) -> None:
+    """In iterations of the warm-up, to within one iteration of the dearest stage."""
+    whole = budget(preset(base))
+    for name in VARIANTS:
+        config = preset(f"{base}/{name}")
+        assert abs(budget(config) - whole) <= max(cost(config, stage) for stage in config.stages)

@@ -1,0 +1,57 @@
+"""A run on images with captions: trained, evaluated and sampled by the command line, its codec kept with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmebm.cli.main import main
+from mmebm.data.captions import Vocabulary
+from mmebm.models.text import TextAutoencoder, TextSettings
+
+CLASSES = ("001.Grey_bird", "002.Red_bird")
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> Path:
+    """The layout of CUB's image-caption files, with 16 training and 8 test images of two classes."""
+    root, rng = tmp_path / "cub", np.random.default_rng(0)
+    for split, lines, per_class in (("train", "text_trainvalclasses.txt", 8), ("test", "text_testclasses.txt", 4)):
+        captions = []
+        for c, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(120 * c, 120 * c + 100, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i:03d}.jpg")
+                captions += [f"a {('grey', 'red')[c]} bird with a {k} wing." for k in ("small", "long") * 5]
+        (root / lines).write_text("\n".join(captions) + "\n")
+    return root
+
+
+def test_a_run_keeps_its_codec(cub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"a {a} bird with a {b} wing." for a, b in itertools.product(("grey", "red"), ("small", "long"))]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        settings = TextSettings(dim=8, embedding=8, hidden=8, length=10)
+        TextAutoencoder(Vocabulary.of(words), settings).eval().save(tmp_path / "fitted.pt")
+    stages = json.dumps([{"kind": "warmup", "iterations": 5}, {"kind": "joint", "iterations": 2}])
+    options = json.dumps({"size": 8, "dim": 8, "codec": str(tmp_path / "fitted.pt")})
+    assert main([
+        "train", "--preset", "paper", "--data", "cub", "--data-path", str(cub), "--runs", str(tmp_path), "--name", "r",
+        "--device", "cpu", "--threads", "1", "--set", f"stages={stages}", "--set", f"data.options={options}",
+        "--set", "model.weights={}", "--set", "batch=8", "--set", "data_chain.steps=2",
+    ]) == 0, capsys.readouterr().err  # fmt: skip
+    kept = (tmp_path / "r" / "codec.pt").read_bytes()
+    (tmp_path / "fitted.pt").unlink()
+    assert main(["sample", str(tmp_path / "r"), "--n", "3", "--out", str(tmp_path / "s.npz"), "--device", "cpu"]) == 0
+    arrays = dict(np.load(tmp_path / "s.npz"))
+    assert arrays["image"].shape == (3, 3, 8, 8) and arrays["caption"].shape == (3,)
+    drawn, known = (set(" ".join(texts).replace(".", " .").split()) for texts in (arrays["caption"], words))
+    assert drawn <= known | {"<unk>"}
+    assert (tmp_path / "r" / "codec.pt").read_bytes() == kept
