@@ -16,7 +16,7 @@ from mmebm.cli.evaluate import report
 from mmebm.cli.train import configure, fit, prepare
 from mmebm.files import write_atomically
 from mmebm.training.run import CHECKPOINT, Run
-from mmebm.training.variants import GRIDS, VARIANTS
+from mmebm.training.variants import GRIDS, VARIANTS, scaled
 
 JUDGES = "classifiers.pt"
 
@@ -64,6 +64,7 @@ def _one(folder: Path, name: str, seed: int, judges: Path, arguments: argparse.N
                 f"{arguments.preset}/{name}", data=arguments.data, data_path=arguments.data_path, seed=seed,
                 threads=arguments.threads, changes=arguments.set,
             )  # fmt: skip
+            config = scaled(config, arguments.scale)
         trainer = prepare(folder, device, config, threads=arguments.threads)
         if not fit(trainer, folder):
             raise KeyboardInterrupt

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     ablate.add_argument("--out", default="runs/ablation", help="folder of the runs and the table")
+    ablate.add_argument("--scale", type=float, default=1.0, help="times the iterations of every stage (default: 1)")
     ablate.add_argument("--n", type=int, default=2000, help="samples per point (default: 2000)")
     ablate.add_argument("--data", help="data set instead of the preset's")
     ablate.add_argument("--data-path", help="its folder")

@@ -199,6 +199,19 @@ GRIDS: dict[str, tuple[str, ...]] = {
 GRIDS["study"] = (*GRIDS["components"], *GRIDS["baselines"])
 
 
+def scaled(config: Config, factor: float) -> Config:
+    """``config`` with ``factor`` times the iterations in every stage.
+
+    Raises:
+        ValueError: for a factor that is not positive.
+    """
+    if not factor > 0:
+        raise ValueError(f"factor must be positive, got {factor!r}")
+    return config.replace(stages=tuple(
+        dataclasses.replace(stage, iterations=max(round(factor * stage.iterations), 1)) for stage in config.stages
+    ))  # fmt: skip
+
+
 def variant(config: Config, name: str) -> Config:
     """``config`` as the variant ``name`` changes it; the preset's name then ends in ``/name``.
 

@@ -13,14 +13,14 @@ import pytest
 from mmebm.cli import ablate
 from mmebm.cli.main import main
 
-STAGES = json.dumps([{"kind": "warmup", "iterations": 8}, {"kind": "joint", "iterations": 2}])
+STAGES = json.dumps([{"kind": "warmup", "iterations": 16}, {"kind": "joint", "iterations": 4}])
 QUICK = ["--set", f"stages={STAGES}", "--set", "data_chain.steps=3", "--set", 'data.options={"size": 14, "n": 300}',
          "--set", "batch=20", "--n", "200", "--threads", "1", "--device", "cpu"]  # fmt: skip
 
 
 def test_grid_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "grid"
-    command = ["ablate", "--variants", "abp", "--seeds", "3", "4", "--out", str(out), *QUICK]
+    command = ["ablate", "--variants", "abp", "--seeds", "3", "4", "--scale", "0.5", "--out", str(out), *QUICK]
     assert main(command) == 0
     rows = json.loads((out / "table.json").read_text())
     assert [(row["variant"], row["point"]) for row in rows] == [("abp", point) for point in ("vae", "x0", "xk")]

@@ -35,10 +35,10 @@ def config() -> Config:
             Stage("joint", 700, lr=0.5, final_lr=0.3),
             # generator and inference network rest: the prior catches up with them, then the energy with its samples
             Stage("joint", 2000, lr=0.5, final_lr=0.05, train=("prior",)),
-            Stage("joint", 600, lr=0.5, final_lr=0.1, train=("energy", "prior")),
+            Stage("joint", 900, lr=0.5, final_lr=0.1, train=("energy", "prior")),
         ),
         # the prior must keep up with the posterior in the joint stage: at half this rate x_k loses .07 of coherence
         latent_prior=LatentPriorConfig(adam=AdamConfig(lr=2e-3)),
         # ten classes in a batch of 100: a row and its nearest eleven count as one class
-        shuffled_tuples=ShuffledTuplesConfig(weight=8.0, kind="hard", same=0.12, near=0.3),
+        shuffled_tuples=ShuffledTuplesConfig(weight=12.0, kind="hard", same=0.12, near=0.3),
     )
