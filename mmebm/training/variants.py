@@ -15,8 +15,8 @@ from mmebm.training.config import TAUGHT, Config, LatentPriorConfig, ShuffledTup
 from mmebm.training.objectives import JOINT_OF
 
 # What the parts of a joint iteration take, in iterations of the warm-up: the update of generator and inference network,
-# and again where the warm-up's bound is kept; the latent chain; drawing from the prior and its update; one data chain; the
-# energy's update. Measured on one thread each, two runs at a time on two cores.
+# and again where the warm-up's bound is kept; the latent chain; drawing from the prior and its update; one data chain;
+# the energy's update. Measured on one thread each, two runs at a time on two cores; for "polymnist-5k" estimated.
 COSTS: dict[str, dict[str, float]] = {
     "demo": {"update": 1.0, "latent": 2.8, "prior": 0.6, "data": 2.0, "energy": 0.5},
     "polymnist-5k": {"update": 1.0, "latent": 2.0, "prior": 0.1, "data": 1.0, "energy": 0.5},
