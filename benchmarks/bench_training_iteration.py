@@ -1,15 +1,17 @@
-"""One iteration of the `demo` preset's joint stage, whole: three data and latent chains, three networks, four Adams.
+"""One iteration of a preset's joint stage, whole: three data and latent chains, three networks, four Adams.
 
     python -m pytest benchmarks/bench_training_iteration.py
 
 *eager* is the same trainer with every chain written by hand in PyTorch; nothing else differs. The gate: both run the
-same chain where neither has noise.
+same chain where neither has noise. `polymnist-5k` (batch 128, random tuples: time does not depend on them) is for a
+GPU; benchmarks/gpu.py times it too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor
 
 from mmebm import data, noise
+from mmebm.data.base import Modality, MultimodalDataset
 from mmebm.training import system
 from mmebm.training.config import ChainConfig, Config
-from mmebm.training.presets.demo import config
+from mmebm.training.presets import preset
 from mmebm.training.trainer import Trainer
 
 
@@ -69,45 +72,92 @@ def by_hand(
     return HandWritten(chain, size, prior_std)
 
 
-def trainer(implementation: str, monkeypatch: pytest.MonkeyPatch, settings: Config) -> Trainer:
-    if implementation == "eager":
-        monkeypatch.setattr(system, "sampler_of", by_hand)
-    return Trainer(settings, data.load("digits", "train", size=14, n=500))
+def settings(name: str) -> Config:
+    """The preset, with its joint stage alone."""
+    whole = preset(name)
+    joint = next(stage for stage in whole.stages if stage.kind == "joint")
+    return whole.replace(stages=(joint,), batch=128 if name == "polymnist-5k" else whole.batch)
 
 
-def still(settings: Config) -> Config:
-    """The same without noise."""
-    assert settings.latent_prior is not None
-    quiet = lambda chain: dataclasses.replace(chain, noise=0.0)
-    return settings.replace(
-        data_chain=quiet(settings.data_chain), latent_chain=quiet(settings.latent_chain),
-        latent_prior=dataclasses.replace(settings.latent_prior, chain=quiet(settings.latent_prior.chain)),
+def tuples(name: str) -> MultimodalDataset:
+    """500 tuples of the preset's shapes; for `polymnist-5k` random ones, which need no package."""
+    if name == "demo":
+        return data.load("digits", "train", size=14, n=500)
+    n, names = 500, [f"m{i}" for i in range(5)]
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.zeros(n, dtype=torch.int64)
+    return MultimodalDataset(
+        name="random", split="train", seed=0, modalities=tuple(Modality(m, (3, 28, 28), "image") for m in names),
+        classes=("one",), pools={m: 2 * torch.rand(n, 3, 28, 28, generator=rng) - 1 for m in names},
+        pool_labels=dict.fromkeys(names, labels), index=torch.arange(n)[:, None].expand(n, 5).contiguous(),
+        labels=labels,
     )  # fmt: skip
 
 
-def gate(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def chains(implementation: str) -> Iterator[None]:
+    """The trainer's chains by ours, or by hand (``"eager"``)."""
+    ours = system.sampler_of
+    system.sampler_of = by_hand if implementation == "eager" else ours  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        system.sampler_of = ours
+
+
+def still(config: Config) -> Config:
+    """The same without noise."""
+    assert config.latent_prior is not None
+    quiet = lambda chain: dataclasses.replace(chain, noise=0.0)
+    return config.replace(
+        data_chain=quiet(config.data_chain), latent_chain=quiet(config.latent_chain),
+        latent_prior=dataclasses.replace(config.latent_prior, chain=quiet(config.latent_prior.chain)),
+    )  # fmt: skip
+
+
+def gate(name: str, device: torch.device) -> None:
+    """Both implementations run the same chains where neither has noise."""
     ends = []
     for implementation in ("mmebm", "eager"):
-        with monkeypatch.context() as patch:
-            s = trainer(implementation, patch, still(config())).system
+        with chains(implementation):
+            s = Trainer(still(settings(name)), tuples(name), device).system
             x = s.generate(8, seed=1)
-            z = noise.normal((8, s.config.model.latent), seed=2)
+            z = noise.normal((8, s.latent), seed=2, device=device)
             ends.append([*s.revise_data(x, seed=3).state.values(), s.revise_latent(z, x, seed=4).state])
     for ours, theirs in zip(*ends, strict=True):
-        # 30 and 20 steps of fp32 sums in another order
+        # up to 30 steps of fp32 sums in another order
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "mmebm"])
-def test_training_iteration(benchmark: Any, monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
-    gate(monkeypatch)
-    learner = trainer(implementation, monkeypatch, config())
-    rng = torch.Generator().manual_seed(0)
+def iterations(name: str, implementation: str, device: torch.device) -> Callable[[], None]:
+    """A function that runs one iteration and waits for it; call it within :func:`chains`."""
+    learner = Trainer(settings(name), tuples(name), device)
     batches = []
     for learner.iteration in range(8):
         batches.append(learner.batch())
+    rng = torch.Generator(device).manual_seed(0)
     learner.system.measure_latent_step(batches[0].x, rng)
     count = iter(range(1 << 30))
-    benchmark.group = f"one training iteration of `demo`, {torch.get_num_threads()} threads"
-    benchmark.extra_info.update(implementation=implementation, baseline=implementation == "eager")
-    benchmark.pedantic(lambda: learner.joint_step(batches[next(count) % 8], rng), rounds=15, warmup_rounds=3)
+
+    def one() -> None:
+        row = learner.joint_step(batches[next(count) % 8], rng)
+        assert {"loss_energy", "loss_generator", "loss_inference", "prior_gap"} <= set(row)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return one
+
+
+@pytest.mark.parametrize("implementation", ["eager", "mmebm"])
+@pytest.mark.parametrize("name", ["demo", "polymnist-5k"])
+def test_training_iteration(benchmark: Any, name: str, implementation: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "polymnist-5k" and device.type == "cpu":
+        pytest.skip("five convolutional modalities: for a GPU")
+    gate(name, device)
+    with chains(implementation):
+        one = iterations(name, implementation, device)
+        where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+        benchmark.group = f"one training iteration of `{name}`, {where}"
+        benchmark.extra_info.update(implementation=implementation, baseline=implementation == "eager")
+        benchmark.pedantic(one, rounds=15, warmup_rounds=3)

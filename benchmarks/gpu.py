@@ -9,7 +9,8 @@ enough to hide the clock of the events; the first batches warm the device up and
 turns, so that a slow change of the clocks meets all of them. The time a call takes on the host (nothing waited for)
 and the first call (compilation) stand beside them. A candidate that gives a wrong result is reported with the error
 instead of a time. Last come whole chains: on a convolutional energy by hand, in the library's loop, and captured; and
-that of a latent prior, eager, compiled and in one launch of Triton or CUDA C++, each also as a replayed graph.
+that of a latent prior, eager, compiled and in one launch of Triton or CUDA C++, each also as a replayed graph; and a
+whole training iteration of five convolutional modalities, with the chains by hand and by the library.
 
 Writes one JSON file with the device, driver, versions and commit.
 """
@@ -373,6 +374,23 @@ class LatentChain:
         return {**found, "results": {name: summary(t) for name, t in times.items()}}
 
 
+def training_iteration(rounds: int) -> dict[str, object]:
+    """One iteration of `polymnist-5k`, batch 128, against the same with every chain written by hand."""
+    import bench_training_iteration as bench
+
+    bench.gate("polymnist-5k", DEVICE)
+    times: dict[str, list[float]] = {}
+    for implementation in ("eager", "mmebm"):
+        with bench.chains(implementation):
+            one = bench.iterations("polymnist-5k", implementation, DEVICE)
+            for turn in range(rounds + 3):
+                started = time.perf_counter()
+                one()
+                if turn >= 3:
+                    times.setdefault(implementation, []).append(time.perf_counter() - started)
+    return {name: summary(t) for name, t in times.items()}
+
+
 def table(case: str, found: dict) -> str:
     lines = [f"{case}: {found['elements']:,} elements, {found['bytes'] / 1e6:,.1f} MB moved"]
     for name, r in found["results"].items():
@@ -410,6 +428,8 @@ def main() -> int:
     print(json.dumps(chain, indent=1), flush=True)
     report["latent_chain"] = latent = {"case": LatentChain.name, **LatentChain().measure(arguments.rounds)}
     print(json.dumps(latent, indent=1), flush=True)
+    report["training_iteration"] = whole = {"case": "polymnist-5k, batch 128", **training_iteration(arguments.rounds)}
+    print(json.dumps(whole, indent=1), flush=True)
     device = str(report["environment"]["device"]).lower().replace(" ", "-")  # type: ignore[index]
     out = arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{device}-{datetime.now():%Y%m%d-%H%M%S}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
