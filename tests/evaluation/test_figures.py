@@ -12,11 +12,6 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from mmebm.evaluation.figures import (
-    ACCENT,
-    BROKEN,
-    CELL,
-    COLOURS,
-    DPI,
     conditional_grid,
     curves,
     interpolation_grid,
@@ -27,6 +22,9 @@ from mmebm.evaluation.figures import (
     traces,
     trajectory_grid,
 )
+from mmebm.evaluation.figures.grids import BROKEN, CELL
+from mmebm.evaluation.figures.plots import ACCENT, COLOURS
+from mmebm.evaluation.figures.style import DPI
 
 PIXEL = 1 / 255
 
