@@ -87,7 +87,8 @@ def rows_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str
             for key in ("joint_coherence", "chance_joint", "pair_agreement", "frechet", "class_share_min", "entropy"):
                 row[key] = spread([p[key] for p in of if key in p])
             for mode, by in runs[0]["conditional"].items():
-                if (mode.startswith("vae") and point == "vae") or (mode[0] in "ABC" and point == "xk"):
+                last = list(runs[0]["points"])[-1]
+                if point == ("vae" if mode.startswith("vae") else last):
                     for size in by["by_given"]:
                         row[f"{mode}, {size} given"] = spread([
                             run["conditional"][mode]["by_given"][size] for run in runs

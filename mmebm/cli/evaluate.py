@@ -35,10 +35,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 raise ValueError(f"--{name} needs an inference network, which this run does not train")
             more[name] = systems
     if arguments.sweep:
-        chains = {"frozen": run.frozen if "frozen" in run.points else None, "xk": trained["x0"]}
+        chains = {"frozen": run.frozen, "xk": run.system}
         more["sweep"] = {
             name: data_chain(system, n, seed=arguments.seed, start=run.start(n, seed=arguments.seed, system=system))
-            for name, system in chains.items() if system is not None
+            for name, system in chains.items() if system is not None and name in run.points
         }  # fmt: skip
     report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, **more)
     return 0
@@ -96,7 +96,7 @@ def report(
         TITLES[point]: {name: m.natural(x[name][:columns]) for name, m in names.items()} for point, x in points.items()
     }
     figures.sample_grid(blocks, run.folder / "samples.png", columns=columns)
-    if run.joint_trained:
+    if "xk" in run.points:
         states, marks = run.trajectory(4, seed=seed)
         frames = {name: _frames(m, states[name]) for name, m in names.items()}
         figures.trajectory_grid(frames, marks, run.folder / "trajectory.png")

@@ -14,7 +14,7 @@ from mmebm import data
 from mmebm.data.base import MultimodalDataset
 from mmebm.models.text import TextAutoencoder
 from mmebm.training import checkpoint
-from mmebm.training.config import TAUGHT, Config, Stage
+from mmebm.training.config import TAUGHT, Config
 from mmebm.training.parallel import Processes
 from mmebm.training.starts import DataStarts
 from mmebm.training.system import Batch, System
@@ -75,22 +75,29 @@ class Run:
     @property
     def infers(self) -> bool:
         """Whether the inference network has learned anything: without it nothing is completed through z."""
+        loss = self.config.loss
+        joint = any((loss.inference_real, loss.inference_revised, loss.elbo, loss.elbo_revised))
+        return self._learned("inference", joint=joint)
+
+    @property
+    def revises(self) -> bool:
+        """Whether the energy has learned anything: without it the data chain means nothing."""
+        return self._learned("energy", joint=self.config.loss.energy > 0)
+
+    def _learned(self, network: str, *, joint: bool) -> bool:
+        """Whether a stage teaches the network; ``joint``: whether joint stages have a loss for it."""
         return any(
-            "inference" in (stage.train or TAUGHT[stage.kind]) and self._teaches_inference(stage)
+            network in (stage.train or TAUGHT[stage.kind]) and (stage.kind != "joint" or joint)
             for stage in self.config.stages if stage.iterations
         )  # fmt: skip
-
-    def _teaches_inference(self, stage: Stage) -> bool:
-        loss = self.config.loss
-        weights = (loss.inference_real, loss.inference_revised, loss.elbo, loss.elbo_revised)
-        return stage.kind == "warmup" or any(weights)
 
     @property
     def points(self) -> tuple[str, ...]:
         """Those of :data:`POINTS` that this run has."""
         stages = [stage for stage in self.config.stages if stage.iterations]
         has = {
-            "vae": any(stage.kind == "warmup" for stage in stages), "x0": self.joint_trained, "xk": self.joint_trained,
+            "vae": any(stage.kind == "warmup" for stage in stages), "x0": self.joint_trained,
+            "xk": self.joint_trained and self.revises,
             # where nothing learned after it, xk is this
             "frozen": self.frozen is not None and stages[-1].train != ("energy",),
         }  # fmt: skip
@@ -142,7 +149,8 @@ class Run:
         """
         if point not in POINTS:
             raise ValueError(f"point must be one of {list(POINTS)}, got {point!r}")
-        if point not in self.points and not (point == "vae" or (point != "frozen" and not self.joint_trained)):
+        untrained = not self.joint_trained and point in ("x0", "xk")
+        if point not in self.points and point != "vae" and not untrained:
             raise ValueError(f"this run has no point {point!r}, only {list(self.points)}")
         begin, end = self.processes.share(n)
         if point == "vae":
@@ -204,7 +212,8 @@ class Run:
         elif self.joint_trained:
             out["A: decode"] = lambda given, seed: s.complete(given, seed=seed, latent_steps=0, data_steps=0)
             out["B: latent chain"] = lambda given, seed: s.complete(given, seed=seed, data_steps=0)
-            out["C: B + data chain"] = lambda given, seed: s.complete(given, seed=seed, data_steps=steps)
+            if self.revises:
+                out["C: B + data chain"] = lambda given, seed: s.complete(given, seed=seed, data_steps=steps)
         return out
 
     def settings(self, steps: int | None = None) -> dict[str, Any]:

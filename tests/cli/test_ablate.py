@@ -23,8 +23,10 @@ def test_grid_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     command = ["ablate", "--variants", "abp", "--seeds", "3", "4", "--scale", "0.5", "--out", str(out), *QUICK]
     assert main(command) == 0
     rows = json.loads((out / "table.json").read_text())
-    assert [(row["variant"], row["point"]) for row in rows] == [("abp", point) for point in ("vae", "x0", "xk")]
+    assert [(row["variant"], row["point"]) for row in rows] == [("abp", point) for point in ("vae", "x0")]
     assert all(row["seeds"] == 2 for row in rows)
+    # without an energy there is nothing that revises x0, and no third way of completing
+    assert {"A: decode, 1 given", "B: latent chain, 2 given"} < set(rows[1]) and "C" not in {key[0] for key in rows[1]}
     metrics = [json.loads((out / f"abp-{seed}" / "metrics.json").read_text()) for seed in (3, 4)]
     values = [m["points"]["x0"]["frechet"] for m in metrics]
     row = next(r for r in rows if r["variant"] == "abp" and r["point"] == "x0")
@@ -32,7 +34,7 @@ def test_grid_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     # 8 warm-up iterations need no chain; 2 joint ones 20 rows and 20 latent steps each
     assert row["evaluations"] == [2 * 20 * 20, 0.0]
     text = (out / "table.md").read_text()
-    assert text.count("\n| abp | ") == 3 and "| abp | xk | 2 |" in text
+    assert text.count("\n| abp | ") == 2 and "| abp | x0 | 2 |" in text
 
     stamps = {path: os.stat(path).st_mtime_ns for path in out.glob("*/checkpoint.pt")}
     (out / "abp-3" / "metrics.json").unlink()
