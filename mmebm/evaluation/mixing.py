@@ -243,7 +243,7 @@ def mixing(
     if not run.joint_trained:
         raise ValueError("run has not reached its joint stage: there is no trained chain to examine")
     check_count("chains", chains, least=REPLICAS)
-    both = {"data": data_subject(run, classifiers, chains=chains, seed=seed)}
+    both = {"data": data_subject(run, classifiers, chains=chains, seed=seed)} if run.revises else {}
     if run.infers:
         both["latent"] = latent_subject(run, classifiers, tuples=chains // REPLICAS, seed=seed)
     return {

@@ -40,7 +40,7 @@ def revisions(run: Run, folder: Path, *, seed: int = 0, chains: int = 3) -> dict
     """
     config, system = run.config, run.system
     found = {}
-    if config.data_chain.steps:
+    if config.data_chain.steps and run.revises:
         steps, every = _frames(config.data_chain.steps)
         x0 = run.start(chains, seed=seed)
         moved = system.revise_data(x0, seed=seed + 1, steps=steps, thin=every).trajectory
