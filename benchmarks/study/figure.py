@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
 BASELINES = {"vae", "mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"}
 
@@ -27,13 +28,16 @@ def main(source: str, target: str) -> None:
         x, y = last["frechet"], last["joint_coherence"]
         colour = "#8593a3" if name in BASELINES else "#2b6cb0"
         axes.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt="o", ms=5, color=colour, capsize=2, lw=1)
-        axes.annotate(name, (x[0], y[0]), xytext=(6, 4), textcoords="offset points", fontsize=9, color="#1f2933")
+        axes.annotate(name, (x[0], y[0]), xytext=(6, -12 if name in ("frozen", "mmvae+") else 4), textcoords="offset points", fontsize=9, color="#1f2933")
         if "xk" in at and "x0" in at:
             start = (at["x0"]["frechet"][0], at["x0"]["joint_coherence"][0])
             axes.annotate("", (x[0], y[0]), start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 0.8})
     axes.set(xscale="log", ylim=(0, 1), xlabel="Frechet distance of the samples (classifier features)",
              ylabel="joint coherence")  # fmt: skip
     axes.set_title("Every variant's samples; an arrow is the data-space Langevin revision, x0 to xk", fontsize=10)
+    axes.xaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target)

@@ -35,7 +35,7 @@ def config() -> Config:
             Stage("joint", 700, lr=0.5, final_lr=0.3),
             # generator and inference network rest: the prior catches up with them, then the energy with its samples
             Stage("joint", 2000, lr=0.5, final_lr=0.05, train=("prior",)),
-            Stage("joint", 900, lr=0.5, final_lr=0.1, train=("energy", "prior")),
+            Stage("joint", 2000, lr=0.5, final_lr=0.05, train=("energy", "prior")),
         ),
         # the prior must keep up with the posterior in the joint stage: at half this rate x_k loses .07 of coherence
         latent_prior=LatentPriorConfig(adam=AdamConfig(lr=2e-3)),
