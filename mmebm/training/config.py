@@ -148,6 +148,23 @@ class LossConfig:
     elbo_revised: float = 0.0
     energy_l2: float = 0.0
 
+    def needs_posterior(self, network: str) -> bool:
+        """Whether ``network`` has a loss in the joint stage that needs the revised z of real tuples."""
+        weights = {"generator": self.generator_real, "inference": self.inference_real, "prior": 1.0}
+        return weights.get(network, 0.0) > 0
+
+    def needs_revised(self, network: str, *, pairs: bool = True) -> bool:
+        """Whether ``network`` has one that needs revised tuples; ``pairs``: whether there is a z that they are from."""
+        weights = {"generator": self.generator_revised, "inference": self.inference_revised}
+        return network in weights and (self.elbo_revised > 0 or (pairs and weights[network] > 0))
+
+    def teaches(self, network: str) -> bool:
+        """Whether ``network`` has a loss in the joint stage at all."""
+        if network == "energy":
+            return self.energy > 0
+        bound = self.elbo > 0 and network in ("generator", "inference")
+        return bound or self.needs_posterior(network) or self.needs_revised(network)
+
 
 @dataclass(frozen=True)
 class LatentPriorConfig:

@@ -75,19 +75,17 @@ class Run:
     @property
     def infers(self) -> bool:
         """Whether the inference network has learned anything: without it nothing is completed through z."""
-        loss = self.config.loss
-        joint = any((loss.inference_real, loss.inference_revised, loss.elbo, loss.elbo_revised))
-        return self._learned("inference", joint=joint)
+        return self._learned("inference")
 
     @property
     def revises(self) -> bool:
         """Whether the energy has learned anything: without it the data chain means nothing."""
-        return self._learned("energy", joint=self.config.loss.energy > 0)
+        return self._learned("energy")
 
-    def _learned(self, network: str, *, joint: bool) -> bool:
-        """Whether a stage teaches the network; ``joint``: whether joint stages have a loss for it."""
+    def _learned(self, network: str) -> bool:
         return any(
-            network in (stage.train or TAUGHT[stage.kind]) and (stage.kind != "joint" or joint)
+            network in (stage.train or TAUGHT[stage.kind])
+            and (stage.kind != "joint" or self.config.loss.teaches(network))
             for stage in self.config.stages if stage.iterations
         )  # fmt: skip
 

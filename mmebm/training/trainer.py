@@ -118,7 +118,7 @@ class Trainer:
         self._teach_vae(batch, z_k, x_k, start.z, rng, row)
 
         # 7: the energy falls at X and rises at what its chain makes of the updated generator's samples
-        if "energy" in teach and self.loss.energy:
+        if "energy" in teach and self.loss.teaches("energy"):
             x_0 = start.x if start.z is None else s.decode(start.z)
             x_n = self._data_chain(batch, x_0, seeds[3], row)
             self.data_starts.keep(start, x_n)
@@ -149,18 +149,13 @@ class Trainer:
 
     def _learns_from_revised(self, start: Start) -> bool:
         """Whether a loss of generator or inference network needs the revised X."""
-        loss, pairs = self.loss, start.z is not None
-        shared = isinstance(start.z, Tensor)
-        generator = "generator" in self.teach and (loss.elbo_revised or (pairs and loss.generator_revised))
-        inference = "inference" in self.teach and (loss.elbo_revised or (shared and loss.inference_revised))
-        return bool(generator or inference)
+        # a z of each modality's own is a pair for its decoder, not for the inference network
+        pairs = {"generator": start.z is not None, "inference": isinstance(start.z, Tensor)}
+        return any(self.loss.needs_revised(name, pairs=pairs.get(name, False)) for name in self.teach)
 
     def _learns_from_posterior(self, batch: Minibatch) -> bool:
         """Whether anything needs the revised z."""
-        loss = self.loss
-        generator = "generator" in self.teach and loss.generator_real
-        inference = "inference" in self.teach and loss.inference_real
-        return bool(generator or inference or "prior" in self.teach or batch.present is not None)
+        return batch.present is not None or any(self.loss.needs_posterior(name) for name in self.teach)
 
     def _start(self, batch: Minibatch, seed: int) -> Start:
         """Where the data chains of this batch start."""

@@ -35,16 +35,16 @@ def cost(config: Config, stage: Stage) -> float:
     """What an iteration of ``stage`` takes, in iterations of the warm-up."""
     if stage.kind != "joint":
         return 1.0
-    costs, teach, loss = _costs(config), stage.train or TAUGHT["joint"], config.loss
-    vae = bool({"generator", "inference"} & set(teach))
-    prior = "prior" in teach and config.latent_prior is not None
-    energy = "energy" in teach and loss.energy > 0
-    revised = vae and bool(loss.generator_revised or loss.inference_revised or loss.elbo_revised)
-    latent = prior or (vae and bool(loss.generator_real or loss.inference_real))
+    costs, loss = _costs(config), config.loss
+    teach = [name for name in stage.train or TAUGHT["joint"] if name != "prior" or config.latent_prior is not None]
+    vae, prior = bool({"generator", "inference"} & set(teach)), "prior" in teach
+    energy = "energy" in teach and loss.teaches("energy")
+    chains = energy + any(loss.needs_revised(name) for name in teach)
+    latent = any(loss.needs_posterior(name) for name in teach)
     updates = vae * (1 + bool(loss.elbo))
     return (
-        costs["update"] * updates + costs["latent"] * latent + costs["prior"] * prior
-        + costs["data"] * (energy + revised) + costs["energy"] * energy
+        costs["update"] * updates + costs["latent"] * latent + costs["prior"] * prior + costs["data"] * chains
+        + costs["energy"] * energy
     )
 
 
