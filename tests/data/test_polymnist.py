@@ -112,6 +112,22 @@ def test_each_instance_is_its_digit_over_its_photograph(
             assert found and set(found) & set(columns.tolist())
 
 
+def test_half_size_is_the_mean_of_areas_and_fewer_modalities_are_the_first(poly_test: MultimodalDataset) -> None:
+    small = load("polymnist-5k", "test", seed=0, copies=2, size=14, modalities=3)
+    assert [m.name for m in small.modalities] == ["m0", "m1", "m2"] and small.modalities[0].shape == (3, 14, 14)
+    for name in small.pools:
+        whole = poly_test.pools[name].double()
+        corners = [whole[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        # both are rounded to float32 once, values up to 1: half a unit in the last place each, 2 * 2^-24
+        assert (small.pools[name].double() - sum(corners) / 4).abs().max() <= 2**-23
+
+
+@pytest.mark.parametrize("option, value", [("size", 7), ("size", 56), ("modalities", 1), ("modalities", 6)])
+def test_sizes_and_modalities_that_there_are_not_are_refused(option: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be .*, got {value}"):
+        load("polymnist-5k", "test", **{option: value})
+
+
 def test_crops_are_fresh_for_each_copy_and_modality(poly_train: MultimodalDataset) -> None:
     first, second = poly_train.pools["m1"][0::2], poly_train.pools["m1"][1::2]
     assert (first != second).flatten(1).any(1).float().mean() > 0.999

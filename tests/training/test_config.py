@@ -25,7 +25,12 @@ def test_override_sets_fields_of_every_kind() -> None:
     assert config.model.weights == {"m0": 2.0} and config.data_chain.travel == {"m0": 1.0}
 
 
-@pytest.mark.parametrize("field", ["data_chain.stepz", "chain.steps", "stages.9.iterations"])
+def test_override_adds_keys_to_fields_that_are_dicts() -> None:
+    config = override(preset("demo"), {"data.options.n": "50", "stages.1.ramp": "{}", "model.weights.mnist": "0.5"})
+    assert config.data.options == {"size": 14, "n": 50} and config.model.weights == {"word": 6.0, "mnist": 0.5}
+
+
+@pytest.mark.parametrize("field", ["data_chain.stepz", "chain.steps", "stages.9.iterations", "data_chain.travel.mnist"])
 def test_override_names_unknown_fields(field: str) -> None:
     with pytest.raises(ValueError, match=f"unknown field '{field}'"):
         override(preset("demo"), {field: "1"})
