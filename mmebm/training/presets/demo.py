@@ -23,7 +23,7 @@ def config() -> Config:
         preset="demo",
         data=DataConfig("digits", options={"size": 14}),
         model=ModelConfig(weights={"word": 6.0}),
-        data_chain=ChainConfig(steps=30, travel=4.8, noise=0.005, clamp=True),
+        data_chain=ChainConfig(steps=30, travel=2.2, noise=0.005, clamp=True),
         latent_chain=ChainConfig(steps=20, step="auto"),
         loss=LossConfig(elbo=1.0, energy_l2=0.01),
         generator=AdamConfig(lr=1e-3),
