@@ -12,6 +12,8 @@ from torch import Tensor
 
 Key: TypeAlias = "str | int"
 State: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+# Tuples of a multimodal set, or of samples: modality name -> (n, *shape).
+Batch: TypeAlias = Mapping[str, Tensor]
 Structure: TypeAlias = Callable[[list[Tensor]], Any]
 
 

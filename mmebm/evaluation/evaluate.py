@@ -39,10 +39,10 @@ from mmebm.evaluation.metrics import (
     pair_agreement,
 )
 from mmebm.evaluation.sweep import STEPS, Chain, data_chain, run_sweep
+from mmebm.state import Batch
 
 __all__ = ["Complete", "Reference", "evaluate", "evaluate_conditional", "evaluate_pairs", "evaluate_samples", "table"]
 
-Batch = Mapping[str, Tensor]
 Complete = Callable[[Batch, int], Batch]
 
 OWN: Final = "classifiers"  # the name of the features of the project's own judges

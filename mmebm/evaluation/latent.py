@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mmebm.data.base import MultimodalDataset, check_count
+from mmebm.state import Batch
 
 __all__ = [
     "Encode", "Encoders", "System", "encoders", "interpolate", "interpolate_prior", "latent_classification",
     "latent_path", "latent_report", "subsets", "usable_rows",
 ]  # fmt: skip
 
-Batch = Mapping[str, Tensor]
 # Some modalities of n tuples, and a seed, to codes (n, d).
 Encode = Callable[[Batch, int], Tensor]
 

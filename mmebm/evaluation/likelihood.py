@@ -25,7 +25,7 @@ all modalities, and no estimate of it is attempted. x_k has no likelihood; compa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,10 +36,10 @@ from mmebm import noise
 from mmebm.data.base import check_count
 from mmebm.models import GaussianPrior, SharedGenerator
 from mmebm.samplers import HMC
+from mmebm.state import Batch
 
 __all__ = ["Gap", "Likelihood", "likelihood_gap", "log_likelihood", "temperatures"]
 
-Batch = Mapping[str, Tensor]
 Energy = Callable[[Tensor], Tensor]
 
 BOOTSTRAP: Final = 200  # resamples; an error from so many is itself known to 1 / sqrt(2 * 200) = 5 %

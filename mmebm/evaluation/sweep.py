@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mmebm.data.base import check_count
-from mmebm.evaluation.latent import Batch, System
+from mmebm.evaluation.latent import System
+from mmebm.state import Batch
 
 __all__ = ["STEPS", "Chain", "data_chain", "latent_chain", "run_sweep"]
 

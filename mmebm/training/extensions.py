@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mmebm.models import GaussianPrior, LatentPrior
+from mmebm.state import Batch
 from mmebm.training.config import LatentPriorConfig, ShuffledTuplesConfig
 from mmebm.training.optimise import Optimiser
-from mmebm.training.system import Batch, System
+from mmebm.training.system import System
 
 
 class EnergyTerm(Protocol):

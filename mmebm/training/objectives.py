@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 import torch
@@ -23,13 +22,13 @@ from torch import Tensor
 
 from mmebm.models.generator import SharedGenerator
 from mmebm.models.inference import Expert, Joint, JointInference, pick
+from mmebm.state import Batch
 
 __all__ = [
     "JOINT_OF", "OBJECTIVES", "Objective", "mmvae", "mmvae_plus", "mopoe", "mvae", "mvtcae", "objective",
     "single_expert",
 ]  # fmt: skip
 
-Batch = Mapping[str, Tensor]
 
 
 class Objective(Protocol):

@@ -13,11 +13,12 @@ from torch import Tensor
 from mmebm import data
 from mmebm.data.base import MultimodalDataset
 from mmebm.models.text import TextAutoencoder
+from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.config import TAUGHT, Config
 from mmebm.training.parallel import Processes
 from mmebm.training.starts import DataStarts
-from mmebm.training.system import Batch, System
+from mmebm.training.system import System
 
 CHECKPOINT = "checkpoint.pt"
 CODEC = "codec.pt"

@@ -30,8 +30,9 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.models import standard_normal
 from mmebm.samplers.buffer import Handle, ReplayBuffer
+from mmebm.state import Batch
 from mmebm.training.config import DATA_STARTS, StartConfig
-from mmebm.training.system import Batch, System
+from mmebm.training.system import System
 
 Latents = Tensor | dict[str, Tensor]
 

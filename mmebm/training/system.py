@@ -14,9 +14,8 @@ from mmebm.diagnostics import largest_stable_step
 from mmebm.energies.lower import Symbol, call, residual
 from mmebm.models import GaussianPrior, JointEnergy, JointInference, LatentPrior, SharedGenerator
 from mmebm.samplers import Langevin, Samples
+from mmebm.state import Batch
 from mmebm.training.config import ChainConfig, Config
-
-Batch = Mapping[str, Tensor]
 
 
 def sampler_of(chain: ChainConfig, size: float | Mapping[str, float], backend: str, **options: Any) -> Langevin:

@@ -14,6 +14,7 @@ from mmebm import noise
 from mmebm.data.base import MultimodalDataset
 from mmebm.data.stream import Prefetch
 from mmebm.reference.langevin_step import widen
+from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.config import TAUGHT, Config, Stage
 from mmebm.training.extensions import EnergyTerm, ShuffledTuples, prior_teacher
@@ -22,7 +23,7 @@ from mmebm.training.objectives import objective
 from mmebm.training.optimise import Optimiser
 from mmebm.training.parallel import Processes
 from mmebm.training.starts import DataStarts, Latents, LatentStarts, Start
-from mmebm.training.system import Batch, System
+from mmebm.training.system import System
 
 __all__ = ["Trainer", "TrainingDiverged"]
 
