@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda if any")
 
     train = commands.add_parser("train", help="train a model and evaluate it", description="Train, draw, evaluate.")
-    train.add_argument("--preset", default=None, help="demo (default), paper, polymnist-5k; or PRESET/VARIANT")
+    train.add_argument("--preset", default=None, help="demo (default), paper, polymnist-14, polymnist-5k; /VARIANT")
     train.add_argument("--name", help="folder below --runs; default: the preset's name, numbered if taken")
     train.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")

@@ -14,13 +14,22 @@ from typing import Any
 from mmebm.training.config import TAUGHT, Config, LatentPriorConfig, ShuffledTuplesConfig, Stage
 from mmebm.training.objectives import JOINT_OF
 
-# What the parts of a joint iteration take, in iterations of the warm-up: the update of generator and inference network,
-# and again where the warm-up's bound is kept; the latent chain; drawing from the prior and its update; one data chain;
-# the energy's update. Measured on one thread each, two runs at a time on two cores; for "polymnist-5k" estimated.
+# What the parts of a joint iteration take, in iterations of the warm-up: the losses of generator and inference network
+# on real tuples with their revised z ("posterior") and on revised tuples with theirs ("revised"); the latent chain;
+# drawing from the prior and its update; one data chain; the energy's update. The warm-up's bound counts 1 where it is
+# kept. And an iteration of the warm-up by a baseline's bound, 1 where it is not here. Measured on one thread each, two
+# runs at a time on two cores; for "polymnist-5k" estimated.
 COSTS: dict[str, dict[str, float]] = {
-    "demo": {"update": 1.0, "latent": 2.8, "prior": 0.6, "data": 2.0, "energy": 0.5},
-    "polymnist-5k": {"update": 1.0, "latent": 2.0, "prior": 0.1, "data": 1.0, "energy": 0.5},
-}
+    "demo": {
+        "posterior": 0.85, "revised": 0.2, "latent": 2.5, "prior": 0.8, "data": 1.65, "energy": 0.45,
+        "mvae": 1.8, "mmvae": 1.4, "mmvae+": 1.45,
+    },
+    "polymnist-14": {
+        "posterior": 2.3, "revised": 0.4, "latent": 1.9, "prior": 0.7, "data": 2.05, "energy": 0.7,
+        "mvae": 2.6, "mmvae": 2.05, "mopoe": 1.1, "mmvae+": 2.25,
+    },
+    "polymnist-5k": {"posterior": 0.7, "revised": 0.3, "latent": 2.0, "prior": 0.1, "data": 1.0, "energy": 0.5},
+}  # fmt: skip
 
 
 def _with(config: Config, **loss: Any) -> Config:
@@ -33,19 +42,21 @@ def _costs(config: Config) -> dict[str, float]:
 
 def cost(config: Config, stage: Stage) -> float:
     """What an iteration of ``stage`` takes, in iterations of the warm-up."""
-    if stage.kind != "joint":
-        return 1.0
     costs, loss = _costs(config), config.loss
+    if stage.kind == "warmup":
+        return costs.get(loss.objective, 1.0)
+    if stage.kind == "prior":
+        return 1.0
     teach = [name for name in stage.train or TAUGHT["joint"] if name != "prior" or config.latent_prior is not None]
-    vae, prior = bool({"generator", "inference"} & set(teach)), "prior" in teach
+    vae = {"generator", "inference"} & set(teach)
     energy = "energy" in teach and loss.teaches("energy")
-    chains = energy + any(loss.needs_revised(name) for name in teach)
-    latent = any(loss.needs_posterior(name) for name in teach)
-    updates = vae * (1 + bool(loss.elbo))
-    return (
-        costs["update"] * updates + costs["latent"] * latent + costs["prior"] * prior + costs["data"] * chains
-        + costs["energy"] * energy
-    )
+    posterior, revised = any(map(loss.needs_posterior, teach)), any(map(loss.needs_revised, teach))
+    parts = {
+        "posterior": any(map(loss.needs_posterior, vae)), "revised": revised and not loss.elbo_revised,
+        "latent": posterior, "prior": "prior" in teach, "data": energy + revised, "energy": energy,
+    }  # fmt: skip
+    bounds = bool(vae) * (bool(loss.elbo) + bool(loss.elbo_revised))
+    return bounds + sum(costs[name] * times for name, times in parts.items())
 
 
 def budget(config: Config) -> float:
@@ -170,12 +181,15 @@ def baseline(objective: str) -> Callable[[Config], Config]:
         if objective == "mmvae+":
             # as many latents for each decoder as before, half of them its own
             own = config.model.latent // 2
-            modalities = MODALITIES.get(config.data.name)
+            modalities = config.data.options.get("modalities", MODALITIES.get(config.data.name))
             if modalities is None:
                 raise ValueError(f"mmvae+ needs the number of modalities of {config.data.name!r}: known are "
                                  f"{sorted(MODALITIES)}")  # fmt: skip
             model = dataclasses.replace(model, latent=config.model.latent - own + modalities * own, private=own)
-        return _with(vae(config).replace(model=model), objective=objective)
+        plain = _with(vae(config).replace(model=model), objective=objective)
+        stage = plain.stages[0]
+        each = cost(plain, stage)
+        return plain.replace(stages=(dataclasses.replace(stage, iterations=round(stage.iterations / each)),))
 
     change.__doc__ = f"The baseline {objective} on the same networks."
     return change

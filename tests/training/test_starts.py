@@ -330,7 +330,7 @@ def test_bad_settings_are_named() -> None:
 
 
 
-@pytest.mark.parametrize("base", ["demo", "polymnist-5k"])
+@pytest.mark.parametrize("base", ["demo", "polymnist-14", "polymnist-5k"])
 def test_variants_have_the_presets_budget(base: str) -> None:
     """In iterations of the warm-up, to within one iteration of the dearest stage."""
     whole = budget(preset(base))

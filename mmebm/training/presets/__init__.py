@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mmebm.training.config import Config
-from mmebm.training.presets import demo, paper, polymnist_5k
+from mmebm.training.presets import demo, paper, polymnist_5k, polymnist_14
 from mmebm.training.variants import variant
 
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo.config,
     "paper": paper.config,
     "polymnist-5k": polymnist_5k.config,
+    "polymnist-14": polymnist_14.config,
 }
 
 
