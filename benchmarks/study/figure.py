@@ -36,7 +36,7 @@ def main(source: str, target: str) -> None:
     axes.set(xscale="log", ylim=(0, 1), xlabel="Frechet distance of the samples (classifier features)",
              ylabel="joint coherence")  # fmt: skip
     axes.set_title("Every variant's samples; an arrow is the data-space Langevin revision, x0 to xk", fontsize=10)
-    axes.xaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50]))
+    axes.xaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50, 100]))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.25)

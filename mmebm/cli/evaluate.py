@@ -85,7 +85,8 @@ def report(
     seconds["evaluation"] = time.perf_counter() - started
     if run.seconds_training is not None:
         seconds["training"] = run.seconds_training
-    result = {"settings": {**run.settings(steps), "seed": seed, "n": n}, "seconds": seconds, **result}
+    settings = {**run.settings(steps), "seed": seed, "n": n}
+    result = {"settings": settings, "seconds": seconds, "peak_memory_mib": run.peak_memory, **result}
     text = json.dumps(result, indent=2)
     write_atomically(run.folder / "metrics.json", lambda file: file.write(text.encode()))
     print(table(result))

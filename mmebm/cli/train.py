@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mmebm import __version__
-from mmebm.cli.common import pick_device
+from mmebm.cli.common import peak_memory, pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
 from mmebm.files import write_atomically
@@ -177,6 +177,7 @@ def fit(trainer: Trainer, folder: Path) -> bool:
     try:
         with Progress(trainer.config.stages, trainer.iteration) as progress:
             for row in trainer.run():
+                row["peak_memory_mib"] = peak_memory(trainer.device)
                 log.write(row)
                 progress.show(row)
                 if time.perf_counter() - saved > SAVE_EVERY_SECONDS:

@@ -281,6 +281,9 @@ class Config:
     many parts whose gradients are averaged (less memory; in the joint stage the generator then is updated after the
     last part, and the chains of step 7 of the earlier ones start from it as it was).
 
+    ``ema``: the decay of an exponential moving average of all weights, once an iteration, which a run then samples with
+    (0: none). Training itself, chains included, uses the weights as they are.
+
     For convolutional networks: ``precision="bf16"`` runs the energies of both chains and the losses under autocast (the
     chains' states, the updates and the weights stay float32; a chain that is one fused call is not affected), and
     ``channels_last`` lays the weights out so, which the activations then follow. Neither was measured on a GPU yet.
@@ -302,6 +305,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     batch: int = 100
     accumulate: int = 1
+    ema: float = 0.0
     seed: int = 0
     backend: str = "auto"
     threads: int | None = None
@@ -313,6 +317,8 @@ class Config:
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
         if self.accumulate < 1 or self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
         if not isinstance(self.channels_last, bool):
             raise TypeError(f"channels_last must be True or False, got {self.channels_last!r}")
 

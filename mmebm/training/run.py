@@ -52,13 +52,21 @@ class Run:
         self.processes = Processes.here()
         self._sets: dict[str, MultimodalDataset] = {}
         self.shapes = {m.name: m.shape for m in self.dataset("test").modalities}
-        self.system = self._system(self.content["system"])
-        snapshots = self.content["snapshots"]
+        weights, snapshots = self._weights(), self.content["snapshots"]
+        self.system = self._system(weights)
         # the VAE by itself: its own weights, and the prior it was trained with
-        self.vae = self._system(snapshots.get("vae", self.content["system"]), plain=True)
+        self.vae = self._system(snapshots.get("vae", weights), plain=True)
         self.frozen = self._system(snapshots["frozen"]) if "frozen" in snapshots else None
         self.starts = DataStarts(self.system, self.config.start, seed=self.config.seed)
         self.starts.load_state_dict(self.content["starts"]["data"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The networks' weights: their moving average where the run keeps one."""
+        averaged = self.content.get("averaged")
+        if averaged is None:
+            return self.content["system"]
+        inside = "module."
+        return {name.removeprefix(inside): value for name, value in averaged.items() if name.startswith(inside)}
 
     def _system(self, state: dict[str, Tensor], *, plain: bool = False) -> System:
         config = self.config.replace(latent_prior=None) if plain else self.config
@@ -106,6 +114,11 @@ class Run:
         """The rows of the training log; none where there is no log."""
         path = self.folder / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    @property
+    def peak_memory(self) -> float | None:
+        """The most memory that training held, in MiB, by the log; None without one."""
+        return max((row["peak_memory_mib"] for row in self.log() if "peak_memory_mib" in row), default=None)
 
     @property
     def seconds_training(self) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmebm import noise
 from mmebm.data.base import MultimodalDataset
@@ -80,6 +81,8 @@ class Trainer:
             name: Optimiser(getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes)
             for name, adam in adams.items()
         }
+        # the weights' moving average, which a run samples with; the chains of training keep to the weights themselves
+        self.averaged = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         self.objective = objective(config.loss.objective, **config.loss.objective_options)
         self.prior_teacher = prior_teacher(s.prior, config.latent_prior, self.optimisers.get("prior"))
         self.energy_terms: list[EnergyTerm] = []
@@ -169,6 +172,8 @@ class Trainer:
         out = self.system.revise_data(x, seed=seed, steps=self.data_steps, chain_offset=batch.offset)
         self.evaluations += batch.size * self.data_steps
         row["frozen_chains"] = row.get("frozen_chains", 0) + out.info["nonfinite"].sum()
+        moved = [(end - x[name]).square().mean() for name, end in out.state.items()]
+        row["revision_mse"] = torch.stack(moved).mean()
         return out.state
 
     def _latent_chain(self, batch: Minibatch, rng: torch.Generator, seed: int, row: Row) -> Tensor:
@@ -218,11 +223,11 @@ class Trainer:
         s, loss, teach = self.system, self.loss, self.teach
         losses: Row = {}
         pairs = (
-            (batch.x, z_k, batch.present, loss.generator_real, loss.inference_real),
-            (x_k, z_0, None, loss.generator_revised, loss.inference_revised),
+            ("real", batch.x, z_k, batch.present, loss.generator_real, loss.inference_real),
+            ("revised", x_k, z_0, None, loss.generator_revised, loss.inference_revised),
         )
         with s.autocast():
-            for x, z, present, of_generator, of_inference in pairs:
+            for pair, x, z, present, of_generator, of_inference in pairs:
                 if x is None or z is None:
                     continue
                 if "generator" in teach and of_generator:
@@ -232,10 +237,12 @@ class Trainer:
                         for m, at in parts
                     )
                     losses["loss_generator"] = losses.get("loss_generator", 0) + of_generator * nll
+                    row[f"generator_{pair}"] = torch.as_tensor(nll).detach()
                 if "inference" in teach and of_inference and isinstance(z, Tensor):
                     each = loss.inference == "per_expert"
                     log_q = s.inference.log_prob(z, x, per_expert=each, present=present).mean()
                     losses["loss_inference"] = losses.get("loss_inference", 0) - of_inference * log_q
+                    row[f"inference_{pair}"] = -log_q.detach()
             row.update({name: value.detach() for name, value in losses.items()})
             if {"generator", "inference"} & set(teach):
                 for name, weight, x, present in (("loss_elbo", loss.elbo, batch.x, batch.present),
@@ -268,8 +275,9 @@ class Trainer:
         with torch.no_grad(), s.autocast():
             at_start = widen(s.energy(x_0)).mean()
         row["loss_energy"] = loss_e.detach()
-        row["gap"] = (up.mean() - down.mean()).detach()
-        row["gap_start"] = up.mean().detach() - at_start
+        row["energy_real"], row["energy_revised"] = up.mean().detach(), down.mean().detach()
+        row["gap"] = row["energy_real"] - row["energy_revised"]
+        row["gap_start"] = row["energy_real"] - at_start
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -379,6 +387,8 @@ class Trainer:
             if stage.kind != "warmup" and "vae" not in self.snapshots:
                 self.snapshots["vae"] = self._snapshot()
             rows.append({**self._iterate(stage, k), "iteration": self.iteration})
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.system)
             self.iteration += 1
             last = k + 1 == stage.iterations
             if len(rows) < every and not last and not self.stop:
@@ -424,7 +434,8 @@ class Trainer:
     # -- state -----------------------------------------------------------------------------------------------------
 
     def _snapshot(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.system.state_dict().items()}
+        system = self.system if self.averaged is None else self.averaged.module
+        return {name: value.detach().clone() for name, value in system.state_dict().items()}
 
     def _networks(self) -> dict[str, Any]:
         def copied(value: Any) -> Any:
@@ -436,11 +447,14 @@ class Trainer:
 
         return {
             "system": copied(self.system.state_dict()),
+            "averaged": None if self.averaged is None else copied(self.averaged.state_dict()),
             "optimisers": {name: copied(o.adam.state_dict()) for name, o in self.optimisers.items()},
         }
 
     def _restore(self, networks: dict[str, Any]) -> None:
         self.system.load_state_dict(networks["system"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(networks["averaged"])
         for name, state in networks["optimisers"].items():
             self.optimisers[name].adam.load_state_dict(state)
 

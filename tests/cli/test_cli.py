@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mmebm.cli.main import main
+from mmebm.cli.train import configure, fit, prepare
+from mmebm.training.run import Run
 
 STAGES = json.dumps([{"kind": kind, "iterations": n} for kind, n in (("warmup", 40), ("prior", 4), ("joint", 4))])
 QUICK = ["--set", f"stages={STAGES}", "--set", "data_chain.steps=4", "--set", "guard.every=4", "--threads", "1",
@@ -40,6 +43,19 @@ def test_train_leaves_everything(run: Path) -> None:
     assert {"gap", "loss_energy", "loss_generator", "loss_inference", "seconds_per_iteration"} <= set(rows[-1])
 
 
+def test_a_run_samples_with_its_moving_average(tmp_path: Path) -> None:
+    stages = json.dumps([{"kind": "warmup", "iterations": 4}, {"kind": "joint", "iterations": 2}])
+    config = configure("demo", changes=["ema=0.5", f"stages={stages}", "data.options.n=200", "data_chain.steps=2"])
+    trainer = prepare(tmp_path / "run", torch.device("cpu"), config, threads=1)
+    assert fit(trainer, tmp_path / "run")
+    assert trainer.averaged is not None
+    average, weights = trainer.averaged.module.state_dict(), trainer.system.state_dict()
+    held = Run(tmp_path / "run").system.state_dict()
+    assert held.keys() == average.keys() and all(torch.equal(value, average[name]) for name, value in held.items())
+    moved = {name.split(".")[0] for name, value in held.items() if not torch.equal(value, weights[name])}
+    assert {"generator", "inference", "energy"} <= moved
+
+
 def test_metrics_have_every_point_and_setting(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["points"]) == {"vae", "x0", "xk"}
@@ -52,7 +68,7 @@ def test_metrics_have_every_point_and_setting(run: Path) -> None:
     assert set(metrics["conditional"]["A: decode"]["by_given"]) == {"1", "2"}
     settings = metrics["settings"]
     assert settings["data_steps"] == 4 and settings["seed"] == 0 and settings["data_noise"] == 0.005
-    assert metrics["seconds"]["training"] > 0
+    assert metrics["seconds"]["training"] > 0 and metrics["peak_memory_mib"] > 100
 
 
 def test_samples_are_natural_and_repeatable(run: Path, tmp_path: Path) -> None:

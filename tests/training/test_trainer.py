@@ -93,10 +93,17 @@ def test_joint_losses_are_those_of_the_method(config: Config, data: MultimodalDa
     torch.testing.assert_close(
         row["loss_inference"], -(5 * log_q(z_q, x).mean() + 7 * log_q(z_0, x_0).mean()).detach()
     )
+    torch.testing.assert_close(row["generator_real"], nll(x, z_q).mean().detach())
+    torch.testing.assert_close(row["generator_revised"], nll(x_0, z_0).mean().detach())
+    torch.testing.assert_close(row["inference_real"], -log_q(z_q, x).mean().detach())
+    torch.testing.assert_close(row["inference_revised"], -log_q(z_0, x_0).mean().detach())
     # the energy meets the samples of the generator that step 5 has updated
     moved = trainer.system.generator(z_0)
     expected = before.energy(x).mean() - before.energy(moved).mean()
     torch.testing.assert_close(row["loss_energy"], expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(row["energy_real"], before.energy(x).mean().detach())
+    torch.testing.assert_close(row["energy_revised"], before.energy(moved).mean().detach())
+    assert row["revision_mse"] == 0  # chains of no steps
     assert not torch.allclose(before.energy(moved), before.energy(x_0), rtol=1e-6, atol=0)
 
 
@@ -135,6 +142,31 @@ def test_resuming_changes_nothing(config: Config, data: MultimodalDataset, tmp_p
     assert whole.snapshots["vae"].keys() == second.snapshots["vae"].keys()
     assert all(torch.equal(value, second.snapshots["vae"][name]) for name, value in whole.snapshots["vae"].items())
     assert whole.evaluations == second.evaluations > 0
+
+
+def test_moving_average_of_the_weights(config: Config, data: MultimodalDataset, tmp_path) -> None:
+    """By its definition: the first weights, then average <- .8 average + .2 weights after every iteration."""
+    config = config.replace(ema=0.8, guard=GuardConfig(every=1))
+    whole = Trainer(config, data)
+    expected: dict[str, Tensor] = {}
+    for row in whole.run():
+        for name, value in whole.system.named_parameters():
+            value = value.detach().double()
+            expected[name] = value if row["iteration"] == 1 else 0.8 * expected[name] + 0.2 * value
+        if row["iteration"] == 12:
+            checkpoint.save(tmp_path / "c.pt", whole.state_dict())
+    assert whole.averaged is not None
+    average = dict(whole.averaged.module.named_parameters())
+    assert average.keys() == expected.keys()
+    for name, value in average.items():
+        # 16 float32 roundings of numbers of the weights' size, below 4
+        assert (value.detach().double() - expected[name]).abs().max() <= 16 * 4 * 2**-24
+    resumed = Trainer(config, data)
+    resumed.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
+    list(resumed.run())
+    assert resumed.averaged is not None
+    again = dict(resumed.averaged.module.named_parameters())
+    assert all(torch.equal(value, again[name]) for name, value in average.items())
 
 
 def test_tuples_read_from_disk_are_those_in_memory(config: Config, data: MultimodalDataset, tmp_path) -> None:
