@@ -268,14 +268,15 @@ class Trainer:
         with s.autocast():
             # differences of large energies: not in the 8 bits of a bfloat16
             up, down = widen(s.energy(real)), widen(s.energy(x_n))
-            loss_e = up.mean() - down.mean() + loss.energy_l2 * (up.square().mean() + down.square().mean())
+            real_mean, revised_mean = up.mean(), down.mean()
+            loss_e = real_mean - revised_mean + loss.energy_l2 * (up.square().mean() + down.square().mean())
             for term in self.energy_terms:
                 loss_e = loss_e + term(s, real, up, rng)
         self.optimisers["energy"].step(loss.energy * loss_e, self.lr)
         with torch.no_grad(), s.autocast():
             at_start = widen(s.energy(x_0)).mean()
         row["loss_energy"] = loss_e.detach()
-        row["energy_real"], row["energy_revised"] = up.mean().detach(), down.mean().detach()
+        row["energy_real"], row["energy_revised"] = real_mean.detach(), revised_mean.detach()
         row["gap"] = row["energy_real"] - row["energy_revised"]
         row["gap_start"] = row["energy_real"] - at_start
 

@@ -52,7 +52,8 @@ def cost(config: Config, stage: Stage) -> float:
     energy = "energy" in teach and loss.teaches("energy")
     posterior, revised = any(map(loss.needs_posterior, teach)), any(map(loss.needs_revised, teach))
     parts = {
-        "posterior": any(map(loss.needs_posterior, vae)), "revised": revised and not loss.elbo_revised,
+        "posterior": any(map(loss.needs_posterior, vae)),
+        "revised": bool(vae and (loss.generator_revised or loss.inference_revised)),
         "latent": posterior, "prior": "prior" in teach, "data": energy + revised, "energy": energy,
     }  # fmt: skip
     bounds = bool(vae) * (bool(loss.elbo) + bool(loss.elbo_revised))

@@ -19,9 +19,8 @@ def config() -> Config:
         preset="polymnist-14",
         # more crops than the set's own three: photographs are what there is plenty of
         data=DataConfig("polymnist-5k", options={"size": 14, "copies": 6}),
-        # a warm-up of the same seconds: conditional coherence .43 with convolutions, .63 with MLPs (three modalities)
         model=ModelConfig(latent=48, sigma=0.3),
-        # few steps: at the same travel the demo's chain measures the same with 15, 30 and 60
+        # ten steps of the demo's travel, for its thirty: the chain is most of an iteration's seconds
         data_chain=ChainConfig(steps=10, travel=2.5, noise=0.005, clamp=True),
         latent_chain=ChainConfig(steps=10, step="auto"),
         loss=LossConfig(elbo=1.0, energy_l2=0.01),
