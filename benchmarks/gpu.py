@@ -375,7 +375,7 @@ class LatentChain:
 
 
 def training_iteration(rounds: int) -> dict[str, object]:
-    """One iteration of `polymnist-5k`, batch 128, against the same with every chain written by hand."""
+    """One iteration of `polymnist-5k`, convolutional, batch 128, against the same with every chain written by hand."""
     import bench_training_iteration as bench
 
     bench.gate("polymnist-5k", DEVICE)
@@ -428,7 +428,8 @@ def main() -> int:
     print(json.dumps(chain, indent=1), flush=True)
     report["latent_chain"] = latent = {"case": LatentChain.name, **LatentChain().measure(arguments.rounds)}
     print(json.dumps(latent, indent=1), flush=True)
-    report["training_iteration"] = whole = {"case": "polymnist-5k, batch 128", **training_iteration(arguments.rounds)}
+    case = "polymnist-5k, convolutional, batch 128"
+    report["training_iteration"] = whole = {"case": case, **training_iteration(arguments.rounds)}
     print(json.dumps(whole, indent=1), flush=True)
     device = str(report["environment"]["device"]).lower().replace(" ", "-")  # type: ignore[index]
     out = arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{device}-{datetime.now():%Y%m%d-%H%M%S}.json"

@@ -24,7 +24,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     if arguments.n < 100:
         raise ValueError(f"--n must be at least 100 for a Frechet distance, got {arguments.n}")
-    run = Run(arguments.run, pick_device(arguments.device))
+    run = Run(arguments.run, pick_device(arguments.device), prior_steps=arguments.prior_steps)
     n = min(arguments.n, len(run.dataset("test")))
     more: dict[str, Any] = {"features": [_network(name, run) for name in arguments.features]}
     trained = {"vae": run.vae if "vae" in run.points else None, "x0": run.system if run.joint_trained else None}

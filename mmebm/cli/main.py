@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=_steps, default=None,
         help="steps of the data chain (default: as trained); auto: until the mean energy is that of real tuples",
     )
+    _prior_steps(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     device(sample)
 
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", help="the run's folder")
     evaluate.add_argument("--n", type=int, default=2000, help="samples per point (default: 2000)")
     evaluate.add_argument("--steps", type=int, default=None, help="steps of the data chain (default: as trained)")
+    _prior_steps(evaluate)
     evaluate.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     device(evaluate)
 
@@ -105,6 +107,13 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("backends", help="what can run here, and why not", description="Versions and backends.")
     return top
+
+
+def _prior_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prior-steps", type=int, default=None,
+        help="steps of the latent prior's chain (default: as configured for samples)",
+    )  # fmt: skip
 
 
 def _steps(text: str) -> int | str:

@@ -24,7 +24,7 @@ def sample(arguments: argparse.Namespace) -> int:
     steps = arguments.steps
     if isinstance(steps, int) and steps < 0:
         raise ValueError(f"--steps must be at least 0, got {steps}")
-    run = Run(arguments.run, pick_device(arguments.device))
+    run = Run(arguments.run, pick_device(arguments.device), prior_steps=arguments.prior_steps)
     modalities = run.dataset("test").modalities
     arrays: dict[str, Any] = {}
     started = time.perf_counter()

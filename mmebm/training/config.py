@@ -49,11 +49,14 @@ class ModelConfig:
 
     ``latent``: size of z; ``private``: of it, what each modality has to itself (the baseline MMVAE+; 0 in the paper's
     method, where all modalities share the whole z). ``sigma``: scale of the generator's likelihood in units of [-1, 1];
-    ``weights``: weight of a modality in it; ``spectral``: spectral norm on the energy, multiplied by ``energy_scale``.
+    ``weights``: weight of a modality in it; ``inference_net``: the kind of the inference network, which no chain
+    evaluates (None: ``net``, the kind of all); ``spectral``: spectral norm on the energy, multiplied by
+    ``energy_scale``.
     """
 
     latent: int = 16
     net: Literal["mlp", "conv"] = "mlp"
+    inference_net: Literal["mlp", "conv"] | None = None
     activation: str = "silu"
     generator_width: int = 256
     inference_width: int = 256
@@ -168,13 +171,28 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class LatentPriorConfig:
-    """Extension: an energy on z, learned with short latent chains in its own stage and in the joint stage."""
+    """Extension: an energy on z, learned with short latent chains in its own stage and in the joint stage.
+
+    ``sample_steps``: steps of that chain when a run draws its samples (None: as in training, ``chain.steps``). Unlike
+    the data chain this one comes nearer to its energy the longer it is.
+    """
 
     width: int = 128
     depth: int = 2
     chain: ChainConfig = field(default_factory=lambda: ChainConfig(steps=60, step=0.2))
+    sample_steps: int | None = None
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=5e-4))
     energy_l2: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.sample_steps is not None and self.sample_steps < 0:
+            raise ValueError(f"sample_steps must be at least 0, or None, got {self.sample_steps}")
+
+    def for_samples(self) -> LatentPriorConfig:
+        """The same with the chain that a run draws its samples with."""
+        if self.sample_steps is None:
+            return self
+        return dataclasses.replace(self, chain=dataclasses.replace(self.chain, steps=self.sample_steps))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,23 @@ class Run:
     Args:
         folder: the run's folder; must hold a checkpoint.
         device: where to put the networks.
+        prior_steps: steps of the latent prior's chain, instead of those configured for samples
+            (``latent_prior.sample_steps``); nothing where the run has no such prior.
 
     Raises:
-        FileNotFoundError, ValueError: where there is no checkpoint, or not one of ours.
+        FileNotFoundError, ValueError: where there is no checkpoint, or not one of ours; for negative ``prior_steps``.
     """
 
-    def __init__(self, folder: Path | str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, folder: Path | str, device: torch.device | str = "cpu", *, prior_steps: int | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.content = checkpoint.load(self.folder / CHECKPOINT, self.device)
         self.config = Config.from_json(self.content["config"])
+        prior = self.config.latent_prior
+        if prior is not None and prior_steps is not None:
+            self.config = self.config.replace(latent_prior=dataclasses.replace(prior, sample_steps=prior_steps))
         self.processes = Processes.here()
         self._sets: dict[str, MultimodalDataset] = {}
         self.shapes = {m.name: m.shape for m in self.dataset("test").modalities}
@@ -69,7 +77,8 @@ class Run:
         return {name.removeprefix(inside): value for name, value in averaged.items() if name.startswith(inside)}
 
     def _system(self, state: dict[str, Tensor], *, plain: bool = False) -> System:
-        config = self.config.replace(latent_prior=None) if plain else self.config
+        prior = None if plain or self.config.latent_prior is None else self.config.latent_prior.for_samples()
+        config = self.config.replace(latent_prior=prior)
         system = System(config, self.shapes).to(self.device).eval()
         if plain:
             state = {name: value for name, value in state.items() if not name.startswith("prior.")}
@@ -238,7 +247,7 @@ class Run:
             "data_step": c.data_chain.size(), "data_noise": c.data_chain.noise,
             "data_temperature": self.system.data_sampler.implied_temperature,
             "latent_steps": c.latent_chain.steps, "latent_step": float(self.system.latent_step),
-            "prior_steps": c.latent_prior.chain.steps if c.latent_prior else 0,
+            "prior_steps": self.system.prior.steps,
             "backend": c.backend, "device": str(self.device),
         }  # fmt: skip
 

@@ -56,6 +56,27 @@ def test_a_run_samples_with_its_moving_average(tmp_path: Path) -> None:
     assert {"generator", "inference", "energy"} <= moved
 
 
+def test_a_run_samples_with_its_own_length_of_the_prior_chain(tmp_path: Path) -> None:
+    stages = json.dumps([{"kind": "warmup", "iterations": 2}, {"kind": "prior", "iterations": 2}])
+    changes = [f"stages={stages}", "data.options.n=200", "latent_prior.chain.steps=3", "latent_prior.sample_steps=7"]
+    trainer = prepare(tmp_path / "run", torch.device("cpu"), configure("demo", changes=changes), threads=1)
+    assert fit(trainer, tmp_path / "run")
+    run, s, here = Run(tmp_path / "run"), trainer.system, torch.device("cpu")
+    assert s.prior.steps == 3 and run.settings()["prior_steps"] == 7
+    expected = s.decode(s.prior.draw(5, seed=4, device=here, steps=7))
+    x0 = run.sample(5, "x0", seed=4)
+    assert all(torch.equal(x0[name], value) for name, value in expected.items())
+    again = Run(tmp_path / "run", prior_steps=3)
+    assert again.settings()["prior_steps"] == 3
+    x0 = again.sample(5, "x0", seed=4)
+    assert all(torch.equal(x0[name], value) for name, value in s.generate(5, seed=4).items())
+    assert any(not torch.equal(x0[name], value) for name, value in expected.items())
+    with pytest.raises(ValueError, match="sample_steps"):
+        Run(tmp_path / "run", prior_steps=-1)
+    with pytest.raises(ValueError, match="sample_steps"):
+        configure("demo", changes=["latent_prior.sample_steps=-1"])
+
+
 def test_metrics_have_every_point_and_setting(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["points"]) == {"vae", "x0", "xk"}

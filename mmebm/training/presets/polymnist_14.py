@@ -29,12 +29,12 @@ def config() -> Config:
         energy=AdamConfig(lr=6e-4, beta1=0.0, beta2=0.9),
         stages=(
             Stage("warmup", 8000, final_lr=0.3),
-            Stage("prior", 2000, lr=0.5, final_lr=0.5),
+            Stage("prior", 2000, final_lr=0.5),
             Stage("joint", 600, lr=0.5, final_lr=0.3),
             # as in the demo: the prior, then the energy, catch up with a generator that rests
-            Stage("joint", 1000, lr=0.5, final_lr=0.05, train=("prior",)),
+            Stage("joint", 1000, final_lr=0.05, train=("prior",)),
             Stage("joint", 1200, lr=0.5, final_lr=0.05, train=("energy", "prior")),
         ),
-        latent_prior=LatentPriorConfig(width=200, adam=AdamConfig(lr=2e-3)),
+        latent_prior=LatentPriorConfig(width=200, sample_steps=240, adam=AdamConfig(lr=3e-3)),
         shuffled_tuples=ShuffledTuplesConfig(weight=12.0, kind="hard", same=0.12, near=0.3),
     )
