@@ -35,6 +35,6 @@ def config() -> Config:
             Stage("joint", 1000, final_lr=0.05, train=("prior",)),
             Stage("joint", 1200, lr=0.5, final_lr=0.05, train=("energy", "prior")),
         ),
-        latent_prior=LatentPriorConfig(width=200, sample_steps=240, adam=AdamConfig(lr=3e-3)),
+        latent_prior=LatentPriorConfig(width=200, sample_steps=120, adam=AdamConfig(lr=3e-3)),
         shuffled_tuples=ShuffledTuplesConfig(weight=12.0, kind="hard", same=0.12, near=0.3),
     )
