@@ -87,8 +87,8 @@ class System(nn.Module):
             likelihood=m.likelihood, weights=m.weights, private=m.private,
         )  # fmt: skip
         self.inference = JointInference(
-            shapes, m.latent, net=m.inference_net or m.net, width=m.inference_width, depth=m.depth, act=m.activation,
-            joint=m.inference, private=m.private,
+            shapes, m.latent, net=m.net, width=m.inference_width, depth=m.depth, act=m.activation, joint=m.inference,
+            private=m.private,
         )  # fmt: skip
         self.prior: GaussianPrior | LatentPrior = GaussianPrior(m.latent)
         p = config.latent_prior

@@ -261,19 +261,6 @@ def conv(config: Config, **changes: Any) -> Config:
     return config.replace(model=model, stages=(Stage("warmup", 6), Stage("joint", 6)), **changes)
 
 
-def test_the_inference_network_may_be_of_another_kind(config: Config, data: MultimodalDataset) -> None:
-    """Only the inference network convolves, and the system trains."""
-    model = dataclasses.replace(config.model, inference_net="conv")
-    trainer = Trainer(config.replace(model=model, stages=(Stage("joint", 2),)), data)
-    having = {
-        name for name in ("generator", "inference", "energy")
-        if any(isinstance(m, nn.Conv2d) for m in getattr(trainer.system, name).modules())
-    }  # fmt: skip
-    assert having == {"inference"}
-    rows = list(trainer.run())
-    assert rows and all(math.isfinite(row["loss_inference"]) for row in rows)
-
-
 def test_bfloat16_trains(config: Config, data: MultimodalDataset) -> None:
     """Convolutions run in bfloat16, in the chains too; states, weights and losses stay float32 and near the others."""
     rows, seen = {}, set()
