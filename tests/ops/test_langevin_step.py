@@ -544,10 +544,12 @@ def test_sixteen_bits_with_noise(isa: str, seed: int, dtype: torch.dtype) -> Non
     out, _ = op.CppStepper(options, ours).step(ours, grad, params, 1, with_noise=True, stats=False)
     expected, _ = op.TorchStepper(options).step(x, grad, params, 1, with_noise=True, stats=False)
     different = out[0] != expected[0]
-    # a normal that is off by 1e-6 changes the rounding of about that many in a thousand, and by one unit only
+    # a normal that is off by 1e-6 changes the rounding of about that many in a thousand, and by one unit only; where
+    # terms cancel to next to nothing, units are finer than that error times the noise's scale
     assert different.float().mean() < 2e-3
     bits = (out[0].view(torch.int16).int() - expected[0].view(torch.int16).int()).abs()
-    assert bits.max() <= 1
+    off = (out[0].double() - expected[0].double()).abs()
+    assert ((bits <= 1) | (off <= 1e-6 * params[0].noise_scale)).all()
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
