@@ -41,10 +41,11 @@ class Run:
         folder: the run's folder; must hold a checkpoint.
         device: where to put the networks.
         prior_steps: steps of the latent prior's chain, instead of those configured for samples
-            (``latent_prior.sample_steps``); nothing where the run has no such prior.
+            (``latent_prior.sample_steps``).
 
     Raises:
-        FileNotFoundError, ValueError: where there is no checkpoint, or not one of ours; for negative ``prior_steps``.
+        FileNotFoundError, ValueError: where there is no checkpoint, or not one of ours; for ``prior_steps`` that are
+            negative, or given for a run without a latent prior.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Run:
         self.content = checkpoint.load(self.folder / CHECKPOINT, self.device)
         self.config = Config.from_json(self.content["config"])
         prior = self.config.latent_prior
-        if prior is not None and prior_steps is not None:
+        if prior_steps is not None:
+            if prior is None:
+                raise ValueError(f"prior_steps={prior_steps} is for runs with a latent prior, which this one lacks")
             self.config = self.config.replace(latent_prior=dataclasses.replace(prior, sample_steps=prior_steps))
         self.processes = Processes.here()
         self._sets: dict[str, MultimodalDataset] = {}

@@ -75,6 +75,11 @@ def test_a_run_samples_with_its_own_length_of_the_prior_chain(tmp_path: Path) ->
         Run(tmp_path / "run", prior_steps=-1)
     with pytest.raises(ValueError, match="sample_steps"):
         configure("demo", changes=["latent_prior.sample_steps=-1"])
+    stages = json.dumps([{"kind": "warmup", "iterations": 1}])
+    plain = configure("demo", changes=[f"stages={stages}", "data.options.n=200", "latent_prior=null"])
+    assert fit(prepare(tmp_path / "plain", torch.device("cpu"), plain, threads=1), tmp_path / "plain")
+    with pytest.raises(ValueError, match="prior_steps=5 is for runs with a latent prior"):
+        Run(tmp_path / "plain", prior_steps=5)
 
 
 def test_metrics_have_every_point_and_setting(run: Path) -> None:
