@@ -41,7 +41,10 @@ def test_numbers_of_known_samples(
 
     real = train.batch(rows())
     shuffled = {name: train.batch(rows())[name] for name in real}
-    one = {name: x[:1].expand_as(x) for name, x in real.items()}
+    # collapsed to one tuple, which must be one that the judges read alike: they misread a few in a hundred
+    read = judges.predict(real)
+    alike = int((read == read[:, :1]).all(1).nonzero()[0])
+    one = {name: x[alike : alike + 1].expand_as(x) for name, x in real.items()}
     result = evaluate(
         {"real": real, "shuffled": shuffled, "one": one},
         # knows the answer: every modality of a real tuple of the same class; and its opposite: noise
