@@ -14,6 +14,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
+# where a name would cover another's: points to the right of and above its own
+OFFSETS = {"frozen": (6, -12), "mmvae+": (-4, -14), "paper": (-8, -16), "mmvae": (6, -4), "vae": (6, 6)}
 BASELINES = {"vae", "mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"}
 
 
@@ -28,8 +30,8 @@ def main(source: str, target: str) -> None:
         x, y = last["frechet"], last["joint_coherence"]
         colour = "#8593a3" if name in BASELINES else "#2b6cb0"
         axes.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt="o", ms=5, color=colour, capsize=2, lw=1)
-        below = -12 if name in ("frozen", "mmvae+") else 4
-        axes.annotate(name, (x[0], y[0]), xytext=(6, below), textcoords="offset points", fontsize=9, color="#1f2933")
+        offset = OFFSETS.get(name, (6, 4))
+        axes.annotate(name, (x[0], y[0]), xytext=offset, textcoords="offset points", fontsize=9, color="#1f2933")
         if "xk" in at and "x0" in at:
             start = (at["x0"]["frechet"][0], at["x0"]["joint_coherence"][0])
             axes.annotate("", (x[0], y[0]), start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 0.8})
