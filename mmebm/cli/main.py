@@ -70,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--split", default="test", choices=("train", "test"), help="where --given takes them from")
     sample.add_argument(
         "--steps", type=_steps, default=None,
-        help="steps of the data chain (default: as trained); auto: until the mean energy is that of real tuples",
+        help="steps of the data chain (default: as configured for samples); auto: until the mean energy is that of "
+        "real tuples",
     )
     _prior_steps(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
@@ -79,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="the numbers of a run", description="Print and write metrics.json.")
     evaluate.add_argument("run", help="the run's folder")
     evaluate.add_argument("--n", type=int, default=2000, help="samples per point (default: 2000)")
-    evaluate.add_argument("--steps", type=int, default=None, help="steps of the data chain (default: as trained)")
+    evaluate.add_argument(
+        "--steps", type=int, default=None, help="steps of the data chain (default: as configured for samples)"
+    )
     _prior_steps(evaluate)
     evaluate.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     device(evaluate)

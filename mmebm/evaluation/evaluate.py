@@ -236,7 +236,7 @@ def evaluate_pairs(
         reference: judges and the real features.
         rows: which tuples.
         seed: of the draws.
-        latent_steps: of the latent chain; None for as many as in training.
+        latent_steps: of the latent chain; None for as many as configured.
 
     Returns:
         ``coherence``: {source: {target: accuracy}}, ``coherence_mean`` without the source, ``coherence_mean_with_self``

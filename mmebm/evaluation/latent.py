@@ -76,7 +76,7 @@ def encoders(system: System, steps: int | None = None) -> Encoders:
 
     Args:
         system: the networks and the chains.
-        steps: of the latent chain; None for as many as in training.
+        steps: of the latent chain; None for as many as configured.
     """
 
     @torch.no_grad()
@@ -298,8 +298,8 @@ def interpolate(
         steps: columns of a row, ends included.
         how: see :func:`latent_path`.
         seed: of the whole draw.
-        latent_steps: of the latent chain; 0 leaves z as inferred, None is as in training.
-        data_steps: of the data chain on the decoded tuples; 0 leaves them, None is as in training.
+        latent_steps: of the latent chain; 0 leaves z as inferred, None is as configured.
+        data_steps: of the data chain on the decoded tuples; 0 leaves them, None is as configured.
 
     Returns:
         modality name -> ``(n, steps, *shape)``, all modalities.

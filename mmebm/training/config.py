@@ -74,15 +74,18 @@ class ModelConfig:
 class ChainConfig:
     """One Langevin chain: x <- x - (s^2/2) dE/dx + noise xi.
 
-    The step ``s`` is given by ``step`` (a number, or "auto": ``auto_fraction`` of the largest stable one, measured on a
-    batch every ``auto_every`` iterations), or by ``travel`` = steps s^2, a number or one per modality. The chains of a
-    batch differ in their limits; "auto" takes the quantile ``auto_quantile`` of them. The very worst chain (0) is often
-    four times stiffer than all but a few, and then nothing moves; outputs bounded by tanh keep those few finite.
+    The step ``s`` is given by ``step`` or by ``travel`` = steps s^2, each a number or one per modality; or as ``step =
+    "auto"``: ``auto_fraction`` of the largest stable one, measured on a batch every ``auto_every`` iterations. The
+    chains of a batch differ in their limits; "auto" takes the quantile ``auto_quantile`` of them. The very worst chain
+    (0) is often four times stiffer than all but a few, and then nothing moves; outputs bounded by tanh keep those few
+    finite.
     ``noise=None`` ties the noise to the step (temperature 1). ``clamp`` keeps the chain in [-1, 1].
+    ``sample_steps``: steps, of the same size, when a run draws or completes samples (None: ``steps``).
     """
 
     steps: int = 30
-    step: float | Literal["auto"] | None = None
+    sample_steps: int | None = None
+    step: float | dict[str, float] | Literal["auto"] | None = None
     travel: float | dict[str, float] | None = None
     noise: float | None = None
     clamp: bool = False
@@ -93,6 +96,8 @@ class ChainConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
+        if self.sample_steps is not None and self.sample_steps < 0:
+            raise ValueError(f"sample_steps must be at least 0, or None, got {self.sample_steps}")
         if (self.step is None) == (self.travel is None):
             raise ValueError(f"give step or travel, one of them; got step={self.step!r}, travel={self.travel!r}")
 
@@ -110,6 +115,13 @@ class ChainConfig:
             return {name: math.sqrt(t / max(self.steps, 1)) for name, t in self.travel.items()}
         assert self.travel is not None
         return math.sqrt(self.travel / max(self.steps, 1))
+
+    def for_samples(self) -> ChainConfig:
+        """The chain that a run draws its samples with."""
+        if self.sample_steps is None:
+            return self
+        step = self.size() if self.step is None else self.step
+        return dataclasses.replace(self, steps=self.sample_steps, step=step, travel=None)
 
 
 @dataclass(frozen=True)
@@ -170,26 +182,15 @@ class LossConfig:
 class LatentPriorConfig:
     """Extension: an energy on z, learned with short latent chains in its own stage and in the joint stage.
 
-    ``sample_steps``: steps of that chain when a run draws its samples (None: as in training, ``chain.steps``). Twice
-    those of training raised the samples' coherence on PolyMNIST; many more cost class balance (benchmarks/study).
+    Twice the steps of training for samples (``chain.sample_steps``) raised their coherence on PolyMNIST; many more cost
+    class balance (benchmarks/study).
     """
 
     width: int = 128
     depth: int = 2
     chain: ChainConfig = field(default_factory=lambda: ChainConfig(steps=60, step=0.2))
-    sample_steps: int | None = None
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=5e-4))
     energy_l2: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.sample_steps is not None and self.sample_steps < 0:
-            raise ValueError(f"sample_steps must be at least 0, or None, got {self.sample_steps}")
-
-    def for_samples(self) -> LatentPriorConfig:
-        """The same with the chain that a run draws its samples with."""
-        if self.sample_steps is None:
-            return self
-        return dataclasses.replace(self, chain=dataclasses.replace(self.chain, steps=self.sample_steps))
 
 
 @dataclass(frozen=True)
@@ -340,6 +341,14 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def for_samples(self) -> Config:
+        """The same with the chains that a run draws its samples with."""
+        prior = self.latent_prior
+        return self.replace(
+            data_chain=self.data_chain.for_samples(), latent_chain=self.latent_chain.for_samples(),
+            latent_prior=prior and dataclasses.replace(prior, chain=prior.chain.for_samples()),
+        )  # fmt: skip
 
     def to_json(self) -> str:
         """The whole configuration as JSON."""

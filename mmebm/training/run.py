@@ -41,7 +41,7 @@ class Run:
         folder: the run's folder; must hold a checkpoint.
         device: where to put the networks.
         prior_steps: steps of the latent prior's chain, instead of those configured for samples
-            (``latent_prior.sample_steps``).
+            (``latent_prior.chain.sample_steps``).
 
     Raises:
         FileNotFoundError, ValueError: where there is no checkpoint, or not one of ours; for ``prior_steps`` that are
@@ -59,7 +59,8 @@ class Run:
         if prior_steps is not None:
             if prior is None:
                 raise ValueError(f"prior_steps={prior_steps} is for runs with a latent prior, which this one lacks")
-            self.config = self.config.replace(latent_prior=dataclasses.replace(prior, sample_steps=prior_steps))
+            chain = dataclasses.replace(prior.chain, sample_steps=prior_steps)
+            self.config = self.config.replace(latent_prior=dataclasses.replace(prior, chain=chain))
         self.processes = Processes.here()
         self._sets: dict[str, MultimodalDataset] = {}
         self.shapes = {m.name: m.shape for m in self.dataset("test").modalities}
@@ -80,9 +81,8 @@ class Run:
         return {name.removeprefix(inside): value for name, value in averaged.items() if name.startswith(inside)}
 
     def _system(self, state: dict[str, Tensor], *, plain: bool = False) -> System:
-        prior = None if plain or self.config.latent_prior is None else self.config.latent_prior.for_samples()
-        config = self.config.replace(latent_prior=prior)
-        system = System(config, self.shapes).to(self.device).eval()
+        config = self.config.for_samples()
+        system = System(config.replace(latent_prior=None) if plain else config, self.shapes).to(self.device).eval()
         if plain:
             state = {name: value for name, value in state.items() if not name.startswith("prior.")}
         system.load_state_dict(state)
@@ -163,8 +163,8 @@ class Run:
             n: number of tuples.
             point: where they are taken.
             seed: of the whole draw.
-            steps: of the data chain: a number, None for as many as in training, or "auto" for as many as bring the
-                mean energy to that of real tuples (:meth:`steps_to_real`).
+            steps: of the data chain: a number, None for as many as configured for samples, or "auto" for as many as
+                bring the mean energy to that of real tuples (:meth:`steps_to_real`).
             start: where the data chain starts (:mod:`mmebm.training.starts`); None as in training, but from the
                 generator where that was made of training tuples.
 
@@ -242,7 +242,7 @@ class Run:
 
     def settings(self, steps: int | None = None) -> dict[str, Any]:
         """What every result file records of the chains."""
-        c = self.config
+        c = self.system.config
         data_steps = c.data_chain.steps if steps is None else steps
         return {
             "preset": c.preset, "iteration": self.content["iteration"], "evaluations": self.content["evaluations"],

@@ -194,8 +194,8 @@ class System(nn.Module):
         Args:
             given: {modality: (n, *shape)}, at least one; returned as they are.
             seed: of the whole draw.
-            latent_steps: 0 leaves z as inferred (mode A of the method); None the trained number of steps (mode B).
-            data_steps: 0 leaves the decoded modalities; None the trained number of steps, the given held (mode C).
+            latent_steps: 0 leaves z as inferred (mode A of the method); None the configured number of steps (mode B).
+            data_steps: 0 leaves the decoded modalities; None the configured number of steps, the given held (mode C).
         """
         generator = torch.Generator(self.device).manual_seed(seed)
         z = self.inference.sample(given, generator)

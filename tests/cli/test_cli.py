@@ -56,9 +56,34 @@ def test_a_run_samples_with_its_moving_average(tmp_path: Path) -> None:
     assert {"generator", "inference", "energy"} <= moved
 
 
+def test_a_run_samples_with_its_own_length_of_the_data_chain(tmp_path: Path) -> None:
+    stages = json.dumps([{"kind": "warmup", "iterations": 2}, {"kind": "joint", "iterations": 2}])
+    lengths = ["data_chain.steps=2", "data_chain.sample_steps=5", "latent_chain.steps=2", "latent_chain.sample_steps=3"]
+    changes = [f"stages={stages}", "data.options.n=200", "latent_prior.chain.steps=3", *lengths]
+    trainer = prepare(tmp_path / "run", torch.device("cpu"), configure("demo", changes=changes), threads=1)
+    assert fit(trainer, tmp_path / "run")
+    run, s = Run(tmp_path / "run"), trainer.system
+    assert s.config.data_chain.steps == 2 and run.config.data_chain.steps == 2
+    settings = run.settings()
+    assert settings["data_steps"] == 5 and settings["latent_steps"] == 3
+    # more steps, of the size that was trained
+    assert settings["data_step"] == s.config.data_chain.size()
+    x0 = run.sample(5, "x0", seed=4)
+    for steps, expected in ((None, 5), (2, 2)):
+        xk, out = run.sample(5, "xk", seed=4, steps=steps), s.revise_data(x0, seed=5, steps=expected).state
+        assert all(torch.equal(xk[name], value) for name, value in out.items())
+    given = {"word": run.real(4)["word"]}
+    completed = run.completions()["C: B + data chain"](given, 1)
+    out = s.complete(given, seed=1, latent_steps=3, data_steps=5)
+    assert all(torch.equal(completed[name], value) for name, value in out.items())
+    with pytest.raises(ValueError, match="sample_steps must be at least 0, or None, got -1"):
+        configure("demo", changes=["data_chain.sample_steps=-1"])
+
+
 def test_a_run_samples_with_its_own_length_of_the_prior_chain(tmp_path: Path) -> None:
     stages = json.dumps([{"kind": "warmup", "iterations": 2}, {"kind": "prior", "iterations": 2}])
-    changes = [f"stages={stages}", "data.options.n=200", "latent_prior.chain.steps=3", "latent_prior.sample_steps=7"]
+    lengths = ["latent_prior.chain.steps=3", "latent_prior.chain.sample_steps=7"]
+    changes = [f"stages={stages}", "data.options.n=200", *lengths]
     trainer = prepare(tmp_path / "run", torch.device("cpu"), configure("demo", changes=changes), threads=1)
     assert fit(trainer, tmp_path / "run")
     run, s, here = Run(tmp_path / "run"), trainer.system, torch.device("cpu")
@@ -74,7 +99,7 @@ def test_a_run_samples_with_its_own_length_of_the_prior_chain(tmp_path: Path) ->
     with pytest.raises(ValueError, match="sample_steps"):
         Run(tmp_path / "run", prior_steps=-1)
     with pytest.raises(ValueError, match="sample_steps"):
-        configure("demo", changes=["latent_prior.sample_steps=-1"])
+        configure("demo", changes=["latent_prior.chain.sample_steps=-1"])
     stages = json.dumps([{"kind": "warmup", "iterations": 1}])
     plain = configure("demo", changes=[f"stages={stages}", "data.options.n=200", "latent_prior=null"])
     assert fit(prepare(tmp_path / "plain", torch.device("cpu"), plain, threads=1), tmp_path / "plain")

@@ -40,6 +40,12 @@ def test_travel_fixes_the_step() -> None:
     """travel = steps s^2, per modality where it is a mapping."""
     assert ChainConfig(steps=30, travel=2.7).size() == pytest.approx(0.3)
     assert ChainConfig(steps=4, travel={"a": 1.0, "b": 4.0}).size() == {"a": 0.5, "b": 1.0}
+    # more steps of the same size, whichever way it was given
+    for given in ({"travel": 2.7}, {"travel": {"a": 1.0, "b": 4.0}}, {"step": 0.2}):
+        chain = ChainConfig(steps=30, sample_steps=70, **given)  # type: ignore[arg-type]
+        assert chain.for_samples().steps == 70 and chain.for_samples().size() == chain.size()
+    assert ChainConfig(steps=30, sample_steps=70, step="auto").for_samples().step == "auto"
+    assert ChainConfig(steps=30, travel=2.7).for_samples() == ChainConfig(steps=30, travel=2.7)
 
 
 def test_chain_needs_one_of_step_and_travel() -> None:

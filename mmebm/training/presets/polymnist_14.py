@@ -37,6 +37,8 @@ def config() -> Config:
         ),
         # samples: 60 / 120 / 240 steps of the prior's chain gave x_k a coherence of .72 / .77 / .78 and its least class
         # a share of .07 / .06 / .03 (seed 0; `mmebm evaluate RUN --prior-steps 240`)
-        latent_prior=LatentPriorConfig(width=200, sample_steps=120, adam=AdamConfig(lr=3e-3)),
+        latent_prior=LatentPriorConfig(
+            width=200, chain=ChainConfig(steps=60, step=0.2, sample_steps=120), adam=AdamConfig(lr=3e-3)
+        ),
         shuffled_tuples=ShuffledTuplesConfig(weight=12.0, kind="hard", same=0.12, near=0.3),
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mmebm.training.config import AdamConfig, Config, DataConfig, LatentPriorConfig, Stage
+from mmebm.training.config import AdamConfig, ChainConfig, Config, DataConfig, LatentPriorConfig, Stage
 from mmebm.training.presets import polymnist_14
 
 
@@ -14,6 +14,7 @@ def config() -> Config:
         data=DataConfig("polymnist-5k", options={"copies": 6}),
         # four times the pixels, each trusted less
         model=dataclasses.replace(small.model, sigma=0.5),
+        data_chain=dataclasses.replace(small.data_chain, sample_steps=30),
         # the higher rates of the small set's prior were not tried here
         stages=(
             Stage("warmup", 8000, final_lr=0.3),
@@ -22,5 +23,7 @@ def config() -> Config:
             Stage("joint", 1000, lr=0.5, final_lr=0.05, train=("prior",)),
             Stage("joint", 1200, lr=0.5, final_lr=0.05, train=("energy", "prior")),
         ),
-        latent_prior=LatentPriorConfig(width=200, sample_steps=240, adam=AdamConfig(lr=2e-3)),
+        latent_prior=LatentPriorConfig(
+            width=200, chain=ChainConfig(steps=60, step=0.2, sample_steps=240), adam=AdamConfig(lr=2e-3)
+        ),
     )
