@@ -14,6 +14,7 @@ def config() -> Config:
         data=DataConfig("polymnist-5k", options={"copies": 6}),
         # four times the pixels, each trusted less
         model=dataclasses.replace(small.model, sigma=0.5),
+        # 10 / 30 / 60 steps for samples gave x_k a coherence of .69 / .79 / .83 (seed 0); from 60 on halos show
         data_chain=dataclasses.replace(small.data_chain, sample_steps=30),
         # the higher rates of the small set's prior were not tried here
         stages=(
