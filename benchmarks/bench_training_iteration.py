@@ -79,7 +79,12 @@ def settings(name: str) -> Config:
     if name == "polymnist-5k":
         # MLPs are timed with the demo
         conv = ModelConfig(
-            latent=64, net="conv", generator_width=16, inference_width=16, energy_trunk_width=16, sigma=0.2,
+            latent=64,
+            net="conv",
+            generator_width=16,
+            inference_width=16,
+            energy_trunk_width=16,
+            sigma=0.2,
         )
         whole = whole.replace(model=conv, batch=128)
     return whole.replace(stages=(joint,))

@@ -152,9 +152,7 @@ def _residual_kernel(
     for i in tl.static_range(T):
         w = _factor(weight_numbers[i], weights[i], chain, WEIGHTS[i])
         if KINDS[i] == _CATEGORICAL:
-            out += _classes(
-                ys[i], ts[i], ms[i], gs[i], sizes[i], classes[i], chain, w, MASKS[i], GRAD, BKS[i], BPS[i]
-            )
+            out += _classes(ys[i], ts[i], ms[i], gs[i], sizes[i], classes[i], chain, w, MASKS[i], GRAD, BKS[i], BPS[i])
         else:
             s = _factor(scale_numbers[i], scales[i], chain, SCALES[i])
             if KINDS[i] == _GAUSSIAN:
@@ -164,9 +162,7 @@ def _residual_kernel(
             else:
                 slope = w / s
                 part = slope
-            out += part * _elements(
-                ys[i], ts[i], ms[i], gs[i], sizes[i], chain, slope, KINDS[i], MASKS[i], GRAD, TILE
-            )
+            out += part * _elements(ys[i], ts[i], ms[i], gs[i], sizes[i], chain, slope, KINDS[i], MASKS[i], GRAD, TILE)
     tl.store(value + chain, out)
 
 

@@ -60,9 +60,7 @@ def sada_jem(**changes: Any) -> Langevin:
     The network gives f = -E. Batch norm is in train mode while the chain runs, so that modules stay as they are
     (``mode="keep"``); its JEM++ relatives too. Start: JEM's buffer, its new images from Gaussians of the classes.
     """
-    return _made(
-        changes, step_size=1.0, noise_scale=0.0, grad_clip=1.0, bounds=(-1.0, 1.0), log_prob=True, mode="keep"
-    )
+    return _made(changes, step_size=1.0, noise_scale=0.0, grad_clip=1.0, bounds=(-1.0, 1.0), log_prob=True, mode="keep")
 
 
 def igebm(**changes: Any) -> Langevin:
@@ -72,9 +70,7 @@ def igebm(**changes: Any) -> Langevin:
     The network gives E. Start: a FIFO buffer of 10,000, 5 % anew from U(0, 1). The original TensorFlow code clips the
     norm of the whole batch's gradient instead: ``grad_clip=None, grad_norm_clip=c, norm_over="tensor"``.
     """
-    return _made(
-        changes, step_size=10.0, noise_scale=0.005, noise_at="before", grad_clip=0.01, bounds=(0.0, 1.0)
-    )
+    return _made(changes, step_size=10.0, noise_scale=0.005, noise_at="before", grad_clip=0.01, bounds=(0.0, 1.0))
 
 
 def uva(**changes: Any) -> Langevin:
@@ -256,9 +252,7 @@ def ibc(low: Any, high: Any, steps: int = 100, **changes: Any) -> Langevin:
     """
     eta = polynomial(0.1, 1e-5, steps)
     half = polynomial(0.1 / 2, 1e-5 / 2, steps)
-    return _made(
-        changes, step_size=half, noise_scale=eta, max_update=0.1 * 0.5 * (high - low), bounds=(low, high)
-    )
+    return _made(changes, step_size=half, noise_scale=eta, max_update=0.1 * 0.5 * (high - low), bounds=(low, high))
 
 
 def _to_sphere(z: Tensor) -> Tensor:

@@ -75,9 +75,7 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
     return keys, tensors, build
 
 
-def like_state(
-    value: Any, keys: Sequence[Key], tensors: Sequence[Tensor], *, name: str = "the score"
-) -> list[Tensor]:
+def like_state(value: Any, keys: Sequence[Key], tensors: Sequence[Tensor], *, name: str = "the score") -> list[Tensor]:
     """The tensors of a score (or what else ``name`` says) in the order of the state, in its dtypes.
 
     Raises:

@@ -1,6 +1,6 @@
 """Draws a table of ``mmebm ablate``: joint coherence against Frechet distance, an arrow from x0 to xk per variant.
 
-    python benchmarks/study/figure.py benchmarks/study/digits/table.json benchmarks/study/digits/table.png
+python benchmarks/study/figure.py benchmarks/study/digits/table.json benchmarks/study/digits/table.png
 """
 
 from __future__ import annotations

@@ -67,9 +67,7 @@ def _classifiers(run: Run) -> Classifiers | None:
     return judges
 
 
-def report(
-    run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, **more: Any
-) -> dict[str, Any]:
+def report(run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, **more: Any) -> dict[str, Any]:
     """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``more`` are
     options of :func:`mmebm.evaluation.evaluate.evaluate`."""
     judges = _classifiers(run)

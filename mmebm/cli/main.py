@@ -27,7 +27,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--data", help="data set instead of the preset's: digits, polymnist-5k, polymnist")
     train.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
         help="change one field of the configuration, e.g. --set data_chain.steps=60",
     )
     device(train)
@@ -38,7 +41,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     ablate.add_argument("--preset", default="demo", help="what the variants change (default: demo)")
     ablate.add_argument(
-        "--variants", nargs="+", default=["components"], metavar="NAME",
+        "--variants",
+        nargs="+",
+        default=["components"],
+        metavar="NAME",
         help="variants or grids of them: components (default), levers, starts, baselines, study",
     )
     ablate.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
@@ -63,13 +69,17 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--start", help="where the data chain starts, e.g. generator, noise, independent (default: as "
                                         "trained)")  # fmt: skip
     sample.add_argument(
-        "--mode", default="data", choices=("decode", "latent", "data"),
+        "--mode",
+        default="data",
+        choices=("decode", "latent", "data"),
         help="with --given: decode the inferred z; revise it first; revise the missing modalities too (default)",
     )
     sample.add_argument("--given", nargs="+", metavar="MODALITY", help="condition on these modalities of real tuples")
     sample.add_argument("--split", default="test", choices=("train", "test"), help="where --given takes them from")
     sample.add_argument(
-        "--steps", type=_steps, default=None,
+        "--steps",
+        type=_steps,
+        default=None,
         help="steps of the data chain (default: as configured for samples); auto: until the mean energy is that of "
         "real tuples",
     )
@@ -89,7 +99,10 @@ def parser() -> argparse.ArgumentParser:
 
     more = evaluate.add_argument_group("more, each for its time")
     more.add_argument(
-        "--features", nargs="+", default=[], metavar="NETWORK",
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="NETWORK",
         help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your weights",
     )
     more.add_argument("--pairs", action="store_true", help="every modality from every single one, also itself")

@@ -56,6 +56,7 @@ def _commit() -> str:
     """The commit of the source tree, with "+" where it has changes; "" outside a repository."""
     root = Path(__file__).resolve().parents[2]
     try:
+
         def git(*words: str) -> str:
             return subprocess.run(
                 ("git", "-C", str(root), *words), capture_output=True, text=True, check=True, timeout=10

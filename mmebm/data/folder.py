@@ -1,9 +1,9 @@
 """Your own data: a folder of NumPy arrays, one for each modality, paired by row.
 
-    path/train/photo.npy      (n, C, H, W)      path/meta.json, optional: {"classes": ["cat", "dog"],
-    path/train/sound.npy      (n, D)                "modalities": {"photo": {"kind": "image", "layout": "HWC"},
-    path/train/labels.npy     (n,)                                 "sound": {"kind": "vector", "range": [-80, 0]}}}
-    path/test/...             or path/train.npz, path/test.npz with arrays of the same names
+path/train/photo.npy      (n, C, H, W)      path/meta.json, optional: {"classes": ["cat", "dog"],
+path/train/sound.npy      (n, D)                "modalities": {"photo": {"kind": "image", "layout": "HWC"},
+path/train/labels.npy     (n,)                                 "sound": {"kind": "vector", "range": [-80, 0]}}}
+path/test/...             or path/train.npz, path/test.npz with arrays of the same names
 """
 
 from __future__ import annotations
@@ -376,9 +376,7 @@ class _Words:
         return np.array(self.words)[x]
 
 
-def _text(
-    name: str, array: _Array, other: _Array | None, settings: Mapping[str, Any], meta_file: Path
-) -> ArrayPool:
+def _text(name: str, array: _Array, other: _Array | None, settings: Mapping[str, Any], meta_file: Path) -> ArrayPool:
     values, source = array.values, array.source
     words = settings.get("words")
     if "words" in settings and not _distinct(words):
@@ -387,7 +385,7 @@ def _text(
         raise ValueError(f"{source} must be strings or word numbers (n,), got {values.dtype} {values.shape}")
     if values.dtype.kind != "U":
         if words is None:
-            raise ValueError(f"{source} holds numbers of words: list the \"words\" of {name!r} in {meta_file}")
+            raise ValueError(f'{source} holds numbers of words: list the "words" of {name!r} in {meta_file}')
         return ArrayPool(values, Modality(name, (len(words),), "text", tuple(words)), source, _Words(tuple(words)))
     if words is None:
         both = [part.values for part in (array, other) if part is not None and part.values.dtype.kind == "U"]

@@ -439,9 +439,7 @@ _RULES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def residual(
-    outputs: Symbol, target: Tensor, *, scale: float, likelihood: Likelihood, weight: float = 1.0
-) -> Symbol:
+def residual(outputs: Symbol, target: Tensor, *, scale: float, likelihood: Likelihood, weight: float = 1.0) -> Symbol:
     """The value per chain of a :class:`~mmebm.ops.terms.Residual`, for a ``mmebm_lowered`` method: minus the
     log-likelihood of ``target`` (chains, ...) under ``outputs`` of the same shape."""
     difference = _subtract(outputs, target)
@@ -699,4 +697,3 @@ def lower(
         _refuse("it is constant")
     sign = -1.0 if log_prob else 1.0
     return Lowered(tuple(_term(sign * weight, part, layout) for weight, part in parts), value.ndim == 0)
-

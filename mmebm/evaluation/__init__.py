@@ -1,14 +1,14 @@
 """Judging samples: classifiers and coherence, distances to real data, likelihood, figures.
 
-    classifiers   one small judge per modality, trained here and always in eval mode
-    metrics       coherence, chance, balance, Frechet and kernel distances: pure functions of predictions and features
-    features      networks trained elsewhere whose features the distances may be taken on
-    latent        classes read off the latent before and after its chain; interpolation
-    likelihood    log p(X) of the generator by annealed importance sampling
-    sweep         metrics against the number of test-time steps
-    mixing        do the chains mix
-    evaluate      all of it about a model, as plain data and as a table
-    figures       sample grids, chains and training curves as PNG; needs matplotlib, which is imported when one is drawn
+classifiers   one small judge per modality, trained here and always in eval mode
+metrics       coherence, chance, balance, Frechet and kernel distances: pure functions of predictions and features
+features      networks trained elsewhere whose features the distances may be taken on
+latent        classes read off the latent before and after its chain; interpolation
+likelihood    log p(X) of the generator by annealed importance sampling
+sweep         metrics against the number of test-time steps
+mixing        do the chains mix
+evaluate      all of it about a model, as plain data and as a table
+figures       sample grids, chains and training curves as PNG; needs matplotlib, which is imported when one is drawn
 """
 
 from mmebm.evaluation.classifiers import Classifiers, fit_classifiers

@@ -241,9 +241,7 @@ def latent_report(
     }
 
 
-def latent_path(
-    a: Tensor, b: Tensor, steps: int, *, how: Literal["spherical", "linear"] = "spherical"
-) -> Tensor:
+def latent_path(a: Tensor, b: Tensor, steps: int, *, how: Literal["spherical", "linear"] = "spherical") -> Tensor:
     """``steps`` codes from ``a`` to ``b``, both ends included.
 
     On a sphere, the default, the direction turns evenly and the length changes evenly: in many dimensions N(0, I) lives

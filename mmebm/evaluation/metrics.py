@@ -142,9 +142,7 @@ def class_balance(pred: Tensor, n_classes: int) -> ClassBalance:
     return ClassBalance(shares, shares.amin(1), shares.amax(1), entropy + 0.0)
 
 
-def conditional_coherence(
-    pred_targets: Tensor, labels: Tensor, average: Literal["micro", "macro"] = "micro"
-) -> Tensor:
+def conditional_coherence(pred_targets: Tensor, labels: Tensor, average: Literal["micro", "macro"] = "micro") -> Tensor:
     """Accuracy of each target modality's classifier against the class of the given modalities.
 
     The targets must not be among the given modalities: self-reconstruction is another quantity.

@@ -507,9 +507,7 @@ def _drift_and_noise(subject: Subject, state: State, seed: int, at: int) -> dict
     """Of the very next step, taken with and without its noise: root mean squares over chains of the l2 norms."""
     free = _free(subject.sampler)
     still = free.replace(noise_scale=0.0, temperature=1.0)
-    noisy, calm = (
-        _tensors(s.sample(subject.energy, state, 1, seed=seed, first_step=at).state) for s in (free, still)
-    )
+    noisy, calm = (_tensors(s.sample(subject.energy, state, 1, seed=seed, first_step=at).state) for s in (free, still))
     found = {}
     for key, before in _tensors(state).items():
         drift, noise = (

@@ -48,9 +48,7 @@ def latent_chain(system: System, given: Batch, *, seed: int) -> Chain:
     latent_steps=k)`` decodes."""
     with torch.no_grad():
         z = system.inference.sample(given, torch.Generator(system.device).manual_seed(seed))
-    return Chain(
-        z, lambda z, steps, first: system.revise_latent(z, given, seed=seed, steps=steps, first_step=first)
-    )
+    return Chain(z, lambda z, steps, first: system.revise_latent(z, given, seed=seed, steps=steps, first_step=first))
 
 
 def run_sweep(

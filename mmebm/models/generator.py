@@ -145,9 +145,7 @@ class SharedGenerator(nn.Module):
         means, values = [self.decoders[name](z) for name in x], list(x.values())
         weights, masks = [self.weights[name] for name in x], self._masks(x, present)
         if not any(value.requires_grad for value in values):
-            return residual(
-                means, values, likelihood=self.likelihood, scale=self.sigma, weight=weights, observed=masks
-            )
+            return residual(means, values, likelihood=self.likelihood, scale=self.sigma, weight=weights, observed=masks)
         # the op has no derivative in its targets
         off = [
             _held(mean - value, mask).flatten(1) / self.sigma
@@ -157,9 +155,7 @@ class SharedGenerator(nn.Module):
         terms = [(0.5 * r.square() if gaussian else r.abs()).sum(1) for r in off]
         return torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum(0)
 
-    def squared_error(
-        self, x: Mapping[str, Tensor], z: Tensor, present: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def squared_error(self, x: Mapping[str, Tensor], z: Tensor, present: Mapping[str, Tensor] | None = None) -> Tensor:
         """Mean squared error per element over the modalities that ``x`` holds and the row has: (n,), for the logs."""
         masks = self._masks(x, present)
         sums = [
@@ -175,9 +171,7 @@ class SharedGenerator(nn.Module):
     def _masks(self, x: Mapping[str, Tensor], present: Mapping[str, Tensor] | None) -> list[Tensor | None]:
         """:func:`rows_with` in the shapes (n, 1, ...) of the modalities."""
         masks = rows_with(x, present)
-        return [
-            None if mask is None else mask.reshape(-1, *[1] * (x[name].dim() - 1)) for name, mask in masks.items()
-        ]
+        return [None if mask is None else mask.reshape(-1, *[1] * (x[name].dim() - 1)) for name, mask in masks.items()]
 
 
 def _held(value: Tensor, mask: Tensor | None) -> Tensor:

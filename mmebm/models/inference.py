@@ -27,9 +27,7 @@ class Expert(NamedTuple):
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A reparameterised sample (n, latent)."""
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
-        )
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -91,9 +91,7 @@ def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple
         # aliases, so that the graph ends here and, with create_graph, goes on into the inputs
         leaves = [t.view_as(t) if t.requires_grad else t for t in (x, *given)]
         rest = iter(leaves[1:])
-        energy, grad = reference(
-            leaves[0], unpack(ctx.terms, [next(rest) if there else None for there in ctx.present])
-        )
+        energy, grad = reference(leaves[0], unpack(ctx.terms, [next(rest) if there else None for there in ctx.present]))
         wanted = [t for t in leaves if t.requires_grad]
         outputs = [(o, d) for o, d in ((energy, d_energy), (grad, d_grad)) if d is not None and o.requires_grad]
         found: list[Tensor | None] = [None] * len(wanted)

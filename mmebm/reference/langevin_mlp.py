@@ -84,6 +84,4 @@ def langevin_mlp(
         energies.append(energy)
         norms.append(stats.grad_norm)
     empty = widen(x[0]).new_zeros(0, chains)
-    return Chain(
-        x, torch.stack(energies) if energies else empty, torch.stack(norms) if norms else empty, ~alive
-    )
+    return Chain(x, torch.stack(energies) if energies else empty, torch.stack(norms) if norms else empty, ~alive)

@@ -64,9 +64,7 @@ def revisions(run: Run, folder: Path, *, seed: int = 0, chains: int = 3) -> dict
             title = f"tuple {i + 1}, from {'the prior' if i == chains - 1 else 'q(z | X)'}"
             strips[title] = natural(run, {k: v.unflatten(0, shape)[:, i] for k, v in states.items()})
             inputs[title] = natural(run, {k: v[i : i + 1] for k, v in x.items()})
-        path = figures.revision_grid(
-            strips, range(0, steps + 1, every), folder / "latent-chain.png", observed=inputs
-        )
+        path = figures.revision_grid(strips, range(0, steps + 1, every), folder / "latent-chain.png", observed=inputs)
         found["Latent chain"] = (path, f"z given a test tuple, the last column, as decoded."
                                        f"{_beyond(config.latent_chain.steps, steps)}")  # fmt: skip
     return found

@@ -105,9 +105,7 @@ class Backend(Protocol):
         """``body`` as it will be captured, without capturing it; the device's generators are put back."""
         ...
 
-    def capture(
-        self, device: torch.device, body: Callable[[], Any], generators: Sequence[torch.Generator]
-    ) -> Graph:
+    def capture(self, device: torch.device, body: Callable[[], Any], generators: Sequence[torch.Generator]) -> Graph:
         """The kernels of ``body``, which does not run.
 
         Raises:
@@ -516,9 +514,7 @@ class Engine:
         self._dead: deque[tuple[Any, ...]] = deque()
         self._busy = threading.local()
 
-    def run(
-        self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain
-    ) -> Run | str:
+    def run(self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
         """The chain as a graph, or the reason why it takes the loop.
 
         Args:
@@ -553,9 +549,7 @@ class Engine:
             return "inside another capture"
         return None
 
-    def _run(
-        self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain
-    ) -> Run | str:
+    def _run(self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
         reason = self._options_reason(capture, sampler, p, tensors)
         if reason is not None:
             return reason
@@ -627,6 +621,7 @@ class Engine:
         generators = call.identity.generators
         host = self.backend.host_random()
         with _uncached_autocast():
+
             def warm_up() -> None:
                 chain(short, state)
                 with _OnDevice(call.device):  # apart: compiled energies run otherwise under a mode

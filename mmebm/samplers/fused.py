@@ -123,4 +123,3 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
         state, {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}, trajectory, frozen,
         op.name_of(module), why,
     )  # fmt: skip
-

@@ -171,9 +171,7 @@ class Underdamped:
                         e_new = torch.where(alive, e_new, e)
                 full, v, e, g = moved, w, e_new, g_new
                 recorder.keep(k, full)
-            samples = recorder.samples(
-                full, frozen=None if alive is None else ~alive, velocity=call.structure(v)
-            )
+            samples = recorder.samples(full, frozen=None if alive is None else ~alive, velocity=call.structure(v))
         broken = samples.info["nonfinite"]
         if self.on_nonfinite == "raise" and bool(broken.any()):
             raise FloatingPointError(

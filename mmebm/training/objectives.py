@@ -30,7 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-
 class Objective(Protocol):
     """What the trainer maximises over generator and inference."""
 
@@ -207,9 +206,7 @@ def mvtcae(
     return -(nll + beta * divergence).mean(), z.detach()
 
 
-def _negative_log_likelihood(
-    generator: SharedGenerator, x: Batch, z: Tensor, members: Tensor | None = None
-) -> Tensor:
+def _negative_log_likelihood(generator: SharedGenerator, x: Batch, z: Tensor, members: Tensor | None = None) -> Tensor:
     """-log p(x | z), (T, n), of T samples z (T, n, latent) for each row; over its ``members`` (T, n, M), or all."""
     times, n = z.shape[:2]
     present = None if members is None else dict(zip(x, members.flatten(0, 1).unbind(-1), strict=True))

@@ -70,9 +70,7 @@ class DataStarts:
         return self._buffer
 
     @torch.no_grad()
-    def __call__(
-        self, n: int, *, seed: int, x: Batch, name: str | None = None, offset: int = 0
-    ) -> Start:
+    def __call__(self, n: int, *, seed: int, x: Batch, name: str | None = None, offset: int = 0) -> Start:
         """``n`` starts.
 
         Args:
@@ -110,6 +108,7 @@ class DataStarts:
             z = s.inference.sample(real, rng)
             return Start(s.decode(z), z)
         if name == "data+noise":
+
             def noisy(value: Tensor) -> Tensor:
                 added = torch.randn(value.shape, generator=rng, device=value.device, dtype=value.dtype)
                 return (value + self.config.noise * added).clamp_(-1, 1)

@@ -94,9 +94,7 @@ class System(nn.Module):
         p = config.latent_prior
         if p is not None:
             chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
-            self.prior = LatentPrior(
-                m.latent, chain, p.chain.steps, width=p.width, depth=p.depth, act=m.activation
-            )
+            self.prior = LatentPrior(m.latent, chain, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
         start = 0.1 if config.latent_chain.step == "auto" else config.latent_chain.size()
         if not isinstance(start, (int, float)):
             raise ValueError(f"the latent chain takes one step, got {start!r}")
@@ -152,9 +150,7 @@ class System(nn.Module):
         self, x: Batch, present: Mapping[str, Tensor], z: Tensor, *, seed: int, **options: Any
     ) -> dict[str, Tensor]:
         """Whole tuples from rows that lack modalities: decoded from ``z``, then revised with what is there held."""
-        held = {
-            name: present[name].reshape(-1, *[1] * (value.dim() - 1)).expand_as(value) for name, value in x.items()
-        }
+        held = {name: present[name].reshape(-1, *[1] * (value.dim() - 1)).expand_as(value) for name, value in x.items()}
         decoded = self.generator(z)
         filled = {name: torch.where(held[name], value, decoded[name]) for name, value in x.items()}
         return dict(self.revise_data(filled, seed=seed, observed=held, **options).state)

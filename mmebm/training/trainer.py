@@ -30,6 +30,7 @@ __all__ = ["Trainer", "TrainingDiverged"]
 
 Row = dict[str, Any]
 
+
 class Minibatch(NamedTuple):
     """Training tuples ``x``, their numbers ``rows`` in the data set, and which modalities each has (None: all).
 
@@ -200,9 +201,7 @@ class Trainer:
         """Whole tuples from a batch that lacks modalities: the energy needs all of them."""
         assert batch.present is not None
         self.evaluations += batch.size * self.data_steps
-        return self.system.fill(
-            batch.x, batch.present, z, seed=seed, steps=self.data_steps, chain_offset=batch.offset
-        )
+        return self.system.fill(batch.x, batch.present, z, seed=seed, steps=self.data_steps, chain_offset=batch.offset)
 
     def _bound(
         self, x: Batch, rng: torch.Generator, present: Mapping[str, Tensor] | None = None

@@ -472,7 +472,11 @@ def test_emoji_keep_their_names_and_classes(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_a_missing_or_broken_file_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str | None, error: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    content: str | None,
+    error: type[Exception],
     message: str,
 ) -> None:
     write_emoji(tmp_path)

@@ -38,8 +38,10 @@ def write_pairs(folder: Path, digits: np.ndarray, houses: np.ndarray, layout: st
     """Pairs of equal class as the public scripts write them, in reverse order of rows, and returns them."""
     classes = houses.ravel() % 10
     pairs = np.array([(i, j) for i in range(len(digits))[::-1] for j in range(len(classes)) if digits[i] == classes[j]])
-    names = {"ms": ("train-ms-mnist-idx.pt", "train-ms-svhn-idx.pt"),
-             "mul": ("mnist_svhn_idx_data_mul_5/train/mnist_idx.pt", "mnist_svhn_idx_data_mul_5/train/svhn_idx.pt")}
+    names = {
+        "ms": ("train-ms-mnist-idx.pt", "train-ms-svhn-idx.pt"),
+        "mul": ("mnist_svhn_idx_data_mul_5/train/mnist_idx.pt", "mnist_svhn_idx_data_mul_5/train/svhn_idx.pt"),
+    }
     for name, column in zip(names[layout], pairs.T):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.from_numpy(column.copy()), folder / name)

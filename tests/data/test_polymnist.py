@@ -379,9 +379,7 @@ def write_backgrounds(folder: Path, seed: int, sizes: tuple[tuple[int, int], ...
 
 @pytest.mark.parametrize("blend", ["invert", "difference"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_items_over_crops(
-    tmp_path: Path, write_mnist: Callable[..., Any], seed: int, blend: str, stream: bool
-) -> None:
+def test_items_over_crops(tmp_path: Path, write_mnist: Callable[..., Any], seed: int, blend: str, stream: bool) -> None:
     items, labels = write_mnist(tmp_path, "train", 23, classes=4)  # six classes have no item
     small, large = write_backgrounds(tmp_path / "backgrounds", seed)
     data = load("polymnist-built", "train", path=tmp_path, seed=seed, blend=blend, stream=stream)

@@ -390,9 +390,7 @@ def test_gaussian_and_mixture_are_densities(seed: int) -> None:
         torch.distributions.Categorical(weights),
         torch.distributions.Independent(torch.distributions.Normal(means, scales.unsqueeze(1).expand(4, 3)), 1),
     )
-    torch.testing.assert_close(
-        -mixture(x) - mixture.log_normaliser(), reference.log_prob(x), rtol=0, atol=TOLERANCE
-    )
+    torch.testing.assert_close(-mixture(x) - mixture.log_normaliser(), reference.log_prob(x), rtol=0, atol=TOLERANCE)
     n = 200_000
     samples = mixture.sample(n, torch.Generator().manual_seed(seed))
     p = mixture.log_weights.exp().unsqueeze(1)

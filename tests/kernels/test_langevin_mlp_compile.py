@@ -110,7 +110,9 @@ def figures(case: Case) -> dict[str, int] | str:
         text = compiled.asm["amdgcn"]
         number = lambda what: int(re.search(rf"\.{what}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
         return {
-            "registers": number("vgpr_count"), "stack": number("vgpr_spill_count"), "shared": compiled.metadata.shared
+            "registers": number("vgpr_count"),
+            "stack": number("vgpr_spill_count"),
+            "shared": compiled.metadata.shared,
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -68,15 +68,18 @@ def test_spectral_energy_is_lipschitz(seed: int) -> None:
 def test_likelihood_is_that_of_torch(likelihood: str, seed: int) -> None:
     torch.manual_seed(seed)
     generator = SharedGenerator(
-        {"a": (3,), "b": (2,)}, 4, width=8, sigma=0.3, likelihood=likelihood, weights={"b": 6.0}  # type: ignore[arg-type]
+        {"a": (3,), "b": (2,)},
+        4,
+        width=8,
+        sigma=0.3,
+        likelihood=likelihood,
+        weights={"b": 6.0},  # type: ignore[arg-type]
     )
     z, x = torch.randn(5, 4), {"a": torch.randn(5, 3), "b": torch.randn(5, 2)}
     mean = generator(z)
     family = torch.distributions.Normal if likelihood == "gaussian" else torch.distributions.Laplace
     constant = math.log(0.3 * math.sqrt(2 * math.pi)) if likelihood == "gaussian" else math.log(2 * 0.3)
-    expected = sum(
-        w * (-family(mean[m], 0.3).log_prob(x[m]) - constant).sum(1) for m, w in (("a", 1.0), ("b", 6.0))
-    )
+    expected = sum(w * (-family(mean[m], 0.3).log_prob(x[m]) - constant).sum(1) for m, w in (("a", 1.0), ("b", 6.0)))
     torch.testing.assert_close(generator.negative_log_likelihood(x, z), expected, rtol=1e-4, atol=1e-4)
     # a missing modality is left out
     only = generator.negative_log_likelihood({"a": x["a"]}, z)

@@ -274,9 +274,7 @@ def test_options(host: dict[str, int], seed: int, draw: Any, double: Callable, o
 
 
 @pytest.mark.parametrize("noise_at", ("after", "before"))
-def test_fixed_and_silent_tensors(
-    host: dict[str, int], seed: int, draw: Any, double: Callable, noise_at: Any
-) -> None:
+def test_fixed_and_silent_tensors(host: dict[str, int], seed: int, draw: Any, double: Callable, noise_at: Any) -> None:
     widths = (3, 0, 5, 2)
     x = draw.normal(21, 10)
     chain = make_chain(
@@ -302,9 +300,7 @@ def test_noise_is_the_written_definition(host: dict[str, int], seed: int) -> Non
         for number, step in ((key, 2**32 + 17), (word, torch.tensor([17]))):
             out = room.run(replace(chain, noise_at=at, seed=number), x, 1, step).x
             for i, part in enumerate(out.split(widths, dim=1)):
-                exact = noise.normal(
-                    part.shape, seed=key, step=17, stream=i, chain_offset=offset, dtype=torch.float64
-                )
+                exact = noise.normal(part.shape, seed=key, step=17, stream=i, chain_offset=offset, dtype=torch.float64)
                 assert (part.double() - exact).abs().max() <= NORMAL_TOLERANCE
 
 
@@ -372,9 +368,7 @@ def test_results_do_not_depend_on_the_block(host: dict[str, int], seed: int, dra
 @pytest.mark.parametrize("precision", ("fp32", "tf32x3", "bf16"))
 @pytest.mark.parametrize("noise_at", ("after", "before"))
 @pytest.mark.parametrize("freeze", (False, True))
-def test_not_finite(
-    host: dict[str, int], seed: int, draw: Any, freeze: bool, noise_at: Any, precision: Any
-) -> None:
+def test_not_finite(host: dict[str, int], seed: int, draw: Any, freeze: bool, noise_at: Any, precision: Any) -> None:
     chains = 23
     x = draw.normal(chains, 6)
     options = StepParams(

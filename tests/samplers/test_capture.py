@@ -217,6 +217,7 @@ def test_replays_equal_the_loop(name: str, tape: Tape, seed: int) -> None:
 
 def test_other_structures(tape: Tape, seed: int) -> None:
     """A dict with a mask and blocks, a tuple of dtypes, a tensor seed and first step: copied, not baked in."""
+
     def energy(x: dict[str, Tensor]) -> Tensor:
         return quartic(x["a"]) + 0.1 * (x["a"].sum(1) - x["b"].flatten(1).sum(1)).square()
 

@@ -246,9 +246,7 @@ def test_a_posteriors_data_as_an_argument(chunk: int | None, seed: int) -> None:
     loop = sampler.sample(functools.partial(energy), z, STEPS, seed=seed, args=(x,))
     assert (fused.info["op"], loop.info["op"]) == ("langevin_mlp", "langevin_step"), fused.info["reason"]
     wide = copy.deepcopy(decoder).double()
-    exact = sampler.sample(
-        lambda z, x: (wide(z) - x).square().sum(1), z.double(), STEPS, seed=seed, args=(x.double(),)
-    )
+    exact = sampler.sample(lambda z, x: (wide(z) - x).square().sum(1), z.double(), STEPS, seed=seed, args=(x.double(),))
     assert_close(fused.state, loop.state, exact.state)
 
 

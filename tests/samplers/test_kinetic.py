@@ -263,7 +263,11 @@ def test_every_rung_has_its_law_and_swaps_as_often_as_it_should(seed: int) -> No
     ladder, chains, size = (1.0, 1.3, 2.0, 2.2), 15_000, 12
     start = normals(chains, 4, size, seed=seed) * torch.tensor(ladder).sqrt()[:, None]
     out = ParallelTempering(0.1, ladder).sample(
-        quadratic, start[:, 0], 2, ladder=start, seed=seed,
+        quadratic,
+        start[:, 0],
+        2,
+        ladder=start,
+        seed=seed,
         record=("swap_prob", "accept_prob", "ladder_energy", "energy"),
     )
     for r, t in enumerate(ladder):

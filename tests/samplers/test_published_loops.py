@@ -142,9 +142,7 @@ def jem(w: World) -> Tensor:
     return x.detach()
 
 
-@published(
-    lambda w: w.f, lambda w: w.unit, preset=presets.igebm()
-)
+@published(lambda w: w.f, lambda w: w.unit, preset=presets.igebm())
 def igebm(w: World) -> Tensor:
     """igebm-pytorch: noise, gradient, its clamp, step 10, clamp to the unit interval."""
     x = w.unit
@@ -155,9 +153,7 @@ def igebm(w: World) -> Tensor:
     return x
 
 
-@published(
-    lambda w: w.f, lambda w: (1.6 * w.image).clamp(-1, 1), preset=presets.uva()
-)
+@published(lambda w: w.f, lambda w: (1.6 * w.image).clamp(-1, 1), preset=presets.uva())
 def uva(w: World) -> Tensor:
     """UvA deep learning tutorial 8: clamp after the noise and after the step; the energy is -model(x)."""
     x = (1.6 * w.image).clamp(-1, 1)

@@ -114,9 +114,7 @@ class Linear:
         rng, values = torch.Generator().manual_seed(seed), []
         with torch.no_grad():
             for _ in range(CALLS):
-                bound, z = objective(name, **options)(
-                    self.generator, self.inference, x, rng, beta=beta, present=masks
-                )
+                bound, z = objective(name, **options)(self.generator, self.inference, x, rng, beta=beta, present=masks)
                 assert bound.shape == () and z.shape == (self.n * COPIES, self.latent) and z.isfinite().all()
                 values.append(bound.item())
         return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(CALLS))

@@ -148,6 +148,7 @@ def test_unimodal_start_reads_one_modality(config: Config, data: MultimodalDatas
 
 def test_a_term_of_weight_zero_costs_no_chain(config: Config, data: MultimodalDataset) -> None:
     """Evaluations of gradients: 16 rows, 3 data steps (twice an iteration in the whole loop), 2 latent, 3 prior."""
+
     def evaluations(**changes: Any) -> int:
         trainer = Trainer(joint(config, 1, **changes), data)
         list(trainer.run())
@@ -326,8 +327,6 @@ def test_bad_settings_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             make()
-
-
 
 
 @pytest.mark.parametrize("base", ["demo", "polymnist-14", "polymnist-5k"])

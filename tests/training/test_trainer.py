@@ -90,9 +90,7 @@ def test_joint_losses_are_those_of_the_method(config: Config, data: MultimodalDa
     x_0 = before.generator(z_0)
     nll, log_q = before.generator.negative_log_likelihood, before.inference.log_prob
     torch.testing.assert_close(row["loss_generator"], (2 * nll(x, z_q).mean() + 3 * nll(x_0, z_0).mean()).detach())
-    torch.testing.assert_close(
-        row["loss_inference"], -(5 * log_q(z_q, x).mean() + 7 * log_q(z_0, x_0).mean()).detach()
-    )
+    torch.testing.assert_close(row["loss_inference"], -(5 * log_q(z_q, x).mean() + 7 * log_q(z_0, x_0).mean()).detach())
     torch.testing.assert_close(row["generator_real"], nll(x, z_q).mean().detach())
     torch.testing.assert_close(row["generator_revised"], nll(x_0, z_0).mean().detach())
     torch.testing.assert_close(row["inference_real"], -log_q(z_q, x).mean().detach())
@@ -239,7 +237,8 @@ def test_latent_alarm_is_in_the_log(config: Config, data: MultimodalDataset) -> 
                                    {"inference": "product"}, {"inference": "mixture_of_products"}])  # fmt: skip
 def test_switches_run(inference: str, model: dict[str, object], config: Config, data: MultimodalDataset) -> None:
     config = config.replace(
-        model=dataclasses.replace(config.model, **model), loss=LossConfig(inference=inference)  # type: ignore[arg-type]
+        model=dataclasses.replace(config.model, **model),
+        loss=LossConfig(inference=inference),  # type: ignore[arg-type]
     )
     rows = list(Trainer(config, data).run())
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
