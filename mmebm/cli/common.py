@@ -21,7 +21,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, MiB: tensors on a GPU; on the CPU the whole process, which counts what came before."""
+    """The most memory held so far, MiB: tensors on a GPU; on the CPU the whole process and what came before."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts it in KiB
