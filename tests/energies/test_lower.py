@@ -301,13 +301,13 @@ def sequential(*layers: nn.Module) -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "counts its calls": (Counts, "may have an effect|not known to be without effect"),
-    "appends": (Appends, "CALLS"),
-    "names a module elsewhere": (Outside, "CALLS"),
-    "holds a module out of sight": (Hidden, "CALLS"),
+    "appends": (Appends, "append"),
+    "names a module elsewhere": (Outside, "append"),
+    "holds a module out of sight": (Hidden, "append"),
     "prints": (Prints, "print"),
     "property": (Property, "factor"),
     "subclass": (Overridden, "overrides forward"),
-    "branches": (Branches, "does not take a symbol: TypeError: '>'"),
+    "branches": (Branches, "__gt__"),
     "hook": (hooked, "hooks"),
     "forward replaced": (replaced, "replaced"),
     "partial": (lambda: functools.partial(Plain()), "partial"),

@@ -1,0 +1,288 @@
+"""Which code may be called with a symbol: what has an effect besides its result must be called at every step.
+
+An energy may count its calls, print, or draw random numbers. What it computes is compared with autograd before a fused
+chain is trusted (:mod:`mmebm.samplers.verify`), but an effect shows in no result. So the bytecode is read first: it may
+store nothing, and all that it names has to be modules, tensors, numbers, operations that symbols know, and functions of
+which the same holds. While it runs, operations on ordinary tensors are watched: none may write to memory that was there
+before, or draw random numbers; such an operation is refused before it happens.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import inspect
+import math
+import numbers
+import operator
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from mmebm.energies.lower.symbol import Symbol, attempt, harmless_names, refuse
+
+_STORES = frozenset((
+    "STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_SUBSCR", "STORE_SLICE", "DELETE_ATTR", "DELETE_GLOBAL",
+    "DELETE_NAME", "DELETE_SUBSCR", "DELETE_DEREF", "IMPORT_NAME", "IMPORT_FROM", "SETUP_WITH", "BEFORE_WITH",
+    "LOAD_BUILD_CLASS", "SEND", "GET_AWAITABLE",
+))  # fmt: skip
+_BUILTINS = (int, float, len, range, enumerate, zip, sum, isinstance, tuple, list, AssertionError, ValueError, TypeError)
+# Of tensors, parameters and arguments: read only. A symbol refuses them.
+_READS = frozenset((*vars(math), "item", "detach", "t", "T"))
+_NAMESPACES = (torch, nn, nn.functional, math, operator)
+_NOTHING = object()
+# Containers of more entries are data.
+_MAX_ITEMS = 256
+
+# What torch.nn has that only computes, and that terms can say
+_KNOWN = frozenset((
+    nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.ReLU,
+    nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Softplus, nn.Tanh, nn.ELU, nn.Module,
+))  # fmt: skip
+_NORMED = "torch.nn.utils.parametriz"
+_NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
+
+
+# -- what stands around the energy
+
+
+def refuse_watchers() -> None:
+    """Refuses while somebody watches every operation or module from outside: they would see symbols, and too few calls."""
+    modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
+    modes += _get_current_dispatch_mode_stack()
+    if modes:
+        refuse(f"a {type(modes[-1]).__name__} is active")
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
+                 "_global_backward_pre_hooks"):  # fmt: skip
+        if getattr(module_globals, name, None):
+            refuse("there are global module hooks")
+    saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if saved is not None and saved(True) is not None:
+        refuse("there are hooks on saved tensors")
+    if torch.is_anomaly_enabled():
+        refuse("autograd's anomaly detection is on")
+    functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    if functorch is not None and functorch() is not None:
+        refuse("a transform of torch.func is under way")
+
+
+class Watch(TorchDispatchMode):
+    """Refuses writes to memory that was there before, and random numbers, before they happen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, Any] = {}  # storages made inside, held so that no address is used twice
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            refuse(f"it draws random numbers ({func})")
+        given = {id_ for id_, _ in _storages((args, kwargs))}
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                self._check(func, argument, value)
+            for argument in func._schema.arguments:
+                if argument.name in kwargs:
+                    self._check(func, argument, kwargs[argument.name])
+        out = func(*args, **kwargs)
+        self._made.update((id_, storage) for id_, storage in _storages(out) if id_ not in given)
+        return out
+
+    def _check(self, func: Any, argument: Any, value: Any) -> None:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            if any(id_ not in self._made for id_, _ in _storages(value)):
+                refuse(f"it changes a tensor in place ({func})")
+
+
+def _storages(value: Any) -> Iterator[tuple[int, Any]]:
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        yield storage._cdata, storage
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _storages(part)
+    elif isinstance(value, dict):
+        yield from _storages(list(value.values()))
+
+
+# -- what the code of a function may do
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads(code: types.CodeType) -> tuple[str | None, frozenset[str], frozenset[str]]:
+    """(an instruction that may have an effect, names of globals, names of attributes), of ``code`` and what is in it."""
+    stores: str | None = None
+    found: set[str] = set()
+    attributes: set[str] = set()
+    waiting = [code]
+    while waiting:
+        c = waiting.pop()
+        for i in dis.get_instructions(c):
+            # a variable of an enclosing function that is not examined with it
+            outer = i.opname == "STORE_DEREF" and i.argval in code.co_freevars
+            if i.opname in _STORES or outer:
+                stores = stores or i.opname
+            elif i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                found.add(str(i.argval))
+            elif i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                attributes.add(str(i.argval))
+        waiting.extend(part for part in c.co_consts if isinstance(part, types.CodeType))
+    return stores, frozenset(found), frozenset(attributes)
+
+
+def _is_operation(value: Any) -> bool:
+    """A function of torch that symbols have a rule for, however it was imported."""
+    name = getattr(value, "__name__", None)
+    where = getattr(value, "__module__", None) or ""
+    return (
+        isinstance(name, str) and name.removesuffix("_") in Symbol.rules and where.partition(".")[0] == "torch"
+        and isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.BuiltinMethodType))
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_names(kind: type) -> frozenset[str]:
+    """What a user's classes define, of which an attribute's name may speak."""
+    return frozenset(
+        name for base in kind.__mro__ if not (base.__module__ or "").startswith(("torch.", "builtins"))
+        for name in vars(base) if not (name.startswith("__") and name.endswith("__"))
+    )  # fmt: skip
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """``owner.name`` without running anybody's code for it."""
+    if isinstance(owner, nn.Module):
+        for place in (owner._modules, owner._parameters, owner._buffers):
+            if name in place:
+                return place[name]
+    return inspect.getattr_static(owner, name, _NOTHING)
+
+
+def _names_of(m: nn.Module) -> Iterator[str]:
+    for place in (m.__dict__, m._modules, m._parameters, m._buffers, _class_names(type(m))):
+        yield from place
+
+
+def definer(kind: type, name: str) -> type:
+    """The class from which ``kind`` has ``name``."""
+    return next(owner for owner in kind.__mro__ if name in owner.__dict__)
+
+
+class Examination:
+    """Everything that an energy may call, refused as soon as something in it may have an effect."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Any, Any]] = []  # (function or module, owner of its attributes)
+        self._seen: set[int] = set()
+        self._modules: list[nn.Module] = []
+        self._attributes: dict[str, str] = {}  # name -> who reads it
+
+    def run(self, first: Any, owner: Any = None) -> None:
+        self._waiting.append((first, owner))
+        # names of attributes are looked up in every module that was found, which may bring further ones
+        while self._waiting:
+            while self._waiting:
+                item, owner = self._waiting.pop()
+                if id(item) in self._seen:
+                    continue
+                self._seen.add(id(item))
+                if isinstance(item, nn.Module):
+                    self._module(item)
+                else:
+                    self._function(item, owner)
+            self._resolve_attributes()
+
+    def _module(self, m: nn.Module) -> None:
+        self._modules.append(m)
+        attempt().seen.append(m)
+        self._waiting.extend((child, None) for child in m.children())
+        examine_call(m)
+        kind = type(m)
+        label = kind.__name__
+        if m.training and (m._forward_pre_hooks or torch.nn.utils.parametrize.is_parametrized(m)):
+            refuse(f"{label} is parametrized and in train mode, where a call may change it")
+        owner = definer(kind, "forward")
+        if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
+            return
+        if owner.__module__.startswith("torch."):  # batch norm, for one, counts its calls
+            refuse(f"it holds a {label}")
+        function = owner.__dict__["forward"]
+        if not isinstance(function, types.FunctionType):
+            refuse(f"{label}.forward is a {type(function).__name__}")
+        self._waiting.append((function, m))
+
+    def _function(self, function: types.FunctionType, owner: Any) -> None:
+        code, label = function.__code__, function.__qualname__
+        attempt().seen.append(code)
+        store, found, attributes = _reads(code)
+        if store is not None:
+            refuse(f"{label} may have an effect ({store})")
+        named: dict[str, Any] = {f"default {i}": v for i, v in enumerate(function.__defaults__ or ())}
+        named |= function.__kwdefaults__ or {}
+        for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
+            try:
+                named[name] = cell.cell_contents
+            except ValueError:
+                refuse(f"{label} names {name}, which is empty")
+        for name in found:
+            named[name] = function.__globals__.get(name, getattr(builtins, name, _NOTHING))
+        for name, value in named.items():
+            if name != "__class__":  # of super()
+                self._value(label, name, value, owner)
+        for name in attributes:
+            self._attributes.setdefault(name, label)
+
+    def _value(self, label: str, name: str, value: Any, owner: Any) -> None:
+        """Something that code names: harmless, to be examined, or refused."""
+        if isinstance(value, (nn.Module, types.FunctionType)) and not _is_operation(value):
+            library = (getattr(value, "__module__", None) or "").partition(".")[0] == "torch"
+            if isinstance(value, nn.Module) or not library:
+                if id(value) not in self._seen:
+                    self._waiting.append((value, owner))
+                return
+        if isinstance(value, (Tensor, numbers.Number, str, type(None), torch.dtype, torch.device)):
+            return
+        if type(value) in (list, tuple, dict) and len(value) <= _MAX_ITEMS:
+            for part in value.values() if isinstance(value, dict) else value:
+                self._value(label, name, part, owner)
+            return
+        if any(value is known for known in (*_NAMESPACES, *_BUILTINS)) or _is_operation(value) or value is super:
+            return
+        refuse(f"{label} uses {name}, which is not known to be without effect")
+
+    def _resolve_attributes(self) -> None:
+        """What each name of an attribute may mean, in any of the modules."""
+        harmless = harmless_names()
+        places = [(m, frozenset(_names_of(m))) for m in self._modules]
+        for name, label in self._attributes.items():
+            owners = [m for m, names in places if name in names]
+            if not owners and name not in harmless and name not in _READS:
+                refuse(f"{label} uses {name}, which is not known to be without effect")
+            for m in owners:
+                value = _attribute(m, name)
+                if isinstance(value, (staticmethod, classmethod)):
+                    value = value.__func__
+                elif isinstance(value, property):
+                    value = value.fget
+                self._value(label, name, value, m)
+
+
+def examine_call(m: nn.Module) -> None:
+    """Refuses a module whose call is more than its ``forward``."""
+    label = type(m).__name__
+    if "forward" in m.__dict__ or "__call__" in m.__dict__ or type(m).__call__ is not nn.Module.__call__:
+        refuse(f"{label}'s call was replaced")
+    hooks = [*m._forward_hooks.values(), *m._backward_hooks.values(), *m._backward_pre_hooks.values()]
+    hooks += [h for h in m._forward_pre_hooks.values() if type(h).__module__ not in _NORMS]
+    if hooks:
+        refuse(f"{label} has hooks")
