@@ -14,12 +14,16 @@ from mmebm.ops import langevin_mlp as op
 from mmebm.ops.params import StepParams
 from mmebm.ops.terms import too_wide
 from mmebm.reference.langevin_step import per_chain
+from mmebm.samplers.gradient import Target
 from mmebm.samplers.problem import Problem, Run
+from mmebm.samplers.verify import Check
 
 if TYPE_CHECKING:
     from mmebm.samplers.langevin import Langevin
 
 RECORDS = ("energy", "grad_norm")
+# Steps of a call, times chains: energy and gradient norm of each are kept to see which chains broke.
+_TRACE = 1 << 22
 
 
 def _options_reason(sampler: Langevin, p: Problem, tensors: Sequence[Tensor]) -> str | None:
@@ -52,8 +56,8 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     reason = _options_reason(sampler, p, tensors)
     if reason is not None:
         return reason
+    args, kwargs = p.calls[0]
     try:
-        args, kwargs = p.calls[0]
         lowered = lower(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
     except CannotLower as error:
         return f"the energy is not a sum of MLPs: {error}"
@@ -88,29 +92,45 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     if module is None:
         return why
 
+    target = Target(
+        p.energy, p.calls, p.keys, p.build, (), [False] * len(tensors), log_prob=sampler.log_prob
+    )  # fmt: skip
+    check = Check(target, lowered, op.name_of(module))
+    reason = check.before(tensors)
+    if reason is not None:
+        return reason
+
     def apart(rows: Tensor) -> list[Tensor]:
         return [part.reshape(t.shape) for part, t in zip(rows.split(widths, dim=1), tensors, strict=True)]
 
-    piece = p.thin or p.steps
+    broken = torch.zeros(chains, dtype=torch.bool, device=device)  # that is, in their energy or gradient
     frozen, traces, kept = None, {name: [] for name in p.record}, []
-    for start in range(0, p.steps, piece) if p.steps else ():
-        stop = min(start + piece, p.steps)
+    start = 0
+    while start < p.steps:
+        stop = min(p.steps, start + max(1, _TRACE // chains), (start // p.thin + 1) * p.thin if p.thin else p.steps)
         result = op.run(
-            module, chain.rows(start, stop), x, stop - start, p.first_step + start,
-            energy="energy" in p.record, grad_norm="grad_norm" in p.record,
-        )  # fmt: skip
+            module, chain.rows(start, stop), x, stop - start, p.first_step + start, energy=True, grad_norm=True
+        )
         # a frozen chain stays so in the pieces that follow
         x = result.x if frozen is None else torch.where(frozen.unsqueeze(1), x, result.x)
         for name, rows in traces.items():
             rows.append(getattr(result, name))
+        assert result.energy is not None and result.grad_norm is not None
+        broken |= ~(result.energy.isfinite() & result.grad_norm.isfinite()).all(dim=0)
         if result.frozen is not None:
             frozen = result.frozen if frozen is None else frozen | result.frozen
-        if p.thin and stop - start == piece:
+        if p.thin and stop % p.thin == 0:
             kept.append(x.cpu() if p.offload else x)
+        start = stop
+    if frozen is not None and bool((broken & ~frozen).any()):
+        return "a chain's energy or gradient was not finite at a finite state, where the loop freezes it"
     # a tensor that does not move is handed back as it came, whatever its bits
     state = [
         part.contiguous() if moves else t.clone() for part, t, moves in zip(apart(x), tensors, moving, strict=True)
     ]
+    reason = check.after(state)
+    if reason is not None:
+        return reason
     empty = torch.zeros(0, chains, device=device)
     trajectory = []
     if p.thin:
@@ -120,6 +140,6 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
             part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
         ]
     return Run(
-        state, {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}, trajectory, frozen,
-        op.name_of(module), why,
+        state, {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}, trajectory,
+        broken if frozen is None else broken | frozen, op.name_of(module), why,
     )  # fmt: skip

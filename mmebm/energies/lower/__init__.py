@@ -6,9 +6,9 @@ can express; anything else ends the attempt, with the reason. The weights are wh
 ``linear`` at that moment, so that spectral and weight norm need no code here, and nothing is stale after an optimiser
 step: a chain is lowered anew each time it is run, which takes some tenths of a millisecond.
 
-One idea a file: :mod:`.symbol` what stands for a tensor, :mod:`.rules` what operations make of it, :mod:`.effects` which
-code may be called with it, :mod:`.terms` what comes out. That the result is the energy is not believed but measured, by
-:mod:`mmebm.samplers.verify`. What is not recognised is never changed: the chain then calls it at every step.
+One idea a file: :mod:`.symbol` what stands for a tensor, :mod:`.rules` what operations make of it, :mod:`.effects`
+which code may be called with it, :mod:`.terms` what comes out. That the result is the energy is not believed but
+measured, by :mod:`mmebm.samplers.verify`. What is not recognised is never changed: the chain calls it at every step.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def lower(
     """The terms of ``energy`` at a state of this structure.
 
     Recognised are ``nn.Sequential`` of ``nn.Linear`` and activations, modules, methods and functions around them that
-    reshape, negate, scale and add, squares of the state, what has a method ``mmebm_lowered`` (the energies and models of
-    this package), and their sums. Modules are looked at as they are: train mode, hooks and dropout count.
+    reshape, negate, scale and add, squares of the state, what has a method ``mmebm_lowered`` (the energies and models
+    of this package), and their sums. Modules are looked at as they are: train mode, hooks and dropout count.
 
     Args:
         energy: as :meth:`mmebm.Langevin.sample` takes it.

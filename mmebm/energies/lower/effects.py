@@ -34,7 +34,21 @@ _STORES = frozenset((
     "DELETE_NAME", "DELETE_SUBSCR", "DELETE_DEREF", "IMPORT_NAME", "IMPORT_FROM", "SETUP_WITH", "BEFORE_WITH",
     "LOAD_BUILD_CLASS", "SEND", "GET_AWAITABLE",
 ))  # fmt: skip
-_BUILTINS = (int, float, len, range, enumerate, zip, sum, isinstance, tuple, list, AssertionError, ValueError, TypeError)
+_BUILTINS = (
+    int,
+    float,
+    len,
+    range,
+    enumerate,
+    zip,
+    sum,
+    isinstance,
+    tuple,
+    list,
+    AssertionError,
+    ValueError,
+    TypeError,
+)
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 _NAMESPACES = (torch, nn, nn.functional, math, operator)
@@ -55,7 +69,7 @@ _NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
 
 
 def refuse_watchers() -> None:
-    """Refuses while somebody watches every operation or module from outside: they would see symbols, and too few calls."""
+    """Refuses while somebody watches all operations or modules from outside: they would see symbols, and few calls."""
     modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
     modes += _get_current_dispatch_mode_stack()
     if modes:
@@ -64,7 +78,7 @@ def refuse_watchers() -> None:
                  "_global_backward_pre_hooks"):  # fmt: skip
         if getattr(module_globals, name, None):
             refuse("there are global module hooks")
-    saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    saved = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     if saved is not None and saved(True) is not None:
         refuse("there are hooks on saved tensors")
     if torch.is_anomaly_enabled():
@@ -99,9 +113,9 @@ class Watch(TorchDispatchMode):
         return out
 
     def _check(self, func: Any, argument: Any, value: Any) -> None:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            if any(id_ not in self._made for id_, _ in _storages(value)):
-                refuse(f"it changes a tensor in place ({func})")
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes and any(id_ not in self._made for id_, _ in _storages(value)):
+            refuse(f"it changes a tensor in place ({func})")
 
 
 def _storages(value: Any) -> Iterator[tuple[int, Any]]:
@@ -120,7 +134,7 @@ def _storages(value: Any) -> Iterator[tuple[int, Any]]:
 
 @functools.lru_cache(maxsize=1024)
 def _reads(code: types.CodeType) -> tuple[str | None, frozenset[str], frozenset[str]]:
-    """(an instruction that may have an effect, names of globals, names of attributes), of ``code`` and what is in it."""
+    """(an instruction that may have an effect, names of globals, names of attributes) of ``code`` and what is in it."""
     stores: str | None = None
     found: set[str] = set()
     attributes: set[str] = set()
@@ -244,16 +258,16 @@ class Examination:
 
     def _value(self, label: str, name: str, value: Any, owner: Any) -> None:
         """Something that code names: harmless, to be examined, or refused."""
-        if isinstance(value, (nn.Module, types.FunctionType)) and not _is_operation(value):
-            library = (getattr(value, "__module__", None) or "").partition(".")[0] == "torch"
-            if isinstance(value, nn.Module) or not library:
-                if id(value) not in self._seen:
-                    self._waiting.append((value, owner))
-                return
+        own = inspect.isfunction(value) and (value.__module__ or "").partition(".")[0] != "torch"
+        if own or isinstance(value, nn.Module):
+            if id(value) not in self._seen:
+                self._waiting.append((value, owner))
+            return
         if isinstance(value, (Tensor, numbers.Number, str, type(None), torch.dtype, torch.device)):
             return
-        if type(value) in (list, tuple, dict) and len(value) <= _MAX_ITEMS:
-            for part in value.values() if isinstance(value, dict) else value:
+        items: Any = value
+        if type(value) in (list, tuple, dict) and len(items) <= _MAX_ITEMS:
+            for part in list(items.values() if isinstance(value, dict) else items):
                 self._value(label, name, part, owner)
             return
         if any(value is known for known in (*_NAMESPACES, *_BUILTINS)) or _is_operation(value) or value is super:

@@ -1,4 +1,4 @@
-"""What each operation makes of symbols: the table that :class:`~mmebm.energies.lower.symbol.Symbol` looks names up in."""
+"""What each operation makes of symbols: the table in which a symbol looks up the names of operations."""
 
 from __future__ import annotations
 
@@ -263,9 +263,7 @@ def _subtract(x: Any, other: Any, *, alpha: float = 1) -> Symbol:
     return refuse("it subtracts what does not depend on the state")
 
 
-def residual(
-    outputs: Symbol, target: Tensor, *, scale: float, likelihood: Likelihood, weight: float = 1.0
-) -> Symbol:
+def residual(outputs: Symbol, target: Tensor, *, scale: float, likelihood: Likelihood, weight: float = 1.0) -> Symbol:
     """The value per chain of a :class:`~mmebm.ops.terms.Residual`, for a ``mmebm_lowered`` method: minus the
     log-likelihood of ``target`` (chains, ...) under ``outputs`` of the same shape."""
     difference = _subtract(outputs, target)

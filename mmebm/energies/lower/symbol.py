@@ -44,8 +44,8 @@ class Gauss:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a stack gives. ``order``: of the input's tensors. The last layer's activation can still follow where there is
-    one activation less than layers."""
+    """What a stack gives. ``order``: of the input's tensors. The last layer's activation can still follow where there
+    is one activation less than layers."""
 
     order: tuple[int, ...]
     layers: tuple[tuple[Tensor, Tensor | None], ...]
@@ -114,6 +114,14 @@ class Memory:
 
     given: bool = False  # the state's own
     writes: int = 0
+
+
+def _operator(name: str, *, swap: bool = False, inplace: bool = False) -> Callable[..., Any]:
+    def method(self: Symbol, *others: Any) -> Any:
+        args = (others[0], self) if swap else (self, *others)
+        return _operation(name + "_" * inplace, args, {})
+
+    return method
 
 
 class Symbol:
@@ -214,6 +222,16 @@ class Symbol:
 
     __hash__ = object.__hash__
 
+    __neg__, __abs__, __getitem__ = _operator("neg"), _operator("abs"), _operator("getitem")
+    __add__, __radd__, __iadd__ = _operator("add"), _operator("add", swap=True), _operator("add", inplace=True)
+    __sub__, __rsub__, __isub__ = _operator("sub"), _operator("sub", swap=True), _operator("sub", inplace=True)
+    __mul__, __rmul__, __imul__ = _operator("mul"), _operator("mul", swap=True), _operator("mul", inplace=True)
+    __truediv__, __rtruediv__ = _operator("div"), _operator("div", swap=True)
+    __itruediv__ = _operator("div", inplace=True)
+    __pow__, __rpow__, __ipow__ = _operator("pow"), _operator("pow", swap=True), _operator("pow", inplace=True)
+    __matmul__, __rmatmul__ = _operator("matmul"), _operator("matmul", swap=True)
+    __imatmul__ = _operator("matmul", inplace=True)
+
 
 def _operation(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The rule ``name`` of its arguments; ``name_`` writes the result into the first of them."""
@@ -238,25 +256,6 @@ def _operation(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     return args[0].assign(result)
 
 
-def _operator(name: str, *, swap: bool = False, inplace: bool = False) -> Callable[..., Any]:
-    def method(self: Symbol, *others: Any) -> Any:
-        args = (others[0], self) if swap else (self, *others)
-        return _operation(name + "_" * inplace, args, {})
-
-    return method
-
-
-for _name, _rule in {
-    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow", "matmul": "matmul",
-}.items():  # fmt: skip
-    setattr(Symbol, f"__{_name}__", _operator(_rule))
-    setattr(Symbol, f"__r{_name}__", _operator(_rule, swap=True))
-    setattr(Symbol, f"__i{_name}__", _operator(_rule, inplace=True))
-Symbol.__neg__ = _operator("neg")  # pyright: ignore[reportAttributeAccessIssue]
-Symbol.__abs__ = _operator("abs")  # pyright: ignore[reportAttributeAccessIssue]
-Symbol.__getitem__ = _operator("getitem")  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _refusing(name: str) -> Callable[..., Any]:
     def method(self: Symbol, *others: Any) -> NoReturn:
         refuse(f"it uses {name} of a tensor")
@@ -279,6 +278,7 @@ def harmless_names() -> frozenset[str]:
     """Names of attributes that a symbol has, or that only compute (:mod:`mmebm.energies.lower.effects`)."""
     properties = ("shape", "ndim", "dtype", "device", "is_cuda", "nn", "functional")
     return frozenset((*Symbol.rules, *(f"{name}_" for name in Symbol.rules), *properties))
+
 
 __all__ = [
     "Attempt", "CannotLower", "Difference", "Gauss", "Input", "Layout", "Memory", "Outputs", "Symbol", "Value",

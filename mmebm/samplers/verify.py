@@ -1,0 +1,221 @@
+"""No fused chain is trusted before it agreed with the energy that it replaces.
+
+A fused chain computes what :mod:`mmebm.energies.lower` understood. Before the first update, the user's energy itself is
+evaluated by autograd at the actual state, all chains of it as an energy may couple them, and value and gradient are
+compared with the op's; after the chain the same is done at the state where it ended, where other branches of an energy
+may show. Where they differ, the chain takes the loop, whose noise is the same.
+
+When: at the first chain of an energy, at its 8th, and at every 64th. Another energy is another module, other code of a
+function, or terms of other kinds, shapes or activations; also another backend or sign. Weights may change between
+chains: they are read anew each time, and do not make another energy. An energy that once disagreed takes the loop from
+then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from mmebm.energies.lower import Lowered
+from mmebm.ops.mlp_energy import mlp_energy
+from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
+from mmebm.reference.langevin_step import per_chain
+from mmebm.reference.mlp_energy import mlp_energy as reference
+from mmebm.samplers.gradient import Target
+
+# Every chain's value and gradient are computed, those of so many are compared.
+ROWS: Final = 32
+# Points close to each of them at which the reference's error is looked at
+COPIES: Final = 4
+# Two float32 evaluations of one function, sums in another order, are each off by about as much as the reference is in
+# float32. tests/samplers/test_verify.py measures by how many times, over many networks.
+FACTOR: Final = 16.0
+# Where the reference happens to make none: some units in the last place of the largest value or gradient.
+FLOOR: Final = 32 * 2.0**-24
+EARLY: Final = (1, 8)
+PERIOD: Final = 64
+START: Final = "at the start"
+_MAX_ENTRIES = 512
+
+
+@dataclasses.dataclass
+class _Entry:
+    """What is known of one energy. ``references``: its modules, so that an id is not taken for another's."""
+
+    references: list[weakref.ref[Any]]
+    chains: int = 0
+    reason: str | None = None
+
+
+_entries: OrderedDict[Any, _Entry] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _described(value: Any) -> Any:
+    """The kinds, shapes and names of a term, without its numbers."""
+    if isinstance(value, (Scalar, Residual, Quadratic, Stack)):
+        return (type(value), *(_described(getattr(value, f.name)) for f in dataclasses.fields(value)))
+    if isinstance(value, Tensor):
+        return tuple(value.shape[1:] if value.dim() > 1 else value.shape)
+    if isinstance(value, tuple):
+        return tuple(map(_described, value))
+    return value if isinstance(value, (str, bool, type(None))) else type(value)
+
+
+class Check:
+    """The check of one chain: :meth:`before` its first update and :meth:`after` its last."""
+
+    def __init__(self, target: Target, lowered: Lowered, backend: str) -> None:
+        self.target, self.lowered, self.backend = target, lowered, backend
+        modules = [item for item in lowered.seen if isinstance(item, nn.Module)]
+        key = (
+            tuple(id(item) if isinstance(item, nn.Module) else item for item in lowered.seen),
+            _described(lowered.terms), lowered.scalar, backend, target.log_prob,
+        )  # fmt: skip
+        with _lock:
+            entry = _entries.get(key)
+            if entry is None or any(ref() is not m for ref, m in zip(entry.references, modules, strict=True)):
+                entry = _entries[key] = _Entry([weakref.ref(m) for m in modules])
+                while len(_entries) > _MAX_ENTRIES:
+                    _entries.popitem(last=False)
+            _entries.move_to_end(key)
+            entry.chains += 1
+            n = entry.chains
+        self._entry = entry
+        self.due = n in EARLY or n % PERIOD == 0
+
+    def before(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why the chain from ``tensors`` may not be fused, or None."""
+        if self._entry.reason is not None or not self.due:
+            return self._entry.reason
+        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return "it cannot be compared with autograd while a graph is captured" if self._entry.chains == 1 else None
+        return self._compare(tensors, START)
+
+    def after(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why the chain that ended at ``tensors`` is not to be used, or None."""
+        if not self.due or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        return self._compare(tensors, "at the end")
+
+    def _compare(self, tensors: Sequence[Tensor], where: str) -> str | None:
+        everything = range(len(tensors))
+        try:
+            value, grads = self.target(list(tensors), 0, moving=everything)
+        except Exception as error:  # the loop raises it again, if it is the energy's own
+            return f"the energy raised {type(error).__name__} {where}"
+        flat = torch.cat([per_chain(t) for t in tensors], dim=1)
+        grad = torch.cat([per_chain(g) for g in grads], dim=1)
+        chains = flat.shape[0]
+        rows = torch.linspace(0, chains - 1, min(chains, ROWS), device=flat.device).round().long()
+        difference = disagreement(
+            None if value is None or value.dim() == 0 else value[rows], grad[rows], flat[rows],
+            _rows(self.lowered.terms, rows), self.backend if where == START else None,
+        )  # fmt: skip
+        if difference is None:
+            return None
+        reason = f"the energy is not what it was understood to be: {where} of the chain {difference}"
+        if self._entry.reason is None:
+            self._entry.reason = reason
+            warnings.warn(
+                f"mmebm does not fuse this chain: {reason}. It runs a step at a time, which is right, but slower. "
+                "Please report the energy.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return reason
+
+
+def _rows(terms: Sequence[Term], rows: Tensor) -> list[Term]:
+    """``terms`` of some of the chains."""
+    out: list[Term] = []
+    for term in terms:
+        if isinstance(term, Residual):
+            mask = term.observed
+            mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
+            term = dataclasses.replace(term, target=term.target[rows], observed=mask)
+        out.append(term)
+    return out
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A term with its numbers in ``dtype``."""
+    if isinstance(value, (Scalar, Residual, Quadratic, Stack)):
+        fields = {f.name: _cast(getattr(value, f.name), dtype) for f in dataclasses.fields(value)}
+        return type(value)(**fields)
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
+
+
+def disagreement(
+    value: Tensor | None, grad: Tensor, x: Tensor, terms: Sequence[Term], backend: str | None = None
+) -> str | None:
+    """How an energy's value (chains,) and gradient (chains, inputs) at the flat state ``x`` differ from what ``terms``
+    say in float64; None where they agree. With a ``backend``, the op's in float32 are compared as well.
+
+    Rows at which float32 overflows are left out. The tolerance is :data:`FACTOR` times the error that the reference
+    makes in float32 at the row and close to it, or in the median row; next to a kink of an activation, where a rounding
+    decides between two slopes, either slope is right.
+    """
+    wide = [_cast(term, torch.float64) for term in terms]
+    exact = [part.reshape(x.shape[0], -1) for part in reference(x.double(), wide)]
+    pairs = [("autograd", "value", value, 0), ("autograd", "gradient", grad, 1)]
+    if backend is not None:
+        op = mlp_energy(x, terms, backend=backend if backend in ("cpp", "triton") else "torch")
+        pairs += [("the fused op", "value", op[0], 0), ("the fused op", "gradient", op[1], 1)]
+    differences = [
+        None if found is None else (found.reshape(exact[i].shape).double() - exact[i]).abs().amax(1)
+        for _, _, found, i in pairs
+    ]  # fmt: skip
+    sizes = [part.abs().max() for part in exact]
+    if all(d is None or bool((d <= FLOOR * sizes[i]).all()) for d, (*_, i) in zip(differences, pairs, strict=True)):
+        return None
+
+    copies = max(COPIES, ROWS // max(x.shape[0], 1))
+    apart = 1 + torch.arange(copies, device=x.device, dtype=x.dtype) * 2.0**-12
+    many = (apart.view(-1, 1, 1) * x).flatten(0, 1)
+    rows = torch.arange(x.shape[0], device=x.device).repeat(copies)
+    single, double = reference(many, _rows(terms, rows)), reference(many.double(), _rows(wide, rows))
+    counted = x.isfinite().all(1)
+    for part in single:
+        counted &= part[: x.shape[0]].reshape(x.shape[0], -1).isfinite().all(1)
+    if not bool(counted.any()):
+        return None
+    for (who, name, found, i), difference in zip(pairs, differences, strict=True):
+        if found is None or difference is None:
+            continue
+        error = (single[i].double() - double[i]).abs().nan_to_num(0.0, 0.0).reshape(copies, x.shape[0], -1).amax((0, 2))
+        size = exact[i][counted].abs().max()
+        allowed = FACTOR * error.maximum(error.median()) + FLOOR * size  # (chains,)
+        wrong = counted & ~(difference <= allowed)
+        if i == 1 and bool(wrong.any()):
+            wrong = wrong & ~_beside_a_kink(found, x, wide, wrong, allowed)
+        if bool(wrong.any()):
+            row = int(difference.masked_fill(~wrong, -1.0).nan_to_num(torch.inf).argmax())
+            return (
+                f"{who} and the terms differ by {float(difference[row]):.3g} in the {name} of a chain, as "
+                f"{int(wrong.sum())} of {len(wrong)} do ({float(allowed[row]):.3g} allowed, the largest is "
+                f"{float(size):.3g})"
+            )
+    return None
+
+
+def _beside_a_kink(grad: Tensor, x: Tensor, wide: Sequence[Term], wrong: Tensor, allowed: Tensor) -> Tensor:
+    """Of the rows ``wrong``, those whose gradient is that of a point within some roundings of ``x``: bool (chains,)."""
+    found = torch.zeros_like(wrong)
+    generator = torch.Generator().manual_seed(0)
+    for row in wrong.nonzero().flatten()[:8].tolist():
+        shifts = torch.randn(64, x.shape[1], generator=generator, dtype=torch.float64).to(x.device) * 2.0**-22
+        near = x[row].double() + shifts * x[row].double().abs().clamp(min=1.0)
+        _, grads = reference(near, _rows(wide, torch.full((64,), row, device=x.device)))
+        found[row] = bool(((grads - grad[row].double()).abs().amax(1) <= 2 * allowed[row]).any())
+    return found
