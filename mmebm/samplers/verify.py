@@ -185,6 +185,8 @@ def disagreement(
     many = (apart.view(-1, 1, 1) * x).flatten(0, 1)
     rows = torch.arange(x.shape[0], device=x.device).repeat(copies)
     single, double = reference(many, _rows(terms, rows)), reference(many.double(), _rows(wide, rows))
+    # a saturated network's gradient is what is left of slopes that are rounded at the size of those at the origin
+    origin = reference(torch.zeros_like(x, dtype=torch.float64), wide)
     counted = x.isfinite().all(1)
     for part in single:
         counted &= part[: x.shape[0]].reshape(x.shape[0], -1).isfinite().all(1)
@@ -194,7 +196,7 @@ def disagreement(
         if found is None or difference is None:
             continue
         error = (single[i].double() - double[i]).abs().nan_to_num(0.0, 0.0).reshape(copies, x.shape[0], -1).amax((0, 2))
-        size = exact[i][counted].abs().max()
+        size = exact[i][counted].abs().max().maximum(origin[i].abs().max())
         allowed = FACTOR * error.maximum(error.median()) + FLOOR * size  # (chains,)
         wrong = counted & ~(difference <= allowed)
         if i == 1 and bool(wrong.any()):
