@@ -35,20 +35,9 @@ _STORES = frozenset((
     "LOAD_BUILD_CLASS", "SEND", "GET_AWAITABLE",
 ))  # fmt: skip
 _BUILTINS = (
-    int,
-    float,
-    len,
-    range,
-    enumerate,
-    zip,
-    sum,
-    isinstance,
-    tuple,
-    list,
-    AssertionError,
-    ValueError,
+    int, float, len, range, enumerate, zip, sum, isinstance, tuple, list, dict, Tensor, AssertionError, ValueError,
     TypeError,
-)
+)  # fmt: skip
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 _NAMESPACES = (torch, nn, nn.functional, math, operator)
