@@ -4,8 +4,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/langevin_mlp.h"
@@ -86,6 +90,44 @@ inline MlpJob mlp_job(uintptr_t x, int64_t chains, int64_t inputs) {
   return job;
 }
 
+// Looks for signals (Ctrl-C) while a chain runs without the interpreter's lock, so that it ends within INTERVAL and a few
+// steps. Python runs their handlers in its main thread only; the thread that called looks, for itself and the others.
+class Signals {
+ public:
+  Signals() : caller_(std::this_thread::get_id()), next_(Clock::now() + INTERVAL) {}
+
+  static bool stopped(void* self) { return static_cast<Signals*>(self)->look(); }
+
+  // Throws what a handler has raised; with the lock held.
+  void rethrow() const {
+    if (error_) throw pybind11::error_already_set(*error_);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds INTERVAL{100};
+  static constexpr int STEPS = 16;  // between two looks at the clock, which take 25 ns each
+
+  bool look() {
+    if (stop_.load(std::memory_order_relaxed)) return true;
+    if (std::this_thread::get_id() != caller_ || ++count_ % STEPS != 0 || Clock::now() < next_) return false;
+    pybind11::gil_scoped_acquire lock;
+    if (PyErr_CheckSignals() != 0) {
+      error_ = std::make_unique<pybind11::error_already_set>();
+      stop_.store(true, std::memory_order_relaxed);
+      return true;
+    }
+    next_ = Clock::now() + INTERVAL;
+    return false;
+  }
+
+  const std::thread::id caller_;
+  Clock::time_point next_;
+  unsigned count_ = 0;
+  std::atomic<bool> stop_{false};
+  std::unique_ptr<pybind11::error_already_set> error_;
+};
+
 inline void bind_langevin_mlp(pybind11::module_& m, Isa (*isa_from)(const std::string&)) {
   namespace py = pybind11;
   m.def("mlp_energy",
@@ -154,8 +196,14 @@ inline void bind_langevin_mlp(pybind11::module_& m, Isa (*isa_from)(const std::s
           job.frozen = reinterpret_cast<uint8_t*>(frozen);
           job.freeze = frozen != 0;
           const Isa chosen = isa_from(isa);
-          py::gil_scoped_release release;
-          langevin_mlp(job, stacks, chosen, threads);
+          Signals signals;
+          job.stopped = &Signals::stopped;
+          job.stopped_data = &signals;
+          {
+            py::gil_scoped_release release;
+            langevin_mlp(job, stacks, chosen, threads);
+          }
+          signals.rethrow();
         },
         "A whole chain; energy and grad_norm (steps, chains) may be 0, and frozen (chains,) is where chains freeze.",
         py::arg("x"), py::arg("chains"), py::arg("inputs"), py::arg("terms"), py::arg("tensors"), py::arg("constants"),

@@ -9,12 +9,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Key: TypeAlias = "str | int"
 State: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 # Tuples of a multimodal set, or of samples: modality name -> (n, *shape).
 Batch: TypeAlias = Mapping[str, Tensor]
 Structure: TypeAlias = Callable[[list[Tensor]], Any]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -36,7 +39,8 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
     """Keys, tensors and the function that puts a list of tensors back into the structure of ``state``.
 
     Raises:
-        TypeError: where the state is not a tensor, or a list, tuple or dict of floating-point tensors.
+        TypeError: where the state is not a tensor, or a list, tuple or dict of dense tensors of 16 to 64 bits, with
+            numbers in them (not meta, fake or inside ``torch.func``).
         ValueError: for an empty state, a tensor without chain dimension, or unequal numbers of chains or devices.
     """
     keys: tuple[Key, ...]
@@ -61,8 +65,17 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
     for key, x in zip(keys, tensors, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"state[{key!r}] must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point() or x.layout is not torch.strided:
-            raise TypeError(f"state[{key!r}] must be a dense floating-point tensor, got {x.dtype}, {x.layout}")
+        if x.is_nested:
+            raise TypeError(
+                f"state[{key!r}] must be a dense tensor, got a nested one; pad it, and give the padding as observed"
+            )
+        if x.dtype not in _DTYPES or x.layout is not torch.strided:
+            raise TypeError(
+                f"state[{key!r}] must be a dense floating-point tensor of 16, 32 or 64 bits, got {x.dtype}, {x.layout}"
+            )
+        if x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            kind = "a meta" if x.is_meta else "a fake" if isinstance(x, FakeTensor) else "a torch.func"
+            raise TypeError(f"state[{key!r}] must hold numbers, got {kind} tensor")
         if x.dim() == 0:
             raise ValueError(f"state[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
         if x.shape[0] != tensors[0].shape[0]:
@@ -174,10 +187,12 @@ def broadcast(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> float 
 def observed_masks(observed: Any, keys: Sequence[Key], tensors: Sequence[Tensor]) -> list[bool | Tensor]:
     """Per tensor: True (wholly observed), False, or a boolean mask of the observed elements.
 
-    ``observed`` is a collection of keys, a mapping from key to mask (or bool), or one mask for a single tensor.
+    ``observed`` is a collection of keys, a mapping from key to mask (or bool), or one mask for a single tensor. A 1-D
+    mask of length chains marks whole chains, one of another length the elements of the last dimension.
 
     Raises:
-        TypeError, ValueError: for anything else, unknown keys, or masks that do not broadcast.
+        TypeError, ValueError: for anything else, unknown keys, masks that do not broadcast, and a 1-D mask that could
+            be either of the two.
     """
     out: list[bool | Tensor] = [False] * len(keys)
     if observed is None:
@@ -198,6 +213,12 @@ def observed_masks(observed: Any, keys: Sequence[Key], tensors: Sequence[Tensor]
             raise TypeError(f"observed[{keys[i]!r}] must be a boolean mask or True, got {value!r:.80}")
         mask = value.to(tensors[i].device)
         if mask.dim() == 1 and mask.shape[0] == tensors[i].shape[0]:
+            if tensors[i].dim() > 1 and mask.shape[0] == tensors[i].shape[-1] > 1:
+                every = ", None" * (tensors[i].dim() - 1)
+                raise ValueError(
+                    f"observed[{keys[i]!r}] of shape {tuple(mask.shape)} may mean chains or elements of a state of shape "
+                    f"{tuple(tensors[i].shape)}: write mask[:{every}] for chains, mask[None] for elements"
+                )
             mask = mask.reshape(-1, *[1] * (tensors[i].dim() - 1))
         try:
             out[i] = mask.expand(tensors[i].shape)
@@ -207,3 +228,40 @@ def observed_masks(observed: Any, keys: Sequence[Key], tensors: Sequence[Tensor]
                 f"{tuple(tensors[i].shape)}"
             ) from None
     return out
+
+
+def check_apart(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
+    """Raises a ValueError where two elements of the state share memory, so that it cannot be written to."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        return
+    taken: dict[int, list[tuple[Key, Tensor]]] = {}
+    for key, t in zip(keys, tensors, strict=True):
+        if t.numel():
+            taken.setdefault(t.untyped_storage().data_ptr(), []).append((key, t))
+    for group in taken.values():
+        if len(group) == 1 and group[0][1].is_contiguous():
+            continue
+        # a byte of the memory from the first to the last element: 1 where it belongs to an element
+        spans = [(t.data_ptr(), t.data_ptr() + t.element_size() * (1 + _reach(t))) for _, t in group]
+        low = min(begin for begin, _ in spans)
+        # data pointers and sizes are multiples of the smallest element's size, but need not be of the largest one's
+        unit = math.gcd(*(t.element_size() for _, t in group), *(begin - low for begin, _ in spans))
+        seen = torch.zeros((max(end for _, end in spans) - low) // unit, dtype=torch.bool)
+        for (key, t), (begin, _) in zip(group, spans, strict=True):
+            width = t.element_size() // unit
+            size = (*t.shape, width)
+            stride = (*(s * width for s in t.stride()), 1)
+            place = seen.as_strided(size, stride, (begin - low) // unit)
+            before = int(seen.sum())
+            if bool(place.any()):
+                raise ValueError(f"inplace needs tensors apart: state[{key!r}] shares memory with another of the state")
+            place.fill_(True)
+            if int(seen.sum()) - before != place.numel():
+                raise ValueError(
+                    f"inplace needs memory for every element of state[{key!r}], got a view whose elements overlap"
+                )
+
+
+def _reach(t: Tensor) -> int:
+    """How many elements of memory lie between the first and the last one."""
+    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))

@@ -71,6 +71,9 @@ struct MlpJob {
   float* energy = nullptr;     // (steps, chains) or null
   float* grad_norm = nullptr;  // (steps, chains) or null
   uint8_t* frozen = nullptr;   // (chains,) where freeze
+  // called by every thread before every step, or null; true ends the job, whose results are then worth nothing
+  bool (*stopped)(void*) = nullptr;
+  void* stopped_data = nullptr;
 };
 
 // Where a tile of `lanes` chains keeps its things, in floats from the start of its scratch memory.

@@ -891,6 +891,7 @@ void run_tile(const MlpJob& job, int64_t first, float* scratch) {
   }
   for (int m = 0; m < M; ++m) store(t.dead + m * W, setf(0.0f));
   for (int64_t k = 0; k < job.steps; ++k) {
+    if (job.stopped && job.stopped(job.stopped_data)) return;
     const uint32_t step = job.first_step + static_cast<uint32_t>(k);
     if (job.freeze) memcpy(t.old, t.x, sizeof(float) * static_cast<size_t>(job.inputs * C));
     if (job.noise_before) perturb(t, k, step);

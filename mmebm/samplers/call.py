@@ -21,6 +21,7 @@ from mmebm.state import (
     State,
     Structure,
     broadcast,
+    check_apart,
     check_setting,
     flatten,
     integer,
@@ -95,6 +96,7 @@ def check_writable(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"inplace needs memory for every element of state[{key!r}], got an expanded tensor")
         if t.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"inplace cannot write state[{key!r}] outside inference mode: it was made inside")
+    check_apart(keys, tensors)
 
 
 def calls_of(

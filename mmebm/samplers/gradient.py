@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmebm.reference.langevin_step import per_chain
+from mmebm.samplers.remedies import Remedies
 from mmebm.state import Key, Structure, like_state
 
 
@@ -25,6 +26,7 @@ class Target:
         masks: per tensor of the state a boolean mask of observed elements, whose gradient is 0, or a bool.
         log_prob: the callable returns log p.
         score: the callable returns d log p / dx in the state's structure.
+        remedies: what this energy has turned out to need for its gradient.
     """
 
     energy: Callable[..., Any]
@@ -35,6 +37,7 @@ class Target:
     masks: Sequence[bool | Tensor]
     log_prob: bool = False
     score: bool = False
+    remedies: Remedies = field(default_factory=Remedies)
 
     @property
     def varies(self) -> bool:
@@ -44,7 +47,8 @@ class Target:
     def value(self, x: Sequence[Tensor], k: int) -> Tensor:
         """The energy alone, (chains,) or () as the callable has it, detached."""
         value = self._call(list(x), k).detach()
-        energy = per_chain(value).sum(1) if value.dim() else value
+        # a copy, as the energy may be a view of the state
+        energy = per_chain(value).sum(1) if value.dim() else value.clone()
         return -energy if self.log_prob else energy
 
     def __call__(
@@ -66,11 +70,18 @@ class Target:
             TypeError, ValueError: where the callable returns no tensor, one of another number of chains, or one that
                 does not depend on the state.
         """
-        full = list(x)
         moving = self.moving if moving is None else moving
+        return self.remedies(self._gradient, x, k, moving, create_graph, energy)
+
+    def _gradient(
+        self, x: Sequence[Tensor], k: int, moving: Sequence[int], create_graph: bool, energy: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        full = list(x)
         # on also for a score, which may take a gradient itself
         with torch.enable_grad():
             if self.score:
+                if not create_graph:
+                    full = [t.detach() for t in full]
                 parts = like_state(self._call(full, k), self.keys, full)
                 return None, [self._masked(i, -(parts[i] if create_graph else parts[i].detach())) for i in moving]
             for i in moving:
@@ -80,8 +91,9 @@ class Target:
             leaves = [full[i] for i in moving]
             grads: Sequence[Tensor | None] = [None] * len(leaves)
             if value.requires_grad and leaves:
-                total = value.sum() if value.dim() else value
-                grads = torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
+                # of the sum; parameters are not among the leaves, so that neither they nor their .grad are touched
+                ones = torch.ones_like(value)
+                grads = torch.autograd.grad(value, leaves, ones, create_graph=create_graph, allow_unused=True)
         if leaves and all(g is None for g in grads) and not self._depends(x, k):
             raise ValueError("energy must depend on the state through differentiable operations; it does not")
         found = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
@@ -91,7 +103,7 @@ class Target:
         if not energy:
             return None, found
         value = value.detach()
-        each = per_chain(value).sum(1) if value.dim() else value
+        each = per_chain(value).sum(1) if value.dim() else value.clone()
         return -each if self.log_prob else each, found
 
     def _masked(self, i: int, g: Tensor) -> Tensor:
@@ -100,11 +112,20 @@ class Target:
 
     def _call(self, x: list[Tensor], k: int) -> Any:
         args, kwargs = self.calls[min(k, len(self.calls) - 1)]
+        versions = [t._version for t in x]
         value = self.energy(self.build(x), *args, **kwargs)
+        for key, t, version in zip(self.keys, x, versions, strict=True):
+            if t._version != version:
+                raise ValueError(
+                    f"energy must leave the state as it is; it wrote to state[{key!r}] in place: let it work on a "
+                    "clone, or change the state between the steps by project"
+                )
         if self.score:
             return value
         if not isinstance(value, Tensor):
             raise TypeError(f"energy must return a tensor, got {type(value).__name__}")
+        if value.is_complex():
+            raise TypeError(f"energy must return real numbers, got a tensor of {value.dtype}")
         if value.dim() and value.shape[0] != x[0].shape[0]:
             raise ValueError(
                 f"energy must return a scalar or one value per chain ({x[0].shape[0]}, ...), "

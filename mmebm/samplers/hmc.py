@@ -28,6 +28,7 @@ from mmebm.samplers.call import (
 )
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.modes import Mode
+from mmebm.samplers.opaque import opaque
 from mmebm.state import State, check_setting, integer
 
 RECORDS = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
@@ -90,6 +91,7 @@ class HMC:
         """A copy with some options changed."""
         return replace(self, **changes)
 
+    @opaque
     def sample(
         self,
         energy: Callable[..., Any],

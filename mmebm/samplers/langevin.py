@@ -24,7 +24,10 @@ from mmebm.reference.langevin_step import per_chain, widen
 from mmebm.samplers import capture, fused, loop, metropolis
 from mmebm.samplers.call import Samples, calls_of, check_writable, choice, counter, leaves
 from mmebm.samplers.modes import Mode, modules_of, sampling
+from mmebm.samplers.opaque import opaque
 from mmebm.samplers.problem import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
+from mmebm.samplers.remedies import Remedies
+from mmebm.samplers.separable import check_separable
 from mmebm.state import State, check_setting, flatten, integer, like_state, observed_masks, per_key
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]
@@ -197,6 +200,7 @@ class Langevin:
             for key in dict.fromkeys(keys)
         }
 
+    @opaque
     def sample(
         self,
         energy: Callable[..., Any],
@@ -244,7 +248,8 @@ class Langevin:
                 with the steps, and the call waits for them at its end).
             inplace: write the result into the given tensors.
             chunk_size: run at most so many chains at a time; tensors in ``args`` and ``kwargs`` (also inside lists,
-                tuples and dicts) whose first dimension is the number of chains are cut along.
+                tuples and dicts) whose first dimension is the number of chains are cut along. An energy that couples
+                the chains (a mean over them) has another gradient in chunks: a ValueError, where two chains show it.
             differentiable: keep the graph of the last k steps (True: all), with parameters and ``state`` as they are.
 
         Returns:
@@ -321,6 +326,7 @@ class Langevin:
             if chunk_size is None or chains <= chunk_size:
                 result = self._run(problem, tensors)
             else:
+                check_separable(self, problem, tensors, chunk_size)
                 rows = [slice(start, start + chunk_size) for start in range(0, chains, chunk_size)]
                 result = join([self._run(cut(problem, chains, part), [t[part] for t in tensors]) for part in rows])
             out, trace, trajectory, broken, info = result
@@ -367,8 +373,9 @@ class Langevin:
         """``finish`` of the final state, observed elements as they were."""
         assert self.finish is not None
         # on always, as for a score: the function may take a gradient itself
-        with torch.enable_grad(), sampling(modules_of(self.finish), self.mode, freeze=not p.differentiable):
-            value = self.finish(p.build(list(x)))
+        with torch.enable_grad(), sampling(modules_of(self.finish), self.mode, once=not p.differentiable):
+            # copies, as the function may work in place
+            value = Remedies()(self.finish, p.build([t.clone() for t in x]))
         out = like_state(value, p.keys, x, name="finish")
         if not p.differentiable:
             out = [t.detach() for t in out]
@@ -410,6 +417,7 @@ _SAMPLE_OPTIONS = (
 )  # fmt: skip
 
 
+@opaque
 def langevin(energy: Callable[..., Any], state: State, steps: int, **both: Any) -> Any:
     """Langevin dynamics in one call: state in, state out.
 

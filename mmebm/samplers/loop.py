@@ -36,7 +36,7 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run:
             x = loop.step(k, x)
     if p.differentiable:
         loop.cached = None  # has no graph
-        with torch.enable_grad(), sampling(modules, sampler.mode, freeze=False):
+        with torch.enable_grad(), sampling(modules, sampler.mode, once=False):
             for k in steps[plain:]:
                 x = loop.step(k, x, create_graph=True)
     empty = torch.zeros(p.steps, chains, device=device)
@@ -164,10 +164,11 @@ class Loop:
         function = self.problem.project[i]
         if function is None:
             return y
-        out = function(y)
+        mask = self._mask(i)
+        # a copy where something of y must stay, as the function may work in place
+        out = function(y if mask is None else y.clone())
         if not isinstance(out, Tensor) or out.shape != y.shape or out.dtype != y.dtype:
             raise ValueError(f"project must return a tensor of shape {tuple(y.shape)} and {y.dtype}, got {out!r:.80}")
-        mask = self._mask(i)
         if mask is not None:
             return torch.where(mask, y, out)
         # what the function returns may be the user's own tensor, and a stepper may overwrite the state
@@ -177,6 +178,10 @@ class Loop:
         """The energy per chain and its gradient by tensor: block ``b``'s, or all where the next block can use them."""
         wanted = self.moving if self.reuses else self.problem.blocks[b]
         energy, grads = self.target(x, k, moving=wanted, create_graph=create_graph, energy=self.wants_energy)
+        if self.steppers[b].inplace:
+            # a gradient may be the state itself, or a view of it, which the step writes to
+            state = {t.untyped_storage().data_ptr() for t in x}
+            grads = [g.clone() if g.untyped_storage().data_ptr() in state else g for g in grads]
         return energy, dict(zip(wanted, grads, strict=True))
 
     def _accept(

@@ -1,8 +1,13 @@
-"""What a chain does to the user's modules while it runs, and undoes exactly: train/eval flags and frozen parameters."""
+"""The modules behind an energy, and what a chain does to them while it runs: train/eval flags, undone exactly.
+
+Parameters are not frozen: the gradient is asked of the state alone, so that another thread may train them meanwhile.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,45 +90,200 @@ def modules_of(*objects: Any) -> list[nn.Module]:
     return found
 
 
-@contextmanager
-def _parametrized_once() -> Iterator[None]:
-    """Parametrized weights computed once, in a cache of their own: frozen, they carry no graph, so that they must not
-    stay in a cache that the caller has open (``parametrize.cached()`` around a whole training step)."""
-    outer = parametrize._cache
-    parametrize._cache = {}
-    try:
-        with parametrize.cached():
-            yield
-    finally:
-        parametrize._cache = outer
+def _tree(roots: list[nn.Module]) -> list[nn.Module]:
+    """The modules and all inside them, each once; however deep they are nested."""
+    found: dict[int, nn.Module] = {}
+    waiting = list(reversed(roots))
+    while waiting:
+        m = waiting.pop()
+        if id(m) not in found:
+            found[id(m)] = m
+            waiting.extend(child for child in m._modules.values() if child is not None)
+    return list(found.values())
 
 
-@contextmanager
-def sampling(modules: list[nn.Module], mode: Mode, *, freeze: bool = True) -> Iterator[None]:
-    """Modules in ``mode``, parameters frozen unless ``freeze=False``; every flag back as it was, whatever happens.
+# -- parametrized weights
 
-    In eval mode parametrized weights (spectral or weight norm) are computed once and not at every step.
+
+class _Thread(threading.local):
+    """Of the chain that this thread runs: parametrized weights by the id of their ParametrizationList, or None."""
+
+    weights: dict[int, torch.Tensor] | None = None
+
+
+_thread = _Thread()
+
+
+class _Once(parametrize.ParametrizationList):
+    """A ParametrizationList whose weight is computed once by each chain. For other threads it is as before: torch's own
+    ``parametrize.cached()`` would hand this chain's weights, which have no graph, to a thread that trains."""
+
+    def forward(self) -> torch.Tensor:
+        weights = None if torch.compiler.is_compiling() else _thread.weights
+        if weights is None:
+            return super().forward()
+        if parametrize._cache_enabled:
+            # the caller's cache, in which no weight may stay without its graph
+            with torch.enable_grad():
+                return super().forward()
+        weight = weights.get(id(self))
+        if weight is None:
+            with torch.no_grad():
+                weight = weights[id(self)] = super().forward().detach()
+        return weight
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        # copies that another thread makes meanwhile are plain ones
+        return (make, (parametrize.ParametrizationList, *arguments[1:]), *rest)
+
+
+# -- modules in a mode
+
+
+class _Flag:
+    """A module's own flag, the values at which chains in progress hold it, the latest last, and those of the chains that
+    compute its weight once."""
+
+    __slots__ = ("holds", "module", "once", "own")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.own = module, module.training
+        self.holds: dict[_Hold, bool] = {}
+        self.once: set[_Hold] = set()
+
+    @property
+    def value(self) -> bool:
+        return next(reversed(self.holds.values()), self.own)
+
+
+# The flags that are held, by the module's id; for who has _changed.
+_flags: dict[int, _Flag] = {}
+_changed = threading.Condition()
+
+
+class _Hold:
+    """Modules in a mode for as long as a chain runs.
+
+    A module has one flag for all threads. Chains of several threads that want the same share it, and the last one gives
+    the module back its own. A chain that wants another mode, "keep" among them, waits for the others.
     """
-    every = list({id(m): m for root in modules for m in root.modules()}.values())
-    flags = [(m, m.training) for m in every]
-    parameters = [(p, p.requires_grad) for p in {id(p): p for root in modules for p in root.parameters()}.values()]
-    # a power iteration in train mode must not be skipped
-    once = freeze and mode == "eval" and any(parametrize.is_parametrized(m) for m in every)
+
+    def __init__(self, modules: list[nn.Module], mode: Mode, once: bool) -> None:
+        self.mode, self.once = mode, once
+        self.thread = threading.get_ident()
+        # a frozen TorchScript module has no flag
+        self.modules = [m for m in modules if isinstance(getattr(m, "training", None), bool)]
+        self.outer = _thread.weights
+        self.done = False
+
+    def _wanted(self, m: nn.Module) -> bool:
+        if self.mode != "keep":
+            return self.mode == "train"
+        flag = _flags.get(id(m))
+        nested = flag is None or any(hold.thread == self.thread for hold in flag.holds)
+        return m.training if nested else flag.own
+
+    def _obstacle(self) -> nn.Module | None:
+        """A module that another thread's chain holds at another value."""
+        for m in self.modules if _flags else ():
+            flag = _flags.get(id(m))
+            if flag is not None:
+                wanted = self._wanted(m)
+                if any(value != wanted and hold.thread != self.thread for hold, value in flag.holds.items()):
+                    return m
+        return None
+
+    def take(self) -> None:
+        """Puts the modules in the mode, once no other thread wants another.
+
+        Raises:
+            RuntimeError: where waiting might never end: inside a chain of this thread.
+        """
+        with _changed:
+            while (m := self._obstacle()) is not None:
+                if any(hold.thread == self.thread for flag in _flags.values() for hold in flag.holds):
+                    raise RuntimeError(
+                        f"mode={self.mode!r} inside another chain, while a chain of another thread holds "
+                        f"{type(m).__name__} in the other mode; give both the same mode, or each a copy of the module"
+                    )
+                _changed.wait()
+            for m in self.modules:
+                wanted = self._wanted(m)
+                flag = _flags.get(id(m))
+                if flag is None:
+                    flag = _flags[id(m)] = _Flag(m)
+                flag.holds[self] = wanted
+                if m.training != wanted:
+                    m.training = wanted
+                if self.once and type(m) in (parametrize.ParametrizationList, _Once):
+                    flag.once.add(self)
+                    m.__class__ = _Once
+        if self.once:
+            _thread.weights = {}
+
+    def release(self) -> None:
+        """Gives the modules back. May be called again after an interrupt, and does what is left then.
+
+        Raises:
+            Exception: of a module that does not take its flag, after all others have theirs.
+        """
+        if self.done:
+            return
+        if self.thread == threading.get_ident():
+            _thread.weights = self.outer
+        # what the energy itself has changed goes back too; with several threads it may be another's that trains
+        alone = threading.active_count() == 1
+        refused: Exception | None = None
+        with _changed:
+            for m in self.modules:
+                flag = _flags.get(id(m))
+                if flag is None or (flag.holds and self not in flag.holds):
+                    continue
+                ours = flag.value
+                flag.holds.pop(self, None)
+                flag.once.discard(self)
+                try:
+                    if m.training != flag.value and (alone or m.training == ours):
+                        m.training = flag.value
+                except Exception as error:
+                    refused = refused or error
+                if not flag.once and type(m) is _Once:
+                    m.__class__ = parametrize.ParametrizationList
+                if not flag.holds:
+                    del _flags[id(m)]
+            self.done = True
+            _changed.notify_all()
+        if refused is not None:
+            raise refused
+
+
+def _after_fork() -> None:
+    """In a child process: other threads and their chains did not come along, nor whoever had the lock."""
+    global _changed
+    _changed = threading.Condition()
+    here = threading.get_ident()
+    for hold in {hold for flag in _flags.values() for hold in flag.holds if hold.thread != here}:
+        hold.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextmanager
+def sampling(modules: list[nn.Module], mode: Mode, *, once: bool = True) -> Iterator[None]:
+    """Modules in ``mode``; every flag back as it was, whatever happens.
+
+    In eval mode parametrized weights (spectral or weight norm) are computed once and not at every step, without a graph
+    to their parameters, unless ``once=False``. A power iteration in train mode is not skipped.
+    """
+    hold = _Hold(_tree(modules), mode, once and mode == "eval")
     try:
-        if mode != "keep":
-            for m in every:
-                m.training = mode == "train"
-        for p, flag in parameters:
-            if freeze and flag:
-                p.requires_grad_(False)
-        if once:
-            with _parametrized_once():
-                yield
-        else:
+        try:
+            hold.take()
             yield
+        finally:
+            hold.release()
     finally:
-        for m, flag in flags:
-            m.training = flag
-        for p, flag in parameters:
-            if p.requires_grad != flag:
-                p.requires_grad_(flag)
+        hold.release()  # what is left where an interrupt (Ctrl-C) ended the first

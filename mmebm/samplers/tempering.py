@@ -29,6 +29,7 @@ from mmebm.samplers.call import (
 from mmebm.samplers.gradient import one_per_chain
 from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.modes import Mode
+from mmebm.samplers.opaque import opaque
 from mmebm.state import State, check_setting, flatten, integer, per_key
 
 RECORDS = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")
@@ -105,6 +106,7 @@ class ParallelTempering:
             )
         return out
 
+    @opaque
     def sample(
         self,
         energy: Callable[..., Any],

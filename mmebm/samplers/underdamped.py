@@ -26,6 +26,7 @@ from mmebm.samplers.call import (
     where,
 )
 from mmebm.samplers.modes import Mode
+from mmebm.samplers.opaque import opaque
 from mmebm.state import State
 
 RECORDS = ("energy", "grad_norm", "kinetic")
@@ -85,6 +86,7 @@ class Underdamped:
         """A copy with some options changed."""
         return replace(self, **changes)
 
+    @opaque
     def sample(
         self,
         energy: Callable[..., Any],

@@ -180,7 +180,7 @@ def test_modules_are_left_as_they_were(name: str, raises: bool) -> None:
     seen: list[bool] = []
 
     def energy(x: Tensor) -> Tensor:
-        seen.append(net[1].training or any(p.requires_grad for p in net.parameters()))
+        seen.append(net[1].training or [p.requires_grad for p in net.parameters()] != flags[1])
         if raises and len(seen) > 3:
             raise RuntimeError("user's")
         return net(x)

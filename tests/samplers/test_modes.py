@@ -17,7 +17,7 @@ from mmebm.samplers.modes import modules_of, sampling
 
 
 class Recorder(nn.Module):
-    """An energy that notes in which mode it was called and whether its weight was frozen."""
+    """An energy that notes in which mode it was called and whether its weight is as it was, not frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,12 +106,12 @@ HIDING: dict[str, Callable[[nn.Module], tuple[Any, tuple[Any, ...]]]] = {
 @pytest.mark.parametrize(
     ("mode", "training"), [("eval", (False, False)), ("train", (True, True)), ("keep", (True, False))]
 )
-def test_modules_are_found_put_in_mode_and_frozen(way: str, mode: Any, training: tuple[bool, bool]) -> None:
+def test_modules_are_found_and_put_in_mode(way: str, mode: Any, training: tuple[bool, bool]) -> None:
     net = Recorder()
     net.inner.eval()  # mixed flags
     energy, args = HIDING[way](net)
     langevin(energy, torch.randn(2, 3), 2, step_size=0.1, mode=mode, args=args)
-    assert net.calls == [(*training, False)] * 2
+    assert net.calls == [(*training, True)] * 2
     assert (net.training, net.inner.training) == (True, False)
     assert net.inner.weight.requires_grad and net.inner.bias.requires_grad
 
@@ -120,7 +120,7 @@ def test_modules_are_found_put_in_mode_and_frozen(way: str, mode: Any, training:
 def test_modules_that_functions_name_as_globals(energy: Callable[[Tensor], Tensor]) -> None:
     GLOBAL.calls.clear()
     langevin(energy, torch.randn(2, 3), 1, step_size=0.1)
-    assert GLOBAL.calls == [(False, False, False)]
+    assert GLOBAL.calls == [(False, False, True)]
     assert GLOBAL.training and GLOBAL.inner.weight.requires_grad
 
 
@@ -254,11 +254,11 @@ def test_a_chain_inside_the_callers_cache_leaves_no_weights_without_graph(seed: 
         assert net.weight is kept and kept.requires_grad
 
 
-def test_sampling_restores_what_the_body_changed() -> None:
+def test_sampling_restores_modes_that_the_body_changed() -> None:
     net = mixed()
     before = flags(net)
     with pytest.raises(RuntimeError, match="body"), sampling([net], "eval"):
-        net.requires_grad_(True).train()
+        net.train()
         raise RuntimeError("body")
     assert flags(net) == before
 
