@@ -388,7 +388,7 @@ def awkward(name: str) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("name", ["subclass", "bias of one", "bias of none", "non-contiguous"])
+@pytest.mark.parametrize("name", ["subclass", "bias of one", "bias of none", "non-contiguous", "not a leaf"])
 def test_weights_of_odd_kinds(name: str) -> None:
     net, x = awkward(name), torch.randn(3, 6)
     torch.testing.assert_close(sample(net, x).state, sample(functools.partial(net), x).state, rtol=1e-5, atol=1e-5)
