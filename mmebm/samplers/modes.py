@@ -172,8 +172,11 @@ class _Hold:
     def __init__(self, modules: list[nn.Module], mode: Mode, once: bool) -> None:
         self.mode, self.once = mode, once
         self.thread = threading.get_ident()
-        # a frozen TorchScript module has no flag
-        self.modules = [m for m in modules if isinstance(getattr(m, "training", None), bool)]
+        # a frozen TorchScript module has no flag, and a compiled module that of the one inside
+        self.modules = [
+            m for m in modules
+            if isinstance(getattr(m, "training", None), bool) and not isinstance(getattr(type(m), "training", None), property)
+        ]  # fmt: skip
         self.outer = _thread.weights
         self.done = False
 
