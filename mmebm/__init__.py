@@ -21,12 +21,14 @@ from mmebm.samplers import (
     capture,
     initial,
     langevin,
+    rank_offset,
     schedules,
 )
 
 __all__ = [
     "HMC", "MALA", "BackendError", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped",
-    "__version__", "backends", "capture", "diagnostics", "initial", "langevin", "noise", "presets", "schedules",
+    "__version__", "backends", "capture", "diagnostics", "initial", "langevin", "noise", "presets", "rank_offset",
+    "schedules",
 ]  # fmt: skip
 
 try:

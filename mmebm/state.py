@@ -40,7 +40,7 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
 
     Raises:
         TypeError: where the state is not a tensor, or a list, tuple or dict of dense tensors of 16 to 64 bits, with
-            numbers in them (not meta, fake or inside ``torch.func``).
+            numbers in them (not meta or fake).
         ValueError: for an empty state, a tensor without chain dimension, or unequal numbers of chains or devices.
     """
     keys: tuple[Key, ...]
@@ -73,9 +73,6 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
             raise TypeError(
                 f"state[{key!r}] must be a dense floating-point tensor of 16, 32 or 64 bits, got {x.dtype}, {x.layout}"
             )
-        if x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            kind = "a meta" if x.is_meta else "a fake" if isinstance(x, FakeTensor) else "a torch.func"
-            raise TypeError(f"state[{key!r}] must hold numbers, got {kind} tensor")
         if x.dim() == 0:
             raise ValueError(f"state[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
         if x.shape[0] != tensors[0].shape[0]:
@@ -85,6 +82,9 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
             )
         if x.device != tensors[0].device:
             raise ValueError(f"state[{key!r}] is on {x.device} but state[{keys[0]!r}] is on {tensors[0].device}")
+        if x.is_meta or isinstance(x, FakeTensor):
+            kind = "fake" if isinstance(x, FakeTensor) else "meta"
+            raise TypeError(f"state[{key!r}] must hold numbers, got a {kind} tensor")
     return keys, tensors, build
 
 
@@ -216,8 +216,8 @@ def observed_masks(observed: Any, keys: Sequence[Key], tensors: Sequence[Tensor]
             if tensors[i].dim() > 1 and mask.shape[0] == tensors[i].shape[-1] > 1:
                 every = ", None" * (tensors[i].dim() - 1)
                 raise ValueError(
-                    f"observed[{keys[i]!r}] of shape {tuple(mask.shape)} may mean chains or elements of a state of shape "
-                    f"{tuple(tensors[i].shape)}: write mask[:{every}] for chains, mask[None] for elements"
+                    f"observed[{keys[i]!r}] of shape {tuple(mask.shape)} may mean chains or elements of a state of "
+                    f"shape {tuple(tensors[i].shape)}: write mask[:{every}] for chains, mask[None] for elements"
                 )
             mask = mask.reshape(-1, *[1] * (tensors[i].dim() - 1))
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import math
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmebm.samplers import Langevin, langevin
 from mmebm.state import broadcast, flatten, observed_masks, per_key
@@ -21,7 +24,7 @@ class Pair(NamedTuple):
     text: Tensor
 
 
-A, B = torch.zeros(3, 2), torch.ones(3, 4, 5)
+A, B, C = torch.zeros(3, 2), torch.ones(3, 4, 5), torch.zeros(4, 8)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +124,43 @@ def test_observed_by_mask(shape: tuple[int, ...]) -> None:
     assert torch.equal(got[1], full.expand(3, 4, 5))
 
 
+def test_a_1d_mask_never_changes_its_meaning_with_the_number_of_chains() -> None:
+    """Chains or elements, by its length; where it could be either, an error says how to write both."""
+    mask = torch.tensor([True, False, True])
+    for chains in (2, 4, 5):
+        (got,) = observed_masks(mask, (0,), [torch.zeros(chains, 3)])
+        assert torch.equal(got, mask.expand(chains, 3))  # type: ignore[arg-type]
+    for elements in (2, 4, 5):
+        (got,) = observed_masks(mask, (0,), [torch.zeros(3, elements)])
+        assert torch.equal(got, mask[:, None].expand(3, elements))  # type: ignore[arg-type]
+    for shape, chains in (((3, 3), "mask[:, None]"), ((3, 5, 3), "mask[:, None, None]")):
+        state = torch.zeros(shape)
+        with pytest.raises(ValueError, match=re.escape(f"write {chains} for chains, mask[None] for elements")):
+            observed_masks(mask, (0,), [state])
+        (rows,) = observed_masks(eval(chains), (0,), [state])
+        (columns,) = observed_masks(mask[None], (0,), [state])
+        assert bool(rows[0].all()) and not bool(rows[1].any())  # type: ignore[index]
+        assert bool(columns[..., 0].all()) and not bool(columns[..., 1].any())  # type: ignore[index]
+    for state in (torch.zeros(3), torch.zeros(1, 1)):  # both mean the same
+        (got,) = observed_masks(mask[: len(state)], (0,), [state])
+        assert torch.equal(got.flatten(), mask[: len(state)])  # type: ignore[union-attr]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors. Every case names its argument and its value, and none reaches the energy.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.zeros(2, 3)
+
+
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=layout)
+
 
 STATES = [
     ("abc", TypeError, "state must be a tensor, or a list, tuple or dict of tensors, got str"),
@@ -138,6 +175,11 @@ STATES = [
     (torch.zeros(2, 3).to_sparse(), TypeError, "got torch.float32, torch.sparse_coo"),
     (torch.zeros(()), ValueError, r"state\[0\] must have a leading chain dimension"),
     ({"a": A, "b": torch.zeros(4, 2)}, ValueError, r"state\['b'\] has 4 chains but state\['a'\] has 3"),
+    (torch.zeros(2, 3, device="meta"), TypeError, r"state\[0\] must hold numbers, got a meta tensor"),
+    ({"a": fake()}, TypeError, r"state\['a'\] must hold numbers, got a fake tensor"),
+    (torch.zeros(2, 3).to(torch.float8_e4m3fn), TypeError, r"of 16, 32 or 64 bits, got torch.float8_e4m3fn"),
+    (nested(torch.strided), TypeError, r"state\[0\] must be a dense tensor, got a nested one; pad it"),
+    (nested(torch.jagged), TypeError, r"state\[0\] must be a dense tensor, got a nested one; pad it"),
     ([A, A.to("meta")], ValueError, r"state\[1\] is on meta but state\[0\] is on cpu"),
 ]
 
@@ -221,6 +263,12 @@ CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (A, {"chain_offset": 1, "sampler": {"rng": "torch"}}, ValueError, 'chain_offset and chunk_size need rng="philox"'),
     (A, {"chunk_size": 1, "sampler": {"norm_over": "tensor", "grad_norm_clip": 1.0}}, ValueError, 'norm_over="tensor"'),
     (torch.zeros(1, 2).expand(3, 2), {"inplace": True}, ValueError, r"inplace needs memory .* state\[0\]"),
+    (torch.zeros(4, 6).unfold(1, 4, 2), {"inplace": True}, ValueError, r"memory .* state\[0\], .* elements overlap"),
+    (torch.zeros(9).as_strided((3, 4), (2, 1)), {"inplace": True}, ValueError, r"state\[0\], .* elements overlap"),
+    ([A, A], {"inplace": True}, ValueError, r"tensors apart: state\[1\] shares memory with another"),
+    ([A, A], {"inplace": True, "observed": [1]}, ValueError, r"tensors apart: state\[1\] shares memory"),
+    ([C[:, :5], C[:, 4:]], {"inplace": True}, ValueError, r"tensors apart: state\[1\] shares memory"),
+    ([C, C.view(torch.float64)], {"inplace": True}, ValueError, r"tensors apart: state\[1\] shares memory"),
     (TWO, {"observed": {"c"}}, ValueError, r"observed names \['c'\] but the state has \['a', 'b'\]"),
     (TWO, {"observed": "a"}, TypeError, "observed must be a collection of keys, a mapping or a mask, got 'a'"),
     ([A, B], {"observed": 1}, TypeError, "observed must be a collection of keys, a mapping or a mask, got 1"),
@@ -319,6 +367,30 @@ def test_bad_options_of_the_function(options: dict[str, Any], message: str) -> N
         langevin(never, A, 2, **options)
     with pytest.raises(TypeError, match="energy must be callable, got Tensor"):
         langevin(A, A, 2, step_size=0.1)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda t: t.T,
+        lambda t: t[:, ::2],
+        lambda t: t.flip(0)[1:],
+        lambda t: [t[:, :4], t[:, 4:]],
+        lambda t: [t[:, ::2], t[:, 1::2]],
+        lambda t: [t[:, :4].to(torch.float64), t[:, 4:]],
+        lambda t: [t[:, :4].view(torch.float64), t[:, 4:]],
+        lambda t: [t[:2], t[2:]],
+        lambda t: [t, torch.zeros(4, 0)],
+        lambda t: t.as_strided((3, 2), (9, 3)),
+    ],
+)
+def test_views_that_lie_apart_are_written_in_place(views: Callable[[Tensor], Any]) -> None:
+    state = views(torch.randn(4, 8))
+    energy = lambda s: sum(t.square().sum(1) for t in (s if isinstance(s, list) else [s]))
+    wanted = langevin(energy, state, 2, step_size=0.1, seed=0)
+    got = langevin(energy, state, 2, step_size=0.1, seed=0, inplace=True)
+    pairs = zip(got, state, wanted, strict=True) if isinstance(state, list) else [(got, state, wanted)]
+    assert all(a is b and torch.equal(a, c) for a, b, c in pairs)
 
 
 def test_inference_tensors_cannot_be_written_outside() -> None:

@@ -142,8 +142,8 @@ class _Once(parametrize.ParametrizationList):
 
 
 class _Flag:
-    """A module's own flag, the values at which chains in progress hold it, the latest last, and those of the chains that
-    compute its weight once."""
+    """A module's own flag, the values at which chains in progress hold it, the latest last, and the chains that compute
+    its weight once."""
 
     __slots__ = ("holds", "module", "once", "own")
 
@@ -175,7 +175,8 @@ class _Hold:
         # a frozen TorchScript module has no flag, and a compiled module that of the one inside
         self.modules = [
             m for m in modules
-            if isinstance(getattr(m, "training", None), bool) and not isinstance(getattr(type(m), "training", None), property)
+            if isinstance(getattr(m, "training", None), bool)
+            and not isinstance(getattr(type(m), "training", None), property)
         ]  # fmt: skip
         self.outer = _thread.weights
         self.done = False
@@ -184,8 +185,9 @@ class _Hold:
         if self.mode != "keep":
             return self.mode == "train"
         flag = _flags.get(id(m))
-        nested = flag is None or any(hold.thread == self.thread for hold in flag.holds)
-        return m.training if nested else flag.own
+        if flag is None or any(hold.thread == self.thread for hold in flag.holds):
+            return m.training
+        return flag.own
 
     def _obstacle(self) -> nn.Module | None:
         """A module that another thread's chain holds at another value."""
@@ -252,7 +254,7 @@ class _Hold:
                 except Exception as error:
                     refused = refused or error
                 if not flag.once and type(m) is _Once:
-                    m.__class__ = parametrize.ParametrizationList
+                    m.__class__ = parametrize.ParametrizationList  # pyright: ignore[reportAttributeAccessIssue]
                 if not flag.holds:
                     del _flags[id(m)]
             self.done = True

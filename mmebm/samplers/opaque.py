@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -20,11 +20,12 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         TypeError: under ``torch.func`` (grad, vmap, jvp and their relatives), which sees neither noise nor loops.
     """
+    stack: Callable[[], Any] = getattr(torch._C, "_functorch").peek_interpreter_stack  # noqa: B009
     eager: list[Callable[P, R]] = []
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if stack() is not None:
             raise TypeError(
                 f"{function.__qualname__} cannot run inside torch.func (vmap, grad, jvp, ...): give all chains in one "
                 "state; for gradients through the chain differentiable=True and torch.autograd"
@@ -33,9 +34,10 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not eager:
-            eager.append(torch.compiler.disable(function))
+            disabled: Any = torch.compiler.disable(function)
+            eager.append(disabled)
         return eager[0](*args, **kwargs)
 
-    call._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
-    call._torchdynamo_disable_msg = "a chain runs as it is"  # pyright: ignore[reportFunctionMemberAccess]
+    # what the compiler looks at when it meets the call
+    vars(call).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="a chain runs as it is")
     return call

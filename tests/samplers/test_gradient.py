@@ -101,7 +101,11 @@ def test_observed_elements_stay_where_functions_work_in_place(backend: str, acce
     assert all(torch.equal(x[key], given[key]) for key in x)
     # functions that do the same without writing
     pure = Langevin(
-        0.1, backend=backend, accept=accept, project=lambda y: 0.5 * y, finish=lambda s: {k: t + 7 for k, t in s.items()}
+        0.1,
+        backend=backend,
+        accept=accept,
+        project=lambda y: 0.5 * y,
+        finish=lambda s: {k: t + 7 for k, t in s.items()},
     )
     again = pure.sample(energy, x, 3, seed=seed, observed={"a": mask, "b": True})
     torch.testing.assert_close(out.state["a"], again.state["a"])
@@ -126,5 +130,5 @@ def test_an_energy_that_writes_to_the_state_is_an_error(name: str) -> None:
 
 @every
 def test_complex_energies_are_an_error(name: str) -> None:
-    with pytest.raises(TypeError, match="energy must return real numbers, got a tensor of torch.complex64"):
+    with pytest.raises(TypeError, match=r"energy must return real numbers, got a tensor of torch\.complex64"):
         SAMPLERS[name].sample(lambda x: torch.complex(x, x).sum(1), torch.randn(3, 2), 1)

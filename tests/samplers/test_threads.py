@@ -44,7 +44,9 @@ def many_switches() -> Iterator[None]:
 def network() -> nn.Sequential:
     """In train mode but for one part, one parameter frozen; dropout, so that a chain in train mode is another."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Dropout(0.5), nn.Sequential(nn.Linear(16, 8), nn.Tanh()), nn.Linear(8, 1))
+    net = nn.Sequential(
+        nn.Linear(4, 16), nn.SiLU(), nn.Dropout(0.5), nn.Sequential(nn.Linear(16, 8), nn.Tanh()), nn.Linear(8, 1)
+    )
     net.train()
     net[3].eval()
     net[0].bias.requires_grad_(False)
@@ -52,9 +54,8 @@ def network() -> nn.Sequential:
 
 
 def flags(net: nn.Module) -> tuple[list[bool], list[bool], list[type]]:
-    return (
-        [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], [type(m) for m in net.modules()]
-    )  # fmt: skip
+    modules = list(net.modules())
+    return [m.training for m in modules], [p.requires_grad for p in net.parameters()], [type(m) for m in modules]
 
 
 def run(*functions: Callable[[], object]) -> None:
@@ -214,9 +215,9 @@ def test_a_chain_inside_a_chain_has_its_own_mode_and_never_waits_for_ever() -> N
     def nested() -> None:
         entered.wait(60)
         try:
-            with sampling([net], "eval"), pytest.raises(RuntimeError, match="inside another chain"):
-                with sampling([net], "train"):
-                    pass
+            refused = pytest.raises(RuntimeError, match="inside another chain")
+            with sampling([net], "eval"), refused, sampling([net], "train"):
+                pass
         finally:
             go.set()
 
@@ -303,3 +304,32 @@ def test_interrupts_at_any_moment_leave_nothing_changed(seed: int) -> None:
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert caught > 20
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+@pytest.mark.parametrize(("chains", "threads"), [(1, 1), (40, 1), (5000, 1), (200, 2)])
+def test_a_fused_chain_ends_soon_after_an_interrupt(chains: int, threads: int, need: Callable[[str], None]) -> None:
+    """It looks for signals every 100 ms; the chain alone would take minutes."""
+    need("cpp")
+    torch.set_num_threads(threads)
+    net = nn.Sequential(nn.Linear(64, 200), nn.SiLU(), nn.Linear(200, 200), nn.SiLU(), nn.Linear(200, 1))
+    x, sampler = torch.randn(chains, 64), Langevin(1e-3, backend="cpp")
+    assert sampler.sample(net, x, 2).info["op"] == "langevin_mlp"
+
+    def handler(*_: object) -> None:
+        raise Interrupted
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    begin = time.perf_counter()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Interrupted):
+            sampler.sample(net, x, 40_000_000 // chains)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    # 0.2 s to the signal and 0.1 s to the next look, on a machine that may be busy with ten times as much
+    assert time.perf_counter() - begin < 5
+    assert net.training and torch.equal(
+        sampler.sample(net, x, 3, seed=1).state, sampler.sample(net, x, 3, seed=1).state
+    )
