@@ -32,8 +32,8 @@ class LangevinDynamics(samplers.LangevinDynamics):
     """ebmkit's ``LangevinDynamics`` with the loop replaced by :class:`mmebm.Langevin`.
 
     The arguments and attributes are ebmkit's, read at each call. Train or eval mode is left as it is
-    (``configure(mode="eval")`` changes that); parameters are frozen during the chain, also where the energy is a
-    function around a module.
+    (``configure(mode="eval")`` changes that); parameters are left alone, also where the energy is a function around a
+    module.
     """
 
     _options: dict[str, Any]

@@ -287,7 +287,7 @@ def running(
     call: Call, mode: Mode, *, log_prob: bool, score: bool = False,
     each: Callable[[Any], Any] = lambda value: value,
 ) -> Iterator[Target]:  # fmt: skip
-    """The energy, with the user's modules in ``mode`` and frozen, and neither inference mode nor gradients around.
+    """The energy, with the user's modules in ``mode``, and neither inference mode nor gradients around.
 
     ``each`` is applied to every (args, kwargs) of the energy.
     """

@@ -156,7 +156,7 @@ class Identity:
             self.both(t.layout)
             return
         self.both(tuple(t.shape), t.stride(), t.dtype, t.device)
-        if not isinstance(t, nn.Parameter):  # those of modules are frozen during the chain
+        if not isinstance(t, nn.Parameter):  # no kernel of the state's gradient depends on a parameter's
             self.both(t.requires_grad)
 
     def _tensor(self, t: Tensor) -> None:

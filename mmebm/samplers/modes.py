@@ -157,6 +157,13 @@ class _Flag:
         return next(reversed(self.holds.values()), self.own)
 
 
+def _set(m: nn.Module, training: bool) -> None:
+    if type(m).__setattr__ is nn.Module.__setattr__ and "training" in m.__dict__:
+        m.__dict__["training"] = training  # what it does in the end, after a microsecond of other questions
+    else:
+        m.training = training
+
+
 # The flags that are held, by the module's id; for who has _changed.
 _flags: dict[int, _Flag] = {}
 _changed = threading.Condition()
@@ -220,7 +227,7 @@ class _Hold:
                     flag = _flags[id(m)] = _Flag(m)
                 flag.holds[self] = wanted
                 if m.training != wanted:
-                    m.training = wanted
+                    _set(m, wanted)
                 if self.once and type(m) in (parametrize.ParametrizationList, _Once):
                     flag.once.add(self)
                     m.__class__ = _Once
@@ -250,7 +257,7 @@ class _Hold:
                 flag.once.discard(self)
                 try:
                     if m.training != flag.value and (alone or m.training == ours):
-                        m.training = flag.value
+                        _set(m, flag.value)
                 except Exception as error:
                     refused = refused or error
                 if not flag.once and type(m) is _Once:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -320,3 +322,23 @@ def test_what_writes_to_inference_tensors_is_torchs_error_or_writes() -> None:
     normalised = lambda x: F.batch_norm(x, mean, variance, training=True).square().sum(1)
     Langevin(0.05).sample(normalised, torch.randn(5, 4) + 3, 1)
     assert bool((mean > 0.05).all())  # torch's momentum of 0.1 times a mean of about 3
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="no Gloo here")
+@pytest.mark.parametrize("unused", [False, True])
+@every
+def test_training_under_data_parallel_goes_on(name: str, unused: bool, tmp_path: Path) -> None:
+    """Chains between the steps leave the reducer's books in order, and every parameter its gradient."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(mlp(), find_unused_parameters=unused)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(3):
+            x = SAMPLERS[name].sample(net, torch.randn(5, 4), 2).state
+            optimizer.zero_grad()
+            net(x).mean().backward()
+            assert all(p.grad is not None and p.requires_grad for p in net.parameters())
+            optimizer.step()
+        assert all(m.training for m in net.modules())
+    finally:
+        dist.destroy_process_group()
