@@ -137,7 +137,7 @@ def constants_of(
         return table.to(device), tuple(present)
     width = chains if varies else 1
     table = torch.stack([
-        (value if isinstance(value, Tensor) else torch.full((1,), value, device=device)).to(device, dtype).expand(width)
+        (value if isinstance(value, Tensor) else torch.full((1,), value, dtype=dtype, device=device)).to(device, dtype).expand(width)
         for value in flat
     ])  # fmt: skip
     return table.reshape(*shape, width), tuple(present)

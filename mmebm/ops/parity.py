@@ -112,6 +112,11 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def _on(value: Any, device: torch.device) -> Any:
+    """A copy, which an implementation may overwrite."""
+    return _mapped(value, lambda t: t.to(device, copy=True))
+
+
 def _double(value: Any) -> Any:
     return _mapped(value, lambda t: t.double() if t.is_floating_point() else t)
 
@@ -170,8 +175,8 @@ def _langevin_step(module: ModuleType, backend: str, device: torch.device) -> It
     numbers = _Numbers(1)
     for name, x, params, options, first in _step_cases(numbers):
         grad = [numbers.normal(*t.shape) for t in x]
-        there, here = _mapped(x, lambda t: t.to(device)), _mapped(params, lambda t: t.to(device))
-        stepper = op.make(backend, module, _mapped(options, lambda t: t.to(device)), there)
+        there, here = _on(x, device), _on(params, device)
+        stepper = op.make(backend, module, _on(options, device), there)
         # the reference's noise, drawn once for both precisions
         xi = [
             noise.normal(
@@ -205,8 +210,11 @@ def _langevin_step(module: ModuleType, backend: str, device: torch.device) -> It
         }  # fmt: skip
         after, counts = rule.langevin_step(before, grad, narrow, params, thresholds=thresholds, **settings)
         exact, norms = rule.langevin_step(exact, _double(grad), wide, _double(params), **settings)
-        ours, stats = stepper.step(there, [g.to(device) for g in grad], here, 7, with_noise=not first, stats=True)
+        slopes, again = _on(grad, device), _on(there, device)
+        ours, _ = stepper.step(again, slopes, here, 7, with_noise=not first, stats=False)
         yield from state("after a step", ours, after, exact)
+        ours, stats = stepper.step(there, slopes, here, 7, with_noise=not first, stats=True)
+        yield from state("after a step with statistics", ours, after, exact)
         assert stats is not None and counts is not None and norms is not None
         for field in ("clipped", "nonfinite"):
             yield Comparison(f"{name}: {field}", getattr(stats, field).cpu(), getattr(counts, field))
@@ -243,10 +251,35 @@ def _mlp_energy(module: ModuleType, backend: str, device: torch.device) -> Itera
 
     numbers = _Numbers(2)
     terms, x = tuple(_terms(numbers)), numbers.normal(_CHAINS, 6)
-    ours = module.energy_and_gradient(_mapped(terms, lambda t: t.to(device)), x.to(device))
+    ours = module.energy_and_gradient(_on(terms, device), x.to(device))
     results = zip(ours, mlp_energy(x, terms), mlp_energy(x.double(), _double(terms)), strict=True)
     for name, (a, b, c) in zip(("energy", "gradient"), results, strict=True):
         yield Comparison(name, a.cpu(), b, c, 0.0, MLP_TOLERANCE)
+
+
+def _chains(numbers: _Numbers, terms: tuple[Term, ...]) -> Iterator[tuple[str, Any, int]]:
+    """(name, chain, steps)."""
+    from mmebm.ops import langevin_mlp as op
+
+    per_chain = 0.01 + 0.001 * torch.arange(_CHAINS, dtype=torch.float32, device=_CPU)[:, None]
+    bounded = StepParams(
+        per_chain, 0.1, grad_clip=2.0, grad_norm_clip=4.0, max_update=0.2, prior_std=2.0, low=-2.0, high=2.0
+    )
+
+    def chain(terms: tuple[Term, ...], widths: tuple[int, ...], params: list[StepParams], **changes: Any) -> Any:
+        table = op.constants_of([params], _CHAINS, torch.float32, _CPU)
+        assert not isinstance(table, str), table
+        n = len(widths)
+        # the last tensor alone gets noise: its stream is not its index, and its elements are not the first
+        return op.MlpChain(
+            terms, widths, (0, 3)[-n:], (False, True)[-n:], (True,) * n, *table, seed=_SEED, chain_offset=2**32 - 2,
+            **changes,
+        )  # fmt: skip
+
+    observed = numbers.mask(_CHAINS, 6).to(torch.uint8)
+    yield "all options", chain(terms, (4, 2), [StepParams(0.02, 0.1), bounded], observed=observed), 2
+    first: dict[str, Any] = {"noise_at": "before", "freeze": True, "clamp_noise": True}
+    yield "noise first", chain((terms[0], terms[3]), (6,), [replace(bounded, grad_norm_clip=None)], **first), 1
 
 
 def _langevin_mlp(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
@@ -254,24 +287,8 @@ def _langevin_mlp(module: ModuleType, backend: str, device: torch.device) -> Ite
 
     numbers = _Numbers(3)
     terms, x = tuple(_terms(numbers)), numbers.normal(_CHAINS, 6)
-    per_chain = 0.01 + 0.001 * torch.arange(_CHAINS, dtype=torch.float32, device=_CPU)[:, None]
-    bounded = StepParams(
-        per_chain, 0.1, grad_clip=2.0, grad_norm_clip=4.0, max_update=0.2, prior_std=2.0, low=-2.0, high=2.0
-    )
-    cases: Any = (
-        ("all options", 2, terms, (4, 2), [bounded, StepParams(0.02, 0.1)],
-         {"observed": numbers.mask(_CHAINS, 6).to(torch.uint8)}),
-        ("noise first", 1, (terms[0], terms[3]), (6,), [replace(bounded, grad_norm_clip=None)],
-         {"noise_at": "before", "freeze": True, "clamp_noise": True}),
-    )  # fmt: skip
-    for name, steps, used, widths, params, changes in cases:
-        table = op.constants_of([params], _CHAINS, torch.float32, _CPU)
-        assert not isinstance(table, str), table
-        n = len(widths)
-        chain = op.MlpChain(
-            used, widths, (0, 3)[:n], (True,) * n, (True,) * n, *table, seed=_SEED, chain_offset=2**32 - 2, **changes
-        )
-        ours = module.run(_mapped(chain, lambda t: t.to(device)), x.to(device), steps, 7, energy=True, grad_norm=True)
+    for name, chain, steps in _chains(numbers, terms):
+        ours = module.run(_on(chain, device), x.to(device), steps, 7, energy=True, grad_norm=True)
         expected, exact = op._reference(chain, x, steps, 7), op._reference(_double(chain), x.double(), steps, 7)
         for field in ("x", "energy", "grad_norm"):
             a, b, c = (getattr(result, field) for result in (ours, expected, exact))
@@ -295,7 +312,7 @@ def _residual(module: ModuleType, backend: str, device: torch.device) -> Iterato
     weight: list[Any] = [1.5, 0.8 + normal(5).abs(), 2.0, -0.5]
     observed = [numbers.mask(5, 67), None, numbers.mask(19), None]
     arguments = (ys, targets, kinds, scale, weight, observed)
-    value, grads = module.residual(*_mapped(arguments, lambda t: t.to(device)), True)
+    value, grads = module.residual(*_on(arguments, device), True)
     exact, slopes, sizes = 0.0, [], 0.0
     for y, target, kind, s, w, mask in zip(*_double(arguments), strict=True):
         part, (slope,) = residual([y], [target], likelihood=[kind], scale=[s], weight=[w], observed=[mask])
