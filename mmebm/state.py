@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from mmebm.ops.common.address import MOST_CHAINS, surroundings, wrapped
 
 Key: TypeAlias = "str | int"
 State: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -73,11 +74,10 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
             raise TypeError(
                 f"state[{key!r}] must be a dense floating-point tensor of 16, 32 or 64 bits, got {x.dtype}, {x.layout}"
             )
-        if x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            kind = "a meta" if x.is_meta else "a fake" if isinstance(x, FakeTensor) else "a torch.func"
-            raise TypeError(f"state[{key!r}] must hold numbers, got {kind} tensor")
         if x.dim() == 0:
             raise ValueError(f"state[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
+        if x.shape[0] > MOST_CHAINS:
+            raise ValueError(f"state[{key!r}] must have at most 2^32 chains, which the noise tells apart, got {len(x)}")
         if x.shape[0] != tensors[0].shape[0]:
             raise ValueError(
                 f"state[{key!r}] has {x.shape[0]} chains but state[{keys[0]!r}] has {tensors[0].shape[0]}; "
@@ -85,6 +85,9 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
             )
         if x.device != tensors[0].device:
             raise ValueError(f"state[{key!r}] is on {x.device} but state[{keys[0]!r}] is on {tensors[0].device}")
+        reason = wrapped(x) or surroundings()
+        if reason is not None:
+            raise TypeError(f"state[{key!r}] must hold numbers, got {reason}")
     return keys, tensors, build
 
 

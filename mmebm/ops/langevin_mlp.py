@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle
+from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
 from mmebm.ops.params import Constant, NoiseAt, StepParams, per_tensor
-from mmebm.ops.terms import Term, check_terms, pack, tensors_of, too_wide, unpack
+from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 from mmebm.reference.langevin_mlp import langevin_mlp as reference
 from mmebm.reference.langevin_step import per_chain, widen
 
@@ -133,11 +133,12 @@ def constants_of(
     shape = (len(rows), len(present), len(FIELDS))
     if not any(isinstance(value, Tensor) for value in flat):
         # one copy to the device a chain
-        table = torch.tensor(flat, dtype=torch.float64).to(dtype).reshape(*shape, 1)
+        table = torch.tensor(flat, dtype=torch.float64, device="cpu").to(dtype).reshape(*shape, 1)
         return table.to(device), tuple(present)
     width = chains if varies else 1
     table = torch.stack([
-        (value if isinstance(value, Tensor) else torch.full((1,), value, dtype=dtype, device=device)).to(device, dtype).expand(width)
+        (value.to(device, dtype) if isinstance(value, Tensor) else torch.full((1,), value, dtype=dtype, device=device))
+        .expand(width)
         for value in flat
     ])  # fmt: skip
     return table.reshape(*shape, width), tuple(present)
@@ -325,6 +326,10 @@ def langevin_mlp(
     """
     if isinstance(x, Tensor) or not isinstance(x, (list, tuple)) or not x:
         raise TypeError(f"x must be a list of at least one tensor, got {type(x).__name__}")
+    for i, t in enumerate(x):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"x[{i}] must be a tensor, got {type(t).__name__}")
+        require_dense(f"x[{i}]", t, x[0])
     chains, device = x[0].shape[0] if x[0].dim() else 0, x[0].device
     for i, t in enumerate(x):
         if not t.is_floating_point() or t.dim() == 0 or t.shape[0] != chains or t.device != device:
@@ -333,17 +338,18 @@ def langevin_mlp(
             )
         if t.dtype != x[0].dtype:
             raise ValueError(f"x[{i}] must be {x[0].dtype} as x[0] is, got {t.dtype}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an int of at least 0, got {steps!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 1 << 31:
+        raise ValueError(f"steps must be an int of at least 0 and below 2^31, got {steps!r}")
     if noise_at not in ("after", "before"):
         raise ValueError(f"noise_at must be 'after' or 'before', got {noise_at!r}")
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
     flat = [per_chain(t) for t in x]
     widths = [t.shape[1] for t in flat]
+    require_dense_terms(terms, x[0])
     checked = check_terms(terms, chains, sum(widths), device)
     columns = [
-        per_tensor(name, value, len(x))
+        per_tensor(name, value, len(x), x[0])
         for name, value in zip(
             _PARAMS, (step_size, noise_scale, grad_clip, grad_norm_clip, max_update, prior_std, low, high), strict=True
         )
@@ -384,6 +390,7 @@ def flat_mask(masks: Sequence[Tensor | None], x: Sequence[Tensor]) -> Tensor | N
             continue
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
+        require_dense(f"observed[{i}]", mask, t)
         try:
             parts.append(mask.expand(t.shape))
         except RuntimeError:

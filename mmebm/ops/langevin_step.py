@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle
+from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.langevin_step_native import CppStepper, CudaStepper, cpp_reason, cuda_reason
 from mmebm.ops.params import FIELDS, Constant, NormOver, Outside, StepOptions, StepParams, StepStats, per_tensor
 from mmebm.reference import langevin_step as reference
@@ -251,6 +251,8 @@ def langevin_step(
         if len(gradients) != len(x):
             raise ValueError(f"grad must have {len(x)} tensors, one for each of x, got {len(gradients)}")
         for i, (t, g) in enumerate(zip(x, gradients, strict=True)):
+            if t.device == g.device:
+                require_dense(f"grad[{i}]", g, t)
             if t.shape != g.shape or t.device != g.device:
                 raise ValueError(
                     f"grad[{i}] must be {tuple(t.shape)} on {t.device} as x[{i}], got {tuple(g.shape)} on {g.device}"
@@ -261,8 +263,10 @@ def langevin_step(
     for i, mask in enumerate(masks):
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
+        if mask is not None:
+            require_dense(f"observed[{i}]", mask, x[0])
     columns = [
-        per_tensor(name, value, len(x))
+        per_tensor(name, value, len(x), x[0])
         for name, value in zip(
             FIELDS, (step_size, noise_scale, grad_clip, grad_norm_clip, max_update, prior_std, low, high), strict=True
         )
@@ -289,4 +293,5 @@ def _tensors(name: str, value: Sequence[Tensor]) -> list[Tensor]:
     for i, t in enumerate(value):
         if not isinstance(t, Tensor) or not t.is_floating_point():
             raise TypeError(f"{name}[{i}] must be a floating-point tensor, got {t!r:.80}")
+        require_dense(f"{name}[{i}]", t)
     return list(value)

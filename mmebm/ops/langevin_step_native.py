@@ -22,6 +22,7 @@ from mmebm.ops.common.address import (
     address,
     known_addresses,
     obstacle,
+    plain,
     readable,
     same_memory,
     step_addresses,
@@ -193,11 +194,8 @@ class _NativeStepper:
         name = FIELDS[slot]
         if given.device != self._device:
             raise ValueError(f"{name} of tensor {i} must be on {self._device} as the state is, got {given.device}")
-        reason = obstacle(given)
-        if reason is not None:
-            raise TypeError(f"{name} of tensor {i} must be a number or a plain tensor, got {reason}")
         try:
-            kind, value = self._kind(i, slot, given)
+            kind, value = self._kind(i, slot, plain(f"{name} of tensor {i}", given))
         except RuntimeError:
             shapes = f"{tuple(given.shape)} does not broadcast against {tuple(self._shapes[i])}"
             raise ValueError(f"{name} of tensor {i} has shape {shapes}") from None

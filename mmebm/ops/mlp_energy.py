@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle
-from mmebm.ops.terms import Term, check_terms, pack, tensors_of, too_wide, unpack
+from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 from mmebm.reference.mlp_energy import mlp_energy as reference
 
 __all__ = ["mlp_energy"]
@@ -103,8 +103,11 @@ def mlp_energy(x: Tensor, terms: Sequence[Term], *, backend: str = "auto") -> tu
         TypeError, ValueError: naming the argument.
         BackendError: where ``backend`` does not take these terms.
     """
+    if isinstance(x, Tensor):
+        require_dense("x", x)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
         raise TypeError(f"x must be a floating-point tensor (chains, inputs), got {getattr(x, 'shape', x)!r:.80}")
+    require_dense_terms(terms, x)
     checked = check_terms(terms, x.shape[0], x.shape[1], x.device)
     description, tensors = pack(checked)
     return torch.ops.mmebm.mlp_energy(x, tensors, description, backend)

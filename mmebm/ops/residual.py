@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle
+from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.reference import residual as reference
 
 __all__ = ["residual", "residual_and_gradient"]
@@ -184,6 +184,7 @@ def _list(name: str, value: Any) -> list[Tensor]:
     for i, t in enumerate(value):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
+        require_dense(f"{name}[{i}]", t)
     return list(value)
 
 
@@ -212,13 +213,15 @@ def _check_modality(i: int, y: Tensor, target: Tensor, kind: str, chains: int, d
         raise ValueError(f"targets[{i}] requires grad, and residual has no derivative in targets: detach it")
 
 
-def _values(name: str, value: Any, chains: int, count: int, device: torch.device) -> list[float | Tensor]:
+def _values(name: str, value: Any, chains: int, count: int, like: Tensor) -> list[float | Tensor]:
     """One number or 1-D tensor per modality."""
     each = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    device = like.device
     if len(each) != count:
         raise ValueError(f"{name} must be one value or a list of {count}, one per modality, got {len(each)}")
     for i, v in enumerate(each):
         if isinstance(v, Tensor):
+            require_dense(f"{name}[{i}]", v, like if v.device == device else None)
             if v.numel() != 1 and tuple(v.shape) not in {(chains,), (chains, *[1] * (v.dim() - 1))}:
                 raise ValueError(f"{name}[{i}] must hold one value or one for each of {chains} chains, got {v.shape}")
             if not v.is_floating_point() or (v.device != device and v.numel() != 1):
@@ -244,12 +247,14 @@ def _masks(observed: Any, targets: list[Tensor]) -> list[Tensor | None]:
             continue
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
+        require_dense(f"observed[{i}]", mask)
         sizes = zip(reversed(mask.shape), reversed(target.shape), strict=False)
         if mask.dim() > target.dim() or any(m not in (1, t) for m, t in sizes):
             shapes = f"{tuple(mask.shape)}, which does not broadcast to {tuple(target.shape)}"
             raise ValueError(f"observed[{i}] must broadcast against its targets, got {shapes}")
         if mask.device != target.device:
             raise ValueError(f"observed[{i}] must be on {target.device} as its targets, got {mask.device}")
+        require_dense(f"observed[{i}]", mask, target)
     return list(masks)
 
 
@@ -270,9 +275,13 @@ def _call(
             raise ValueError(f"likelihood[{i}] must be one of {', '.join(LIKELIHOODS)}, got {kind!r}")
     chains = ys[0].shape[0] if ys[0].dim() else 0
     device = ys[0].device
+    for name, column in (("predictions", ys), ("targets", ts)):
+        for i, t in enumerate(column):
+            if t.device == device:
+                require_dense(f"{name}[{i}]", t, ys[0])
     for i, (y, target, kind) in enumerate(zip(ys, ts, kinds, strict=True)):
         _check_modality(i, y, target, kind, chains, device)
-    factors = [*_values("scale", scale, chains, len(ys), device), *_values("weight", weight, chains, len(ys), device)]
+    factors = [*_values("scale", scale, chains, len(ys), ys[0]), *_values("weight", weight, chains, len(ys), ys[0])]
     settings = (
         ",".join(kinds), [f if isinstance(f, float) else math.nan for f in factors],
         [f if isinstance(f, Tensor) else None for f in factors], _masks(observed, ts),

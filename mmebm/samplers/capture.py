@@ -257,7 +257,7 @@ class CudaBackend:
     def _recover(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         """A capture that succeeds: generators of one that failed refuse to draw, as they wait for its end."""
         side = self._stream(device)
-        word = torch.zeros((), device=device)
+        word = torch.zeros((), dtype=torch.float32, device=device)
         with suppress(RuntimeError):
             graph = torch.cuda.CUDAGraph()
             for generator in generators:
@@ -382,7 +382,7 @@ class _Static:
                 mine.copy_(given)
             for dtype, values in call.numbers.items():
                 if self.written.get(dtype) != values:
-                    self.numbers[dtype].copy_(torch.tensor(values, dtype=dtype), non_blocking=True)
+                    self.numbers[dtype].copy_(torch.tensor(values, dtype=dtype, device="cpu"), non_blocking=True)
                     self.written[dtype] = list(values)
             for mine, given in ((self.seed, call.problem.seed), (self.first_step, call.problem.first_step)):
                 if isinstance(given, Tensor):

@@ -13,13 +13,16 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
-    "MOST_CHAINS", "Addresses", "address", "known_addresses", "obstacle", "readable", "refusal",
-    "same_memory", "step_addresses",
+    "MOST_CHAINS", "Addresses", "address", "known_addresses", "obstacle", "plain", "readable", "require_dense",
+    "same_memory", "step_addresses", "surroundings", "wrapped",
 ]  # fmt: skip
 
 _PLAIN: Final = (Tensor, nn.Parameter)
+_NO_DISPATCH: Final = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
 # where the noise's chain counter ends
 MOST_CHAINS: Final = 1 << 32
 
@@ -34,50 +37,108 @@ def _bytes(t: Tensor) -> Any:
     return (t.storage_offset() + span) * t.itemsize
 
 
-def obstacle(t: Any) -> str | None:
-    """What keeps ``t`` from being plain memory, or ``None``. Dtype, device and strides are not looked at."""
-    if type(t) not in _PLAIN:
-        # FakeTensor, functional and user-defined subclasses: what they compute need not lie in their memory
-        return f"{type(t).__name__}, not a plain tensor" if isinstance(t, Tensor) else f"{type(t).__name__}, no tensor"
+_INSIDE: Final = "a tensor inside a transform (torch.func: vmap, grad, jvp, functionalize), which holds no data"
+
+
+def _odd(t: Tensor) -> str | None:
+    """What ``t`` is where no op takes it, not even the reference: torch crashes on a storage that is too short."""
+    if t.is_nested:
+        return "a nested tensor"
+    if t.layout is not torch.strided:
+        return f"a tensor of layout {t.layout}"
+    if t.is_quantized or (t.is_floating_point() and t.itemsize == 1):
+        return f"a tensor of {t.dtype}"
+    if type(t) not in _PLAIN or t.is_meta:
+        return None
+    length, needed = t.untyped_storage().nbytes(), _bytes(t)
+    return f"a tensor of {needed} bytes whose storage holds {length}" if length < needed else None
+
+
+def require_dense(name: str, t: Tensor, like: Tensor | None = None) -> None:
+    """Raises where no implementation takes ``t``. Fake and meta tensors and those of a transform pass: torch's
+    dispatcher knows what to do with an op of them, unless they are mixed with others (``like``).
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if like is not None and (isinstance(t, FakeTensor), t.is_meta) != (isinstance(like, FakeTensor), like.is_meta):
+        raise TypeError(
+            f"{name} must hold data if and only if the other tensors do, got a {type(t).__name__} on {t.device}"
+        )
     try:
-        if t.is_nested:
-            return "a nested tensor"
-        if t.layout is not torch.strided:
-            return f"a tensor of layout {t.layout}"
-        if t.is_quantized:
-            return f"a quantised tensor, {t.dtype}"
+        reason = _odd(t)
+    except (RuntimeError, NotImplementedError):
+        return
+    if reason is not None:
+        raise TypeError(f"{name} must be a dense tensor of numbers, got {reason}")
+
+
+def wrapped(t: Tensor) -> str | None:
+    """What ``t`` is where it holds no numbers that a computation could go on with, or ``None``."""
+    if torch.compiler.is_compiling():  # what is traced has no memory yet, and is not asked again
+        return None
+    if isinstance(t, FakeTensor):
+        return "a FakeTensor, which holds no data"
+    try:
+        reason = _odd(t)
+        if reason is not None:
+            return reason
         if t.is_meta:
             return "a meta tensor, which holds no data"
-        length = t.untyped_storage().nbytes()
-        if length < _bytes(t):
-            return f"a tensor of {_bytes(t)} bytes whose storage holds {length}"
-        if t.numel() and t.data_ptr() == 0:
-            return "a wrapped tensor without memory of its own"
+        if type(t) in _PLAIN and t.data_ptr() == 0 and _bytes(t):
+            return _INSIDE
     except (RuntimeError, NotImplementedError):
-        return "a tensor wrapped by a transform (torch.func: vmap, grad, jvp, functionalize), which holds no data"
+        return _INSIDE
     return None
 
 
-def refusal(name: str, t: Any, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why :func:`readable` does not take ``t``, or ``None``."""
+def surroundings() -> str | None:
+    """What around the call keeps a chain from running on plain tensors too, or ``None``."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "a call inside FakeTensorMode, where nothing is computed"
+    if peek_interpreter_stack() is not None:
+        return "a call inside a transform (torch.func: vmap, grad, jvp, functionalize), which cannot see into a chain"
+    return None
+
+
+def obstacle(t: Any) -> str | None:
+    """What keeps ``t`` from being plain memory, or ``None``. Dtype, device and strides are not looked at."""
+    if not isinstance(t, Tensor):
+        return f"{type(t).__name__}, no tensor"
+    if type(t) not in _PLAIN and not isinstance(t, FakeTensor):
+        return f"{type(t).__name__}, not a plain tensor"  # what it computes need not lie in its memory
+    return wrapped(t)
+
+
+def plain(name: str, t: Tensor) -> Tensor:
+    """``t`` without a subclass that says nothing about its memory (one without ``__torch_dispatch__``).
+
+    Raises:
+        TypeError: where :func:`obstacle` has something against it.
+    """
+    if type(t) not in _PLAIN and getattr(type(t), "__torch_dispatch__", None) is _NO_DISPATCH:
+        with torch._C.DisableTorchFunctionSubclass():
+            t = t.as_subclass(Tensor)
     reason = obstacle(t)
     if reason is not None:
-        return f"{name} is {reason}"
-    if t.device != device or t.dtype not in dtypes:
-        taken = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"{name} is {t.dtype} on {t.device}; taken is {taken} on {device}"
-    return None
+        raise TypeError(f"{name} must be a plain tensor, got {reason}")
+    return t
 
 
 def readable(name: str, t: Tensor, device: torch.device, dtypes: Sequence[torch.dtype]) -> Tensor:
     """``t`` as native code can read it: detached, contiguous, without a pending sign; itself where it is so already.
 
     Raises:
-        TypeError: where :func:`refusal` has a reason.
+        TypeError: where it is not plain, or of another device or dtype.
     """
-    reason = refusal(name, t, device, dtypes)
-    if reason is not None:
-        raise TypeError(reason)
+    t = plain(name, t)
+    if t.device != device or t.dtype not in dtypes:
+        taken = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {taken} on {device}, got {t.dtype} on {t.device}")
     return t.detach().resolve_neg().contiguous()
 
 
@@ -97,10 +158,8 @@ def address(name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> i
                 return place
     except (RuntimeError, NotImplementedError):
         pass  # wrapped: named below
-    raise TypeError(
-        refusal(name, t, device, (dtype,)) or f"{name} must be contiguous, got shape {tuple(t.shape)} and strides "
-        f"{t.stride()}"
-    )  # fmt: skip
+    readable(name, t, device, (dtype,))  # raises, unless the strides alone are at fault
+    raise TypeError(f"{name} must be contiguous, got shape {tuple(t.shape)} and strides {t.stride()}")
 
 
 class Addresses:
