@@ -24,6 +24,7 @@ from mmebm.ops.common.address import (
     obstacle,
     plain,
     readable,
+    require_dense,
     same_memory,
     step_addresses,
 )
@@ -249,6 +250,7 @@ class _NativeStepper:
 
     def _gradient(self, i: int, g: Tensor) -> Tensor:
         """``g``, made contiguous and of a dtype that the extension takes."""
+        require_dense(f"grad[{i}]", g)
         if g.shape != self._shapes[i] or g.device != self._device:
             shape = tuple(self._shapes[i])
             raise ValueError(
