@@ -249,7 +249,7 @@ def check_apart(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
         low = min(begin for begin, _ in spans)
         # data pointers and sizes are multiples of the smallest element's size, but need not be of the largest one's
         unit = math.gcd(*(t.element_size() for _, t in group), *(begin - low for begin, _ in spans))
-        seen = torch.zeros((max(end for _, end in spans) - low) // unit, dtype=torch.bool)
+        seen = torch.zeros((max(end for _, end in spans) - low) // unit, dtype=torch.bool, device="cpu")
         for (key, t), (begin, _) in zip(group, spans, strict=True):
             width = t.element_size() // unit
             size = (*t.shape, width)

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
@@ -100,8 +99,6 @@ def surroundings() -> str | None:
         return None
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return "a call inside FakeTensorMode, where nothing is computed"
-    if peek_interpreter_stack() is not None:
-        return "a call inside a transform (torch.func: vmap, grad, jvp, functionalize), which cannot see into a chain"
     return None
 
 
