@@ -16,7 +16,7 @@ import torch
 from . import native
 from .native import BackendError
 
-__all__ = ["NAMES", "Backend", "BackendError", "backends", "describe", "require_backends"]
+__all__ = ["NAMES", "Backend", "BackendError", "backends", "check", "describe", "require_backends"]
 
 NAMES = ("torch", "cpp", "triton", "cuda")
 
@@ -70,6 +70,24 @@ def describe() -> list[str]:
     for name, backend in backends().items():
         lines.append(f"{name:<7}{'available' if backend.available else 'missing':<11}{backend.reason}")
     return lines
+
+
+def check() -> int:
+    """Prints a line for each op, implementation, device and instruction set that can run here: its error against the
+    reference (:mod:`mmebm.ops.parity`). Returns how many failed, at most 1: the exit status of ``mmebm backends
+    --check``."""
+    from mmebm.ops import parity
+
+    failed = 0
+    for op, backend, device, isa, verdict in parity.check_all():
+        name = f"{op:<15}{backend:<8}{device!s:<8}{isa:<9}"
+        if verdict.reason is not None:
+            failed = 1
+            print(f"{name}FAILED   {verdict.reason}", flush=True)
+        else:
+            found = f"error {verdict.error:.1e}, allowed {verdict.limit:.1e}"
+            print(f"{name}passed   {found}, {1e3 * verdict.seconds:.1f} ms", flush=True)
+    return failed
 
 
 def require_backends() -> frozenset[str]:

@@ -1,7 +1,7 @@
 """The compiled extensions, ``mmebm._cpu`` (C++) and ``mmebm._cuda`` (CUDA): imported when first needed, or why not.
 
-The extensions take raw pointers. Whoever calls them checks dtype, device and contiguity first, as :func:`normal_` does:
-a wrong pointer is a crash, and no input of this library may crash the process.
+The extensions take raw pointers, which come from :mod:`mmebm.ops.common.address` alone: a wrong pointer is a crash, and
+no input of this library may crash the process.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import operator
+import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from mmebm.ops.common.address import address, obstacle
 
 __all__ = ["BackendError", "available", "check_cuda", "cpu", "cuda", "normal_"]
 
@@ -121,7 +125,8 @@ def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_off
 
     Raises:
         TypeError, ValueError: for anything else than the above, naming the argument.
-        BackendError: if the extension for the device of ``out`` is not there, or the launch failed.
+        BackendError: if the extension for the device of ``out`` is not there, or the launch failed. One that fails its
+            parity case (:mod:`mmebm.ops.parity`) warns, and the reference takes its place.
     """
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
@@ -131,21 +136,55 @@ def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_off
         raise ValueError(f"out must be float32, got {out.dtype}")
     if out.dim() == 0:
         raise ValueError("out must have a leading chain dimension, got shape ()")
-    if out.layout != torch.strided or not out.is_contiguous():
+    if out.layout != torch.strided or not out.is_contiguous() or out.is_neg():
         raise ValueError(f"out must be contiguous, got layout {out.layout} and strides {out.stride()}")
+    reason = obstacle(out)
+    if reason is not None:
+        raise TypeError(f"out must be a plain tensor, got {reason}")
     if out.requires_grad:
         raise ValueError("out must not require grad: it is overwritten")
-    where = (
-        _word("seed", seed, -(2**63), 2**64),
-        _word("step", step, 0, 2**32),
-        _word("stream", stream, 0, 2**32),
-        _word("chain_offset", chain_offset, 0, 2**32),
-    )
-    size = (out.shape[0], out[0].numel() if out.shape[0] else 0)
+    where = {
+        "seed": _word("seed", seed, -(2**63), 2**64), "step": _word("step", step, 0, 2**32),
+        "stream": _word("stream", stream, 0, 2**32), "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
+    }  # fmt: skip
+    backend = "cuda" if out.is_cuda else "cpp"
+    _module(backend)  # raises where there is none
+    reason = parity_failure("noise", backend, out.device)
+    if reason is None:
+        fill_normal(out, **where)
+    elif os.environ.get("MMEBM_BACKEND") == backend:
+        raise BackendError(f"{backend}: noise: {reason}")
+    else:
+        from mmebm import noise
+
+        out.copy_(noise.normal(out.shape, **where, dtype=torch.float32, device=out.device))
+    return out
+
+
+def parity_failure(op: str, backend: str, device: torch.device) -> str | None:
+    """:func:`mmebm.ops.parity.failure`, imported when first needed."""
+    from mmebm.ops import parity
+
+    return parity.failure(op, backend, device)
+
+
+def fill_normal(out: Tensor, *, seed: int, step: int, stream: int, chain_offset: int) -> None:
+    """:func:`normal_` of arguments that are as they must be, by the extension of the device."""
+    _fill("normal", out, out.shape[0], math.prod(out.shape[1:]), seed, step, stream, chain_offset)
+
+
+def fill_words(out: Tensor, *, seed: int, step: int, stream: int, chain_offset: int) -> None:
+    """:func:`mmebm.noise.words` into int32 (chains, blocks, 4), by the extension of the device."""
+    _fill("philox_words", out, out.shape[0], out.shape[1], seed, step, stream, chain_offset)
+
+
+def _fill(function: str, out: Tensor, *numbers: int) -> None:
+    place = address("out", out, out.device, out.dtype)
     if out.is_cuda:
         queue = torch.cuda.current_stream(out.device).cuda_stream
         with torch.cuda.device(out.device):
-            check_cuda(cuda().normal(out.data_ptr(), *size, *where, out.device.index, queue), "normal_")
+            check_cuda(getattr(cuda(), function)(place, *numbers, out.device.index, queue), function)
     else:
-        cpu().normal(out.data_ptr(), *size, *where, torch.get_num_threads())
-    return out
+        from mmebm.ops import dispatch
+
+        getattr(cpu(), function)(place, *numbers, torch.get_num_threads(), dispatch.isa())

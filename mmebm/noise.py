@@ -69,7 +69,7 @@ def stream(tensor_index: int, purpose: int = DRIFT) -> int:
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """A 63-bit seed from ``generator``, or from torch's global CPU generator, so that ``torch.manual_seed`` rules."""
     if generator is None:
-        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
+        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item())
     draw = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device)
     return int(draw.item())
 

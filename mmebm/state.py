@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from mmebm.ops.common.address import MOST_CHAINS, surroundings, wrapped
 
 Key: TypeAlias = "str | int"
 State: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -75,6 +76,8 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
             )
         if x.dim() == 0:
             raise ValueError(f"state[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
+        if x.shape[0] > MOST_CHAINS:
+            raise ValueError(f"state[{key!r}] must have at most 2^32 chains, which the noise tells apart, got {len(x)}")
         if x.shape[0] != tensors[0].shape[0]:
             raise ValueError(
                 f"state[{key!r}] has {x.shape[0]} chains but state[{keys[0]!r}] has {tensors[0].shape[0]}; "
@@ -82,9 +85,9 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
             )
         if x.device != tensors[0].device:
             raise ValueError(f"state[{key!r}] is on {x.device} but state[{keys[0]!r}] is on {tensors[0].device}")
-        if x.is_meta or isinstance(x, FakeTensor):
-            kind = "fake" if isinstance(x, FakeTensor) else "meta"
-            raise TypeError(f"state[{key!r}] must hold numbers, got a {kind} tensor")
+        reason = wrapped(x) or surroundings()
+        if reason is not None:
+            raise TypeError(f"state[{key!r}] must hold numbers, got {reason}")
     return keys, tensors, build
 
 
@@ -246,7 +249,7 @@ def check_apart(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
         low = min(begin for begin, _ in spans)
         # data pointers and sizes are multiples of the smallest element's size, but need not be of the largest one's
         unit = math.gcd(*(t.element_size() for _, t in group), *(begin - low for begin, _ in spans))
-        seen = torch.zeros((max(end for _, end in spans) - low) // unit, dtype=torch.bool)
+        seen = torch.zeros((max(end for _, end in spans) - low) // unit, dtype=torch.bool, device="cpu")
         for (key, t), (begin, _) in zip(group, spans, strict=True):
             width = t.element_size() // unit
             size = (*t.shape, width)

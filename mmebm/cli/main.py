@@ -121,7 +121,12 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--seed", type=int, default=0, help="of the samples shown (default: 0)")
     device(report)
 
-    commands.add_parser("backends", help="what can run here, and why not", description="Versions and backends.")
+    backends = commands.add_parser(
+        "backends", help="what can run here, and why not", description="Versions and backends."
+    )
+    backends.add_argument(
+        "--check", action="store_true", help="compare every implementation of every op with the reference, a line each"
+    )
     return top
 
 
@@ -160,10 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mmebm.cli.report import report
 
             return report(arguments)
-        from mmebm.backends import describe
+        from mmebm.backends import check, describe
 
         print("\n".join(describe()))
-        return 0
+        return check() if arguments.check else 0
     except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
         print(f"mmebm {arguments.command}: {error}", file=sys.stderr)
         return 1

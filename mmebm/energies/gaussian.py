@@ -11,7 +11,8 @@ from mmebm.energies.lower import Symbol
 
 
 def _row(name: str, value: float | Tensor) -> Tensor:
-    value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):  # as a module's own tensors: what torch's defaults are now
+        value = torch.tensor(value, dtype=torch.get_default_dtype(), device=torch.get_default_device())
     if value.dim() > 1 or not value.is_floating_point():
         shape = tuple(value.shape)
         raise ValueError(f"{name} must be a float or a floating-point tensor (inputs,), got {value.dtype} {shape}")
@@ -33,10 +34,10 @@ class Gaussian(nn.Module):
 
     def __init__(self, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> None:
         super().__init__()
-        if not bool((torch.as_tensor(std) > 0).all()):
-            raise ValueError(f"std must be above 0, got {std!r:.80}")
         self.register_buffer("mean", _row("mean", mean))
         self.register_buffer("std", _row("std", std))
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std must be above 0, got {std!r:.80}")
 
     def forward(self, x: Tensor) -> Tensor:
         """(chains, ...) -> (chains,)."""
@@ -68,8 +69,9 @@ class GaussianMixture(nn.Module):
         if means.dim() != 2:
             raise ValueError(f"means must be (components, inputs), got {tuple(means.shape)}")
         components = means.shape[0]
-        std = torch.as_tensor(std, dtype=means.dtype).expand(components).clone()
-        weights = torch.ones(components, dtype=means.dtype) if weights is None else torch.as_tensor(weights)
+        like = {"dtype": means.dtype, "device": means.device}
+        std = torch.as_tensor(std, **like).expand(components).clone()
+        weights = torch.ones(components, **like) if weights is None else torch.as_tensor(weights, **like)
         for name, value in (("std", std), ("weights", weights)):
             if value.shape != (components,) or not bool((value > 0).all()):
                 raise ValueError(f"{name} must be ({components},) and above 0, got {value!r:.80}")

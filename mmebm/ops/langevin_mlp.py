@@ -12,9 +12,7 @@ which leaves ``x`` as it is.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,11 +21,11 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mmebm import native
-from mmebm.backends import NAMES
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
 from mmebm.ops.params import Constant, NoiseAt, StepParams, per_tensor
-from mmebm.ops.terms import Term, check_terms, pack, tensors_of, too_wide, unpack
+from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 from mmebm.reference.langevin_mlp import langevin_mlp as reference
 from mmebm.reference.langevin_step import per_chain, widen
 
@@ -46,9 +44,6 @@ FIELDS: Final = (
 # clamps by comparisons. (The norm clip is asked for: infinity over an infinite norm is no 1.)
 _NEUTRAL: Final = (0.0, 0.0, math.inf, math.inf, math.inf, 0.0, -math.inf, math.inf)
 _PARAMS: Final = tuple("prior_std" if name == "prior_precision" else name for name in FIELDS)
-_ROOMS: Final = {
-    "cpp": "mmebm.ops.langevin_mlp_cpp", "triton": "mmebm.kernels.langevin_mlp", "cuda": "mmebm.ops.langevin_mlp_cuda",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +133,12 @@ def constants_of(
     shape = (len(rows), len(present), len(FIELDS))
     if not any(isinstance(value, Tensor) for value in flat):
         # one copy to the device a chain
-        table = torch.tensor(flat, dtype=torch.float64).to(dtype).reshape(*shape, 1)
+        table = torch.tensor(flat, dtype=torch.float64, device="cpu").to(dtype).reshape(*shape, 1)
         return table.to(device), tuple(present)
     width = chains if varies else 1
     table = torch.stack([
-        (value if isinstance(value, Tensor) else torch.full((1,), value, device=device)).to(device, dtype).expand(width)
+        (value.to(device, dtype) if isinstance(value, Tensor) else torch.full((1,), value, dtype=dtype, device=device))
+        .expand(width)
         for value in flat
     ])  # fmt: skip
     return table.reshape(*shape, width), tuple(present)
@@ -151,63 +147,39 @@ def constants_of(
 # -- rooms
 
 
-def _import(backend: str) -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module(_ROOMS[backend]), ""
-    except ImportError as error:
-        return None, f"{_ROOMS[backend]} does not import ({error})"
-
-
-def _refusal(backend: str, chain: MlpChain, x: Tensor) -> tuple[ModuleType | None, str | None]:
-    """(the room, None), or why it does not take this chain."""
+def _refusal(module: ModuleType, chain: MlpChain, x: Tensor) -> str | None:
+    """Why ``module`` does not take this chain, or ``None``."""
     if x.dtype != torch.float32:
-        return None, f"the state is {x.dtype}, taken is float32"
+        return f"the state is {x.dtype}, taken is float32"
     if any(t.dtype != torch.float32 for term in chain.terms for t in tensors_of(term) if t.dtype != torch.bool):
-        return None, "the terms are not all float32"
-    reason = too_wide(chain.terms)
-    if reason is not None:
-        return None, reason
-    module, missing = _import(backend)
-    if module is None:
-        return None, missing
-    return module, module.supports(chain, x)
+        return "the terms are not all float32"
+    for name, t in (
+        ("the state", x),
+        *(("a tensor of the terms", t) for each in chain.terms for t in tensors_of(each)),
+    ):
+        reason = obstacle(t)
+        if reason is not None:
+            return f"{name} is {reason}"
+    return too_wide(chain.terms) or module.supports(chain, x)
 
 
 def room(backend: str, chain: MlpChain, x: Tensor) -> tuple[ModuleType | None, str]:
-    """The room that runs ``chain`` from the flat state ``x``, ``None`` for the reference, and the reason.
+    """The module that runs ``chain`` from the flat state ``x``, ``None`` for the reference, and the reason.
 
-    "auto" takes C++ on the CPU and Triton, then CUDA, on a GPU. ``MMEBM_BACKEND`` replaces "auto", and counts as asked
-    for by name.
+    "auto" takes C++ on the CPU and Triton, then CUDA, on a GPU; see :func:`mmebm.ops.dispatch.choose`.
 
     Raises:
         ValueError: for an unknown backend.
         BackendError: where a backend asked for by name does not take this chain.
     """
-    why = f"backend={backend!r}"
-    if backend == "auto" and os.environ.get("MMEBM_BACKEND"):
-        backend = os.environ["MMEBM_BACKEND"]
-        why = f"MMEBM_BACKEND={backend}"
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *NAMES))}, got {why}")
-    if backend == "torch":
-        return None, why
-    if backend != "auto":
-        module, reason = _refusal(backend, chain, x)
-        if reason is not None or module is None:
-            raise native.BackendError(f"{backend}: langevin_mlp: {reason}")
-        return module, why
-    reasons = []
-    for name in {"cpu": ("cpp",), "cuda": ("triton", "cuda")}.get(x.device.type, ()):
-        module, reason = _refusal(name, chain, x)
-        if reason is None:
-            return module, f"auto: {name}, the state is on {x.device}"
-        reasons.append(f"not {name}: {reason}")
-    return None, f"auto: {'; '.join(reasons) or f'no room for {x.device}'}"
+    chosen = dispatch.choose("langevin_mlp", backend, x.device, lambda _, module: _refusal(module, chain, x))
+    return chosen.module, chosen.reason
 
 
 def name_of(module: ModuleType) -> str:
-    """The backend whose room ``module`` is."""
-    return next((name for name, path in _ROOMS.items() if path == module.__name__), module.__name__)
+    """The backend whose implementation ``module`` is."""
+    modules = dispatch.OPS["langevin_mlp"].modules
+    return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
 
 
 def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor) -> MlpResult:
@@ -354,6 +326,10 @@ def langevin_mlp(
     """
     if isinstance(x, Tensor) or not isinstance(x, (list, tuple)) or not x:
         raise TypeError(f"x must be a list of at least one tensor, got {type(x).__name__}")
+    for i, t in enumerate(x):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"x[{i}] must be a tensor, got {type(t).__name__}")
+        require_dense(f"x[{i}]", t, x[0])
     chains, device = x[0].shape[0] if x[0].dim() else 0, x[0].device
     for i, t in enumerate(x):
         if not t.is_floating_point() or t.dim() == 0 or t.shape[0] != chains or t.device != device:
@@ -362,17 +338,18 @@ def langevin_mlp(
             )
         if t.dtype != x[0].dtype:
             raise ValueError(f"x[{i}] must be {x[0].dtype} as x[0] is, got {t.dtype}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an int of at least 0, got {steps!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 1 << 31:
+        raise ValueError(f"steps must be an int of at least 0 and below 2^31, got {steps!r}")
     if noise_at not in ("after", "before"):
         raise ValueError(f"noise_at must be 'after' or 'before', got {noise_at!r}")
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
     flat = [per_chain(t) for t in x]
     widths = [t.shape[1] for t in flat]
+    require_dense_terms(terms, x[0])
     checked = check_terms(terms, chains, sum(widths), device)
     columns = [
-        per_tensor(name, value, len(x))
+        per_tensor(name, value, len(x), x[0])
         for name, value in zip(
             _PARAMS, (step_size, noise_scale, grad_clip, grad_norm_clip, max_update, prior_std, low, high), strict=True
         )
@@ -413,6 +390,7 @@ def flat_mask(masks: Sequence[Tensor | None], x: Sequence[Tensor]) -> Tensor | N
             continue
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
+        require_dense(f"observed[{i}]", mask, t)
         try:
             parts.append(mask.expand(t.shape))
         except RuntimeError:

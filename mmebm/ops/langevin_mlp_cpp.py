@@ -7,7 +7,6 @@ another. No result depends on the number of threads (``torch.get_num_threads()``
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mmebm import native, noise
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import MOST_CHAINS, Addresses, obstacle
 from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
 from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Term, check_terms, inputs_of, tensors_of
 
@@ -23,27 +24,25 @@ __all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]
 _LIMITS: Final = ("grad_clip", "grad_norm_clip", "max_update", "low", "high")
 
 
-def _isa() -> str:
-    isa = os.environ.get("MMEBM_CPU_ISA", "") or "auto"
-    return "generic" if isa == "baseline" else isa
-
-
-def _strided(name: str, t: Tensor) -> str | None:
-    if not t.is_cpu or t.layout is not torch.strided:
-        return f"{name} is {t.layout} on {t.device}, taken are plain tensors on the CPU"
-    return None
+def _plain(name: str, t: Tensor) -> str | None:
+    reason = obstacle(t)
+    if reason is None and not t.is_cpu:
+        reason = f"on {t.device}"
+    return None if reason is None else f"{name} is {reason}; taken are plain tensors on the CPU"
 
 
 def supports_energy(terms: Sequence[Term], x: Tensor) -> str | None:
     """Whether :func:`energy_and_gradient` takes ``terms`` at the flat state ``x``: ``None``, or the reason why not."""
+    reason = _plain("the state", x)
+    if reason is not None:
+        return reason
     if x.dim() != 2 or x.dtype != torch.float32:
         return f"the state is {x.dtype} of shape {tuple(x.shape)}, taken is float32 (chains, inputs)"
-    reason = _strided("the state", x)
     for i, term in enumerate(terms):
         if not isinstance(term, Quadratic) and min(term.stack.sizes) < 1:
             return f"term {i} has a layer without inputs or outputs: {term.stack.sizes}"
         for t in tensors_of(term):
-            reason = reason or _strided(f"a tensor of term {i}", t)
+            reason = reason or _plain(f"a tensor of term {i}", t)
             if t.dtype not in (torch.float32, torch.bool):
                 return f"a tensor of term {i} is {t.dtype}, taken is float32"
         if inputs_of(term) != x.shape[1] or x.shape[1] == 0:
@@ -61,12 +60,14 @@ def supports(chain: MlpChain, x: Tensor) -> str | None:
         return reason
     table, mask = chain.constants, chain.observed
     tensors, (chains, inputs) = len(chain.widths), x.shape
+    if chains > MOST_CHAINS:
+        return f"{chains} chains; the noise tells 2^32 apart"
     if {len(chain.streams), len(chain.noisy), len(chain.moving), len(chain.present)} != {tensors} or tensors == 0:
         return f"streams, noisy, moving and present do not all have {tensors} entries, one per tensor"
     if sum(chain.widths) != inputs or min(chain.widths) < 0:
         return f"the widths {chain.widths} do not sum to the {inputs} inputs"
     if (
-        table.dim() != 4 or table.dtype != torch.float32 or _strided("constants", table) is not None
+        table.dim() != 4 or table.dtype != torch.float32 or _plain("constants", table) is not None
         or table.shape[0] == 0 or table.shape[1:3] != (tensors, len(FIELDS)) or table.shape[3] not in (1, chains)
     ):  # fmt: skip
         return f"the constants are {table.dtype} {tuple(table.shape)} on {table.device}"
@@ -76,29 +77,27 @@ def supports(chain: MlpChain, x: Tensor) -> str | None:
             if bool(table[:, :, FIELDS.index(name)].isnan().any()):
                 return f"{name} holds NaN"
     if mask is not None and (
-        mask.dtype != torch.uint8 or _strided("observed", mask) is not None
+        mask.dtype != torch.uint8 or _plain("observed", mask) is not None
         or mask.shape not in ((chains, inputs), (1, inputs))
     ):  # fmt: skip
         return f"observed is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
     return None
 
 
-def _plain(t: Tensor, alive: list[Tensor]) -> Tensor:
-    t = t.detach().resolve_neg().contiguous()
-    alive.append(t)
-    return t
+def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[tuple[Any, ...]]:
+    """The terms as ``mmebm._cpu`` takes them."""
 
+    def at(name: str, t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        return addresses(name, t, dtype)
 
-def _described(terms: Sequence[Term], x: Tensor, alive: list[Tensor]) -> list[tuple[Any, ...]]:
-    """The terms as ``mmebm._cpu`` takes them; what the addresses point to is kept in ``alive``."""
     out: list[tuple[Any, ...]] = []
     for term in check_terms(terms, x.shape[0], x.shape[1], x.device):
         if isinstance(term, Quadratic):
-            out.append((2, _plain(term.mean, alive).data_ptr(), _plain(term.precision, alive).data_ptr()))
+            out.append((2, at("mean", term.mean), at("precision", term.precision)))
             continue
         stack = term.stack
         layers = tuple(
-            (_plain(w, alive).data_ptr(), 0 if b is None else _plain(b, alive).data_ptr(), w.shape[1], w.shape[0])
+            (at("a weight", w), at("a bias", b), w.shape[1], w.shape[0])
             for w, b in zip(stack.weights, stack.biases, strict=True)
         )
         common = (layers, ACTIVATIONS.index(stack.activation), float(stack.slope), float(term.weight))
@@ -109,7 +108,7 @@ def _described(terms: Sequence[Term], x: Tensor, alive: list[Tensor]) -> list[tu
         stride = 0 if mask is None or mask.shape[0] == 1 else mask.shape[1]
         out.append((
             1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh),
-            _plain(term.target, alive).data_ptr(), 0 if mask is None else _plain(mask, alive).data_ptr(), stride,
+            at("target", term.target), at("observed", mask, torch.bool), stride,
         ))  # fmt: skip
     return out
 
@@ -119,12 +118,13 @@ def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tenso
     reason = supports_energy(terms, x)
     if reason is not None:
         raise native.BackendError(f"cpp: mlp_energy: {reason}")
-    alive: list[Tensor] = []
-    x = _plain(x, alive)
-    energy, grad = x.new_empty(x.shape[0]), torch.empty_like(x)
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    energy = torch.empty(chains, dtype=torch.float32, device=x.device)
+    grad = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
     native.cpu().mlp_energy(
-        x.data_ptr(), x.shape[0], x.shape[1], _described(terms, x, alive), energy.data_ptr(), grad.data_ptr(),
-        torch.get_num_threads(), _isa(),
+        addresses("x", x, torch.float32), chains, inputs, _described(terms, x, addresses),
+        addresses.output("energy", energy), addresses.output("grad", grad), torch.get_num_threads(), dispatch.isa(),
     )  # fmt: skip
     return energy, grad
 
@@ -138,15 +138,13 @@ def run(
         reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
     if reason is not None:
         raise native.BackendError(f"cpp: langevin_mlp: {reason}")
-    alive: list[Tensor] = []
-    x = _plain(x, alive)
-    chains = x.shape[0]
-    out = torch.empty_like(x)
-    energies = x.new_empty(steps, chains) if energy else None
-    norms = x.new_empty(steps, chains) if grad_norm else None
-    frozen = torch.zeros(chains, dtype=torch.bool) if chain.freeze else None
-    constants = _plain(chain.constants, alive)
-    mask = None if chain.observed is None else _plain(chain.observed, alive)
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    out = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
+    energies = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if energy else None
+    norms = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if grad_norm else None
+    frozen = torch.zeros(chains, dtype=torch.bool, device=x.device) if chain.freeze else None
+    mask = chain.observed
     tensors = [
         (width, noise.stream(index, noise.DRIFT), noisy, moving, present)
         for width, index, noisy, moving, present in zip(
@@ -154,12 +152,12 @@ def run(
         )
     ]
     native.cpu().langevin_mlp(
-        x.data_ptr(), x.shape[0], x.shape[1], _described(chain.terms, x, alive), tensors,
-        constants.data_ptr(), constants.shape[0], constants.shape[3],
-        0 if mask is None else mask.data_ptr(), 0 if mask is None or mask.shape[0] == 1 else x.shape[1],
+        addresses("x", x, torch.float32), chains, inputs, _described(chain.terms, x, addresses), tensors,
+        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
+        addresses("observed", mask, torch.uint8), 0 if mask is None or mask.shape[0] == 1 else inputs,
         steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
-        chain.noise_at == "before", chain.clamp_noise, out.data_ptr(),
-        0 if energies is None else energies.data_ptr(), 0 if norms is None else norms.data_ptr(),
-        0 if frozen is None else frozen.data_ptr(), torch.get_num_threads(), _isa(),
+        chain.noise_at == "before", chain.clamp_noise, addresses.output("out", out),
+        addresses.output("energy", energies), addresses.output("grad_norm", norms), addresses.output("frozen", frozen),
+        torch.get_num_threads(), dispatch.isa(),
     )  # fmt: skip
     return MlpResult(out, energies, norms, frozen)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmebm import native, noise
+from mmebm.ops.common.address import Addresses, obstacle
 from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult, Precision
 from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Term, check_terms, inputs_of, tensors_of, too_wide
 
@@ -27,19 +28,23 @@ _WORD64: Final = (1 << 64) - 1
 
 
 def _plain(name: str, t: Tensor, device: torch.device) -> str | None:
-    if t.device != device or t.layout is not torch.strided:
-        return f"{name} is {t.layout} on {t.device}, taken are plain tensors on {device}"
-    return None
+    reason = obstacle(t)
+    if reason is None and t.device != device:
+        reason = f"on {t.device}"
+    return None if reason is None else f"{name} is {reason}; taken are plain tensors on {device}"
 
 
 def _reason(chain: MlpChain, x: Tensor) -> str | None:
     """Why the kernel does not take ``chain`` from ``x``, wherever both are."""
+    reason = _plain("the state", x, x.device)
+    if reason is not None:
+        return reason
     if x.dim() != 2 or x.dtype != torch.float32:
         return f"the state is {x.dtype} of shape {tuple(x.shape)}, taken is float32 (chains, inputs)"
     chains, inputs = x.shape
     if chains > 1 << 30:
         return f"{chains} chains, taken are up to 2^30"
-    reason = _plain("the state", x, x.device) or too_wide(chain.terms)
+    reason = too_wide(chain.terms)
     for i, term in enumerate(chain.terms):
         if not isinstance(term, Quadratic) and min(term.stack.sizes) < 1:
             return f"term {i} has a layer without inputs or outputs: {term.stack.sizes}"
@@ -87,22 +92,20 @@ def supports(chain: MlpChain, x: Tensor) -> str | None:
     return f"compute capability {major}.{minor} is below 8.0" if major < 8 else None
 
 
-def _address(t: Tensor, alive: list[Tensor]) -> int:
-    t = t.detach().resolve_neg().contiguous()
-    alive.append(t)
-    return t.data_ptr()
+def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[tuple[Any, ...]]:
+    """The terms as ``mmebm._cuda`` takes them."""
 
+    def at(name: str, t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        return addresses(name, t, dtype)
 
-def _described(terms: Sequence[Term], x: Tensor, alive: list[Tensor]) -> list[tuple[Any, ...]]:
-    """The terms as ``mmebm._cuda`` takes them; what the addresses point to is kept in ``alive``."""
     out: list[tuple[Any, ...]] = []
     for term in check_terms(terms, x.shape[0], x.shape[1], x.device):
         if isinstance(term, Quadratic):
-            out.append((2, _address(term.mean, alive), _address(term.precision, alive)))
+            out.append((2, at("mean", term.mean), at("precision", term.precision)))
             continue
         stack = term.stack
         layers = tuple(
-            (_address(w, alive), 0 if b is None else _address(b, alive), w.shape[1], w.shape[0])
+            (at("a weight", w), at("a bias", b), w.shape[1], w.shape[0])
             for w, b in zip(stack.weights, stack.biases, strict=True)
         )
         common = (layers, ACTIVATIONS.index(stack.activation), float(stack.slope), float(term.weight))
@@ -111,23 +114,23 @@ def _described(terms: Sequence[Term], x: Tensor, alive: list[Tensor]) -> list[tu
             continue
         mask = term.observed
         out.append((
-            1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh), _address(term.target, alive),
-            0 if mask is None else _address(mask, alive), mask is not None and mask.shape[0] > 1,
+            1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh), at("target", term.target),
+            at("observed", mask, torch.bool), mask is not None and mask.shape[0] > 1,
         ))  # fmt: skip
     return out
 
 
-def _number(name: str, value: int | Tensor, device: torch.device, alive: list[Tensor]) -> tuple[int, int]:
+def _number(name: str, value: int | Tensor, addresses: Addresses) -> tuple[int, int]:
     """(value, address): an int itself, a tensor on the device by its address."""
     if not isinstance(value, Tensor):
         return int(value) & _WORD64, 0
     if value.numel() != 1 or value.dtype.is_floating_point or value.dtype.is_complex:
         raise ValueError(f"{name} must be an int or 1-element int tensor, got {tuple(value.shape)} {value.dtype}")
-    if value.device != device:
+    if value.device != addresses.device:
         if value.device.type != "cpu":
-            raise ValueError(f"{name} must be on {device}, got {value.device}")
+            raise ValueError(f"{name} must be on {addresses.device}, got {value.device}")
         return int(value) & _WORD64, 0
-    return 0, _address(value.to(torch.int64), alive)
+    return 0, addresses(name, value.to(torch.int64), torch.int64)
 
 
 @functools.cache
@@ -153,7 +156,7 @@ def run(
         reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
     if reason is not None:
         raise native.BackendError(f"cuda: langevin_mlp: {reason}")
-    alive: list[Tensor] = []
+    addresses = Addresses(x.device)
     chains, inputs = x.shape
     out = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
     energies = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if energy else None
@@ -169,13 +172,13 @@ def run(
         )
     ]
     arguments = (
-        _address(x, alive), chains, inputs, _described(chain.terms, x, alive), tensors,
-        _address(chain.constants, alive), chain.constants.shape[0], chain.constants.shape[3],
-        0 if mask is None else _address(mask, alive), mask is not None and mask.shape[0] > 1,
-        steps, *_number("seed", chain.seed, x.device, alive), *_number("first_step", first_step, x.device, alive),
-        chain.chain_offset & noise.MASK32, chain.noise_at == "before", chain.clamp_noise, out.data_ptr(),
-        0 if energies is None else energies.data_ptr(), 0 if norms is None else norms.data_ptr(),
-        0 if frozen is None else frozen.data_ptr(), _PRECISIONS[chain.precision],
+        addresses("x", x, torch.float32), chains, inputs, _described(chain.terms, x, addresses), tensors,
+        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
+        addresses("observed", mask, torch.uint8), mask is not None and mask.shape[0] > 1,
+        steps, *_number("seed", chain.seed, addresses), *_number("first_step", first_step, addresses),
+        chain.chain_offset & noise.MASK32, chain.noise_at == "before", chain.clamp_noise,
+        addresses.output("out", out), addresses.output("energy", energies), addresses.output("grad_norm", norms),
+        addresses.output("frozen", frozen), _PRECISIONS[chain.precision],
     )  # fmt: skip
     _launch(x, arguments)
     return MlpResult(out, energies, norms, frozen)

@@ -7,15 +7,15 @@ streams, masks, pointers) is resolved at construction.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mmebm import native, noise
-from mmebm.backends import NAMES
+from mmebm import noise
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.langevin_step_native import CppStepper, CudaStepper, cpp_reason, cuda_reason
 from mmebm.ops.params import FIELDS, Constant, NormOver, Outside, StepOptions, StepParams, StepStats, per_tensor
 from mmebm.reference import langevin_step as reference
@@ -68,7 +68,8 @@ class TorchStepper:
                 ))  # fmt: skip
         return out
 
-    def _thresholds(self, x: Sequence[Tensor], step: int | Tensor, purpose: int) -> list[Tensor | None]:
+    def thresholds(self, x: Sequence[Tensor], step: int | Tensor, purpose: int) -> list[Tensor | None]:
+        """Those of stochastic rounding, of the 16-bit tensors."""
         o = self.options
         if o.rng == "torch":
             # a ported script rounds to nearest
@@ -86,7 +87,7 @@ class TorchStepper:
     def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
         return reference.perturb(
             x, self._noise(x, step), params, clamp_noise=self.options.clamp_noise, observed=self.options.observed,
-            thresholds=self._thresholds(x, step, noise.PERTURB_ROUNDING),
+            thresholds=self.thresholds(x, step, noise.PERTURB_ROUNDING),
         )  # fmt: skip
 
     def step(
@@ -96,38 +97,18 @@ class TorchStepper:
         drawn = self._noise(x, step) if with_noise else [None] * len(x)
         return reference.langevin_step(
             x, grad, drawn, params, norm_over=self.options.norm_over, outside=self.options.outside,
-            observed=self.options.observed, thresholds=self._thresholds(x, step, noise.ROUNDING), stats=stats,
+            observed=self.options.observed, thresholds=self.thresholds(x, step, noise.ROUNDING), stats=stats,
         )  # fmt: skip
 
 
-def _triton_reason(
-    x: Sequence[Tensor], options: StepOptions, params: Sequence[StepParams] | None
-) -> tuple[str | None, type | None]:
-    """(reason why not, None) or (None, the class)."""
-    try:
-        from mmebm.kernels.langevin_step import TritonStepper, supports
-    except ImportError as error:
-        return f"triton does not import ({error}); pip install triton", None
-    reason = supports(x, options, params)
-    return reason, None if reason else TritonStepper
+def make(backend: str, module: Any, options: StepOptions, x: Sequence[Tensor]) -> Stepper:
+    """The stepper of ``backend``, whose module :func:`mmebm.ops.dispatch.choose` gave; ``None`` is the reference's."""
+    if module is None:
+        return TorchStepper(options)
+    return module.TritonStepper(options) if backend == "triton" else _STEPPERS[backend](options, x)
 
 
-def _explicit(
-    backend: str, x: Sequence[Tensor], options: StepOptions, params: Sequence[StepParams] | None, why: str
-) -> tuple[Stepper, str]:
-    if backend == "torch":
-        return TorchStepper(options), why
-    if backend == "cpp":
-        return CppStepper(options, x), why
-    if backend == "triton":
-        reason, chosen = _triton_reason(x, options, params)
-        if chosen is None:
-            raise native.BackendError(f"triton: {reason}")
-        return chosen(options), why
-    reason = cuda_reason(x, options, params)
-    if reason is not None:
-        raise native.BackendError(f"cuda: {reason}")
-    return CudaStepper(options, x), why
+_STEPPERS: Final[dict[str, Any]] = {"cpp": CppStepper, "cuda": CudaStepper}
 
 
 def stepper(
@@ -135,9 +116,9 @@ def stepper(
 ) -> tuple[Stepper, str]:
     """The stepper of ``backend`` for the state ``x``, and the reason for the choice.
 
-    "auto" takes C++ for a contiguous state on the CPU and Triton, or else CUDA C++, for one on a GPU, each where it is
-    there and takes these options, else the reference. The environment variable ``MMEBM_BACKEND`` replaces "auto", and
-    counts as asked for by name.
+    "auto" takes C++ for a state on the CPU and Triton, or else CUDA C++, for one on a GPU, each where it is there,
+    takes these options and has passed its parity case, else the reference. The environment variable ``MMEBM_BACKEND``
+    replaces "auto", and counts as asked for by name.
 
     Args:
         backend: "auto", "torch", "cpp", "triton" or "cuda".
@@ -149,29 +130,21 @@ def stepper(
         ValueError: for an unknown backend.
         BackendError: where a backend asked for by name cannot take this state.
     """
-    why = f"backend={backend!r}"
-    if backend == "auto" and os.environ.get("MMEBM_BACKEND"):
-        backend = os.environ["MMEBM_BACKEND"]
-        why = f"MMEBM_BACKEND={backend}"
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *NAMES))}, got {why}")
-    if backend != "auto":
-        return _explicit(backend, x, options, params, why)
-    device = x[0].device.type if len(x) else "cpu"
-    if device == "cpu":
-        reason = cpp_reason(x, options)
-        if reason is None:
-            return CppStepper(options, x), "auto: the state is on the CPU and contiguous"
-        return TorchStepper(options), f"auto: the reference, not cpp: {reason}"
-    if device == "cuda":
-        reason, chosen = _triton_reason(x, options, params)
-        if chosen is not None:
-            return chosen(options), f"auto: the state is on {x[0].device}"
-        missing = cuda_reason(x, options, params)
-        if missing is None:
-            return CudaStepper(options, x), f"auto: the state is on {x[0].device}, and not triton: {reason}"
-        return TorchStepper(options), f"auto: the reference, not triton: {reason}; not cuda: {missing}"
-    return TorchStepper(options), f"auto: the reference, no other backend runs on {device}"
+
+    def refusal(name: str, module: Any) -> str | None:
+        if name == "cpp":
+            return cpp_reason(x, options)
+        if name == "cuda":
+            return cuda_reason(x, options, params)
+        for i, t in enumerate(x):
+            reason = obstacle(t)
+            if reason is not None:
+                return f"tensor {i} of the state is {reason}"
+        return module.supports(x, options, params)
+
+    device = x[0].device if len(x) else torch.device("cpu")
+    name, module, why = dispatch.choose("langevin_step", backend, device, refusal)
+    return make(name, module, options, x), why
 
 
 # -- the functional entry
@@ -278,6 +251,8 @@ def langevin_step(
         if len(gradients) != len(x):
             raise ValueError(f"grad must have {len(x)} tensors, one for each of x, got {len(gradients)}")
         for i, (t, g) in enumerate(zip(x, gradients, strict=True)):
+            if t.device == g.device:
+                require_dense(f"grad[{i}]", g, t)
             if t.shape != g.shape or t.device != g.device:
                 raise ValueError(
                     f"grad[{i}] must be {tuple(t.shape)} on {t.device} as x[{i}], got {tuple(g.shape)} on {g.device}"
@@ -288,8 +263,10 @@ def langevin_step(
     for i, mask in enumerate(masks):
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
+        if mask is not None:
+            require_dense(f"observed[{i}]", mask, x[0])
     columns = [
-        per_tensor(name, value, len(x))
+        per_tensor(name, value, len(x), x[0])
         for name, value in zip(
             FIELDS, (step_size, noise_scale, grad_clip, grad_norm_clip, max_update, prior_std, low, high), strict=True
         )
@@ -316,4 +293,5 @@ def _tensors(name: str, value: Sequence[Tensor]) -> list[Tensor]:
     for i, t in enumerate(value):
         if not isinstance(t, Tensor) or not t.is_floating_point():
             raise TypeError(f"{name}[{i}] must be a floating-point tensor, got {t!r:.80}")
+        require_dense(f"{name}[{i}]", t)
     return list(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Final
@@ -17,6 +16,18 @@ import torch
 from torch import Tensor
 
 from mmebm import native, noise
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import (
+    MOST_CHAINS,
+    address,
+    known_addresses,
+    obstacle,
+    plain,
+    readable,
+    require_dense,
+    same_memory,
+    step_addresses,
+)
 from mmebm.ops.params import FIELDS, StepOptions, StepParams, StepStats, per_chain_or_single
 
 __all__ = ["CppStepper", "CudaStepper", "cpp_reason", "cuda_reason"]
@@ -38,10 +49,15 @@ def _state_reason(x: Sequence[Tensor], options: StepOptions, device: str) -> str
     for i, t in enumerate(x):
         if t.device.type != device or t.device != x[0].device:
             return f"tensor {i} of the state is on {t.device}"
-        if t.dtype not in _STORAGE or t.layout is not torch.strided:
-            return f"tensor {i} of the state is {t.dtype}, {t.layout}; taken are float32, bfloat16 and float16"
+        if t.dtype not in _STORAGE:
+            return f"tensor {i} of the state is {t.dtype}; taken are float32, bfloat16 and float16"
+        reason = obstacle(t)
+        if reason is not None:
+            return f"tensor {i} of the state is {reason}"
         if t.dim() == 0 or t.shape[0] != x[0].shape[0]:
             return f"tensor {i} of the state has shape {tuple(t.shape)}; taken is ({tuple(x[0].shape)[:1]}, ...)"
+        if t.shape[0] > MOST_CHAINS:
+            return f"tensor {i} of the state has {t.shape[0]} chains; the noise tells 2^32 apart"
         if math.prod(t.shape[1:]) > 1 << 33:
             return f"tensor {i} of the state has more than 2^33 elements per chain"
     return None
@@ -52,9 +68,6 @@ def cpp_reason(x: Sequence[Tensor], options: StepOptions) -> str | None:
     reason = _state_reason(x, options, "cpu")
     if reason is not None:
         return reason
-    for i, t in enumerate(x):
-        if not t.is_contiguous():
-            return f"tensor {i} of the state is not contiguous (strides {t.stride()})"
     available, reason = native.available("cpp")
     return None if available else reason
 
@@ -93,6 +106,17 @@ def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
+def _stats(chains: int, device: torch.device) -> tuple[StepStats, list[int]]:
+    """Statistics to be filled, and the addresses of the four."""
+    norms = torch.empty((2, chains), dtype=torch.float32, device=device)
+    counts = torch.empty((2, chains), dtype=torch.int64, device=device)
+    out = StepStats(*norms.unbind(), *counts.unbind())
+    return out, [
+        address("a statistic", t, device, t.dtype)
+        for t in (out.grad_norm, out.displacement, out.clipped, out.nonfinite)
+    ]
+
+
 class _NativeStepper:
     """What the compiled rooms share: constants, masks and tensors, checked once and again when they change.
 
@@ -106,10 +130,12 @@ class _NativeStepper:
         self._op = op
         self.options = options
         self._device = x[0].device
-        self._x = list(x)
+        # A state that is not contiguous must not be taken for one that was seen: a step makes a copy of it.
+        self._x = [t if t.is_contiguous() and not t.is_neg() else t.detach().contiguous() for t in x]
         self._shapes = [t.shape for t in x]
         self._dtypes = [t.dtype for t in x]
         self._grad_dtypes = list(self._dtypes)
+        self._grad_sizes = [t.nbytes for t in x]
         self._masks = [self._mask(i, t) for i, t in enumerate(x)]
         for index in options.streams:
             noise.stream(index)  # raises where it is out of range
@@ -131,11 +157,16 @@ class _NativeStepper:
                 f"observed[{i}] must be a bool mask on {self._device} as the state is, "
                 f"got {mask.dtype} on {mask.device}"
             )
+        mask = readable(f"observed[{i}]", mask, self._device, (torch.bool,))
         try:
             return mask.expand(self._mask_shape(mask, x)).contiguous()
         except RuntimeError:
             shapes = f"{tuple(mask.shape)} does not broadcast against {tuple(x.shape)}"
             raise ValueError(f"observed[{i}] of shape {shapes}") from None
+
+    def _mask_address(self, i: int) -> int:
+        mask = self._masks[i]
+        return 0 if mask is None else address(f"observed[{i}]", mask, self._device, torch.bool)
 
     # -- constants
 
@@ -165,18 +196,18 @@ class _NativeStepper:
         if given.device != self._device:
             raise ValueError(f"{name} of tensor {i} must be on {self._device} as the state is, got {given.device}")
         try:
-            kind, value = self._kind(i, slot, given)
+            kind, value = self._kind(i, slot, plain(f"{name} of tensor {i}", given))
         except RuntimeError:
             shapes = f"{tuple(given.shape)} does not broadcast against {tuple(self._shapes[i])}"
             raise ValueError(f"{name} of tensor {i} has shape {shapes}") from None
-        value = value.detach().to(torch.float32).contiguous()
+        value = value.detach().to(torch.float32).resolve_neg().contiguous()
         self._check(i, slot, value)
         if kind == _SCALAR:
             self._op.set(i, slot, kind, float(value), 0)
         else:
-            self._op.set(i, slot, kind, 0.0, value.data_ptr())
+            self._op.set(i, slot, kind, 0.0, address(f"{name} of tensor {i}", value, self._device, torch.float32))
         self._alive[i, slot] = value
-        if kind == _SCALAR or value.data_ptr() != given.data_ptr():
+        if kind == _SCALAR or not same_memory(value, given):
             self._copied[i, slot] = given, _version(given)
         else:
             self._copied.pop((i, slot), None)
@@ -213,23 +244,25 @@ class _NativeStepper:
                     f"x[{i}] must be {tuple(self._shapes[i])}, {self._dtypes[i]} on {self._device} as it was when the "
                     f"stepper was made, got {tuple(t.shape)}, {t.dtype} on {t.device}"
                 )
-            out[i] = t.contiguous()
+            out[i] = readable(f"x[{i}]", t, self._device, (t.dtype,)) if t is not self._x[i] else t
         self._x = out
         return out
 
     def _gradient(self, i: int, g: Tensor) -> Tensor:
         """``g``, made contiguous and of a dtype that the extension takes."""
+        require_dense(f"grad[{i}]", g)
         if g.shape != self._shapes[i] or g.device != self._device:
             shape = tuple(self._shapes[i])
             raise ValueError(
                 f"grad[{i}] must be {shape} on {self._device} as x[{i}] is, got {tuple(g.shape)} on {g.device}"
             )
+        g = readable(f"grad[{i}]", g, self._device, (g.dtype,))
         if g.dtype not in _STORAGE:
             g = g.to(torch.float32)
         if g.dtype != self._grad_dtypes[i]:
             self._op.set_grad(i, _STORAGE[g.dtype])
-            self._grad_dtypes[i] = g.dtype
-        return g.contiguous()
+            self._grad_dtypes[i], self._grad_sizes[i] = g.dtype, g.nbytes
+        return g
 
     def _prepare(self, x: list[Tensor], params: Sequence[StepParams]) -> list[Tensor]:
         """Take in what is not as it was in the last step; the state's tensors as the extension needs them."""
@@ -258,17 +291,16 @@ class CppStepper(_NativeStepper):
         reason = cpp_reason(x, options)
         if reason is not None:
             raise native.BackendError(f"cpp: {reason}")
-        isa = os.environ.get("MMEBM_CPU_ISA", "") or "auto"
         op = native.cpu().LangevinStep(
             x[0].shape[0], options.chain_offset & noise.MASK32, options.outside == "reject", options.clamp_noise,
-            options.norm_over == "tensor", "generic" if isa == "baseline" else isa,
+            options.norm_over == "tensor", dispatch.isa(),
         )  # fmt: skip
         super().__init__(op, options, x)
         self._plain_seed = not isinstance(options.seed, Tensor)
         self._seed = options.seed & (1 << 64) - 1 if self._plain_seed else options.seed
         self._large = sum(t.numel() for t in x) >= 1 << 14
-        for t, index, noisy, mask in zip(x, options.streams, options.noisy, self._masks, strict=True):
-            op.add(math.prod(t.shape[1:]), index, noisy, _STORAGE[t.dtype], 0 if mask is None else mask.data_ptr())
+        for i, (t, index, noisy) in enumerate(zip(x, options.streams, options.noisy, strict=True)):
+            op.add(math.prod(t.shape[1:]), index, noisy, _STORAGE[t.dtype], self._mask_address(i))
 
     def _kind(self, i: int, slot: int, given: Tensor) -> tuple[int, Tensor]:
         shape = self._shapes[i]
@@ -290,33 +322,28 @@ class CppStepper(_NativeStepper):
     def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
         x = self._prepare(x, params)
         threads = torch.get_num_threads() if self._large else 1
-        self._op.perturb([t.data_ptr() for t in x], *self._words(step), threads)
+        self._op.perturb(known_addresses(x), *self._words(step), threads)
         return x
 
     def step(
         self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
         with_noise: bool, stats: bool,
     ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
-        # A step over a few thousand elements takes 3 us in C++: this function counts, so all checks are in one loop.
-        known, settled, dtypes, shapes = self._x, self._params, self._grad_dtypes, self._shapes
+        # A step over a few thousand elements takes 3 us in C++: this function counts. What is as it was in the last
+        # step needs no look; a gradient is a new tensor each time.
+        known, settled = self._x, self._params
         if len(x) != len(known) or len(grad) != len(known) or len(params) != len(known):
             counts = f"got {len(x)}, {len(grad)} and {len(params)}"
             raise ValueError(f"x, grad and params must have {len(known)} entries, {counts}")
-        places, gradients = [], []
-        changed = bool(self._copied)
-        converted = None
-        for i, g in enumerate(grad):
-            t = x[i]
-            if t is not known[i] or params[i] is not settled[i]:
-                changed = True
-            if not (g.dtype is dtypes[i] and g.is_contiguous() and g.is_cpu and g.shape == shapes[i]):
-                g = self._gradient(i, g)
-                converted = [*(converted or ()), g]  # it must live until C++ has read it
-            places.append(t.data_ptr())
-            gradients.append(g.data_ptr())
-        if changed:
+        found = step_addresses(
+            x, grad, params, known, settled, self._grad_dtypes, self._shapes, self._grad_sizes
+        )  # fmt: skip
+        if found is None or self._copied:
             x = self._prepare(x, params)
-            places = [t.data_ptr() for t in x]
+            # what was copied must live until C++ has read it
+            grad = [self._gradient(i, g) for i, g in enumerate(grad)]
+            found = known_addresses(x), known_addresses(grad)
+        places, gradients = found
         if self._plain_seed and type(step) is int:
             seed, word = self._seed, step & 0xFFFFFFFF
         else:
@@ -325,15 +352,8 @@ class CppStepper(_NativeStepper):
         if not stats:
             self._op.step(places, gradients, seed, word, with_noise, threads)
             return x, None
-        chains = x[0].shape[0]
-        out = StepStats(
-            grad_norm=torch.empty(chains), displacement=torch.empty(chains),
-            clipped=torch.empty(chains, dtype=torch.int64), nonfinite=torch.empty(chains, dtype=torch.int64),
-        )  # fmt: skip
-        self._op.step_stats(
-            places, gradients, seed, word, with_noise, threads, out.grad_norm.data_ptr(), out.displacement.data_ptr(),
-            out.clipped.data_ptr(), out.nonfinite.data_ptr(),
-        )  # fmt: skip
+        out, places_out = _stats(x[0].shape[0], self._device)
+        self._op.step_stats(places, gradients, seed, word, with_noise, threads, *places_out)
         return x, out
 
 
@@ -356,12 +376,10 @@ class CudaStepper(_NativeStepper):
             options.norm_over == "tensor",
         )  # fmt: skip
         super().__init__(op, options, x)
-        # a state that is not contiguous must not be taken for one that was seen
-        self._x = [t if t.is_contiguous() else t.contiguous() for t in x]
         self._seed = self._number("seed", options.seed)
-        for t, index, noisy, mask in zip(x, options.streams, options.noisy, self._masks, strict=True):
-            address, rows = (0, False) if mask is None else (mask.data_ptr(), mask.shape[0] > 1)
-            op.add(math.prod(t.shape[1:]), index, noisy, _STORAGE[t.dtype], address, rows)
+        for i, (t, index, noisy, mask) in enumerate(zip(x, options.streams, options.noisy, self._masks, strict=True)):
+            rows = mask is not None and mask.shape[0] > 1
+            op.add(math.prod(t.shape[1:]), index, noisy, _STORAGE[t.dtype], self._mask_address(i), rows)
 
     def _require(self, options: StepOptions, x: Sequence[Tensor]) -> None:
         reason = cuda_reason(x, options)
@@ -398,8 +416,8 @@ class CudaStepper(_NativeStepper):
             if value.device.type != "cpu":
                 raise ValueError(f"{name} must be on {self._device}, got {value.device}")
             return int(value) & (1 << 64) - 1, 0, None
-        value = value.to(torch.int64)
-        return 0, value.data_ptr(), value
+        value = readable(name, value.to(torch.int64), self._device, (torch.int64,))
+        return 0, address(name, value, self._device, torch.int64), value
 
     def _call(self, function: str, *arguments: Any) -> None:
         """One function of the extension on the current stream."""
@@ -419,8 +437,8 @@ class CudaStepper(_NativeStepper):
 
     def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
         x = self._prepare(x, params)
-        word, address, _alive = self._number("step", step)
-        self._call("perturb", [t.data_ptr() for t in x], *self._seed[:2], word, address)
+        word, place, _alive = self._number("step", step)
+        self._call("perturb", known_addresses(x), *self._seed[:2], word, place)
         self._written(x)
         return x
 
@@ -432,19 +450,13 @@ class CudaStepper(_NativeStepper):
         if len(grad) != len(x):
             raise ValueError(f"x, grad and params must have {len(x)} entries, got {len(x)}, {len(grad)}, {len(params)}")
         gradients = [self._gradient(i, g) for i, g in enumerate(grad)]
-        word, address, _alive = self._number("step", step)
+        word, place, _alive = self._number("step", step)
         size = self._op.scratch_bytes(stats)
         scratch = torch.empty(size, dtype=torch.uint8, device=self._device) if size else None
-        found, norms_at, counts_at = None, 0, 0
-        if stats:
-            chains = x[0].shape[0]
-            norms = torch.empty((2, chains), dtype=torch.float32, device=self._device)
-            counts = torch.empty((2, chains), dtype=torch.int64, device=self._device)
-            found = StepStats(*norms.unbind(), *counts.unbind())
-            norms_at, counts_at = norms.data_ptr(), counts.data_ptr()
+        found, places = _stats(x[0].shape[0], self._device) if stats else (None, [0, 0, 0, 0])
         self._call(
-            "step", [t.data_ptr() for t in x], [g.data_ptr() for g in gradients], *self._seed[:2], word, address,
-            with_noise, 0 if scratch is None else scratch.data_ptr(), norms_at, counts_at,
+            "step", known_addresses(x), known_addresses(gradients), *self._seed[:2], word, place, with_noise,
+            0 if scratch is None else address("the scratch", scratch, self._device, torch.uint8), places[0], places[2],
         )  # fmt: skip
         self._written(x)
         return x, found

@@ -8,65 +8,37 @@ Rooms as :mod:`mmebm.ops.langevin_mlp` has them, in the same modules:
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmebm import native
-from mmebm.backends import NAMES
-from mmebm.ops.terms import Term, check_terms, pack, tensors_of, too_wide, unpack
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 from mmebm.reference.mlp_energy import mlp_energy as reference
 
 __all__ = ["mlp_energy"]
 
-_ROOMS: Final = {"cpp": "mmebm.ops.langevin_mlp_cpp", "triton": "mmebm.kernels.mlp_energy"}
 
-
-def _refusal(backend: str, terms: tuple[Term, ...], x: Tensor) -> tuple[ModuleType | None, str | None]:
-    if backend not in _ROOMS:
-        return None, f"mlp_energy is not built for {backend}"
-    if x.dtype != torch.float32 or any(
-        t.dtype != torch.float32 for term in terms for t in tensors_of(term) if t.dtype != torch.bool
-    ):
-        return None, "x and the terms are not all float32"
-    reason = too_wide(terms)
-    if reason is not None:
-        return None, reason
-    try:
-        module = importlib.import_module(_ROOMS[backend])
-    except ImportError as error:
-        return None, f"{_ROOMS[backend]} does not import ({error})"
-    return module, module.supports_energy(terms, x)
-
-
-def _room(backend: str, terms: tuple[Term, ...], x: Tensor) -> ModuleType | None:
-    if backend == "auto":
-        backend = os.environ.get("MMEBM_BACKEND") or "auto"
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *NAMES))}, got {backend!r}")
-    if backend == "torch":
-        return None
-    if backend != "auto":
-        module, reason = _refusal(backend, terms, x)
+def _refusal(module: ModuleType, terms: tuple[Term, ...], x: Tensor) -> str | None:
+    """Why ``module`` does not take these arguments, or ``None``."""
+    tensors = [x, *(t for term in terms for t in tensors_of(term))]
+    if any(t.dtype != torch.float32 for t in tensors if t.dtype != torch.bool):
+        return "x and the terms are not all float32"
+    for t in tensors:
+        reason = obstacle(t)
         if reason is not None:
-            raise native.BackendError(f"{backend}: mlp_energy: {reason}")
-        return module
-    for name in {"cpu": ("cpp",), "cuda": ("triton",)}.get(x.device.type, ()):
-        module, reason = _refusal(name, terms, x)
-        if reason is None:
-            return module
-    return None
+            return f"{'x' if t is x else 'a tensor of the terms'} is {reason}"
+    return too_wide(terms) or module.supports_energy(terms, x)
 
 
 def _op(x: Tensor, tensors: list[Tensor | None], terms: str, backend: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         unpacked = unpack(terms, tensors)
-        module = _room(backend, unpacked, x)
+        module = dispatch.choose("mlp_energy", backend, x.device, lambda _, m: _refusal(m, unpacked, x)).module
         return reference(x, unpacked) if module is None else module.energy_and_gradient(unpacked, x.contiguous())
 
 
@@ -131,8 +103,11 @@ def mlp_energy(x: Tensor, terms: Sequence[Term], *, backend: str = "auto") -> tu
         TypeError, ValueError: naming the argument.
         BackendError: where ``backend`` does not take these terms.
     """
+    if isinstance(x, Tensor):
+        require_dense("x", x)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
         raise TypeError(f"x must be a floating-point tensor (chains, inputs), got {getattr(x, 'shape', x)!r:.80}")
+    require_dense_terms(terms, x)
     checked = check_terms(terms, x.shape[0], x.shape[1], x.device)
     description, tensors = pack(checked)
     return torch.ops.mmebm.mlp_energy(x, tensors, description, backend)

@@ -9,6 +9,8 @@ from typing import Any, Final, Literal, TypeAlias, Union
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.address import require_dense
+
 NoiseAt = Literal["after", "before"]
 NormOver = Literal["chain", "tensor"]
 Outside = Literal["clamp", "reject"]
@@ -82,13 +84,16 @@ class StepStats:
     nonfinite: Tensor
 
 
-def per_tensor(name: str, value: Constant | None, tensors: int) -> list[float | Tensor | None]:
-    """``value`` for each tensor: one for all, or a list with one for each."""
+def per_tensor(name: str, value: Constant | None, tensors: int, like: Tensor) -> list[float | Tensor | None]:
+    """``value`` for each tensor: one for all, or a list with one for each; ``like``: a tensor of the state."""
     values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * tensors
     if len(values) != tensors:
         raise ValueError(f"{name} must be one value or a list of {tensors}, one per tensor, got {len(values)}")
     for i, v in enumerate(values):
-        if v is None or isinstance(v, Tensor):
+        if v is None:
+            continue
+        if isinstance(v, Tensor):
+            require_dense(f"{name}[{i}]", v, like)
             continue
         if isinstance(v, bool) or not isinstance(v, (int, float)):
             raise TypeError(f"{name}[{i}] must be a number or a tensor, got {type(v).__name__}")

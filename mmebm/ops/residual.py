@@ -7,15 +7,15 @@ terms are those of :mod:`mmebm.reference.residual`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Final, TypeAlias, Union
 
 import torch
 from torch import Tensor
 
-from mmebm import native
-from mmebm.backends import NAMES
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.reference import residual as reference
 
 __all__ = ["residual", "residual_and_gradient"]
@@ -24,106 +24,18 @@ __all__ = ["residual", "residual_and_gradient"]
 Value: TypeAlias = Union[float, Tensor, "Sequence[float | Tensor]"]
 
 LIKELIHOODS: Final = ("gaussian", "laplace", "categorical")
-_STORAGE: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Below this many elements the call takes less time than waking a thread (csrc/bind_langevin_step.h).
-_SMALL: Final = 1 << 14
 
 
-# -- C++
-
-
-def _cpp_reason(predictions: Sequence[Tensor]) -> str | None:
-    """``None`` if C++ takes these predictions, else the reason why not."""
-    for i, y in enumerate(predictions):
-        if y.device.type != "cpu":
-            return f"predictions[{i}] is on {y.device}"
-        if y.dtype not in _STORAGE:
-            return f"predictions[{i}] is {y.dtype}; taken are float32, bfloat16 and float16"
-        if math.prod(y.shape[1:]) > 1 << 40 or (y.dim() > 1 and y.shape[1] >= 1 << 31):
-            return f"predictions[{i}] of shape {tuple(y.shape)} is too large"
-    available, reason = native.available("cpp")
-    return None if available else reason
-
-
-def _cpp(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihood: Sequence[str],
-    scale: Sequence[float | Tensor], weight: Sequence[float | Tensor], observed: Sequence[Tensor | None],
-    gradients: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    chains = predictions[0].shape[0]
-    grads = [torch.empty(y.shape, dtype=y.dtype) for y in predictions] if gradients else []
-    alive: list[Tensor] = []  # until C++ has read them
-
-    def address(t: Tensor) -> int:
-        alive.append(t)
-        return t.data_ptr()
-
-    def factor(value: float | Tensor) -> tuple[float, int]:
-        if not isinstance(value, Tensor):
-            return value, 0
-        value = value.to(torch.float32).expand(chains)
-        return math.nan, address(value.contiguous())
-
-    modalities = []
-    for i, (y, target, kind) in enumerate(zip(predictions, targets, likelihood, strict=True)):
-        number = LIKELIHOODS.index(kind)
-        mask = observed[i]
-        classes = y.shape[1] if kind == "categorical" else 1
-        if kind == "categorical":
-            target = target.to(torch.int64)
-        elif target.dtype not in _STORAGE:
-            target = target.to(torch.float32)
-        rows = mask is not None and mask.dim() == target.dim() and mask.shape[0] != 1
-        if mask is not None:
-            mask = mask.expand(target.shape if rows else (1, *target.shape[1:])).contiguous()
-        modalities.append((
-            number, math.prod(target.shape[1:]), classes, _STORAGE[y.dtype], _STORAGE.get(target.dtype, 0),
-            address(y.contiguous()), address(target.contiguous()), 0 if mask is None else address(mask), int(rows),
-            *factor(scale[i]), *factor(weight[i]), grads[i].data_ptr() if gradients else 0,
-        ))  # fmt: skip
-    value = torch.empty(chains)
-    small = sum(y.numel() for y in predictions) < _SMALL
-    isa = os.environ.get("MMEBM_CPU_ISA", "") or "auto"
-    native.cpu().residual(
-        modalities, chains, value.data_ptr(), 1 if small else torch.get_num_threads(),
-        "generic" if isa == "baseline" else isa,
-    )  # fmt: skip
-    return value, grads
-
-
-# -- the choice of a backend
-
-
-def _triton_reason(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihood: Sequence[str]
-) -> tuple[str | None, Any]:
-    """(reason why not, None) or (None, the function)."""
-    try:
-        import mmebm.kernels.residual as room
-    except ImportError as error:
-        return f"triton does not import ({error}); pip install triton", None
-    return room.supports(predictions, targets, likelihood), room.residual
-
-
-def _choose(backend: str, predictions: list[Tensor], targets: list[Tensor], likelihood: list[str]) -> Any:
-    """The function of ``backend``, ``None`` for the reference. "auto" takes C++ where it can, else the reference."""
-    if backend == "auto":
-        backend = os.environ.get("MMEBM_BACKEND") or "auto"
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *NAMES))}, got {backend!r}")
-    if backend == "auto":
-        return _cpp if _cpp_reason(predictions) is None else None
-    if backend == "cpp":
-        reason, function = _cpp_reason(predictions), _cpp
-    elif backend == "triton":
-        reason, function = _triton_reason(predictions, targets, likelihood)
-    elif backend == "cuda":
-        reason, function = "residual is not built in CUDA C++; use backend='triton' or 'auto'", None
-    else:
-        return None
-    if reason is not None:
-        raise native.BackendError(f"{backend}: {reason}")
-    return function
+def _refusal(
+    module: ModuleType, ys: list[Tensor], others: dict[str, Sequence[Any]], kinds: Sequence[str]
+) -> str | None:
+    """Why ``module`` does not take these arguments, or ``None``."""
+    for name, column in (("predictions", ys), *others.items()):
+        for i, t in enumerate(column):
+            reason = obstacle(t) if isinstance(t, Tensor) else None
+            if reason is not None:
+                return f"{name}[{i}] is {reason}"
+    return module.supports(ys, others["targets"], kinds)
 
 
 def _check_classes(i: int, prediction: Tensor, target: Tensor, mask: Tensor | None) -> None:
@@ -162,9 +74,12 @@ def _op(
             # elsewhere looking would make the host wait for the device: a NaN says it there
             if kind == "categorical" and targets[i].device.type == "cpu":
                 _check_classes(i, predictions[i], targets[i], observed[i])
-        function = _choose(backend, predictions, targets, kinds)
-        if function is not None:
-            return function(predictions, targets, kinds, scale, weight, observed, gradients)
+        others = {"targets": targets, "scale": scale, "weight": weight, "observed": observed}
+        module = dispatch.choose(
+            "residual", backend, predictions[0].device, lambda _, module: _refusal(module, predictions, others, kinds)
+        ).module
+        if module is not None:
+            return module.residual(predictions, targets, kinds, scale, weight, observed, gradients)
         value, grads = reference.residual(
             predictions, targets, likelihood=kinds, scale=scale, weight=weight, observed=observed, gradients=gradients
         )
@@ -269,6 +184,7 @@ def _list(name: str, value: Any) -> list[Tensor]:
     for i, t in enumerate(value):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
+        require_dense(f"{name}[{i}]", t)
     return list(value)
 
 
@@ -297,13 +213,15 @@ def _check_modality(i: int, y: Tensor, target: Tensor, kind: str, chains: int, d
         raise ValueError(f"targets[{i}] requires grad, and residual has no derivative in targets: detach it")
 
 
-def _values(name: str, value: Any, chains: int, count: int, device: torch.device) -> list[float | Tensor]:
+def _values(name: str, value: Any, chains: int, count: int, like: Tensor) -> list[float | Tensor]:
     """One number or 1-D tensor per modality."""
     each = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    device = like.device
     if len(each) != count:
         raise ValueError(f"{name} must be one value or a list of {count}, one per modality, got {len(each)}")
     for i, v in enumerate(each):
         if isinstance(v, Tensor):
+            require_dense(f"{name}[{i}]", v, like if v.device == device else None)
             if v.numel() != 1 and tuple(v.shape) not in {(chains,), (chains, *[1] * (v.dim() - 1))}:
                 raise ValueError(f"{name}[{i}] must hold one value or one for each of {chains} chains, got {v.shape}")
             if not v.is_floating_point() or (v.device != device and v.numel() != 1):
@@ -329,12 +247,14 @@ def _masks(observed: Any, targets: list[Tensor]) -> list[Tensor | None]:
             continue
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
+        require_dense(f"observed[{i}]", mask)
         sizes = zip(reversed(mask.shape), reversed(target.shape), strict=False)
         if mask.dim() > target.dim() or any(m not in (1, t) for m, t in sizes):
             shapes = f"{tuple(mask.shape)}, which does not broadcast to {tuple(target.shape)}"
             raise ValueError(f"observed[{i}] must broadcast against its targets, got {shapes}")
         if mask.device != target.device:
             raise ValueError(f"observed[{i}] must be on {target.device} as its targets, got {mask.device}")
+        require_dense(f"observed[{i}]", mask, target)
     return list(masks)
 
 
@@ -355,9 +275,13 @@ def _call(
             raise ValueError(f"likelihood[{i}] must be one of {', '.join(LIKELIHOODS)}, got {kind!r}")
     chains = ys[0].shape[0] if ys[0].dim() else 0
     device = ys[0].device
+    for name, column in (("predictions", ys), ("targets", ts)):
+        for i, t in enumerate(column):
+            if t.device == device:
+                require_dense(f"{name}[{i}]", t, ys[0])
     for i, (y, target, kind) in enumerate(zip(ys, ts, kinds, strict=True)):
         _check_modality(i, y, target, kind, chains, device)
-    factors = [*_values("scale", scale, chains, len(ys), device), *_values("weight", weight, chains, len(ys), device)]
+    factors = [*_values("scale", scale, chains, len(ys), ys[0]), *_values("weight", weight, chains, len(ys), ys[0])]
     settings = (
         ",".join(kinds), [f if isinstance(f, float) else math.nan for f in factors],
         [f if isinstance(f, Tensor) else None for f in factors], _masks(observed, ts),

@@ -17,9 +17,11 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.address import require_dense
+
 __all__ = [
     "ACTIVATIONS", "LIMITS", "Activation", "Likelihood", "Quadratic", "Residual", "Scalar", "Stack", "Term",
-    "check_terms", "inputs_of", "pack", "tensors_of", "too_wide", "unpack",
+    "check_terms", "inputs_of", "pack", "require_dense_terms", "tensors_of", "too_wide", "unpack",
 ]  # fmt: skip
 
 Activation = Literal["relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"]
@@ -177,6 +179,16 @@ def check_terms(terms: Sequence[Term], chains: int, inputs: int, device: torch.d
         else:
             raise TypeError(f"{name} must be a Scalar, Residual or Quadratic, got {type(term).__name__}")
     return tuple(terms)
+
+
+def require_dense_terms(terms: Any, like: Tensor) -> None:
+    """Raises a TypeError, naming the term, where it holds a tensor that no implementation takes beside ``like``."""
+    for i, term in enumerate(terms if isinstance(terms, (list, tuple)) else [terms]):
+        for t in tensors_of(term) if isinstance(term, (Scalar, Residual, Quadratic)) else []:
+            if isinstance(t, Tensor):
+                require_dense(f"a tensor of terms[{i}]", t, like)
+                if not t.is_floating_point() and t.dtype != torch.bool:
+                    raise TypeError(f"a tensor of terms[{i}] must be floating-point, got {t.dtype}")
 
 
 def too_wide(terms: Sequence[Term]) -> str | None:

@@ -190,7 +190,7 @@ class ReplayBuffer:
 
     def _fill(self, dtype: Any, value_range: Any) -> None:
         generator = self._generator(_FILL, 0)
-        slot = torch.arange(self.capacity, device=self._where)
+        slot = torch.arange(self.capacity, dtype=torch.int64, device=self._where)
         self._data: list[Tensor] = []
         for start in range(0, self.capacity, _FILL_CHUNK):
             rows = slot[start : start + _FILL_CHUNK]
@@ -204,7 +204,7 @@ class ReplayBuffer:
             for data, encoded in zip(self._data, self._encode(tensors), strict=True):
                 data[start : start + len(rows)] = encoded
         # one slot more than there are: where what is not kept is written to, so that no one need ask
-        spare = torch.full((1,), -1, device=self._where)
+        spare = torch.full((1,), -1, dtype=torch.int64, device=self._where)
         self._origin = torch.cat([slot, spare])
         self._written = torch.zeros(self.classes or 1, dtype=torch.int64, device=self._where)
         self._refused = torch.zeros((), dtype=torch.int64, device=self._where)
@@ -262,7 +262,7 @@ class ReplayBuffer:
                 low, high = pair
                 within: float | Tensor = 0.5
                 if generator is not None:
-                    within = torch.rand(stored.shape, generator=generator, device=self.device)
+                    within = torch.rand(stored.shape, generator=generator, dtype=torch.float32, device=self.device)
                 stored = ((stored + within) * ((high - low) / 256.0) + low).clamp(low, high)
             out.append(stored.to(given))
         return out
@@ -308,7 +308,7 @@ class ReplayBuffer:
                     torch.where(mask.reshape(-1, *[1] * (old.dim() - 1)), made.to(old.dtype), old)
                     for made, old in zip(self._made("the state of init", state, n, self._keys), tensors, strict=True)
                 ]
-            row = torch.arange(n, device=self._where)
+            row = torch.arange(n, dtype=torch.int64, device=self._where)
             origin = torch.where(fresh, self.capacity + (iteration << 31) + row, self._origin[slots])
             uniform = ((words[:, 2] << 21) | (words[:, 3] >> 11)).double() * 2.0**-53
         self.iteration += 1
@@ -345,7 +345,9 @@ class ReplayBuffer:
 
     def _rank(self, classes: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """The number of each row among the counted rows of its class, and how many of each class there are."""
-        one = (classes[:, None] == torch.arange(len(self._written), device=self._where)) & counted[:, None]
+        one = (classes[:, None] == torch.arange(len(self._written), dtype=torch.int64, device=self._where)) & counted[
+            :, None
+        ]
         return (one.cumsum(0) - 1).gather(1, classes[:, None])[:, 0], one.sum(0)
 
     def write(self, handle: Handle, state: State) -> None:
@@ -375,8 +377,8 @@ class ReplayBuffer:
                 slots = handle.labels * self._per + place % self._per
                 self._written += count
             spare = torch.full_like(slots, self.capacity)
-            row = torch.arange(n, device=self._where)
-            last = torch.full((self.capacity + 1,), -1, device=self._where)
+            row = torch.arange(n, dtype=torch.int64, device=self._where)
+            last = torch.full((self.capacity + 1,), -1, dtype=torch.int64, device=self._where)
             last.scatter_reduce_(0, torch.where(keep, slots, spare), row, "amax")
             to = torch.where(keep & (last[slots] == row), slots, spare)
             for data, encoded in zip(self._data, self._encode(tensors), strict=True):
@@ -388,7 +390,11 @@ class ReplayBuffer:
 
     def states(self, slots: Tensor | None = None) -> Any:
         """What is stored in ``slots`` (all of them by default), without noise, restarts or transform."""
-        slots = torch.arange(self.capacity, device=self._where) if slots is None else slots.to(self._where)
+        slots = (
+            torch.arange(self.capacity, dtype=torch.int64, device=self._where)
+            if slots is None
+            else slots.to(self._where)
+        )
         with torch.no_grad():
             return self._build(self._decode(slots, None))
 

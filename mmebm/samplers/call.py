@@ -331,7 +331,9 @@ class Recorder:
                 broken = broken | ~torch.isfinite(per_chain(t)).all(dim=1)
             trace = {
                 name: torch.stack(rows) if rows
-                else torch.zeros(call.steps, call.chains, *self.shapes.get(name, ()), device=call.device)
+                else torch.zeros(
+                    call.steps, call.chains, *self.shapes.get(name, ()), dtype=torch.float32, device=call.device
+                )
                 for name, rows in self.rows.items()
             }  # fmt: skip
         if call.inplace:

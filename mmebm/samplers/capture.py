@@ -13,14 +13,20 @@ The engine knows no CUDA: a :class:`Backend` warms up, captures and replays, so 
 GPU. The steps before a capture (the warm-up) run on copies, and what they may have changed is put back: random numbers,
 buffers such as batch statistics, and other tensors that the energy holds. Python code in the energy runs while it is
 captured and not at a replay; an energy that keeps count of its calls is noticed in the warm-up and left to the loop.
+
+The first replay is compared with the loop, which is run for it: they must agree bit for bit, or, where two runs of the
+loop differ (sums in the order in which threads come), by no more than a few times what those do. A graph that differs
+is dropped with a warning, and its kind of chain is left to the loop.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import threading
 import traceback
+import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +64,8 @@ _REMEMBERED = 256  # keys of calls seen once, and reasons why not
 _FRUITLESS = 4
 # Elements of a tensor, not a parameter, that is put back if the warm-up writes to it.
 _RESTORABLE = 1 << 24
+# A third run of the loop may be this many times further from the first than the second was.
+_SPREADS = 10.0
 # Step sizes and noise scales are read from memory, so that another number is no other graph; the rest is baked in.
 _STATIC = ("step_size", "noise_scale")
 # Options of a sampler that Problem does not hold and that its loop reads.
@@ -111,6 +119,14 @@ class Backend(Protocol):
         Raises:
             CannotCapture: saying why.
         """
+        ...
+
+    def random(self, device: torch.device, generators: Sequence[torch.Generator]) -> list[Any]:
+        """The state of the device's generators, the default one and these."""
+        ...
+
+    def restore_random(self, state: list[Any]) -> None:
+        """Put them back."""
         ...
 
     def host_random(self) -> tuple[Any, ...]:
@@ -218,8 +234,7 @@ class CudaBackend:
         return self._streams[device]
 
     def warm_up(self, device: torch.device, body: Callable[[], object], generators: Sequence[torch.Generator]) -> None:
-        default = torch.cuda.default_generators[torch.device(device).index or 0]
-        states = [(g, g.get_state()) for g in (default, *generators)]
+        states = self.random(device, generators)
         side, now = self._stream(device), torch.cuda.current_stream(device)
         try:
             side.wait_stream(now)
@@ -227,8 +242,15 @@ class CudaBackend:
                 body()
             now.wait_stream(side)
         finally:
-            for generator, state in states:
-                generator.set_state(state)
+            self.restore_random(states)
+
+    def random(self, device: torch.device, generators: Sequence[torch.Generator]) -> list[Any]:
+        default = torch.cuda.default_generators[torch.device(device).index or 0]
+        return [(g, g.get_state()) for g in (default, *generators)]
+
+    def restore_random(self, state: list[Any]) -> None:
+        for generator, of in state:
+            generator.set_state(of)
 
     def capture(
         self, device: torch.device, body: Callable[[], Any], generators: Sequence[torch.Generator]
@@ -257,7 +279,7 @@ class CudaBackend:
     def _recover(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         """A capture that succeeds: generators of one that failed refuse to draw, as they wait for its end."""
         side = self._stream(device)
-        word = torch.zeros((), device=device)
+        word = torch.zeros((), dtype=torch.float32, device=device)
         with suppress(RuntimeError):
             graph = torch.cuda.CUDAGraph()
             for generator in generators:
@@ -382,7 +404,7 @@ class _Static:
                 mine.copy_(given)
             for dtype, values in call.numbers.items():
                 if self.written.get(dtype) != values:
-                    self.numbers[dtype].copy_(torch.tensor(values, dtype=dtype), non_blocking=True)
+                    self.numbers[dtype].copy_(torch.tensor(values, dtype=dtype, device="cpu"), non_blocking=True)
                     self.written[dtype] = list(values)
             for mine, given in ((self.seed, call.problem.seed), (self.first_step, call.problem.first_step)):
                 if isinstance(given, Tensor):
@@ -594,6 +616,10 @@ class Engine:
                 if entry is not None:  # another thread's work
                     return self._replay(key, entry, call)
             entry = self._capture(call, chain, kind)
+            reason = self._difference(entry, call, chain)
+            if reason is not None:
+                warnings.warn(f"mmebm: {reason}; such chains take the loop", RuntimeWarning, stacklevel=2)
+                raise CannotCapture(reason)
         except CannotCapture as error:
             with self._lock:
                 self._refused.note(kind, str(error))
@@ -648,26 +674,67 @@ class Engine:
         info = GraphInfo(p.steps, tuple(tuple(t.shape) for t in state), call.device, 0)
         return _Entry(graph, static, kind, info, [])
 
+    def _difference(self, entry: _Entry, call: _Call, chain: Chain) -> str | None:
+        """Runs the loop and replays once, on the call's values; what differs, or ``None``. Neither leaves a trace:
+        buffers and random numbers are put back, so that the replay that follows is the first."""
+        generators = call.identity.generators
+        states, host = self.backend.random(call.device, generators), self.backend.host_random()
+        kept = _Kept(call.identity)
+
+        def undone(run: Callable[[], Run]) -> Run:
+            try:
+                return run()
+            finally:
+                self.backend.restore_random(states)
+                self.backend.restore_host_random(host)
+                kept.restore()
+
+        def loop() -> Run:
+            with _uncached_autocast():
+                return chain(call.problem, call.tree["state"])
+
+        try:
+            expected = undone(loop)
+            entry.graph.wait()
+            found = undone(lambda: self._outputs(entry))
+            gap = _distance(found, expected)
+            if gap == 0.0:
+                return None
+            # a loop that does not repeat itself cannot be repeated bit for bit
+            spread = _distance(undone(loop), expected)
+        except torch.cuda.OutOfMemoryError as error:
+            raise CannotCapture(f"no memory to compare a replay with the loop: {_brief(error)}") from error
+        if gap <= _SPREADS * spread:
+            return None
+        entry.graph.release()
+        return (
+            f"a replay of the captured chain differs from the loop by {gap:.1e}, two runs of the loop by {spread:.1e}"
+        )
+
+    def _outputs(self, entry: _Entry) -> Run:
+        """Of one replay, as copies: the graph writes to its own again."""
+        entry.graph.replay()
+        out: Run = entry.graph.outputs
+        copy = replace(
+            out, state=[t.clone() for t in out.state], trace={name: t.clone() for name, t in out.trace.items()},
+            trajectory=[t.clone() for t in out.trajectory], frozen=None if out.frozen is None else out.frozen.clone(),
+        )  # fmt: skip
+        entry.graph.done()
+        return copy
+
     def _replay(self, key: tuple[Any, ...], entry: _Entry, call: _Call, *, filled: bool = False) -> Run:
         """One replay with the call's values; the outputs are copies, as the graph writes to its own again."""
         self.entries.move_to_end(key)
         entry.graph.wait()
         if not filled:
             entry.static.fill(call)
-        entry.graph.replay()
-        out: Run = entry.graph.outputs
-        copy = Run(
-            [t.clone() for t in out.state], {name: t.clone() for name, t in out.trace.items()},
-            [t.clone() for t in out.trajectory], None if out.frozen is None else out.frozen.clone(), out.backend,
-            out.reason,
-        )  # fmt: skip
-        entry.graph.done()
+        out = self._outputs(entry)
         entry.replays += 1
         self._used.note(entry.kind, self._used.get(entry.kind, _Used(captures=1)))
         self._used[entry.kind].replays += 1
         steps = call.problem.steps
         reason = f"{out.reason}; captured: replay {entry.replays} of a graph of {steps} step{'s' * (steps != 1)}"
-        return replace(copy, reason=reason)
+        return replace(out, reason=reason)
 
     # -- eviction
 
@@ -715,6 +782,26 @@ class Engine:
         with self._lock:
             self._bury()
             return [replace(entry.info, replays=entry.replays) for entry in self.entries.values()]
+
+
+def _distance(a: Run, b: Run) -> float:
+    """The largest difference of two runs, relative to the largest number of the tensor; inf where one is not finite
+    and the other is, or where decisions differ."""
+    pairs = [*zip(a.state, b.state, strict=True), *zip(a.trajectory, b.trajectory, strict=True)]
+    pairs += [(t, b.trace[name]) for name, t in a.trace.items()]
+    if a.frozen is not None and b.frozen is not None:
+        pairs.append((a.frozen, b.frozen))
+    worst = 0.0
+    for x, y in pairs:
+        x, y = x.detach(), y.detach()
+        if torch.equal(x.nan_to_num(), y.nan_to_num()) and torch.equal(x.isnan(), y.isnan()):
+            continue
+        finite = x.isfinite()
+        if not x.is_floating_point() or not torch.equal(finite, y.isfinite()):
+            return math.inf
+        x, y = x[finite].double(), y[finite].double()
+        worst = max(worst, ((x - y).abs().max() / y.abs().max().clamp_min(1e-30)).item())
+    return worst
 
 
 def _same(a: Any, b: Any) -> bool:

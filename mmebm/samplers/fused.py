@@ -131,11 +131,11 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     reason = check.after(state)
     if reason is not None:
         return reason
-    empty = torch.zeros(0, chains, device=device)
+    empty = torch.zeros(0, chains, dtype=torch.float32, device=device)
     trajectory = []
     if p.thin:
         home = "cpu" if p.offload else device
-        rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), device=home)
+        rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)
         trajectory = [
             part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
         ]

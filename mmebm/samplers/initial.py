@@ -59,7 +59,7 @@ def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
     if labels is None:
 
         def anyone(n: int, generator: torch.Generator) -> Tensor:
-            at = torch.randint(len(examples), (n,), generator=generator, device=generator.device)
+            at = torch.randint(len(examples), (n,), generator=generator, dtype=torch.int64, device=generator.device)
             return examples.to(generator.device)[at]
 
         return anyone

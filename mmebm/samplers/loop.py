@@ -39,7 +39,7 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run:
         with torch.enable_grad(), sampling(modules, sampler.mode, once=False):
             for k in steps[plain:]:
                 x = loop.step(k, x, create_graph=True)
-    empty = torch.zeros(p.steps, chains, device=device)
+    empty = torch.zeros(p.steps, chains, dtype=torch.float32, device=device)
     trace = {name: torch.stack(rows) if rows else empty for name, rows in loop.trace.items()}
     frozen = None if loop.alive is None else ~loop.alive
     return Run(x, trace, loop.kept, frozen, loop.backend, loop.reason)
@@ -113,7 +113,9 @@ class Loop:
         for b in range(len(p.blocks)):
             self._update(b, k, x, totals, create_graph)
         for name, rows in self.trace.items():
-            rows.append(totals[name] if name in totals else torch.zeros(x[0].shape[0], device=x[0].device))
+            rows.append(
+                totals[name] if name in totals else torch.zeros(x[0].shape[0], dtype=torch.float32, device=x[0].device)
+            )
         if p.thin and (k + 1) % p.thin == 0:
             for rows, t in zip(self.kept, x, strict=True):
                 rows[(k + 1) // p.thin - 1].copy_(t.detach(), non_blocking=p.offload)

@@ -55,7 +55,9 @@ def temperature(params: Sequence[StepParams], keys: Sequence[Key]) -> float | Te
         label = f'accept="metropolis" needs positive step_size and noise_scale; state[{key!r}] has'
         a, s = p.step_size, p.noise_scale
         if isinstance(a, Tensor) or isinstance(s, Tensor):
-            t = torch.as_tensor(s**2 / (2 * a)).detach()
+            ratio = s**2 / (2 * a)
+            assert isinstance(ratio, Tensor)
+            t = ratio.detach()
             # an element of its own per chain, or one for all
             t = t.reshape(1, 1) if t.dim() == 0 else per_chain(t)
             if t.device.type == "cpu":
@@ -75,7 +77,7 @@ def temperature(params: Sequence[StepParams], keys: Sequence[Key]) -> float | Te
     for t, key in zip(found[1:], keys[1:], strict=True):
         if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in (t, found[0])):
             continue
-        first = torch.as_tensor(found[0], dtype=torch.float64)
+        first = torch.as_tensor(found[0], dtype=torch.float64, device="cpu")
         if not bool(((t - first).abs() <= SAME_TEMPERATURE * first).all()):
             raise ValueError(
                 f'accept="metropolis" needs one temperature s^2 / (2a) for all tensors; state[{keys[0]!r}] has '

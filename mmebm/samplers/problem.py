@@ -114,9 +114,9 @@ def params_of(
             product = 2 * now["step_size"] * temperature
             now["noise_scale"] = product.sqrt() if isinstance(product, Tensor) else math.sqrt(product)
         if low is not None and high is not None:
-            inverted = torch.as_tensor(low > high)
+            inverted = low > high
             # reading a tensor elsewhere would wait for its device
-            if inverted.device.type == "cpu" and bool(inverted.any()):
+            if bool(inverted.is_cpu and inverted.any()) if isinstance(inverted, Tensor) else inverted:
                 raise ValueError(f"bounds must have low <= high, got {low!r} and {high!r}")
         return StepParams(**now)
 

@@ -65,7 +65,9 @@ def check_separable(sampler: Langevin, p: Problem, tensors: list[Tensor], chunk_
         x = [t.detach().clone() for t in tensors]
         for i in (i for block in p.blocks for i in block):
             size = (2, *x[i].shape[1:])
-            noise = torch.randn(size, generator=shift).to(x[i]) * (0.01 + 0.01 * x[i][:2].abs())
+            noise = torch.randn(size, generator=shift, dtype=torch.float32, device="cpu").to(x[i]) * (
+                0.01 + 0.01 * x[i][:2].abs()
+            )
             x[i][:2] += noise
         try:
             both, first, again, second = (

@@ -98,7 +98,9 @@ class ParallelTempering:
             return float(value)
         for item in [value] if isinstance(value, Tensor) else value:
             check_setting(label, item, strict=True)
-        out = torch.as_tensor(value)
+        out = value
+        if not isinstance(out, Tensor):
+            out = torch.tensor([float(item) for item in value], dtype=torch.float64, device="cpu")
         if out.shape != (len(self.temperatures),):
             raise ValueError(
                 f"{label} must be a number or one per temperature ({len(self.temperatures)},), got shape "
@@ -181,7 +183,7 @@ class ParallelTempering:
                 params.append(StepParams(size, (2 * size * per_chain_shape(per_row, x[i])).sqrt()))
             masks = [mask if isinstance(mask := rows.masks[i], Tensor) else None for i in call.moving]
             inverse = 1.0 / temperatures
-            origin = torch.arange(rungs, device=device).expand(chains, rungs)
+            origin = torch.arange(rungs, dtype=torch.int64, device=device).expand(chains, rungs)
             accept_sum = torch.zeros(chains, rungs, dtype=wide, device=device)
             swap_sum = torch.zeros(chains, max(rungs - 1, 0), dtype=wide, device=device)
             tried = [0, 0]
@@ -223,10 +225,12 @@ class ParallelTempering:
                     swap_sum[:, lower] += prob
                     tried[side] += 1
                     exchange = call.uniforms(rungs - 1, k, noise.SWAP)[:, lower] < prob
-                    source = torch.arange(rungs, device=device).repeat(chains, 1)
+                    source = torch.arange(rungs, dtype=torch.int64, device=device).repeat(chains, 1)
                     source[:, lower] += exchange
                     source[:, upper] -= exchange.long()
-                    flat = (source + rungs * torch.arange(chains, device=device)[:, None]).reshape(-1)
+                    flat = (source + rungs * torch.arange(chains, dtype=torch.int64, device=device)[:, None]).reshape(
+                        -1
+                    )
                     x = [t.index_select(0, flat) for t in x]
                     e, g = e.index_select(0, flat), [t.index_select(0, flat) for t in g]
                     origin = origin.gather(1, source)

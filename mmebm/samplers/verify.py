@@ -115,7 +115,7 @@ class Check:
         flat = torch.cat([per_chain(t) for t in tensors], dim=1)
         grad = torch.cat([per_chain(g) for g in grads], dim=1)
         chains = flat.shape[0]
-        rows = torch.linspace(0, chains - 1, min(chains, ROWS), device=flat.device).round().long()
+        rows = torch.linspace(0, chains - 1, min(chains, ROWS), dtype=torch.float64, device=flat.device).round().long()
         difference = disagreement(
             None if value is None or value.dim() == 0 else value[rows], grad[rows], flat[rows],
             _rows(self.lowered.terms, rows), self.backend if where == START else None,
@@ -183,7 +183,7 @@ def disagreement(
     copies = max(COPIES, ROWS // max(x.shape[0], 1))
     apart = 1 + torch.arange(copies, device=x.device, dtype=x.dtype) * 2.0**-12
     many = (apart.view(-1, 1, 1) * x).flatten(0, 1)
-    rows = torch.arange(x.shape[0], device=x.device).repeat(copies)
+    rows = torch.arange(x.shape[0], dtype=torch.int64, device=x.device).repeat(copies)
     single, double = reference(many, _rows(terms, rows)), reference(many.double(), _rows(wide, rows))
     # a saturated network's gradient is what is left of slopes that are rounded at the size of those at the origin
     origin = reference(torch.zeros_like(x, dtype=torch.float64), wide)
@@ -216,8 +216,10 @@ def _beside_a_kink(grad: Tensor, x: Tensor, wide: Sequence[Term], wrong: Tensor,
     found = torch.zeros_like(wrong)
     generator = torch.Generator().manual_seed(0)
     for row in wrong.nonzero().flatten()[:8].tolist():
-        shifts = torch.randn(64, x.shape[1], generator=generator, dtype=torch.float64).to(x.device) * 2.0**-22
+        shifts = (
+            torch.randn(64, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x.device) * 2.0**-22
+        )
         near = x[row].double() + shifts * x[row].double().abs().clamp(min=1.0)
-        _, grads = reference(near, _rows(wide, torch.full((64,), row, device=x.device)))
+        _, grads = reference(near, _rows(wide, torch.full((64,), row, dtype=torch.int64, device=x.device)))
         found[row] = bool(((grads - grad[row].double()).abs().amax(1) <= 2 * allowed[row]).any())
     return found

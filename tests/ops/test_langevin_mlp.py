@@ -16,12 +16,10 @@ from mmebm import native, noise
 from mmebm.ops import langevin_mlp as op
 from mmebm.ops import langevin_mlp_cpp as cpp
 from mmebm.ops.params import StepParams
+from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
+from mmebm.ops.parity import NORMAL_TOLERANCE, limit
 from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Scalar, Term, pack
 
-# The normals may be this far from their float64 values (mmebm.noise).
-NORMAL_TOLERANCE = 2e-6
-# An fp32 result may be off by some of its last bits, also where torch's happens to be exact.
-FLOAT_TOLERANCE = 5e-7
 # Through a layer of one or three units the error of a single derivative (DERIVATIVE_ULPS) is that of the whole
 # gradient: nothing averages it. Of the largest result: 2.4e-6 was the worst of 230 seeds.
 NARROW_TOLERANCE = 5e-6
@@ -80,9 +78,8 @@ def three_way(
     error = (ours.double() - exact[: len(ours)]).abs()[finite[: len(ours)]]
     if error.numel() == 0:
         return
-    torch_error = (torchs.double() - exact).abs()[finite].max().item()
-    limit = 2 * torch_error + tiny + relative * exact.abs()[finite].max().item()
-    assert error.max() <= limit, f"{name}: error {error.max():.3e}, torch's {torch_error:.3e}, limit {limit:.3e}"
+    allowed = limit(torchs[finite], exact[finite], tiny, relative)
+    assert error.max() <= allowed, f"{name}: error {error.max():.3e}, limit {allowed:.3e}"
 
 
 def part_of(chain: op.MlpChain, rows: slice) -> op.MlpChain:

@@ -20,12 +20,10 @@ from mmebm.backends import require_backends
 from mmebm.ops import langevin_mlp as op
 from mmebm.ops import langevin_mlp_cuda as room
 from mmebm.ops.params import StepParams
+from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
+from mmebm.ops.parity import NORMAL_TOLERANCE
 from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Scalar, Term
 
-# The normals may be this far from their float64 values (mmebm.noise).
-NORMAL_TOLERANCE = 2e-6
-# An fp32 result may be off by some of its last bits, also where torch's happens to be exact.
-FLOAT_TOLERANCE = 5e-7
 # Two fp32 trajectories may take different sides of a kink that is nearer than this: they differ by 1e-5 at most here.
 KINK = 1e-4
 # Of one operand, relative: half a unit in the last place of bf16.
@@ -432,7 +430,7 @@ def test_refusals(host: dict[str, int], seed: int, draw: Any) -> None:
         (chain, x[0], "shape"),
         (chain, x[:, :8], "inputs"),
         (chain, x.to_sparse(), "sparse"),
-        (chain, x.to("meta"), "cpu"),
+        (chain, x.to("meta"), "meta"),
         (replace(chain, widths=(4, 4)), x, "widths"),
         (replace(chain, widths=(10, -1)), x, "widths"),
         (replace(chain, streams=(0,)), x, "streams"),

@@ -19,15 +19,14 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.backends import require_backends
+from mmebm.ops import dispatch, parity
 from mmebm.ops import langevin_step as op
 from mmebm.ops import langevin_step_native as room
 from mmebm.ops.params import StepParams, StepStats
+from mmebm.ops.parity import NORMAL_TOLERANCE
+from mmebm.ops.parity import STEP_TOLERANCE as FLOAT_TOLERANCE
 from mmebm.reference import langevin_step as reference
 
-# The normals may be this far from their float64 values (mmebm.noise).
-NORMAL_TOLERANCE = 2e-6
-# An fp32 result may be off by some of its last bits, also where torch's happens to be exact: 5 roundings of 2^-24.
-FLOAT_TOLERANCE = 3e-7
 SIXTEEN = (torch.bfloat16, torch.float16)
 # Groups of 4: a lane, a part of a warp, a warp, 8 turns of it, a block, a block and a bit, splits (from 8,192 on)
 SIZES = (1, 3, 4, 5, 63, 64, 65, 128, 1000, 1024, 1028, 1030, 5000, 8192, 8193, 8200, 20_000)
@@ -632,9 +631,9 @@ def test_binding_refuses_what_would_crash() -> None:
 
 def test_asking_for_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     x = [torch.zeros(3, 4)]
-    with pytest.raises(native.BackendError, match="cuda: tensor 0 of the state is on cpu"):
+    with pytest.raises(native.BackendError, match="cuda: langevin_step: tensor 0 of the state is on cpu"):
         op.stepper("cuda", x, make_options(x, 0))
-    with pytest.raises(native.BackendError, match="cuda: rng='torch'"):
+    with pytest.raises(native.BackendError, match="cuda: langevin_step: rng='torch'"):
         op.stepper("cuda", x, make_options(x, 0, rng="torch"))
     # the launch of a device that is not there is an error, not a crash
     if native.cuda().device_count()[0] == 0:
@@ -658,16 +657,23 @@ def test_auto_takes_cuda_only_where_triton_does_not(monkeypatch: pytest.MonkeyPa
     options = op.StepOptions(seed=0, streams=(0,), noisy=(True,))
     triton = SimpleNamespace(name="triton")
     monkeypatch.delenv("MMEBM_BACKEND", raising=False)
-    monkeypatch.setattr(op, "CudaStepper", lambda options, x: SimpleNamespace(name="cuda"))
+    monkeypatch.setitem(op._STEPPERS, "cuda", lambda options, x: SimpleNamespace(name="cuda"))
     monkeypatch.setattr(op, "cuda_reason", lambda x, options, params: None)
-    monkeypatch.setattr(op, "_triton_reason", lambda *arguments: (None, lambda options: triton))
+    monkeypatch.setattr(op, "obstacle", lambda t: None)
+    monkeypatch.setattr(parity, "failure", lambda *key: None)
+    modules = {"triton": SimpleNamespace(TritonStepper=lambda options: triton, supports=lambda *given: None)}
+
+    def implementation(name: str, backend: str) -> tuple[Any, str | None]:
+        return (room, None) if backend == "cuda" else (modules.get(backend), "it is not installed")
+
+    monkeypatch.setattr(dispatch, "implementation", implementation)
     assert op.stepper("auto", state, options)[0] is triton
-    monkeypatch.setattr(op, "_triton_reason", lambda *arguments: ("it is not installed", None))
+    modules.clear()
     chosen, reason = op.stepper("auto", state, options)
     assert chosen.name == "cuda" and "it is not installed" in reason
     monkeypatch.setattr(op, "cuda_reason", lambda x, options, params: "nor is this")
     chosen, reason = op.stepper("auto", state, options)
     assert chosen.name == "torch" and "it is not installed" in reason and "nor is this" in reason
     for backend, word in (("triton", "it is not installed"), ("cuda", "nor is this")):
-        with pytest.raises(native.BackendError, match=f"{backend}: {word}"):
+        with pytest.raises(native.BackendError, match=f"{backend}: langevin_step: {word}"):
             op.stepper(backend, state, options)

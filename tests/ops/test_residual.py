@@ -14,17 +14,14 @@ from torch.nn import functional as F
 
 from mmebm import native
 from mmebm.ops import residual as op
+from mmebm.ops import residual_cpp
+from mmebm.ops.parity import GRADIENT_TOLERANCE as GRADIENT
+from mmebm.ops.parity import HALF
+from mmebm.ops.parity import VALUE_TOLERANCE as VALUE
 from mmebm.reference import residual as reference
 
 KINDS = ("gaussian", "laplace", "categorical")
 ISAS = ("baseline", "avx2", "avx512")
-# Rounding to nearest in 16 bits: half a unit of the last place, relative.
-HALF = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# fp32 gradients in C++, relative to the largest: a rounded factor, residual and product (together 3 2^-24 = 1.8e-7;
-# 1.2e-7 seen), or a softmax (1.1e-7 seen: 240 cases on a Xeon, 2026-11-22).
-GRADIENT = 2.5e-7
-# Values, relative to the sum of absolute terms (2.5e-7 seen), and absolute for cross-entropies near 0.
-VALUE = (5e-7, 1e-6)
 # The reference in float64 against torch's losses: rounding of sums of up to 10^4 terms.
 DOUBLE = 1e-11
 SHAPES = [(), (1,), (7,), (16,), (33,), (3, 4, 5), (2047,), (2048,), (2049,), (3, 28, 28), (5000,)]
@@ -401,7 +398,7 @@ def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'numpy'"):
         op.residual(y, t, backend="numpy")
     called = []
-    monkeypatch.setattr(op, "_cpp", lambda *args: called.append(args) or reference.residual(
+    monkeypatch.setattr(residual_cpp, "residual", lambda *args: called.append(args) or reference.residual(
         args[0], args[1], likelihood=args[2], scale=args[3], weight=args[4], observed=args[5], gradients=args[6]
     ))  # fmt: skip
     op.residual(y, t)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -119,6 +120,14 @@ class Tape:
         self.graphs.append(TapeGraph(record.ops, outputs))
         return self.graphs[-1]
 
+    def random(self, device: Any, generators: Any) -> list[Any]:
+        return [torch.get_rng_state(), [(g, g.get_state()) for g in generators]]
+
+    def restore_random(self, state: list[Any]) -> None:
+        torch.set_rng_state(state[0])
+        for generator, of in state[1]:
+            generator.set_state(of)
+
     def host_random(self) -> tuple[Any, ...]:
         # torch's generator on the host is the device's here
         return (random.getstate(),)
@@ -212,7 +221,8 @@ def test_replays_equal_the_loop(name: str, tape: Tape, seed: int) -> None:
         out = check(s, energy, x0(seed + i), 5, seed=seed * 3 + i, first_step=i * first_step, **call)
         assert f"captured: replay {i + 1} of a graph of 5 steps" in out.info["reason"]
     assert (tape.captures, tape.warm_ups) == (1, 1)
-    assert tape.graphs[0].events == ["wait", "replay", "done"] * 3
+    # one more, which is compared with the loop
+    assert tape.graphs[0].events == ["wait", "replay", "done"] * 4
 
 
 def test_other_structures(tape: Tape, seed: int) -> None:
@@ -745,3 +755,76 @@ def test_inside_another_capture(tape: Tape, seed: int) -> None:
         check(sampler(), energy, x0(seed + i), 2, seed=i)
     tape.recording = True
     assert "inside another capture" in inner.sample(quartic, x0(seed), 2).info["reason"]
+
+
+# -- the first replay is compared with the loop
+
+
+class WrongGraph(TapeGraph):
+    """A graph that replays a little else than was recorded."""
+
+    def replay(self) -> None:
+        super().replay()
+        self.outputs.state[0].view(-1)[3] *= 1 + 1e-6
+
+
+@pytest.mark.parametrize("asked", [True, "auto"])
+def test_a_graph_that_differs_is_left_to_the_loop(
+    asked: Any, tape: Tape, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.TapeGraph", WrongGraph)
+    energy, x = BatchLinear().train(), x0(seed) + 1
+    s = sampler(mode="keep", capture=asked)
+    plain = s.replace(capture=False)
+    wanted, before = [], energy.state_dict()
+    before = {name: t.clone() for name, t in before.items()}
+    for i in range(3):
+        wanted.append(plain.sample(energy, x, 4, seed=i))
+    buffers = {name: t.clone() for name, t in energy.state_dict().items()}
+    energy.load_state_dict(before)
+    random_state = torch.get_rng_state()
+    if asked is True:
+        with (
+            pytest.warns(RuntimeWarning, match="a replay of the captured chain differs from the loop by"),
+            pytest.raises(BackendError, match="capture=True: a replay of the captured chain differs"),
+        ):
+            s.sample(energy, x, 4, seed=0)
+        for name, t in energy.state_dict().items():
+            assert torch.equal(t, before[name]), name
+    else:
+        first = s.sample(energy, x, 4, seed=0)
+        with pytest.warns(RuntimeWarning, match="differs from the loop") as caught:
+            rest = [s.sample(energy, x, 4, seed=i) for i in (1, 2)]
+        assert len(caught) == 1 and "differs from the loop" in rest[1].info["reason"]
+        for out, expected in zip([first, *rest], wanted, strict=True):
+            assert out.info["op"] == "langevin_step"
+            same(out, expected)
+        for name, t in energy.state_dict().items():
+            assert torch.equal(t, buffers[name]), name
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert tape.captures == 1 and tape.graphs[0].released
+
+
+@pytest.mark.parametrize(("spread", "taken"), [(1e-6, True), (1e-9, False), (0.0, False)])
+def test_a_loop_that_does_not_repeat_itself(
+    spread: float, taken: bool, tape: Tape, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two runs of the loop differ, as sums on many threads may, a replay may differ as much."""
+    distances = iter((1e-6, spread))
+    monkeypatch.setattr(capture, "_distance", lambda a, b: next(distances))
+    if taken:
+        assert sampler().sample(quartic, x0(seed), 3, seed=1).info["op"] == "langevin_graph"
+    else:
+        with pytest.warns(RuntimeWarning, match="two runs of the loop"), pytest.raises(BackendError):
+            sampler().sample(quartic, x0(seed), 3, seed=1)
+
+
+def test_distance() -> None:
+    def run(*values: float, frozen: bool = False) -> capture.Run:
+        t = torch.tensor(values)
+        return capture.Run([t], {"energy": t.clone()}, [], torch.tensor([frozen]), "torch", "")
+
+    assert capture._distance(run(1.0, math.nan), run(1.0, math.nan)) == 0.0
+    assert capture._distance(run(1.0, 4.0), run(1.0, 2.0)) == 1.0
+    assert capture._distance(run(1.0, math.nan), run(1.0, 2.0)) == math.inf
+    assert capture._distance(run(1.0, frozen=True), run(1.0)) == math.inf

@@ -1,0 +1,1 @@
+"""What all ops share: the way from a tensor to an address."""

@@ -1,0 +1,456 @@
+"""Parity: no compiled implementation is used on a device before it has agreed with the reference there.
+
+Per op a small case of fixed numbers, run once per process, implementation, device and instruction set when the op is
+first called: in the implementation, in the reference and in the reference in float64. Words of the noise, counts and
+16-bit states must be equal bit for bit, other results within
+
+    |ours - exact| <= 2 |reference - exact| + slack + relative |exact|,   each the largest of the result,
+
+which is also the bound of the tests. The case runs in a thread of its own: gradient and inference mode, autocast,
+torch's modes and transforms and the current stream belong to the thread that calls. It draws no random number.
+
+``mmebm backends --check`` runs all cases that can run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmebm import native, noise
+from mmebm.ops import dispatch
+from mmebm.ops.params import StepOptions, StepParams
+from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
+
+__all__ = ["Comparison", "Verdict", "check", "check_all", "clear", "failure", "limit"]
+
+# A normal may be this far from its float64 value (mmebm.noise); the largest distance seen is 9.6e-7.
+NORMAL_TOLERANCE: Final = 2e-6
+# A float32 result may be off by some of its last bits, also where torch's happens to be exact: relative to the largest.
+STEP_TOLERANCE: Final = 3e-7
+MLP_TOLERANCE: Final = 5e-7
+# Norms are sums of squares in another order.
+NORM_TOLERANCE: Final = 1e-5
+# Gradients of residual, relative to the largest: a rounded factor, residual and product (together 3 2^-24 = 1.8e-7;
+# 1.2e-7 seen), or a softmax (1.1e-7 seen: 240 cases on a Xeon, 2026-11-22).
+GRADIENT_TOLERANCE: Final = 2.5e-7
+# Its values, relative to the sum of absolute terms (2.5e-7 seen), and absolute for cross-entropies near 0.
+VALUE_TOLERANCE: Final = (5e-7, 1e-6)
+# Rounding to nearest in 16 bits: half a unit of the last place, relative.
+HALF: Final = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One result of a case; ``exact=None``: equal to the reference's bit for bit."""
+
+    name: str
+    ours: Tensor
+    reference: Tensor
+    exact: Tensor | None = None
+    slack: float = 0.0
+    relative: float = 0.0
+
+
+class Verdict(NamedTuple):
+    """The largest error, in a unit of what is allowed; the time of the case; and why it failed, or ``None``."""
+
+    error: float
+    limit: float
+    seconds: float
+    reason: str | None
+
+
+def limit(reference: Tensor, exact: Tensor, slack: float, relative: float) -> float:
+    """How far a result may be from ``exact`` (see the module's docstring)."""
+    error = (reference.double() - exact).abs().max().item()
+    return 2 * error + slack + relative * exact.abs().max().item()
+
+
+# -- the cases: fixed numbers on the CPU
+
+_SEED: Final = 0x9E3779B97F4A7C15
+_CPU: Final = torch.device("cpu")
+
+
+class _Numbers:
+    """Fixed normals, handed out piece by piece: one draw costs as much as a small case."""
+
+    def __init__(self, stream: int) -> None:
+        self.left = noise.normal((1, 1 << 12), seed=_SEED, stream=stream, dtype=torch.float32, device=_CPU)[0]
+
+    def normal(self, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        out, self.left = self.left[:count].reshape(shape), self.left[count:]
+        return out.clone()
+
+    def mask(self, *shape: int) -> Tensor:
+        return self.normal(*shape) < 0.3
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of every tensor in lists, tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(part, function) for part in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{name: _mapped(getattr(value, name), function) for name in value.__dataclass_fields__})
+    return value
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A copy, which an implementation may overwrite."""
+    return _mapped(value, lambda t: t.to(device, copy=True))
+
+
+def _double(value: Any) -> Any:
+    return _mapped(value, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def _noise(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    """The words and the normals, where the chain counter wraps."""
+    at = {"seed": _SEED, "step": 0xFEDCBA98, "stream": noise.stream(5, noise.MOMENTUM), "chain_offset": 2**32 - 2}
+    words = torch.zeros((5, 7, 4), dtype=torch.int32, device=device)
+    native.fill_words(words, **at)
+    expected = noise.words(5, 7, **at, device=_CPU)
+    yield Comparison("words", words.cpu().long() & noise.MASK32, expected)
+    out = torch.zeros((5, 27), dtype=torch.float32, device=device)
+    native.fill_normal(out, **at)
+    exact = noise.normal((5, 27), **at, dtype=torch.float64, device=_CPU)
+    yield Comparison("normals", out.cpu(), exact.float(), exact, NORMAL_TOLERANCE)
+
+
+class _StepCase(NamedTuple):
+    """A step at a time of ``x``; ``first``: whether the noise is added before the gradient is taken."""
+
+    name: str
+    x: list[Tensor]
+    params: list[StepParams]
+    options: StepOptions
+    first: bool = False
+
+
+def _step_cases(numbers: _Numbers) -> list[_StepCase]:
+    normal = numbers.normal
+    per_chain = 0.05 + 0.01 * torch.arange(5, dtype=torch.float32, device=_CPU)[:, None]
+    both = StepOptions(seed=_SEED, streams=(0, 3), noisy=(True, True), chain_offset=2**32 - 2)
+    one = replace(both, streams=(2,), noisy=(True,))
+    bounded = StepParams(
+        0.05, 0.3, grad_clip=1.2, grad_norm_clip=3.0, max_update=0.5, prior_std=2.0, low=-1.5, high=1.4
+    )
+    return [
+        _StepCase(
+            "all options", [normal(5, 67), normal(5, 3)], [bounded, StepParams(per_chain, 0.2)],
+            replace(both, observed=(numbers.mask(5, 67), None)),
+        ),
+        _StepCase(
+            "noise first, reject", [normal(5, 21)], [StepParams(per_chain, 0.3, low=-2.1, high=2.1)],
+            replace(one, outside="reject", clamp_noise=True), first=True,
+        ),
+        _StepCase(
+            "16 bits", [normal(5, 37).bfloat16(), normal(5, 19).half()], [StepParams(0.1, 0.1), StepParams(0.1, 0.1)],
+            both,
+        ),
+    ]  # fmt: skip
+
+
+def _langevin_step(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    from mmebm.ops import langevin_step as op
+    from mmebm.reference import langevin_step as rule
+
+    numbers = _Numbers(1)
+    for name, x, params, options, first in _step_cases(numbers):
+        grad = [numbers.normal(*t.shape) for t in x]
+        there, here = _on(x, device), _on(params, device)
+        stepper = op.make(backend, module, _on(options, device), there)
+        # the reference's noise, drawn once for both precisions
+        xi = [
+            noise.normal(
+                t.shape, seed=_SEED, step=7, stream=i, chain_offset=options.chain_offset, dtype=torch.float64,
+                device=_CPU,
+            )
+            for t, i in zip(x, options.streams, strict=True)
+        ]  # fmt: skip
+        narrow: list[Any] = [t.float() for t in xi]
+        wide: list[Any] = [*xi]
+        thresholds = op.TorchStepper(options).thresholds(x, 7, noise.ROUNDING)
+        precise = x[0].dtype == torch.float32
+        before, exact = x, _double(x)
+
+        def state(part: str, ours: Any, expected: Any, exact: Any, case: str = name, precise: bool = precise) -> Any:
+            for i, (a, b, c) in enumerate(zip(ours, expected, exact, strict=True)):
+                # 0.3: the largest noise scale
+                slack, exactly = (0.3 * NORMAL_TOLERANCE, c) if precise else (0.0, None)
+                yield Comparison(f"{case}: tensor {i} {part}", a.cpu(), b, exactly, slack, STEP_TOLERANCE)
+
+        if first:
+            there = stepper.perturb(there, here, 7)
+            settings: dict[str, Any] = {"clamp_noise": options.clamp_noise}
+            before = rule.perturb(before, narrow, params, **settings)
+            exact = rule.perturb(exact, wide, _double(params), **settings)
+            yield from state("with its noise", there, before, exact)
+            narrow = wide = [None] * len(x)
+        settings = {
+            "norm_over": options.norm_over, "outside": options.outside, "observed": options.observed or None,
+            "stats": True,
+        }  # fmt: skip
+        after, counts = rule.langevin_step(before, grad, narrow, params, thresholds=thresholds, **settings)
+        exact, norms = rule.langevin_step(exact, _double(grad), wide, _double(params), **settings)
+        slopes, again = _on(grad, device), _on(there, device)
+        ours, _ = stepper.step(again, slopes, here, 7, with_noise=not first, stats=False)
+        yield from state("after a step", ours, after, exact)
+        ours, stats = stepper.step(there, slopes, here, 7, with_noise=not first, stats=True)
+        yield from state("after a step with statistics", ours, after, exact)
+        assert stats is not None and counts is not None and norms is not None
+        for field in ("clipped", "nonfinite"):
+            yield Comparison(f"{name}: {field}", getattr(stats, field).cpu(), getattr(counts, field))
+        for field in ("grad_norm", "displacement")[: 2 if precise else 1]:
+            a, b, c = (getattr(one, field) for one in (stats, counts, norms))
+            yield Comparison(f"{name}: {field}", a.cpu(), b, c, 0.0, NORM_TOLERANCE)
+
+
+_CHAINS: Final = 67  # one block of every width, and a rest
+
+
+def _terms(numbers: _Numbers) -> list[Term]:
+    """Every activation and kind of term, for 6 inputs."""
+    normal = numbers.normal
+
+    def stack(*sizes: int, activation: Any = "silu", slope: float = 0.3) -> Stack:
+        weights = tuple(normal(o, i) / i**0.5 for i, o in pairwise(sizes))
+        return Stack(weights, tuple(0.3 * normal(o) for o in sizes[1:]), activation, slope)
+
+    return [
+        Scalar(stack(6, 33, 17, 1), -0.7),
+        Residual(
+            stack(6, 19, 5, activation="gelu"), normal(_CHAINS, 5), 0.8, tanh=True, weight=1.5,
+            observed=numbers.mask(1, 5),
+        ),
+        Residual(stack(6, 18, 9, activation="softplus"), normal(_CHAINS, 9), 0.7, "laplace"),
+        Quadratic(normal(6), normal(6).abs()),
+        *(Scalar(stack(6, 9, 1, activation=name)) for name in ("tanh", "relu", "leaky_relu", "elu")),
+    ]  # fmt: skip
+
+
+def _mlp_energy(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    from mmebm.reference.mlp_energy import mlp_energy
+
+    numbers = _Numbers(2)
+    terms, x = tuple(_terms(numbers)), numbers.normal(_CHAINS, 6)
+    ours = module.energy_and_gradient(_on(terms, device), x.to(device))
+    results = zip(ours, mlp_energy(x, terms), mlp_energy(x.double(), _double(terms)), strict=True)
+    for name, (a, b, c) in zip(("energy", "gradient"), results, strict=True):
+        yield Comparison(name, a.cpu(), b, c, 0.0, MLP_TOLERANCE)
+
+
+def _chains(numbers: _Numbers, terms: tuple[Term, ...]) -> Iterator[tuple[str, Any, int]]:
+    """(name, chain, steps)."""
+    from mmebm.ops import langevin_mlp as op
+
+    per_chain = 0.01 + 0.001 * torch.arange(_CHAINS, dtype=torch.float32, device=_CPU)[:, None]
+    bounded = StepParams(
+        per_chain, 0.1, grad_clip=2.0, grad_norm_clip=4.0, max_update=0.2, prior_std=2.0, low=-2.0, high=2.0
+    )
+
+    def chain(terms: tuple[Term, ...], widths: tuple[int, ...], params: list[StepParams], **changes: Any) -> Any:
+        table = op.constants_of([params], _CHAINS, torch.float32, _CPU)
+        assert not isinstance(table, str), table
+        n = len(widths)
+        # the last tensor alone gets noise: its stream is not its index, and its elements are not the first
+        return op.MlpChain(
+            terms, widths, (0, 3)[-n:], (False, True)[-n:], (True,) * n, *table, seed=_SEED, chain_offset=2**32 - 2,
+            **changes,
+        )  # fmt: skip
+
+    observed = numbers.mask(_CHAINS, 6).to(torch.uint8)
+    yield "all options", chain(terms, (4, 2), [StepParams(0.02, 0.1), bounded], observed=observed), 2
+    first: dict[str, Any] = {"noise_at": "before", "freeze": True, "clamp_noise": True}
+    yield "noise first", chain((terms[0], terms[3]), (6,), [replace(bounded, grad_norm_clip=None)], **first), 1
+
+
+def _langevin_mlp(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    from mmebm.ops import langevin_mlp as op
+
+    numbers = _Numbers(3)
+    terms, x = tuple(_terms(numbers)), numbers.normal(_CHAINS, 6)
+    for name, chain, steps in _chains(numbers, terms):
+        ours = module.run(_on(chain, device), x.to(device), steps, 7, energy=True, grad_norm=True)
+        expected, exact = op._reference(chain, x, steps, 7), op._reference(_double(chain), x.double(), steps, 7)
+        for field in ("x", "energy", "grad_norm"):
+            a, b, c = (getattr(result, field) for result in (ours, expected, exact))
+            slack = steps * NORMAL_TOLERANCE * 0.1 if field == "x" else 0.0  # 0.1: the noise scale
+            yield Comparison(f"{name}: {field}", a.cpu(), b, c, slack, MLP_TOLERANCE)
+        if chain.freeze:
+            assert expected.frozen is not None
+            yield Comparison(f"{name}: frozen", ours.frozen.cpu(), expected.frozen)
+
+
+def _residual(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    from mmebm.reference.residual import residual
+
+    numbers = _Numbers(4)
+    normal = numbers.normal
+    ys = [normal(5, 67), normal(5, 21).bfloat16(), normal(5, 7, 19), normal(5, 33).half()]
+    classes = [(normal(5, 19).abs() * 3).long() % 7, (normal(5).abs() * 9).long() % 33]
+    targets = [normal(5, 67), normal(5, 21), *classes]
+    kinds: Any = ["gaussian", "laplace", "categorical", "categorical"]
+    scale: list[Any] = [0.5 + normal(5).abs(), 0.7, 1.0, 1.0]
+    weight: list[Any] = [1.5, 0.8 + normal(5).abs(), 2.0, -0.5]
+    observed = [numbers.mask(5, 67), None, numbers.mask(19), None]
+    arguments = (ys, targets, kinds, scale, weight, observed)
+    value, grads = module.residual(*_on(arguments, device), True)
+    exact, slopes, sizes = 0.0, [], 0.0
+    for y, target, kind, s, w, mask in zip(*_double(arguments), strict=True):
+        part, (slope,) = residual([y], [target], likelihood=[kind], scale=[s], weight=[w], observed=[mask])
+        exact, sizes = exact + part, sizes + part.abs()
+        slopes.append(slope)
+    assert isinstance(exact, Tensor) and isinstance(sizes, Tensor)
+    relative, absolute = VALUE_TOLERANCE
+    # against the exact value alone: the reference may be as far from it as it likes
+    yield Comparison("value", value.cpu(), exact, exact, relative * sizes.min().item() + absolute)
+    for i, (g, slope, w) in enumerate(zip(grads, slopes, weight, strict=True)):
+        half = HALF[ys[i].dtype]
+        factor = w.abs().max().item() if isinstance(w, Tensor) else abs(w)
+        slack = GRADIENT_TOLERANCE * max(slope.abs().max().item(), factor) * (1 + half)
+        yield Comparison(f"gradient {i}", g.cpu(), slope, slope, slack, half)
+
+
+CASES: Final[dict[str, Callable[[ModuleType, str, torch.device], Iterator[Comparison]]]] = {
+    "noise": _noise, "langevin_step": _langevin_step, "langevin_mlp": _langevin_mlp, "mlp_energy": _mlp_energy,
+    "residual": _residual,
+}  # fmt: skip
+
+
+# -- the verdict
+
+
+def _judge(comparisons: Iterator[Comparison]) -> tuple[float, float, str | None]:
+    """The error and the limit of the result that comes closest to its limit, and the first reason to fail."""
+    error, allowed = 0.0, 1.0
+    for c in comparisons:
+        if c.ours.shape != c.reference.shape:
+            return error, allowed, f"{c.name} has shape {tuple(c.ours.shape)}, not {tuple(c.reference.shape)}"
+        if c.exact is None:
+            different = int((c.ours != c.reference).sum())
+            if different:
+                return error, allowed, f"{c.name}: {different} of {c.ours.numel()} differ from the reference"
+            continue
+        if not torch.equal(torch.isfinite(c.ours), torch.isfinite(c.exact)):
+            return error, allowed, f"{c.name} is not finite where the reference is, or the other way round"
+        off, bound = (c.ours.double() - c.exact).abs().max().item(), limit(c.reference, c.exact, c.slack, c.relative)
+        if off > bound:
+            return off, bound, f"{c.name} is off by {off:.1e}, allowed is {bound:.1e}"
+        if off / bound >= error / allowed:
+            error, allowed = off, bound
+    return error, allowed, None
+
+
+_lock = threading.Lock()
+_checking = threading.local()
+_verdicts: dict[tuple[str, str, torch.device, str], Verdict] = {}
+
+
+def _forked() -> None:
+    # another thread of the parent may have held it
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def check(op: str, backend: str, device: torch.device, isa: str = "auto") -> Verdict:
+    """Runs the case of ``op``, in a thread of its own. An implementation that raises has failed."""
+    found: list[Verdict] = []
+
+    def run() -> None:
+        _checking.now = True
+        start = time.perf_counter()
+        try:
+            module, reason = dispatch.implementation(op, backend)
+            error, allowed = 0.0, 0.0
+            if module is not None:
+                with torch.no_grad(), dispatch.using_isa(isa), _current(device):
+                    error, allowed, reason = _judge(CASES[op](module, backend, device))
+        except Exception as raised:
+            text = str(raised).strip().splitlines()
+            place = traceback.extract_tb(raised.__traceback__)[-1]
+            error, allowed = float("nan"), float("nan")
+            reason = f"{type(raised).__name__}: {text[0] if text else ''} ({place.name}:{place.lineno})"
+        found.append(Verdict(error, allowed, time.perf_counter() - start, reason))
+
+    thread = threading.Thread(target=run, name="mmebm parity", daemon=True)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def _current(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def failure(op: str, backend: str, device: torch.device) -> str | None:
+    """Why the implementation of ``op`` is not to be used on ``device``: ``None`` once it has passed.
+
+    The first call runs the case; one that fails warns, once.
+    """
+    if getattr(_checking, "now", False):  # a case is what calls
+        return None
+    isa = dispatch.isa() if backend == "cpp" else ""
+    key = (op, backend, device, isa)
+    verdict = _verdicts.get(key)
+    if verdict is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "it has not been checked on this device, and a capture must not be interrupted: call it once before"
+        if backend == "cpp" and isa not in ("auto", *native.cpu().isas()):
+            raise ValueError(f"MMEBM_CPU_ISA must be one of {', '.join(native.cpu().isas())}, got {isa!r}")
+        with _lock:
+            verdict = _verdicts.get(key)
+            new = verdict is None
+            if verdict is None:
+                verdict = _verdicts[key] = check(op, backend, device, isa or "auto")
+        if new and verdict.reason is not None:
+            warnings.warn(
+                f"mmebm: {backend} is not used for {op} on {device}: it failed its parity case ({verdict.reason}); "
+                "please report it with the output of `mmebm backends --check`", RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+    return None if verdict.reason is None else f"it failed its parity case ({verdict.reason})"
+
+
+def clear() -> None:
+    """Forgets all verdicts: the next call of an op runs its case again."""
+    with _lock:
+        _verdicts.clear()
+
+
+def check_all() -> Iterator[tuple[str, str, torch.device, str, Verdict]]:
+    """(op, backend, device, instruction set, verdict) of every implementation that can run here, as they come."""
+    from mmebm.backends import backends
+
+    there = {name for name, backend in backends().items() if backend.available}
+    devices = [_CPU, *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for op, entry in dispatch.OPS.items():
+        for backend in entry.modules:
+            if backend not in there:
+                continue
+            interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+            kind = "cpu" if backend == "cpp" or interpreted else "cuda"
+            for device in devices:
+                if device.type == kind:
+                    for isa in native.cpu().isas() if backend == "cpp" else ("",):
+                        yield op, backend, device, isa, check(op, backend, device, isa or "auto")
