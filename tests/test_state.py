@@ -176,7 +176,7 @@ STATES = [
     (torch.zeros(()), ValueError, r"state\[0\] must have a leading chain dimension"),
     ({"a": A, "b": torch.zeros(4, 2)}, ValueError, r"state\['b'\] has 4 chains but state\['a'\] has 3"),
     (torch.zeros(2, 3, device="meta"), TypeError, r"state\[0\] must hold numbers, got a meta tensor"),
-    ({"a": fake()}, TypeError, r"state\['a'\] must hold numbers, got a fake tensor"),
+    ({"a": fake()}, TypeError, r"state\['a'\] must hold numbers, got a FakeTensor"),
     (torch.zeros(2, 3).to(torch.float8_e4m3fn), TypeError, r"of 16, 32 or 64 bits, got torch.float8_e4m3fn"),
     (nested(torch.strided), TypeError, r"state\[0\] must be a dense tensor, got a nested one; pad it"),
     (nested(torch.jagged), TypeError, r"state\[0\] must be a dense tensor, got a nested one; pad it"),
