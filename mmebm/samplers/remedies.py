@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # Functions that write to arguments of theirs without a name that says so, and operators that write to their first.
@@ -22,21 +22,26 @@ _WRITES = ("__setitem__", *(f"__i{name}__" for name in (
 )))  # fmt: skip
 
 
-class _InferenceCopies(TorchFunctionMode):
-    """Operations are given copies of inference tensors, which autograd can save. What writes in place is left alone:
-    torch has an error for it."""
+class _Copies(TorchFunctionMode):
+    """Operations are given copies of some tensors, each copied once. What writes in place is given the tensor itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def _needed(self, value: Tensor) -> Tensor | None:
+        """The copy that operations are to see, or None where they may see ``value``."""
+        raise NotImplementedError
+
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if not value.is_inference():
+            if id(value) in self.copies:
+                return self.copies[id(value)][1]
+            copy = self._needed(value)
+            if copy is None:
                 return value
-            if id(value) not in self.copies:
-                self.copies[id(value)] = value, value.detach().clone()
-            return self.copies[id(value)][1]
+            self.copies[id(value)] = value, copy
+            return copy
         if type(value) in (list, tuple):
             return type(value)(self._copy(part) for part in value)
         if type(value) is dict:
@@ -60,16 +65,27 @@ class _InferenceCopies(TorchFunctionMode):
         return result
 
 
-def _saved_copies() -> AbstractContextManager[Any]:
-    """Autograd saves copies, so that the gradient is that of the values the energy was computed with."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t)
+class _InferenceCopies(_Copies):
+    """Copies of inference tensors, which autograd can save. For what writes to one torch has an error of its own."""
+
+    def _needed(self, value: Tensor) -> Tensor | None:
+        return value.detach().clone() if value.is_inference() else None
 
 
+class _ParameterCopies(_Copies):
+    """Copies of parameters, which no other thread writes to between forward and backward."""
+
+    def _needed(self, value: Tensor) -> Tensor | None:
+        return value.clone() if isinstance(value, nn.Parameter) else None
+
+
+_WRITTEN = "modified by an inplace operation"
 # By what torch's error says.
 _REMEDIES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "nference tensor": _InferenceCopies,
-    "modified by an inplace operation": _saved_copies,
-}
+    "nference tensor": _InferenceCopies, _WRITTEN: _ParameterCopies,
+}  # fmt: skip
+# Evaluations that another thread may spoil before weights are copied, which takes longer and TorchScript does not see.
+_SPOILT = 8
 
 
 class Remedies:
@@ -79,6 +95,7 @@ class Remedies:
         self.used: tuple[str, ...] = ()
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        errors: list[str] = []
         while True:
             try:
                 if not self.used:
@@ -88,7 +105,12 @@ class Remedies:
                         stack.enter_context(_REMEDIES[name]())
                     return function(*args)
             except RuntimeError as error:
-                found = [name for name in _REMEDIES if name in str(error) and name not in self.used]
+                text = str(error)
+                # another thread's write, whose count of versions goes on; the energy's own always says the same
+                if _WRITTEN in text and text not in errors and len(errors) < _SPOILT:
+                    errors.append(text)
+                    continue
+                found = [name for name in _REMEDIES if name in text and name not in self.used]
                 if not found:
                     raise
                 self.used = (*self.used, *found)
