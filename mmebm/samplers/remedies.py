@@ -23,7 +23,7 @@ _WRITES = ("__setitem__", *(f"__i{name}__" for name in (
 
 
 class _Copies(TorchFunctionMode):
-    """Operations are given copies of some tensors, each copied once. What writes in place is given the tensor itself."""
+    """Operations are given copies of some tensors, each copied once; what writes in place is given the original."""
 
     def __init__(self) -> None:
         super().__init__()
