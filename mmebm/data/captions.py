@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
+from mmebm.data.images import read_image
 from mmebm.data.packages import pillow
 from mmebm.data.pairing import below, choose, random_words
-from mmebm.data.pools import FilePool, held, read_image
+from mmebm.data.pools import FilePool, held
 
 __all__ = ["END", "UNKNOWN", "ImageCaptions", "Vocabulary", "cache_folder", "caption_codec", "check_option",
            "image_files", "join", "read_lines", "tokens"]  # fmt: skip
