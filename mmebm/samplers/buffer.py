@@ -490,7 +490,7 @@ class ReplayBuffer:
         with self._lock:
             held = dict(self.__dict__)
         del held["_lock"]
-        return held | {"_build": self._build([torch.zeros(1) for _ in self._keys])}
+        return held | {"_build": self._build([torch.zeros(1, dtype=torch.float32, device="cpu") for _ in self._keys])}
 
     def __setstate__(self, held: dict[str, Any]) -> None:
         self.__dict__.update(held, _build=flatten(held["_build"])[2], _lock=threading.RLock())
