@@ -14,7 +14,7 @@ from typing import Any
 from mmebm.cli.common import pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.train import configure, fit, prepare
-from mmebm.files import write_atomically
+from mmebm.files import FolderLock, check_writable, write_atomically
 from mmebm.training.run import CHECKPOINT, Run
 from mmebm.training.variants import GRIDS, VARIANTS, scaled
 
@@ -25,6 +25,7 @@ def ablate(arguments: argparse.Namespace) -> int:
     """Runs the command. What is finished in the folder is not trained again; what was cut off goes on."""
     names = variants_of(arguments.variants)
     folder = Path(arguments.out)
+    check_writable(folder / "table.json")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in arguments.seeds:
         for name in names:
@@ -65,9 +66,9 @@ def _one(folder: Path, name: str, seed: int, judges: Path, arguments: argparse.N
                 threads=arguments.threads, changes=arguments.set,
             )  # fmt: skip
             config = scaled(config, arguments.scale)
-        trainer = prepare(folder, device, config, threads=arguments.threads)
-        if not fit(trainer, folder):
-            raise KeyboardInterrupt
+        with FolderLock(folder):
+            if not fit(prepare(folder, device, config, threads=arguments.threads), folder):
+                raise KeyboardInterrupt
         # all variants see the same data, and are judged by the same classifiers
         if judges.is_file():
             shutil.copyfile(judges, folder / JUDGES)

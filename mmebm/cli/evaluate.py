@@ -13,7 +13,7 @@ from mmebm.evaluation import FeatureExtractor, Inception, Lite0, data_chain, fig
 from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
-from mmebm.files import write_atomically
+from mmebm.files import check_writable, write_atomically
 from mmebm.training.run import Run
 
 TITLES = {"vae": "VAE only", "frozen": "frozen: Langevin on top of the VAE", "x0": "x0: generator",
@@ -70,6 +70,7 @@ def _classifiers(run: Run) -> Classifiers | None:
 def report(run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, **more: Any) -> dict[str, Any]:
     """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``more`` are
     options of :func:`mmebm.evaluation.evaluate.evaluate`."""
+    check_writable(run.folder / "metrics.json")
     judges = _classifiers(run)
     test = run.dataset("test")
     points, seconds = {}, {}

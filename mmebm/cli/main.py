@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print("\n".join(describe()))
         return check() if arguments.check else 0
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"mmebm {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmebm.cli.common import pick_device
-from mmebm.files import write_atomically
+from mmebm.files import check_writable, write_atomically
 from mmebm.training.run import CHECKPOINT, Run
 
 MIXING = "mixing.json"
@@ -19,6 +19,8 @@ def report(arguments: argparse.Namespace) -> int:
     from mmebm.report import write_report
 
     folder = Path(arguments.run)
+    if arguments.out is not None or folder.is_dir():
+        check_writable(arguments.out or folder / "report.html")
     run = Run(folder, pick_device(arguments.device)) if (folder / CHECKPOINT).is_file() else None
     mixing = None
     if arguments.mixing:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mmebm.cli.common import pick_device
-from mmebm.files import write_atomically
+from mmebm.files import check_writable, write_atomically
 from mmebm.training.run import Run
 
 
@@ -24,6 +24,10 @@ def sample(arguments: argparse.Namespace) -> int:
     steps = arguments.steps
     if isinstance(steps, int) and steps < 0:
         raise ValueError(f"--steps must be at least 0, got {steps}")
+    out = Path(arguments.out)
+    out = out if out.suffix == ".npz" else out.with_name(out.name + ".npz")
+    for file in (out, out.with_suffix(".json")):
+        check_writable(file)
     run = Run(arguments.run, pick_device(arguments.device), prior_steps=arguments.prior_steps)
     modalities = run.dataset("test").modalities
     arrays: dict[str, Any] = {}
@@ -64,8 +68,6 @@ def sample(arguments: argparse.Namespace) -> int:
         "mode": arguments.mode if arguments.given else None,
         "split": arguments.split if arguments.given else None, "seconds": seconds,
     }  # fmt: skip
-    out = Path(arguments.out)
-    out = out if out.suffix == ".npz" else out.with_name(out.name + ".npz")
 
     def write(file: BinaryIO) -> None:
         np.savez_compressed(file, **arrays)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from mmebm import __version__
 from mmebm.cli.common import peak_memory, pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
-from mmebm.files import write_atomically
+from mmebm.files import FolderLock, check_writable, new_folder, unwritable, write_atomically
 from mmebm.training import PRESETS, Config, Trainer, checkpoint, parallel, preset
 from mmebm.training.config import override
-from mmebm.training.run import CHECKPOINT, Run, keep_codec, load_data
+from mmebm.training.run import CHECKPOINT, LOG, Run, keep_codec, load_data, read_log
 
 SAVE_EVERY_SECONDS = 30.0
 
@@ -40,16 +41,26 @@ def configure(
     return override(preset(name), texts)
 
 
-def _new_folder(runs: Path, name: str | None, default: str) -> Path:
-    if name is not None:
-        folder = runs / name
-        if (folder / CHECKPOINT).exists():
-            raise ValueError(f"{folder} holds a run already: give another --name, or --resume {folder}")
-        return folder
-    folder, number = runs / default, 2
-    while folder.exists():
-        folder, number = runs / f"{default}-{number}", number + 1
-    return folder
+@contextlib.contextmanager
+def _folder(runs: Path, name: str | None, default: str) -> Iterator[Path]:
+    """The folder of a new run, which is this process's alone while it trains."""
+    if name is None:
+        with new_folder(runs, default) as folder:
+            yield folder
+        return
+    with FolderLock(runs / name) as lock:
+        if any(path.exists() for path in (runs / name / CHECKPOINT, checkpoint.previous(runs / name / CHECKPOINT))):
+            raise ValueError(f"{lock.folder} holds a run already: give another --name, or --resume {lock.folder}")
+        yield lock.folder
+
+
+@contextlib.contextmanager
+def _resumed(folder: Path) -> Iterator[Path]:
+    """The folder of a run to go on with, which nobody else trains meanwhile."""
+    if not folder.is_dir():
+        checkpoint.load(folder / CHECKPOINT)  # says that there is none
+    with FolderLock(folder):
+        yield folder
 
 
 def _commit() -> str:
@@ -74,18 +85,30 @@ def _write_text(path: Path, text: str) -> None:
 class _Log:
     """``log.jsonl``, one row per line, and TensorBoard where it is installed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+    def __init__(self, folder: Path, iteration: int, rollbacks: int) -> None:
+        """Goes on behind the rows that a run at ``iteration`` had written."""
+        self.path = folder / LOG
+        rows, back = [], 0
+        for row in read_log(folder) if iteration else []:
+            back += "rolled_back" in row
+            if row["iteration"] > iteration or back > rollbacks:
+                break
+            rows.append(row)
+        _write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.file = self.path.open("a", encoding="utf-8")
         self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         if self.board is not None:
             for name, value in row.items():
                 if isinstance(value, float):
@@ -105,33 +128,38 @@ def train(arguments: argparse.Namespace) -> int:
         given = [f"--{name}" for name in ("preset", "name", "seed", "data", "data_path") if getattr(arguments, name)]
         if given or arguments.set:
             raise ValueError(f"--resume goes on with the stored configuration; leave out {', '.join(given) or '--set'}")
-        folder = Path(arguments.resume)
+        claim = _resumed(Path(arguments.resume))
     else:
         config = configure(
             arguments.preset or "demo", data=arguments.data, data_path=arguments.data_path, seed=arguments.seed,
             threads=arguments.threads, changes=arguments.set,
         )  # fmt: skip
-        folder = _new_folder(Path(arguments.runs), arguments.name, config.preset.replace("/", "-"))
-    parallel.start(device)
-    try:
-        trainer = prepare(folder, device, config, threads=arguments.threads)
-        finished = fit(trainer, folder)
-        if not trainer.processes.first:
-            return 0
-    finally:
-        parallel.finish()
-    if not finished:
-        print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume {folder}")
-        return 130
-    report(Run(folder, device))
+        claim = _folder(Path(arguments.runs), arguments.name, config.preset.replace("/", "-"))
+    processes = parallel.start(device)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = processes.agree(lambda: stack.enter_context(claim))
+            trainer = prepare(folder, device, config, threads=arguments.threads)
+            finished = fit(trainer, folder)
+            if not processes.first:
+                return 0
+        finally:
+            parallel.finish()
+        if not finished:
+            print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume "
+                  f"{folder}")  # fmt: skip
+            return 130
+        report(Run(folder, device))
     return 0
 
 
 def prepare(folder: Path, device: torch.device, config: Config | None, *, threads: int | None = None) -> Trainer:
     """The trainer of a new run in ``folder``, or of the one that is there (``config=None``); writes config.json."""
-    content = checkpoint.load(folder / CHECKPOINT, device) if config is None else None
+    content = checkpoint.resume(folder / CHECKPOINT, device) if config is None else None
     if content is not None:
         config = Config.from_json(content["config"])
+    if parallel.Processes.here().first:
+        check_writable(folder / CHECKPOINT)
     assert config is not None
     threads = threads or config.threads
     if threads is not None:
@@ -139,7 +167,10 @@ def prepare(folder: Path, device: torch.device, config: Config | None, *, thread
     data = load_data(config, "train", folder)
     trainer = Trainer(config, data, device, processes=parallel.Processes.here())
     if content is not None:
-        trainer.load_state_dict(content)
+        try:
+            trainer.load_state_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{folder / CHECKPOINT}: {error}") from error
     # all have chosen the folder before one of them makes it
     trainer.processes.barrier()
     if trainer.processes.first:
@@ -170,7 +201,7 @@ def fit(trainer: Trainer, folder: Path) -> bool:
         trainer.stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    log, saved = _Log(folder), time.perf_counter()
+    log, saved = _Log(folder, trainer.iteration, trainer.guard.rollbacks), time.perf_counter()
     try:
         before = signal.signal(signal.SIGINT, stop)
     except ValueError:  # not in the main thread: no handler, Ctrl-C is the caller's matter

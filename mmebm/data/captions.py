@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
+from mmebm.data.images import read_image
 from mmebm.data.packages import pillow
 from mmebm.data.pairing import below, choose, random_words
-from mmebm.data.pools import FilePool, held, read_image
+from mmebm.data.pools import FilePool, held
+from mmebm.files import check_writable
 
 __all__ = ["END", "UNKNOWN", "ImageCaptions", "Vocabulary", "cache_folder", "caption_codec", "check_option",
-           "image_files", "join", "read_lines", "tokens"]  # fmt: skip
+           "image_files", "join", "tokens"]  # fmt: skip
 
 END: Final = "<eos>"
 UNKNOWN: Final = "<unk>"
@@ -159,9 +161,18 @@ def caption_codec(
         train = list(captions())
         key = json.dumps([CODEC_SEED, settings, train], sort_keys=True)
         path = cache_folder() / f"captions-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-        if path.is_file():
-            model = TextAutoencoder.load(path)
+        if path.exists():
+            try:
+                model = TextAutoencoder.load(path)
+            except (FileNotFoundError, ValueError) as error:
+                raise ValueError(f"{error}; delete it, and another is fitted") from error
         else:
+            try:
+                check_writable(path)
+            except OSError as error:
+                raise ValueError(f"a text autoencoder must be fitted to the captions of {name!r}, which takes a while, "
+                                 f"and could not be kept: {error}. Set XDG_CACHE_HOME to a folder that can be written, "
+                                 "or give codec=") from error  # fmt: skip
             # A warning because it takes a while and there is nothing else to see
             logger.warning("fitting a text autoencoder to the %d captions of %r, once; it is kept in %s",
                            len(train), name, path)  # fmt: skip
@@ -175,28 +186,6 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
     """ValueError if ``value`` is none of ``known``."""
     if value not in known:
         raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
-
-
-def read_lines(file: Path) -> list[str]:
-    """The captions of a text file, one a line, without the empty lines at its end.
-
-    Lines end at a newline and nowhere else: not at a full stop, not at the other separators of Unicode.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line before the last caption is empty; the message says which.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: it holds the captions, one a line")
-    # A byte that is no UTF-8 costs its word, not the data set
-    lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    if "" in lines:
-        raise ValueError(f"{file}: line {lines.index('') + 1} is empty, and every line is a caption")
-    if not lines:
-        raise ValueError(f"{file} holds no caption")
-    return lines
 
 
 def image_files(folder: Path) -> list[str]:

@@ -6,7 +6,6 @@ Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014. Captions CC 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from mmebm.data.base import MultimodalDataset, Split, check_count
 from mmebm.data.captions import Codec, ImageCaptions, Take, caption_codec, check_option
+from mmebm.data.texts import Skipped, read_json
 
 __all__ = ["coco"]
 
@@ -93,12 +93,29 @@ def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: unpack annotations_trainval2017.zip (or 2014) of "
                                 "https://cocodataset.org there; 'emoji-captions' needs no download")  # fmt: skip
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        names = [(image["id"], image["file_name"]) for image in content["images"]]
-        pairs = [(one["image_id"], one["caption"]) for one in content["annotations"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a caption file of COCO: {type(error).__name__} {error}") from error
+    content = read_json(file)
+    for part in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(part), list):
+            raise ValueError(f"{file} is not a caption file of COCO: it has no list {part!r}")
+    names = []
+    for at, image in enumerate(content["images"]):
+        number, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(name, str) or not name:
+            raise ValueError(f"{file}, images[{at}]: an image must have an integer 'id' and a string 'file_name', got "
+                             f"{image!r:.120}")  # fmt: skip
+        names.append((number, name))
+    skipped = Skipped()
+    pairs, silent = [], set()
+    for at, one in enumerate(content["annotations"]):
+        number, caption = (one.get("image_id"), one.get("caption")) if isinstance(one, dict) else (None, None)
+        if not isinstance(number, int) or isinstance(number, bool):
+            skipped.add("an annotation without an integer 'image_id' is left out", f"{file}, annotations[{at}]")
+        elif not isinstance(caption, str) or not caption.strip():
+            silent.add(number)
+            skipped.add("an annotation without a caption (a string, not empty) is left out",
+                        f"{file}, annotations[{at}], of image {number}")  # fmt: skip
+        else:
+            pairs.append((number, caption))
     of: dict[int, str] = {}
     for number, name in names:
         if number in of:
@@ -107,17 +124,21 @@ def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
         if (found := NUMBERED.search(name)) and int(found[1]) != number:
             raise ValueError(f"{file}: image {number} has the file of another, {name}")
         of[number] = name
+    if not of:
+        raise ValueError(f"{file} holds no image")
     captions: dict[int, list[str]] = {number: [] for number in of}
     for number, caption in pairs:
         if number not in captions:
             raise ValueError(f"{file}: a caption is for image {number}, which is not among its images: {caption!r:.80}")
-        if text := " ".join(caption.split()):  # some end with a newline
-            captions[number].append(text)
-    empty = [number for number, own in captions.items() if not own]
-    if empty:
-        raise ValueError(f"{file}: image {empty[0]} has no caption ({len(empty)} such images)")
-    if not of:
-        raise ValueError(f"{file} holds no image")
+        captions[number].append(" ".join(caption.split()))  # some end with a newline
+    mute = [number for number, own in captions.items() if not own]
+    other = [number for number in mute if number not in silent]
+    if other or len(mute) == len(of):
+        raise ValueError(f"{file}: image {(other or mute)[0]} has no caption ({len(mute)} such images)")
+    for number in mute:
+        skipped.add("an image without a caption is left out", f"{file}, image {number}")
+        del of[number], captions[number]
+    skipped.say()
     return of, captions
 
 

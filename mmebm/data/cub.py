@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 
 from mmebm.data.base import MultimodalDataset, Split, check_count
-from mmebm.data.captions import Codec, ImageCaptions, Take, caption_codec, check_option, image_files, read_lines
+from mmebm.data.captions import Codec, ImageCaptions, Take, caption_codec, check_option, image_files
+from mmebm.data.texts import Skipped, read_lines
 
 __all__ = ["cub"]
 
@@ -112,23 +113,47 @@ def _by_line(root: Path, split: Split) -> ImageCaptions:
             raise ValueError(f"{folder / name} holds no image, and every folder there is a species")
         images += inside
         labels += [classes.index(name)] * len(inside)
-    lines = read_lines(text)
-    if len(lines) != PER_IMAGE * len(images):
+    skipped = Skipped()
+    lines = read_lines(text, skipped)
+    needed, empty = PER_IMAGE * len(images), [at for at, line in enumerate(lines, start=1) if not line]
+    if len(lines) - len(empty) == needed:
+        lines = [line for line in lines if line]  # empty lines between captions
+    if len(lines) != needed:
         whole, over = divmod(len(lines), PER_IMAGE)
         guess = (f"the text is off, it is no multiple of {PER_IMAGE}" if over else
                  f"the text is whole, so look for {abs(whole - len(images))} images too "
                  f"{'few' if whole > len(images) else 'many'} in {folder}")  # fmt: skip
-        raise ValueError(f"{text} has {len(lines)} captions, and the {len(images)} images in {folder} need "
-                         f"{PER_IMAGE * len(images)}: {guess}")  # fmt: skip
+        blank = f", of them {len(empty)} empty (the first is line {empty[0]})" if empty else ""
+        raise ValueError(f"{text} has {len(lines)} captions{blank}, and the {len(images)} images in {folder} need "
+                         f"{needed}: {guess}")  # fmt: skip
+    if empty:
+        # in the place of a caption, or between two: either way every other keeps its image
+        skipped.add("an empty line is no caption and left out", f"{text}, line {empty[0]}", len(empty))
     captions = [lines[at : at + PER_IMAGE] for at in range(0, len(lines), PER_IMAGE)]
     sources = [{"what": "CUB", "folder": str(root), "layout": "cub", "text": text.name}]
-    return ImageCaptions("cub", split, images, captions, np.array(labels, dtype=np.int64), tuple(classes), sources)
+    return _captioned(split, images, captions, labels, tuple(classes), sources, skipped)
+
+
+def _captioned(
+    split: Split, images: list[Path], captions: list[list[str]], labels: list[int], classes: tuple[str, ...],
+    sources: list[dict[str, Any]], skipped: Skipped,
+) -> ImageCaptions:  # fmt: skip
+    """The images with the captions that are not empty; those that have none are left out."""
+    told = [[line for line in own if line] for own in captions]
+    there = [at for at, own in enumerate(told) if own]
+    for at in sorted(set(range(len(images))) - set(there)):
+        skipped.add("an image without a caption is left out", str(images[at]))
+    skipped.say()
+    return ImageCaptions("cub", split, [images[at] for at in there], [told[at] for at in there],
+                         np.array([labels[at] for at in there], dtype=np.int64), classes, sources)  # fmt: skip
 
 
 def _table(file: Path) -> dict[str, str]:
     """``{number: value}`` of the lines ``number value``."""
     table: dict[str, str] = {}
     for at, line in enumerate(read_lines(file), start=1):
+        if not line:
+            continue
         number, _, value = line.partition(" ")
         if not number.isdigit() or not value or number in table:
             raise ValueError(f"{file}, line {at}: not a new number and a value, got {line!r:.80}")
@@ -156,7 +181,13 @@ def _published(root: Path, split: Split) -> ImageCaptions:
     absent = [file for file in images if not file.is_file()]
     if absent:
         raise FileNotFoundError(f"{absent[0]} is missing ({len(absent)} such images), and images.txt lists it")
-    captions = [read_lines(folder / Path(name).with_suffix(".txt")) for name in chosen]
-    labels = np.array([number_of[name.split("/")[0]] for name in chosen], dtype=np.int64)
+    skipped, captions = Skipped(), []
+    for name in chosen:
+        file = folder / Path(name).with_suffix(".txt")
+        captions.append(read_lines(file, skipped))
+        if "" in captions[-1]:
+            skipped.add("an empty line is no caption and left out", f"{file}, line {captions[-1].index('') + 1}",
+                        captions[-1].count(""))  # fmt: skip
+    labels = [number_of[name.split("/")[0]] for name in chosen]
     sources = [{"what": "CUB", "folder": str(root), "layout": "CUB_200_2011", "text": str(folder)}]
-    return ImageCaptions("cub", split, images, captions, labels, classes, sources)
+    return _captioned(split, images, captions, labels, classes, sources, skipped)

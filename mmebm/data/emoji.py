@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mmebm.data.base import Modality, MultimodalDataset, Split, check_count
 from mmebm.data.captions import Codec, ImageCaptions, caption_codec, check_option
 from mmebm.data.packages import INSTALL, pillow
+from mmebm.data.texts import read_text
 
 __all__ = ["emoji_captions", "in_test", "unicode_set"]
 
@@ -152,7 +153,7 @@ def _names(root: Path) -> dict[str, str]:
         path = _file(root, f"{CLDR}/{relative}")
         try:
             annotations = list(ElementTree.parse(path).iter("annotation"))
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise ValueError(f"{path} cannot be read as XML: {error}; apt-get install --reinstall "
                              "unicode-cldr-core") from error  # fmt: skip
         for annotation in annotations:
@@ -168,7 +169,7 @@ def _names(root: Path) -> dict[str, str]:
 def _labels(root: Path, level: str) -> dict[str, str]:
     path = _file(root, f"{CLDR}/{LABELS}")
     labels: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         parts = [part.strip() for part in line.split(";")]

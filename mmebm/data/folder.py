@@ -8,9 +8,7 @@ path/test/...             or path/train.npz, path/test.npz with arrays of the sa
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
 from mmebm.data.pairing import choose
 from mmebm.data.pools import ArrayPool, held
+from mmebm.data.texts import read_json
 
 __all__ = ["folder"]
 
@@ -158,21 +157,24 @@ def _arrays(root: Path, split: str) -> dict[str, _Array] | None:
     found = _load(archive, None)
     if not isinstance(found, np.lib.npyio.NpzFile):
         raise ValueError(f"{archive} is one array, not the archive that numpy.savez writes")
+    arrays = {}
     with found:
-        try:
-            return {name: _Array(found[name], f"{archive}[{name}]") for name in sorted(found.files)}
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(_unreadable(archive, error)) from error
+        for name in sorted(found.files):
+            try:
+                arrays[name] = _Array(np.asarray(found[name]), f"{archive}[{name}]")
+            except Exception as error:  # of zip, zlib, the header's parser: no set of exceptions
+                raise ValueError(_unreadable(f"{archive}[{name}]", error)) from error
+    return arrays
 
 
 def _load(file: Path, mapped: Any) -> Any:
     try:
         return np.load(file, mmap_mode=mapped, allow_pickle=False)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(_unreadable(file, error)) from error
+    except Exception as error:  # of zip, zlib, the header's parser: no set of exceptions
+        raise ValueError(_unreadable(str(file), error)) from error
 
 
-def _unreadable(file: Path, error: Exception) -> str:
+def _unreadable(file: str, error: Exception) -> str:
     return (f"{file} cannot be read as numbers or fixed-width strings ({error}): objects are not loaded, since that "
             "would run code; save strings as numpy.array(list_of_str)")  # fmt: skip
 
@@ -181,10 +183,7 @@ def _meta(root: Path) -> tuple[Path, dict[str, Any]]:
     file = root / "meta.json"
     if not file.is_file():
         return file, {}
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    meta = read_json(file)
     if not isinstance(meta, dict) or not meta.keys() <= {"classes", "modalities"}:
         raise ValueError(f"{file} must be an object with 'classes' and 'modalities', either or none, got "
                          f"{list(meta) if isinstance(meta, dict) else meta!r}")  # fmt: skip

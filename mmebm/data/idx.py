@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import math
 import os
-import pickle
 import zlib
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmebm.data.base import Split
+from mmebm.data.pools import dense
 
 __all__ = ["read_idx", "read_mnist"]
 
@@ -107,11 +107,11 @@ def _spelt(folder: Path, stem: str, kind: str) -> Path | None:
 def _processed(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
         images, labels = torch.load(file, map_location="cpu", weights_only=True)
-        return images.numpy(), labels.numpy()
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError,
-            AttributeError) as error:  # fmt: skip
+    except Exception as error:  # torch and the pickle in the file promise no set of exceptions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} must hold two tensors, images and labels, readable by "
-                         f"torch.load(weights_only=True): {error}") from error  # fmt: skip
+                         f"torch.load(weights_only=True): {reason}") from error  # fmt: skip
+    return dense(images, f"{file}, its first tensor,").numpy(), dense(labels, f"{file}, its second tensor,").numpy()
 
 
 def _checked(
@@ -124,7 +124,9 @@ def _checked(
     if len(images) != len(labels) or not len(labels):
         raise ValueError(f"{labels_file} has {len(labels)} labels for the {len(images)} images of {images_file}")
     if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{labels_file} must hold classes 0 to 9, got {labels.min()} to {labels.max()}")
+        bad = int(np.flatnonzero((labels < 0) | (labels > 9))[0])
+        raise ValueError(f"{labels_file} must hold classes 0 to 9, got {labels.min()} to {labels.max()}, first in row "
+                         f"{bad}")  # fmt: skip
     return images, labels.astype(np.int64)
 
 

@@ -175,8 +175,16 @@ def read_svhn(folder: str | os.PathLike[str], split: Split) -> tuple[NDArray[np.
         x, y = content["X"], content["y"]
     except Exception as error:  # scipy promises no set of exceptions for a broken file
         raise ValueError(f"{file} is no .mat file with X and y ({error!r}): fetch it again") from error
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray):
+        raise ValueError(f"{file} must have dense arrays X and y, got {type(x).__name__} and {type(y).__name__}")
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[:3] != (32, 32, 3) or y.size != x.shape[3]:
         raise ValueError(f"{file} must have X uint8 (32, 32, 3, n) and y (n, 1), got {x.dtype} {x.shape} and {y.shape}")
+    if y.dtype.kind not in "iuf":
+        raise ValueError(f"{file} must have numbers in y, got {y.dtype}")
+    whole = np.isfinite(y) & (y == np.floor(y)) if y.dtype.kind == "f" else np.ones(y.shape, dtype=bool)
+    if not whole.all():
+        bad = int(np.flatnonzero(~whole.ravel())[0])
+        raise ValueError(f"{file}, row {bad}: label {y.ravel()[bad]} is no class")
     labels = y.astype(np.int64).ravel()
     if not len(labels) or labels.min() < 0 or labels.max() > 10:
         raise ValueError(f"{file} must have labels 1 to 10, 10 for the digit 0, at least one")
@@ -304,6 +312,7 @@ def _rows(file: Path, instances: int) -> Ints:
     if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool or not len(rows):
         raise ValueError(f"{file} must hold integers (n,), at least one, got {rows.dtype} {tuple(rows.shape)}")
     if rows.min() < 0 or rows.max() >= instances:
-        raise ValueError(f"{file} names row {int(rows.max())}, of {instances} instances: it was made for another set, "
-                         "or the names of the two files are swapped")  # fmt: skip
+        bad = int(((rows < 0) | (rows >= instances)).nonzero()[0])
+        raise ValueError(f"{file} names row {int(rows[bad])}, of {instances} instances, in place {bad}: it was made "
+                         "for another set, or the names of the two files are swapped")  # fmt: skip
     return rows.to(torch.int64).numpy()

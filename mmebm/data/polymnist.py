@@ -21,9 +21,10 @@ from torch import Tensor
 
 from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, check_count, refuse_path
 from mmebm.data.idx import read_mnist
+from mmebm.data.images import read_image
 from mmebm.data.packages import DIGIT_WORDS, PHOTOGRAPHS, mnist, photograph
 from mmebm.data.pairing import SPLIT_SEED, below, choose, pair_by_class, random_words, split_by_class
-from mmebm.data.pools import ArrayPool, FilePool, average_areas, held, load_tensor, read_image
+from mmebm.data.pools import ArrayPool, FilePool, average_areas, held, load_tensor
 
 __all__ = ["crop_corners", "difference", "invert", "polymnist", "polymnist_5k", "polymnist_built"]
 

@@ -7,7 +7,6 @@ GPU. Sixty thousand photographs do not fit. These two keep what the source has a
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmebm.data.base import Modality, Pool
-from mmebm.data.packages import pillow
 
-__all__ = ["ArrayPool", "FilePool", "average_areas", "held", "load_tensor", "read_image"]
+__all__ = ["ArrayPool", "FilePool", "average_areas", "dense", "held", "load_tensor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +50,27 @@ class ArrayPool:
         """As :meth:`Pool.gather`; ValueError for values outside their range or not finite, naming the source."""
         chosen = rows.numpy()
         try:
-            x = self.modality.model(self.prepare(self.values[chosen]))
+            x = self._model(chosen)
         except ValueError as error:
-            raise ValueError(f"{self.source}: {error}") from error
+            bad = next((row for row in chosen if not self._fits(row)), None)
+            where = "" if bad is None else f", in row {bad}"
+            raise ValueError(f"{self.source}: {error}{where}") from error
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             row = int(chosen[int((~finite).nonzero()[0])])
             raise ValueError(f"{self.source}: row {row} has values that are not finite; say that it is absent, or "
                              "leave it out")  # fmt: skip
         return x
+
+    def _model(self, rows: NDArray[np.int64]) -> Tensor:
+        return self.modality.model(self.prepare(self.values[rows]))
+
+    def _fits(self, row: np.int64) -> bool:
+        try:
+            self._model(np.array([row]))
+        except ValueError:
+            return False
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,27 +145,8 @@ def held(pool: Pool, rows: NDArray[np.int64] | None = None) -> Tensor:
     return x
 
 
-def read_image(file: Path) -> NDArray[np.uint8]:
-    """An image file as uint8 ``(3, H, W)``.
-
-    Raises:
-        ModuleNotFoundError: without Pillow.
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no image.
-    """
-    image = pillow()
-    try:
-        with image.open(file) as picture:
-            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-    except FileNotFoundError:
-        raise
-    # Pillow raises SyntaxError for some broken PNG files
-    except (OSError, SyntaxError, image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
-
-
 def load_tensor(file: Path, layout: str, *, mapped: bool = False) -> Tensor:
-    """The one dense tensor in a .pt file, on the CPU; nothing in the file is executed.
+    """The one dense tensor in a .pt file, on the CPU and without a graph; nothing in the file is executed.
 
     Args:
         file: what torch.save wrote.
@@ -169,9 +160,33 @@ def load_tensor(file: Path, layout: str, *, mapped: bool = False) -> Tensor:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {layout}")
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read by torch.load(weights_only=True): {error}") from error
-    if not isinstance(loaded, Tensor) or loaded.layout != torch.strided:
-        raise ValueError(f"{file} must hold one dense tensor, got {type(loaded).__name__}")
-    return loaded
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except RuntimeError:  # files of old versions cannot be mapped
+            if not mapped:
+                raise
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and the pickle in the file promise no set of exceptions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} cannot be read by torch.load(weights_only=True): {reason}") from error
+    return dense(loaded, str(file))
+
+
+def dense(value: object, source: str) -> Tensor:
+    """``value`` as a tensor that NumPy takes: without a graph, float32 for the other small floats, int64 for unsigned
+    integers of more than 8 bits.
+
+    Raises:
+        ValueError: naming ``source``, if it is no dense tensor with values.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{source} must hold one dense tensor, got {type(value).__name__}")
+    kinds = {"sparse": value.layout != torch.strided, "nested": value.is_nested, "quantised": value.is_quantized,
+             "without values (meta)": value.is_meta}  # fmt: skip
+    for kind, found in kinds.items():
+        if found:
+            raise ValueError(f"{source} must hold one dense tensor, got a tensor that is {kind}")
+    value = value.detach().resolve_conj().resolve_neg()
+    if value.is_floating_point() and value.dtype not in (torch.float16, torch.float32, torch.float64):
+        return value.to(torch.float32)
+    return value.to(torch.int64) if value.dtype in (torch.uint16, torch.uint32, torch.uint64) else value

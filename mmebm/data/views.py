@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mmebm.data.base import Modality, MultimodalDataset, Split, check_count
 from mmebm.data.packages import DIGIT_WORDS, package_file, package_source
 from mmebm.data.pairing import SPLIT_SEED, choose, split_by_class
+from mmebm.data.texts import read_text
 
 __all__ = ["SIZES", "views"]
 
@@ -140,7 +141,7 @@ def _read(file: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]
     """The numbers ``(instances, SIZES[name])``, the classes, and where they came from."""
     raw = file.read_bytes()
     csv = file.suffix == ".csv"
-    lines = raw.decode("latin-1").splitlines()[1 if csv else 0 :]
+    lines = [line for line in read_text(file).splitlines() if line.strip()][1 if csv else 0 :]
     expected = f"a table of {SIZES[name]} numbers{' and a class, with a header,' if csv else ''} in each line"
     if not any(line.strip() for line in lines):
         raise ValueError(f"{file} is not {expected}: it has no line")
@@ -150,9 +151,13 @@ def _read(file: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]
         raise ValueError(f"{file} is not {expected}: {error}") from error
     labels = table[:, -1] if csv else np.arange(len(table)) // 200
     values = table[:, :-1] if csv else table
-    if values.shape[1:] != (SIZES[name],) or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"{file} is not {expected}")
-    if not np.isin(labels, np.arange(10)).all() or (not csv and len(values) != 2000):
+    if values.shape[1:] != (SIZES[name],) or not len(values):
+        raise ValueError(f"{file} is not {expected}: it has {table.shape[1]} columns")
+    for wrong, what in ((~np.isfinite(values).all(1), "a value that is not finite"),
+                        (~np.isin(labels, np.arange(10)), "another class than the classes 0 to 9")):  # fmt: skip
+        if wrong.any():
+            raise ValueError(f"{file} is not {expected}: row {int(np.flatnonzero(wrong)[0])} has {what}")
+    if not csv and len(values) != 2000:
         raise ValueError(f"{file} must have classes 0 to 9 in its last column, or 2,000 lines without, got "
                          f"{len(values)} lines")  # fmt: skip
     if name == "pix" and not (values.min() >= 0 and values.max() <= GREY):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmebm.data.base import Modality, MultimodalDataset, check_count
-from mmebm.files import write_atomically
+from mmebm.files import read_archive, write_archive
 
 __all__ = ["Classifiers", "fit_classifiers"]
 
@@ -174,7 +174,7 @@ class Classifiers:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything to ``path`` (atomically), readable by :meth:`load` and torch.load(weights_only=True)."""
-        write_atomically(Path(path), lambda file: torch.save(self.state_dict(), file))
+        write_archive(Path(path), self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifiers:
@@ -183,7 +183,7 @@ class Classifiers:
         Raises:
             ValueError: if the file holds something else, or another version of the format.
         """
-        return cls.from_state_dict(torch.load(path, map_location="cpu", weights_only=True), device)
+        return cls.from_state_dict(read_archive(Path(path))[0], device)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only; :meth:`from_state_dict` is its inverse."""

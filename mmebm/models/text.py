@@ -8,7 +8,6 @@ learns a ball around each code and not a point: a Langevin step, or a generator 
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from mmebm.data.base import check_count
 from mmebm.data.captions import END, UNKNOWN, Vocabulary, join, tokens
-from mmebm.files import write_atomically
+from mmebm.files import read_archive, write_archive
 
 __all__ = ["TextAutoencoder", "TextSettings", "fit_text_autoencoder", "reading_accuracy"]
 
@@ -194,7 +193,7 @@ class TextAutoencoder(nn.Module):
         """Writes the network, its vocabulary and settings to ``path``; the file appears whole or not at all."""
         content = {"format": FORMAT, "words": list(self.vocabulary.words), "settings": asdict(self.settings),
                    "info": self.info, "weights": {k: v.cpu() for k, v in self.state_dict().items()}}  # fmt: skip
-        write_atomically(path, lambda file: torch.save(content, file))
+        write_archive(path, content)
 
     @classmethod
     def load(cls, path: Path) -> TextAutoencoder:
@@ -208,12 +207,14 @@ class TextAutoencoder(nn.Module):
             raise FileNotFoundError(f"no text autoencoder at {path}: TextAutoencoder.save writes one, and a caption "
                                     "set that is loaded without codec= fits its own")  # fmt: skip
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content, _ = read_archive(path)
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
             model = cls(Vocabulary(tuple(content["words"])), TextSettings(**content["settings"]), content["info"])
             model.load_state_dict(content["weights"])
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+            if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+                raise ValueError("its weights are not finite")
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a text autoencoder of this library: {error}") from error
         return model.eval().requires_grad_(False)
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import secrets
 import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -66,6 +68,7 @@ class Handle:
     labels: Tensor
     _origin: Tensor = field(repr=False)
     _uniform: Tensor = field(repr=False)
+    _buffer: str = field(default="", repr=False)  # which one it is of
 
 
 class ReplayBuffer:
@@ -78,8 +81,12 @@ class ReplayBuffer:
     * "fifo": over the oldest states (IGEBM): chains that are drawn twice multiply, the others are lost.
     * "reservoir": so that the buffer is a uniform sample of all states that ever were in it, the first ones included.
 
-    Where two rows go to one slot the later row wins, on every device. A row that holds an inf or NaN is not stored; its
-    slot keeps what it had, and ``refused`` counts it.
+    Where two rows go to one slot the later row wins, on every device. A row that holds an inf or NaN, or a value that
+    becomes one in the ``dtype`` it is stored in (above 65,504 in float16), is not stored; its slot keeps what it had,
+    and ``refused`` counts it.
+
+    Several threads may use one buffer: a draw or a write is done before another begins, and no two draws have the same
+    iteration. A buffer can be copied and pickled where ``init``, ``transform`` and ``reinit`` can.
 
     Args:
         capacity: number of chains kept; with ``classes`` a multiple of it.
@@ -144,6 +151,7 @@ class ReplayBuffer:
             raise ValueError('storage="pinned" needs a CUDA device, and torch sees none: use "host"')
         self.seed = noise.draw_seed() if seed is None else integer("seed", seed, -(2**63), 2**64)
         self.iteration = 0
+        self._name, self._lock = secrets.token_hex(8), threading.RLock()
         self._probability(0)
         self._labelled = _takes_labels(init)
         if self._labelled and classes is None:
@@ -201,7 +209,9 @@ class ReplayBuffer:
                 self._build: Structure
                 self._keys, _, self._build = flatten(state)
                 self._settle(tensors, dtype, value_range)
-            for data, encoded in zip(self._data, self._encode(tensors), strict=True):
+            for key, data, encoded in zip(self._keys, self._data, self._encode(tensors), strict=True):
+                if not bool(encoded.isfinite().all()):
+                    raise ValueError(f"init must make finite states, and state[{key!r}] is not in {encoded.dtype}")
                 data[start : start + len(rows)] = encoded
         # one slot more than there are: where what is not kept is written to, so that no one need ask
         spare = torch.full((1,), -1, dtype=torch.int64, device=self._where)
@@ -287,7 +297,7 @@ class ReplayBuffer:
             TypeError, ValueError: for bad ``n`` or ``labels``, or another state from ``init`` or ``transform``.
         """
         n = integer("n", n, 1, 2**31)
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
             classes = None if labels is None else self._check_labels(n, labels)
             iteration = self.iteration
             words = noise.words(n, 1, seed=self.seed, step=iteration, stream=_STREAM, device=self._where)[:, 0]
@@ -311,8 +321,8 @@ class ReplayBuffer:
             row = torch.arange(n, dtype=torch.int64, device=self._where)
             origin = torch.where(fresh, self.capacity + (iteration << 31) + row, self._origin[slots])
             uniform = ((words[:, 2] << 21) | (words[:, 3] >> 11)).double() * 2.0**-53
-        self.iteration += 1
-        return self._build(tensors), Handle(iteration, slots, fresh, classes, origin, uniform)
+            self.iteration += 1
+        return self._build(tensors), Handle(iteration, slots, fresh, classes, origin, uniform, self._name)
 
     @property
     def _noisy(self) -> bool:
@@ -362,10 +372,18 @@ class ReplayBuffer:
         """
         if not isinstance(handle, Handle):
             raise TypeError(f"handle must be what draw returned, got {type(handle).__name__}")
+        if handle._buffer != self._name:
+            raise ValueError(
+                f"handle must be of a draw from this buffer, got one of draw {handle.iteration} of another"
+            )
         n = len(handle.slots)
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
             tensors = self._made("state", state, n, self._keys)
-            finite = torch.stack([t.isfinite().flatten(1).all(1) for t in tensors]).all(0).to(self._where)
+            stored = self._encode(tensors)
+            # as it is given and as it is stored: uint8 has no NaN, float16 overflows
+            finite = torch.stack([
+                part.isfinite().flatten(1).all(1).to(self._where) for part in (*tensors, *stored)
+            ]).all(0)  # fmt: skip
             slots, keep = handle.slots, finite
             if self.policy != "slots":
                 rank, count = self._rank(handle.labels, finite)
@@ -381,7 +399,7 @@ class ReplayBuffer:
             last = torch.full((self.capacity + 1,), -1, dtype=torch.int64, device=self._where)
             last.scatter_reduce_(0, torch.where(keep, slots, spare), row, "amax")
             to = torch.where(keep & (last[slots] == row), slots, spare)
-            for data, encoded in zip(self._data, self._encode(tensors), strict=True):
+            for data, encoded in zip(self._data, stored, strict=True):
                 data[to] = encoded
             self._origin[to] = handle._origin
             self._refused += (~finite).sum()
@@ -434,7 +452,8 @@ class ReplayBuffer:
         """Goes on where another buffer was: the next draw is the one that the other would have made.
 
         Raises:
-            ValueError: where the other had another capacity, policy, classes, structure, shapes or storage type.
+            TypeError, ValueError: where the other had another capacity, policy, classes, structure, shapes or storage
+                type, or where the state is no state of a buffer: nothing has changed then.
         """
         wanted = {"description", "seed", "iteration", "data", "origin", "written", "refused"}
         if not isinstance(state, Mapping) or set(state) != wanted:
@@ -446,13 +465,35 @@ class ReplayBuffer:
                 "state is of another buffer: "
                 + ", ".join(f"{k} is {other.get(k)!r} there, {mine[k]!r} here" for k in differ)
             )
-        self.seed, self.iteration = state["seed"], state["iteration"]
-        with torch.no_grad():
-            for data, saved in zip(self._data, state["data"], strict=True):
-                data[: self.capacity] = saved
-            self._origin[: self.capacity] = state["origin"]
-            self._written.copy_(state["written"])
-            self._refused.copy_(state["refused"])
+        seed = integer("state['seed']", state["seed"], -(2**63), 2**64)
+        iteration = integer("state['iteration']", state["iteration"], 0)
+        data = state["data"]
+        if not isinstance(data, (list, tuple)) or len(data) != len(self._data):
+            raise ValueError(f"state['data'] must be {len(self._data)} tensors, got {data!r:.80}")
+        parts = {f"data of {key!r}": (saved, own[: self.capacity])
+                 for key, saved, own in zip(self._keys, data, self._data, strict=True)}  # fmt: skip
+        parts |= {"origin": (state["origin"], self._origin[: self.capacity])}
+        parts |= {name: (state[name], own) for name, own in (("written", self._written), ("refused", self._refused))}
+        for name, (saved, own) in parts.items():
+            found = (tuple(saved.shape), saved.dtype) if isinstance(saved, Tensor) else type(saved).__name__
+            if found != (tuple(own.shape), own.dtype):
+                raise ValueError(f"state: {name} must be {tuple(own.shape)} {own.dtype}, got {found}")
+            if not bool(saved.isfinite().all()):
+                raise ValueError(f"state: {name} holds numbers that are not finite")
+        with self._lock, torch.no_grad():
+            self.seed, self.iteration = seed, iteration
+            for saved, own in parts.values():
+                own.copy_(saved)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: a tiny state stands for the function that builds states."""
+        with self._lock:
+            held = dict(self.__dict__)
+        del held["_lock"]
+        return held | {"_build": self._build([torch.zeros(1, dtype=torch.float32, device="cpu") for _ in self._keys])}
+
+    def __setstate__(self, held: dict[str, Any]) -> None:
+        self.__dict__.update(held, _build=flatten(held["_build"])[2], _lock=threading.RLock())
 
     def __repr__(self) -> str:
         return (

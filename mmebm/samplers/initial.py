@@ -1,12 +1,14 @@
 """Where chains start: functions ``(n, generator) -> state`` for :class:`mmebm.ReplayBuffer`, or to call.
 
-Those that depend on a class take ``labels`` (n,) too. All draw on the generator's device.
+Those that depend on a class take ``labels`` (n,) too. All draw on the generator's device, and can be pickled where what
+they were made of can.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,22 +32,26 @@ def uniform(shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: to
     size = _shape(shape)
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"low and high must be finite with low <= high, got {low!r} and {high!r}")
+    return partial(_uniform, size, low, high, dtype)
 
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(n, *size, generator=generator, device=generator.device, dtype=dtype) * (high - low) + low
 
-    return draw
+def _uniform(
+    size: tuple[int, ...], low: float, high: float, dtype: torch.dtype, n: int, generator: torch.Generator
+) -> Tensor:
+    return torch.rand(n, *size, generator=generator, device=generator.device, dtype=dtype) * (high - low) + low
 
 
 def normal(shape: Sequence[int], std: float = 1.0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Initial:
     """Normal with one mean and standard deviation."""
     size = _shape(shape)
     check_setting("std", std)
+    return partial(_normal, size, std, mean, dtype)
 
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(n, *size, generator=generator, device=generator.device, dtype=dtype) * std + mean
 
-    return draw
+def _normal(
+    size: tuple[int, ...], std: float, mean: float, dtype: torch.dtype, n: int, generator: torch.Generator
+) -> Tensor:
+    return torch.randn(n, *size, generator=generator, device=generator.device, dtype=dtype) * std + mean
 
 
 def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
@@ -57,22 +63,21 @@ def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
     if len(examples) == 0:
         raise ValueError(f"examples must hold at least one row, got shape {tuple(examples.shape)}")
     if labels is None:
-
-        def anyone(n: int, generator: torch.Generator) -> Tensor:
-            at = torch.randint(len(examples), (n,), generator=generator, dtype=torch.int64, device=generator.device)
-            return examples.to(generator.device)[at]
-
-        return anyone
+        return partial(_anyone, examples)
     order, start, count = _by_class(examples, labels)
-    rows = examples[order.to(examples.device)]
+    return partial(_of_class, examples[order.to(examples.device)], start, count)
 
-    def of_class(n: int, generator: torch.Generator, labels: Tensor) -> Tensor:
-        device = generator.device
-        u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
-        first, size = start.to(device)[labels], count.to(device)[labels]
-        return rows.to(device)[first + torch.minimum((u * size).long(), size - 1)]
 
-    return of_class
+def _anyone(examples: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    at = torch.randint(len(examples), (n,), generator=generator, dtype=torch.int64, device=generator.device)
+    return examples.to(generator.device)[at]
+
+
+def _of_class(rows: Tensor, start: Tensor, count: Tensor, n: int, generator: torch.Generator, labels: Tensor) -> Tensor:
+    device = generator.device
+    u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+    first, size = start.to(device)[labels], count.to(device)[labels]
+    return rows.to(device)[first + torch.minimum((u * size).long(), size - 1)]
 
 
 def _by_class(examples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,38 +119,44 @@ def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full"
             scales.append((centred.square().mean(0) + jitter).sqrt())
     mean = torch.stack(means).to(examples.dtype)
     scale = torch.stack(scales).to(examples.dtype)
-    shape = examples.shape[1:]
+    return partial(_class_normal, mean, scale, covariance, examples.shape[1:])
 
-    def draw(n: int, generator: torch.Generator, labels: Tensor) -> Tensor:
-        device = generator.device
-        xi = torch.randn(n, flat.shape[1], generator=generator, device=device, dtype=mean.dtype)
-        spread = scale.to(device)
-        if covariance == "diagonal":
-            out = xi * spread[labels]
-        else:
-            # one product per class, so that no (n, elements, elements) tensor is made
-            out = torch.zeros_like(xi)
-            for c in range(len(spread)):
-                out = torch.where((labels == c)[:, None], xi @ spread[c].T, out)
-        return (mean.to(device)[labels] + out).reshape(n, *shape)
 
-    return draw
+def _class_normal(
+    mean: Tensor, scale: Tensor, covariance: str, shape: Sequence[int], n: int, generator: torch.Generator,
+    labels: Tensor,
+) -> Tensor:  # fmt: skip
+    device = generator.device
+    xi = torch.randn(n, mean.shape[1], generator=generator, device=device, dtype=mean.dtype)
+    spread = scale.to(device)
+    if covariance == "diagonal":
+        out = xi * spread[labels]
+    else:
+        # one product per class, so that no (n, elements, elements) tensor is made
+        out = torch.zeros_like(xi)
+        for c in range(len(spread)):
+            out = torch.where((labels == c)[:, None], xi @ spread[c].T, out)
+    return (mean.to(device)[labels] + out).reshape(n, *shape)
 
 
 def generated(generator_net: Callable[[Any], Any], latent: Initial) -> Initial:
     """What a generator makes of latents: ``generator_net(latent(n, generator))``, without its graph."""
     if not callable(generator_net) or not callable(latent):
         raise TypeError("generator_net and latent must be functions")
+    return partial(_generated, generator_net, latent)
 
-    def draw(n: int, generator: torch.Generator) -> Any:
-        with torch.no_grad():
-            return generator_net(latent(n, generator))
 
-    return draw
+def _generated(generator_net: Callable[[Any], Any], latent: Initial, n: int, generator: torch.Generator) -> Any:
+    with torch.no_grad():
+        return generator_net(latent(n, generator))
 
 
 def each(parts: Mapping[str, Initial]) -> Initial:
     """A dict state, each tensor from its own initialiser (none of them by class)."""
     if not isinstance(parts, Mapping) or not parts or not all(callable(part) for part in parts.values()):
         raise TypeError(f"parts must be a mapping from name to initialiser, got {parts!r:.80}")
-    return lambda n, generator: {name: part(n, generator) for name, part in parts.items()}
+    return partial(_each, dict(parts))
+
+
+def _each(parts: dict[str, Initial], n: int, generator: torch.Generator) -> dict[str, Any]:
+    return {name: part(n, generator) for name, part in parts.items()}

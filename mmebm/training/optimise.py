@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,3 +56,27 @@ class Optimiser:
             group["lr"] = self.config.lr * lr
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Adam's state of the same parameters, as ``adam.state_dict()`` gives it; gradients in hand are dropped.
+
+        Raises:
+            ValueError: where it is of other parameters or of another configuration: torch would not say.
+        """
+        own, groups = self.adam.state_dict()["param_groups"][0], state["param_groups"]
+        for name in ("params", "betas", "eps", "weight_decay", "amsgrad", "maximize"):
+            if len(groups) != 1 or _plain(groups[0][name]) != _plain(own[name]):
+                raise ValueError(f"Adam has {name}={own[name]!r:.80} here, and {groups[0].get(name)!r:.80} there")
+        for at, of in state["state"].items():
+            if at not in range(len(self.parameters)):
+                raise ValueError(f"Adam's state is of parameter {at}, of {len(self.parameters)} there are")
+            shape = self.parameters[at].shape
+            if of["exp_avg"].shape != shape or of["exp_avg_sq"].shape != shape or of["step"].shape != ():
+                raise ValueError(f"Adam's state of parameter {at} has not its shape {tuple(shape)}")
+        self._calls = 0
+        self.adam.load_state_dict(dict(state))
+        self.adam.zero_grad(set_to_none=True)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

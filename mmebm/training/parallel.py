@@ -9,12 +9,15 @@ training run on two processes is another run than on one, while samples of the s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,21 @@ class Processes:
             dist.all_gather(every, padded)
             out[name] = torch.cat([rows[: b - a] for rows, (a, b) in zip(every, sizes, strict=True)])
         return out
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What the first process decides, on all of them; where it raises OSError or ValueError all do."""
+        if self.world == 1:
+            return decide()
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = decide()
+            except (OSError, ValueError) as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise ValueError(box[1])
+        return box[0]
 
     def barrier(self) -> None:
         """Waits for the others."""

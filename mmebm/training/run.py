@@ -23,6 +23,7 @@ from mmebm.training.system import System
 
 CHECKPOINT = "checkpoint.pt"
 CODEC = "codec.pt"
+LOG = "log.jsonl"
 
 # Where samples are taken: the multimodal VAE after the warm-up; the chain of an energy that learned on top of it while
 # it was held; where the data chain starts after the joint stage; and what that chain makes of it.
@@ -85,7 +86,10 @@ class Run:
         system = System(config.replace(latent_prior=None) if plain else config, self.shapes).to(self.device).eval()
         if plain:
             state = {name: value for name, value in state.items() if not name.startswith("prior.")}
-        system.load_state_dict(state)
+        try:
+            system.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{self.folder / CHECKPOINT} does not belong to its configuration: {error}") from error
         return system
 
     @property
@@ -124,8 +128,7 @@ class Run:
 
     def log(self) -> list[dict[str, Any]]:
         """The rows of the training log; none where there is no log."""
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return read_log(self.folder)
 
     @property
     def peak_memory(self) -> float | None:
@@ -253,6 +256,24 @@ class Run:
             "prior_steps": self.system.prior.steps,
             "backend": c.backend, "device": str(self.device),
         }  # fmt: skip
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of ``log.jsonl`` in a run's folder; none where there is no log.
+
+    Raises:
+        ValueError: naming the line that is no row. One that was cut off at the end is none, and left out.
+    """
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not a row of a log: {error}") from error
+    return rows
 
 
 def load_data(config: Config, split: data.Split, folder: Path | None = None) -> MultimodalDataset:

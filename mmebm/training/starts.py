@@ -169,8 +169,15 @@ class LatentStarts:
         return {} if self.ends is None else {"ends": self.ends.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: where the state is of another number of tuples, or of another latent.
+        """
         if self.ends is not None and "ends" in state:
+            if state["ends"].shape != self.ends.shape:
+                raise ValueError(f"the persistent latent chains are {tuple(state['ends'].shape)} there, "
+                                 f"{tuple(self.ends.shape)} here")  # fmt: skip
             self.ends.copy_(state["ends"])
 
 

@@ -357,6 +357,8 @@ class Trainer:
     def _iterate(self, stage: Stage, k: int) -> Row:
         """One iteration: its rows in as many parts as configured."""
         rng, chain = self._rng(), self.config.latent_chain
+        # for networks that draw without a generator, as dropout does
+        torch.manual_seed(self._rng(purpose=1 + 2 * self.config.accumulate).initial_seed())
         total: Row = {}
         for part in range(self.config.accumulate):
             batch = self.batch(part, next(self._reader)[1] if self._reader is not None else None)
@@ -375,7 +377,7 @@ class Trainer:
             TrainingDiverged: where rolling back did not help.
         """
         every = self.config.guard.every
-        good = self._networks()
+        good = self._written()
         good_iteration = self.iteration
         rows: list[Row] = []
         self._reader = self._ahead()
@@ -386,7 +388,8 @@ class Trainer:
             self._begin(stage, k / max(stage.iterations - 1, 1))
             if stage.kind != "warmup" and "vae" not in self.snapshots:
                 self.snapshots["vae"] = self._snapshot()
-            rows.append({**self._iterate(stage, k), "iteration": self.iteration})
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                rows.append({**self._iterate(stage, k), "iteration": self.iteration})
             if self.averaged is not None:
                 self.averaged.update_parameters(self.system)
             self.iteration += 1
@@ -396,7 +399,8 @@ class Trainer:
             seconds = (time.perf_counter() - started) / len(rows)
             numbers = self._numbers(rows)
             rows = []
-            reason = self.guard.reason(numbers)
+            # a value is logged before the update that it leads to
+            reason = self.guard.reason(numbers) or self._not_finite()
             if reason is not None:
                 self._restore(good)
                 self.iteration = good_iteration
@@ -406,7 +410,7 @@ class Trainer:
             else:
                 if last and self.teach == ("energy",):
                     self.snapshots["frozen"] = self._snapshot()
-                good, good_iteration = self._networks(), self.iteration
+                good, good_iteration = self._written(), self.iteration
                 mean: Row = {}
                 for name in dict.fromkeys(name for row in numbers for name in row):
                     values = [row[name] for row in numbers if name in row]
@@ -437,6 +441,29 @@ class Trainer:
         system = self.system if self.averaged is None else self.averaged.module
         return {name: value.detach().clone() for name, value in system.state_dict().items()}
 
+    def _not_finite(self) -> str | None:
+        """Which network is not made of numbers any more, on any process, or None: no state to go back to."""
+        held = dict(self.system.named_parameters()) | {"latent_step": self.system.latent_step}
+        if self.averaged is not None:
+            held |= {f"average of {name}": p for name, p in self.averaged.module.named_parameters()}
+        for name, o in self.optimisers.items():
+            held |= {f"Adam's {key} of {name}": v for of in o.adam.state.values() for key, v in of.items()
+                     if key != "step"}  # fmt: skip
+        largest = torch._foreach_norm([t.detach() for t in held.values() if t.numel()], torch.inf)
+        wrong = [~n.isfinite() for n in largest]
+        # a buffer may hold inf, as masks do
+        buffers = {name: b for name, b in self.system.named_buffers() if b.is_floating_point()}
+        flags = torch.stack([*wrong, *(b.isnan().any() for b in buffers.values())]).double()
+        self.processes.average([flags])
+        found = flags.nonzero()
+        names = [name for name, t in held.items() if t.numel()] + list(buffers)
+        return f"{names[int(found[0])]} is not finite" if len(found) else None
+
+    def _written(self) -> dict[str, Any]:
+        """A copy of all that training writes."""
+        starts = {"data": self.data_starts.state_dict(), "latent": self.latent_starts.state_dict()}
+        return {**self._networks(), "starts": starts}
+
     def _networks(self) -> dict[str, Any]:
         def copied(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -449,28 +476,37 @@ class Trainer:
             "system": copied(self.system.state_dict()),
             "averaged": None if self.averaged is None else copied(self.averaged.state_dict()),
             "optimisers": {name: copied(o.adam.state_dict()) for name, o in self.optimisers.items()},
+            "buffers": [name for name, _ in self.system.named_buffers() if name != "latent_step"],
         }
 
-    def _restore(self, networks: dict[str, Any]) -> None:
-        self.system.load_state_dict(networks["system"])
+    def _restore(self, written: dict[str, Any]) -> None:
+        self.system.load_state_dict(written["system"])
         if self.averaged is not None:
-            self.averaged.load_state_dict(networks["averaged"])
-        for name, state in networks["optimisers"].items():
-            self.optimisers[name].adam.load_state_dict(state)
+            self.averaged.load_state_dict(written["averaged"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(written["optimisers"][name])
+        self.data_starts.load_state_dict(written["starts"]["data"])
+        self.latent_starts.load_state_dict(written["starts"]["latent"])
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs: plain data and tensors."""
         return {
             "format": checkpoint.FORMAT, "config": self.config.to_json(), "iteration": self.iteration,
             "rollbacks": self.guard.rollbacks, "evaluations": self.evaluations, "snapshots": self.snapshots,
-            "starts": {"data": self.data_starts.state_dict(), "latent": self.latent_starts.state_dict()},
-            **self._networks(),
+            **self._written(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`, on a trainer of the same configuration."""
-        self._restore(state)
+        """The inverse of :meth:`state_dict`, on a trainer of the same configuration.
+
+        Raises:
+            ValueError: where the state does not belong to this configuration.
+        """
+        if not 0 <= state["iteration"] <= self.total:
+            raise ValueError(f"iteration {state['iteration']} of {self.total} that are configured")
+        try:
+            self._restore(state)
+        except (RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"it does not belong to its configuration: {type(error).__name__} {error}") from error
         self.iteration, self.guard.rollbacks = state["iteration"], state["rollbacks"]
         self.evaluations, self.snapshots = state["evaluations"], dict(state["snapshots"])
-        self.data_starts.load_state_dict(state["starts"]["data"])
-        self.latent_starts.load_state_dict(state["starts"]["latent"])

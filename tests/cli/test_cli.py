@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import torch
 
 from mmebm.cli.main import main
 from mmebm.cli.train import configure, fit, prepare
+from mmebm.files import FolderLock
+from mmebm.training import checkpoint
 from mmebm.training.run import Run
 
 STAGES = json.dumps([{"kind": kind, "iterations": n} for kind, n in (("warmup", 40), ("prior", 4), ("joint", 4))])
@@ -233,7 +236,98 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert b"mmebm train --resume" in out
-    from mmebm.training import checkpoint
-
     content = checkpoint.load(tmp_path / "cut" / "checkpoint.pt")
     assert 12 <= content["iteration"] < 100000
+
+
+def test_a_folder_trains_one_run_at_a_time(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "log.jsonl").read_bytes()
+    with FolderLock(run):
+        assert main(["train", "--resume", str(run), "--device", "cpu"]) == 1
+        assert f"{run} is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert (run / "log.jsonl").read_bytes() == before
+    with FolderLock(tmp_path / "mine"):
+        assert main(["train", "--runs", str(tmp_path), "--name", "mine", *QUICK]) == 1
+        assert "is in use by" in capsys.readouterr().err
+    # a lock of another host is respected, whether or not it lives
+    (run / ".lock").write_text("elsewhere 1")
+    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert "in use by process 1 on elsewhere" in error and f"delete {run / '.lock'}" in error
+    (run / ".lock").unlink()
+
+
+@pytest.mark.parametrize("command", ["train", "ablate", "sample", "evaluate", "report"])
+def test_a_result_that_cannot_be_written_is_found_before_the_work(
+    command: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file where a folder should be, in the way of every command; none begins its work."""
+
+    def work(*args: object, **options: object) -> None:
+        raise AssertionError("the work has begun")
+
+    for name in ("mmebm.cli.train.load_data", "mmebm.cli.evaluate.fit_classifiers", "mmebm.cli.evaluate.measure",
+                 "mmebm.training.run.Run.sample", "mmebm.report.write_report"):  # fmt: skip
+        monkeypatch.setattr(name, work)
+    (tmp_path / "file").write_text("in the way")
+    out = str(tmp_path / "file" / "out")
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
+    (tmp_path / "blocked" / "metrics.json").mkdir()
+    arguments = {
+        "train": ["--runs", out, *QUICK], "ablate": ["--out", out, "--device", "cpu"],
+        "sample": [str(run), "--out", out, "--device", "cpu"],
+        "evaluate": [str(tmp_path / "blocked"), "--device", "cpu"],
+        "report": [str(run), "--out", out, "--device", "cpu"],
+    }  # fmt: skip
+    assert main([command, *arguments[command]]) == 1
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert ("metrics.json" if command == "evaluate" else f"{tmp_path / 'file'} is a file, and no folder") in error
+
+
+def test_a_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
+    """Rows that were written after the last save, and a half one, are written again; a run of the same name that was
+    killed before its first save leaves none."""
+    stages = json.dumps([{"kind": "warmup", "iterations": 12}])
+    config = configure("demo", changes=[f"stages={stages}", "data.options.n=200", "guard.every=4"])
+    folder, here = tmp_path / "run", torch.device("cpu")
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"stage": "old", "iteration": 4}\n{"stage": "ol')
+    trainer = prepare(folder, here, config, threads=1)
+    assert fit(trainer, folder)
+    assert [row["iteration"] for row in Run(folder).log()] == [4, 8, 12]
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    content["config"] = config.replace(stages=(*config.stages, *config.stages)).to_json()
+    checkpoint.save(folder / "checkpoint.pt", content)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"stage": "warmup", "iteration": 16}\n{"stage": "wa')
+    assert [row["iteration"] for row in Run(folder).log()] == [4, 8, 12, 16]
+    resumed = prepare(folder, here, None, threads=1)
+    assert fit(resumed, folder)
+    assert [row["iteration"] for row in Run(folder).log()] == [4, 8, 12, 16, 20, 24]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    stages = json.dumps([{"kind": "warmup", "iterations": 12}])
+    config = configure("demo", changes=[f"stages={stages}", "data.options.n=200", "guard.every=4"])
+    folder, here = tmp_path / "run", torch.device("cpu")
+    trainer = prepare(folder, here, config, threads=1)
+    assert fit(trainer, folder)
+    path = folder / "checkpoint.pt"
+    checkpoint.save(path, trainer.state_dict())
+    whole, draw = path.read_bytes(), np.random.default_rng(seed)
+    for _ in range(60):
+        damaged, place = bytearray(whole), int(draw.integers(8 * len(whole)))
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            Run(folder)
+    assert main(["sample", str(folder), "--out", str(tmp_path / "s.npz"), "--device", "cpu"]) == 1
+    assert str(path) in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"Going on from .*checkpoint\.previous\.pt, iteration 12"):
+        assert prepare(folder, here, None, threads=1).iteration == 12

@@ -18,10 +18,11 @@ import torch
 from mmebm.data import captions as module
 from mmebm.data import emoji as emoji_module
 from mmebm.data.base import MultimodalDataset
-from mmebm.data.captions import END, UNKNOWN, Vocabulary, caption_codec, join, read_lines, tokens
+from mmebm.data.captions import END, UNKNOWN, Vocabulary, caption_codec, join, tokens
 from mmebm.data.coco import coco
 from mmebm.data.cub import cub
 from mmebm.data.emoji import emoji_captions, in_test, unicode_set
+from mmebm.data.texts import read_lines
 
 # by name: mmebm.data gives the functions their names
 cub_module = importlib.import_module("mmebm.data.cub")
@@ -107,10 +108,18 @@ def test_lines_are_captions(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes("One. Two.\r\nthree\u2028four\x0bfive\nsix \xe9\n\n\n".encode())
     assert read_lines(file) == ["One. Two.", "three\u2028four\x0bfive", "six é"]
-    file.write_bytes(b"caf\xe9\n")
-    assert len(read_lines(file)) == 1
+    file.write_bytes(b"one\ncaf\xe9\n")
+    with pytest.warns(UserWarning, match=r"text\.txt, line 2: bytes that are no UTF-8 .*\(1 in all\)"):
+        assert read_lines(file) == ["one", "caf\ufffd"]
     file.write_text("a\n\nb\n")
-    with pytest.raises(ValueError, match=r"text\.txt: line 2 is empty"):
+    assert read_lines(file) == ["a", "", "b"]
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):  # with the mark of each
+        file.write_bytes("größe\r\n二\r\n".encode(encoding))
+        assert read_lines(file) == ["größe", "二"]
+    file.write_bytes(b"old\rMac\r")
+    assert read_lines(file) == ["old", "Mac"]
+    file.write_bytes(b"\xff\xfea\0b")
+    with pytest.raises(ValueError, match=r"text\.txt is not the UTF-16"):
         read_lines(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match=r"text\.txt holds no caption"):
@@ -199,7 +208,7 @@ def test_n_takes_tuples_at_random(tmp_path: Path) -> None:
     [
         ("line more", ValueError, r"trainvalclasses\.txt has 51 captions, .*5 images .*need 50: the text is off"),
         ("line less", ValueError, r"trainvalclasses\.txt has 49 captions, .*the text is off"),
-        ("empty line", ValueError, r"trainvalclasses\.txt: line 13 is empty"),
+        ("two off", ValueError, r"has 51 captions, of them 2 empty \(the first is line 14\), .* need 50"),
         ("image less", ValueError, r"has 50 captions, and the 4 images in .*train need 40: .* 1 images too few"),
         ("image more", ValueError, r"the 6 images .*look for 1 images too many"),
         ("no image", ValueError, r"003\.Empty holds no image"),
@@ -216,8 +225,8 @@ def test_what_does_not_pair_up_is_named(tmp_path: Path, change: str, error: type
         text.write_text("\n".join([*lines[:12], "In one line.", *lines[12:]]))
     elif change == "line less":
         text.write_text("\n".join(lines[:12] + lines[13:]))
-    elif change == "empty line":
-        text.write_text("\n".join([*lines[:12], "", *lines[12:]]))
+    elif change == "two off":
+        text.write_text("\n".join([*lines[:13], "", "", *lines[14:]]))
     elif change == "image less":
         (tmp_path / "train/002.Auk/b0.jpg").unlink()
     elif change == "image more":
@@ -232,6 +241,32 @@ def test_what_does_not_pair_up_is_named(tmp_path: Path, change: str, error: type
         (tmp_path / "train/002.Auk/b0.jpg").write_bytes(b"no picture")
     with pytest.raises(error, match=message):
         cub("train", path=tmp_path, size=8, codec=Numbers())
+
+
+@pytest.mark.parametrize("change", ["between", "one", "all"])
+def test_an_empty_line_moves_no_caption(tmp_path: Path, change: str) -> None:
+    """Beside the captions, in the place of one, and in the place of all of an image."""
+    write_cub(tmp_path)
+    before = cub("train", path=tmp_path, size=8, codec=Numbers())
+    text = tmp_path / "text_trainvalclasses.txt"
+    lines = text.read_text().split("\n")[:-1]
+    gone = {"between": range(0), "one": range(12, 13), "all": range(10, 20)}[change]
+    held = [line for at, line in enumerate(lines) if at not in gone]
+    lines = [*lines[:12], "", *lines[12:]] if change == "between" else [
+        "" if at in gone else line for at, line in enumerate(lines)
+    ]  # fmt: skip
+    text.write_text("\n".join(lines))
+    with pytest.warns(UserWarning) as said:
+        after = cub("train", path=tmp_path, size=8, codec=Numbers())
+    messages = [str(one.message) for one in said]
+    first, count = (13, 1) if change != "all" else (11, 10)
+    assert f"{text}, line {first}: an empty line is no caption and left out ({count} in all)" in messages
+    assert len(messages) == (2 if change == "all" else 1)
+    kept = set(held)
+    assert numbers_of(after) == [(number, caption) for number, caption in numbers_of(before) if caption in kept]
+    assert len(after) == 50 - len(gone) and after.labels.tolist() == [
+        label for (_, caption), label in zip(numbers_of(before), before.labels.tolist()) if caption in kept
+    ]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +343,25 @@ def test_the_later_year_is_taken_unless_one_is_named(tmp_path: Path) -> None:
         coco("train", path=tmp_path, year=2015)
 
 
+@pytest.mark.parametrize("wrong", [{"caption": None}, {"caption": 7}, {"caption": " "}, {"image_id": None}, {}, None])
+def test_a_bad_annotation_of_coco_is_left_out(tmp_path: Path, wrong: Any) -> None:
+    write_coco(tmp_path)
+    whole = coco("train", path=tmp_path, size=8, captions="all", codec=Numbers())
+    file = tmp_path / "annotations/captions_train2014.json"
+    content: dict[str, Any] = json.loads(file.read_text())
+    lost = content["annotations"][3]["caption"]
+    if wrong:
+        content["annotations"][3].update(wrong)
+    else:
+        content["annotations"][3] = wrong
+    file.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"captions_train2014\.json, annotations\[3\].*\(1 in all\)") as said:
+        data = coco("train", path=tmp_path, size=8, captions="all", codec=Numbers())
+    assert len(said) == 1
+    assert numbers_of(data) == [one for one in numbers_of(whole) if one[1] != " ".join(lost.split())]
+    assert len(data) == len(whole) - 1
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -315,8 +369,11 @@ def test_the_later_year_is_taken_unless_one_is_named(tmp_path: Path) -> None:
         ("stranger", ValueError, r"a caption is for image 99, which is not among"),
         ("twice", ValueError, r"image 3 is there twice"),
         ("mute", ValueError, r"image 4 has no caption \(1 such images\)"),
-        ("key", ValueError, r"captions_train2014\.json is not a caption file of COCO: KeyError 'annotations'"),
-        ("cut", ValueError, r"captions_train2014\.json is not a caption file of COCO"),
+        ("key", ValueError, r"captions_train2014\.json is not a caption file of COCO: it has no list 'ann"),
+        ("cut", ValueError, r"captions_train2014\.json is not JSON"),
+        ("id", ValueError, r"captions_train2014\.json, images\[2\]: .* an integer 'id'"),
+        ("name", ValueError, r"captions_train2014\.json, images\[2\]: .* a string 'file_name', got .*3"),
+        ("list", ValueError, r"captions_train2014\.json is not a caption file"),
         ("image", FileNotFoundError, r"COCO_train2014_000000000004\.jpg is missing \(1 such"),
         ("folder", FileNotFoundError, r"no images: looked for .*train2014 and .*images.train2014"),
         ("file", FileNotFoundError, r"captions_train2017\.json is missing.*cocodataset"),
@@ -337,6 +394,12 @@ def test_coco_that_does_not_pair_up(tmp_path: Path, change: str, error: type[Exc
         content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 4]
     elif change == "key":
         del content["annotations"]
+    elif change == "id":
+        content["images"][2]["id"] = str(content["images"][2]["id"])
+    elif change == "name":
+        content["images"][2]["file_name"] = 3
+    elif change == "list":
+        content = [content]  # type: ignore[assignment]
     elif change == "image":
         (tmp_path / "train2014" / images[4]["file_name"]).unlink()
     elif change == "folder":

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmebm.data import Modality
-from mmebm.data.pools import ArrayPool, FilePool, held, load_tensor, read_image
+from mmebm.data.images import read_image
+from mmebm.data.pools import ArrayPool, FilePool, held, load_tensor
 
 GREY = Modality("grey", (1, 4, 5), "image")
 
@@ -41,7 +42,7 @@ def test_a_row_out_of_range_names_its_source() -> None:
     values[1] = 1.5
     pool = ArrayPool(values, GREY, "/data/grey.npy")
     pool.gather(torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match=r"/data/grey\.npy: .*\[0, 1\], got \[0, 1\.5\]"):
+    with pytest.raises(ValueError, match=r"/data/grey\.npy: .*\[0, 1\], got \[0, 1\.5\], in row 1"):
         pool.gather(torch.tensor([0, 1]))
     vectors = ArrayPool(np.array([[1.0], [2.0], [np.inf]]), Modality("v", (1,), "vector"), "v.npy")
     with pytest.raises(ValueError, match=r"v\.npy: row 2 has values that are not finite"):

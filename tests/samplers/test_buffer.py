@@ -6,7 +6,12 @@ where the deviation comes from.
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import sys
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -568,3 +573,100 @@ def test_nothing_waits_for_the_gpu(policy, draw, seed):
             buffer.write(handle, x)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("init", ["uniform", "normal", "data", "by_class", "gaussian", "each"])
+def test_a_copy_goes_on_alike_and_apart(copied: Any, init: str) -> None:
+    examples, labels = torch.arange(24.0).reshape(8, 3), torch.arange(8) % 2
+    make: dict[str, Any] = {
+        "uniform": initial.uniform((3,)), "normal": initial.normal((3,)), "data": initial.data(examples),
+        "by_class": initial.data(examples, labels), "gaussian": initial.class_gaussian(examples, labels),
+        "each": initial.each({"a": initial.uniform((2,)), "b": initial.normal((3,))}),
+    }  # fmt: skip
+    classes = 2 if init in ("by_class", "gaussian") else None
+    buffer = ReplayBuffer(16, make[init], classes=classes, reinit=0.5, seed=3)
+    buffer.draw(4)
+    other = copied(buffer)
+    for _ in range(2):
+        (a, held), (b, own) = buffer.draw(8), other.draw(8)
+        a, b = (x if isinstance(x, dict) else {0: x} for x in (a, b))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert torch.equal(held.slots, own.slots)
+    before = buffer.state_dict()
+    other.write(own, {key: x + 1 for key, x in b.items()} if init == "each" else b[0] + 1)
+    assert all(torch.equal(x, y) for x, y in zip(before["data"], buffer.state_dict()["data"]))
+
+
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.float32, 3.4e38), (torch.bfloat16, 3.3e38)]
+)
+def test_values_that_overflow_the_storage_are_refused(dtype: torch.dtype, largest: float) -> None:
+    buffer = ReplayBuffer(
+        4, initial.uniform((2,), dtype=torch.float64), dtype=dtype, draw="stratified", reinit=0.0, seed=1
+    )
+    before = buffer.states()
+    x, handle = buffer.draw(4)
+    x[1, 0], x[2, 1] = largest, 1e39
+    buffer.write(handle, x)
+    after = buffer.states()
+    assert buffer.refused == 1 and after.isfinite().all()
+    assert after[1, 0] > 0.9 * largest and torch.equal(after[2], before[2])
+    with pytest.raises(ValueError, match="init must make finite states"):
+        ReplayBuffer(4, lambda n, generator: torch.full((n, 1), 1e39, dtype=torch.float64), dtype=dtype)
+
+
+def test_a_handle_of_another_buffer_is_refused() -> None:
+    large, small = (ReplayBuffer(n, initial.uniform((2,)), seed=0) for n in (64, 4))
+    x, handle = large.draw(8)
+    before = small.state_dict()
+    with pytest.raises(ValueError, match="handle must be of a draw from this buffer"):
+        small.write(handle, x)
+    assert torch.equal(before["data"][0], small.state_dict()["data"][0])
+    large.write(handle, x)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data": [torch.zeros(1, 2)]}, r"data of 0 must be \(4, 2\)"),
+        ({"data": [torch.zeros(4, 2, dtype=torch.float64)]}, "float32, got .*float64"),
+        ({"data": []}, "must be 1 tensors"),
+        ({"data": [torch.full((4, 2), float("inf"))]}, "not finite"),
+        ({"origin": torch.zeros(1, dtype=torch.int64)}, r"origin must be \(4,\)"),
+        ({"written": torch.zeros(3, dtype=torch.int64)}, r"written must be \(1,\)"),
+        ({"refused": 3}, "refused must be"),
+        ({"iteration": -1}, "iteration"),
+        ({"seed": 0.5}, "seed"),
+    ],
+)
+def test_a_state_that_is_none_is_refused_and_changes_nothing(change: dict[str, Any], message: str) -> None:
+    buffer, other = (ReplayBuffer(4, initial.uniform((2,)), seed=seed) for seed in (0, 1))
+    before = buffer.state_dict()
+    with pytest.raises((TypeError, ValueError), match=message):
+        buffer.load_state_dict({**other.state_dict(), **change})
+    after = buffer.state_dict()
+    assert after["seed"] == before["seed"] and torch.equal(after["data"][0], before["data"][0])
+
+
+def test_threads_draw_iterations_of_their_own() -> None:
+    buffer = ReplayBuffer(16, initial.uniform((2,)), seed=0)
+    found: list[int] = []
+
+    def work() -> None:
+        for _ in range(50):
+            x, handle = buffer.draw(4)
+            found.append(handle.iteration)
+            buffer.write(handle, x)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads change in the middle of a draw
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert sorted(found) == list(range(200)) and buffer.iteration == 200

@@ -16,7 +16,16 @@ from mmebm.data.base import MultimodalDataset
 from mmebm.data.pools import ArrayPool
 from mmebm.samplers.identity import Identity, parts_of
 from mmebm.training import Trainer, TrainingDiverged, checkpoint, preset
-from mmebm.training.config import AdamConfig, ChainConfig, Config, GuardConfig, LossConfig, ModelConfig, Stage
+from mmebm.training.config import (
+    AdamConfig,
+    ChainConfig,
+    Config,
+    GuardConfig,
+    LossConfig,
+    ModelConfig,
+    Stage,
+    StartConfig,
+)
 from mmebm.training.system import Posterior
 from mmebm.training.trainer import Minibatch
 
@@ -217,6 +226,116 @@ def test_rolls_back_and_goes_on(config: Config, data: MultimodalDataset) -> None
     assert trainer.iteration == trainer.total
     assert all(torch.isfinite(v).all() for v in networks(trainer).values())
     assert trainer.lr == 0.5
+
+
+def test_a_state_that_is_not_finite_is_no_good_state(config: Config, data: MultimodalDataset) -> None:
+    """The last update of a window makes NaN, which no value that was logged before it can show."""
+    trainer = Trainer(config, data)
+    step, hits = trainer._steps["joint"], []
+
+    def poisoned(batch: Minibatch, rng: torch.Generator) -> dict[str, object]:
+        row = step(batch, rng)
+        if trainer.iteration == 13 and not hits:  # windows end after 10 (a stage) and 14 iterations
+            hits.append(trainer.iteration)
+            next(trainer.system.energy.parameters()).data.view(-1)[0] = float("nan")
+        return row
+
+    trainer._steps["joint"] = poisoned
+    rows = list(trainer.run())
+    assert hits == [13]
+    assert [row["iteration"] for row in rows if "rolled_back" in row] == [10]
+    assert "is not finite" in next(row["rolled_back"] for row in rows if "rolled_back" in row)
+    assert trainer.iteration == trainer.total
+    assert all(torch.isfinite(v).all() for v in networks(trainer).values())
+
+
+def test_a_rollback_restores_all_that_training_writes(config: Config, data: MultimodalDataset) -> None:
+    """Networks, Adam's state, moving average and the persistent chains of both kinds are as they were."""
+    start = StartConfig(data="buffer", latent="persistent", buffer=32)
+    trainer = Trainer(config.replace(start=start, ema=0.9), data)
+    reason, states, looks = trainer.guard.reason, [], iter(range(100))
+    # the fifth window, the first of the joint stage is the third: the buffer has begun
+    trainer.guard.reason = lambda rows: "for the test" if next(looks) == 4 else reason(rows)  # type: ignore[method-assign]
+    for row in trainer.run():
+        states.append(trainer.state_dict())
+        if "rolled_back" in row:
+            break
+    before, after = flat(states[-2]), flat(states[-1])
+    assert before.keys() == after.keys() and any("buffer" in name for name in before)
+    differ = [name for name, value in before.items() if not same(value, after[name])]
+    # the count of rollbacks, and what the chains have cost
+    assert differ == ["rollbacks", "evaluations"]
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and lists by name."""
+    if not isinstance(value, dict | list | tuple):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {leaf: v for key, part in items for leaf, v in flat(part, f"{name}.{key}" if name else str(key)).items()}
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a.nan_to_num(9), b.nan_to_num(9)) if isinstance(a, Tensor) else a == b
+
+
+def test_draws_from_the_global_generator_resume_bit_for_bit(config: Config, data: MultimodalDataset, tmp_path) -> None:
+    """As dropout draws: noise on a weight, after every iteration of the warm-up."""
+
+    def trainer() -> Trainer:
+        made = Trainer(config.replace(stages=(Stage("warmup", 16),)), data)
+        step = made._steps["warmup"]
+
+        def noisy(batch: Minibatch, rng: torch.Generator) -> dict[str, Any]:
+            row = step(batch, rng)
+            weight = next(made.system.generator.parameters()).data
+            weight += 1e-3 * torch.randn_like(weight)
+            return row
+
+        made._steps["warmup"] = noisy
+        return made
+
+    ends = []
+    for cut in (0, 8):
+        one = trainer()
+        for row in one.run():
+            if row["iteration"] == cut:  # never for 0: that one is left alone
+                checkpoint.save(tmp_path / "c.pt", one.state_dict())
+                torch.manual_seed(cut)
+                one = trainer()
+                one.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
+                list(one.run())
+                break
+        ends.append(networks(one))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.update(iteration=10**6), "iteration 1000000 of 16"),
+        (lambda s: s["system"].popitem(), "Missing key"),
+        (lambda s: s["system"].update(more=torch.zeros(2)), "Unexpected key"),
+        (lambda s: s["optimisers"].pop("energy"), "energy"),
+        (lambda s: s["optimisers"]["energy"]["state"][0].update(exp_avg=torch.zeros(3)), "has not its shape"),
+        (lambda s: s["optimisers"]["energy"]["state"].update({999: {}}), "of parameter 999"),
+        (lambda s: s["optimisers"]["energy"]["param_groups"][0].update(betas=[0.5, 7.0]), "betas"),
+        (lambda s: s["optimisers"]["energy"]["param_groups"][0].update(params=[0]), "params"),
+        (lambda s: s.update(averaged=None), "averag|belong"),
+        (lambda s: s["starts"]["latent"].update(ends=torch.zeros(1)), "persistent latent chains"),
+        (lambda s: s["starts"]["data"]["buffer"].update(data=[torch.zeros(1)] * 3), "buffer|data"),
+    ],
+)
+def test_a_state_of_another_configuration_is_refused(
+    change: Any, message: str, config: Config, data: MultimodalDataset
+) -> None:
+    config = config.replace(ema=0.9, start=StartConfig(data="buffer", latent="persistent", buffer=32))
+    trainer = Trainer(config, data)
+    list(trainer.run())
+    state = trainer.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        Trainer(config, data).load_state_dict(state)
 
 
 def test_gives_up_after_too_many_rollbacks(config: Config, data: MultimodalDataset) -> None:
