@@ -55,9 +55,11 @@ def supports_energy(terms: Sequence[Term], x: Tensor) -> str | None:
 
 def supports(chain: MlpChain, x: Tensor) -> str | None:
     """Whether :func:`run` takes ``chain`` from the flat state ``x``: ``None``, or the reason why not."""
-    reason = supports_energy(chain.terms, x)
-    if reason is not None:
-        return reason
+    return supports_energy(chain.terms, x) or supports_options(chain, x)
+
+
+def supports_options(chain: MlpChain, x: Tensor) -> str | None:
+    """The same of all but the energy."""
     table, mask = chain.constants, chain.observed
     tensors, (chains, inputs) = len(chain.widths), x.shape
     if chains > MOST_CHAINS:
