@@ -3,8 +3,8 @@
 The energy is called once, without autograd, at the state itself, and every tensor operation that reads something of
 the state is written down as nodes. What does not read the state (weights under spectral or weight norm, masks, a time
 embedding, a posterior's data) is simply computed, so that nothing is stale: a net holds the values of this call. An
-operation without a rule ends the attempt with its name, and so does one that would change a tensor that was there before
-the call, draws random numbers, or brings a value of the state to Python.
+operation without a rule ends the attempt with its name, and so does one that would change a tensor that was there
+before the call, draws random numbers, or brings a value of the state to Python.
 
 Rules are for the operations that are left when torch has taken layers and functions apart, whatever module, function
 or script they came from. To add one: a function in ``_RULES`` that adds nodes.
@@ -61,7 +61,7 @@ class _Recorder:
         self.nodes: list[graph.Node] = []
         self.shapes: list[tuple[int, ...]] = []
         self.values: dict[int, _Value] = {}
-        self.fresh: list[Tensor] = []  # made during the call, so that it may change them
+        self.refusals: list[str] = []
 
     def add(self, node: graph.Node) -> int:
         self.nodes.append(node)
@@ -110,8 +110,7 @@ class _Recorder:
         if t.shape == out:
             return node
         if t.dim() != len(out):
-            if t.dim() > len(out) or t.dim() == 0 or len(out) - t.dim() != 0:
-                _refuse(f"it computes with shapes {tuple(t.shape)} and {tuple(out)}")
+            _refuse(f"it computes with shapes {tuple(t.shape)} and {tuple(out)}")
         index = torch.arange(math.prod(t.shape[1:])).reshape(t.shape[1:]).expand(out[1:])
         return self.pick([node], tuple(out[1:]), index)
 
@@ -272,7 +271,7 @@ def _split(r: _Recorder, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int 
     _not_chains(x, dim)
     node = r.node(x)
     index = torch.arange(math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
-    parts = index.split(sizes, dim) if not isinstance(sizes, int) else index.split(sizes, dim)
+    parts = index.split(sizes, dim)
     return [r.pick([node], tuple(part.shape[1:]), part) for part in parts]
 
 
@@ -413,6 +412,7 @@ def _pow(r: _Recorder, out: Tensor, x: Tensor, power: Any) -> int:
 def _convolution(
     r: _Recorder, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    *_: Any,
 ) -> int:  # fmt: skip
     if r.value(weight) is not None or r.value(bias) is not None:
         _refuse("a weight depends on the state")
@@ -444,7 +444,9 @@ def _mm(r: _Recorder, out: Tensor, x: Tensor, matrix: Tensor) -> int:
     return _linear(r, x, matrix, None)
 
 
-def _addmm(r: _Recorder, out: Tensor, bias: Tensor, x: Tensor, matrix: Tensor, *, beta: float = 1, alpha: float = 1) -> int:
+def _addmm(
+    r: _Recorder, out: Tensor, bias: Tensor, x: Tensor, matrix: Tensor, *, beta: float = 1, alpha: float = 1
+) -> int:
     if beta != 1 or alpha != 1 or bias.dim() > 1:
         _refuse("it adds matrices with factors")
     return _linear(r, x, matrix, bias)
@@ -478,7 +480,9 @@ def _total(r: _Recorder, out: Tensor, x: Tensor, dims: Any, factor: Callable[[in
     return ("total", node) if over_chains else node
 
 
-def _norm(r: _Recorder, out: Tensor, x: Tensor, order: float = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> int:
+def _norm(
+    r: _Recorder, out: Tensor, x: Tensor, order: float = 2, dims: Any = None, keepdim: bool = False, **_: Any
+) -> int:
     if order not in (1, 2) or dims is None:
         _refuse(f"it takes a norm of order {order} over dimensions {dims}")
     dims = [dims] if isinstance(dims, int) else dims
@@ -593,7 +597,7 @@ def _avg_pool1d(
     r: _Recorder, out: Tensor, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> int:  # fmt: skip
-    k, s, p = (list(v)[0] if not isinstance(v, int) else v for v in (kernel, stride or kernel, padding))
+    k, s, p = (v if isinstance(v, int) else next(iter(v)) for v in (kernel, stride or kernel, padding))
     index = _windows((1, x.shape[2]), (1, k), (1, s), (0, p))
     if ceil_mode or index.shape[0] != out.shape[2]:
         _refuse("its average pooling has ceil_mode")
@@ -612,7 +616,7 @@ def _separable(r: _Recorder, x: Tensor, rows: Tensor, columns: Tensor) -> int:
     most = [int((m != 0).sum(1).max()) for m in (rows, columns)]
     weight, index = [], []
     for m, k in zip((rows, columns), most, strict=True):
-        values, where = m.abs().topk(k, dim=1)
+        where = m.abs().topk(k, dim=1).indices
         index.append(where)
         weight.append(m.gather(1, where))
     at = index[0][:, None, :, None] * x.shape[-1] + index[1][None, :, None, :]
@@ -629,22 +633,25 @@ def _adaptive_avg_pool2d(r: _Recorder, out: Tensor, x: Tensor, size: Sequence[in
     return _separable(r, x, *maps)
 
 
-def _upsample(mode: str) -> Rule:
+def _upsampled(function: Callable[[Tensor, int, bool, Any], Tensor]) -> Rule:
+    """``function`` (rows, new size, whether corners are aligned, scale) of one dimension."""
+
     def rule(r: _Recorder, out: Tensor, x: Tensor, size: Any, align: bool = False, *scales: Any) -> int:
         maps = []
         for i, (side, n) in enumerate(zip(x.shape[2:], out.shape[2:], strict=True)):
             scale = scales[i] if i < len(scales) else None
-            function = torch.ops.aten.upsample_linear1d.default
-            if mode == "bilinear":
-                maps.append(_linear_map(lambda e, n=n, s=scale: function(e, [n], align, s), side))
-            else:
-                bicubic = torch.ops.aten.upsample_bicubic2d.default
-                maps.append(_linear_map(
-                    lambda e, n=n, s=scale: bicubic(e.unsqueeze(2), [1, n], align, None, s).squeeze(2), side
-                ))  # fmt: skip
+            maps.append(_linear_map(lambda e, n=n, s=scale: function(e, n, align, s), side))
         return _separable(r, x, *maps)
 
     return rule
+
+
+def _bilinear(x: Tensor, size: int, align: bool, scale: Any) -> Tensor:
+    return torch.ops.aten.upsample_linear1d.default(x, [size], align, scale)
+
+
+def _bicubic(x: Tensor, size: int, align: bool, scale: Any) -> Tensor:
+    return torch.ops.aten.upsample_bicubic2d.default(x.unsqueeze(2), [1, size], align, None, scale).squeeze(2)
 
 
 def _batch_norm(
@@ -675,7 +682,9 @@ def _group_norm(
     return _normed(r, node, weight, bias, lambda t, default: r.channels(t, x.shape[1:], default, x))
 
 
-def _layer_norm(r: _Recorder, out: Any, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> list[int | None]:
+def _layer_norm(
+    r: _Recorder, out: Any, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
+) -> list[int | None]:
     if len(shape) >= x.dim():
         _refuse("it normalises over the chains")
     node = r.add(graph.Norm(r.node(x), math.prod(x.shape[1:]) // math.prod(shape), float(eps)))
@@ -687,6 +696,34 @@ def _layer_norm(r: _Recorder, out: Any, x: Tensor, shape: Sequence[int], weight:
     return _normed(r, node, weight, bias, over)
 
 
+def _residual(
+    r: _Recorder, out: Any, predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihood: str,
+    numbers: Sequence[float], tensors: Sequence[Tensor | None], observed: Sequence[Tensor | None], *_: Any,
+) -> list[Any]:  # fmt: skip
+    """This library's op :mod:`mmebm.ops.residual`."""
+    n, parts = len(predictions), []
+    given = [number if t is None else t for number, t in zip(numbers, tensors, strict=True)]
+    kinds = likelihood.split(",")
+    for y, t, kind, scale, weight, mask in zip(
+        predictions, targets, kinds, given[:n], given[n:], observed, strict=True
+    ):
+        if kind not in ("gaussian", "laplace") or r.value(y) is None or any(map(r.value, (t, scale, weight, mask))):
+            _refuse(f"it takes a {kind} residual of something else than predictions")
+        shape = torch.Size((r.chains, *y.shape[1:]))
+        node = r.add(graph.Add((r.node(y),), (1.0,), -r.constant(t.to(y.dtype), y, shape)))
+        if mask is not None:
+            node = r.affine(node, r.constant(mask.to(y.dtype), y, shape), None)
+        node = r.add(graph.Activation(node, "square" if kind == "gaussian" else "abs"))
+        node = r.pick([node], (), torch.arange(math.prod(y.shape[1:])).reshape(1, -1))
+        factor = weight / (2 * scale**2) if kind == "gaussian" else weight / scale
+        if isinstance(factor, Tensor):
+            factor = factor.to(y.dtype).reshape(-1).expand(r.chains).reshape(r.chains, 1).contiguous()
+            parts.append((r.affine(node, factor if r.chains > 1 else factor[:1], None), 1.0))
+        else:
+            parts.append((node, float(factor)))
+    return [r.add(graph.Add(*map(tuple, zip(*parts, strict=True)))), None]  # type: ignore[arg-type]
+
+
 _MOVES: dict[str, Callable[..., Tensor]] = {
     "permute": _permute, "transpose": _transpose, "slice": _slice, "select": _select, "flip": _flip, "roll": _roll,
     "repeat": _repeat, "expand": _expand, "constant_pad_nd": _pad, "reflection_pad2d": _padded("reflect"),
@@ -696,22 +733,31 @@ _MOVES: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 _RULES: dict[str, Callable[..., Any]] = {
     "view": _view, "_unsafe_view": _view, "reshape": _view, "unsqueeze": _view, "squeeze": _view, "alias": _same,
-    "detach": _same, "clone": _same, "_to_copy": _same, "contiguous": _same, "lift_fresh": _same,
+    "clone": _same, "_to_copy": _same, "contiguous": _same, "lift_fresh": _same,
     "split": _split, "split_with_sizes": _split, "unbind": _unbind, "cat": _cat, "stack": _stack,
     "relu": _elementwise("relu"), "silu": _elementwise("silu"), "tanh": _elementwise("tanh"),
     "sigmoid": _elementwise("sigmoid"), "abs": _elementwise("abs"), "exp": _elementwise("exp"),
     "sqrt": _elementwise("sqrt"), "square": _elementwise("square"), "reciprocal": _elementwise("reciprocal"),
     "leaky_relu": _elementwise("leaky_relu", lambda slope=0.01: float(slope)), "elu": _elu, "gelu": _gelu,
     "softplus": _softplus, "add": _add, "sub": _sub, "rsub": _rsub, "mul": _mul, "div": _div, "neg": _neg, "pow": _pow,
-    "convolution": _convolution, "mm": _mm, "addmm": _addmm, "mv": _mv, "sum": _sum, "mean": _mean,
+    "convolution": _convolution, "_convolution": _convolution, "mm": _mm, "addmm": _addmm, "mv": _mv, "sum": _sum,
+    "mean": _mean,
     "linalg_vector_norm": _norm, "logsumexp": _logsumexp, "_log_softmax": _log_softmax, "_softmax": _softmax,
     "gather": _gather, "index": _index, "nll_loss_forward": _nll, "mse_loss": _mse, "avg_pool2d": _avg_pool2d,
-    "avg_pool1d": _avg_pool1d, "_adaptive_avg_pool2d": _adaptive_avg_pool2d, "upsample_bilinear2d": _upsample("bilinear"),
-    "upsample_bicubic2d": _upsample("bicubic"), "native_batch_norm": _batch_norm,
+    "avg_pool1d": _avg_pool1d, "_adaptive_avg_pool2d": _adaptive_avg_pool2d,
+    "upsample_bilinear2d": _upsampled(_bilinear),
+    "upsample_bicubic2d": _upsampled(_bicubic), "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm, "_native_batch_norm_legit": _batch_norm,
-    "native_group_norm": _group_norm, "native_layer_norm": _layer_norm,
+    "native_group_norm": _group_norm, "native_layer_norm": _layer_norm, "residual": _residual,
     **{name: _positions()(move) for name, move in _MOVES.items()},
 }  # fmt: skip
+
+
+# What reads no value of its argument
+_SHAPES = frozenset((
+    "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty",
+    "new_empty_strided",
+))  # fmt: skip
 
 
 # -- the two modes under which the energy is called
@@ -727,13 +773,25 @@ def _circular(x: Tensor, pad: Sequence[int]) -> Tensor:
     return x
 
 
+# Where a batch norm is told that it is in train mode
+_TRAINING = {"native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}
+# What no operation shows
+_LEAVES = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__)
+
+
 class _Rewrite(TorchFunctionMode):
     """Two functions that torch takes apart in a way in which chains are no longer seen, in another way."""
+
+    def __init__(self, watched: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.watched = watched
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
+        if func in _LEAVES and args and self.watched(args[0]):
+            _refuse(f"it takes a value of the state out of torch ({func.__name__})")
         if func is F.pad:
             pad = args[1] if len(args) > 1 else given.get("pad", ())
             mode = args[2] if len(args) > 2 else given.get("mode", "constant")
@@ -767,8 +825,7 @@ class _Watch(TorchDispatchMode):
         """The tensors that ``func`` changes. Refuses what must not happen in a call that nobody asked for."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             _refuse(f"it draws random numbers ({name})")
-        batch_norm = name in ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
-        if batch_norm and args[5 if name == "native_batch_norm" else 5]:
+        if name in _TRAINING and args[_TRAINING[name]]:
             _refuse("its batch norm is in train mode")
         changed = []
         for i, argument in enumerate(func._schema.arguments):
@@ -783,11 +840,17 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        try:
+            return self._run(func, args, dict(kwargs or {}))
+        except CannotLower as error:  # which the energy may catch, or a script lose
+            self.recorder.refusals.append(str(error))
+            raise
+
+    def _run(self, func: Any, args: Sequence[Any], given: dict[str, Any]) -> Any:
         r, name = self.recorder, func._schema.name.rpartition("::")[2]
         flat = [t for t in tree_flatten((tuple(args), given))[0] if isinstance(t, Tensor)]
         values = [r.value(t) for t in flat]
-        watched = any(value is not None for value in values)
+        watched = any(value is not None for value in values) and name not in _SHAPES
         changed = self._examine(func, name, args, given)
         plain = name.removesuffix("_") if changed and name.endswith("_") else name
         if watched and (plain not in _RULES or (changed and plain == name)):
@@ -800,7 +863,9 @@ class _Watch(TorchDispatchMode):
         if changed and watched:
             # another tensor that looks at the same memory would no longer be what was written down
             target = changed[0]
-            sharing = [v for v in r.values.values() if v.tensor.untyped_storage()._cdata == target.untyped_storage()._cdata]
+            sharing = [
+                v for v in r.values.values() if v.tensor.untyped_storage()._cdata == target.untyped_storage()._cdata
+            ]
             if r.value(target) is None or any(v.tensor is not target for v in sharing):
                 _refuse(f"it changes a view in place ({name})")
         if watched and any(value is not None and value.total for value in values):
@@ -830,15 +895,15 @@ class _Watch(TorchDispatchMode):
     def _total(self, name: str, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """What may follow a sum over the chains: numbers times it, and sums of such."""
         r, parts = self.recorder, [r for r in map(self.recorder.value, args[:2])]
-        if name in ("view", "reshape", "squeeze", "unsqueeze", "_unsafe_view", "alias", "detach", "clone"):
-            parts, factors = parts[:1], (1.0,)
-        elif name == "sum" and args[0].numel() == 1:
+        if name in ("view", "reshape", "squeeze", "unsqueeze", "_unsafe_view", "alias", "detach", "clone") or (
+            name == "sum" and args[0].numel() == 1
+        ):
             parts, factors = parts[:1], (1.0,)
         elif name in ("neg", "mul", "div"):
             number = -1.0 if name == "neg" else args[1]
             if r.value(args[0]) is None and name == "mul":
                 parts, number = parts[::-1], args[0]
-            if r.value(number) is not None or r.value(args[0]) is None and name == "div":
+            if r.value(number) is not None or (r.value(args[0]) is None and name == "div"):
                 _refuse("it computes with sums over the chains")
             parts, factors = parts[:1], (1.0 / float(number) if name == "div" else float(number),)
         elif name in ("add", "sub"):
@@ -933,12 +998,16 @@ def trace(
             recorder.keep(t, recorder.add(graph.Input(start, shape)))
             start += math.prod(shape)
         try:
-            with _Rewrite(), _Watch(recorder):
+            with _Rewrite(recorder.value), _Watch(recorder):
                 result = energy(build(inputs), *args, **(kwargs or {}))
         except CannotLower:
             raise
         except Exception as error:
+            if recorder.refusals:
+                raise CannotLower(recorder.refusals[0]) from error
             raise CannotLower(f"{type(error).__name__}: {error}"[:200]) from error
+    if recorder.refusals:  # the energy went on after an exception
+        _refuse(recorder.refusals[0])
     value = recorder.value(result)
     if value is None:
         _refuse(f"it returns a {type(result).__name__} that does not come from the state")

@@ -9,6 +9,7 @@ the lanes of a vector, so that fewer cost as much as W, and a thread runs at lea
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -18,8 +19,23 @@ from mmebm import native, noise
 from mmebm.ops.langevin_mlp import MlpResult
 from mmebm.ops.langevin_mlp_cpp import _isa, _plain, _strided, supports_options
 from mmebm.ops.net.graph import (
-    FUNCTIONS, KINDS, Activation, Add, Affine, Conv, Input, Linear, LogSumExp, Map, Net, Norm, View, check_net, reads,
-    shapes_of, tensors_of,
+    FUNCTIONS,
+    KINDS,
+    Activation,
+    Add,
+    Affine,
+    Conv,
+    Input,
+    Linear,
+    LogSumExp,
+    Map,
+    Net,
+    Norm,
+    View,
+    check_net,
+    reads,
+    shapes_of,
+    tensors_of,
 )  # fmt: skip
 from mmebm.ops.net.op import NetChain
 
@@ -41,7 +57,7 @@ def supports_energy(net: Net, x: Tensor) -> str | None:
     if reason is not None:
         return reason
     spans = sorted((n.start, n.start + math.prod(n.shape)) for n in net.nodes if isinstance(n, Input))
-    if any(one[1] > two[0] for one, two in zip(spans, spans[1:], strict=False)):
+    if any(one[1] > two[0] for one, two in pairwise(spans)):
         return "inputs of the net overlap"
     elements = sum(math.prod(shape) for shape in shapes_of(net))
     if elements > _ELEMENTS:

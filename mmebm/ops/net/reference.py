@@ -1,4 +1,4 @@
-"""Energy and gradient in x of a net, and whole chains on it, in plain PyTorch: the ground truth, on any dtype and device.
+"""Energy and gradient in x of a net in plain PyTorch: the ground truth, on any dtype and device.
 
 The gradient is autograd's. With ``create_graph`` both are differentiable in x and in the weights.
 """
@@ -13,7 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmebm.ops.net.graph import (
-    Activation, Add, Affine, Conv, Input, Linear, LogSumExp, Map, Net, Norm, Product, View, shapes_of,
+    Activation,
+    Add,
+    Affine,
+    Conv,
+    Input,
+    Linear,
+    LogSumExp,
+    Map,
+    Net,
+    Norm,
+    Product,
+    View,
+    shapes_of,
 )  # fmt: skip
 
 __all__ = ["energy", "energy_and_gradient"]
