@@ -60,7 +60,9 @@ def tracked(*patterns: str) -> list[str]:
 
 
 EXTENSIONS = [
-    Extension("mmebm._cpu", tracked("csrc/bind_cpu.cpp", "csrc/cpu/*.cpp", "csrc/net/*.cpp"), depends=tracked("csrc/**/*.h")),
+    Extension(
+        "mmebm._cpu", tracked("csrc/bind_cpu.cpp", "csrc/cpu/*.cpp", "csrc/net/*.cpp"), depends=tracked("csrc/**/*.h")
+    ),
     Extension("mmebm._cuda", tracked("csrc/bind_cuda.cpp", "csrc/cuda/*.cu"), depends=tracked("csrc/**/*.h")),
 ]
 

@@ -13,18 +13,20 @@ or script they came from. To add one: a function in ``_RULES`` that adds nodes.
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from mmebm.energies.lower import CannotLower
+from mmebm.energies.lower import CannotLower, effects, inert, symbol
+from mmebm.energies.lower.symbol import Attempt
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Net
 from mmebm.state import flatten
@@ -34,10 +36,11 @@ __all__ = ["Traced", "trace"]
 
 @dataclass(frozen=True)
 class Traced:
-    """``net``: the energy; ``scalar`` where it returns the sum over the chains and not a value for each."""
+    """As :class:`~mmebm.energies.lower.Lowered`, with a ``net`` in the place of terms."""
 
     net: Net
     scalar: bool
+    seen: tuple[Any, ...] = ()
 
 
 def _refuse(what: str) -> NoReturn:
@@ -217,7 +220,7 @@ def _select(x: Tensor, dim: int, index: int) -> Tensor:
 
 def _flip(x: Tensor, dims: Sequence[int]) -> Tensor:
     _not_chains(x, *dims)
-    return x.flip(dims)
+    return torch.flip(x, list(dims))
 
 
 def _roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
@@ -528,10 +531,10 @@ def _gather(r: _Recorder, out: Tensor, x: Tensor, dim: int, index: Tensor, **_: 
 
 
 def _index(r: _Recorder, out: Tensor, x: Tensor, indices: Sequence[Any]) -> int:
-    first = indices[0] if indices else None
-    own = len(indices) == 2 and isinstance(first, Tensor) and isinstance(indices[1], Tensor) and x.dim() == 2
-    if own and first.shape == (r.chains,) and torch.equal(first.long(), torch.arange(r.chains)):
-        return _chosen(r, x, indices[1])
+    if len(indices) == 2 and x.dim() == 2 and isinstance(indices[0], Tensor) and isinstance(indices[1], Tensor):
+        rows = indices[0]
+        if rows.shape == (r.chains,) and torch.equal(rows.long(), torch.arange(r.chains)):
+            return _chosen(r, x, indices[1])
     if any(r.value(i) is not None for i in indices):
         _refuse("an index depends on the state")
     return _positions()(_take)(r, out, x, indices)
@@ -967,11 +970,34 @@ def _folded(nodes: list[graph.Node]) -> list[graph.Node]:
     return nodes
 
 
+def _examine(energy: Any) -> None:
+    """Refuses an energy that may have an effect besides its result."""
+    examination, kind = effects.Examination(traced=True), type(energy)
+    if isinstance(energy, nn.Module):
+        return examination.run(energy)
+    if isinstance(energy, types.FunctionType):
+        return examination.run(energy)
+    if isinstance(energy, types.MethodType) and isinstance(energy.__self__, nn.Module):
+        examination.run(energy.__self__)
+        function, owner = energy.__func__, energy.__self__
+        pure = getattr(effects.definer(type(owner), function.__name__), "mmebm_pure", False)
+        if isinstance(function, types.FunctionType) and not pure and not function.__module__.startswith("torch."):
+            examination.run(function, owner)
+        return None
+    if callable(energy) and effects.definer(kind, "__call__").__dict__.get("mmebm_pure", False):
+        symbol.attempt().seen.append(kind)
+        for part in vars(energy).values():
+            if isinstance(part, nn.Module):
+                examination.run(part)
+        return None
+    return _refuse(f"it is a {kind.__name__}")
+
+
 def trace(
     energy: Callable[..., Any], state: Any, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
     log_prob: bool = False,
 ) -> Traced:  # fmt: skip
-    """The net that ``energy`` computes at ``state``.
+    """The net that ``energy`` computes at ``state``, where calling it once more than the chain does has no effect.
 
     Args:
         energy: as :meth:`mmebm.Langevin.sample` takes it. It is called once.
@@ -983,9 +1009,28 @@ def trace(
         CannotLower: naming what a net cannot say.
     """
     _, tensors, build = flatten(state)
+    noted = Attempt()
+    token = symbol._current.set(noted)
+    try:
+        effects.refuse_watchers()
+        if not all(inert(value) for value in (*args, *(kwargs or {}).values())):
+            _refuse("it is given arguments that are not plain data")
+        _examine(energy)
+        traced = _traced(energy, tensors, build, args, dict(kwargs or {}), log_prob)
+    finally:
+        symbol._current.reset(token)
+    return replace(traced, seen=tuple(noted.seen))
+
+
+def _traced(
+    energy: Callable[..., Any], tensors: list[Tensor], build: Any, args: Sequence[Any], kwargs: dict[str, Any],
+    log_prob: bool,
+) -> Traced:  # fmt: skip
     chains = tensors[0].shape[0]
     if chains == 0:
         _refuse("there are no chains")
+    if len({t.dtype for t in tensors}) != 1:
+        _refuse("the state has several dtypes")
     if torch.is_autocast_enabled(tensors[0].device.type):
         _refuse("autocast is on")
     recorder, start = _Recorder(chains), 0
@@ -999,7 +1044,7 @@ def trace(
             start += math.prod(shape)
         try:
             with _Rewrite(recorder.value), _Watch(recorder):
-                result = energy(build(inputs), *args, **(kwargs or {}))
+                result = energy(build(inputs), *args, **kwargs)
         except CannotLower:
             raise
         except Exception as error:

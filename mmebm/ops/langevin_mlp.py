@@ -211,8 +211,8 @@ def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor,
         return out
 
     result = reference(
-        tensors, energy or chain.terms, [row(table) for table in chain.constants], stepper, steps=steps, first_step=first_step,
-        noise_at=chain.noise_at, moving=chain.moving, freeze=chain.freeze,
+        tensors, energy or chain.terms, [row(table) for table in chain.constants], stepper, steps=steps,
+        first_step=first_step, noise_at=chain.noise_at, moving=chain.moving, freeze=chain.freeze,
     )  # fmt: skip
     return MlpResult(torch.cat(result.x, dim=1), result.energy, result.grad_norm, result.frozen)
 

@@ -134,10 +134,11 @@ def test_in_place_activations() -> None:
 
 
 def test_scripted_module() -> None:
-    net = torch.jit.trace(tutorial(), images(2, 1, 28, 28))
+    net: Any = torch.jit.trace(tutorial(), images(2, 1, 28, 28))
     agree(net, images(2, 1, 28, 28))
 
 
+TRAINED = nn.BatchNorm2d(1).double()
 REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "an unknown operation": (lambda x: x.sort(1)[0].sum((1, 2, 3)), "sort"),
     "random numbers": (lambda x: (x + torch.randn_like(x)).sum((1, 2, 3)), "random"),
@@ -147,7 +148,7 @@ REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "other chains' values": (lambda x: (x * x.flip(0)).sum((1, 2, 3)), "between chains"),
     "rolled chains": (lambda x: (x * x.roll(1, 0)).sum((1, 2, 3)), "between chains"),
     "the batch's mean": (lambda x: (x - x.mean(0)).square().sum((1, 2, 3)), "over the chains"),
-    "batch norm in train mode": (lambda x: nn.BatchNorm2d(1).double()(x).sum((1, 2, 3)), "in place|train mode"),
+    "batch norm in train mode": (lambda x: TRAINED(x).sum((1, 2, 3)), "in place|train mode"),
     "a changed state": (lambda x: x.mul_(2).sum((1, 2, 3)), "in place"),
     "another dtype": (lambda x: x.float().sum((1, 2, 3)), "casts"),
     "no gradient": (lambda x: x.detach().sum((1, 2, 3)), "detach"),
@@ -171,7 +172,7 @@ def test_refusals(case: str) -> None:
 
 
 def test_refusals_leave_no_trace() -> None:
-    norm = nn.BatchNorm2d(1).double()
+    norm: Any = nn.BatchNorm2d(1).double()
     held = torch.zeros(3)
     with pytest.raises(CannotLower):
         trace(lambda x: norm(x).sum((1, 2, 3)), images(3, 1, 6, 6))

@@ -301,7 +301,7 @@ ENERGIES: dict[str, tuple[Callable[[int], Any], tuple[tuple[int, ...], ...], flo
 
 
 def _classes() -> Callable[[Tensor], Tensor]:
-    net = nn.Sequential(*residual_energy()[:-1], nn.Linear(12, 10)).requires_grad_(False)
+    net = nn.Sequential(*list(residual_energy())[:-1], nn.Linear(12, 10)).requires_grad_(False)
     return lambda x: -net(x).logsumexp(1)
 
 
@@ -415,6 +415,7 @@ def test_batch_split_and_threads(isa: str, torch_seed: int, name: str) -> None:
     assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
     torch.set_num_threads(3)
     again = cpp.run(chain, x, 3, 0, energy=True)
+    assert again.energy is not None and whole.energy is not None
     assert torch.equal(again.x, whole.x) and torch.equal(again.energy, whole.energy)
 
 
