@@ -94,7 +94,9 @@ inline MlpJob mlp_job(uintptr_t x, int64_t chains, int64_t inputs) {
 // steps. Python runs their handlers in its main thread only; the thread that called looks, for itself and the others.
 class Signals {
  public:
-  Signals() : caller_(std::this_thread::get_id()), next_(Clock::now() + INTERVAL) {}
+  // `steps`: between two looks at the clock, which take 25 ns each.
+  explicit Signals(unsigned steps = 16)
+      : caller_(std::this_thread::get_id()), steps_(steps), next_(Clock::now() + INTERVAL) {}
 
   static bool stopped(void* self) { return static_cast<Signals*>(self)->look(); }
 
@@ -106,11 +108,10 @@ class Signals {
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds INTERVAL{100};
-  static constexpr int STEPS = 16;  // between two looks at the clock, which take 25 ns each
 
   bool look() {
     if (stop_.load(std::memory_order_relaxed)) return true;
-    if (std::this_thread::get_id() != caller_ || ++count_ % STEPS != 0 || Clock::now() < next_) return false;
+    if (std::this_thread::get_id() != caller_ || ++count_ % steps_ != 0 || Clock::now() < next_) return false;
     pybind11::gil_scoped_acquire lock;
     if (PyErr_CheckSignals() != 0) {
       error_ = std::make_unique<pybind11::error_already_set>();
@@ -122,6 +123,7 @@ class Signals {
   }
 
   const std::thread::id caller_;
+  const unsigned steps_;
   Clock::time_point next_;
   unsigned count_ = 0;
   std::atomic<bool> stop_{false};

@@ -177,8 +177,14 @@ inline void bind_net(pybind11::module_& m, Isa (*isa_from)(const std::string&)) 
           job.frozen = reinterpret_cast<uint8_t*>(frozen);
           job.freeze = frozen != 0;
           const Isa chosen = isa_from(isa);
-          py::gil_scoped_release release;
-          run_net(job, specs, chosen, threads);
+          Signals signals(1);
+          job.stopped = &Signals::stopped;
+          job.stopped_data = &signals;
+          {
+            py::gil_scoped_release release;
+            run_net(job, specs, chosen, threads);
+          }
+          signals.rethrow();
         },
         "A whole chain; energy and grad_norm (steps, chains) may be 0, and frozen (chains,) is where chains freeze.",
         py::arg("x"), py::arg("chains"), py::arg("inputs"), py::arg("nodes"), py::arg("tensors"), py::arg("constants"),

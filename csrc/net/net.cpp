@@ -58,6 +58,7 @@ struct Work {
 
 class Planner {
  public:
+  Planner(const Planner&) = delete;
   Planner(const ChainJob& job, const std::vector<NetSpec>& specs, const NetLoops& loops)
       : job_(job), specs_(specs), loops_(loops) {
     resolve();
@@ -816,32 +817,60 @@ const NetLoops& loops_for(Isa isa) {
   return net_loops_generic;
 }
 
-// `count` tiles of loops.lanes chains from `first` on, one after the other a thread.
-void run_tiles(const ChainJob& job, const std::vector<NetSpec>& nodes, const NetLoops& loops, int64_t first,
-               int64_t count, int threads) {
-  if (count == 0) return;
-  const Planner planner(job, nodes, loops);
-  const NetPlan& plan = planner.plan();
-  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), count));
-  const int64_t size = plan.rows * loops.lanes;
-  const Floats arenas = floats(size * threads);
-  const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
-  for_each_tile(count, threads, [&](int64_t tile) {
-    int slot = 0;
-    while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
-    float* const arena = arenas.get() + slot * size;
-    memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
-    loops.tile(job, plan, first + tile * loops.lanes, arena);
-    taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);
-  });
+// Tiles of one width: all chains from `first` on, or `count` tiles of them.
+struct Part {
+  const NetLoops* loops;
+  int64_t first, count;
+};
+
+// A tile of 8 chains takes about so much of the time of one of 16.
+constexpr double NARROW = 0.6;
+
+// Wide vectors, and narrow ones for a rest of the batch that fits into them or where there are more threads than tiles.
+std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
+  const NetLoops& wide = loops_for(isa);
+  const int64_t tiles = (chains + wide.lanes - 1) / wide.lanes;
+#if defined(MMEBM_X86)
+  if (isa == Isa::avx512) {
+    const NetLoops& narrow = net_loops_avx2;  // bit for bit the same
+    const int64_t halves = (chains + narrow.lanes - 1) / narrow.lanes;
+    const auto turns = [threads](int64_t count) { return static_cast<double>((count + threads - 1) / threads); };
+    if (turns(halves) * NARROW < turns(tiles)) return {{&narrow, 0, halves}};
+    if (chains % wide.lanes > 0 && chains % wide.lanes <= narrow.lanes) {
+      return {{&wide, 0, tiles - 1}, {&narrow, (tiles - 1) * wide.lanes, 1}};
+    }
+  }
+#endif
+  (void)threads;
+  return {{&wide, 0, tiles}};
 }
 
 }  // namespace
 
 void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threads) {
-  const NetLoops& loops = loops_for(isa);
-  const int64_t tiles = (job.chains + loops.lanes - 1) / loops.lanes;
-  run_tiles(job, nodes, loops, 0, tiles, threads);
+  threads = std::max(threads, 1);
+  std::vector<Part> parts = parts_of(job.chains, isa, threads);
+  std::deque<Planner> planners;
+  int64_t total = 0, size = 0;
+  for (const Part& part : parts) {
+    planners.emplace_back(job, nodes, *part.loops);
+    total += part.count;
+    size = std::max(size, planners.back().plan().rows * part.loops->lanes);
+  }
+  threads = static_cast<int>(std::min<int64_t>(threads, total));
+  const Floats arenas = floats(size * threads);
+  const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
+  for_each_tile(total, threads, [&](int64_t tile) {
+    int slot = 0;
+    while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
+    float* const arena = arenas.get() + slot * size;
+    memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
+    size_t i = 0;
+    for (; tile >= parts[i].count; ++i) tile -= parts[i].count;
+    const NetLoops& loops = *parts[i].loops;
+    loops.tile(job, planners[i].plan(), parts[i].first + tile * loops.lanes, arena);
+    taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);
+  });
 }
 
 }  // namespace mmebm
