@@ -70,14 +70,27 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
     }
     const int64_t begin = segment.offset * W, end = begin + segment.length * int64_t{W};
     for (int64_t i = begin; i < end; i += W, weight += J) {
-      F w[J];
+      // the fewer of the two stay in registers
+      if constexpr (P < J) {
+        F x[P];
 #pragma GCC unroll 16
-      for (int j = 0; j < J; ++j) w[j] = setf(weight[j]);
+        for (int p = 0; p < P; ++p) x[p] = load(at[p] + i);
 #pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) {
-        const F x = load(at[p] + i);
+        for (int j = 0; j < J; ++j) {
+          const F w = setf(weight[j]);
 #pragma GCC unroll 16
-        for (int j = 0; j < J; ++j) sum[p][j] = fma(w[j], x, sum[p][j]);
+          for (int p = 0; p < P; ++p) sum[p][j] = fma(w, x[p], sum[p][j]);
+        }
+      } else {
+        F w[J];
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) w[j] = setf(weight[j]);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          const F x = load(at[p] + i);
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[p][j] = fma(w[j], x, sum[p][j]);
+        }
       }
     }
   }

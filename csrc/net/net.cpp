@@ -379,10 +379,10 @@ class Planner {
             const int64_t blocks = (big_p ? ps.larger : ps.parts - ps.larger) * (big_j ? js.larger : js.parts - js.larger);
             const double np = static_cast<double>(ps.size + big_p), nj = static_cast<double>(js.size + big_j);
             const double depth = static_cast<double>(pass.depth);
-            cost += static_cast<double>(blocks) * (depth * std::max({np * nj / 2, (np + nj) / 2, 4.0}) + np * nj + 8);
+            cost += static_cast<double>(blocks) * (depth * std::max({np * nj / 2, (np + nj) / 2, 4.0}) + 2 * np * nj + 16);
           }
         }
-        if (cost < least) {
+        if (cost <= least) {  // of equal ones the one with more positions
           least = cost;
           pass.block_positions = p;
           pass.block_outputs = j;

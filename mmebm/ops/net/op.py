@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
@@ -105,12 +107,23 @@ def run(
 # -- the functional entry
 
 
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside an op, where torch has it off."""
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    excluded = excluded - keys(key.AutogradFunctionality) - keys(key.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
 def _op(x: Tensor, tensors: list[Tensor], net: str, backend: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         unpacked = unpack(net, tensors)
         module, _ = choose(backend, unpacked, x)
         if module is None:
-            return reference.energy_and_gradient(x, unpacked)
+            with _autograd():
+                return reference.energy_and_gradient(x, unpacked)
         return module.energy_and_gradient(unpacked, x.contiguous())
 
 

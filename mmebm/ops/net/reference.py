@@ -25,7 +25,10 @@ from mmebm.ops.net.graph import (
     Norm,
     Product,
     View,
+    pack,
     shapes_of,
+    tensors_of,
+    unpack,
 )  # fmt: skip
 
 __all__ = ["energy", "energy_and_gradient"]
@@ -100,11 +103,14 @@ def energy(x: Tensor, net: Net) -> Tensor:
 
 def energy_and_gradient(x: Tensor, net: Net, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
     """E(x), (chains,), and dE/dx, (chains, inputs). Without ``create_graph`` both are free of a graph."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        if any(t.is_inference() for t in (x, *tensors_of(net))):  # autograd does not take them
+            description, tensors = pack(net)
+            x, net = x.clone(), unpack(description, [t.clone() for t in tensors])
         start = x if create_graph and x.requires_grad else x.detach().requires_grad_()
         value = energy(start, net)
         if not value.requires_grad:
-            return value, torch.zeros_like(x)
+            raise RuntimeError("autograd is off below an op or in a dispatch mode: there is no gradient of a net")
         (grad,) = torch.autograd.grad(value.sum(), start, create_graph=create_graph, allow_unused=True)
     grad = torch.zeros_like(x) if grad is None else grad
     return (value, grad) if create_graph else (value.detach(), grad)
