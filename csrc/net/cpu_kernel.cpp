@@ -167,7 +167,8 @@ MMEBM_INLINE void each_span(const NetValue& a, const NetValue& b, const NetValue
   for (int64_t y = 0; y < a.height; ++y) body(a.at(y, 0), b.at(y, 0), c.at(y, 0), line);
 }
 
-void run_map(const NetRuns& runs, float* arena, bool store_it) {
+// `slope`: from a row that is written to the factor it is multiplied by, or 0 for none.
+void run_map(const NetRuns& runs, float* arena, bool store_it, int64_t slope) {
   for (int64_t i = 0; i < runs.count; ++i) {
     const NetRun& run = runs.runs[i];
     const NetTerm* terms = runs.terms + run.first;
@@ -183,6 +184,7 @@ void run_map(const NetRuns& runs, float* arena, bool store_it) {
         }
       }
       sum = add(sum, part);
+      if (slope != 0) sum = mul(sum, load(out + slope * W + r));
       store(out + r, sum);
     }
   }
@@ -361,7 +363,7 @@ struct Net {
           float* const y = row(pass.out);
           float* const slope = out.slope < 0 ? nullptr : y + (out.slope - out.value) * W;
           const int64_t numbers = pass.outputs * W;
-          run_pass(pass, arena, {y, nullptr, true}, [&](int32_t at) {
+          run_pass(pass, arena, {y, nullptr, !n.accumulate}, [&](int32_t at) {
             if (n.activation < 0) return;
             float* const here = y + int64_t{at} * W;
             activate(static_cast<Activation>(n.activation), n.slope, here, here, slope + int64_t{at} * W, numbers);
@@ -371,7 +373,7 @@ struct Net {
       }
       switch (n.kind) {
         case NetKind::input:
-        case NetKind::map: run_map(n.runs, arena, true); break;
+        case NetKind::map: run_map(n.runs, arena, true, 0); break;
         case NetKind::activation: activate_value(n, value(n.reads[0].value)); continue;
         case NetKind::add:
         case NetKind::affine:
@@ -386,6 +388,12 @@ struct Net {
 
   // -- backward
 
+  // From a row of the gradient that is read to the factor that follows it, 0 for none.
+  int64_t slope_of(const NetNode& n, const NetRead& read) const {
+    if (!read.times || n.kind == NetKind::input) return 0;
+    return value(read.value).slope - value(read.value).grad;
+  }
+
   void elementwise_back(const NetNode& n) const {
     const NetValue& out = value(n.out);
     const float* const d = row(out.grad);
@@ -394,6 +402,7 @@ struct Net {
       if (!read.needed) continue;
       const NetValue& in = value(read.value);
       float* const to = row(in.grad);
+      const int64_t slope = slope_of(n, read);
       const F by = setf(read.coefficient);
       const NetValue& other = value(n.reads[n.kind == NetKind::product ? 1 - k : k].value);
       int64_t i = 0;
@@ -409,7 +418,10 @@ struct Net {
           } else {
             v = mul(v, load(row(other.value + c + r)));
           }
-          put(to + (b + r) * W, v, read.store);
+          float* const at = to + (b + r) * W;
+          if (!read.store) v = add(load(at), v);
+          if (slope != 0) v = mul(v, load(at + slope * W));
+          store(at, v);
         }
       });
     }
@@ -444,7 +456,7 @@ struct Net {
         case NetKind::input:
         case NetKind::map:
           for (int32_t i = 0; i < n.read_count; ++i) {
-            if (n.reads[i].needed) run_map(n.reads[i].back, arena, n.reads[i].store);
+            if (n.reads[i].needed) run_map(n.reads[i].back, arena, n.reads[i].store, slope_of(n, n.reads[i]));
           }
           break;
         case NetKind::activation:

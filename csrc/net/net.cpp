@@ -52,6 +52,8 @@ struct Work {
   bool alias = false;      // an input that is the state's own rows
   bool relayout = false;   // a map that changes nothing but the order in memory
   bool needed = false;     // the gradient in it is needed
+  bool merged = false;     // a sum whose layers add to its value themselves
+  int32_t into = -1;       // of a layer: that sum
   std::vector<NetRead> reads;
   NetNode node;
 };
@@ -64,6 +66,7 @@ class Planner {
     resolve();
     lay_out();
     fuse();
+    merge_sums();
     mark_needed();
     borders();
     allocate();
@@ -239,6 +242,30 @@ class Planner {
     last_ = now[static_cast<size_t>(last_)];
   }
 
+  // A plain sum of layers that nothing else reads: each adds to the sum's value.
+  void merge_sums() {
+    std::vector<int32_t> users(works_.size(), 0);
+    for (const Work& w : works_) {
+      for (const int32_t x : w.xs) ++users[static_cast<size_t>(x)];
+    }
+    for (size_t i = 0; i < works_.size(); ++i) {
+      Work& w = works_[i];
+      if (w.kind != NetKind::add || w.spec->shift) continue;
+      bool plain = true;
+      for (size_t k = 0; k < w.xs.size(); ++k) {
+        const Work& x = works_[static_cast<size_t>(w.xs[k])];
+        plain = plain && x.kind == NetKind::product_sum && !x.fused && users[static_cast<size_t>(w.xs[k])] == 1 &&
+                w.spec->coefficients.at(k) == 1.0f && x.dims == w.dims;
+      }
+      if (!plain) continue;
+      w.merged = true;
+      for (const int32_t x : w.xs) works_[static_cast<size_t>(x)].into = static_cast<int32_t>(i);
+    }
+  }
+
+  // Where a work's value is.
+  size_t slot(size_t i) const { return works_[i].into < 0 ? i : static_cast<size_t>(works_[i].into); }
+
   void mark_needed() {
     for (Work& w : works_) {
       if (w.kind == NetKind::input) {
@@ -282,7 +309,7 @@ class Planner {
     for (size_t i = 0; i < works_.size(); ++i) {
       const Work& w = works_[i];
       if (!w.spec || w.spec->kind != NetNodeKind::conv) continue;
-      NetValue &in = values_[static_cast<size_t>(w.xs[0])], &out = values_[i];
+      NetValue &in = values_[static_cast<size_t>(w.xs[0])], &out = values_[slot(i)];
       const NetSpec& s = *w.spec;
       const auto reaches = [&](int axis, int64_t ins, int64_t outs, int64_t& in_border, int64_t& out_border) {
         const int64_t kernel = s.sizes[2 + axis], stride = s.stride[axis], pad = s.padding[axis];
@@ -320,6 +347,7 @@ class Planner {
     for (size_t i = 0; i < works_.size(); ++i) {
       const Work& w = works_[i];
       NetValue& v = values_[i];
+      if (w.into >= 0) continue;
       if (w.kind == NetKind::input) {
         const int64_t start = w.spec->start;
         if (start < 0 || start + w.spec->elements() > job_.inputs) refuse("an input lies outside the state");
@@ -659,7 +687,7 @@ class Planner {
     std::vector<std::pair<size_t, size_t>> final(works_.size(), {SIZE_MAX, 0});  // who writes a gradient last
     for (size_t i = works_.size(); i-- > 0;) {
       Work& w = works_[i];
-      for (size_t k = 0; k < w.xs.size(); ++k) {
+      for (size_t k = 0; k < w.xs.size() && !w.merged; ++k) {
         const auto x = static_cast<size_t>(w.xs[k]);
         NetRead read;
         read.value = w.xs[k];
@@ -677,18 +705,29 @@ class Planner {
       Work& w = works_[i];
       if (!w.fused || !w.needed) continue;
       const auto [by, k] = final[i];
-      if (by != SIZE_MAX && works_[by].kind == NetKind::product_sum) {
+      if (by != SIZE_MAX && works_[by].kind != NetKind::norm && works_[by].kind != NetKind::logsumexp) {
         works_[by].reads[k].times = true;
       } else {
         w.node.multiply = true;
       }
     }
+    // what a merged sum would do its last layer does
+    for (const Work& w : works_) {
+      if (!w.merged) continue;
+      const int32_t first = *std::min_element(w.xs.begin(), w.xs.end());
+      for (const int32_t x : w.xs) works_[static_cast<size_t>(x)].node.accumulate = x != first;
+      Work& last = works_[static_cast<size_t>(*std::max_element(w.xs.begin(), w.xs.end()))];
+      last.activation = w.activation;
+      last.slope = w.slope;
+      last.node.multiply = w.node.multiply;
+    }
     for (size_t i = 0; i < works_.size(); ++i) {
       Work& w = works_[i];
-      const NetValue& out = values_[i];
+      if (w.merged) continue;
+      const NetValue& out = values_[slot(i)];
       NetNode& n = w.node;
       n.kind = w.kind;
-      n.out = static_cast<int32_t>(i);
+      n.out = static_cast<int32_t>(slot(i));
       n.activation = w.activation;
       n.slope = w.slope;
       switch (w.kind) {
