@@ -779,7 +779,7 @@ def _circular(x: Tensor, pad: Sequence[int]) -> Tensor:
 # Where a batch norm is told that it is in train mode
 _TRAINING = {"native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}
 # What no operation shows
-_LEAVES = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__)
+_LEAVES = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__)
 
 
 class _Rewrite(TorchFunctionMode):

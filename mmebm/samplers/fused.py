@@ -113,7 +113,7 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     try:
         if isinstance(understood, Traced):
             op, chain = net, net.NetChain(net=understood.net, **options)
-            module, why = net.choose(sampler.backend, chain.net, x, chain)
+            module, why = net.room(sampler.backend, chain, x)
         else:
             op, chain = mlp, mlp.MlpChain(terms=understood.terms, **options)
             module, why = mlp.room(sampler.backend, chain, x)

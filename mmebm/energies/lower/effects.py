@@ -296,6 +296,8 @@ class Examination:
 
     def _value(self, label: str, name: str, value: Any, owner: Any) -> None:
         """Something that code names: harmless, to be examined, or refused."""
+        if self._traced and _is_computation(value):
+            return
         own = inspect.isfunction(value) and (value.__module__ or "").partition(".")[0] != "torch"
         if own or isinstance(value, nn.Module):
             if id(value) not in self._seen:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from mmebm import native, noise
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import Addresses
 from mmebm.ops.langevin_mlp import MlpResult
-from mmebm.ops.langevin_mlp_cpp import _isa, _plain, _strided, supports_options
+from mmebm.ops.langevin_mlp_cpp import plain_on_cpu, supports_options
 from mmebm.ops.net.graph import (
     FUNCTIONS,
     KINDS,
@@ -47,11 +49,13 @@ _ELEMENTS: Final = 1 << 22
 
 def supports_energy(net: Net, x: Tensor) -> str | None:
     """Whether :func:`energy_and_gradient` takes ``net`` at the flat state ``x``: ``None``, or the reason why not."""
-    if x.dim() != 2 or x.dtype != torch.float32:
+    reason = plain_on_cpu("the state", x)
+    if reason is not None:
+        return reason
+    if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] == 0:
         return f"the state is {x.dtype} of shape {tuple(x.shape)}, taken is float32 (chains, inputs)"
-    reason = _strided("the state", x)
     for t in tensors_of(net):
-        reason = reason or _strided("a tensor of the net", t)
+        reason = reason or plain_on_cpu("a tensor of the net", t)
         if t.dtype not in (torch.float32, torch.int64):
             return f"a tensor of the net is {t.dtype}, taken is float32"
     if reason is not None:
@@ -78,15 +82,14 @@ def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return (shape[0], 1, shape[1]) if len(shape) == 2 else (math.prod(shape), 1, 1)
 
 
-def _described(net: Net, x: Tensor, alive: list[Tensor]) -> list[dict[str, Any]]:
-    """The nodes as ``mmebm._cpu`` takes them; what the addresses point to is kept in ``alive``."""
-    chains = x.shape[0]
+def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]]:
+    """The nodes as ``mmebm._cpu`` takes them."""
 
-    def address(t: Tensor | None) -> int:
-        return 0 if t is None else _plain(t, alive).data_ptr()
+    def address(t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        return addresses("a tensor of the net", t, dtype)
 
     out = []
-    for node, shape in zip(net.nodes, check_net(net, chains, x.shape[1], x.device), strict=True):
+    for node, shape in zip(net.nodes, check_net(net, x.shape[0], x.shape[1], x.device), strict=True):
         d: dict[str, Any] = {"kind": KINDS.index(type(node)), "xs": reads(node), "shape": _image(shape)}
         if isinstance(node, Input):
             d["start"] = node.start
@@ -107,7 +110,7 @@ def _described(net: Net, x: Tensor, alive: list[Tensor]) -> list[dict[str, Any]]
             d.update(shift=address(node.shift), shift_per_chain=node.shift is not None and node.shift.shape[0] > 1)
         elif isinstance(node, (Map, LogSumExp)):
             weight = node.weight if isinstance(node, Map) else None
-            d.update(index=address(node.index), index_weight=address(weight), terms=node.index.shape[1])
+            d.update(index=address(node.index, torch.int64), index_weight=address(weight), terms=node.index.shape[1])
         elif isinstance(node, Norm):
             d.update(groups=node.groups, eps=float(node.eps))
         elif not isinstance(node, View) and type(node).__name__ != "Product":
@@ -121,12 +124,13 @@ def energy_and_gradient(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     reason = supports_energy(net, x)
     if reason is not None:
         raise native.BackendError(f"cpp: net_energy: {reason}")
-    alive: list[Tensor] = []
-    x = _plain(x, alive)
-    energy, grad = x.new_empty(x.shape[0]), torch.empty_like(x)
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    energy = torch.empty(chains, dtype=torch.float32, device=x.device)
+    grad = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
     native.cpu().net_energy(
-        x.data_ptr(), x.shape[0], x.shape[1], _described(net, x, alive), energy.data_ptr(), grad.data_ptr(),
-        torch.get_num_threads(), _isa(),
+        addresses("x", x, torch.float32), chains, inputs, _described(net, x, addresses),
+        addresses.output("energy", energy), addresses.output("grad", grad), torch.get_num_threads(), dispatch.isa(),
     )  # fmt: skip
     return energy, grad
 
@@ -140,30 +144,26 @@ def run(
         reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
     if reason is not None:
         raise native.BackendError(f"cpp: langevin_net: {reason}")
-    alive: list[Tensor] = []
-    x = _plain(x, alive)
-    chains = x.shape[0]
-    out = torch.empty_like(x)
-    energies = x.new_empty(steps, chains) if energy else None
-    norms = x.new_empty(steps, chains) if grad_norm else None
-    frozen = torch.zeros(chains, dtype=torch.bool) if chain.freeze else None
-    constants = _plain(chain.constants, alive)
-    mask = None if chain.observed is None else _plain(chain.observed, alive)
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    out = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
+    energies = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if energy else None
+    norms = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if grad_norm else None
+    frozen = torch.zeros(chains, dtype=torch.bool, device=x.device) if chain.freeze else None
+    mask = chain.observed
     tensors = [
         (width, noise.stream(index, noise.DRIFT), noisy, moving, present)
         for width, index, noisy, moving, present in zip(
             chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, strict=True
         )
     ]
-
-    def address(t: Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
-
     native.cpu().langevin_net(
-        x.data_ptr(), chains, x.shape[1], _described(chain.net, x, alive), tensors, constants.data_ptr(),
-        constants.shape[0], constants.shape[3], address(mask), 0 if mask is None or mask.shape[0] == 1 else x.shape[1],
+        addresses("x", x, torch.float32), chains, inputs, _described(chain.net, x, addresses), tensors,
+        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
+        addresses("observed", mask, torch.uint8), 0 if mask is None or mask.shape[0] == 1 else inputs,
         steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
-        chain.noise_at == "before", chain.clamp_noise, out.data_ptr(), address(energies), address(norms),
-        address(frozen), torch.get_num_threads(), _isa(),
+        chain.noise_at == "before", chain.clamp_noise, addresses.output("out", out),
+        addresses.output("energy", energies), addresses.output("grad_norm", norms), addresses.output("frozen", frozen),
+        torch.get_num_threads(), dispatch.isa(),
     )  # fmt: skip
     return MlpResult(out, energies, norms, frozen)

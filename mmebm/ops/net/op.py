@@ -12,27 +12,23 @@ as :mod:`mmebm.ops.langevin_mlp` has them for sums of MLPs; state, constants and
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmebm import native
-from mmebm.backends import NAMES
+from mmebm.ops import dispatch
 from mmebm.ops import langevin_mlp as mlp
+from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.langevin_mlp import MlpChain, MlpResult
 from mmebm.ops.net import reference
 from mmebm.ops.net.graph import Net, check_net, pack, tensors_of, unpack
 
-__all__ = ["NetChain", "choose", "name_of", "net_energy", "run"]
-
-_MODULES: Final = {"cpp": "mmebm.ops.net.cpp"}
+__all__ = ["NetChain", "name_of", "net_energy", "room", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,60 +39,41 @@ class NetChain(MlpChain):
     terms: tuple[Any, ...] = ()
 
 
-def _refusal(backend: str, net: Net, chain: NetChain | None, x: Tensor) -> tuple[ModuleType | None, str | None]:
-    """(the module, None), or why it does not take this net or chain."""
-    if backend not in _MODULES:
-        return None, f"net ops are not built for {backend}"
+def _refusal(module: ModuleType, net: Net, chain: NetChain | None, x: Tensor) -> str | None:
+    """Why ``module`` does not take this net or chain, or ``None``."""
     if x.dtype != torch.float32 or any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors_of(net)):
-        return None, "the state and the net are not all float32"
-    try:
-        module = importlib.import_module(_MODULES[backend])
-    except ImportError as error:
-        return None, f"{_MODULES[backend]} does not import ({error})"
-    return module, module.supports_energy(net, x) if chain is None else module.supports(chain, x)
+        return "the state and the net are not all float32"
+    for name, t in (("the state", x), *(("a tensor of the net", t) for t in tensors_of(net))):
+        reason = obstacle(t)
+        if reason is not None:
+            return f"{name} is {reason}"
+    return module.supports_energy(net, x) if chain is None else module.supports(chain, x)
 
 
-def choose(backend: str, net: Net, x: Tensor, chain: NetChain | None = None) -> tuple[ModuleType | None, str]:
-    """The module that runs ``net``, or ``chain`` on it, from the flat state ``x``; ``None`` for the reference; and why.
+def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, str]:
+    """The module that runs ``chain`` from the flat state ``x``, ``None`` for the reference, and the reason.
 
-    "auto" takes C++ on the CPU. ``MMEBM_BACKEND`` replaces "auto", and counts as asked for by name.
+    "auto" takes C++ on the CPU; see :func:`mmebm.ops.dispatch.choose`.
 
     Raises:
         ValueError: for an unknown backend.
-        BackendError: where a backend asked for by name does not take it.
+        BackendError: where a backend asked for by name does not take this chain.
     """
-    why = f"backend={backend!r}"
-    if backend == "auto" and os.environ.get("MMEBM_BACKEND"):
-        backend = os.environ["MMEBM_BACKEND"]
-        why = f"MMEBM_BACKEND={backend}"
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *NAMES))}, got {why}")
-    if backend == "torch":
-        return None, why
-    if backend != "auto":
-        module, reason = _refusal(backend, net, chain, x)
-        if reason is not None or module is None:
-            raise native.BackendError(f"{backend}: net: {reason}")
-        return module, why
-    reasons = []
-    for name in {"cpu": ("cpp",)}.get(x.device.type, ()):
-        module, reason = _refusal(name, net, chain, x)
-        if reason is None:
-            return module, f"auto: {name}, the state is on {x.device}"
-        reasons.append(f"not {name}: {reason}")
-    return None, f"auto: {'; '.join(reasons) or f'no backend for nets on {x.device}'}"
+    chosen = dispatch.choose("langevin_net", backend, x.device, lambda _, module: _refusal(module, chain.net, chain, x))
+    return chosen.module, chosen.reason
 
 
 def name_of(module: ModuleType) -> str:
     """The backend whose module it is."""
-    return next((name for name, path in _MODULES.items() if path == module.__name__), module.__name__)
+    modules = dispatch.OPS["langevin_net"].modules
+    return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
 
 
 def run(
     module: ModuleType | None, chain: NetChain, x: Tensor, steps: int, first_step: int | Tensor, *,
     energy: bool = False, grad_norm: bool = False,
 ) -> MlpResult:  # fmt: skip
-    """``steps`` steps from the flat state ``x`` (chains, inputs) in the module that :func:`choose` gave."""
+    """``steps`` steps from the flat state ``x`` (chains, inputs) in the module that :func:`room` chose."""
     if steps == 0 or x.shape[0] == 0:
         return mlp.run(None, chain, x, 0, first_step)
     if module is None:
@@ -120,7 +97,7 @@ def _autograd() -> Iterator[None]:
 def _op(x: Tensor, tensors: list[Tensor], net: str, backend: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         unpacked = unpack(net, tensors)
-        module, _ = choose(backend, unpacked, x)
+        module = dispatch.choose("net_energy", backend, x.device, lambda _, m: _refusal(m, unpacked, None, x)).module
         if module is None:
             with _autograd():
                 return reference.energy_and_gradient(x, unpacked)
@@ -198,5 +175,7 @@ def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, T
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
         raise TypeError(f"x must be a floating-point tensor (chains, inputs), got {getattr(x, 'shape', x)!r:.80}")
     check_net(net, x.shape[0], x.shape[1], x.device)
+    for t in (x, *tensors_of(net)):
+        require_dense("x" if t is x else "a tensor of the net", t, None if t is x else x)
     description, tensors = pack(net)
     return torch.ops.mmebm.net_energy(x, tensors, description, backend)

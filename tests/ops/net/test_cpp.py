@@ -440,4 +440,4 @@ def test_refusals(torch_seed: int) -> None:
     with pytest.raises(native.BackendError, match="constants"):
         cpp.run(replace(chain, constants=chain.constants.repeat(2, 1, 1, 1)), x, 3, 0)
     with pytest.raises(native.BackendError, match="not built for triton"):
-        op.choose("triton", chain.net, x)
+        op.room("triton", chain, x)
