@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 import mmebm
@@ -149,7 +150,7 @@ def compiled(energy: Any, x: State, step: float, steps: int = STEPS, noise: floa
         _compiled[id(energy)] = torch.compile(energy)
     try:
         return eager(_compiled[id(energy)], x, step, steps, noise)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         pytest.skip(f"torch.compile cannot build this here: {error}")
 
 

@@ -124,7 +124,7 @@ inline std::vector<NetSpec> net_specs(const pybind11::list& nodes) {
       for (size_t i = 0; i < 2; ++i) {
         const int64_t small = sides[i][s.transposed ? 0 : 1], large = sides[i][s.transposed ? 1 : 0];
         const int64_t reach = s.dilation[i] * (s.sizes[2 + i] - 1) + 1, free = large + 2 * s.padding[i] - reach;
-        if (free < 0 || free / s.stride[i] + 1 < small) throw py::value_error("a convolution's sides do not fit together");
+        if (free < 0 || free / s.stride[i] + 1 < small) throw py::value_error("a convolution's sides do not fit");
       }
     }
     out.push_back(s);

@@ -1,5 +1,5 @@
-// Plans a net's forward and backward pass for one instruction set, packs the weights, and cuts the batch into tiles; the
-// loops themselves are in cpu_kernel.cpp.
+// Plans a net's forward and backward pass for one instruction set, packs the weights, and cuts the batch into tiles;
+// the loops themselves are in cpu_kernel.cpp.
 #include "net/net.h"
 
 #include <algorithm>
@@ -395,7 +395,7 @@ class Planner {
     return out;
   }
 
-  // The block of positions x outputs that costs least: products, loads and broadcasts two a cycle, and the sums' latency.
+  // The block of positions x outputs that costs least: products, loads and broadcasts two a cycle, the sums' latency.
   void choose_block(NetPass& pass) const {
     double least = 1e300;
     for (int32_t p = 1; p <= loops_.positions; ++p) {
@@ -404,10 +404,11 @@ class Planner {
         double cost = 0.0;
         for (int big_p = 0; big_p < 2; ++big_p) {
           for (int big_j = 0; big_j < 2; ++big_j) {
-            const int64_t blocks = (big_p ? ps.larger : ps.parts - ps.larger) * (big_j ? js.larger : js.parts - js.larger);
+            const int64_t tall = big_p ? ps.larger : ps.parts - ps.larger;
+            const int64_t broad = big_j ? js.larger : js.parts - js.larger;
             const double np = static_cast<double>(ps.size + big_p), nj = static_cast<double>(js.size + big_j);
-            const double depth = static_cast<double>(pass.depth);
-            cost += static_cast<double>(blocks) * (depth * std::max({np * nj / 2, (np + nj) / 2, 4.0}) + 2 * np * nj + 16);
+            const double row = std::max({np * nj / 2, (np + nj) / 2, 4.0});
+            cost += static_cast<double>(tall * broad) * (static_cast<double>(pass.depth) * row + 2 * np * nj + 16);
           }
         }
         if (cost <= least) {  // of equal ones the one with more positions
@@ -490,7 +491,8 @@ class Planner {
       std::vector<std::pair<int64_t, int64_t>> out_taps;  // (position read, kernel), read from low to high
       for (int64_t k = s.sizes[2 + axis]; k-- > 0;) {
         const int64_t at = first + s.padding[axis] - k * s.dilation[axis];
-        if (divide_down(at, s.stride[axis]) * s.stride[axis] == at) out_taps.push_back({divide_down(at, s.stride[axis]), k});
+        const int64_t place = divide_down(at, s.stride[axis]);
+        if (place * s.stride[axis] == at) out_taps.push_back({place, k});
       }
       return out_taps;
     };
@@ -899,13 +901,17 @@ void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threa
   threads = static_cast<int>(std::min<int64_t>(threads, total));
   const Floats arenas = floats(size * threads);
   const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
+  std::vector<int64_t> last(static_cast<size_t>(threads), -1);  // the part that an arena was used for
   for_each_tile(total, threads, [&](int64_t tile) {
     int slot = 0;
     while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
     float* const arena = arenas.get() + slot * size;
-    memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
     size_t i = 0;
     for (; tile >= parts[i].count; ++i) tile -= parts[i].count;
+    if (last[static_cast<size_t>(slot)] != static_cast<int64_t>(i)) {  // else borders are as they were: zero
+      memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
+      last[static_cast<size_t>(slot)] = static_cast<int64_t>(i);
+    }
     const NetLoops& loops = *parts[i].loops;
     loops.tile(job, planners[i].plan(), parts[i].first + tile * loops.lanes, arena);
     taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);

@@ -36,6 +36,14 @@ CHAINS = 5
 class Weights:
     """The tensors of :func:`net` and :func:`energy`."""
 
+    kernel: Tensor
+    bias: Tensor
+    up: Tensor
+    matrix: Tensor
+    shift: Tensor
+    scale: Tensor
+    other: Tensor
+
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         g = torch.Generator().manual_seed(seed)
         shapes = {
