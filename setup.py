@@ -43,6 +43,11 @@ ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
+# A file *_kernel.cpp is compiled once per instruction set, told its name
+KERNEL_DEFINES = {
+    "": ["-DMMEBM_ISA_NAME=generic", "-DMMEBM_ISA_GENERIC"], "_avx2": ["-DMMEBM_ISA_NAME=avx2"],
+    "_avx512": ["-DMMEBM_ISA_NAME=avx512"],
+}  # fmt: skip
 SWITCHES = {"mmebm._cpu": "MMEBM_BUILD_CPU", "mmebm._cuda": "MMEBM_BUILD_CUDA"}
 
 
@@ -55,7 +60,9 @@ def tracked(*patterns: str) -> list[str]:
 
 
 EXTENSIONS = [
-    Extension("mmebm._cpu", tracked("csrc/bind_cpu.cpp", "csrc/cpu/*.cpp"), depends=tracked("csrc/**/*.h")),
+    Extension(
+        "mmebm._cpu", tracked("csrc/bind_cpu.cpp", "csrc/cpu/*.cpp", "csrc/net/*.cpp"), depends=tracked("csrc/**/*.h")
+    ),
     Extension("mmebm._cuda", tracked("csrc/bind_cuda.cpp", "csrc/cuda/*.cu"), depends=tracked("csrc/**/*.h")),
 ]
 
@@ -240,9 +247,12 @@ class BuildExtensions(build_ext):
             lines.append(f"rule {name}\n  command = {ninja_command(command)}\n  description = {name} $out{deps}")
 
         rule(f"cxx{tag}", cxx)
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
         for suffix, flags in ISA_FLAGS.items():
-            x86 = platform.machine().lower() in ("x86_64", "amd64")
             rule(f"cxx{tag}{suffix}", [*tools.cxx, *(flags if x86 else []), *cxx[len(tools.cxx) :]])
+        for suffix, defines in KERNEL_DEFINES.items():
+            flags = [*defines, *(ISA_FLAGS.get(suffix, []) if x86 else [])]
+            rule(f"kernel{tag}{suffix}", [*tools.cxx, *flags, *cxx[len(tools.cxx) :]])
         if tools.nvcc:
             host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-math-errno,-Wall"]
             nvcc = [tools.nvcc, "-ccbin", tools.host_cxx, "-std=c++17", "-O3", *tools.gencode(), *host, *common]
@@ -257,6 +267,12 @@ class BuildExtensions(build_ext):
         objects = []
         for source in extension.sources:
             stem = Path(source).stem
+            if stem.endswith("_kernel"):
+                for suffix in KERNEL_DEFINES:
+                    built = ninja_path(work / tag / f"{source}{suffix}.o")
+                    lines.append(f"build {built}: kernel{tag}{suffix} {ninja_path(ROOT / source)}")
+                    objects.append(built)
+                continue
             suffix = next((suffix for suffix in ISA_FLAGS if stem.endswith(suffix)), "")
             kind = "nvcc" if source.endswith(".cu") else "cxx"
             built = ninja_path(work / tag / f"{source}.o")

@@ -9,6 +9,7 @@
 #include "bind_langevin_step.h"
 #include "bind_residual.h"
 #include "cpu/noise.h"
+#include "net/bind.h"
 
 namespace py = pybind11;
 using namespace mmebm;
@@ -80,4 +81,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_langevin_step(m, isa_from);
   bind_residual(m, isa_from);
   bind_langevin_mlp(m, isa_from);
+  bind_net(m, isa_from);
 }

@@ -94,7 +94,9 @@ inline MlpJob mlp_job(uintptr_t x, int64_t chains, int64_t inputs) {
 // steps. Python runs their handlers in its main thread only; the thread that called looks, for itself and the others.
 class Signals {
  public:
-  Signals() : caller_(std::this_thread::get_id()), next_(Clock::now() + INTERVAL) {}
+  // `steps`: between two looks at the clock, which take 25 ns each.
+  explicit Signals(unsigned steps = 16)
+      : caller_(std::this_thread::get_id()), steps_(steps), next_(Clock::now() + INTERVAL) {}
 
   static bool stopped(void* self) { return static_cast<Signals*>(self)->look(); }
 
@@ -106,11 +108,10 @@ class Signals {
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds INTERVAL{100};
-  static constexpr int STEPS = 16;  // between two looks at the clock, which take 25 ns each
 
   bool look() {
     if (stop_.load(std::memory_order_relaxed)) return true;
-    if (std::this_thread::get_id() != caller_ || ++count_ % STEPS != 0 || Clock::now() < next_) return false;
+    if (std::this_thread::get_id() != caller_ || ++count_ % steps_ != 0 || Clock::now() < next_) return false;
     pybind11::gil_scoped_acquire lock;
     if (PyErr_CheckSignals() != 0) {
       error_ = std::make_unique<pybind11::error_already_set>();
@@ -122,11 +123,57 @@ class Signals {
   }
 
   const std::thread::id caller_;
+  const unsigned steps_;
   Clock::time_point next_;
   unsigned count_ = 0;
   std::atomic<bool> stop_{false};
   std::unique_ptr<pybind11::error_already_set> error_;
 };
+
+// What every whole chain is given: its tensors (width, stream, noisy, moving, present), constants and masks. `parts` is
+// what job.tensors points to.
+inline ChainJob chain_job(uintptr_t x, int64_t chains, int64_t inputs, const pybind11::list& tensors,
+                          std::vector<ChainTensor>& parts, uintptr_t constants, int64_t rows, int64_t columns,
+                          uintptr_t observed, int64_t observed_stride, int64_t steps, uintptr_t out) {
+  namespace py = pybind11;
+  ChainJob job;
+  int64_t begin = 0;
+  for (const py::handle& item : tensors) {
+    const py::tuple t = py::cast<py::tuple>(item);
+    ChainTensor part;
+    part.begin = begin;
+    part.width = py::cast<int64_t>(t[0]);
+    part.stream = py::cast<uint32_t>(t[1]);
+    part.noisy = py::cast<bool>(t[2]);
+    part.moving = py::cast<bool>(t[3]);
+    part.present = py::cast<uint32_t>(t[4]);
+    if (part.width < 0 || part.width > inputs - begin) throw py::value_error("widths do not fit the inputs");
+    begin += part.width;
+    parts.push_back(part);
+  }
+  if (begin != inputs) throw py::value_error("widths do not fit the inputs");
+  if (x == 0 && chains > 0) throw py::value_error("x is null");
+  if (chains == 0) return job;
+  if (steps < 0 || (rows != 1 && rows < steps) || (columns != 1 && columns != chains) || constants == 0) {
+    throw py::value_error("steps or the table of constants is out of range");
+  }
+  if (out == 0 || (observed_stride != 0 && observed_stride != inputs)) {
+    throw py::value_error("out is null, or the stride of observed is off");
+  }
+  job.x = reinterpret_cast<const float*>(x);
+  job.chains = chains;
+  job.inputs = inputs;
+  job.tensors = parts.data();
+  job.tensor_count = static_cast<int64_t>(parts.size());
+  job.constants = reinterpret_cast<const float*>(constants);
+  job.constant_rows = rows;
+  job.constant_columns = columns;
+  job.observed = reinterpret_cast<const uint8_t*>(observed);
+  job.observed_stride = observed_stride;
+  job.steps = steps;
+  job.out = reinterpret_cast<float*>(out);
+  return job;
+}
 
 inline void bind_langevin_mlp(pybind11::module_& m, Isa (*isa_from)(const std::string&)) {
   namespace py = pybind11;
@@ -154,43 +201,15 @@ inline void bind_langevin_mlp(pybind11::module_& m, Isa (*isa_from)(const std::s
                    int threads, const std::string& isa) {
           MlpJob job = mlp_job(x, chains, inputs);
           std::vector<MlpStackTerm> stacks = mlp_terms(terms, inputs);
-          std::vector<MlpTensor> parts;
-          int64_t begin = 0;
-          for (const py::handle& item : tensors) {  // (width, stream, noisy, moving, present)
-            const py::tuple t = py::cast<py::tuple>(item);
-            MlpTensor part;
-            part.begin = begin;
-            part.width = py::cast<int64_t>(t[0]);
-            part.stream = py::cast<uint32_t>(t[1]);
-            part.noisy = py::cast<bool>(t[2]);
-            part.moving = py::cast<bool>(t[3]);
-            part.present = py::cast<uint32_t>(t[4]);
-            if (part.width < 0 || part.width > inputs - begin) throw py::value_error("widths do not fit the inputs");
-            begin += part.width;
-            parts.push_back(part);
-          }
-          if (begin != inputs) throw py::value_error("widths do not fit the inputs");
+          std::vector<ChainTensor> parts;
+          static_cast<ChainJob&>(job) = chain_job(x, chains, inputs, tensors, parts, constants, rows, columns, observed,
+                                                  observed_stride, steps, out);
           if (chains == 0) return;
-          if (steps < 0 || (rows != 1 && rows < steps) || (columns != 1 && columns != chains) || constants == 0) {
-            throw py::value_error("steps or the table of constants is out of range");
-          }
-          if (out == 0 || (observed_stride != 0 && observed_stride != inputs)) {
-            throw py::value_error("out is null, or the stride of observed is off");
-          }
-          job.tensors = parts.data();
-          job.tensor_count = static_cast<int64_t>(parts.size());
-          job.constants = reinterpret_cast<const float*>(constants);
-          job.constant_rows = rows;
-          job.constant_columns = columns;
-          job.observed = reinterpret_cast<const uint8_t*>(observed);
-          job.observed_stride = observed_stride;
-          job.steps = steps;
           job.seed = seed;
           job.first_step = first_step;
           job.chain_offset = chain_offset;
           job.noise_before = noise_before;
           job.clamp_noise = clamp_noise;
-          job.out = reinterpret_cast<float*>(out);
           job.energy = reinterpret_cast<float*>(energy);
           job.grad_norm = reinterpret_cast<float*>(grad_norm);
           job.frozen = reinterpret_cast<uint8_t*>(frozen);

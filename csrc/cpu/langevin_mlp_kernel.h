@@ -25,14 +25,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/activation_vec.h"
+#include "common/chain_rule.h"
 #include "langevin_mlp_job.h"
-#include "philox_vec.h"
-#include "vec.h"
 
 namespace mmebm {
 namespace {
-
-using Mask = M;  // M counts the vectors of a tile below
 
 #if defined(__AVX512F__)
 constexpr int MOST = 3, PANELS = 2, REST = 4 * QUADS;
@@ -188,185 +186,14 @@ void product(const float* w, int64_t outputs, const float* in, int64_t depth, co
   }
 }
 
-// --------------------------------------------------------------------------------------------------------- activations
-
-struct Both {
-  F value, derivative;
-};
-
-// exp(x) = 2^n (1 + p) for x in [-87, 88], by n = round(x / log 2) and p = r + r^2 q(r) on the rest r of at most
-// log(2) / 2, q of degree 4 (minimax, error 5.7e-9 relative to the exponential).
-struct Exp {
-  I power;  // n in the exponent's place; above the sign there is nothing left
-  F p;
-};
-
-MMEBM_INLINE Exp exp_parts(F x) {
-  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
-  const F shifted = fma(x, setf(1.44269504f), setf(12582912.0f));
-  const F n = sub(shifted, setf(12582912.0f));
-  F r = fma(n, setf(-0.693145752f), x);  // the first 16 bits of log 2, then the rest
-  r = fma(n, setf(-1.42860677e-6f), r);
-  F q = fma(setf(0.00138116628f), r, setf(0.00837013498f));
-  q = fma(q, r, setf(0.0416685268f));
-  q = fma(q, r, setf(0.166665092f));
-  q = fma(q, r, setf(0.49999994f));
-  return {exponent(as_int(shifted)), fma(mul(r, r), q, r)};
-}
-
-MMEBM_INLINE F exp_of(F x) {
-  const Exp e = exp_parts(x);
-  return as_float(addi(as_int(add(e.p, setf(1.0f))), e.power));
-}
-
-// exp(x) - 1
-MMEBM_INLINE F expm1_of(F x) {
-  const Exp e = exp_parts(x);
-  const F scale = as_float(addi(seti(0x3f800000u), e.power));
-  return fma(scale, e.p, sub(scale, setf(1.0f)));
-}
-
-// tanh |a| = e / (e + 2) with e = exp(2 |a|) - 1, and its derivative 4 (e + 1) / (e + 2)^2, which 1 - tanh^2 would lose to
-// cancellation where tanh is near 1.
-MMEBM_INLINE Both tanh_of(F a) {
-  const F zero = setf(0.0f), size = abs(a);
-  const F e = expm1_of(clamp(add(size, size), zero, setf(87.0f))), below = add(e, setf(2.0f));
-  const F t = div(e, below), rest = div(setf(2.0f), below);
-  return {select(greater(zero, a), sub(zero, t), t), mul(mul(add(e, setf(1.0f)), rest), rest)};
-}
-
-// Both of one vector. A limit at an infinity is taken exactly: silu(-inf) is 0 and its derivative too.
-template <Activation KIND>
-MMEBM_INLINE Both activation(F a, F slope) {
-  const F zero = setf(0.0f), one = setf(1.0f);
-  if (KIND == Activation::relu) {
-    return {max(zero, a), select(greater(a, zero), one, zero)};
-  }
-  if (KIND == Activation::leaky_relu) {
-    const M up = greater(a, zero);
-    return {select(up, a, mul(slope, a)), select(up, one, slope)};
-  }
-  if (KIND == Activation::silu) {
-    const F t = clamp(a, setf(-87.0f), setf(87.0f));
-    const F e = exp_of(sub(zero, t)), s = div(one, add(one, e));
-    return {mul(max(setf(-87.0f), a), s), fma(mul(t, s), mul(e, s), s)};
-  }
-  if (KIND == Activation::gelu) {
-    // Phi(-|a|) = exp(-a^2 / 2) Q(u), u = 1 / (1 + |a| / 4): Q is half the scaled complementary error function, of
-    // degree 9 (error 6e-8 of itself)
-    const F t = clamp(a, setf(-13.1f), setf(13.1f));
-    const F e = exp_of(mul(mul(t, setf(-0.5f)), t));
-    const F u = div(one, fma(setf(0.25f), abs(t), one));
-    F q = fma(setf(0.0365462191f), u, setf(-0.209777385f));
-    q = fma(q, u, setf(0.425715446f));
-    q = fma(q, u, setf(-0.372688621f));
-    q = fma(q, u, setf(0.335633636f));
-    q = fma(q, u, setf(-0.0363121331f));
-    q = fma(q, u, setf(0.126806706f));
-    q = fma(q, u, setf(0.0937523693f));
-    q = fma(q, u, setf(0.100351408f));
-    q = fma(q, u, setf(-2.76155424e-5f));
-    const F below = mul(e, q);
-    const F phi = select(greater(t, zero), fma(sub(zero, e), q, one), below);
-    return {mul(max(setf(-13.1f), a), phi), fma(mul(t, e), setf(0.398942280f), phi)};
-  }
-  if (KIND == Activation::softplus) {
-    const F e = exp_of(sub(zero, min(setf(87.0f), abs(a))));
-    // log(1 + e) = e q(e) on [0, 1], q of degree 10 (error 4.8e-9)
-    F q = fma(setf(0.00203021569f), e, setf(-0.0134073962f));
-    q = fma(q, e, setf(0.0414779298f));
-    q = fma(q, e, setf(-0.0824413821f));
-    q = fma(q, e, setf(0.124184079f));
-    q = fma(q, e, setf(-0.161056772f));
-    q = fma(q, e, setf(0.198907435f));
-    q = fma(q, e, setf(-0.249872699f));
-    q = fma(q, e, setf(0.333325595f));
-    q = fma(q, e, setf(-0.499999821f));
-    q = fma(q, e, one);
-    const F s = div(one, add(one, e));
-    return {fma(e, q, max(zero, a)), select(greater(a, zero), s, mul(e, s))};
-  }
-  if (KIND == Activation::tanh) {
-    return tanh_of(a);
-  }
-  const F e = expm1_of(clamp(a, setf(-87.0f), zero));  // elu
-  const M up = greater(a, zero);
-  return {select(up, a, mul(slope, e)), select(up, one, fma(slope, e, slope))};
-}
-
-template <Activation KIND>
-void activations(float slope, const float* in, float* value, float* derivative, int64_t n) {
-  const F s = setf(slope);
-#pragma GCC unroll 2
-  for (int64_t i = 0; i < n; i += W) {
-    const Both both = activation<KIND>(load(in + i), s);
-    store(value + i, both.value);
-    store(derivative + i, both.derivative);
-  }
-}
-
-void activate(Activation kind, float slope, const float* in, float* value, float* derivative, int64_t n) {
-  switch (kind) {
-    case Activation::relu: return activations<Activation::relu>(slope, in, value, derivative, n);
-    case Activation::leaky_relu: return activations<Activation::leaky_relu>(slope, in, value, derivative, n);
-    case Activation::silu: return activations<Activation::silu>(slope, in, value, derivative, n);
-    case Activation::gelu: return activations<Activation::gelu>(slope, in, value, derivative, n);
-    case Activation::softplus: return activations<Activation::softplus>(slope, in, value, derivative, n);
-    case Activation::tanh: return activations<Activation::tanh>(slope, in, value, derivative, n);
-    case Activation::elu: return activations<Activation::elu>(slope, in, value, derivative, n);
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------------- tile
 
-// A sum over many rows, in parts of 32, so that its rounding errors stay those of a short sum.
-struct Sum {
-  F part, total;
-  int count;
-};
-
-MMEBM_INLINE Sum no_sum() { return {setf(0.0f), setf(0.0f), 0}; }
-
-MMEBM_INLINE void next(Sum& s) {
-  if (++s.count % 32 == 0) {
-    s.total = add(s.total, s.part);
-    s.part = setf(0.0f);
-  }
-}
-
-MMEBM_INLINE F whole(const Sum& s) { return add(s.total, s.part); }
-
 template <int M>
-struct Tile {
-  static constexpr int C = M * W;
+struct Tile : Rows<M> {
   const MlpJob& job;
-  int64_t first;   // chain of lane 0
-  int64_t inside;  // lanes that are chains
-  float *x, *g, *old, *a, *b, *slopes, *targets, *energy, *dead, *row, *outputs, *quads;
-  uint8_t *masks, *observed;
-
-  int64_t chain_of(int lane) const { return first + (lane < inside ? lane : inside - 1); }
-  int lanes_of(int m) const {
-    const int64_t left = inside - m * W;
-    return left < 0 ? 0 : left < W ? static_cast<int>(left) : W;
-  }
+  float *a, *b, *slopes, *targets, *outputs, *quads;
+  uint8_t* masks;
 };
-
-template <int M, class T>
-void gather(const Tile<M>& t, const T* from, int64_t stride, int64_t width, T* to) {
-  for (int lane = 0; lane < t.C; ++lane) {
-    const T* source = from + t.chain_of(lane) * stride;
-    for (int64_t i = 0; i < width; ++i) to[i * t.C + lane] = source[i];
-  }
-}
-
-template <int M>
-void scatter(const Tile<M>& t, const float* from, int64_t width, float* to) {
-  for (int lane = 0; lane < t.inside; ++lane) {
-    float* target = to + (t.first + lane) * width;
-    for (int64_t i = 0; i < width; ++i) target[i] = from[i * t.C + lane];
-  }
-}
 
 // From the outputs `y` (in place) to dE/dy; the energy where asked for.
 template <int M>
@@ -654,209 +481,15 @@ void evaluate_quads(const Tile<1>& t, bool energy) {
 
 #endif
 
-// A row of the table of constants, as one vector of chains sees it.
-struct Row {
-  const float* values;
-  int64_t columns, chain;
-  int lanes;
-};
-
-MMEBM_INLINE F get(const Row& r, Field f) {
-  return r.columns == 1 ? setf(r.values[f]) : load(r.values + f * r.columns + r.chain, r.lanes);
-}
-
-template <int M>
-MMEBM_INLINE Row row_of(const Tile<M>& t, int64_t step, int64_t tensor, int m) {
-  const MlpJob& job = t.job;
-  const int64_t row = job.constant_rows == 1 ? 0 : step;
-  return {job.constants + (row * job.tensor_count + tensor) * FIELDS * job.constant_columns, job.constant_columns,
-          t.first + m * W, t.lanes_of(m)};
-}
-
-template <int M>
-MMEBM_INLINE void chain_words(const Tile<M>& t, I* words) {
-  for (int m = 0; m < M; ++m) {
-    alignas(64) uint32_t w[W];
-    for (int lane = 0; lane < W; ++lane) {
-      w[lane] = t.job.chain_offset + static_cast<uint32_t>(t.first) + static_cast<uint32_t>(m * W + lane);
-    }
-    words[m] = loadi(w);
-  }
-}
-
-MMEBM_INLINE bool has(const MlpTensor& tensor, Field f) { return (tensor.present >> f & 1) != 0; }
-
-// Calls body(row of the state, m, normal) for all rows of a tensor. Without noise the normals are 0.
-template <int M, class Body>
-MMEBM_INLINE void each_row(const Tile<M>& t, const MlpTensor& tensor, uint32_t step, bool noise, const Body& body) {
-  if (!noise) {
-    for (int64_t i = 0; i < tensor.width; ++i) {
-      for (int m = 0; m < M; ++m) body(tensor.begin + i, m, setf(0.0f));
-    }
-    return;
-  }
-  const Key key = {t.job.seed, step, tensor.stream};
-  OneChain schedule;
-  OneChain::init(schedule, key, 0);
-  I words[M];
-  chain_words(t, words);
-  for (int64_t i = 0; i < tensor.width; i += 4) {
-    F z[4 * M];
-    normals_by_chain<M>(schedule, key, static_cast<uint32_t>(i / 4), words, z);
-    const int64_t rows = tensor.width - i < 4 ? tensor.width - i : 4;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int m = 0; m < M; ++m) body(tensor.begin + i + r, m, z[4 * m + r]);
-    }
-  }
-}
-
-// x + noise, where the noise stands before the gradient.
-template <int M>
-void perturb(const Tile<M>& t, int64_t k, uint32_t step) {
-  for (int64_t i = 0; i < t.job.tensor_count; ++i) {
-    const MlpTensor& tensor = t.job.tensors[i];
-    const bool bounds = t.job.clamp_noise && (has(tensor, F_LOW) || has(tensor, F_HIGH));
-    if (!tensor.moving || !(tensor.noisy || bounds)) continue;
-    F scale[M], low[M], high[M];
-    for (int m = 0; m < M; ++m) {
-      const Row row = row_of(t, k, i, m);
-      scale[m] = get(row, F_NOISE_SCALE);
-      low[m] = get(row, F_LOW);
-      high[m] = get(row, F_HIGH);
-    }
-    each_row(t, tensor, step, tensor.noisy, [&](int64_t r, int m, F z) {
-      const int64_t at = r * Tile<M>::C + m * W;
-      const F x = load(t.x + at);
-      F y = tensor.noisy ? fma(scale[m], z, x) : x;
-      if (bounds) y = clamp(y, low[m], high[m]);
-      if (t.observed) y = select(bytes(t.observed + at, W), x, y);
-      store(t.x + at, y);
-    });
-  }
-}
-
-// The norm of each chain's gradient over a tensor's rows, after the clip by value.
-template <int M>
-MMEBM_INLINE F clipped_norm(const Tile<M>& t, const MlpTensor& tensor, int m, bool clip, F limit) {
-  const F below = sub(setf(0.0f), limit);
-  Sum sum = no_sum();
-  for (int64_t r = tensor.begin; r < tensor.begin + tensor.width; ++r) {
-    F g = load(t.g + r * Tile<M>::C + m * W);
-    if (clip) g = clamp(g, below, limit);
-    sum.part = fma(g, g, sum.part);
-    next(sum);
-  }
-  return sqrt(whole(sum));
-}
-
-template <int M>
-void update(const Tile<M>& t, int64_t k, uint32_t step) {
-  const F zero = setf(0.0f), one = setf(1.0f);
-  for (int64_t i = 0; i < t.job.tensor_count; ++i) {
-    const MlpTensor& tensor = t.job.tensors[i];
-    if (!tensor.moving) continue;
-    const bool clip = has(tensor, F_GRAD_CLIP), norm_clip = has(tensor, F_NORM_CLIP);
-    const bool most = has(tensor, F_MAX_UPDATE), prior = has(tensor, F_PRECISION);
-    const bool bounds = has(tensor, F_LOW) || has(tensor, F_HIGH);
-    const bool noise = tensor.noisy && !t.job.noise_before;
-    F rate[M], scale[M], limit[M], factor[M], largest[M], precision[M], low[M], high[M];
-    for (int m = 0; m < M; ++m) {
-      const Row row = row_of(t, k, i, m);
-      rate[m] = sub(zero, get(row, F_STEP_SIZE));
-      scale[m] = get(row, F_NOISE_SCALE);
-      limit[m] = get(row, F_GRAD_CLIP);
-      largest[m] = get(row, F_MAX_UPDATE);
-      precision[m] = get(row, F_PRECISION);
-      low[m] = get(row, F_LOW);
-      high[m] = get(row, F_HIGH);
-      factor[m] = one;
-      if (norm_clip) {
-        // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
-        const F norm = clipped_norm(t, tensor, m, clip, limit[m]), bound = get(row, F_NORM_CLIP);
-        factor[m] = select(at_most(norm, bound), one, div(bound, norm));
-      }
-    }
-    each_row(t, tensor, step, noise, [&](int64_t r, int m, F z) {
-      const int64_t at = r * Tile<M>::C + m * W;
-      const F x = load(t.x + at);
-      F g = load(t.g + at);
-      if (clip) g = clamp(g, sub(zero, limit[m]), limit[m]);
-      if (norm_clip) g = mul(g, factor[m]);
-      if (prior) g = fma(precision[m], x, g);
-      F y;
-      if (noise || most) {
-        F d = mul(rate[m], g);
-        if (noise) d = fma(scale[m], z, d);
-        if (most) d = clamp(d, sub(zero, largest[m]), largest[m]);
-        y = add(x, d);
-      } else {
-        y = fma(rate[m], g, x);
-      }
-      if (bounds) y = clamp(y, low[m], high[m]);
-      if (t.observed) y = select(bytes(t.observed + at, W), x, y);
-      store(t.x + at, y);
-    });
-  }
-}
-
-// Chains with an inf or NaN in a moving tensor go back to where they were, for good.
-template <int M>
-void freeze(const Tile<M>& t) {
-  constexpr int C = M * W;
-  const F zero = setf(0.0f), one = setf(1.0f);
-  for (int m = 0; m < M; ++m) {
-    Mask broken = unequal(load(t.dead + m * W), zero);
-    for (int64_t i = 0; i < t.job.tensor_count; ++i) {
-      const MlpTensor& tensor = t.job.tensors[i];
-      if (!tensor.moving) continue;
-      for (int64_t r = tensor.begin; r < tensor.begin + tensor.width; ++r) {
-        const F v = load(t.x + r * C + m * W);
-        const F nothing = sub(v, v);  // 0 for a number, else NaN
-        broken = either(broken, unequal(nothing, nothing));
-      }
-    }
-    if (count(broken) == 0) continue;
-    store(t.dead + m * W, select(broken, one, zero));
-    for (int64_t r = 0; r < t.job.inputs; ++r) {
-      const int64_t at = r * C + m * W;
-      store(t.x + at, select(broken, load(t.old + at), load(t.x + at)));
-    }
-  }
-}
-
-template <int M>
-void record(const Tile<M>& t, const float* row, float* to) {
-  for (int m = 0; m < M; ++m) {
-    if (const int n = t.lanes_of(m)) store(to + t.first + m * W, load(row + m * W), n);
-  }
-}
-
-template <int M>
-void grad_norm(const Tile<M>& t) {
-  for (int m = 0; m < M; ++m) {
-    Sum sum = no_sum();
-    for (int64_t i = 0; i < t.job.tensor_count; ++i) {
-      const MlpTensor& tensor = t.job.tensors[i];
-      if (!tensor.moving) continue;
-      for (int64_t r = tensor.begin; r < tensor.begin + tensor.width; ++r) {
-        const F g = load(t.g + r * Tile<M>::C + m * W);
-        sum.part = fma(g, g, sum.part);
-        next(sum);
-      }
-    }
-    store(t.row + m * W, sqrt(whole(sum)));
-  }
-}
-
 template <int M, bool QUAD>
 void run_tile(const MlpJob& job, int64_t first, float* scratch) {
   constexpr int C = M * W;
   const MlpScratch s = mlp_scratch(job, C, QUAD);
   const int64_t left = job.chains - first;
-  Tile<M> t = {job, first, left < C ? left : C, scratch + s.x, scratch + s.g, scratch + s.old, scratch + s.a,
-               scratch + s.b, scratch + s.slopes, scratch + s.targets, scratch + s.rows, scratch + s.rows + C,
-               scratch + s.rows + 2 * C, scratch + s.outputs, scratch + s.quads,
-               reinterpret_cast<uint8_t*>(scratch + s.masks), nullptr};
+  const Rows<M> rows = {job, first, left < C ? left : C, scratch + s.x, scratch + s.g, scratch + s.old,
+                        scratch + s.rows, scratch + s.rows + C, scratch + s.rows + 2 * C, nullptr};
+  Tile<M> t = {rows, job, scratch + s.a, scratch + s.b, scratch + s.slopes, scratch + s.targets,
+               scratch + s.outputs, scratch + s.quads, reinterpret_cast<uint8_t*>(scratch + s.masks)};
   const auto evaluated = [&t](bool energy) {
 #if defined(__AVX512F__)
     if constexpr (QUAD) return evaluate_quads(t, energy);
@@ -889,25 +522,7 @@ void run_tile(const MlpJob& job, int64_t first, float* scratch) {
     scatter(t, t.g, job.inputs, job.gradient);
     return;
   }
-  for (int m = 0; m < M; ++m) store(t.dead + m * W, setf(0.0f));
-  for (int64_t k = 0; k < job.steps; ++k) {
-    if (job.stopped && job.stopped(job.stopped_data)) return;
-    const uint32_t step = job.first_step + static_cast<uint32_t>(k);
-    if (job.freeze) memcpy(t.old, t.x, sizeof(float) * static_cast<size_t>(job.inputs * C));
-    if (job.noise_before) perturb(t, k, step);
-    evaluated(job.energy != nullptr);
-    if (job.energy) record(t, t.energy, job.energy + k * job.chains);
-    if (job.grad_norm) {
-      grad_norm(t);
-      record(t, t.row, job.grad_norm + k * job.chains);
-    }
-    update(t, k, step);
-    if (job.freeze) freeze(t);
-  }
-  scatter(t, t.x, job.inputs, job.out);
-  if (job.freeze) {
-    for (int lane = 0; lane < t.inside; ++lane) job.frozen[first + lane] = t.dead[lane] != 0.0f;
-  }
+  run_steps(t, evaluated);
 }
 
 void tile(const MlpJob& job, int64_t first, int64_t vectors, float* scratch) {

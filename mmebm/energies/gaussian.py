@@ -29,6 +29,8 @@ class Gaussian(nn.Module):
         ValueError: for other shapes, or a std that is not above 0.
     """
 
+    mmebm_pure = True
+
     mean: Tensor
     std: Tensor
 

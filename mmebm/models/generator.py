@@ -98,6 +98,8 @@ class SharedGenerator(nn.Module):
             that a decoder has as many parameters as a plain one of latent - (M - 1) * private.
     """
 
+    mmebm_pure = True
+
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], latent: int, *, net: Net = "mlp", width: int = 256, depth: int = 2,
         act: str = "silu", sigma: float = 0.5, likelihood: Likelihood = "gaussian",

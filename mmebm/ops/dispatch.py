@@ -55,6 +55,8 @@ OPS: Final[dict[str, Op]] = {
         {"cpp": "mmebm.ops.langevin_mlp_cpp", "triton": "mmebm.kernels.mlp_energy"},
         {"cpu": ("cpp",), "cuda": ("triton",)},
     ),
+    "langevin_net": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
+    "net_energy": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
     # Triton's has not been timed on a GPU
     "residual": Op({"cpp": "mmebm.ops.residual_cpp", "triton": "mmebm.kernels.residual"}, {"cpu": ("cpp",)}),
 }  # fmt: skip

@@ -182,7 +182,8 @@ def name_of(module: ModuleType) -> str:
     return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
 
 
-def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor) -> MlpResult:
+def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, energy: Any = None) -> MlpResult:
+    """The chain in PyTorch. ``energy``: what gives energy and gradient at the flat state, instead of the terms."""
     group = [i for i, moves in enumerate(chain.moving) if moves]
     tensors = list(x.split(list(chain.widths), dim=1))
     masks: list[Tensor | None] = [None] * len(tensors)
@@ -210,8 +211,8 @@ def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor)
         return out
 
     result = reference(
-        tensors, chain.terms, [row(table) for table in chain.constants], stepper, steps=steps, first_step=first_step,
-        noise_at=chain.noise_at, moving=chain.moving, freeze=chain.freeze,
+        tensors, energy or chain.terms, [row(table) for table in chain.constants], stepper, steps=steps,
+        first_step=first_step, noise_at=chain.noise_at, moving=chain.moving, freeze=chain.freeze,
     )  # fmt: skip
     return MlpResult(torch.cat(result.x, dim=1), result.energy, result.grad_norm, result.frozen)
 

@@ -24,7 +24,8 @@ __all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]
 _LIMITS: Final = ("grad_clip", "grad_norm_clip", "max_update", "low", "high")
 
 
-def _plain(name: str, t: Tensor) -> str | None:
+def plain_on_cpu(name: str, t: Tensor) -> str | None:
+    """Why C++ cannot read ``t``, or ``None``."""
     reason = obstacle(t)
     if reason is None and not t.is_cpu:
         reason = f"on {t.device}"
@@ -33,7 +34,7 @@ def _plain(name: str, t: Tensor) -> str | None:
 
 def supports_energy(terms: Sequence[Term], x: Tensor) -> str | None:
     """Whether :func:`energy_and_gradient` takes ``terms`` at the flat state ``x``: ``None``, or the reason why not."""
-    reason = _plain("the state", x)
+    reason = plain_on_cpu("the state", x)
     if reason is not None:
         return reason
     if x.dim() != 2 or x.dtype != torch.float32:
@@ -42,7 +43,7 @@ def supports_energy(terms: Sequence[Term], x: Tensor) -> str | None:
         if not isinstance(term, Quadratic) and min(term.stack.sizes) < 1:
             return f"term {i} has a layer without inputs or outputs: {term.stack.sizes}"
         for t in tensors_of(term):
-            reason = reason or _plain(f"a tensor of term {i}", t)
+            reason = reason or plain_on_cpu(f"a tensor of term {i}", t)
             if t.dtype not in (torch.float32, torch.bool):
                 return f"a tensor of term {i} is {t.dtype}, taken is float32"
         if inputs_of(term) != x.shape[1] or x.shape[1] == 0:
@@ -55,9 +56,11 @@ def supports_energy(terms: Sequence[Term], x: Tensor) -> str | None:
 
 def supports(chain: MlpChain, x: Tensor) -> str | None:
     """Whether :func:`run` takes ``chain`` from the flat state ``x``: ``None``, or the reason why not."""
-    reason = supports_energy(chain.terms, x)
-    if reason is not None:
-        return reason
+    return supports_energy(chain.terms, x) or supports_options(chain, x)
+
+
+def supports_options(chain: MlpChain, x: Tensor) -> str | None:
+    """The same of all but the energy."""
     table, mask = chain.constants, chain.observed
     tensors, (chains, inputs) = len(chain.widths), x.shape
     if chains > MOST_CHAINS:
@@ -67,7 +70,7 @@ def supports(chain: MlpChain, x: Tensor) -> str | None:
     if sum(chain.widths) != inputs or min(chain.widths) < 0:
         return f"the widths {chain.widths} do not sum to the {inputs} inputs"
     if (
-        table.dim() != 4 or table.dtype != torch.float32 or _plain("constants", table) is not None
+        table.dim() != 4 or table.dtype != torch.float32 or plain_on_cpu("constants", table) is not None
         or table.shape[0] == 0 or table.shape[1:3] != (tensors, len(FIELDS)) or table.shape[3] not in (1, chains)
     ):  # fmt: skip
         return f"the constants are {table.dtype} {tuple(table.shape)} on {table.device}"
@@ -77,7 +80,7 @@ def supports(chain: MlpChain, x: Tensor) -> str | None:
             if bool(table[:, :, FIELDS.index(name)].isnan().any()):
                 return f"{name} holds NaN"
     if mask is not None and (
-        mask.dtype != torch.uint8 or _plain("observed", mask) is not None
+        mask.dtype != torch.uint8 or plain_on_cpu("observed", mask) is not None
         or mask.shape not in ((chains, inputs), (1, inputs))
     ):  # fmt: skip
         return f"observed is {mask.dtype} {tuple(mask.shape)} on {mask.device}"

@@ -42,6 +42,8 @@ NORMAL_TOLERANCE: Final = 2e-6
 # A float32 result may be off by some of its last bits, also where torch's happens to be exact: relative to the largest.
 STEP_TOLERANCE: Final = 3e-7
 MLP_TOLERANCE: Final = 5e-7
+# Through a dozen layers and a norm, which subtracts a mean (7e-7 seen, 2026-11-29).
+NET_TOLERANCE: Final = 3e-6
 # Norms are sums of squares in another order.
 NORM_TOLERANCE: Final = 1e-5
 # Gradients of residual, relative to the largest: a rounded factor, residual and product (together 3 2^-24 = 1.8e-7;
@@ -329,9 +331,61 @@ def _residual(module: ModuleType, backend: str, device: torch.device) -> Iterato
         yield Comparison(f"gradient {i}", g.cpu(), slope, slope, slack, half)
 
 
+def _net(numbers: _Numbers) -> Any:
+    """Every kind of node, for a state of 40."""
+    from mmebm.ops.net import graph as g
+
+    normal = numbers.normal
+    crop = torch.arange(144, device=_CPU).reshape(3, 8, 6)[:, 1:].reshape(-1, 1)
+    return g.Net((
+        g.Input(0, (2, 5, 4)), g.Conv(0, normal(4, 2, 3, 3) / 3, normal(4), stride=(2, 2), padding=(1, 1)),
+        g.Norm(1, 2, 1e-5), g.Activation(2, "silu"), g.Conv(3, normal(4, 3, 4, 4) / 3, stride=(2, 2), transposed=True),
+        g.Map((4,), (3, 7, 6), crop), g.Activation(5, "tanh"), g.Linear(6, normal(6, 126) / 8, normal(6)),
+        g.Affine(7, normal(1, 6)), g.Add((8,), (1.0,), normal(_CHAINS, 6)), g.Product(9, 7), g.View(10, (2, 3)),
+        g.LogSumExp(11, (2,), torch.arange(6, device=_CPU).reshape(2, 3)), g.Linear(10, normal(6, 6) / 2),
+        g.Linear(7, normal(6, 6) / 2), g.Add((13, 14), (1.0, 1.0)), g.Activation(15, "square"),
+        g.Map((12, 16), (1,), torch.arange(8, device=_CPU).reshape(1, 8), normal(1, 8)),
+    ))  # fmt: skip
+
+
+def _net_energy(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    from mmebm.ops.net.reference import energy_and_gradient
+
+    numbers = _Numbers(5)
+    net, x = _net(numbers), _Numbers(6).normal(_CHAINS, 40)
+    ours = module.energy_and_gradient(_on(net, device), x.to(device))
+    results = zip(ours, energy_and_gradient(x, net), energy_and_gradient(x.double(), _double(net)), strict=True)
+    for name, (a, b, c) in zip(("energy", "gradient"), results, strict=True):
+        yield Comparison(name, a.cpu(), b, c, 0.0, NET_TOLERANCE)
+
+
+def _langevin_net(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    from mmebm.ops import langevin_mlp as mlp
+    from mmebm.ops.net import op
+
+    numbers = _Numbers(5)
+    net, x = _net(numbers), _Numbers(6).normal(_CHAINS, 40)
+    params = [StepParams(0.001, 0.05, grad_norm_clip=4.0), StepParams(0.002, 0.1, grad_clip=2.0, low=-2.0)]
+    table = mlp.constants_of([params], _CHAINS, torch.float32, _CPU)
+    assert not isinstance(table, str), table
+    chain = op.NetChain(
+        net=net, widths=(30, 10), streams=(0, 3), noisy=(False, True), moving=(True, True), constants=table[0],
+        present=table[1], seed=_SEED, chain_offset=2**32 - 2, freeze=True,
+    )  # fmt: skip
+    ours = module.run(_on(chain, device), x.to(device), 2, 7, energy=True, grad_norm=True)
+    expected, exact = op.run(None, chain, x, 2, 7), op.run(None, _double(chain), x.double(), 2, 7)
+    for field in ("x", "energy", "grad_norm"):
+        a, b, c = (getattr(result, field) for result in (ours, expected, exact))
+        # 0.1: the noise scale, which moves energy and gradient by as much as they are steep
+        slack = 2 * NORMAL_TOLERANCE * 0.1 * (1.0 if field == "x" else float(c.abs().max()))
+        yield Comparison(field, a.cpu(), b, c, slack, NET_TOLERANCE)
+    assert expected.frozen is not None
+    yield Comparison("frozen", ours.frozen.cpu(), expected.frozen)
+
+
 CASES: Final[dict[str, Callable[[ModuleType, str, torch.device], Iterator[Comparison]]]] = {
     "noise": _noise, "langevin_step": _langevin_step, "langevin_mlp": _langevin_mlp, "mlp_energy": _mlp_energy,
-    "residual": _residual,
+    "residual": _residual, "net_energy": _net_energy, "langevin_net": _langevin_net,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class Chain(NamedTuple):
 
 def langevin_mlp(
     x: Sequence[Tensor],
-    terms: Sequence[Term],
+    terms: Sequence[Term] | Callable[[Tensor], tuple[Tensor, Tensor]],
     params: Sequence[Sequence[StepParams]],
     stepper: Stepper,
     *,
@@ -52,6 +52,7 @@ def langevin_mlp(
 
     Args:
         x: tensors (chains, ...); side by side, flattened, they are the terms' input.
+        terms: of the energy, or a function that gives energy and gradient at the flat state.
         params: per step, or one entry for all steps, the constants of each tensor.
         stepper: the reference as a backend, made for the moving tensors; it brings the noise.
         moving: per tensor whether it is updated; the others are only input.
@@ -69,7 +70,7 @@ def langevin_mlp(
         for i, t in zip(group, current, strict=True):
             x[i] = t
         flat = torch.cat([widen(per_chain(t)) for t in x], dim=1)
-        energy, grad = mlp_energy(flat, terms)
+        energy, grad = terms(flat) if callable(terms) else mlp_energy(flat, terms)
         parts = [g.reshape(t.shape) for g, t in zip(grad.split([per_chain(t).shape[1] for t in x], dim=1), x)]
         y, stats = stepper.step(
             current, [parts[i] for i in group], now, first_step + k, with_noise=noise_at == "after", stats=True

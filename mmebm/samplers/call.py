@@ -42,10 +42,10 @@ class Samples:
         trace: per recorded quantity a tensor (steps, chains), or (steps,) for the energy where it returns a scalar; see
             ``record`` in :meth:`Langevin.sample`.
         trajectory: with ``thin=t`` the states after steps t, 2t, ...: the given structure of (steps // t, chains, ...).
-        info: seed, steps, first_step, next_step (where a restart goes on), backend, op ("langevin_mlp" for the whole
-            chain in one call, "langevin_graph" for a captured graph of all steps, "langevin_step" for a step at a time)
-            and the reason for both, and ``nonfinite``, a boolean (chains,) tensor: chains that hold an inf or NaN, or
-            were frozen for it.
+        info: seed, steps, first_step, next_step (where a restart goes on), backend, op ("langevin_mlp" or
+            "langevin_net" for the whole chain in one call, "langevin_graph" for a captured graph of all steps,
+            "langevin_step" for a step at a time) and the reason for both, and ``nonfinite``, a boolean (chains,)
+            tensor: chains that hold an inf or NaN, or were frozen for it.
     """
 
     state: Any

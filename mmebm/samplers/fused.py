@@ -1,16 +1,22 @@
-"""Runs a whole chain in one call of ``langevin_mlp`` where the energy and the options allow it, or says why not."""
+"""Runs a whole chain in one call where the energy and the options allow it, or says why not.
+
+The call is ``langevin_mlp`` for a sum of MLPs, else ``langevin_net`` for what :mod:`mmebm.energies.trace` understands.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmebm.energies.lower import CannotLower, lower
+from mmebm.energies.lower import CannotLower, Lowered, lower
+from mmebm.energies.trace import Traced, trace
 from mmebm.native import BackendError
-from mmebm.ops import langevin_mlp as op
+from mmebm.ops import langevin_mlp as mlp
+from mmebm.ops.net import op as net
+from mmebm.ops.net.graph import Conv, Linear
 from mmebm.ops.params import StepParams
 from mmebm.ops.terms import too_wide
 from mmebm.reference.langevin_step import per_chain
@@ -51,25 +57,43 @@ def _options_reason(sampler: Langevin, p: Problem, tensors: Sequence[Tensor]) ->
     return None
 
 
+def _understood(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
+    """What the energy computes, or why neither op can say it."""
+    args, kwargs = p.calls[0]
+    try:
+        lowered = lower(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
+        wide = too_wide(lowered.terms)
+        if wide is None:
+            return lowered
+        reason = f"the energy has {wide}"
+    except CannotLower as error:
+        reason = f"the energy is not a sum of MLPs: {error}"
+    if tensors[0].device.type != "cpu":
+        return f"{reason}; nets of other layers are fused on the CPU only"
+    try:
+        traced = trace(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
+    except CannotLower as error:
+        return f"{reason}; nor a net: {error}"
+    # without one the gradient is little of the time, and the loop's update is fused as it is
+    if not any(isinstance(node, (Conv, Linear)) for node in traced.net.nodes):
+        return f"{reason}; nor a net: it has no layer"
+    return traced
+
+
 def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     """The chain from ``tensors``, which stay as they are, or the reason why it takes the loop."""
     reason = _options_reason(sampler, p, tensors)
     if reason is not None:
         return reason
-    args, kwargs = p.calls[0]
-    try:
-        lowered = lower(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
-    except CannotLower as error:
-        return f"the energy is not a sum of MLPs: {error}"
-    if lowered.scalar and "energy" in p.record:
+    understood = _understood(sampler, p, tensors)
+    if isinstance(understood, str):
+        return understood
+    if understood.scalar and "energy" in p.record:
         return "the energy returns a scalar, not one value per chain"
-    wide = too_wide(lowered.terms)
-    if wide is not None:
-        return f"the energy has {wide}"
     chains, device = tensors[0].shape[0], tensors[0].device
     moving = [i in p.blocks[0] for i in range(len(tensors))]
     still = StepParams(0.0, 0.0)
-    table = op.constants_of(
+    table = mlp.constants_of(
         [[params if moves else still for params, moves in zip(row, moving, strict=True)] for row in p.params],
         chains, torch.float32, device,
     )  # fmt: skip
@@ -77,16 +101,22 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
         return table
     flat = [per_chain(t) for t in tensors]
     widths = tuple(t.shape[1] for t in flat)
-    chain = op.MlpChain(
-        terms=lowered.terms, widths=widths, streams=tuple(range(len(tensors))), noisy=tuple(p.noisy),
-        moving=tuple(moving), constants=table[0], present=table[1],
-        observed=op.flat_mask([mask if isinstance(mask, Tensor) else None for mask in p.masks], tensors),
-        seed=p.seed, chain_offset=p.chain_offset, noise_at=sampler.noise_at, clamp_noise=sampler.clamp_noise,
-        freeze=sampler.on_nonfinite == "freeze", precision=sampler.precision,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "widths": widths, "streams": tuple(range(len(tensors))), "noisy": tuple(p.noisy), "moving": tuple(moving),
+        "constants": table[0], "present": table[1],
+        "observed": mlp.flat_mask([mask if isinstance(mask, Tensor) else None for mask in p.masks], tensors),
+        "seed": p.seed, "chain_offset": p.chain_offset, "noise_at": sampler.noise_at,
+        "clamp_noise": sampler.clamp_noise, "freeze": sampler.on_nonfinite == "freeze", "precision": sampler.precision,
+    }  # fmt: skip
     x = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat, dim=1)
+    op: Any
     try:
-        module, why = op.room(sampler.backend, chain, x)
+        if isinstance(understood, Traced):
+            op, chain = net, net.NetChain(net=understood.net, **options)
+            module, why = net.room(sampler.backend, chain, x)
+        else:
+            op, chain = mlp, mlp.MlpChain(terms=understood.terms, **options)
+            module, why = mlp.room(sampler.backend, chain, x)
     except BackendError as error:
         return str(error)
     if module is None:
@@ -95,7 +125,7 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     target = Target(
         p.energy, p.calls, p.keys, p.build, (), [False] * len(tensors), log_prob=sampler.log_prob
     )  # fmt: skip
-    check = Check(target, lowered, op.name_of(module))
+    check = Check(target, understood, op.name_of(module))
     reason = check.before(tensors)
     if reason is not None:
         return reason
@@ -142,4 +172,5 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     return Run(
         state, {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}, trajectory,
         broken if frozen is None else broken | frozen, op.name_of(module), why,
+        "langevin_net" if op is net else "langevin_mlp",
     )  # fmt: skip

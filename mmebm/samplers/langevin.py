@@ -356,7 +356,7 @@ class Langevin:
             whole = fused.run(self, p, [t.detach() for t in tensors])
         if isinstance(whole, Run):
             return self._finish(p, whole.state, whole.trace, whole.trajectory, whole.frozen, {
-                "backend": whole.backend, "op": "langevin_mlp", "reason": whole.reason
+                "backend": whole.backend, "op": whole.op, "reason": whole.reason
             })  # fmt: skip
         captured = capture.run(self, p, [t.detach() for t in tensors], functools.partial(loop.run, self))
         if isinstance(captured, str):

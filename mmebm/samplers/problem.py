@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Run:
-    """What a chain returns, tensor by tensor. ``frozen``: bool (chains,), or ``None``."""
+    """What a chain returns, tensor by tensor. ``frozen``: bool (chains,), or ``None``. ``op``: that ran it."""
 
     state: list[Tensor]
     trace: dict[str, Tensor]
@@ -63,6 +63,7 @@ class Run:
     frozen: Tensor | None
     backend: str
     reason: str
+    op: str = "langevin_step"
 
 
 def blocks_of(blocks: Any, keys: tuple[Key, ...], masks: list[bool | Tensor]) -> list[list[int]]:

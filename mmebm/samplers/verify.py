@@ -19,16 +19,21 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mmebm.energies.lower import Lowered
+from mmebm.energies.trace import Traced
 from mmebm.ops.mlp_energy import mlp_energy
+from mmebm.ops.net import graph
+from mmebm.ops.net.graph import Net
+from mmebm.ops.net.op import net_energy
+from mmebm.ops.net.reference import energy_and_gradient
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 from mmebm.reference.langevin_step import per_chain
-from mmebm.reference.mlp_energy import mlp_energy as reference
+from mmebm.reference.mlp_energy import mlp_energy as mlp_reference
 from mmebm.samplers.gradient import Target
 
 # Every chain's value and gradient are computed, those of so many are compared.
@@ -55,30 +60,35 @@ class _Entry:
     reason: str | None = None
 
 
+# What an energy was understood as
+Terms: TypeAlias = "Sequence[Term] | Net"
+_PARTS: Final = (Scalar, Residual, Quadratic, Stack, Net, *graph.KINDS)
+
 _entries: OrderedDict[Any, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
 def _described(value: Any) -> Any:
     """The kinds, shapes and names of a term, without its numbers."""
-    if isinstance(value, (Scalar, Residual, Quadratic, Stack)):
+    if isinstance(value, _PARTS):
         return (type(value), *(_described(getattr(value, f.name)) for f in dataclasses.fields(value)))
     if isinstance(value, Tensor):
         return tuple(value.shape[1:] if value.dim() > 1 else value.shape)
     if isinstance(value, tuple):
         return tuple(map(_described, value))
-    return value if isinstance(value, (str, bool, type(None))) else type(value)
+    return value if isinstance(value, (str, bool, int, type(None))) else type(value)
 
 
 class Check:
     """The check of one chain: :meth:`before` its first update and :meth:`after` its last."""
 
-    def __init__(self, target: Target, lowered: Lowered, backend: str) -> None:
-        self.target, self.lowered, self.backend = target, lowered, backend
+    def __init__(self, target: Target, lowered: Lowered | Traced, backend: str) -> None:
+        self.target, self.backend = target, backend
+        self.terms: Terms = lowered.net if isinstance(lowered, Traced) else lowered.terms
         modules = [item for item in lowered.seen if isinstance(item, nn.Module)]
         key = (
             tuple(id(item) if isinstance(item, nn.Module) else item for item in lowered.seen),
-            _described(lowered.terms), lowered.scalar, backend, target.log_prob,
+            _described(self.terms), lowered.scalar, backend, target.log_prob,
         )  # fmt: skip
         with _lock:
             entry = _entries.get(key)
@@ -118,7 +128,7 @@ class Check:
         rows = torch.linspace(0, chains - 1, min(chains, ROWS), dtype=torch.float64, device=flat.device).round().long()
         difference = disagreement(
             None if value is None or value.dim() == 0 else value[rows], grad[rows], flat[rows],
-            _rows(self.lowered.terms, rows), self.backend if where == START else None,
+            _rows(self.terms, rows), self.backend if where == START else None,
         )  # fmt: skip
         if difference is None:
             return None
@@ -134,31 +144,47 @@ class Check:
         return reason
 
 
-def _rows(terms: Sequence[Term], rows: Tensor) -> list[Term]:
+def reference(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Value (chains,) and gradient (chains, inputs) in PyTorch."""
+    return energy_and_gradient(x, terms) if isinstance(terms, Net) else mlp_reference(x, terms)
+
+
+def _op(x: Tensor, terms: Terms, backend: str) -> tuple[Tensor, Tensor]:
+    """The same by the fused op."""
+    if isinstance(terms, Net):
+        return net_energy(x, terms, backend=backend)
+    return mlp_energy(x, terms, backend=backend if backend in ("cpp", "triton") else "torch")
+
+
+def _rows(terms: Terms, rows: Tensor) -> Terms:
     """``terms`` of some of the chains."""
-    out: list[Term] = []
-    for term in terms:
-        if isinstance(term, Residual):
-            mask = term.observed
-            mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
-            term = dataclasses.replace(term, target=term.target[rows], observed=mask)
-        out.append(term)
-    return out
+
+    def cut(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.shape[0] == 1 else t[rows]
+
+    def of(part: Any) -> Any:
+        if isinstance(part, Residual):
+            return dataclasses.replace(part, target=part.target[rows], observed=cut(part.observed))
+        if isinstance(part, graph.Add):
+            return dataclasses.replace(part, shift=cut(part.shift))
+        if isinstance(part, graph.Affine):
+            return dataclasses.replace(part, scale=cut(part.scale), shift=cut(part.shift))
+        return part
+
+    return Net(tuple(map(of, terms.nodes))) if isinstance(terms, Net) else [of(term) for term in terms]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A term with its numbers in ``dtype``."""
-    if isinstance(value, (Scalar, Residual, Quadratic, Stack)):
+    """Terms with their numbers in ``dtype``."""
+    if isinstance(value, _PARTS):
         fields = {f.name: _cast(getattr(value, f.name), dtype) for f in dataclasses.fields(value)}
         return type(value)(**fields)
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
+    return tuple(_cast(part, dtype) for part in value) if isinstance(value, (tuple, list)) else value
 
 
-def disagreement(
-    value: Tensor | None, grad: Tensor, x: Tensor, terms: Sequence[Term], backend: str | None = None
-) -> str | None:
+def disagreement(value: Tensor | None, grad: Tensor, x: Tensor, terms: Terms, backend: str | None = None) -> str | None:
     """How an energy's value (chains,) and gradient (chains, inputs) at the flat state ``x`` differ from what ``terms``
     say in float64; None where they agree. With a ``backend``, the op's in float32 are compared as well.
 
@@ -166,11 +192,11 @@ def disagreement(
     makes in float32 at the row and close to it, or in the median row; next to a kink of an activation, where a rounding
     decides between two slopes, either slope is right.
     """
-    wide = [_cast(term, torch.float64) for term in terms]
+    wide: Terms = _cast(terms, torch.float64)
     exact = [part.reshape(x.shape[0], -1) for part in reference(x.double(), wide)]
     pairs = [("autograd", "value", value, 0), ("autograd", "gradient", grad, 1)]
     if backend is not None:
-        op = mlp_energy(x, terms, backend=backend if backend in ("cpp", "triton") else "torch")
+        op = _op(x, terms, backend)
         pairs += [("the fused op", "value", op[0], 0), ("the fused op", "gradient", op[1], 1)]
     differences = [
         None if found is None else (found.reshape(exact[i].shape).double() - exact[i]).abs().amax(1)
@@ -211,7 +237,7 @@ def disagreement(
     return None
 
 
-def _beside_a_kink(grad: Tensor, x: Tensor, wide: Sequence[Term], wrong: Tensor, allowed: Tensor) -> Tensor:
+def _beside_a_kink(grad: Tensor, x: Tensor, wide: Terms, wrong: Tensor, allowed: Tensor) -> Tensor:
     """Of the rows ``wrong``, those whose gradient is that of a point within some roundings of ``x``: bool (chains,)."""
     found = torch.zeros_like(wrong)
     generator = torch.Generator().manual_seed(0)

@@ -30,6 +30,8 @@ def sampler_of(chain: ChainConfig, size: float | Mapping[str, float], backend: s
 class Posterior:
     """The energy of z given the modalities in ``x``: -log p(x | z) + E_prior(z); the chain adds the Gaussian drift."""
 
+    mmebm_pure = True
+
     def __init__(self, generator: SharedGenerator, prior: nn.Module, x: Batch) -> None:
         self.generator, self.prior, self.x = generator, prior, dict(x)
 
@@ -52,6 +54,8 @@ class Posterior:
 
 class PartialPosterior:
     """:class:`Posterior` where rows lack modalities: ``present`` says which they have, bool (n,) by modality."""
+
+    mmebm_pure = True
 
     def __init__(self, generator: SharedGenerator, prior: nn.Module, x: Batch, present: Mapping[str, Tensor]) -> None:
         self.generator, self.prior, self.x, self.present = generator, prior, dict(x), dict(present)

@@ -27,6 +27,10 @@ from mmebm.ops import dispatch, parity
 from mmebm.ops import langevin_mlp as mlp
 from mmebm.ops import langevin_step as step
 from mmebm.ops.mlp_energy import mlp_energy
+from mmebm.ops.net import op as net
+from mmebm.ops.net.graph import Activation, Input, Linear, Map, Net
+from mmebm.ops.net.op import net_energy
+from mmebm.ops.params import StepParams
 from mmebm.ops.residual import residual
 from mmebm.reference import langevin_step as rule
 
@@ -116,6 +120,26 @@ def _likelihood(backend: str) -> Tensor:
     return residual([y], [y.flip(0)], backend=backend)
 
 
+def _net() -> Any:
+    linear = Linear(0, torch.linspace(-1, 1, 24).reshape(4, 6))
+    return Net((Input(0, (6,)), linear, Activation(1, "silu"), Map((2,), (1,), torch.arange(4).reshape(1, 4))))
+
+
+def _net_gradient(backend: str) -> Tensor:
+    return net_energy(torch.linspace(-1, 1, 24).reshape(4, 6), _net(), backend=backend)[1]
+
+
+def _net_chain(backend: str) -> Tensor:
+    x = torch.linspace(-1, 1, 24).reshape(4, 6)
+    table = mlp.constants_of([[StepParams(0.1, 0.1)]], 4, torch.float32, x.device)
+    assert not isinstance(table, str)
+    chain = net.NetChain(
+        net=_net(), widths=(6,), streams=(0,), noisy=(True,), moving=(True,), constants=table[0], present=table[1],
+        seed=3,
+    )  # fmt: skip
+    return net.run(net.room(backend, chain, x)[0], chain, x, 2, 0).x
+
+
 # op: (a call, the function of the extension, the address of a result among its arguments)
 FAULTS: dict[str, tuple[Callable[[str], Tensor], str, Callable[[Any], int]]] = {
     "noise": (_normals, "normal", lambda a: a[0] + 4),
@@ -123,6 +147,8 @@ FAULTS: dict[str, tuple[Callable[[str], Tensor], str, Callable[[Any], int]]] = {
     "langevin_mlp": (_chain, "langevin_mlp", lambda a: a[16]),
     "mlp_energy": (_energy, "mlp_energy", lambda a: a[5]),
     "residual": (_likelihood, "residual", lambda a: a[2]),
+    "net_energy": (_net_gradient, "net_energy", lambda a: a[5]),
+    "langevin_net": (_net_chain, "langevin_net", lambda a: a[16]),
 }
 MORE = {
     "words": ("noise", "philox_words", lambda a: a[0]),

@@ -258,9 +258,12 @@ def test_a_scalar_energy_is_recorded_by_the_loop(seed: int) -> None:
     assert out.info["op"] == "langevin_step" and out.trace["energy"].shape == (2,)
 
 
-def test_wide_and_double_take_the_loop(seed: int) -> None:
-    out = Langevin(0.1).sample(MLP(4, (257,)), torch.randn(3, 4), 2, seed=seed)
-    assert "257 hidden units" in out.info["reason"]
+def test_wide_is_a_net_and_double_takes_the_loop(seed: int) -> None:
+    energy, x = MLP(4, (257,)), torch.randn(3, 4)
+    out = Langevin(0.1).sample(energy, x, 2, seed=seed)
+    assert out.info["op"] == "langevin_net"
+    wanted = Langevin(0.1, backend="torch").sample(energy, x, 2, seed=seed)
+    torch.testing.assert_close(out.state, wanted.state, rtol=0, atol=1e-5)  # normals within 2e-6, sums in another order
     out = Langevin(0.1).sample(MLP(4, (5,)).double(), torch.randn(3, 4, dtype=torch.float64), 2, seed=seed)
     assert out.info["op"] == "langevin_step" and "float32" in out.info["reason"]
 

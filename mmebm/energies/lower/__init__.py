@@ -30,7 +30,7 @@ from mmebm.energies.lower.terms import term_of
 from mmebm.ops.terms import Term
 from mmebm.state import flatten
 
-__all__ = ["CannotLower", "Lowered", "Symbol", "call", "lower", "residual"]
+__all__ = ["CannotLower", "Lowered", "Symbol", "call", "inert", "lower", "residual"]
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def call(energy: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     return refuse(f"it is a {kind.__name__}")
 
 
-def _inert(value: Any) -> bool:
+def inert(value: Any) -> bool:
     """Whether an argument is plain data: tensors, numbers, and lists and dicts of these."""
     if type(value) in (list, tuple):
-        return all(_inert(part) for part in value)
+        return all(inert(part) for part in value)
     if type(value) is dict:
-        return all(_inert(part) for part in value.values())
+        return all(inert(part) for part in value.values())
     return isinstance(value, (Tensor, numbers.Number, str, type(None)))
 
 
@@ -125,7 +125,7 @@ def _lower(
     if torch.is_autocast_enabled(first.device.type):
         refuse("autocast is on")
     effects.refuse_watchers()
-    if not all(_inert(value) for value in (*args, *kwargs.values())):
+    if not all(inert(value) for value in (*args, *kwargs.values())):
         refuse("it is given arguments that are not plain data")
     chains = first.shape[0]
     if chains == 0:

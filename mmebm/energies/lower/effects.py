@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack, get_overridable_functions
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -153,6 +153,37 @@ def _is_operation(value: Any) -> bool:
     )  # fmt: skip
 
 
+# Make tensors; random ones are refused when they are drawn
+_FACTORIES = (
+    "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "tensor", "as_tensor", "scalar_tensor", "rand",
+    "randn", "randn_like", "rand_like",
+)  # fmt: skip
+
+
+@functools.cache
+def _computations() -> tuple[frozenset[Any], frozenset[str]]:
+    """(functions of torch that compute, also as methods; their names and those of what is read of tensors)."""
+    functions = {f for group in get_overridable_functions().values() for f in group} - {Tensor.backward}
+    functions |= {getattr(torch, name) for name in _FACTORIES}
+    names = {getattr(f, "__name__", "") for f in functions} | set(dir(Tensor)) | {"special", "linalg", "fft"}
+    names |= {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    effects = {"backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_"}
+    return frozenset(functions), frozenset(names - effects)
+
+
+def _is_computation(value: Any) -> bool:
+    if (getattr(value, "__module__", None) or "").startswith("mmebm.ops."):
+        return True
+    try:
+        return value in _computations()[0]
+    except TypeError:  # not hashable
+        return False
+
+
+def _computation_names() -> frozenset[str]:
+    return _computations()[1]
+
+
 @functools.lru_cache(maxsize=1024)
 def _class_names(kind: type) -> frozenset[str]:
     """What a user's classes define, of which an attribute's name may speak."""
@@ -182,9 +213,13 @@ def definer(kind: type, name: str) -> type:
 
 
 class Examination:
-    """Everything that an energy may call, refused as soon as something in it may have an effect."""
+    """Everything that an energy may call, refused as soon as something in it may have an effect.
 
-    def __init__(self) -> None:
+    ``traced``: it is called with tensors and not with symbols, so that any operation and layer of torch may be in it.
+    """
+
+    def __init__(self, *, traced: bool = False) -> None:
+        self._traced = traced
         self._waiting: list[tuple[Any, Any]] = []  # (function or module, owner of its attributes)
         self._seen: set[int] = set()
         self._modules: list[nn.Module] = []
@@ -206,6 +241,11 @@ class Examination:
             self._resolve_attributes()
 
     def _module(self, m: nn.Module) -> None:
+        if isinstance(m, torch.jit.ScriptModule):  # has no code of Python
+            if not self._traced:
+                refuse(f"it holds a {type(m).__name__}")
+            attempt().seen.append(m)
+            return
         self._modules.append(m)
         attempt().seen.append(m)
         self._waiting.extend((child, None) for child in m.children())
@@ -217,7 +257,16 @@ class Examination:
         owner = definer(kind, "forward")
         if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             return
-        if owner.__module__.startswith("torch."):  # batch norm, for one, counts its calls
+        if self._traced and "mmebm_lowered" in owner.__dict__:  # this package's, which calls others
+            for energy in getattr(m, "energies", ()):
+                if not isinstance(energy, (nn.Module, types.FunctionType)):
+                    refuse(f"{label} holds a {type(energy).__name__}")
+                self._waiting.append((energy, None))
+            return
+        if owner.__module__.startswith("torch."):
+            if self._traced:  # what it changes besides its result are tensors, and these are watched
+                return
+            # batch norm, for one, counts its calls
             refuse(f"it holds a {label}")
         function = owner.__dict__["forward"]
         if not isinstance(function, types.FunctionType):
@@ -247,6 +296,8 @@ class Examination:
 
     def _value(self, label: str, name: str, value: Any, owner: Any) -> None:
         """Something that code names: harmless, to be examined, or refused."""
+        if self._traced and _is_computation(value):
+            return
         own = inspect.isfunction(value) and (value.__module__ or "").partition(".")[0] != "torch"
         if own or isinstance(value, nn.Module):
             if id(value) not in self._seen:
@@ -265,7 +316,7 @@ class Examination:
 
     def _resolve_attributes(self) -> None:
         """What each name of an attribute may mean, in any of the modules."""
-        harmless = harmless_names()
+        harmless = harmless_names() | _computation_names() if self._traced else harmless_names()
         places = [(m, frozenset(_names_of(m))) for m in self._modules]
         for name, label in self._attributes.items():
             owners = [m for m, names in places if name in names]
@@ -273,6 +324,9 @@ class Examination:
                 refuse(f"{label} uses {name}, which is not known to be without effect")
             for m in owners:
                 value = _attribute(m, name)
+                own = self._traced and isinstance(value, types.FunctionType) and name not in m.__dict__
+                if own and getattr(definer(type(m), name), "mmebm_pure", False):
+                    continue
                 if isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
                 elif isinstance(value, property):

@@ -1,0 +1,527 @@
+// The loops of the net ops, compiled once per instruction set: setup.py defines MMEBM_ISA_NAME, the last word of the
+// table's name, and adds the flags.
+//
+// Vector lanes are chains, as in cpu/langevin_mlp_kernel.h: whatever the channels, maps, pools and norms are, there are
+// no shuffles and no remainders. A chain's sums run in one order in its own lane, so that no result depends on how a
+// batch is split, and AVX2 and AVX-512 agree bit for bit.
+//
+// The micro-kernel keeps P positions x J outputs of sums in registers: per row of depth P loads and J broadcasts for
+// P J products. What differs between a convolution, its gradient, a transposed one and a linear layer is only which rows
+// belong to a position (NetPass). The activation follows while the block is in the first-level cache, and leaves its
+// derivative beside the value; the backward pass multiplies by it where it stores.
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa.h"
+
+#if defined(MMEBM_X86) || defined(MMEBM_ISA_GENERIC)
+
+#include "common/activation_vec.h"
+#include "common/chain_rule.h"
+#include "net/job.h"
+
+namespace mmebm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int REGISTERS = 24, MOST_POSITIONS = 8, MOST_OUTPUTS = 16;
+#else
+constexpr int REGISTERS = 12, MOST_POSITIONS = 6, MOST_OUTPUTS = 12;
+#endif
+
+// --------------------------------------------------------------------------------------------------------- micro-kernel
+
+// Where a block's sums go: out, added to it unless `store`, times `factor` where there is one.
+struct Into {
+  float* out;
+  const float* factor;
+  bool store;
+};
+
+using Block = void (*)(const NetPass& pass, const float* in, const int32_t* from, const float* weight,
+                       const float* bias, const Into& into, const int32_t* to);
+
+template <int P, int J>
+void block(const NetPass& pass, const float* in, const int32_t* from, const float* weight, const float* bias,
+           const Into& into, const int32_t* to) {
+  F sum[P][J];
+  const float* at[P];
+  float before[P * J * W];
+  bool parts = false;
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+    at[p] = in + static_cast<int64_t>(from[p]) * W;
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) sum[p][j] = setf(bias ? bias[j] : 0.0f);
+  }
+  for (int64_t s = 0; s < pass.segment_count; ++s) {
+    const NetSegment& segment = pass.segments[s];
+    if (segment.part) {
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) {
+          float* const old = before + (p * J + j) * W;
+          store(old, parts ? add(load(old), sum[p][j]) : sum[p][j]);
+          sum[p][j] = setf(0.0f);
+        }
+      }
+      parts = true;
+    }
+    const int64_t begin = segment.offset * W, end = begin + segment.length * int64_t{W};
+    for (int64_t i = begin; i < end; i += W, weight += J) {
+      // the fewer of the two stay in registers
+      if constexpr (P < J) {
+        F x[P];
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) x[p] = load(at[p] + i);
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) {
+          const F w = setf(weight[j]);
+#pragma GCC unroll 16
+          for (int p = 0; p < P; ++p) sum[p][j] = fma(w, x[p], sum[p][j]);
+        }
+      } else {
+        F w[J];
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) w[j] = setf(weight[j]);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          const F x = load(at[p] + i);
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[p][j] = fma(w[j], x, sum[p][j]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+    const int64_t begin = static_cast<int64_t>(to[p]) * W;
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) {
+      F v = sum[p][j];
+      if (parts) v = add(load(before + (p * J + j) * W), v);
+      if (!into.store) v = add(load(into.out + begin + j * W), v);
+      if (into.factor) v = mul(v, load(into.factor + begin + j * W));
+      store(into.out + begin + j * W, v);
+    }
+  }
+}
+
+struct Blocks {
+  Block of[MOST_POSITIONS + 1][MOST_OUTPUTS + 1];
+};
+
+template <int P, int J>
+constexpr void fill(Blocks& table) {
+  if constexpr (P * J <= REGISTERS) table.of[P][J] = block<P, J>;
+  if constexpr (J < MOST_OUTPUTS) {
+    fill<P, J + 1>(table);
+  } else if constexpr (P < MOST_POSITIONS) {
+    fill<P + 1, 1>(table);
+  }
+}
+
+constexpr Blocks blocks() {
+  Blocks table = {};
+  fill<1, 1>(table);
+  return table;
+}
+
+constexpr Blocks BLOCKS = blocks();
+
+// All positions of a pass; `after(position)` follows when all outputs of a block of positions are there.
+template <class After>
+void run_pass(const NetPass& pass, const float* arena, Into into, const After& after) {
+  const NetSplit outputs = NetSplit::of(pass.outputs, pass.block_outputs);
+  const NetSplit positions = NetSplit::of(pass.positions, pass.block_positions);
+  const float* in = arena + pass.in * W;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < positions.parts; ++i) {
+    const int64_t count = positions.part(i);
+    const float* weight = pass.weight;
+    int64_t j = 0;
+    for (int64_t k = 0; k < outputs.parts; ++k) {
+      const int64_t n = outputs.part(k);
+      const Into here = {into.out + j * W, into.factor ? into.factor + j * W : nullptr, into.store};
+      BLOCKS.of[count][n](pass, in, pass.from + begin, weight, pass.bias ? pass.bias + j : nullptr, here,
+                          pass.to + begin);
+      weight += n * pass.depth;
+      j += n;
+    }
+    for (int64_t p = begin; p < begin + count; ++p) after(pass.to[p]);
+    begin += count;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- elements
+
+// Calls body(row of a from its start, row of b, row of c, how many) for the rows inside the borders of values of one
+// shape.
+template <class Body>
+MMEBM_INLINE void each_span(const NetValue& a, const NetValue& b, const NetValue& c, const Body& body) {
+  const int64_t line = a.width * a.channels;
+  if (a.border_x + a.border_y + b.border_x + b.border_y + c.border_x + c.border_y == 0) {
+    return body(0, 0, 0, a.height * line);
+  }
+  for (int64_t y = 0; y < a.height; ++y) body(a.at(y, 0), b.at(y, 0), c.at(y, 0), line);
+}
+
+// `slope`: from a row that is written to the factor it is multiplied by, or 0 for none.
+void run_map(const NetRuns& runs, float* arena, bool store_it, int64_t slope) {
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const NetRun& run = runs.runs[i];
+    const NetTerm* terms = runs.terms + run.first;
+    float* out = arena + static_cast<int64_t>(run.out) * W;
+    for (int64_t r = 0; r < run.count * int64_t{W}; r += W) {
+      F sum = store_it ? setf(0.0f) : load(out + r);
+      F part = setf(0.0f);
+      for (int32_t k = 0; k < run.terms; ++k) {
+        part = fma(setf(terms[k].weight), load(arena + static_cast<int64_t>(terms[k].in) * W + r), part);
+        if (k % 32 == 31) {
+          sum = add(sum, part);
+          part = setf(0.0f);
+        }
+      }
+      sum = add(sum, part);
+      if (slope != 0) sum = mul(sum, load(out + slope * W + r));
+      store(out + r, sum);
+    }
+  }
+}
+
+// Row `i` in memory order of a constant.
+MMEBM_INLINE F constant(const NetConstant& c, const float* arena, int64_t i) {
+  return c.numbers ? setf(c.numbers[i]) : load(arena + (c.rows + i) * W);
+}
+
+MMEBM_INLINE void put(float* to, F v, bool store_it) { store(to, store_it ? v : add(load(to), v)); }
+
+// log x of x > 0, by the split x = 2^e (1 + f) and the polynomial of philox_vec.h.
+MMEBM_INLINE F log_of(F x) {
+  const I bits = as_int(x);
+  const I above = subi(bits, seti(0x3f3504f3u));  // sqrt(1/2)
+  const F f = sub(as_float(subi(bits, andi(above, seti(0xff800000u)))), setf(1.0f));
+  F q = fma(setf(0.202383772f), f, setf(-0.32819885f));
+  q = fma(q, f, setf(0.346468151f));
+  q = fma(q, f, setf(-0.397488624f));
+  q = fma(q, f, setf(0.499209881f));
+  q = fma(q, f, setf(-0.666722298f));
+  q = fma(q, f, setf(1.00001264f));
+  q = fma(q, f, setf(-1.99999964f));
+  return mul(setf(-0.5f), fma(signed_float(high_exponent(above)), setf(-1.38629436f), mul(f, q)));
+}
+
+struct Net {
+  const NetPlan& plan;
+  float* arena;
+
+  float* row(int64_t r) const { return arena + r * W; }
+  const NetValue& value(int32_t i) const { return plan.values[i]; }
+  float* of(const NetRead& r) const { return row(value(r.value).value); }
+  float* grad_of(const NetRead& r) const { return row(value(r.value).grad); }
+
+  // -- forward
+
+  void elementwise(const NetNode& n) const {
+    const NetValue& out = value(n.out);
+    float* const y = row(out.value);
+    for (int32_t k = 0; k < n.read_count; ++k) {
+      const NetRead& read = n.reads[k];
+      const float* x = of(read);
+      const F by = setf(read.coefficient);
+      const NetValue& second = value(n.reads[n.kind == NetKind::product ? 1 : k].value);
+      int64_t i = 0;
+      each_span(out, value(read.value), second, [&](int64_t a, int64_t b, int64_t c, int64_t count) {
+        for (int64_t r = 0; r < count; ++r, ++i) {
+          F v = load(x + (b + r) * W);
+          if (n.kind == NetKind::add) {
+            v = k ? fma(by, v, load(y + (a + r) * W)) : mul(by, v);
+            if (k + 1 == n.read_count && n.shift.present()) v = add(v, constant(n.shift, arena, i));
+          } else if (n.kind == NetKind::affine) {
+            v = n.shift.present() ? fma(constant(n.scale, arena, i), v, constant(n.shift, arena, i))
+                                  : mul(constant(n.scale, arena, i), v);
+          } else {
+            v = mul(v, load(row(second.value + c + r)));
+          }
+          store(y + (a + r) * W, v);
+        }
+      });
+      if (n.kind == NetKind::product) break;
+    }
+  }
+
+  // The activation in place, or that of a node of its own.
+  void activate_value(const NetNode& n, const NetValue& in) const {
+    const NetValue& out = value(n.out);
+    const float* const x = row(in.value);
+    float *const y = row(out.value), *const slope = row(out.slope);
+    each_span(out, in, in, [&](int64_t a, int64_t b, int64_t, int64_t count) {
+      activate(static_cast<Activation>(n.activation), n.slope, x + b * W, y + a * W, slope + a * W, count * W);
+    });
+  }
+
+  void norm(const NetNode& n) const {
+    const NetValue& out = value(n.out);
+    const NetValue& in = value(n.reads[0].value);
+    const F by = setf(1.0f / static_cast<float>(n.length));
+    for (int64_t g = 0; g < n.groups; ++g) {
+      const int32_t *from = n.index + 2 * g * n.length, *to = from + n.length;
+      Sum sum = no_sum();
+      for (int64_t i = 0; i < n.length; ++i) {
+        sum.part = add(sum.part, load(row(in.value + from[i])));
+        next(sum);
+      }
+      const F mean = mul(whole(sum), by);
+      sum = no_sum();
+      for (int64_t i = 0; i < n.length; ++i) {
+        const F v = sub(load(row(in.value + from[i])), mean);
+        sum.part = fma(v, v, sum.part);
+        next(sum);
+      }
+      const F scale = div(setf(1.0f), sqrt(fma(whole(sum), by, setf(n.eps))));
+      store(row(n.scratch + g), scale);
+      for (int64_t i = 0; i < n.length; ++i) {
+        const F v = mul(sub(load(row(in.value + from[i])), mean), scale);
+        store(row(out.value + to[i]), v);
+        store(row(n.scratch + n.groups + g * n.length + i), v);
+      }
+    }
+  }
+
+  void norm_back(const NetNode& n) const {
+    const NetValue& out = value(n.out);
+    const NetRead& read = n.reads[0];
+    const F by = setf(1.0f / static_cast<float>(n.length));
+    for (int64_t g = 0; g < n.groups; ++g) {
+      const int32_t *from = n.index + 2 * g * n.length, *to = from + n.length;
+      Sum sum = no_sum(), along = no_sum();
+      for (int64_t i = 0; i < n.length; ++i) {
+        const F d = load(row(out.grad + to[i]));
+        sum.part = add(sum.part, d);
+        along.part = fma(d, load(row(n.scratch + n.groups + g * n.length + i)), along.part);
+        next(sum);
+        next(along);
+      }
+      const F mean = mul(whole(sum), by), slope = mul(whole(along), by), scale = load(row(n.scratch + g));
+      for (int64_t i = 0; i < n.length; ++i) {
+        const F v = load(row(n.scratch + n.groups + g * n.length + i));
+        const F d = sub(sub(load(row(out.grad + to[i])), mean), mul(v, slope));
+        put(row(value(read.value).grad + from[i]), mul(d, scale), read.store);
+      }
+    }
+  }
+
+  // scratch: exp(x - log sum exp), the derivatives
+  void logsumexp(const NetNode& n) const {
+    const NetValue& in = value(n.reads[0].value);
+    const F top = setf(3.4028234e38f), zero = setf(0.0f);
+    for (int64_t g = 0; g < n.groups; ++g) {
+      const int32_t* from = n.index + g * n.length;
+      F most = load(row(in.value + from[0]));
+      for (int64_t i = 1; i < n.length; ++i) most = max(load(row(in.value + from[i])), most);
+      // of an infinite or all but infinite maximum nothing is taken off, as torch has it
+      const F shift = select(greater(abs(most), top), zero, most);
+      Sum sum = no_sum();
+      for (int64_t i = 0; i < n.length; ++i) {
+        const F e = activation<Activation::exp>(sub(load(row(in.value + from[i])), shift), zero).value;
+        store(row(n.scratch + g * n.length + i), e);
+        sum.part = add(sum.part, e);
+        next(sum);
+      }
+      const F total = whole(sum);
+      for (int64_t i = 0; i < n.length; ++i) {
+        float* const at = row(n.scratch + g * n.length + i);
+        store(at, div(load(at), total));
+      }
+      const F inside = add(log_of(total), shift);
+      const F nothing = sub(total, total);  // NaN where the sum is infinite or NaN
+      const F out = select(unequal(nothing, nothing), add(total, shift),
+                           select(greater(total, zero), inside, sub(zero, setf(__builtin_inff()))));
+      store(row(value(n.out).value + n.index[n.groups * n.length + g]), out);
+    }
+  }
+
+  void logsumexp_back(const NetNode& n) const {
+    const NetRead& read = n.reads[0];
+    for (int64_t g = 0; g < n.groups; ++g) {
+      const F d = load(row(value(n.out).grad + n.index[n.groups * n.length + g]));
+      for (int64_t i = 0; i < n.length; ++i) {
+        float* const to = row(value(read.value).grad + n.index[g * n.length + i]);
+        store(to, fma(d, load(row(n.scratch + g * n.length + i)), load(to)));
+      }
+    }
+  }
+
+  void forward() const {
+    for (int64_t k = 0; k < plan.node_count; ++k) {
+      const NetNode& n = plan.nodes[k];
+      const NetValue& out = value(n.out);
+      if (n.kind == NetKind::product_sum) {
+        for (int64_t i = 0; i < n.forward_count; ++i) {
+          const NetPass& pass = n.forward[i];
+          float* const y = row(pass.out);
+          float* const slope = out.slope < 0 ? nullptr : y + (out.slope - out.value) * W;
+          const int64_t numbers = pass.outputs * W;
+          run_pass(pass, arena, {y, nullptr, !n.accumulate}, [&](int32_t at) {
+            if (n.activation < 0) return;
+            float* const here = y + int64_t{at} * W;
+            activate(static_cast<Activation>(n.activation), n.slope, here, here, slope + int64_t{at} * W, numbers);
+          });
+        }
+        continue;
+      }
+      switch (n.kind) {
+        case NetKind::input:
+        case NetKind::map: run_map(n.runs, arena, true, 0); break;
+        case NetKind::activation: activate_value(n, value(n.reads[0].value)); continue;
+        case NetKind::add:
+        case NetKind::affine:
+        case NetKind::product: elementwise(n); break;
+        case NetKind::norm: norm(n); break;
+        case NetKind::logsumexp: logsumexp(n); break;
+        case NetKind::product_sum: break;
+      }
+      if (n.activation >= 0) activate_value(n, out);
+    }
+  }
+
+  // -- backward
+
+  // From a row of the gradient that is read to the factor that follows it, 0 for none.
+  int64_t slope_of(const NetNode& n, const NetRead& read) const {
+    if (!read.times || n.kind == NetKind::input) return 0;
+    return value(read.value).slope - value(read.value).grad;
+  }
+
+  void elementwise_back(const NetNode& n) const {
+    const NetValue& out = value(n.out);
+    const float* const d = row(out.grad);
+    for (int32_t k = 0; k < n.read_count; ++k) {
+      const NetRead& read = n.reads[k];
+      if (!read.needed) continue;
+      const NetValue& in = value(read.value);
+      float* const to = row(in.grad);
+      const int64_t slope = slope_of(n, read);
+      const F by = setf(read.coefficient);
+      const NetValue& other = value(n.reads[n.kind == NetKind::product ? 1 - k : k].value);
+      int64_t i = 0;
+      each_span(out, in, other, [&](int64_t a, int64_t b, int64_t c, int64_t count) {
+        for (int64_t r = 0; r < count; ++r, ++i) {
+          F v = load(d + (a + r) * W);
+          if (n.kind == NetKind::add) {
+            v = mul(by, v);
+          } else if (n.kind == NetKind::affine) {
+            v = mul(constant(n.scale, arena, i), v);
+          } else if (n.kind == NetKind::activation) {
+            v = mul(v, load(row(out.slope + a + r)));
+          } else {
+            v = mul(v, load(row(other.value + c + r)));
+          }
+          float* const at = to + (b + r) * W;
+          if (!read.store) v = add(load(at), v);
+          if (slope != 0) v = mul(v, load(at + slope * W));
+          store(at, v);
+        }
+      });
+    }
+  }
+
+  void backward() const {
+    store(row(value(plan.last).grad), setf(1.0f));
+    for (int64_t k = plan.node_count - 1; k >= 0; --k) {
+      const NetNode& n = plan.nodes[k];
+      const NetValue& out = value(n.out);
+      if (out.grad < 0) continue;
+      if (n.multiply) {
+        each_span(out, out, out, [&](int64_t a, int64_t, int64_t, int64_t count) {
+          for (int64_t r = a; r < a + count; ++r) {
+            store(row(out.grad + r), mul(load(row(out.grad + r)), load(row(out.slope + r))));
+          }
+        });
+      }
+      switch (n.kind) {
+        case NetKind::product_sum: {
+          const NetRead& read = n.reads[0];
+          if (!read.needed) break;
+          const NetValue& in = value(read.value);
+          for (int64_t i = 0; i < n.backward_count; ++i) {
+            const NetPass& pass = n.backward[i];
+            float* const to = row(pass.out);
+            const float* const factor = read.times ? to + (in.slope - in.grad) * W : nullptr;
+            run_pass(pass, arena, {to, factor, read.store}, [](int32_t) {});
+          }
+          break;
+        }
+        case NetKind::input:
+        case NetKind::map:
+          for (int32_t i = 0; i < n.read_count; ++i) {
+            if (n.reads[i].needed) run_map(n.reads[i].back, arena, n.reads[i].store, slope_of(n, n.reads[i]));
+          }
+          break;
+        case NetKind::activation:
+        case NetKind::add:
+        case NetKind::affine:
+        case NetKind::product: elementwise_back(n); break;
+        case NetKind::norm:
+          if (n.reads[0].needed) norm_back(n);
+          break;
+        case NetKind::logsumexp:
+          if (!n.reads[0].needed) break;
+          if (n.reads[0].store) {
+            const NetValue& in = value(n.reads[0].value);
+            memset(row(in.grad), 0, sizeof(float) * static_cast<size_t>(in.rows() * W));
+          }
+          logsumexp_back(n);
+          break;
+      }
+    }
+  }
+};
+
+void fill_constant(const NetConstant& c, int64_t elements, const Rows<1>& t, float* arena) {
+  if (!c.chains) return;
+  for (int lane = 0; lane < W; ++lane) {
+    const float* from = c.chains + t.chain_of(lane) * elements;
+    for (int64_t i = 0; i < elements; ++i) arena[(c.rows + i) * W + lane] = from[c.order[i]];
+  }
+}
+
+void tile(const ChainJob& job, const NetPlan& plan, int64_t first, float* arena) {
+  const int64_t left = job.chains - first;
+  Rows<1> t = {job, first, left < W ? left : W, arena + plan.state * W, arena + plan.grad * W, arena + plan.old * W,
+               arena + plan.energy * W, arena + plan.dead * W, arena + plan.row * W, nullptr};
+  const Net net = {plan, arena};
+  gather(t, job.x, job.inputs, job.inputs, t.x);
+  if (job.observed) {
+    t.observed = reinterpret_cast<uint8_t*>(arena + plan.observed * W);
+    gather(t, job.observed, job.observed_stride, job.inputs, t.observed);
+  }
+  for (int64_t k = 0; k < plan.node_count; ++k) {
+    const NetNode& n = plan.nodes[k];
+    fill_constant(n.scale, plan.values[n.out].elements(), t, arena);
+    fill_constant(n.shift, plan.values[n.out].elements(), t, arena);
+  }
+  const auto evaluate = [&](bool energy) {
+    net.forward();
+    net.backward();
+    if (energy) store(t.energy, load(net.row(plan.values[plan.last].value)));
+  };
+  if (job.gradient) {
+    evaluate(true);
+    record(t, t.energy, job.energy);
+    scatter(t, t.g, job.inputs, job.gradient);
+    return;
+  }
+  run_steps(t, evaluate);
+}
+
+}  // namespace
+
+#define MMEBM_JOIN(a, b) a##b
+#define MMEBM_TABLE(name) MMEBM_JOIN(net_loops_, name)
+const NetLoops MMEBM_TABLE(MMEBM_ISA_NAME) = {W, REGISTERS, MOST_POSITIONS, MOST_OUTPUTS, tile};
+
+}  // namespace mmebm
+
+#endif

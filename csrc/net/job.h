@@ -1,0 +1,138 @@
+// What net.cpp and its loops (cpu_kernel.cpp) share: the plan of a net's forward and backward pass. Plain data
+// (cpu/isa.h says why).
+//
+// All numbers of a tile lie in one arena of rows; a row holds one number of each of its W chains. A value of a node is
+// an image of (height, width, channels) rows inside a border of zeros, which nothing ever writes to; vectors are images
+// of one position. Offsets count rows.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "common/chain_job.h"
+#include "cpu/isa.h"
+
+namespace mmebm {
+
+// `value`: what the node gives; `slope`: the derivative of its activation; `grad`: dE/d(value), which the activation's
+// backward pass turns into that before it. -1 where there is none.
+struct NetValue {
+  int64_t channels = 1, height = 1, width = 1, border_y = 0, border_x = 0;
+  int64_t value = -1, slope = -1, grad = -1;
+
+  int64_t elements() const { return channels * height * width; }
+  int64_t pitch() const { return (width + 2 * border_x) * channels; }
+  int64_t rows() const { return (height + 2 * border_y) * pitch(); }
+  int64_t at(int64_t y, int64_t x) const { return (y + border_y) * pitch() + (x + border_x) * channels; }
+};
+
+// Consecutive rows that a sum of products reads, from a position's base on. `part`: the products so far are a part that
+// is added up apart, so that rounding errors stay those of a short sum.
+struct NetSegment {
+  int64_t offset;
+  int32_t length;
+  bool part;
+};
+
+// The micro-kernel's work: `outputs` sums over the same rows at each of many positions. A convolution, its gradient (one
+// pass for each class of positions modulo the stride), a linear layer and its gradient are all this.
+struct NetPass {
+  int64_t in = 0, out = 0;  // rows in the arena that the positions are counted from
+  const int32_t *from = nullptr, *to = nullptr;  // per position
+  int64_t positions = 0, outputs = 0, depth = 0, segment_count = 0;
+  const NetSegment* segments = nullptr;
+  const float* weight = nullptr;  // packed: block after block of outputs, each (depth, block)
+  const float* bias = nullptr;    // (outputs,) or null
+  int32_t block_positions = 1, block_outputs = 1;  // at most, in registers
+};
+
+// Rows out .. out + count - 1 are each the sum of `terms` rows times weights, all of them moving along.
+struct NetTerm {
+  int32_t in;
+  float weight;
+};
+struct NetRun {
+  int32_t out, count, terms;
+  int64_t first;  // in the list of terms
+};
+struct NetRuns {
+  const NetRun* runs = nullptr;
+  int64_t count = 0;
+  const NetTerm* terms = nullptr;
+};
+
+// A constant over the elements of a value, in their order in memory: numbers, or rows filled at the start of a tile.
+struct NetConstant {
+  const float* numbers = nullptr;  // (elements,)
+  const float* chains = nullptr;   // (chains, elements) in the caller's order
+  const int32_t* order = nullptr;  // of chains: where each element is
+  int64_t rows = -1;
+
+  bool present() const { return numbers != nullptr || chains != nullptr; }
+};
+
+enum class NetKind : int32_t { input, product_sum, map, activation, add, affine, product, norm, logsumexp };
+
+// What one node's backward pass does to the gradient of one it reads. `store`: nothing is there yet; `times`: it is the
+// last to add to it, and the activation's derivative follows.
+struct NetRead {
+  int32_t value = 0;
+  bool needed = false, store = false, times = false;
+  float coefficient = 1.0f;
+  NetRuns back;  // input, map
+};
+
+struct NetNode {
+  NetKind kind = NetKind::input;
+  int32_t out = 0, read_count = 0;
+  const NetRead* reads = nullptr;
+  int32_t activation = -1;  // applied to the value in place, or that of the node itself
+  float slope = 0.0f;
+  bool multiply = false;  // the gradient is still to be multiplied by the activation's derivative
+  bool accumulate = false;  // the products are added to the value: a sum of layers needs no buffer for each
+  const NetPass *forward = nullptr, *backward = nullptr;
+  int64_t forward_count = 0, backward_count = 0;
+  NetRuns runs;
+  NetConstant scale, shift;
+  // norm, logsumexp: groups of `length` rows of what is read, counted from its first
+  const int32_t* index = nullptr;
+  int64_t groups = 0, length = 0, scratch = 0;  // scratch: rows, one for each group or element
+  float eps = 0.0f;
+};
+
+struct NetPlan {
+  const NetValue* values = nullptr;
+  const NetNode* nodes = nullptr;
+  int64_t value_count = 0, node_count = 0;
+  int64_t state = 0, grad = 0, old = 0;   // rows of the chains' state, its gradient, and the state before a step
+  int64_t energy = 0, dead = 0, row = 0;  // rows of one number
+  int64_t observed = 0;                   // rows of bytes
+  int64_t rows = 0;                       // of the arena
+  int32_t last = 0;                       // the value that is the energy
+};
+
+struct NetLoops {
+  int64_t lanes;              // chains in one vector
+  int32_t registers;          // sums that a block of positions times outputs may have
+  int32_t positions, outputs;  // that a block may have
+  // All steps, or one evaluation, of `lanes` chains from `first` on (fewer at the end), in an aligned arena of zeros.
+  void (*tile)(const ChainJob& job, const NetPlan& plan, int64_t first, float* arena);
+};
+
+extern const NetLoops net_loops_generic;
+#if defined(MMEBM_X86)
+extern const NetLoops net_loops_avx2, net_loops_avx512;
+#endif
+
+// The outputs of a pass in blocks of nearly equal size, none above block_outputs.
+struct NetSplit {
+  int64_t parts, size, larger;  // `larger` parts of size + 1, the rest of size
+
+  static NetSplit of(int64_t total, int64_t most) {
+    const int64_t parts = (total + most - 1) / most;
+    return {parts, total / parts, total % parts};
+  }
+  int64_t part(int64_t i) const { return size + (i < larger ? 1 : 0); }
+};
+
+}  // namespace mmebm

@@ -1,0 +1,169 @@
+"""The net ops in C++: :file:`csrc/net`.
+
+The instruction set is the best this processor has; ``MMEBM_CPU_ISA`` = ``baseline``, ``avx2`` or ``avx512`` asks for
+another. No result depends on the number of threads (``torch.get_num_threads()``) or on how a batch is split, and
+``avx2`` and ``avx512`` agree bit for bit. Weights are read, and repacked, at each call. Up to W chains, 8 or 16, share
+the lanes of a vector, so that fewer cost as much as W, and a thread runs at least one such tile.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from mmebm import native, noise
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import Addresses
+from mmebm.ops.langevin_mlp import MlpResult
+from mmebm.ops.langevin_mlp_cpp import plain_on_cpu, supports_options
+from mmebm.ops.net.graph import (
+    FUNCTIONS,
+    KINDS,
+    Activation,
+    Add,
+    Affine,
+    Conv,
+    Input,
+    Linear,
+    LogSumExp,
+    Map,
+    Net,
+    Norm,
+    View,
+    check_net,
+    reads,
+    shapes_of,
+    tensors_of,
+)  # fmt: skip
+from mmebm.ops.net.op import NetChain
+
+__all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]
+
+# Numbers of one chain that all nodes hold together: three buffers of 16 lanes of them are 768 MiB a thread.
+_ELEMENTS: Final = 1 << 22
+
+
+def supports_energy(net: Net, x: Tensor) -> str | None:
+    """Whether :func:`energy_and_gradient` takes ``net`` at the flat state ``x``: ``None``, or the reason why not."""
+    reason = plain_on_cpu("the state", x)
+    if reason is not None:
+        return reason
+    if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] == 0:
+        return f"the state is {x.dtype} of shape {tuple(x.shape)}, taken is float32 (chains, inputs)"
+    for t in tensors_of(net):
+        reason = reason or plain_on_cpu("a tensor of the net", t)
+        if t.dtype not in (torch.float32, torch.int64):
+            return f"a tensor of the net is {t.dtype}, taken is float32"
+    if reason is not None:
+        return reason
+    spans = sorted((n.start, n.start + math.prod(n.shape)) for n in net.nodes if isinstance(n, Input))
+    if any(one[1] > two[0] for one, two in pairwise(spans)):
+        return "inputs of the net overlap"
+    elements = sum(math.prod(shape) for shape in shapes_of(net))
+    if elements > _ELEMENTS:
+        return f"the net has {elements} numbers a chain, taken are up to {_ELEMENTS}"
+    available, reason = native.available("cpp")
+    return None if available else reason
+
+
+def supports(chain: NetChain, x: Tensor) -> str | None:
+    """Whether :func:`run` takes ``chain`` from the flat state ``x``: ``None``, or the reason why not."""
+    return supports_energy(chain.net, x) or supports_options(chain, x)
+
+
+def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """A shape as (channels, height, width) with the same row-major order."""
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else (math.prod(shape), 1, 1)
+
+
+def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]]:
+    """The nodes as ``mmebm._cpu`` takes them."""
+
+    def address(t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        return addresses("a tensor of the net", t, dtype)
+
+    out = []
+    for node, shape in zip(net.nodes, check_net(net, x.shape[0], x.shape[1], x.device), strict=True):
+        d: dict[str, Any] = {"kind": KINDS.index(type(node)), "xs": reads(node), "shape": _image(shape)}
+        if isinstance(node, Input):
+            d["start"] = node.start
+        elif isinstance(node, (Conv, Linear)):
+            d.update(weight=address(node.weight), bias=address(node.bias))
+            if isinstance(node, Conv):
+                d.update(
+                    sizes=tuple(node.weight.shape), stride=node.stride, padding=node.padding, dilation=node.dilation,
+                    groups=node.groups, transposed=node.transposed,
+                )  # fmt: skip
+        elif isinstance(node, Activation):
+            d.update(function=FUNCTIONS.index(node.function), slope=float(node.slope))
+        elif isinstance(node, (Add, Affine)):
+            if isinstance(node, Add):
+                d["coefficients"] = tuple(map(float, node.coefficients))
+            else:
+                d.update(scale=address(node.scale), scale_per_chain=node.scale.shape[0] > 1)
+            d.update(shift=address(node.shift), shift_per_chain=node.shift is not None and node.shift.shape[0] > 1)
+        elif isinstance(node, (Map, LogSumExp)):
+            weight = node.weight if isinstance(node, Map) else None
+            d.update(index=address(node.index, torch.int64), index_weight=address(weight), terms=node.index.shape[1])
+        elif isinstance(node, Norm):
+            d.update(groups=node.groups, eps=float(node.eps))
+        elif not isinstance(node, View) and type(node).__name__ != "Product":
+            raise native.BackendError(f"cpp: net: {type(node).__name__} is not built")
+        out.append(d)
+    return out
+
+
+def energy_and_gradient(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
+    reason = supports_energy(net, x)
+    if reason is not None:
+        raise native.BackendError(f"cpp: net_energy: {reason}")
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    energy = torch.empty(chains, dtype=torch.float32, device=x.device)
+    grad = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
+    native.cpu().net_energy(
+        addresses("x", x, torch.float32), chains, inputs, _described(net, x, addresses),
+        addresses.output("energy", energy), addresses.output("grad", grad), torch.get_num_threads(), dispatch.isa(),
+    )  # fmt: skip
+    return energy, grad
+
+
+def run(
+    chain: NetChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
+) -> MlpResult:
+    """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
+    reason = supports(chain, x)
+    if reason is None and chain.constants.shape[0] != 1 and chain.constants.shape[0] < steps:
+        reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
+    if reason is not None:
+        raise native.BackendError(f"cpp: langevin_net: {reason}")
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    out = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
+    energies = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if energy else None
+    norms = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if grad_norm else None
+    frozen = torch.zeros(chains, dtype=torch.bool, device=x.device) if chain.freeze else None
+    mask = chain.observed
+    tensors = [
+        (width, noise.stream(index, noise.DRIFT), noisy, moving, present)
+        for width, index, noisy, moving, present in zip(
+            chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, strict=True
+        )
+    ]
+    native.cpu().langevin_net(
+        addresses("x", x, torch.float32), chains, inputs, _described(chain.net, x, addresses), tensors,
+        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
+        addresses("observed", mask, torch.uint8), 0 if mask is None or mask.shape[0] == 1 else inputs,
+        steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
+        chain.noise_at == "before", chain.clamp_noise, addresses.output("out", out),
+        addresses.output("energy", energies), addresses.output("grad_norm", norms), addresses.output("frozen", frozen),
+        torch.get_num_threads(), dispatch.isa(),
+    )  # fmt: skip
+    return MlpResult(out, energies, norms, frozen)

@@ -1,0 +1,181 @@
+"""``net_energy`` and ``langevin_net``: energy and gradient of a net, and a whole chain on it, each in one call.
+
+A backend is a module with
+
+    supports_energy(net, x) -> None, or the reason why not
+    energy_and_gradient(net, x) -> (chains,), (chains, inputs)
+    supports(chain, x) -> None, or the reason why not
+    run(chain, x, steps, first_step, energy=, grad_norm=) -> MlpResult
+
+as :mod:`mmebm.ops.langevin_mlp` has them for sums of MLPs; state, constants and results are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmebm.ops import dispatch
+from mmebm.ops import langevin_mlp as mlp
+from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.langevin_mlp import MlpChain, MlpResult
+from mmebm.ops.net import reference
+from mmebm.ops.net.graph import Net, check_net, pack, tensors_of, unpack
+
+__all__ = ["NetChain", "name_of", "net_energy", "room", "run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetChain(MlpChain):
+    """As :class:`~mmebm.ops.langevin_mlp.MlpChain`, with a ``net`` in the place of terms."""
+
+    net: Net
+    terms: tuple[Any, ...] = ()
+
+
+def _refusal(module: ModuleType, net: Net, chain: NetChain | None, x: Tensor) -> str | None:
+    """Why ``module`` does not take this net or chain, or ``None``."""
+    if x.dtype != torch.float32 or any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors_of(net)):
+        return "the state and the net are not all float32"
+    for name, t in (("the state", x), *(("a tensor of the net", t) for t in tensors_of(net))):
+        reason = obstacle(t)
+        if reason is not None:
+            return f"{name} is {reason}"
+    return module.supports_energy(net, x) if chain is None else module.supports(chain, x)
+
+
+def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, str]:
+    """The module that runs ``chain`` from the flat state ``x``, ``None`` for the reference, and the reason.
+
+    "auto" takes C++ on the CPU; see :func:`mmebm.ops.dispatch.choose`.
+
+    Raises:
+        ValueError: for an unknown backend.
+        BackendError: where a backend asked for by name does not take this chain.
+    """
+    chosen = dispatch.choose("langevin_net", backend, x.device, lambda _, module: _refusal(module, chain.net, chain, x))
+    return chosen.module, chosen.reason
+
+
+def name_of(module: ModuleType) -> str:
+    """The backend whose module it is."""
+    modules = dispatch.OPS["langevin_net"].modules
+    return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
+
+
+def run(
+    module: ModuleType | None, chain: NetChain, x: Tensor, steps: int, first_step: int | Tensor, *,
+    energy: bool = False, grad_norm: bool = False,
+) -> MlpResult:  # fmt: skip
+    """``steps`` steps from the flat state ``x`` (chains, inputs) in the module that :func:`room` chose."""
+    if steps == 0 or x.shape[0] == 0:
+        return mlp.run(None, chain, x, 0, first_step)
+    if module is None:
+        return mlp._reference(chain, x, steps, first_step, lambda flat: reference.energy_and_gradient(flat, chain.net))
+    return module.run(chain, x, steps, first_step, energy=energy, grad_norm=grad_norm)
+
+
+# -- the functional entry
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside an op, where torch has it off."""
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    excluded = excluded - keys(key.AutogradFunctionality) - keys(key.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
+def _op(x: Tensor, tensors: list[Tensor], net: str, backend: str) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        unpacked = unpack(net, tensors)
+        module = dispatch.choose("net_energy", backend, x.device, lambda _, m: _refusal(m, unpacked, None, x)).module
+        if module is None:
+            with _autograd():
+                return reference.energy_and_gradient(x, unpacked)
+        return module.energy_and_gradient(unpacked, x.contiguous())
+
+
+def _fake(x: Tensor, tensors: list[Tensor], net: str, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, tensors, net, _ = inputs
+    ctx.net = net
+    ctx.save_for_backward(x, *tensors)
+
+
+def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple[Any, ...]:
+    """By autograd through the reference, so that it can be differentiated again."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases, so that the graph ends here and, with create_graph, goes on into the inputs
+        leaves = [t.view_as(t) if t.requires_grad else t for t in ctx.saved_tensors]
+        x, net = leaves[0], unpack(ctx.net, leaves[1:])
+        if d_grad is None:
+            outputs = [(reference.energy(x, net), d_energy)]
+        else:
+            start = x if x.requires_grad else x.detach().requires_grad_()
+            outputs = list(zip(reference.energy_and_gradient(start, net, create_graph=True), (d_energy, d_grad)))
+        wanted = [t for t in leaves if t.requires_grad]
+        outputs = [(o, d) for o, d in outputs if d is not None and o.requires_grad]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if wanted and outputs:
+            found = list(torch.autograd.grad(
+                [o for o, _ in outputs], wanted, [d for _, d in outputs], create_graph=create_graph, allow_unused=True
+            ))  # fmt: skip
+    each = iter(found)
+    grads = [next(each) if t.requires_grad else None for t in leaves]
+    return grads[0], grads[1:], None, None
+
+
+_library = torch.library.Library("mmebm", "FRAGMENT")
+if not hasattr(torch.ops.mmebm, "net_energy"):
+    _library.define(
+        "net_energy(Tensor x, Tensor[] tensors, str net, str backend) -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _library.impl("net_energy", _op, "CompositeExplicitAutograd")
+    torch.library.register_fake("mmebm::net_energy", _fake, lib=_library)
+    torch.library.register_autograd("mmebm::net_energy", _backward, setup_context=_setup, lib=_library)
+
+
+def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """E(x) and dE/dx in one pass. Differentiable, also twice, in ``x`` and in every tensor of the net.
+
+    Args:
+        x: (chains, inputs), floating.
+        net: see :mod:`mmebm.ops.net.graph`; :func:`mmebm.energies.trace.trace` makes one of an energy.
+        backend: "auto", "torch" or "cpp".
+
+    Returns:
+        (chains,) and (chains, inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+        BackendError: where ``backend`` does not take this net.
+
+    Example:
+        >>> conv = torch.nn.Conv2d(1, 8, 3)
+        >>> net = Net((
+        ...     Input(0, (1, 8, 8)), Conv(0, conv.weight, conv.bias), Activation(1, "silu"),
+        ...     Map((2,), (1,), torch.arange(288).reshape(1, -1)),
+        ... ))
+        >>> energy, gradient = net_energy(torch.randn(100, 64), net)
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
+        raise TypeError(f"x must be a floating-point tensor (chains, inputs), got {getattr(x, 'shape', x)!r:.80}")
+    check_net(net, x.shape[0], x.shape[1], x.device)
+    for t in (x, *tensors_of(net)):
+        require_dense("x" if t is x else "a tensor of the net", t, None if t is x else x)
+    description, tensors = pack(net)
+    return torch.ops.mmebm.net_energy(x, tensors, description, backend)

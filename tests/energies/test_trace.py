@@ -1,0 +1,185 @@
+"""Energies traced into nets: found as they are, whatever module or function they are, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmebm.energies import CannotLower
+from mmebm.energies.trace import trace
+from mmebm.models import JointEnergy, SharedGenerator
+from mmebm.ops.net import reference
+from mmebm.ops.net.graph import check_net
+from mmebm.state import flatten
+
+
+def agree(energy: Callable[..., Any], state: Any, *args: Any) -> Any:
+    """The net of ``energy`` at ``state`` and its gradient are the energy's own, in float64."""
+    traced = trace(energy, state, args=args)
+    _, tensors, build = flatten(state)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    value = energy(build(leaves), *args)
+    grads = torch.autograd.grad(value.sum(), leaves)
+    flat, wanted = (torch.cat([t.flatten(1) for t in ts], 1) for ts in (tensors, grads))
+    check_net(traced.net, flat.shape[0], flat.shape[1], flat.device)
+    ours, grad = reference.energy_and_gradient(flat, traced.net)
+    # both in float64, sums in another order: the last bits of 2^-52
+    torch.testing.assert_close(
+        ours.sum() if traced.scalar else ours,
+        value.reshape(-1).detach().squeeze() if traced.scalar else value.reshape(-1).detach(),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-10 * float(wanted.abs().max()))
+    assert float(wanted.abs().max()) > 0
+    return traced
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64) * 2 - 1
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def tutorial() -> nn.Sequential:
+    """The energy of a well-known tutorial on deep energy models."""
+    c = 8
+    return nn.Sequential(
+        nn.Conv2d(1, c, 5, stride=2, padding=4), nn.SiLU(), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.SiLU(),
+        nn.Conv2d(2 * c, 4 * c, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(4 * c, 4 * c, 3, stride=2, padding=1),
+        nn.SiLU(), nn.Flatten(), nn.Linear(16 * c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 1),
+    ).double()  # fmt: skip
+
+
+class WideResNet(nn.Module):
+    """A classifier with pre-activation blocks, as JEM has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.two = nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.shortcut = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, stride=2)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        y = self.two(F.leaky_relu(self.norm(self.one(F.leaky_relu(h, 0.2))), 0.2)) + self.shortcut(h)
+        return self.head(F.leaky_relu(y, 0.2).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("chains", (1, 3))
+def test_published_energies(chains: int) -> None:
+    net = tutorial()
+    agree(lambda x: net(x).squeeze(dim=-1), images(chains, 1, 28, 28))
+    agree(net, images(chains, 1, 28, 28))
+    logits = WideResNet().double().eval()
+    x, labels = images(chains, 3, 12, 12), torch.randint(0, 10, (chains,))
+    agree(lambda x: -logits(x).logsumexp(1), x)
+    agree(lambda x, y: -logits(x)[torch.arange(len(x)), y], x, labels)
+    agree(lambda x, y: -logits(x).gather(1, y.unsqueeze(1)).squeeze(1), x, labels)
+    agree(lambda x, y: F.cross_entropy(logits(x), y, reduction="none"), x, labels)
+    agree(lambda x: logits(x)[:, 3] + (x**2).flatten(1).sum(1) / (2 * 0.01**2), x)
+
+
+def test_this_package(seed: int) -> None:
+    joint = JointEnergy({"a": (3, 28, 28), "b": (1, 13, 17), "w": (10,)}, net="conv", trunk_width=4).double()
+    agree(joint, {"w": images(3, 10), "a": images(3, 3, 28, 28), "b": images(3, 1, 13, 17)})
+    shapes = {"a": (3, 28, 28), "w": (10,)}
+    x = {"a": images(4, 3, 28, 28), "w": images(4, 10)}
+    for likelihood in ("gaussian", "laplace"):
+        weights = {"a": 0.5, "w": 3.0}
+        generator = SharedGenerator(shapes, 5, net="conv", width=4, likelihood=likelihood, weights=weights).double()
+        agree(lambda z, g=generator: g.negative_log_likelihood(x, z) + 0.5 * z.square().sum(1), images(4, 5))
+        present = {"a": torch.tensor([True, False, True, True])}
+        agree(lambda z, g=generator, p=present: g.negative_log_likelihood(x, z, p), images(4, 5))
+
+
+def test_scalars_and_signs() -> None:
+    net = tutorial()
+    x = images(3, 1, 28, 28)
+    assert agree(lambda x: 2 * net(x).sum() - net(x).mean() / 3, x).scalar
+    assert not agree(lambda x: -net(x), x).scalar
+    flipped = trace(net, x, log_prob=True).net
+    torch.testing.assert_close(reference.energy(x.flatten(1), flipped), -net(x).squeeze(1).detach())
+
+
+def test_weights_are_those_of_the_call() -> None:
+    net = nn.Sequential(
+        torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)), nn.SiLU(),
+        torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.SiLU(), nn.Flatten(), nn.Linear(64, 1),
+    ).double().eval()  # fmt: skip
+    x = images(2, 1, 8, 8)
+    agree(net, x)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    agree(net, x)
+
+
+def test_in_place_activations() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.LeakyReLU(0.1, inplace=True))
+    net.double()
+    agree(lambda x: net(x).sum((1, 2, 3)), images(2, 1, 8, 8))
+    # the view would see another tensor than was written down
+    with pytest.raises(CannotLower, match="view in place"):
+        trace(lambda x: (net[0](x).flatten(1).relu_()).sum(1), images(2, 1, 8, 8))
+
+
+def test_scripted_module() -> None:
+    net: Any = torch.jit.trace(tutorial(), images(2, 1, 28, 28))
+    agree(net, images(2, 1, 28, 28))
+
+
+TRAINED = nn.BatchNorm2d(1).double()
+REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "an unknown operation": (lambda x: x.sort(1)[0].sum((1, 2, 3)), "sort"),
+    "random numbers": (lambda x: (x + torch.randn_like(x)).sum((1, 2, 3)), "random"),
+    "dropout": (lambda x: F.dropout(x, 0.5).sum((1, 2, 3)), "random|dropout"),
+    "a branch on values": (lambda x: x.sum((1, 2, 3)) if x.sum() > 0 else x.mean((1, 2, 3)), "calls gt"),
+    "a value in Python": (lambda x: x.sum((1, 2, 3)) * x.flatten(1)[0, 0].item(), "chains|calls"),
+    "other chains' values": (lambda x: (x * x.flip(0)).sum((1, 2, 3)), "between chains"),
+    "rolled chains": (lambda x: (x * x.roll(1, 0)).sum((1, 2, 3)), "between chains"),
+    "the batch's mean": (lambda x: (x - x.mean(0)).square().sum((1, 2, 3)), "over the chains"),
+    "batch norm in train mode": (lambda x: TRAINED(x).sum((1, 2, 3)), "in place|train mode"),
+    "a changed state": (lambda x: x.mul_(2).sum((1, 2, 3)), "in place"),
+    "another dtype": (lambda x: x.float().sum((1, 2, 3)), "casts"),
+    "no gradient": (lambda x: x.detach().sum((1, 2, 3)), "detach"),
+    "numpy": (lambda x: torch.from_numpy(x.numpy().sum((1, 2, 3))), "numpy"),
+    "a list": (lambda x: torch.tensor(x.tolist()).sum((1, 2, 3)), "tolist"),
+    "three dimensions": (lambda x: F.conv3d(x[:, None], torch.ones(1, 1, 1, 1, 1).double()).sum((1, 2, 3, 4)), "3 dim"),
+    "one chain's value": (lambda x: x[0].sum(), "chains"),
+    "too many values": (lambda x: x.sum((2, 3)).repeat(1, 2), "returns shape"),
+    "a constant": (lambda x: torch.zeros(len(x)), "does not come from the state"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(case: str) -> None:
+    energy, message = REFUSALS[case]
+    x = images(3, 1, 6, 6)
+    before = x.clone()
+    with pytest.raises(CannotLower, match=message):
+        trace(energy, x)
+    assert torch.equal(x, before)
+
+
+def test_refusals_leave_no_trace() -> None:
+    norm: Any = nn.BatchNorm2d(1).double()
+    held = torch.zeros(3)
+    with pytest.raises(CannotLower):
+        trace(lambda x: norm(x).sum((1, 2, 3)), images(3, 1, 6, 6))
+    with pytest.raises(CannotLower):
+        trace(lambda x: (x + held.add_(1)[0]).sum((1, 2, 3)), images(3, 1, 6, 6))
+    assert norm.num_batches_tracked == 0 and not norm.running_mean.any() and not held.any()
+    state = torch.random.get_rng_state()
+    with pytest.raises(CannotLower):
+        trace(lambda x: F.dropout(x).sum((1, 2, 3)), images(3, 1, 6, 6) * 0)
+    assert torch.equal(torch.random.get_rng_state()[:8], state[:8])

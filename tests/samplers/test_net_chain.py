@@ -1,0 +1,210 @@
+"""Chains of convolutional energies in one call: found by the sampler, and the same as a step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mmebm
+from mmebm import Langevin
+from mmebm.energies import Gaussian, Sum
+from mmebm.models import JointEnergy
+from mmebm.training import System
+from mmebm.training.presets import demo
+
+# Two fp32 chains whose sums run in another order, from the same noise within 2e-6 of its definition: over 5 steps that
+# move x by a tenth in all, some units of 1e-6 were seen.
+CLOSE = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def _cpp(need: Callable[[str], None], seed: int) -> None:
+    need("cpp")
+    torch.manual_seed(seed)
+
+
+class Block(nn.Module):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.one, self.two, self.shortcut = (
+            nn.Conv2d(a, b, 3, padding=1),
+            nn.Conv2d(b, b, 3, padding=1),
+            nn.Conv2d(a, b, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.two(F.leaky_relu(self.one(x), 0.2)) + self.shortcut(x)
+        return F.avg_pool2d(F.leaky_relu(h, 0.2), 2)
+
+
+class Classifier(nn.Module):
+    """JEM: a class energy of a residual net with norms in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Block(3, 6), nn.BatchNorm2d(6), Block(6, 8))
+        self.head = nn.Linear(8, 10)
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(dim=(2, 3)))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = self.classify(x)
+        if y is None:
+            return -logits.logsumexp(1)
+        return -torch.gather(logits, 1, y[:, None])[:, 0]
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.SiLU(),
+        nn.Flatten(), nn.Linear(72, 1),
+    )  # fmt: skip
+
+
+def both(energy: Any, x: Any, *, args: tuple[Any, ...] = (), move: float = 0.02, **options: Any) -> Any:
+    """The chain in one call and the loop's with autograd, whose states agree; x moves by about ``move`` a step."""
+    structure = x if isinstance(x, dict) else {"x": x}
+    leaves = {k: t.clone().requires_grad_() for k, t in structure.items()}
+    value = energy(leaves if isinstance(x, dict) else leaves["x"], *args)
+    grads = torch.autograd.grad(value.sum(), list(leaves.values()))
+    step = move / float(torch.cat([g.flatten() for g in grads]).abs().mean())
+    runs = []
+    for backend in ("auto", "torch"):
+        sampler = Langevin(step, 0.01, backend=backend, **options)
+        runs.append(sampler.sample(energy, x, 5, seed=3, args=args, record=("energy", "grad_norm"), thin=2))
+    ours, loop = runs
+    assert ours.info["op"] == "langevin_net", ours.info["reason"]
+    for key in structure:
+        a, b, start = (r if not isinstance(r, dict) else r[key] for r in (ours.state, loop.state, x))
+        torch.testing.assert_close(a, b, rtol=0, atol=CLOSE)
+        assert float((a - start).abs().mean()) > move / 2, "x hardly moves: the comparison would check nothing"
+        one, two = (r.trajectory if not isinstance(r.trajectory, dict) else r.trajectory[key] for r in runs)
+        torch.testing.assert_close(one, two, rtol=0, atol=CLOSE)
+    for name in ("energy", "grad_norm"):
+        torch.testing.assert_close(ours.trace[name], loop.trace[name], rtol=1e-3, atol=1e-3)
+    return ours
+
+
+def test_published_energies() -> None:
+    x = torch.rand(6, 3, 12, 12) * 2 - 1
+    net, jem, labels = plain(), Classifier(), torch.randint(0, 10, (6,))
+    both(net, x)
+    both(lambda x: net(x).squeeze(1), x)
+    both(jem, x)
+    both(jem, x, args=(labels,))
+    both(lambda x: jem.classify(x)[:, 2] + 0.5 * x.flatten(1).square().sum(1), x)
+    both(Sum(jem, Gaussian(0.0, 2.0), lambda x: net(x).squeeze(1)), x)
+    both(jem.forward, x)
+
+
+def test_conditional_and_masked() -> None:
+    x = {"a": torch.rand(5, 3, 12, 12), "b": torch.rand(5, 1, 9, 8), "w": torch.rand(5, 4)}
+    joint = JointEnergy({"a": (3, 12, 12), "b": (1, 9, 8), "w": (4,)}, net="conv", trunk_width=4)
+    both(joint, x)
+    sampler = Langevin(0.1, 0.01, bounds=(0.0, 1.0), grad_norm_clip=0.5, prior_std=2.0)
+    mask = torch.rand(5, 3, 12, 12) < 0.5
+    ours = sampler.sample(joint, x, 4, seed=1, observed={"a": mask, "w": torch.ones(5, 4, dtype=torch.bool)})
+    loop = Langevin(0.1, 0.01, bounds=(0.0, 1.0), grad_norm_clip=0.5, prior_std=2.0, backend="torch").sample(
+        joint, x, 4, seed=1, observed={"a": mask, "w": torch.ones(5, 4, dtype=torch.bool)}
+    )
+    assert ours.info["op"] == "langevin_net", ours.info["reason"]
+    for key in x:
+        torch.testing.assert_close(ours.state[key], loop.state[key], rtol=0, atol=CLOSE)
+    assert torch.equal(ours.state["a"][mask], x["a"][mask]) and torch.equal(ours.state["w"], x["w"])
+
+
+def test_log_prob_and_channels_last() -> None:
+    net, x = plain(), torch.rand(4, 3, 12, 12)
+    up = Langevin(0.5, 0.0, log_prob=True).sample(lambda x: -net(x).squeeze(1), x, 3, seed=0)
+    down = Langevin(0.5, 0.0).sample(lambda x: net(x).squeeze(1), x, 3, seed=0)
+    assert up.info["op"] == down.info["op"] == "langevin_net"
+    assert torch.equal(up.state, down.state)
+    last = x.contiguous(memory_format=torch.channels_last)
+    out = Langevin(0.5, 0.0).sample(lambda x: net(x).squeeze(1), last, 3, seed=0)
+    assert out.info["op"] == "langevin_net"
+    assert torch.equal(out.state, down.state)
+
+
+def test_weights_are_read_at_each_chain() -> None:
+    net, x = plain(), torch.rand(4, 3, 12, 12)
+    sampler, torchs = Langevin(0.5, 0.0), Langevin(0.5, 0.0, backend="torch")
+    for _ in range(3):
+        ours = sampler.sample(net, x, 3, seed=0)
+        assert ours.info["op"] == "langevin_net"
+        torch.testing.assert_close(ours.state, torchs.sample(net, x, 3, seed=0).state, rtol=0, atol=CLOSE)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+
+
+def test_effects_and_what_is_unknown_take_the_loop() -> None:
+    net, x, calls = plain(), torch.rand(4, 3, 12, 12), []
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.net(x).squeeze(1)
+
+    counting = Counts()
+    assert Langevin(0.1).sample(counting, x, 5, seed=0).info["op"] == "langevin_step"
+    assert counting.calls == 5
+
+    def appends(x: Tensor) -> Tensor:
+        calls.append(1)
+        return net(x).squeeze(1)
+
+    assert Langevin(0.1).sample(appends, x, 5, seed=0).info["op"] == "langevin_step" and len(calls) == 5
+    out = Langevin(0.1).sample(lambda x: net(x.sort(1)[0]).squeeze(1), x, 2, seed=0)
+    assert out.info["op"] == "langevin_step" and "sort" in out.info["reason"]
+    hooked = plain()
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert Langevin(0.1).sample(hooked, x, 2, seed=0).info["op"] == "langevin_step"
+    out = Langevin(0.1).sample(lambda x: net(x).squeeze(1) + x.detach().flatten(1).sum(1), x, 2, seed=0)
+    assert out.info["op"] == "langevin_step" and "detach" in out.info["reason"]
+
+
+def test_a_gradient_that_is_blocked_is_noticed() -> None:
+    net, x = plain(), torch.rand(4, 3, 12, 12)
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return 0.5 * g
+
+    out = Langevin(0.1).sample(lambda x: net(Half.apply(x)).squeeze(1), x, 2, seed=0)
+    assert out.info["op"] == "langevin_step"
+
+
+def test_the_training_system() -> None:
+    config = demo.config()
+    config = replace(config, model=replace(config.model, net="conv"))
+    shapes = {"a": (3, 14, 14), "word": (10,)}
+    system = System(config, shapes)
+    x = {name: torch.rand(4, *shape) * 2 - 1 for name, shape in shapes.items()}
+    z = torch.randn(4, config.model.latent)
+    for out in (
+        system.revise_data(x, seed=0, steps=3), system.revise_latent(z, x, seed=0, steps=3),
+        system.revise_latent(z, x, seed=0, steps=3, present={"a": torch.tensor([True, False, True, True])}),
+    ):  # fmt: skip
+        assert out.info["op"] == "langevin_net", out.info["reason"]
+
+
+def test_short_form(seed: int) -> None:
+    net = plain()
+    x = mmebm.langevin(net, torch.rand(2, 3, 12, 12), steps=2, step_size=0.1, seed=0)
+    assert x.shape == (2, 3, 12, 12)
