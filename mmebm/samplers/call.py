@@ -92,7 +92,7 @@ def counter(name: str, value: Any, low: int, high: int, device: torch.device) ->
 def check_writable(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
     """Raises a ValueError where ``inplace`` cannot write a tensor."""
     for key, t in zip(keys, tensors, strict=True):
-        if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        if t.numel() and any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
             raise ValueError(f"inplace needs memory for every element of state[{key!r}], got an expanded tensor")
         if t.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"inplace cannot write state[{key!r}] outside inference mode: it was made inside")

@@ -276,4 +276,4 @@ class ParallelTempering:
         return xi.flatten(0, 1)
 
     def _cold(self, call: Call, x: list[Tensor]) -> list[Tensor]:
-        return [t.reshape(call.chains, -1, *t.shape[1:])[:, 0].clone() if call.chains else t for t in x]
+        return [t.reshape(call.chains, len(self.temperatures), *t.shape[1:])[:, 0].clone() for t in x]
