@@ -260,7 +260,7 @@ def langevin(
                             gap = (other[i].astype(float) - point[i] + b) ** 2 / (2 * s**2)
                             ratio += sign * flat(np.where(held[i], 0.0, gap)).sum(1)
                             if std is not None:
-                                ratio += sign * flat((point[i].astype(float) ** 2 / (2 * std**2 * t))).sum(1)
+                                ratio += sign * flat(point[i].astype(float) ** 2 / (2 * std**2 * t)).sum(1)
                     ratio += (value.astype(float) - new_value) / temperature
                     probability = np.exp(np.minimum(ratio, 0))
                     u = noise.uniform((chains, 1), group[0], k, ACCEPT)[:, 0]

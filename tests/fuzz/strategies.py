@@ -246,8 +246,12 @@ class Energy:
         wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
         dtypes = [wide.get(d, d) for d in self.state.dtypes]
         net, state = self.net(dtypes), self.state
-        if "mlp" in self.kind and self.kind != "mlp by hand" and not self.score and dtypes == self.state.dtypes and (
-            self.returns != "parts" and all(a.ndim > 1 for a in self.state.arrays)
+        if (
+            "mlp" in self.kind
+            and self.kind != "mlp by hand"
+            and not self.score
+            and dtypes == self.state.dtypes
+            and (self.returns != "parts" and all(a.ndim > 1 for a in self.state.arrays))
         ):
             keys = None if state.structure == "tensor" else state.keys
             return sum_of_nets(net, keys, self.log_prob, self.returns)
@@ -481,6 +485,6 @@ class Tolerance:
         if exact.size == 0:
             return 0.0
         worst = max(float(np.abs(np.asarray(pick(r), dtype=float)[chosen] - exact).max()) for r in self.rough)
-        return self.FACTOR * worst * (self.eps / 2.0**-24) + self.ROUNDINGS * self.eps * (1 + float(np.abs(exact).max()))
-
-
+        return self.FACTOR * worst * (self.eps / 2.0**-24) + self.ROUNDINGS * self.eps * (
+            1 + float(np.abs(exact).max())
+        )

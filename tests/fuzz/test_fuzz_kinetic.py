@@ -74,7 +74,9 @@ def compare(
     if (thin := sample["thin"]) and steps >= thin:
         for i, t in enumerate(state.parts(out.trajectory)):
             kept = range(thin - 1, steps, thin)
-            close(f"trajectory {i}", t, lambda r, i=i: np.stack([r.trajectory[k][i] for k in kept]), (slice(None), sound))
+            close(
+                f"trajectory {i}", t, lambda r, i=i: np.stack([r.trajectory[k][i] for k in kept]), (slice(None), sound)
+            )
     for name in sample["record"]:
         if name in truth.trace:
             close(name, out.trace[name], lambda r, name=name: np.stack(r.trace[name]), (slice(None), sound))
@@ -116,7 +118,9 @@ def test_hmc(data: st.DataObject) -> None:
         )  # fmt: skip
 
     run.every = 1  # type: ignore[attr-defined]
-    compare(out, state, steps, sample, run, energy, whole_batch=bool(options["adapt"]) and options["adapt_over"] == "all")
+    compare(
+        out, state, steps, sample, run, energy, whole_batch=bool(options["adapt"]) and options["adapt_over"] == "all"
+    )
 
 
 @given(data=st.data())

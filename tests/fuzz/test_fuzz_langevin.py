@@ -71,7 +71,9 @@ def examples(
     state = draw(states(dtypes, min_dims=int(fused)))
     count = len(state.keys)
     settings = Settings()
-    accept = None if fused or one else draw(st.sampled_from((None, None, None, "descent", "metropolis")), label="accept")
+    accept = (
+        None if fused or one else draw(st.sampled_from((None, None, None, "descent", "metropolis")), label="accept")
+    )
     metropolis = accept == "metropolis"
     before = not one and accept is None and draw(st.booleans(), label="noise before")
     energy = draw(energies(state, first_step, one_per_chain=accept is not None, scores=not fused and accept is None,
@@ -229,7 +231,12 @@ def compare(example: Example, out: Samples, jitter: bool = True) -> None:
             shape = (steps // thin, *state.arrays[i].shape)
             assert t.shape == shape, (t.shape, shape)
             if kept:
-                close(f"trajectory {i}", t, lambda r, i=i: np.stack([r.trajectory[k][i] for k in kept]), (slice(None), sound))
+                close(
+                    f"trajectory {i}",
+                    t,
+                    lambda r, i=i: np.stack([r.trajectory[k][i] for k in kept]),
+                    (slice(None), sound),
+                )
     for name in example.sample["record"]:
         got = out.trace[name]
         if name == "energy" and example.energy.returns == "scalar":
@@ -307,7 +314,9 @@ def test_sixteen_bits(example: Example) -> None:
     truth = example.restated(np.float64, after_gradient=example.energy.to_kink)
     sound = truth.margin > 2e-2  # autograd hands the gradient over in the state's dtype: 2^-9 of it
     assume(sound.all())
-    for i, (got, old, mask) in enumerate(zip(example.state.parts(out.state), example.state.arrays, example.rule["masks"])):
+    for i, (got, old, mask) in enumerate(
+        zip(example.state.parts(out.state), example.state.arrays, example.rule["masks"])
+    ):
         dtype = example.state.dtypes[i]
         assert got.dtype == dtype
         bits, least = (7, -126) if dtype == torch.bfloat16 else (10, -14)
