@@ -262,7 +262,7 @@ def langevin(
                             if std is not None:
                                 ratio += sign * flat(point[i].astype(float) ** 2 / (2 * std**2 * t)).sum(1)
                     ratio += (value.astype(float) - new_value) / temperature
-                    probability = np.exp(np.minimum(ratio, 0))
+                    probability = np.nan_to_num(np.exp(np.minimum(ratio, 0)))
                     u = noise.uniform((chains, 1), group[0], k, ACCEPT)[:, 0]
                     moved = u < probability
                     closer(np.abs(u - probability))
@@ -328,7 +328,7 @@ def hmc(
             new, slopes = gradient(y, k)
             v = {i: v[i] - h[i] / 2 * slopes[i] / m[i] for i in moving}
         error = new - value + sum((flat(m[i] * v[i] ** 2 / 2).sum(1) for i in moving), np.zeros(chains)) - kinetic
-        probability = np.exp(np.minimum(-error / t, 0))
+        probability = np.nan_to_num(np.exp(np.minimum(-error / t, 0)))  # what is not a number is not accepted
         u = noise.uniform((chains, 1), 0, k, ACCEPT)[:, 0]
         moved = u < probability
         result.margin = np.minimum(result.margin, np.abs(u - probability))

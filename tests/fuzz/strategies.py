@@ -5,6 +5,7 @@ Hypothesis draws what shrinks (structure, shapes, options); a seed drawn with it
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -135,7 +136,7 @@ class Net(nn.Module):
         for size, dtype in zip(sizes, dtypes):
             widths = [size, *hidden, 1]
             layers: list[nn.Module] = []
-            for a, b in zip(widths, widths[1:]):
+            for a, b in itertools.pairwise(widths):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of an empty weight
                     linear = nn.Linear(a, b, dtype=dtype)
@@ -194,7 +195,7 @@ class Net(nn.Module):
 
 
 def sum_of_nets(net: Net, keys: Sequence[Any] | None, log_prob: bool, returns: str) -> Callable[..., Tensor]:
-    """The MLP kinds of :class:`Net` as somebody writes them for tensors (chains, elements, ...), one that a whole chain can be run on in one call."""
+    """The MLP kinds of :class:`Net` as somebody writes them, for tensors (chains, elements, ...)."""
     first, second, third = (*net.nets, None, None)[:3]
     a, b, c = (*(keys or ()), None, None, None)[:3]
     count = 0 if keys is None else len(keys)
@@ -310,9 +311,10 @@ def energies(
     mixed = len(set(state.dtypes)) > 1
     kinds = ["mlp", "joint mlp"] if fused else [k for k in ENERGIES if not (k == "joint mlp" and mixed)]
     shape = draw(st.sampled_from(("plain", "log_prob", "score") if scores else ("plain", "log_prob")), label="returns")
+    returns = {"chains": False, "column": False, "parts": fused, "scalar": one_per_chain}
     out = Energy(
         state, draw(st.sampled_from(kinds), label="energy"),
-        draw(st.sampled_from(("chains", "column") + (() if fused else ("parts",)) + (() if one_per_chain else ("scalar",)))),
+        draw(st.sampled_from([r for r, unfit in returns.items() if not unfit]), label="result"),
         shape == "log_prob", shape == "score", draw(st.sampled_from(tuple(ACTIVATIONS)), label="activation"),
         tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), label="hidden")),
         draw(st.integers(0, 2**32 - 1), label="energy's numbers"),
@@ -488,3 +490,22 @@ class Tolerance:
         return self.FACTOR * worst * (self.eps / 2.0**-24) + self.ROUNDINGS * self.eps * (
             1 + float(np.abs(exact).max())
         )
+
+    def close(
+        self, name: str, got: Tensor, pick: Callable[[rule.Result], Any], chosen: Any = slice(None), how: str = ""
+    ) -> None:
+        """Fails where ``got`` is not the truth's ``pick``, among the ``chosen``."""
+        exact, limit = np.asarray(pick(self.truth), dtype=float), self.limit(pick, chosen)
+        mine = got.detach().double().numpy()
+        assert mine.shape == exact.shape, (name, mine.shape, exact.shape)
+        worst = np.abs(mine - exact)[chosen].max(initial=0.0)
+        assert worst <= limit, f"{name} is {worst} off, allowed are {limit}; {how}"
+
+
+def states_at(i: int, steps: Sequence[int]) -> Callable[[rule.Result], Array]:
+    """Tensor ``i`` of the trajectory after these steps."""
+    return lambda r: np.stack([r.trajectory[k][i] for k in steps])
+
+
+def traced(name: str) -> Callable[[rule.Result], Array]:
+    return lambda r: np.stack(r.trace[name])

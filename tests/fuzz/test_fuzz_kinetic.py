@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from mmebm import HMC, ParallelTempering, Underdamped
 from mmebm.samplers import Samples
 from tests.fuzz import rule
-from tests.fuzz.strategies import NUMBERS, Settings, State, Tolerance, energies, masks, setting, states
+from tests.fuzz.strategies import (
+    NUMBERS,
+    Settings,
+    State,
+    Tolerance,
+    energies,
+    masks,
+    setting,
+    states,
+    states_at,
+    traced,
+)
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -56,13 +67,7 @@ def compare(
         sound = np.zeros_like(sound)
     assume(sound.any() or not state.chains)
 
-    def close(name: str, got: Any, pick: Callable[[rule.Result], Any], chosen: Any = slice(None)) -> None:
-        exact, limit = np.asarray(pick(truth), dtype=float), tolerance.limit(pick, chosen)
-        got = got.detach().double().numpy()
-        assert got.shape == exact.shape, (name, got.shape, exact.shape)
-        worst = np.abs(got - exact)[chosen].max(initial=0.0)
-        assert worst <= limit, f"{name} is {worst} off, allowed are {limit}"
-
+    close = tolerance.close
     for i, (t, dtype) in enumerate(zip(state.parts(out.state), state.dtypes)):
         assert t.dtype == dtype
         close(f"state {i}", t, lambda r, i=i: r.state[i], sound)
@@ -74,12 +79,10 @@ def compare(
     if (thin := sample["thin"]) and steps >= thin:
         for i, t in enumerate(state.parts(out.trajectory)):
             kept = range(thin - 1, steps, thin)
-            close(
-                f"trajectory {i}", t, lambda r, i=i: np.stack([r.trajectory[k][i] for k in kept]), (slice(None), sound)
-            )
+            close(f"trajectory {i}", t, states_at(i, kept), (slice(None), sound))
     for name in sample["record"]:
         if name in truth.trace:
-            close(name, out.trace[name], lambda r, name=name: np.stack(r.trace[name]), (slice(None), sound))
+            close(name, out.trace[name], traced(name), (slice(None), sound))
 
 
 def away_from_kinks(energy: Any) -> None:

@@ -26,6 +26,8 @@ from tests.fuzz.strategies import (
     masks,
     setting,
     states,
+    states_at,
+    traced,
 )
 
 ALL_RECORDS = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
@@ -212,16 +214,9 @@ def compare(example: Example, out: Samples, jitter: bool = True) -> None:
     event(f"{out.info['op']} {out.info['backend']}")
     note(out.info["reason"])
 
-    def close(name: str, got: Any, pick: Callable[[rule.Result], Any], chosen: Any) -> None:
-        exact, limit = np.asarray(pick(truth), dtype=float), tolerance.limit(pick, chosen)
-        got = got.detach().double().numpy()
-        assert got.shape == exact.shape, (name, got.shape, exact.shape)
-        worst = np.abs(got - exact)[chosen].max(initial=0.0)
-        assert worst <= limit, f"{name} is {worst} off, allowed are {limit}"
-
-    parts = state.parts(out.state)
+    close = tolerance.close
     assert type(out.state) is type(state.given)
-    for i, (t, dtype) in enumerate(zip(parts, state.dtypes)):
+    for i, (t, dtype) in enumerate(zip(state.parts(out.state), state.dtypes)):
         assert t.dtype == dtype
         close(f"state {i}", t, lambda r, i=i: r.state[i], sound)
     thin = example.sample["thin"]
@@ -231,18 +226,13 @@ def compare(example: Example, out: Samples, jitter: bool = True) -> None:
             shape = (steps // thin, *state.arrays[i].shape)
             assert t.shape == shape, (t.shape, shape)
             if kept:
-                close(
-                    f"trajectory {i}",
-                    t,
-                    lambda r, i=i: np.stack([r.trajectory[k][i] for k in kept]),
-                    (slice(None), sound),
-                )
+                close(f"trajectory {i}", t, states_at(i, kept), (slice(None), sound))
     for name in example.sample["record"]:
         got = out.trace[name]
         if name == "energy" and example.energy.returns == "scalar":
             if sound.all() and state.chains and steps:
                 assert got.shape == (steps,), got.shape
-                close(name, got, lambda r: np.stack(r.trace["energy"]), slice(None))
+                close(name, got, traced("energy"), slice(None))
             continue
         assert got.shape == (steps, state.chains), (name, got.shape)
         if not (steps and state.chains):
@@ -255,7 +245,7 @@ def compare(example: Example, out: Samples, jitter: bool = True) -> None:
         elif name == "nonfinite":
             assert (got == 0).all()
         else:
-            close(name, got, lambda r, name=name: np.stack(r.trace[name]), (slice(None), sound))
+            close(name, got, traced(name), (slice(None), sound))
 
 
 @given(example=examples())
