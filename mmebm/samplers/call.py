@@ -198,7 +198,8 @@ class Call:
 
 
 def per_chain_shape(value: Tensor, like: Tensor) -> Tensor:
-    """(chains,) reshaped so that it broadcasts against ``like``, (chains, ...)."""
+    """(chains,) reshaped so that it broadcasts against ``like``, (chains, ...), which keeps its dtype."""
+    value = value.to(like.dtype) if value.is_floating_point() else value
     return value.reshape(-1, *[1] * (like.dim() - 1))
 
 

@@ -263,7 +263,7 @@ def scattered(b: Build) -> Any:
 
     def energy(x: Tensor) -> Tensor:
         h = torch.tanh(first(x)).clone()
-        h.index_add_(1, torch.tensor([0, 0]), h[:, 3:5])
+        h.index_add_(1, torch.tensor([0, 0]), h[:, 3:5].clone())
         h.masked_fill_(torch.arange(HIDDEN) == 2, 0.0)
         return last(h).squeeze(1)
 
