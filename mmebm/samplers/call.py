@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from mmebm.state import (
     broadcast,
     check_apart,
     check_setting,
+    flag,
     flatten,
     integer,
     observed_masks,
@@ -56,8 +57,23 @@ class Samples:
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raises a ValueError where ``value`` is not among those allowed."""
-    if value not in allowed:
+    # by type too: 1 is no True, and an array compares with anything
+    if not any(isinstance(value, type(each)) and value == each for each in allowed):
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+
+
+def check_arguments(args: Any, kwargs: Any) -> None:
+    """Raises a TypeError where these are not what else an energy is called with."""
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"args must be a list or tuple of further arguments, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a mapping from names to further arguments, got {type(kwargs).__name__}")
+
+
+def check_record(record: Any, records: Sequence[str]) -> None:
+    """Raises a ValueError where ``record`` is no collection of names among ``records``."""
+    if not isinstance(record, (list, tuple, Set)) or any(name not in records for name in record):
+        raise ValueError(f"record must be a collection of {list(records)}, got {record!r:.80}")
 
 
 def leaves(name: str, value: Any) -> list[tuple[str, Any]]:
@@ -180,7 +196,7 @@ class Call:
         Raises:
             TypeError, ValueError: where it has not the state's structure, shapes, dtypes and device.
         """
-        keys, parts, _ = flatten(value)
+        keys, parts, _ = flatten(value, name)
         if keys != self.keys:
             raise ValueError(f"{name} must have the state's keys {list(self.keys)}, got {list(keys)}")
         for key, part, t in zip(keys, parts, self.tensors, strict=True):
@@ -262,10 +278,9 @@ def resolve(
             raise TypeError(f"state[{key!r}] must be float32 or float64, got {t.dtype}; Langevin takes 16 bits too")
     chains, device = tensors[0].shape[0], tensors[0].device
     steps = integer("steps", steps, 0)
-    if not isinstance(args, (list, tuple)):
-        raise TypeError(f"args must be a list or tuple of further arguments, got {type(args).__name__}")
-    if isinstance(record, str) or not isinstance(record, Collection) or any(name not in records for name in record):
-        raise ValueError(f"record must be a collection of {list(records)}, got {record!r}")
+    check_arguments(args, kwargs)
+    check_record(record, records)
+    flag("inplace", inplace)
     if inplace:
         check_writable(keys, tensors)
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -103,21 +103,21 @@ def test_langevin_step(data: st.DataObject) -> None:
 
     options: dict[str, Any] = {}
     table: dict[str, list[Any]] = {}
-    ranges = {"step_size": (0.01, 0.3), "noise_scale": (0.0, 0.3), "grad_clip": (0.1, 1.5), "grad_norm_clip": (0.3, 3.0),
+    ranges = {"step_size": (0.01, 0.3), "noise_scale": (0.0, 0.3), "grad_clip": (0.1, 1.5),
+              "grad_norm_clip": (0.3, 3.0),
               "max_update": (0.05, 0.5), "prior_std": (0.5, 3.0), "low": (-1.5, -0.2), "high": (0.2, 1.5)}  # fmt: skip
     for name, (low, high) in ranges.items():
         if name in ("step_size", "noise_scale") or draw(st.booleans(), label=name):
             options[name], table[name] = constant(low, high)
-    over = "chain"
-    if "grad_norm_clip" in options and not isinstance(table["grad_norm_clip"][0].ndim, int):
-        over = "chain"
+    per_chain = "grad_norm_clip" in table and any(t.ndim for t in table["grad_norm_clip"])
+    over: Any = "chain" if per_chain else draw(st.sampled_from(("chain", "tensor")), label="norm_over")
     noise_at = draw(st.sampled_from(("after", "before")), label="noise_at")
     outside = draw(st.sampled_from(("clamp", "reject")), label="outside")
     observed = [numbers.mask(*shape) if draw(st.booleans(), label="observed") else None for shape in shapes]
     where = {"seed": draw(st.integers(0, 2**63 - 1), label="seed"), "step": draw(st.sampled_from((0, 2**32 - 1)))}
     offset = draw(st.sampled_from((0, 3, 2**32 - chains)), label="chain_offset")
     with at(isa):
-        got = langevin_step(x, grad, **options, **where, chain_offset=offset, noise_at=noise_at, norm_over=over,  # pyright: ignore
+        got = langevin_step(x, grad, **options, **where, chain_offset=offset, noise_at=noise_at, norm_over=over,
                             outside=outside, observed=observed, backend=backend)  # fmt: skip
 
     def setting(name: str, i: int, k: int) -> Any:
