@@ -87,7 +87,9 @@ def flatten(state: State, name: str = "state") -> tuple[tuple[Key, ...], list[Te
         if x.dim() == 0:
             raise ValueError(f"{name}[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
         if x.shape[0] > MOST_CHAINS:
-            raise ValueError(f"{name}[{key!r}] must have at most 2^32 chains, which the noise tells apart, got {len(x)}")
+            raise ValueError(
+                f"{name}[{key!r}] must have at most 2^32 chains, which the noise tells apart, got {len(x)}"
+            )
         if x.shape[0] != tensors[0].shape[0]:
             raise ValueError(
                 f"{name}[{key!r}] has {x.shape[0]} chains but {name}[{keys[0]!r}] has {tensors[0].shape[0]}; "
