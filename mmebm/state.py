@@ -28,15 +28,25 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         TypeError, ValueError: where it is no integer, or out of range.
     """
     wanted = f"an int of at least {low}" + ("" if high is None else f" and below {high}")
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be {wanted}, got {value!r:.80}")
-    number = operator.index(value)
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:  # some types have __index__ for few of their values
+        raise TypeError(f"{name} must be {wanted}, got {value!r:.80}") from None
     if number < low or (high is not None and number >= high):
         raise ValueError(f"{name} must be {wanted}, got {number}")
     return number
 
 
-def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
+def flag(name: str, value: Any) -> None:
+    """Raises a TypeError where ``value`` is neither True nor False; "no" and tensors are not."""
+    # NumPy's bool is of another type
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def flatten(state: State, name: str = "state") -> tuple[tuple[Key, ...], list[Tensor], Structure]:
     """Keys, tensors and the function that puts a list of tensors back into the structure of ``state``.
 
     Raises:
@@ -60,34 +70,36 @@ def flatten(state: State) -> tuple[tuple[Key, ...], list[Tensor], Structure]:
             make = type(state)
             build = (lambda out: make(*out)) if hasattr(state, "_fields") else tuple
     else:
-        raise TypeError(f"state must be a tensor, or a list, tuple or dict of tensors, got {type(state).__name__}")
+        raise TypeError(f"{name} must be a tensor, or a list, tuple or dict of tensors, got {type(state).__name__}")
     if not tensors:
-        raise ValueError("state must hold at least one tensor, got an empty one")
+        raise ValueError(f"{name} must hold at least one tensor, got an empty one")
     for key, x in zip(keys, tensors, strict=True):
         if not isinstance(x, Tensor):
-            raise TypeError(f"state[{key!r}] must be a tensor, got {type(x).__name__}")
+            raise TypeError(f"{name}[{key!r}] must be a tensor, got {type(x).__name__}")
         if x.is_nested:
             raise TypeError(
-                f"state[{key!r}] must be a dense tensor, got a nested one; pad it, and give the padding as observed"
+                f"{name}[{key!r}] must be a dense tensor, got a nested one; pad it, and give the padding as observed"
             )
         if x.dtype not in _DTYPES or x.layout is not torch.strided:
             raise TypeError(
-                f"state[{key!r}] must be a dense floating-point tensor of 16, 32 or 64 bits, got {x.dtype}, {x.layout}"
+                f"{name}[{key!r}] must be a dense floating-point tensor of 16, 32 or 64 bits, got {x.dtype}, {x.layout}"
             )
         if x.dim() == 0:
-            raise ValueError(f"state[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
+            raise ValueError(f"{name}[{key!r}] must have a leading chain dimension, got a 0-dimensional tensor")
         if x.shape[0] > MOST_CHAINS:
-            raise ValueError(f"state[{key!r}] must have at most 2^32 chains, which the noise tells apart, got {len(x)}")
+            raise ValueError(
+                f"{name}[{key!r}] must have at most 2^32 chains, which the noise tells apart, got {len(x)}"
+            )
         if x.shape[0] != tensors[0].shape[0]:
             raise ValueError(
-                f"state[{key!r}] has {x.shape[0]} chains but state[{keys[0]!r}] has {tensors[0].shape[0]}; "
+                f"{name}[{key!r}] has {x.shape[0]} chains but {name}[{keys[0]!r}] has {tensors[0].shape[0]}; "
                 "the first dimension of every tensor counts the chains"
             )
         if x.device != tensors[0].device:
-            raise ValueError(f"state[{key!r}] is on {x.device} but state[{keys[0]!r}] is on {tensors[0].device}")
+            raise ValueError(f"{name}[{key!r}] is on {x.device} but {name}[{keys[0]!r}] is on {tensors[0].device}")
         reason = wrapped(x) or surroundings()
         if reason is not None:
-            raise TypeError(f"state[{key!r}] must hold numbers, got {reason}")
+            raise TypeError(f"{name}[{key!r}] must hold numbers, got {reason}")
     return keys, tensors, build
 
 
@@ -141,7 +153,11 @@ def check_setting(name: str, value: Any, *, low: float = 0.0, strict: bool = Fal
     finite = low > -math.inf
     wanted = f"finite and {'above' if strict else 'at least'} {low:g}" if finite else "no NaN"
     if isinstance(value, Tensor):
-        if value.is_complex() or value.dtype == torch.bool:
+        if value.is_nested or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            what = "nested" if value.is_nested else "meta" if value.is_meta else f"{value.dtype} {value.layout}"
+            raise TypeError(f"{name} must be a dense tensor of numbers, got a {what} one")
+        small = value.is_floating_point() and value.element_size() < 2
+        if value.is_complex() or value.dtype == torch.bool or small:
             raise TypeError(f"{name} must hold real numbers, got a tensor of {value.dtype}")
         if value.device.type != "cpu":
             return
@@ -152,8 +168,8 @@ def check_setting(name: str, value: Any, *, low: float = 0.0, strict: bool = Fal
         if not bool(good.all()):
             raise ValueError(f"{name} must be {wanted}, got {value!r:.200}")
         return
-    # NumPy's scalars have __float__, strings have not
-    if isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+    # NumPy's scalars have __float__, strings have not; int, a type, has one for its instances
+    if isinstance(value, (bool, type)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
         raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r:.80}")
     number = float(value)
     if math.isnan(number) or (finite and not (math.isfinite(number) and (number > low if strict else number >= low))):
@@ -205,6 +221,9 @@ def observed_masks(observed: Any, keys: Sequence[Key], tensors: Sequence[Tensor]
             raise ValueError(f"observed is one mask but the state has {list(keys)}: give a mapping from key to mask")
         observed = {keys[0]: observed}
     elif isinstance(observed, (list, tuple, Set)) and not any(isinstance(key, bool) for key in observed):
+        unknown = [key for key in observed if not isinstance(key, (str, int))]
+        if unknown:
+            raise TypeError(f"observed must hold keys of the state, {list(keys)}, got {unknown!r:.80}")
         observed = dict.fromkeys(observed, True)
     elif not isinstance(observed, Mapping):
         raise TypeError(f"observed must be a collection of keys, a mapping or a mask, got {observed!r:.80}")

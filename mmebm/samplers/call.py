@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from mmebm.state import (
     broadcast,
     check_apart,
     check_setting,
+    flag,
     flatten,
     integer,
     observed_masks,
@@ -56,8 +57,23 @@ class Samples:
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raises a ValueError where ``value`` is not among those allowed."""
-    if value not in allowed:
+    # by type too: 1 is no True, and an array compares with anything
+    if not any(isinstance(value, type(each)) and value == each for each in allowed):
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+
+
+def check_arguments(args: Any, kwargs: Any) -> None:
+    """Raises a TypeError where these are not what else an energy is called with."""
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"args must be a list or tuple of further arguments, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a mapping from names to further arguments, got {type(kwargs).__name__}")
+
+
+def check_record(record: Any, records: Sequence[str]) -> None:
+    """Raises a ValueError where ``record`` is no collection of names among ``records``."""
+    if not isinstance(record, (list, tuple, Set)) or any(name not in records for name in record):
+        raise ValueError(f"record must be a collection of {list(records)}, got {record!r:.80}")
 
 
 def leaves(name: str, value: Any) -> list[tuple[str, Any]]:
@@ -92,7 +108,7 @@ def counter(name: str, value: Any, low: int, high: int, device: torch.device) ->
 def check_writable(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
     """Raises a ValueError where ``inplace`` cannot write a tensor."""
     for key, t in zip(keys, tensors, strict=True):
-        if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        if t.numel() and any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
             raise ValueError(f"inplace needs memory for every element of state[{key!r}], got an expanded tensor")
         if t.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"inplace cannot write state[{key!r}] outside inference mode: it was made inside")
@@ -180,7 +196,7 @@ class Call:
         Raises:
             TypeError, ValueError: where it has not the state's structure, shapes, dtypes and device.
         """
-        keys, parts, _ = flatten(value)
+        keys, parts, _ = flatten(value, name)
         if keys != self.keys:
             raise ValueError(f"{name} must have the state's keys {list(self.keys)}, got {list(keys)}")
         for key, part, t in zip(keys, parts, self.tensors, strict=True):
@@ -198,7 +214,8 @@ class Call:
 
 
 def per_chain_shape(value: Tensor, like: Tensor) -> Tensor:
-    """(chains,) reshaped so that it broadcasts against ``like``, (chains, ...)."""
+    """(chains,) reshaped so that it broadcasts against ``like``, (chains, ...), which keeps its dtype."""
+    value = value.to(like.dtype) if value.is_floating_point() else value
     return value.reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -261,10 +278,9 @@ def resolve(
             raise TypeError(f"state[{key!r}] must be float32 or float64, got {t.dtype}; Langevin takes 16 bits too")
     chains, device = tensors[0].shape[0], tensors[0].device
     steps = integer("steps", steps, 0)
-    if not isinstance(args, (list, tuple)):
-        raise TypeError(f"args must be a list or tuple of further arguments, got {type(args).__name__}")
-    if isinstance(record, str) or not isinstance(record, Collection) or any(name not in records for name in record):
-        raise ValueError(f"record must be a collection of {list(records)}, got {record!r}")
+    check_arguments(args, kwargs)
+    check_record(record, records)
+    flag("inplace", inplace)
     if inplace:
         check_writable(keys, tensors)
     if generator is not None and not isinstance(generator, torch.Generator):

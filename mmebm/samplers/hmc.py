@@ -29,7 +29,7 @@ from mmebm.samplers.call import (
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
-from mmebm.state import State, check_setting, integer
+from mmebm.state import State, check_setting, flag, integer
 
 RECORDS = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
 _NUMBERS: Numbers = {"step_size": {}, "temperature": {"strict": True}, "mass": {"strict": True}}
@@ -76,6 +76,7 @@ class HMC:
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, ("eval", "train", "keep"))
+        flag("log_prob", self.log_prob)
         choice("adapt_over", self.adapt_over, ("chain", "all"))
         integer("leapfrog_steps", self.leapfrog_steps, 1)
         integer("adapt", self.adapt, 0)

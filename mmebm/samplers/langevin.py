@@ -22,13 +22,22 @@ from mmebm.ops.langevin_mlp import Precision
 from mmebm.ops.params import NormOver, Outside, Rng
 from mmebm.reference.langevin_step import per_chain, widen
 from mmebm.samplers import capture, fused, loop, metropolis
-from mmebm.samplers.call import Samples, calls_of, check_writable, choice, counter, leaves
+from mmebm.samplers.call import (
+    Samples,
+    calls_of,
+    check_arguments,
+    check_record,
+    check_writable,
+    choice,
+    counter,
+    leaves,
+)
 from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.problem import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
 from mmebm.samplers.remedies import Remedies
 from mmebm.samplers.separable import check_separable
-from mmebm.state import State, check_setting, flatten, integer, like_state, observed_masks, per_key
+from mmebm.state import State, check_setting, flag, flatten, integer, like_state, observed_masks, per_key
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]
 
@@ -110,6 +119,8 @@ class Langevin:
     on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
 
     def __post_init__(self) -> None:
+        for name in ("clamp_noise", "log_prob", "score"):
+            flag(name, getattr(self, name))
         choice("noise_at", self.noise_at, ("after", "before"))
         choice("norm_over", self.norm_over, ("chain", "tensor"))
         choice("bounds_at", self.bounds_at, ("step", "end"))
@@ -118,8 +129,9 @@ class Langevin:
         choice("mode", self.mode, ("eval", "train", "keep"))
         choice("rng", self.rng, ("philox", "torch"))
         choice("precision", self.precision, get_args(Precision))
-        if self.capture != "auto" and not isinstance(self.capture, bool):
-            raise ValueError(f"capture must be 'auto', True or False, got {self.capture!r}")
+        choice("capture", self.capture, ("auto", True, False))
+        if not isinstance(self.backend, str):
+            raise TypeError(f'backend must be "auto" or a backend\'s name, got {self.backend!r:.80}')
         choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
         for name in ("step_size", "temperature"):
             value = getattr(self, name)
@@ -269,13 +281,14 @@ class Langevin:
         chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
         chain_offset = integer("chain_offset", chain_offset, 0, 2**32 - chains + 1)
         first_step = counter("first_step", first_step, 0, 2**32 - steps + 1, device)
-        last = steps if differentiable is True else integer("differentiable", differentiable or 0, 0)
+        wanted = 0 if differentiable is None or differentiable is False else differentiable
+        last = steps if wanted is True else integer("differentiable", wanted, 0)
         if last and (inplace or chunk_size is not None):
             raise ValueError(f"differentiable goes without inplace and chunk_size, got {differentiable!r}")
-        if not isinstance(args, (list, tuple)):
-            raise TypeError(f"args must be a list or tuple of further arguments, got {type(args).__name__}")
-        if isinstance(record, str) or not isinstance(record, Collection) or any(name not in RECORDS for name in record):
-            raise ValueError(f"record must be a collection of {list(RECORDS)}, got {record!r}")
+        check_arguments(args, kwargs)
+        check_record(record, RECORDS)
+        flag("offload", offload)
+        flag("inplace", inplace)
         if "energy" in record and self.score:
             raise ValueError('record="energy" needs an energy; with score=True there is none')
         if "accepted" in record and self.accept is None:

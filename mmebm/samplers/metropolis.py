@@ -50,7 +50,7 @@ def temperature(params: Sequence[StepParams], keys: Sequence[Key]) -> float | Te
         ValueError: where it is not positive and finite, or differs between tensors or within a chain. Tensors that are
             not on the CPU are not read, as that would wait for their device.
     """
-    found: list[float | Tensor] = []
+    found: list[tuple[float | Tensor, Key]] = []
     for p, key in zip(params, keys, strict=True):
         label = f'accept="metropolis" needs positive step_size and noise_scale; state[{key!r}] has'
         a, s = p.step_size, p.noise_scale
@@ -60,6 +60,8 @@ def temperature(params: Sequence[StepParams], keys: Sequence[Key]) -> float | Te
             t = ratio.detach()
             # an element of its own per chain, or one for all
             t = t.reshape(1, 1) if t.dim() == 0 else per_chain(t)
+            if t.numel() == 0:
+                continue  # nothing to move
             if t.device.type == "cpu":
                 if not bool((t.isfinite() & (t > 0)).all()):
                     raise ValueError(f"{label} s^2 / (2a) = {t!r:.80}")
@@ -68,23 +70,26 @@ def temperature(params: Sequence[StepParams], keys: Sequence[Key]) -> float | Te
                         f'accept="metropolis" needs one temperature s^2 / (2a) per chain; those of state[{key!r}] '
                         "differ between elements"
                     )
-            found.append(t[:, 0].double())
+            found.append((t[:, 0].double(), key))
         else:
             t = s**2 / (2 * a) if a else math.inf
             if not (0 < t < math.inf):
                 raise ValueError(f"{label} {a!r} and {s!r}")
-            found.append(t)
-    for t, key in zip(found[1:], keys[1:], strict=True):
-        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in (t, found[0])):
+            found.append((t, key))
+    if not found:
+        return 1.0
+    of_first, first_key = found[0]
+    for t, key in found[1:]:
+        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in (t, of_first)):
             continue
-        first = torch.as_tensor(found[0], dtype=torch.float64, device="cpu")
+        first = torch.as_tensor(of_first, dtype=torch.float64, device="cpu")
         if not bool(((t - first).abs() <= SAME_TEMPERATURE * first).all()):
             raise ValueError(
-                f'accept="metropolis" needs one temperature s^2 / (2a) for all tensors; state[{keys[0]!r}] has '
-                f"{found[0]!r:.60} and state[{key!r}] {t!r:.60}"
+                f'accept="metropolis" needs one temperature s^2 / (2a) for all tensors; state[{first_key!r}] has '
+                f"{of_first!r:.60} and state[{key!r}] {t!r:.60}"
             )
-    per = [t for t in found if isinstance(t, Tensor) and t.numel() > 1]
-    return per[0] if per else found[0]
+    per = [t for t, _ in found if isinstance(t, Tensor) and t.numel() > 1]
+    return per[0] if per else of_first
 
 
 def _drift(x: Tensor, g: Tensor, p: StepParams, norm_over: NormOver) -> Tensor:

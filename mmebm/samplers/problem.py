@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,11 @@ def blocks_of(blocks: Any, keys: tuple[Key, ...], masks: list[bool | Tensor]) ->
         return [moving] if moving else []
     if not isinstance(blocks, (list, tuple)):
         raise TypeError(f"blocks must be a list of keys or of collections of keys, got {blocks!r:.80}")
+    if not all(isinstance(item, (str, int, list, tuple, Set)) for item in blocks):
+        raise TypeError(f"blocks must be a list of keys or of collections of keys, got {blocks!r:.80}")
     groups = [[item] if isinstance(item, (str, int)) else list(item) for item in blocks]
     named = [key for group in groups for key in group]
-    if len(named) != len(keys) or set(named) != set(keys):
+    if len(named) != len(keys) or any(key not in named for key in keys):
         raise ValueError(f"blocks must hold each of {list(keys)} exactly once, got {groups}")
     # in state order within a block, whatever the order of a set
     members = [[i for i in moving if keys[i] in group] for group in groups]

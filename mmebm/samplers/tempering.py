@@ -30,7 +30,7 @@ from mmebm.samplers.gradient import one_per_chain
 from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
-from mmebm.state import State, check_setting, flatten, integer, per_key
+from mmebm.state import State, check_setting, flag, flatten, integer, per_key
 
 RECORDS = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")
 
@@ -68,6 +68,7 @@ class ParallelTempering:
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, ("eval", "train", "keep"))
+        flag("log_prob", self.log_prob)
         choice("accept", self.accept, ("metropolis", None))
         integer("swap_every", self.swap_every, 1)
         given = self.temperatures
@@ -75,7 +76,7 @@ class ParallelTempering:
             raise TypeError(f"temperatures must be a sequence of increasing numbers, got {given!r:.80}")
         try:
             ladder = tuple(float(t) for t in given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last, of tensors without numbers
             raise TypeError(f"temperatures must be a sequence of increasing numbers, got {given!r:.80}") from None
         increasing = all(a < b for a, b in itertools.pairwise(ladder))
         if not ladder or not increasing or not (0 < ladder[0] and ladder[-1] < math.inf):
@@ -251,7 +252,7 @@ class ParallelTempering:
         rungs = len(self.temperatures)
         if ladder is None:
             return [t.detach().repeat_interleave(rungs, 0) for t in call.tensors]
-        keys, parts, _ = flatten(ladder)
+        keys, parts, _ = flatten(ladder, "ladder")
         if keys != call.keys:
             raise ValueError(f"ladder must have the state's keys {list(call.keys)}, got {list(keys)}")
         for key, part, t in zip(keys, parts, call.tensors):
@@ -276,4 +277,4 @@ class ParallelTempering:
         return xi.flatten(0, 1)
 
     def _cold(self, call: Call, x: list[Tensor]) -> list[Tensor]:
-        return [t.reshape(call.chains, -1, *t.shape[1:])[:, 0].clone() if call.chains else t for t in x]
+        return [t.reshape(call.chains, len(self.temperatures), *t.shape[1:])[:, 0].clone() for t in x]

@@ -27,7 +27,7 @@ from mmebm.samplers.call import (
 )
 from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
-from mmebm.state import State
+from mmebm.state import State, flag
 
 RECORDS = ("energy", "grad_norm", "kinetic")
 _NUMBERS: Numbers = {"step_size": {}, "friction": {}, "temperature": {}, "mass": {"strict": True}}
@@ -77,6 +77,8 @@ class Underdamped:
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, ("eval", "train", "keep"))
+        flag("log_prob", self.log_prob)
+        flag("score", self.score)
         choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
         check_numbers(self, _NUMBERS)
         if self.log_prob and self.score:
@@ -121,7 +123,7 @@ class Underdamped:
             TypeError, ValueError: naming the argument, the value and what would do.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
         """
-        if "energy" in record and self.score:
+        if self.score and "energy" in record:
             raise ValueError('record="energy" needs an energy; with score=True there is none')
         call = resolve(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, seed=seed, generator=generator,
