@@ -575,7 +575,7 @@ def test_on_the_cpu(seed: int) -> None:
     assert "not captured: the state is on cpu" in out.info["reason"]
     with pytest.raises(BackendError, match="capture=True: the state is on cpu"):
         Langevin(0.1, capture=True).sample(quartic, x0(seed), 2)
-    with pytest.raises(ValueError, match=r"capture must be one of .*, got 1"):
+    with pytest.raises(ValueError, match="capture must be one of"):
         Langevin(0.1, capture=1)  # type: ignore[arg-type]
 
 
