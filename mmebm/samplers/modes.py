@@ -253,15 +253,17 @@ class _Hold:
                 if flag is None or (flag.holds and self not in flag.holds):
                     continue
                 ours = flag.value
-                flag.holds.pop(self, None)
-                flag.once.discard(self)
+                rest = next((value for hold, value in reversed(flag.holds.items()) if hold is not self), flag.own)
                 try:
-                    if m.training != flag.value and (alone or m.training == ours):
-                        _set(m, flag.value)
+                    if m.training != rest and (alone or m.training == ours):
+                        _set(m, rest)
                 except Exception as error:
                     refused = refused or error
+                flag.once.discard(self)
                 if not flag.once and type(m) is _Once:
                     m.__class__ = parametrize.ParametrizationList  # pyright: ignore[reportAttributeAccessIssue]
+                # last: a second call, after an interrupt, finds by it what is left to do
+                flag.holds.pop(self, None)
                 if not flag.holds:
                     del _flags[id(m)]
             self.done = True

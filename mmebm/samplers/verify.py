@@ -101,6 +101,8 @@ class Check:
             n = entry.chains
         self._entry = entry
         self.due = n in EARLY or n % PERIOD == 0
+        parameters = {id(p): p for m in modules for p in (*m.parameters(), *m.buffers())} if self.due else {}
+        self._versions = [(p, p._version) for p in parameters.values() if not p.is_inference()]
 
     def before(self, tensors: Sequence[Tensor]) -> str | None:
         """Why the chain from ``tensors`` may not be fused, or None."""
@@ -132,6 +134,11 @@ class Check:
         )  # fmt: skip
         if difference is None:
             return None
+        if any(p._version != version for p, version in self._versions):
+            # another thread trains: nothing was learned, and the next chain is compared again
+            with _lock:
+                self._entry.chains -= 1
+            return f"the weights changed while the energy was compared {where}"
         reason = f"the energy is not what it was understood to be: {where} of the chain {difference}"
         if self._entry.reason is None:
             self._entry.reason = reason

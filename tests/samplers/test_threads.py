@@ -273,8 +273,13 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
-def test_interrupts_at_any_moment_leave_nothing_changed(seed: int) -> None:
-    """As Ctrl-C does, between any two instructions of a chain, its begin and its end included."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_interrupts_at_any_moment_leave_nothing_changed(
+    seed: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C does, between any two instructions of a chain, its begin and its end included; with more threads only
+    what this chain changed is put back."""
+    monkeypatch.setattr("threading.active_count", lambda: threads)
     net = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(2, 2)) for _ in range(6)), nn.Dropout(0.5))
     net[2].eval()
     before, x = flags(net), torch.randn(2, 2)

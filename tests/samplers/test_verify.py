@@ -514,3 +514,27 @@ def test_long_chains_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     pieces = Langevin(0.05).sample(net, x, 30, **options)
     assert torch.equal(whole.state, pieces.state) and torch.equal(whole.trajectory, pieces.trajectory)
     assert torch.equal(whole.trace["energy"], pieces.trace["energy"]) and len(pieces.trace["energy"]) == 30
+
+
+def test_weights_that_another_thread_changes_meanwhile_are_no_verdict() -> None:
+    class Trained(Net):
+        """Its weights change between its evaluation and the op's, as by an optimiser in another thread."""
+
+        def mmebm_lowered(self, x: Symbol) -> Any:
+            return self.b(self.act(self.a(x))).squeeze(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            value = super().forward(x).squeeze(1)
+            if self.training_elsewhere:
+                with torch.no_grad():
+                    self.b.bias.add_(1.0)
+            return value
+
+    net, x = Trained(), torch.randn(4, 6)
+    net.training_elsewhere = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = Langevin(0.05, backend="cpp").sample(net, x, 0, seed=3)
+    assert "the weights changed" in out.info["reason"]
+    net.training_elsewhere = False
+    assert sample(net, x).info["op"] == "langevin_mlp"
