@@ -344,6 +344,16 @@ def _map_kernel(
 
 
 @triton.jit
+def _squares(v):
+    """v^2, rounded before it is added to anything.
+
+    A compiler may fuse one of two products into their sum. Lanes that hold the same sum of a butterfly take its terms
+    in different orders, and their sums would then differ in the last bit: which one is stored would be undefined.
+    """
+    return tl.fma(v, v, 0.0)
+
+
+@triton.jit
 def _rows(v, R: tl.constexpr, C: tl.constexpr):
     """The sum over each chain's part of a tile: (R C,) to (R,)."""
     return tl.sum(tl.reshape(v, [R, C]), axis=1)
@@ -370,7 +380,7 @@ def _sum_of_squares(
             c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
             # what was not loaded is 0 and must stay 0, also where the limit is NaN
             g = tl.where(tl.arange(0, G)[None, :] < left[:, None], _clamp(g, -c, c), 0.0)
-        total += tl.sum(g * g, axis=1)
+        total += tl.sum(_squares(g), axis=1)
     return _rows(total, R, C)
 
 
@@ -488,7 +498,7 @@ def _chain_kernel(
                 # each statistic as early as it can be, so that fewer values wait in registers
                 if counting:
                     g = g_stored.to(tl.float32)
-                    grad2 += tl.sum(g * g, axis=1)
+                    grad2 += tl.sum(_squares(g), axis=1)
                 y, changed = _propose(
                     x_stored, g_stored, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream,
                     k0, k1, T, True, True, G,
@@ -515,7 +525,7 @@ def _chain_kernel(
                     if counting:
                         new = out.to(tl.float32)
                         move = tl.where(valid, new - x_stored.to(tl.float32), 0.0)
-                        moved2 += tl.sum(move * move, axis=1)
+                        moved2 += tl.sum(_squares(move), axis=1)
                         # inf - inf and NaN - NaN are NaN, anything finite minus itself is 0
                         nonfinite += tl.sum((((new - new) != 0.0) & valid).to(tl.int32), axis=1)
 
