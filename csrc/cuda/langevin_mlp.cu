@@ -41,6 +41,8 @@
 #include <cstring>
 #include <vector>
 
+#include "normals.h"
+
 namespace mmebm {
 namespace {
 
@@ -777,7 +779,7 @@ MMEBM_LARGE void move(const DeviceChain& c, const Tile& tile, int k, int row, in
   const auto of = [&](Field f) { return constant(c, k, t, f, chain); };
   Normals z = {0.0f, 0.0f, 0.0f, 0.0f};
   if (noise) {
-    z = box_muller(words_at(chain, block, {tile.seed, tile.step + static_cast<uint32_t>(k), tensor.stream,
+    z = normals_of(words_of(chain, block, {tile.seed, tile.step + static_cast<uint32_t>(k), tensor.stream,
                                            c.chain_offset}));
   }
   const float scale = of(F_NOISE_SCALE);
