@@ -73,9 +73,11 @@ def activate(a, act, slope):
         h = tl.where(a > 0.0, a, slope * a)
         d = tl.where(a > 0.0, 1.0, slope)
     elif act == _SILU:
-        s = tl.sigmoid(a)
+        # 1 - s is e s: as a difference it has the absolute error of s, which a multiplies. Where e overflows it is 0.
+        e = tl.exp(-a)
+        s = 1.0 / (1.0 + e)
         h = a * s
-        d = s * (1.0 + a * (1.0 - s))
+        d = tl.fma(h, tl.minimum(e, 3e38) * s, s)
     elif act == _GELU:
         s = 0.5 + 0.5 * tl.erf(a * 0.7071067811865476)
         h = a * s

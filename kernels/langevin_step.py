@@ -54,7 +54,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from typing import Any, Final
 
 import torch
@@ -94,14 +94,15 @@ _PRIOR_STD: Final = tl.constexpr(5)
 _LOWER: Final = tl.constexpr(6)
 _UPPER: Final = tl.constexpr(7)
 _FIELDS: Final = (
-    ("step_size", 0),
-    ("noise_scale", 0),
-    ("grad_clip", _CLIP.value),
-    ("grad_norm_clip", _NORM.value),
-    ("max_update", _MAX.value),
-    ("prior_std", _PRIOR.value),
-    ("low", _LOW.value),
-    ("high", _HIGH.value),
+    # name, option bit, value where it is absent: the one that changes nothing
+    ("step_size", 0, 0.0),
+    ("noise_scale", 0, 0.0),
+    ("grad_clip", _CLIP.value, inf),
+    ("grad_norm_clip", _NORM.value, inf),
+    ("max_update", _MAX.value, inf),
+    ("prior_std", _PRIOR.value, inf),
+    ("low", _LOW.value, -inf),
+    ("high", _HIGH.value, inf),
 )
 
 # What a launch of the chain kernel does
@@ -219,13 +220,9 @@ def _clamp(v, low, high):
 
 @triton.jit
 def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr):
-    if (meta & _LOW) != 0:
-        low = _param(t, fs, vs, meta, chain, ok, _LOWER, T, VECTOR)
-        y = tl.maximum(y, low, propagate_nan=tl.PropagateNan.ALL)
-    if (meta & _HIGH) != 0:
-        high = _param(t, fs, vs, meta, chain, ok, _UPPER, T, VECTOR)
-        y = tl.minimum(y, high, propagate_nan=tl.PropagateNan.ALL)
-    return y
+    low = _param(t, fs, vs, meta, chain, ok, _LOWER, T, VECTOR)
+    high = _param(t, fs, vs, meta, chain, ok, _UPPER, T, VECTOR)
+    return _clamp(y, low, high)
 
 
 @triton.jit
@@ -242,11 +239,10 @@ def _propose(
         xi *= _param(t, fs, vs, meta, chain, ok, _NOISE_SCALE, T, VECTOR)
     x = x_stored.to(tl.float32)
     g = g_stored.to(tl.float32)
-    changed = tl.zeros(x.shape, tl.int32)
-    if (meta & _CLIP) != 0:
-        c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
-        changed = (tl.abs(g) > c).to(tl.int32)
-        g = _clamp(g, -c, c)
+    # no branches: what is absent is a limit that changes nothing
+    c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
+    changed = (tl.abs(g) > c).to(tl.int32)
+    g = _clamp(g, -c, c)
     # nested, as only a constant condition keeps Triton from compiling what is inside
     if NORMED:  # noqa: SIM102
         if (meta & _NORM) != 0:
@@ -256,14 +252,10 @@ def _propose(
         # not 1 / std^2, which overflows where the quotient does not
         inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, _PRIOR_STD, T, VECTOR)
         g = g + x * inverse * inverse
-    d = xi
-    if (meta & _GRAD) != 0:
-        d = xi - _param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
-    if (meta & _MAX) != 0:
-        m = _param(t, fs, vs, meta, chain, ok, _MAX_UPDATE, T, VECTOR)
-        changed = changed | (tl.abs(d) > m).to(tl.int32)
-        d = _clamp(d, -m, m)
-    return x + d, changed
+    d = xi - _param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
+    m = _param(t, fs, vs, meta, chain, ok, _MAX_UPDATE, T, VECTOR)
+    changed = changed | (tl.abs(d) > m).to(tl.int32)
+    return x + _clamp(d, -m, m), changed
 
 
 @triton.jit
@@ -344,6 +336,16 @@ def _map_kernel(
 
 
 @triton.jit
+def _squares(v):
+    """v^2, rounded before it is added to anything.
+
+    A compiler may fuse one of two products into their sum. Lanes that hold the same sum of a butterfly take its terms
+    in different orders, and their sums would then differ in the last bit: which one is stored would be undefined.
+    """
+    return tl.fma(v, v, 0.0)
+
+
+@triton.jit
 def _rows(v, R: tl.constexpr, C: tl.constexpr):
     """The sum over each chain's part of a tile: (R C,) to (R,)."""
     return tl.sum(tl.reshape(v, [R, C]), axis=1)
@@ -366,11 +368,10 @@ def _sum_of_squares(
         norm_group = norm_tile * C + col
         left = tl.where(ok, n - norm_group * G, 0)
         g = _load(g_at, chain.to(tl.int64) * n + norm_group * G, left, meta, GDTYPE, G).to(tl.float32)
-        if (meta & _CLIP) != 0:
-            c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
-            # what was not loaded is 0 and must stay 0, also where the limit is NaN
-            g = tl.where(tl.arange(0, G)[None, :] < left[:, None], _clamp(g, -c, c), 0.0)
-        total += tl.sum(g * g, axis=1)
+        c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
+        # what was not loaded is 0 and must stay 0, also where the limit is NaN
+        g = tl.where(tl.arange(0, G)[None, :] < left[:, None], _clamp(g, -c, c), 0.0)
+        total += tl.sum(_squares(g), axis=1)
     return _rows(total, R, C)
 
 
@@ -488,7 +489,7 @@ def _chain_kernel(
                 # each statistic as early as it can be, so that fewer values wait in registers
                 if counting:
                     g = g_stored.to(tl.float32)
-                    grad2 += tl.sum(g * g, axis=1)
+                    grad2 += tl.sum(_squares(g), axis=1)
                 y, changed = _propose(
                     x_stored, g_stored, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream,
                     k0, k1, T, True, True, G,
@@ -515,7 +516,7 @@ def _chain_kernel(
                     if counting:
                         new = out.to(tl.float32)
                         move = tl.where(valid, new - x_stored.to(tl.float32), 0.0)
-                        moved2 += tl.sum(move * move, axis=1)
+                        moved2 += tl.sum(_squares(move), axis=1)
                         # inf - inf and NaN - NaN are NaN, anything finite minus itself is 0
                         nonfinite += tl.sum((((new - new) != 0.0) & valid).to(tl.int32), axis=1)
 
@@ -571,7 +572,7 @@ def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepPar
     if isinstance(options.seed, Tensor) and options.seed.device not in (device, torch.device("cpu")):
         return f"the seed is on {options.seed.device}, the state on {device}"
     for i, (p, xi) in enumerate(zip(params or (), x, strict=False)):
-        for name, _ in _FIELDS:
+        for name, _, _ in _FIELDS:
             value = getattr(p, name)
             if not isinstance(value, Tensor):
                 continue
@@ -601,10 +602,10 @@ _NO_ADDRESS: Final = (2 * _ABSENT + 1,) * 8
 
 def _pack(p: StepParams, x: Tensor) -> _Packed:
     flags, floats, addresses, alive, converted = 0, [], [], [], False
-    for k, (name, bit) in enumerate(_FIELDS):
+    for k, (name, bit, absent) in enumerate(_FIELDS):
         value = getattr(p, name)
         if value is None:
-            floats.append(0.0)
+            floats.append(absent)
             addresses.append(2 * _ABSENT + 1)
             continue
         flags |= bit
@@ -642,6 +643,15 @@ class _Batch:
     metas: list[int]
     floats: list[float]
     vector: bool
+
+
+def _bits(*names: str) -> int:
+    """All bits of an option word that are about these parameters."""
+    return sum(
+        bit | 1 << (_TENSOR.value + k) | 1 << (_ROWS.value + k)
+        for k, (name, bit, _) in enumerate(_FIELDS)
+        if name in names
+    )
 
 
 def _signed64(value: int) -> int:
@@ -793,7 +803,9 @@ class TritonStepper:
             ns.append(2 * n + 3)
             metas.append(meta)
             streams.append(self._streams[i])
-            floats.extend(packed.floats)
+            floats.extend(
+                value if keep >> (_TENSOR.value + k) & 1 else _FIELDS[k][2] for k, value in enumerate(packed.floats)
+            )
             addresses.extend(packed.addresses)
             vector |= bool(packed.alive)
         for _ in range(width - len(members)):
@@ -948,9 +960,7 @@ class TritonStepper:
     def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
         """``x + noise_scale xi``, in place; clamped to the bounds if ``clamp_noise``."""
         out = self._prepare(x, params)
-        keep = -1 << _TENSOR.value
-        if self.options.clamp_noise:
-            keep |= _LOW.value | _HIGH.value
+        keep = _bits("noise_scale", *(("low", "high") if self.options.clamp_noise else ()))
         with self._guard(out[0].device):
             for batch in self._batches("map", out, None, params, keep, noisy=True):
                 self._map(batch, out, step, noise.PERTURB_ROUNDING)

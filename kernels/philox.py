@@ -42,9 +42,9 @@ def philox(c0, c1, c2, c3, k0, k1):
         # one 32 x 32 -> 64 bit multiply gives both halves
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c0 = (p1 >> 32).to(tl.uint32) ^ (c1 ^ k0)
         c1 = p1.to(tl.uint32)
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c2 = (p0 >> 32).to(tl.uint32) ^ (c3 ^ k1)
         c3 = p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
@@ -56,50 +56,48 @@ def _radius(w):
     """sqrt(-2 log u) of a word; at most 6.77, exactly 0 at u = 1."""
     u = w.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     bits = u.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23  # u = m 2^e with m in [sqrt(1/2), sqrt(2))
-    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = 7.0376836292e-2
-    p = p * f - 1.1514610310e-1
-    p = p * f + 1.1676998740e-1
-    p = p * f - 1.2420140846e-1
-    p = p * f + 1.4249322787e-1
-    p = p * f - 1.6668057665e-1
-    p = p * f + 2.0000714765e-1
-    p = p * f - 2.4999993993e-1
-    p = p * f + 3.3333331174e-1
-    z = f * f
-    k = e.to(tl.float32)
-    # log 2 in two parts: k times the first is exact
-    log_u = (f + ((f * z) * p - 2.12194440e-4 * k - 0.5 * z)) + 0.693359375 * k
-    return tl.sqrt(-2.0 * log_u)
+    # u = 2^e m with m in [sqrt(1/2), sqrt(2)), so that log is accurate relative to itself also next to u = 1
+    e = (bits - 0x3F3504F3) & -8388608  # times 2^23
+    f = (bits - e).to(tl.float32, bitcast=True) - 1.0
+    # -2 log(1 + f) = f (-2 + f (1 + f p)), p from Cephes logf (S. Moshier) times -2
+    p = -1.40753672584e-1
+    p = p * f + 2.302922062e-1
+    p = p * f - 2.335399748e-1
+    p = p * f + 2.4840281692e-1
+    p = p * f - 2.8498645574e-1
+    p = p * f + 3.333611533e-1
+    p = p * f - 4.000142953e-1
+    p = p * f + 4.9999987986e-1
+    p = p * f - 6.6666662348e-1
+    p = (p * f + 1.0) * f - 2.0
+    # next to u = 1, f <= 0 and e = 0: no NaN
+    return tl.sqrt(e.to(tl.float32) * -1.6525917e-7 + f * p)  # -2 log(2) 2^-23
 
 
 @triton.jit
-def _cos_sin(w):
-    """(cos, sin) of pi a, a the word read as int32 times 2^-31."""
-    turns = w.to(tl.int32, bitcast=True).to(tl.float32) * 9.313225746154785e-10  # 2^-30: quarter turns, 2 a
-    # adding 1.5 2^23 rounds to an integer and leaves it in the low bits: no conversion instruction
-    shifted = turns + 12582912.0
+def _polar(radius, w):
+    """radius (cos pi a, sin pi a), a the word read as int32 times 2^-31."""
+    a = w.to(tl.int32, bitcast=True).to(tl.float32)
+    # 2^-30 a are quarter turns. Adding 1.5 2^23 rounds to an integer and leaves it in the low bits: the quadrant.
+    shifted = a * 9.313225746154785e-10 + 12582912.0
     quadrant = shifted.to(tl.int32, bitcast=True)
-    t = (turns - (shifted - 12582912.0)) * 0.5  # exact, in [-1/4, 1/4]
+    t = a * 9.313225746154785e-10 - (shifted - 12582912.0)  # exact, in [-1/2, 1/2]
     z = t * t
-    s = t * (3.141592643906473 + z * (-5.167707821318494 + z * (2.549766964728173 + z * -0.589075099240215)))
-    c = 1.0 + z * (-4.934802197496877 + z * (4.058710565713736 + z * (-1.335137813900798 + z * 0.232125413991225)))
-    swap = (quadrant & 1) != 0
-    cos = tl.where(swap, s, c)
-    sin = tl.where(swap, c, s)
-    cos = tl.where(((quadrant + 1) & 2) != 0, -cos, cos)
-    sin = tl.where((quadrant & 2) != 0, -sin, sin)
-    return cos, sin
+    s = t * (1.5707963219532366 + z * (-0.6459634776648118 + z * (0.0796802176477554 + z * -0.004602149212814179)))
+    c = 1.0 + z * (-1.2337005493742192 + z * (0.2536694103571085 + z * (-0.0208615283422 + z * 9.067398984032226e-4)))
+    odd = (quadrant & 1) != 0
+    # both change their sign with the second bit of the quadrant
+    sign = (quadrant << 30) & -2147483648
+    radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return radius * tl.where(odd, -s, c), radius * tl.where(odd, c, s)
 
 
 @triton.jit
 def box_muller(w0, w1, w2, w3):
     """Four normals from four words."""
-    ra, rb = _radius(w0), _radius(w2)
-    ca, sa = _cos_sin(w1)
-    cb, sb = _cos_sin(w3)
-    return ra * ca, ra * sa, rb * cb, rb * sb
+    n0, n1 = _polar(_radius(w0), w1)
+    n2, n3 = _polar(_radius(w2), w3)
+    return n0, n1, n2, n3
 
 
 @triton.jit
@@ -171,11 +169,11 @@ def stochastic_round(y, half, DTYPE: tl.constexpr):
     """float32 ``y`` to bfloat16 or float16, up where the fraction left over exceeds (half + 1/2) 2^-16."""
     bits = y.to(tl.int32, bitcast=True)
     if DTYPE == tl.bfloat16:
-        # The fraction is the low half of the bits, also for subnormals; that of inf is 0. "Up" is towards +inf, so of a
-        # negative number the magnitude grows where the rest up to the next magnitude does not exceed the threshold.
+        # The fraction is the low half of the bits, also for subnormals; that of inf is 0. It exceeds the threshold
+        # where adding the threshold's complement carries. "Up" is towards +inf, so of a negative number the magnitude
+        # grows where the rest up to the next magnitude does not exceed the threshold.
         h = half.to(tl.int32)
-        h = tl.where(bits < 0, 0xFFFF - h, h)
-        high = (bits >> 16) + ((bits & 0xFFFF) > h).to(tl.int32)
+        high = (bits + tl.where(bits < 0, h, 0xFFFF - h)) >> 16
         high = tl.where(y != y, 0x7FC0, high)
         out = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:

@@ -37,8 +37,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
+
+#include "normals.h"
 
 namespace mmebm {
 namespace {
@@ -213,6 +216,26 @@ struct Sum {
   float v[4];
 };
 
+// A tensor core's sum on the host: products of tf32 or 16-bit numbers and an accumulator, aligned to the largest of
+// them with one bit more than fp32 has, cut off there and cut off again at the end. That is what an A100 was measured
+// to do, four tf32 products or eight of 16 bits at a time (Fasi, Higham, Mikaitis and Pranesh, PeerJ Comput. Sci. 7,
+// e330, 2021); an H100 keeps more bits. Every term and the sum are exact in fp64.
+template <int N>
+static float cut_sum(const float (&a)[N], const float (&b)[N], float c) {
+  double terms[N + 1] = {c}, sum = 0.0;
+  int most = -1000;
+  for (int i = 0; i < N; ++i) terms[i + 1] = static_cast<double>(a[i]) * b[i];
+  for (const double term : terms) {
+    if (!std::isfinite(term)) most = 2000;
+    if (term != 0.0 && most < 2000) most = std::max(most, std::ilogb(term));
+  }
+  const double unit = most < 2000 ? std::ldexp(1.0, most - 24) : 0.0;
+  for (const double term : terms) sum += unit > 0.0 ? std::trunc(term / unit) * unit : term;
+  const float nearest = static_cast<float>(sum);
+  const bool up = std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(sum);
+  return up ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 struct Fp32 {
   using Stored = float;
   static constexpr int UNITS = 4, LOADS = 8, MOST = 4, PART = 64;
@@ -304,7 +327,14 @@ struct Bf16 : Fragments {
     for (int l = 0; l < LANES; ++l) {
       for (int e = 0; e < 4; ++e) {
         float& c = sums[l * stride].v[e];
-        for (int k = 0; k < 16; ++k) c += left[row(l, e, 16)][k] * right[k][column(l, e, 16)];
+        for (int first = 0; first < 16; first += 8) {
+          float a8[8], b8[8];
+          for (int k = 0; k < 8; ++k) {
+            a8[k] = left[row(l, e, 16)][first + k];
+            b8[k] = right[first + k][column(l, e, 16)];
+          }
+          c = cut_sum(a8, b8, c);
+        }
       }
     }
 #endif
@@ -336,62 +366,85 @@ MMEBM_HD Split split(float v) {
 struct Tf32x3 : Fragments {
   using Stored = float;
   static constexpr int UNITS = 16, LOADS = 4, MOST = 4, PART = 64;
+  // The operand of two m16n8k8, split once for all tiles beside each other.
   struct A {
-    Four low, high;  // rows
+    uint32_t high[2][4], low[2][4];
   };
   using B = Four;
 
   MMEBM_LARGE A load(const float* a, int ld, int k, int lane, int rows) {
-    return {load_row(a, ld, k, lane, rows, 0), load_row(a, ld, k, lane, rows, 1)};
+    const Four row[2] = {load_row(a, ld, k, lane, rows, 0), load_row(a, ld, k, lane, rows, 1)};
+    A out;
+    MMEBM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      MMEBM_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const Split s = split(row[j % 2].v[2 * i + j / 2]);
+        out.high[i][j] = s.high, out.low[i][j] = s.low;
+      }
+    }
+    return out;
   }
   MMEBM_HD B operand(const Four& w) { return w; }
 
-  template <int LANES>
-  MMEBM_LARGE void once(Sum* sums, int stride, const uint32_t (*a)[4], const uint32_t (*b)[2]) {
+  // `a(l)`: the four numbers of lane l
+  template <int LANES, class F>
+  MMEBM_LARGE void once(Sum* sums, const F& a, const uint32_t (*b)[2]) {
 #if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 800
     float(&c)[4] = sums->v;
+    const uint32_t* const left = a(0);
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]));
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(b[0][0]), "r"(b[0][1]));
 #endif
 #else
     float left[16][8], right[8][8];
     for (int l = 0; l < LANES; ++l) {
-      for (int i = 0; i < 4; ++i) left[l / 4 + 8 * (i % 2)][l % 4 + 4 * (i / 2)] = bits_float(a[l][i]);
+      for (int i = 0; i < 4; ++i) left[l / 4 + 8 * (i % 2)][l % 4 + 4 * (i / 2)] = bits_float(a(l)[i]);
       for (int i = 0; i < 2; ++i) right[l % 4 + 4 * i][l / 4] = bits_float(b[l][i]);
     }
     for (int l = 0; l < LANES; ++l) {
       for (int e = 0; e < 4; ++e) {
-        float& c = sums[l * stride].v[e];
-        for (int k = 0; k < 8; ++k) c += left[row(l, e, 16)][k] * right[k][column(l, e, 16)];
+        float& c = sums[l].v[e];
+        for (int first = 0; first < 8; first += 4) {
+          float a4[4], b4[4];
+          for (int k = 0; k < 4; ++k) {
+            a4[k] = left[row(l, e, 16)][first + k];
+            b4[k] = right[first + k][column(l, e, 16)];
+          }
+          c = cut_sum(a4, b4, c);
+        }
       }
     }
 #endif
   }
 
+  // The six products of 16 units go into a fresh zero, the small ones first, and ordinary additions take that up: a
+  // tensor core cuts its sums off, towards zero, and over a whole sum these errors would pile up.
   template <int LANES>
   MMEBM_LARGE void multiply(Sum* sums, int stride, const A* a, const B* b) {
-    MMEBM_UNROLL
-    for (int i = 0; i < 4; i += 2) {
-      uint32_t a_high[LANES][4], a_low[LANES][4], b_high[LANES][2], b_low[LANES][2];
-      for (int l = 0; l < LANES; ++l) {
-        MMEBM_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const Split s = split((j % 2 ? a[l].high : a[l].low).v[i + j / 2]);
-          a_high[l][j] = s.high, a_low[l][j] = s.low;
-        }
-        MMEBM_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const Split s = split(b[l * stride].v[i + j]);
-          b_high[l][j] = s.high, b_low[l][j] = s.low;
-        }
+    Sum own[LANES];
+    uint32_t high[2][LANES][2], low[2][LANES][2];
+    for (int l = 0; l < LANES; ++l) {
+      own[l] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+      MMEBM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Split s = split(b[l * stride].v[i]);
+        high[i / 2][l][i % 2] = s.high, low[i / 2][l][i % 2] = s.low;
       }
-      // the small ones first
-      once<LANES>(sums, stride, a_low, b_high);
-      once<LANES>(sums, stride, a_high, b_low);
-      once<LANES>(sums, stride, a_high, b_high);
+    }
+    MMEBM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      once<LANES>(own, [&](int l) { return a[l].low[i]; }, high[i]);
+      once<LANES>(own, [&](int l) { return a[l].high[i]; }, low[i]);
+    }
+    MMEBM_UNROLL
+    for (int i = 0; i < 2; ++i) once<LANES>(own, [&](int l) { return a[l].high[i]; }, high[i]);
+    for (int l = 0; l < LANES; ++l) {
+      MMEBM_UNROLL
+      for (int e = 0; e < 4; ++e) sums[l * stride].v[e] += own[l].v[e];
     }
   }
 };
@@ -726,7 +779,7 @@ MMEBM_LARGE void move(const DeviceChain& c, const Tile& tile, int k, int row, in
   const auto of = [&](Field f) { return constant(c, k, t, f, chain); };
   Normals z = {0.0f, 0.0f, 0.0f, 0.0f};
   if (noise) {
-    z = box_muller(words_at(chain, block, {tile.seed, tile.step + static_cast<uint32_t>(k), tensor.stream,
+    z = normals_of(words_of(chain, block, {tile.seed, tile.step + static_cast<uint32_t>(k), tensor.stream,
                                            c.chain_offset}));
   }
   const float scale = of(F_NOISE_SCALE);

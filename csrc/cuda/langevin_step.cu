@@ -24,13 +24,10 @@
 // 64-bit.
 //
 // Maths of the map kernel on an H100 (3.35 TB/s, 132 SMs at 1.7 GHz, from its data sheet). Bytes in flight: 600 ns of
-// latency at full rate are 15 KB an SM; 80 registers leave 768 threads an SM with two 16-byte loads each, 24 KB, so
-// one group a thread at a time is enough and the other warps' arithmetic hides the rest. Arithmetic: a Philox block
-// with its four normals is some 240 instructions and the rest of a group up to 200 (counted in the code for sm_90,
-// nvcc 13.0, 2026-11-22); an SM issues 128 lanes a cycle, which makes 2.9e13 lane instructions a second, and 7e10
-// groups of 48 bytes a second in fp32 need 1.7e13 for the noise alone and up to 3.1e13 in all. So fp32 is about even
-// between arithmetic and memory, and in 16 bits, with 24 bytes for four normals, the arithmetic is the limit.
-// Estimates: no device was there to measure on.
+// latency at full rate are 15 KB an SM; 96 registers leave 640 threads an SM with four 16-byte loads each, 40 KB. A
+// thread takes two groups at a time, so that what it asks of the table it asks once. Arithmetic: see docs/kernels.md for
+// the instructions of an element; an SM issues 128 lanes a cycle, 2.9e13 a second in all. In fp32, 12 bytes an element,
+// that keeps up with memory; in 16 bits, 6 bytes, arithmetic is the limit.
 //
 // The table of tensors is the kernel's parameter, 4 KB at most: a copy to the device would be one more operation a
 // step, and a captured graph holds it without anything kept alive. Seed and step may lie on the device, so that a
@@ -45,11 +42,16 @@
 #include <algorithm>
 #include <cstring>
 
+#include "normals.h"
+
 namespace mmebm {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int MAP_THREADS = 128, MAP_GROUPS = 2;  // of the map kernel; a thread takes so many groups at a time
 constexpr int WARP = 32;
+// A tile behind so many groups still counts them in 32 bits.
+constexpr int64_t MANY_GROUPS = (int64_t{1} << 32) - 4096;
 constexpr int64_t SPLIT = 2048;     // groups: 8 turns of a block
 constexpr int64_t MAX_SPLITS = 64;
 constexpr int64_t BLOCKS_PER_SM = 16;  // the grid's limit: a few waves, so that no block is left with much at the end
@@ -61,8 +63,10 @@ enum TensorBit : uint32_t {
   MASK = 4u << SLOTS,
   MASK_ROWS = 8u << SLOTS,  // the mask has a row per chain
   ALIGNED = 16u << SLOTS,   // every group is one access in each array
-  INDIRECT = 32u << SLOTS   // a constant is at an address
+  INDIRECT = 32u << SLOTS,  // a constant is at an address
+  MANY = 64u << SLOTS       // 2^32 groups or more in all
 };
+constexpr int STORAGE = 24;  // bits 24 and 25: of x, 26 and 27: of the gradient
 
 // StepTable::todo
 enum Todo : uint32_t {
@@ -79,11 +83,9 @@ enum Todo : uint32_t {
 template <Storage S>
 constexpr int GROUP = S == Storage::fp32 ? 4 : 8;
 
-MMEBM_HD Storage storage_of(const StepTensor& t) { return static_cast<Storage>(t.storage & 3u); }
+MMEBM_HD Storage storage_of(const StepTensor& t) { return static_cast<Storage>(t.with >> STORAGE & 3u); }
 
-MMEBM_HD int64_t groups_of(const StepTensor& t) {
-  return storage_of(t) == Storage::fp32 ? (t.numel + 3) / 4 : (t.numel + 7) / 8;
-}
+MMEBM_HD Storage grad_storage_of(const StepTensor& t) { return static_cast<Storage>(t.with >> (STORAGE + 2) & 3u); }
 
 MMEBM_HD uint64_t number(const StepNumber& n) { return n.at == nullptr ? n.value : static_cast<uint64_t>(*n.at); }
 
@@ -192,16 +194,15 @@ MMEBM_HD Group<G> unpack(const uint32_t (&w)[N]) {
 
 // The gradient of one group, whatever it is stored as.
 template <int G>
-MMEBM_HD Group<G> gradient(const StepTensor& t, int64_t place, int left) {
-  const bool aligned = (t.with & ALIGNED) != 0;
-  if ((t.storage >> 2 & 3u) == static_cast<uint32_t>(Storage::fp32)) {
+MMEBM_HD Group<G> gradient(const StepTensor& t, int64_t place, int left, bool aligned) {
+  if (grad_storage_of(t) == Storage::fp32) {
     uint32_t w[G];
     load_group<4>(w, t.grad, place, left, aligned);
     return unpack<Storage::fp32, G>(w);
   }
   uint32_t w[G / 2];
   load_group<2>(w, t.grad, place, left, aligned);
-  if ((t.storage >> 2 & 3u) == static_cast<uint32_t>(Storage::bf16)) return unpack<Storage::bf16, G>(w);
+  if (grad_storage_of(t) == Storage::bf16) return unpack<Storage::bf16, G>(w);
   return unpack<Storage::fp16, G>(w);
 }
 
@@ -223,6 +224,54 @@ MMEBM_HD Constants constants_of(const StepTensor& t, int64_t chain) {
 
 // -- one group
 
+// The noise of one group times its scale. `group` counts the groups of one chain, `chain` is global.
+template <int G>
+MMEBM_HD Group<G> normals(uint32_t group, uint32_t chain, const NoiseAt& at, float scale) {
+  Group<G> out;
+  MMEBM_UNROLL
+  for (int i = 0; i < G; i += 4) {
+    const uint32_t block = G == 4 ? group : 2 * group + i / 4;
+    const Normals n = normals_of(philox_words(block, chain, at.step, at.stream, at.seed), scale);
+    out.v[i] = n.n0, out.v[i + 1] = n.n1, out.v[i + 2] = n.n2, out.v[i + 3] = n.n3;
+  }
+  return out;
+}
+
+// The bits of the elements from `element` of a chain on that keep their value.
+template <int G>
+MMEBM_HD uint32_t observed(const StepTensor& t, int64_t chain, int64_t element, int left) {
+  uint32_t bytes[G / 4], keep = 0;
+  load_group<1>(bytes, t.observed, (t.with & MASK_ROWS ? chain * t.numel : 0) + element, left, (t.with & ALIGNED) != 0);
+  MMEBM_UNROLL
+  for (int j = 0; j < G; ++j) keep |= (bytes[j / 4] >> 8 * (j % 4) & 0xffu) != 0 ? 1u << j : 0u;
+  return keep;
+}
+
+// The bits of a group as it is stored: rounded, if in 16 bits.
+template <Storage S, int G>
+MMEBM_HD void stored(const Group<G>& y, uint32_t group, uint32_t chain, const NoiseAt& at, uint32_t purpose,
+                     uint32_t (&out)[4]) {
+  if constexpr (S == Storage::fp32) {
+    MMEBM_UNROLL
+    for (int j = 0; j < 4; ++j) out[j] = float_bits(y.v[j]);
+  } else {
+    const Words w = philox_words(group, chain, at.step, at.stream | purpose << 24, at.seed);
+    const uint32_t halves[4] = {w.w0, w.w1, w.w2, w.w3};
+    round_all<S>(y.v, halves, out);
+  }
+}
+
+// What `raw` has at the elements of `keep`, back into `out`.
+template <int BYTES>
+MMEBM_HD void keep_bits(uint32_t keep, const uint32_t (&raw)[4], uint32_t (&out)[4]) {
+  MMEBM_UNROLL
+  for (int j = 0; j < 16 / BYTES; ++j) {
+    const uint32_t bits = BYTES == 4 ? 0xffffffffu : 0xffffu << 16 * (j % 2);
+    const int word = j * BYTES / 4;
+    if (keep & 1u << j) out[word] = (out[word] & ~bits) | (raw[word] & bits);
+  }
+}
+
 // Checks or updates one group of one chain; `todo` says which. Adds to `sums` where that is asked for. `constants` is a
 // function, called after the noise, which needs the registers until then.
 template <Storage S, class F>
@@ -237,64 +286,39 @@ MMEBM_HD void visit(const StepTensor& t, const NoiseAt& at, uint32_t purpose, co
 
   uint32_t raw[4];
   load_group<BYTES>(raw, t.x, place, left, aligned);
-  Group<G> g, xi;
-  MMEBM_UNROLL
-  for (int j = 0; j < G; ++j) g.v[j] = xi.v[j] = 0.0f;
-  if (with & WITH_GRAD) g = gradient<G>(t, place, left);
-  uint32_t keep = 0;
-  if (with & MASK) {
-    uint32_t bytes[G / 4];
-    load_group<1>(bytes, t.observed, (with & MASK_ROWS ? chain * t.numel : 0) + group * G, left, aligned);
-    MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) keep |= (bytes[j / 4] >> 8 * (j % 4) & 0xffu) != 0 ? 1u << j : 0u;
-  }
+  Group<G> g[1] = {}, xi[1] = {};
+  if (with & WITH_GRAD) g[0] = gradient<G>(t, place, left, aligned);
+  uint32_t keep = with & MASK ? observed<G>(t, chain, group * G, left) : 0u;
   if (todo & STATS) {
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) sums.grad += g.v[j] * g.v[j];
+    for (int j = 0; j < G; ++j) sums.grad += g[0].v[j] * g[0].v[j];
   }
-  if (with & WITH_NOISE) xi = normals(static_cast<uint32_t>(group), global, at, xi);
+  const Constants c[1] = {constants()};
+  if (with & WITH_NOISE) xi[0] = normals<G>(static_cast<uint32_t>(group), global, at, c[0].of[NOISE_SCALE]);
 
-  const Constants c = constants();
-  const Group<G> x = unpack<S, G>(raw);
-  uint32_t changed;
-  Group<G> y = propose(x, g, xi, factor, c, with, changed);
+  const Group<G> x[1] = {unpack<S, G>(raw)};
+  uint32_t changed[1];
+  Group<G> y[1];
+  propose(x, g, xi, factor, c, with, y, changed);
   if (todo & CHECK) {
     // what stays anyway rejects nothing
     if (with & (1u << LOW | 1u << HIGH)) sums.outside |= leaving(y, c, with) & ~keep & valid;
     return;
   }
-  if (!(todo & REJECT)) y = bounded(y, c, with);
+  if (!(todo & REJECT)) bounded(y, c, with);
   uint32_t out[4];
-  if (S == Storage::fp32) {
-    MMEBM_UNROLL
-    for (int j = 0; j < 4; ++j) out[j] = float_bits(y.v[j % G]);
-  } else {
-    const Words w = philox4x32_10(static_cast<uint32_t>(group), global, at.step, at.stream | purpose << 24, at.seed);
-    const uint32_t halves[4] = {w.w0, w.w1, w.w2, w.w3};
-    MMEBM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      out[i] = stochastic_round<S>(y.v[2 * i % G], halves[i] & 0xffffu) |
-               stochastic_round<S>(y.v[(2 * i + 1) % G], halves[i] >> 16) << 16;
-    }
-  }
+  stored<S>(y[0], static_cast<uint32_t>(group), global, at, purpose, out);
   if (todo & KEEP) keep = valid;
-  if (keep != 0) {
-    MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) {
-      const uint32_t bits = BYTES == 4 ? 0xffffffffu : 0xffffu << 16 * (j % 2);
-      const int word = j * BYTES / 4;
-      if (keep & 1u << j) out[word] = (out[word] & ~bits) | (raw[word] & bits);
-    }
-  }
+  if (keep != 0) keep_bits<BYTES>(keep, raw, out);
   if (!(todo & KEEP)) store_group<BYTES>(t.x, place, out, left, aligned);
   if (todo & STATS) {
-    sums.clipped += count_bits(changed & valid);
-    const Group<G> stored = unpack<S, G>(out);
+    sums.clipped += count_bits(changed[0] & valid);
+    const Group<G> now = unpack<S, G>(out);
     MMEBM_UNROLL
     for (int j = 0; j < G; ++j) {
-      const float move = stored.v[j] - x.v[j];
+      const float move = now.v[j] - x[0].v[j];
       if (valid & 1u << j) sums.moved += move * move;
-      if (valid & 1u << j && !is_finite(stored.v[j])) ++sums.nonfinite;
+      if (valid & 1u << j && !is_finite(now.v[j])) ++sums.nonfinite;
     }
   }
 }
@@ -305,25 +329,95 @@ MMEBM_HD NoiseAt noise_of(const StepTable& table, const StepTensor& t) {
 
 // -- map
 
-// What one thread does of one tile.
+// The part of a tensor that a tile has: `count` groups, the first one `first` groups behind the start of chain `chain`.
+struct Span {
+  uint32_t chain, first, count;
+};
+
+// A group of a span.
+struct Place {
+  uint32_t chain, group;
+  int64_t element;  // of the tensor
+  int left;         // elements of its chain from there on, G at most
+};
+
+// No division: `inverse` is (2^32 - 1) / groups, and the product's high half the quotient or one less.
+template <int G, bool WHOLE>
+MMEBM_HD Place place_of(const StepTensor& t, const Span& span, uint32_t k) {
+  const uint32_t index = span.first + k;
+  uint32_t chain = mulhi(index, t.inverse), group = index - chain * t.groups;
+  const bool more = group >= t.groups;
+  chain += more ? 1u : 0u;
+  group -= more ? t.groups : 0u;
+  Place out = {span.chain + chain, group, static_cast<int64_t>(index) * G, G};
+  if (!WHOLE) {
+    const int64_t rest = t.numel - static_cast<int64_t>(group) * G;
+    out.element = static_cast<int64_t>(chain) * t.numel + static_cast<int64_t>(group) * G;
+    if (rest < G) out.left = static_cast<int>(rest);
+  }
+  out.element += static_cast<int64_t>(span.chain) * t.numel;
+  return out;
+}
+
+// Groups k, k + MAP_THREADS, ... of a span. WHOLE: every group is one access in each array.
+template <Storage S, bool WHOLE>
+MMEBM_HD void map_groups(const StepTensor& t, const Span& span, const NoiseAt& at, uint32_t purpose, uint32_t k) {
+  constexpr int G = GROUP<S>, BYTES = 16 / G, U = MAP_GROUPS;
+  const uint32_t with = t.with;
+  Place places[U];
+  uint32_t raw[U][4];
+  Group<G> g[U] = {}, noise[U] = {};
+  MMEBM_UNROLL
+  for (int u = 0; u < U; ++u) {
+    // behind the end the thread's first group once more, for nothing; any other group is another thread's to write
+    const uint32_t here = k + u * MAP_THREADS < span.count ? k + u * MAP_THREADS : k;
+    places[u] = place_of<G, WHOLE>(t, span, here);
+    load_group<BYTES>(raw[u], t.x, places[u].element, places[u].left, WHOLE);
+  }
+  if (with & WITH_GRAD) {
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) g[u] = gradient<G>(t, places[u].element, places[u].left, WHOLE);
+  }
+  Constants c[U];
+  c[0] = constants_of(t, places[0].chain);
+  MMEBM_UNROLL
+  for (int u = 1; u < U; ++u) {
+    c[u] = c[0];
+    if (with & INDIRECT) c[u] = constants_of(t, places[u].chain);
+  }
+  if (with & WITH_NOISE) {
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      noise[u] = normals<G>(places[u].group, at.chain_offset + places[u].chain, at, c[u].of[NOISE_SCALE]);
+    }
+  }
+  Group<G> x[U], y[U];
+  MMEBM_UNROLL
+  for (int u = 0; u < U; ++u) x[u] = unpack<S, G>(raw[u]);
+  uint32_t changed[U];
+  propose(x, g, noise, 1.0f, c, with, y, changed);
+  bounded(y, c, with);
+  MMEBM_UNROLL
+  for (int u = 0; u < U; ++u) {
+    const Place& place = places[u];
+    uint32_t out[4];
+    stored<S>(y[u], place.group, at.chain_offset + place.chain, at, purpose, out);
+    if (with & MASK) {
+      const int64_t element = static_cast<int64_t>(place.group) * G;
+      keep_bits<BYTES>(observed<G>(t, place.chain, element, place.left), raw[u], out);
+    }
+    if (k + u * MAP_THREADS < span.count) store_group<BYTES>(t.x, place.element, out, place.left, WHOLE);
+  }
+}
+
 template <Storage S>
-MMEBM_HD void map_lane(const StepTable& table, const StepTensor& t, int64_t tile, int lane) {
-  const uint64_t per_chain = static_cast<uint64_t>(groups_of(t));
-  const uint32_t size = static_cast<uint32_t>(table.tile);
-  const uint64_t start = static_cast<uint64_t>(tile) * size;
-  const uint64_t rest = static_cast<uint64_t>(table.chains) * per_chain - start;
-  const uint64_t chain0 = start / per_chain, group0 = start - chain0 * per_chain;
-  const uint32_t end = rest < size ? static_cast<uint32_t>(rest) : size;
-  const NoiseAt at = noise_of(table, t);
-  LaneSums nothing = {};
-  for (uint32_t k = static_cast<uint32_t>(lane); k < end; k += THREADS) {
-    // chains from chain0 on: one more at most, or small numbers to divide
-    const uint64_t from = group0 + k;
-    const uint32_t more = per_chain >= size ? (from >= per_chain ? 1u : 0u)
-                                            : static_cast<uint32_t>(from) / static_cast<uint32_t>(per_chain);
-    const int64_t chain = static_cast<int64_t>(chain0 + more);
-    visit<S>(t, at, table.purpose, [&] { return constants_of(t, chain); }, chain,
-             static_cast<int64_t>(from - more * per_chain), 1.0f, UPDATE, nothing);
+MMEBM_HD void map_span(const StepTensor& t, const Span& span, const NoiseAt& at, uint32_t purpose, uint32_t lane) {
+  for (uint32_t k = lane; k < span.count; k += MAP_GROUPS * MAP_THREADS) {
+    if (t.with & ALIGNED) {
+      map_groups<S, true>(t, span, at, purpose, k);
+    } else {
+      map_groups<S, false>(t, span, at, purpose, k);
+    }
   }
 }
 
@@ -331,11 +425,20 @@ MMEBM_HD void map_item(const StepTable& table, int64_t item, int lane) {
   int i = 0;
   while (i + 1 < table.count && item >= table.tensors[i + 1].first_tile) ++i;
   const StepTensor& t = table.tensors[i];
-  const int64_t tile = item - t.first_tile;
+  const uint32_t size = static_cast<uint32_t>(table.tile);
+  const uint64_t start = static_cast<uint64_t>(item - t.first_tile) * size;
+  const uint64_t rest = static_cast<uint64_t>(table.chains) * t.groups - start;
+  Span span = {0, static_cast<uint32_t>(start), rest < size ? static_cast<uint32_t>(rest) : size};
+  if (t.with & MANY) {
+    span.chain = static_cast<uint32_t>(start / t.groups);
+    span.first = static_cast<uint32_t>(start - static_cast<uint64_t>(span.chain) * t.groups);
+  }
+  const NoiseAt at = noise_of(table, t);
+  const uint32_t own = static_cast<uint32_t>(lane);
   switch (storage_of(t)) {
-    case Storage::fp32: return map_lane<Storage::fp32>(table, t, tile, lane);
-    case Storage::bf16: return map_lane<Storage::bf16>(table, t, tile, lane);
-    case Storage::fp16: return map_lane<Storage::fp16>(table, t, tile, lane);
+    case Storage::fp32: return map_span<Storage::fp32>(t, span, at, table.purpose, own);
+    case Storage::bf16: return map_span<Storage::bf16>(t, span, at, table.purpose, own);
+    case Storage::fp16: return map_span<Storage::fp16>(t, span, at, table.purpose, own);
   }
 }
 
@@ -397,7 +500,7 @@ struct Range {
 };
 
 MMEBM_HD Range range_of(const StepTable& table, const StepTensor& t, int64_t split, bool active) {
-  const int64_t groups = groups_of(t), share = (groups + table.splits - 1) / table.splits, first = split * share;
+  const int64_t groups = t.groups, share = (groups + table.splits - 1) / table.splits, first = split * share;
   const int64_t last = first + share;
   return {first, !active ? first : last < groups ? last : groups};
 }
@@ -407,7 +510,8 @@ MMEBM_HD float squares_lane(const StepTensor& t, int64_t chain, Range range, flo
   float out = 0.0f;
   for (int64_t group = range.first + lane; group < range.last; group += size) {
     const int64_t rest = t.numel - group * G;
-    Group<G> g = gradient<G>(t, chain * t.numel + group * G, rest < G ? static_cast<int>(rest) : G);
+    Group<G> g = gradient<G>(t, chain * t.numel + group * G, rest < G ? static_cast<int>(rest) : G,
+                             (t.with & ALIGNED) != 0);
     if (t.with & 1u << GRAD_CLIP) clip_value(g, limit);
     MMEBM_UNROLL
     for (int j = 0; j < G; ++j) out += g.v[j] * g.v[j];
@@ -561,8 +665,8 @@ MMEBM_HD void finish_item(const StepTable& table, int64_t chain) {
 
 // -- kernels
 
-// Blocks an SM must hold: 80 registers a thread, then 128 and 64.
-__global__ void __launch_bounds__(THREADS, 3) map_kernel(const __grid_constant__ StepTable table) {
+// Blocks an SM must hold: 96 registers a thread, then 128 and 64.
+__global__ void __launch_bounds__(MAP_THREADS, 5) map_kernel(const __grid_constant__ StepTable table) {
   for (int64_t item = blockIdx.x; item < table.items; item += gridDim.x) map_item(table, item, threadIdx.x);
 }
 
@@ -613,7 +717,7 @@ void run_on_host(Loop loop, const StepTable& table) {
   switch (loop) {
     case Loop::map:
       for (int64_t item = 0; item < table.items; ++item) {
-        for (int lane = 0; lane < THREADS; ++lane) map_item(table, item, lane);
+        for (int lane = 0; lane < MAP_THREADS; ++lane) map_item(table, item, lane);
       }
       break;
     case Loop::norm:
@@ -658,7 +762,7 @@ struct Launcher {
     if (wanted == 0) return;
     const unsigned int grid = static_cast<unsigned int>(std::min(wanted, loop == Loop::fold ? wanted : blocks));
     switch (loop) {
-      case Loop::map: map_kernel<<<grid, THREADS, 0, stream>>>(table); break;
+      case Loop::map: map_kernel<<<grid, MAP_THREADS, 0, stream>>>(table); break;
       case Loop::norm: norm_kernel<<<grid, THREADS, 0, stream>>>(table); break;
       case Loop::fold: fold_kernel<<<grid, THREADS, 0, stream>>>(table); break;
       case Loop::chain: chain_kernel<<<grid, THREADS, 0, stream>>>(table); break;
@@ -671,7 +775,7 @@ struct Launcher {
 // Whether every group of a tensor is one access in each of its arrays.
 bool aligned(const StepTensor& t) {
   const int64_t group = storage_of(t) == Storage::fp32 ? 4 : 8;
-  const uint64_t grad_bytes = (t.storage >> 2 & 3u) == 0 ? 16 : 2 * static_cast<uint64_t>(group);
+  const uint64_t grad_bytes = grad_storage_of(t) == Storage::fp32 ? 16 : 2 * static_cast<uint64_t>(group);
   return t.numel % group == 0 && reinterpret_cast<uint64_t>(t.x) % 16 == 0 &&
          reinterpret_cast<uint64_t>(t.grad) % grad_bytes == 0 &&
          reinterpret_cast<uint64_t>(t.observed) % static_cast<uint64_t>(group) == 0;
@@ -727,8 +831,12 @@ StepTable CudaLangevinStep::table(size_t first, size_t last, StepNumber seed, St
     if (number >= first && number < last) {
       StepTensor& t = out.tensors[out.count++];
       t = tensor.kernel;
-      t.storage = static_cast<uint32_t>(tensor.storage) | static_cast<uint32_t>(tensor.grad_storage) << 2;
       t.with = (t.with & ~drop) | (tensor.noisy ? add : add & ~static_cast<uint32_t>(WITH_NOISE));
+      t.with &= ~(15u << STORAGE);
+      t.with |= static_cast<uint32_t>(tensor.storage) << STORAGE;
+      t.with |= static_cast<uint32_t>(tensor.grad_storage) << (STORAGE + 2);
+      const int64_t group = tensor.storage == Storage::fp32 ? 4 : 8;
+      t.groups = static_cast<uint32_t>((t.numel + group - 1) / group);
       if (aligned(t)) t.with |= ALIGNED;
     }
     ++number;
@@ -806,13 +914,17 @@ int CudaLangevinStep::run_map(StepNumber seed, StepNumber step, uint32_t purpose
     if (t.count == 0) break;
     t.purpose = purpose;
     int64_t groups = 0;
-    for (int i = 0; i < t.count; ++i) groups += chains_ * groups_of(t.tensors[i]);
-    // Choosing its tensor and the division of its start cost a tile some hundred instructions: four groups a thread
-    // where that leaves 16 tiles for each of 132 SMs.
-    t.tile = groups >= int64_t{4} * THREADS * 16 * 132 ? 4 * THREADS : THREADS;
+    for (int i = 0; i < t.count; ++i) groups += chains_ * int64_t{t.tensors[i].groups};
+    // Choosing its tensor costs a tile some dozen instructions: two turns of its threads where that leaves 32 tiles for
+    // each of 132 SMs.
+    const int turn = MAP_GROUPS * MAP_THREADS;
+    t.tile = groups >= int64_t{2} * turn * 32 * 132 ? 2 * turn : turn;
     for (int i = 0; i < t.count; ++i) {
-      t.tensors[i].first_tile = t.items;
-      t.items += (chains_ * groups_of(t.tensors[i]) + t.tile - 1) / t.tile;
+      const int64_t per_chain = t.tensors[i].groups, all = chains_ * per_chain;
+      t.tensors[i].first_tile = static_cast<uint32_t>(t.items);
+      t.tensors[i].inverse = static_cast<uint32_t>(UINT32_MAX / per_chain);
+      if (all > MANY_GROUPS) t.tensors[i].with |= MANY;
+      t.items += (all + t.tile - 1) / t.tile;
     }
     launch(Loop::map, t);
   }

@@ -18,11 +18,12 @@ struct StepTensor {
   const void* grad = nullptr;
   const uint8_t* observed = nullptr;  // (chains or 1, numel), nonzero: keeps its value
   int64_t numel = 0;                  // elements of one chain
-  int64_t first_tile = 0;             // of the map kernel
+  uint32_t first_tile = 0;            // of the map kernel
+  uint32_t inverse = 0;               // (2^32 - 1) / groups of a chain
   uint32_t index = 0;                 // tensor index in the stream word
   uint32_t with = 0;                  // what applies (langevin.h), and the bits of TensorBit
   uint32_t kinds = 0;                 // the Kind of each constant, four bits each
-  uint32_t storage = 0;               // bits 0-1 of x, 2-3 of the gradient
+  uint32_t groups = 0;                // of a chain
   uint64_t constants[SLOTS] = {};     // the bits of an fp32 number, or an address
 };
 

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "normals.h"
+
 namespace mmebm {
 namespace {
 
@@ -11,7 +13,7 @@ constexpr int THREADS = 256;
 // Block `index` of the flattened (chains, blocks) array: all that the kernels do, and the host loops too.
 __host__ __device__ void store_words(uint32_t* out, int64_t index, int64_t blocks, NoiseAt at) {
   const int64_t row = index / blocks;
-  const Words w = words_at(row, index - row * blocks, at);
+  const Words w = words_of(row, index - row * blocks, at);
   uint32_t* to = out + 4 * index;
   to[0] = w.w0;
   to[1] = w.w1;
@@ -22,7 +24,7 @@ __host__ __device__ void store_words(uint32_t* out, int64_t index, int64_t block
 __host__ __device__ void store_normals(float* out, int64_t index, int64_t numel, NoiseAt at) {
   const int64_t blocks = (numel + 3) / 4;
   const int64_t row = index / blocks, column = index - row * blocks;
-  const Normals n = box_muller(words_at(row, column, at));
+  const Normals n = normals_of(words_of(row, column, at));
   const int64_t left = numel - 4 * column;  // elements of this chain from here on
   float* to = out + row * numel + 4 * column;
   to[0] = n.n0;

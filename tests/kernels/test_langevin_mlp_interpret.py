@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 
 from mmebm.kernels import activations, mlp_energy  # noqa: E402
 from mmebm.kernels import langevin_mlp as room  # noqa: E402
@@ -135,6 +137,30 @@ def test_activations(name: str, seed: int) -> None:
         # 8 units in the last place, however small the value; exp(-a) alone loses |a| / 2 units
         units = 8 + a.double().abs() / 2
         assert ((out.double() - exact[0]).abs() <= units * EPS * exact[0].abs() + 1e-37).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_with_the_errors_of_a_device(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp and division off by what the PTX manual allows ex2.approx and div.full, 2^-22 of the result, either way."""
+    draw = np.random.default_rng(seed)
+
+    def off(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def wrong(*arguments: np.ndarray) -> np.ndarray:
+            exact = function(*arguments)
+            return exact * np.where(draw.random(exact.shape) < 0.5, 1 - 2.0**-22, 1 + 2.0**-22).astype(exact.dtype)
+
+        return wrong
+
+    builder = interpreter.InterpreterBuilder
+    exponential, quotient = off(np.exp), off(np.divide)
+    monkeypatch.setattr(builder, "create_exp", lambda self, a: self.unary_op(a, exponential))
+    monkeypatch.setattr(builder, "create_fdiv", lambda self, a, b: self.binary_op(a, b, quotient))
+    a = torch.empty(4096).uniform_(-16, 16, generator=torch.Generator().manual_seed(seed))
+    out, derivative = torch.empty_like(a), torch.empty_like(a)
+    activation_kernel[(1,)](out, derivative, a, activations.CODES[name], 0.3, B=4096)
+    single, exact = reference.activate(a, name, 0.3), reference.activate(a.double(), name, 0.3)
+    check("value", out, single[0], exact[0])
+    check("derivative", derivative, single[1], exact[1])
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

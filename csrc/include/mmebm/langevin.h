@@ -53,9 +53,25 @@ MMEBM_HD bool is_finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f8
 
 MMEBM_HD float magnitude(float v) { return bits_float(float_bits(v) & 0x7fffffffu); }
 
-MMEBM_HD float at_least(float v, float low) { return v >= low || is_nan(v) ? v : low; }
+MMEBM_HD float at_least(float v, float low) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(v), "f"(low));
+  return out;
+#else
+  return v >= low || is_nan(v) ? v : low;
+#endif
+}
 
-MMEBM_HD float at_most(float v, float high) { return v <= high || is_nan(v) ? v : high; }
+MMEBM_HD float at_most(float v, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float out;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(v), "f"(high));
+  return out;
+#else
+  return v <= high || is_nan(v) ? v : high;
+#endif
+}
 
 // The factor that brings a norm down to its limit: 1 up to the limit, exactly; NaN for a NaN norm.
 MMEBM_HD float norm_factor(float squares, float limit) { return limit / at_least(sqrtf(squares), limit); }
@@ -66,17 +82,22 @@ MMEBM_HD void clip_value(Group<G>& g, float limit) {
   for (int j = 0; j < G; ++j) g.v[j] = at_most(at_least(g.v[j], -limit), limit);
 }
 
-template <int G>
-MMEBM_HD Group<G> bounded(Group<G> y, const Constants& c, uint32_t with) {
+template <int U, int G>
+MMEBM_HD void bounded(Group<G> (&y)[U], const Constants (&c)[U], uint32_t with) {
   if (with & 1u << LOW) {
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) y.v[j] = at_least(y.v[j], c.of[LOW]);
+    for (int u = 0; u < U; ++u) {
+      MMEBM_UNROLL
+      for (int j = 0; j < G; ++j) y[u].v[j] = at_least(y[u].v[j], c[u].of[LOW]);
+    }
   }
   if (with & 1u << HIGH) {
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) y.v[j] = at_most(y.v[j], c.of[HIGH]);
+    for (int u = 0; u < U; ++u) {
+      MMEBM_UNROLL
+      for (int j = 0; j < G; ++j) y[u].v[j] = at_most(y[u].v[j], c[u].of[HIGH]);
+    }
   }
-  return y;
 }
 
 // The bits of the elements that are beyond a limit in size: not NaN.
@@ -88,69 +109,72 @@ MMEBM_HD uint32_t beyond(const Group<G>& v, float limit) {
   return bits;
 }
 
-// x + d, before the bounds. `xi` are normals, not read without noise. `changed`: bits of the elements that a clip
-// changed.
-template <int G>
-MMEBM_HD Group<G> propose(const Group<G>& x, Group<G> g, const Group<G>& xi, float factor, const Constants& c,
-                          uint32_t with, uint32_t& changed) {
-  changed = 0;
+// x + d of U groups, before the bounds. `noise` is that times its scale, or zeros; `c` is each group's.
+// `changed`: bits of the elements that a clip changed.
+template <int U, int G>
+MMEBM_HD void propose(const Group<G> (&x)[U], Group<G> (&g)[U], const Group<G> (&noise)[U], float factor,
+                      const Constants (&c)[U], uint32_t with, Group<G> (&y)[U], uint32_t (&changed)[U]) {
+  MMEBM_UNROLL
+  for (int u = 0; u < U; ++u) changed[u] = 0;
   if (with & 1u << GRAD_CLIP) {
-    changed = beyond(g, c.of[GRAD_CLIP]);
-    clip_value(g, c.of[GRAD_CLIP]);
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      changed[u] = beyond(g[u], c[u].of[GRAD_CLIP]);
+      clip_value(g[u], c[u].of[GRAD_CLIP]);
+    }
   }
   if (with & 1u << GRAD_NORM_CLIP) {
-    if (factor < 1.0f) changed = (1u << G) - 1u;
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) g.v[j] = g.v[j] * factor;
+    for (int u = 0; u < U; ++u) {
+      if (factor < 1.0f) changed[u] = (1u << G) - 1u;
+      MMEBM_UNROLL
+      for (int j = 0; j < G; ++j) g[u].v[j] = g[u].v[j] * factor;
+    }
   }
   if (with & 1u << PRIOR_STD) {
-    // not times 1 / std^2, which overflows where the quotient does not
-    const float inverse = c.of[PRIOR_STD];
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) g.v[j] = g.v[j] + x.v[j] * inverse * inverse;
+    for (int u = 0; u < U; ++u) {
+      // not times 1 / std^2, which overflows where the quotient does not
+      const float inverse = c[u].of[PRIOR_STD];
+      MMEBM_UNROLL
+      for (int j = 0; j < G; ++j) g[u].v[j] = fmaf(x[u].v[j] * inverse, inverse, g[u].v[j]);
+    }
   }
-  Group<G> d;
   MMEBM_UNROLL
-  for (int j = 0; j < G; ++j) d.v[j] = 0.0f;
-  if (with & WITH_NOISE) {
+  for (int u = 0; u < U; ++u) {
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) d.v[j] = c.of[NOISE_SCALE] * xi.v[j];
+    for (int j = 0; j < G; ++j) y[u].v[j] = noise[u].v[j];
   }
   if (with & WITH_GRAD) {
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) d.v[j] = d.v[j] - c.of[STEP_SIZE] * g.v[j];
+    for (int u = 0; u < U; ++u) {
+      MMEBM_UNROLL
+      for (int j = 0; j < G; ++j) y[u].v[j] = fmaf(-c[u].of[STEP_SIZE], g[u].v[j], y[u].v[j]);
+    }
   }
   if (with & 1u << MAX_UPDATE) {
-    changed |= beyond(d, c.of[MAX_UPDATE]);
-    clip_value(d, c.of[MAX_UPDATE]);
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      changed[u] |= beyond(y[u], c[u].of[MAX_UPDATE]);
+      clip_value(y[u], c[u].of[MAX_UPDATE]);
+    }
   }
   MMEBM_UNROLL
-  for (int j = 0; j < G; ++j) d.v[j] = x.v[j] + d.v[j];
-  return d;
+  for (int u = 0; u < U; ++u) {
+    MMEBM_UNROLL
+    for (int j = 0; j < G; ++j) y[u].v[j] = x[u].v[j] + y[u].v[j];
+  }
 }
 
 // The bits of the elements that leave the bounds; NaN does.
 template <int G>
-MMEBM_HD uint32_t leaving(const Group<G>& y, const Constants& c, uint32_t with) {
-  const Group<G> inside = bounded(y, c, with);
+MMEBM_HD uint32_t leaving(const Group<G> (&y)[1], const Constants (&c)[1], uint32_t with) {
+  Group<G> inside[1] = {y[0]};
+  bounded(inside, c, with);
   uint32_t bits = 0;
   MMEBM_UNROLL
-  for (int j = 0; j < G; ++j) bits |= inside.v[j] == y.v[j] ? 0u : 1u << j;
+  for (int j = 0; j < G; ++j) bits |= inside[0].v[j] == y[0].v[j] ? 0u : 1u << j;
   return bits;
-}
-
-// -- noise of a group
-
-// `group` counts the groups of one chain, `chain` is global.
-MMEBM_HD Group<4> normals(uint32_t group, uint32_t chain, const NoiseAt& at, Group<4>) {
-  const Normals n = box_muller(philox4x32_10(group, chain, at.step, at.stream, at.seed));
-  return {{n.n0, n.n1, n.n2, n.n3}};
-}
-
-MMEBM_HD Group<8> normals(uint32_t group, uint32_t chain, const NoiseAt& at, Group<8>) {
-  const Normals a = box_muller(philox4x32_10(2 * group, chain, at.step, at.stream, at.seed));
-  const Normals b = box_muller(philox4x32_10(2 * group + 1, chain, at.step, at.stream, at.seed));
-  return {{a.n0, a.n1, a.n2, a.n3, b.n0, b.n1, b.n2, b.n3}};
 }
 
 // -- 16-bit numbers
@@ -187,10 +211,10 @@ MMEBM_HD uint32_t float_fp16(float v) {
 // fp32 to 16 bits, to the neighbour above where the fraction left over exceeds (half + 1/2) 2^-16: unbiased. "Above" is
 // towards +inf, so the magnitude of a negative number grows where its own fraction is large against the complement.
 MMEBM_HD uint32_t round_bf16(float y, uint32_t half) {
-  // The fraction is the low half of the bits, for subnormals too; that of infinity is 0.
+  // The fraction is the low half of the bits, for subnormals too; that of infinity is 0. It exceeds the threshold where
+  // adding the threshold's complement carries.
   const uint32_t bits = float_bits(y);
-  const uint32_t threshold = bits >> 31 ? 0xffffu - half : half;
-  return is_nan(y) ? 0x7fc0u : (bits >> 16) + ((bits & 0xffffu) > threshold ? 1u : 0u);
+  return is_nan(y) ? 0x7fc0u : (bits + (bits >> 31 ? half : 0xffffu - half)) >> 16;
 }
 
 MMEBM_HD uint32_t round_fp16(float y, uint32_t half) {
@@ -217,6 +241,40 @@ MMEBM_HD float stored_float(uint32_t bits) {
 template <Storage S>
 MMEBM_HD uint32_t stochastic_round(float y, uint32_t half) {
   return S == Storage::bf16 ? round_bf16(y, half) : round_fp16(y, half);
+}
+
+// N numbers to 16 bits, two in a word, with the thresholds of `halves`.
+template <Storage S, int N>
+MMEBM_HD void round_all(const float (&y)[N], const uint32_t (&halves)[N / 2], uint32_t (&out)[N / 2]) {
+#if defined(__CUDA_ARCH__)
+  if (S == Storage::bf16) {
+    static_assert(N == 8, "one chain of comparisons");
+    MMEBM_UNROLL
+    for (int i = 0; i < N / 2; ++i) {
+      // round_bf16: (w ^ ~sign) & 0xffff is what is added
+      const uint32_t low = float_bits(y[2 * i]), high = float_bits(y[2 * i + 1]);
+      uint32_t add_low, add_high;
+      asm("lop3.b32 %0, %1, %2, 0xffff, 0x82;"
+          : "=r"(add_low)
+          : "r"(halves[i]), "r"(static_cast<uint32_t>(static_cast<int32_t>(low) >> 31)));
+      asm("lop3.b32 %0, %1, %2, 0xffff, 0x82;"
+          : "=r"(add_high)
+          : "r"(halves[i] >> 16), "r"(static_cast<uint32_t>(static_cast<int32_t>(high) >> 31)));
+      out[i] = __byte_perm(low + add_low, high + add_high, 0x7632);
+    }
+    uint32_t nan;
+    asm("{ .reg .pred p; setp.nan.f32 p, %1, %2; setp.nan.or.f32 p, %3, %4, p; setp.nan.or.f32 p, %5, %6, p; "
+        "setp.nan.or.f32 p, %7, %8, p; selp.u32 %0, 1, 0, p; }"
+        : "=r"(nan)
+        : "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]), "f"(y[4]), "f"(y[5]), "f"(y[6]), "f"(y[7]));
+    if (nan == 0) return;
+  }
+#endif
+  MMEBM_UNROLL
+  for (int i = 0; i < N / 2; ++i) {
+    out[i] = stochastic_round<S>(y[2 * i], halves[i] & 0xffffu) |
+             stochastic_round<S>(y[2 * i + 1], halves[i] >> 16) << 16;
+  }
 }
 
 }  // namespace mmebm
