@@ -574,30 +574,62 @@ class Planner {
 
   // -- maps
 
-  struct Row {
-    int64_t out;
+  // Element e of `out` from (node, element, weight) each; forward, and back to every node that is read.
+  struct Link {
+    int64_t out, in;
+    size_t read;
+    float weight;
+  };
+
+  // Sums by row: rows[e] is the sum of terms[start[e]] to terms[start[e + 1] - 1].
+  struct Sums {
+    std::vector<int64_t> rows, start;
     std::vector<NetTerm> terms;
   };
 
+  // `place` gives the sum (or -1 for none) and the term of a link.
+  template <class Place>
+  static Sums sums_of(std::vector<int64_t> rows, const std::vector<Link>& links, const Place& place) {
+    Sums sums;
+    sums.rows = std::move(rows);
+    sums.start.assign(sums.rows.size() + 1, 0);
+    NetTerm term;
+    for (const Link& l : links) {
+      const int64_t e = place(l, term);
+      if (e >= 0) ++sums.start[static_cast<size_t>(e) + 1];
+    }
+    for (size_t e = 0; e < sums.rows.size(); ++e) sums.start[e + 1] += sums.start[e];
+    std::vector<int64_t> next = sums.start;
+    sums.terms.resize(static_cast<size_t>(sums.start.back()));
+    for (const Link& l : links) {
+      const int64_t e = place(l, term);
+      if (e >= 0) sums.terms[static_cast<size_t>(next[static_cast<size_t>(e)]++)] = term;
+    }
+    return sums;
+  }
+
   // Rows that move along with each other become one run.
-  NetRuns runs_of(std::vector<Row> rows) {
-    std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.out < b.out; });
+  NetRuns runs_of(const Sums& sums) {
+    std::vector<size_t> order(sums.rows.size());
+    for (size_t e = 0; e < order.size(); ++e) order[e] = e;
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return sums.rows[a] < sums.rows[b]; });
     std::vector<NetRun> runs;
     std::vector<NetTerm> terms;
-    for (const Row& row : rows) {
-      bool along = !runs.empty() && runs.back().out + runs.back().count == row.out &&
-                   static_cast<size_t>(runs.back().terms) == row.terms.size();
-      for (size_t k = 0; along && k < row.terms.size(); ++k) {
-        const NetTerm& first = terms[static_cast<size_t>(runs.back().first) + k];
-        along = first.in + runs.back().count == row.terms[k].in && first.weight == row.terms[k].weight;
+    for (const size_t e : order) {
+      const NetTerm* own_terms = sums.terms.data() + sums.start[e];
+      const int64_t count = sums.start[e + 1] - sums.start[e];
+      bool along = !runs.empty() && runs.back().out + runs.back().count == sums.rows[e] && runs.back().terms == count;
+      for (int64_t k = 0; along && k < count; ++k) {
+        const NetTerm& first = terms[static_cast<size_t>(runs.back().first + k)];
+        along = first.in + runs.back().count == own_terms[k].in && first.weight == own_terms[k].weight;
       }
       if (along) {
         ++runs.back().count;
         continue;
       }
-      runs.push_back({static_cast<int32_t>(row.out), 1, static_cast<int32_t>(row.terms.size()),
+      runs.push_back({static_cast<int32_t>(sums.rows[e]), 1, static_cast<int32_t>(count),
                       static_cast<int64_t>(terms.size())});
-      terms.insert(terms.end(), row.terms.begin(), row.terms.end());
+      terms.insert(terms.end(), own_terms, own_terms + count);
     }
     NetRuns out;
     out.count = static_cast<int64_t>(runs.size());
@@ -606,34 +638,24 @@ class Planner {
     return out;
   }
 
-  // Element e of `out` from (node, element, weight) each; forward, and back to every node that is read.
-  struct Link {
-    int64_t out, in;
-    size_t read;
-    float weight;
-  };
-
   void connect_map(Work& w, const NetValue& out, const std::vector<Link>& links, const std::vector<NetValue>& ins) {
-    std::vector<Row> forward(static_cast<size_t>(out.elements()));
-    for (int64_t e = 0; e < out.elements(); ++e) forward[static_cast<size_t>(e)].out = out.value + row_of(out, e);
-    for (const Link& l : links) {
+    const auto rows_of = [](const NetValue& v, int64_t begin) {
+      std::vector<int64_t> rows(static_cast<size_t>(v.elements()));
+      for (int64_t e = 0; e < v.elements(); ++e) rows[static_cast<size_t>(e)] = begin + row_of(v, e);
+      return rows;
+    };
+    w.node.runs = runs_of(sums_of(rows_of(out, out.value), links, [&](const Link& l, NetTerm& term) {
       const NetValue& in = ins[l.read];
-      forward[static_cast<size_t>(l.out)].terms.push_back(
-          {static_cast<int32_t>(in.value + row_of(in, l.in)), l.weight});
-    }
-    w.node.runs = runs_of(std::move(forward));
+      term = {static_cast<int32_t>(in.value + row_of(in, l.in)), l.weight};
+      return l.out;
+    }));
     for (size_t k = 0; k < w.reads.size(); ++k) {
       if (!w.reads[k].needed) continue;
       const NetValue& in = ins[k];
-      std::vector<Row> back(static_cast<size_t>(in.elements()));
-      for (int64_t e = 0; e < in.elements(); ++e) back[static_cast<size_t>(e)].out = in.grad + row_of(in, e);
-      for (const Link& l : links) {
-        if (l.read == k) {
-          back[static_cast<size_t>(l.in)].terms.push_back(
-              {static_cast<int32_t>(out.grad + row_of(out, l.out)), l.weight});
-        }
-      }
-      w.reads[k].back = runs_of(std::move(back));
+      w.reads[k].back = runs_of(sums_of(rows_of(in, in.grad), links, [&](const Link& l, NetTerm& term) {
+        term = {static_cast<int32_t>(out.grad + row_of(out, l.out)), l.weight};
+        return l.read == k ? l.in : int64_t{-1};
+      }));
     }
   }
 

@@ -12,6 +12,7 @@ or script they came from. To add one: a function in ``_RULES`` that adds nodes.
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from mmebm.energies.lower import CannotLower, effects, inert, symbol
 from mmebm.energies.lower.symbol import Attempt
@@ -68,12 +68,7 @@ class _Recorder:
 
     def add(self, node: graph.Node) -> int:
         self.nodes.append(node)
-        # the last shape from the others, without walking the whole list again
-        before = graph.reads(node)
-        moved = tuple(self.shapes[r] for r in before)
-        local = _renumbered(node, {r: i for i, r in enumerate(dict.fromkeys(before))})
-        stubs = tuple(graph.Input(0, shape) for shape in dict(zip(before, moved, strict=True)).values())
-        self.shapes.append(graph.shapes_of(Net((*stubs, local)))[-1])
+        self.shapes.append(graph.shape_of(node, self.shapes))
         return len(self.nodes) - 1
 
     def value(self, t: Any) -> _Value | None:
@@ -811,6 +806,24 @@ class _Rewrite(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@functools.lru_cache(maxsize=2048)
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """(position, name) of the arguments that ``func`` writes to."""
+    return tuple(
+        (i, argument.name) for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )  # fmt: skip
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in arguments or results of an operation: lists at most."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for part in value for t in _tensors(part)]
+    return [t for part in value.values() for t in _tensors(part)] if isinstance(value, dict) else []
+
+
 class _Watch(TorchDispatchMode):
     """Runs every operation, and writes down those that read the state."""
 
@@ -820,9 +833,8 @@ class _Watch(TorchDispatchMode):
         self.own: dict[int, Tensor] = {}  # storages made during the call, kept
 
     def _own(self, result: Any) -> None:
-        for t in tree_flatten(result)[0]:
-            if isinstance(t, Tensor):
-                self.own.setdefault(t.untyped_storage()._cdata, t)
+        for t in _tensors(result):
+            self.own.setdefault(t.untyped_storage()._cdata, t)
 
     def _examine(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors that ``func`` changes. Refuses what must not happen in a call that nobody asked for."""
@@ -831,10 +843,8 @@ class _Watch(TorchDispatchMode):
         if name in _TRAINING and args[_TRAINING[name]]:
             _refuse("its batch norm is in train mode")
         changed = []
-        for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[i] if i < len(args) else kwargs.get(argument.name)
-                changed += [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+        for i, label in _written(func):
+            changed += _tensors(args[i] if i < len(args) else kwargs.get(label))
         for t in changed:
             if t.untyped_storage()._cdata not in self.own:
                 _refuse(f"it changes a tensor in place ({name})")
@@ -851,7 +861,7 @@ class _Watch(TorchDispatchMode):
 
     def _run(self, func: Any, args: Sequence[Any], given: dict[str, Any]) -> Any:
         r, name = self.recorder, func._schema.name.rpartition("::")[2]
-        flat = [t for t in tree_flatten((tuple(args), given))[0] if isinstance(t, Tensor)]
+        flat = _tensors((args, given))
         values = [r.value(t) for t in flat]
         watched = any(value is not None for value in values) and name not in _SHAPES
         changed = self._examine(func, name, args, given)

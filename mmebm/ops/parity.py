@@ -340,10 +340,10 @@ def _net(numbers: _Numbers) -> Any:
     return g.Net((
         g.Input(0, (2, 5, 4)), g.Conv(0, normal(4, 2, 3, 3) / 3, normal(4), stride=(2, 2), padding=(1, 1)),
         g.Norm(1, 2, 1e-5), g.Activation(2, "silu"), g.Conv(3, normal(4, 3, 4, 4) / 3, stride=(2, 2), transposed=True),
-        g.Map((4,), (3, 7, 6), crop), g.Activation(5, "tanh"), g.Linear(6, normal(6, 126) / 8, normal(6)),
-        g.Affine(7, normal(1, 6)), g.Add((8,), (1.0,), normal(_CHAINS, 6)), g.Product(9, 7), g.View(10, (2, 3)),
-        g.LogSumExp(11, (2,), torch.arange(6, device=_CPU).reshape(2, 3)), g.Linear(10, normal(6, 6) / 2),
-        g.Linear(7, normal(6, 6) / 2), g.Add((13, 14), (1.0, 1.0)), g.Activation(15, "square"),
+        g.Map((4,), (3, 7, 6), crop), g.Activation(5, "tanh"), g.Linear(6, normal(6, 126) / 16, normal(6) / 2),
+        g.Affine(7, normal(1, 6)), g.Add((8,), (1.0,), normal(_CHAINS, 6) / 2), g.Product(9, 7), g.View(10, (2, 3)),
+        g.LogSumExp(11, (2,), torch.arange(6, device=_CPU).reshape(2, 3)), g.Linear(10, normal(6, 6) / 4),
+        g.Linear(7, normal(6, 6) / 4), g.Add((13, 14), (1.0, 1.0)), g.Activation(15, "square"),
         g.Map((12, 16), (1,), torch.arange(8, device=_CPU).reshape(1, 8), normal(1, 8)),
     ))  # fmt: skip
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 __all__ = [
     "KINDS", "Activation", "Add", "Affine", "Conv", "Function", "Input", "Linear", "LogSumExp", "Map", "Net", "Node",
-    "Norm", "Product", "View", "check_net", "pack", "reads", "shapes_of", "tensors_of", "unpack",
+    "Norm", "Product", "View", "check_net", "pack", "reads", "shape_of", "shapes_of", "tensors_of", "unpack",
 ]  # fmt: skip
 
 Function = Literal[
@@ -193,18 +193,20 @@ def _conv_shape(node: Conv, shape: Shape) -> Shape:
     return channels, *sides
 
 
+def shape_of(node: Node, shapes: Sequence[Shape]) -> Shape:
+    """The shape per chain of ``node``; ``shapes``: those of the nodes before it."""
+    if isinstance(node, (Input, View, Map, LogSumExp)):
+        return tuple(node.shape)
+    if isinstance(node, Conv):
+        return _conv_shape(node, shapes[node.x])
+    return (node.weight.shape[0],) if isinstance(node, Linear) else shapes[reads(node)[0]]
+
+
 def shapes_of(net: Net) -> list[Shape]:
     """The shape per chain of each node."""
     shapes: list[Shape] = []
     for node in net.nodes:
-        if isinstance(node, (Input, View, Map, LogSumExp)):
-            shapes.append(tuple(node.shape))
-        elif isinstance(node, Conv):
-            shapes.append(_conv_shape(node, shapes[node.x]))
-        elif isinstance(node, Linear):
-            shapes.append((node.weight.shape[0],))
-        else:
-            shapes.append(shapes[reads(node)[0]])
+        shapes.append(shape_of(node, shapes))
     return shapes
 
 
@@ -244,7 +246,7 @@ def _check(net: Net, i: int, shapes: list[Shape], chains: int, inputs: int) -> S
         raise ValueError(f"must read one shape, got {[shapes[r] for r in before]}")
     if isinstance(node, Add) and len(node.coefficients) != len(node.xs):
         raise ValueError(f"has {len(node.xs)} inputs and {len(node.coefficients)} coefficients")
-    shape = shapes_of(Net(net.nodes[: i + 1]))[-1]
+    shape = shape_of(node, shapes)
     if isinstance(node, (Conv, Linear)) and node.bias is not None and node.bias.shape != shape[:1]:
         raise ValueError(f"must have bias ({shape[0]},), got {tuple(node.bias.shape)}")
     if isinstance(node, (Add, Affine)):
