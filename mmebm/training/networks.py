@@ -180,8 +180,8 @@ def chain_reports(system: System) -> dict[str, str]:
     out = {}
     for name, run in chains.items():
         info = run().info
-        how = {"langevin_mlp": "one fused call", "langevin_graph": "a captured graph"}.get(
-            info["op"], "a fused update after each gradient"
+        how = {"langevin_step": "a fused update after each gradient", "langevin_graph": "a captured graph"}.get(
+            info["op"], "one fused call"
         )
         out[name] = f"{how} ({info['op']}, {info['backend']}): {info['reason']}"
     return out

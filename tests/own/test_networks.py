@@ -51,6 +51,13 @@ class ConvEnergy(nn.Module):
         return (h * torch.tanh(self.rest(torch.cat([x["sound"], x["word"]], 1)))).sum(1)
 
 
+class SortEnergy(ConvEnergy):
+    """With an operation that no fused chain has."""
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return super().forward(x) + x["photo"].flatten(1).sort(dim=1).values[:, 0]
+
+
 class Encoder(nn.Module):
     def __init__(self, out: int) -> None:
         super().__init__()
@@ -251,10 +258,10 @@ def test_training_says_which_chains_are_fused(
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.partition(":")[0] for line in lines] == ["data chain", "latent chain", "chain of the latent prior"]
     assert all("one fused call (langevin_mlp, cpp)" in line for line in lines)
-    model = ModelConfig(latent=3, energy=f"{package}:ConvEnergy")
+    model = ModelConfig(latent=3, energy=f"{package}:SortEnergy")
     prepare(tmp_path / "other", CPU, config.replace(model=model), threads=1)
     first, second, _ = capsys.readouterr().out.splitlines()[1:]
-    assert "a fused update after each gradient (langevin_step" in first and "Conv" in first
+    assert "a fused update after each gradient (langevin_step" in first and "sort" in first
     assert "one fused call" in second
 
 
