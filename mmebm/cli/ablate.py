@@ -63,7 +63,7 @@ def _one(folder: Path, name: str, seed: int, judges: Path, arguments: argparse.N
         if not (folder / CHECKPOINT).is_file():
             config = configure(
                 f"{arguments.preset}/{name}", data=arguments.data, data_path=arguments.data_path, seed=seed,
-                threads=arguments.threads, changes=arguments.set,
+                threads=arguments.threads, imports=arguments.imports, changes=arguments.set,
             )  # fmt: skip
             config = scaled(config, arguments.scale)
         with FolderLock(folder):

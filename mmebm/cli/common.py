@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 
 import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of ``--device``.
+    """The device of ``--device``: "auto", "cpu", "cuda", or one of several, "cuda:1".
 
     Raises:
-        ValueError: for "cuda" where torch sees no GPU.
+        ValueError: for a device that torch does not have here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"--device {name}: torch sees no GPU here; use --device cpu or auto")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"--device {name}: torch sees {count} GPUs here, cuda:0 to cuda:{count - 1}")
+    elif device.type != "cpu":
+        raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, MiB: tensors on a GPU; on the CPU the whole process and what came before."""
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory held so far, MiB: tensors on a GPU; on the CPU the whole process and what came before, None where
+    the system does not count it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts it in KiB
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmebm.cli.common import pick_device
@@ -14,6 +15,7 @@ from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
 from mmebm.files import check_writable, write_atomically
+from mmebm.plugins import find
 from mmebm.training.run import Run
 
 TITLES = {"vae": "VAE only", "frozen": "frozen: Langevin on top of the VAE", "x0": "x0: generator",
@@ -24,11 +26,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     if arguments.n < 100:
         raise ValueError(f"--n must be at least 100 for a Frechet distance, got {arguments.n}")
-    run = Run(arguments.run, pick_device(arguments.device), prior_steps=arguments.prior_steps)
+    run = Run(
+        arguments.run, pick_device(arguments.device), prior_steps=arguments.prior_steps, data_path=arguments.data_path
+    )
     n = min(arguments.n, len(run.dataset("test")))
     more: dict[str, Any] = {"features": [_network(name, run) for name in arguments.features]}
     trained = {"vae": run.vae if "vae" in run.points else None, "x0": run.system if run.joint_trained else None}
     systems = {name: system for name, system in trained.items() if system is not None}
+    judges = {name: find("judges", name) for name in arguments.judge}
     for name in ("pairs", "latent", "likelihood"):
         if getattr(arguments, name):
             if not run.infers and name != "likelihood":
@@ -40,7 +45,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             name: data_chain(system, n, seed=arguments.seed, start=run.start(n, seed=arguments.seed, system=system))
             for name, system in chains.items() if system is not None and name in run.points
         }  # fmt: skip
-    report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, **more)
+    arguments.result = report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, own=judges, **more)
     return 0
 
 
@@ -67,9 +72,13 @@ def _classifiers(run: Run) -> Classifiers | None:
     return judges
 
 
-def report(run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, **more: Any) -> dict[str, Any]:
-    """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``more`` are
-    options of :func:`mmebm.evaluation.evaluate.evaluate`."""
+def report(
+    run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0,
+    own: Mapping[str, Callable[..., Mapping[str, float]]] | None = None, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``own`` are
+    functions of the samples of a point and of real tuples, ``{modality: natural values}`` both, that return numbers by
+    name; ``more`` are options of :func:`mmebm.evaluation.evaluate.evaluate`."""
     check_writable(run.folder / "metrics.json")
     judges = _classifiers(run)
     test = run.dataset("test")
@@ -81,6 +90,14 @@ def report(run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, 
         seconds[point] = time.perf_counter() - started
     started = time.perf_counter()
     result = measure(points, run.completions(steps), test, run.dataset("train"), judges, seed=seed, **more)
+    if own:
+        names = {m.name: m for m in test.modalities}
+        real = {name: names[name].natural(x) for name, x in run.real(n, split="test", seed=seed).items()}
+        natural = {p: {name: names[name].natural(x) for name, x in of.items()} for p, of in points.items()}
+        result["judges"] = {
+            name: {point: {key: float(value) for key, value in judge(x, real).items()} for point, x in natural.items()}
+            for name, judge in own.items()
+        }  # fmt: skip
     seconds["evaluation"] = time.perf_counter() - started
     if run.seconds_training is not None:
         seconds["training"] = run.seconds_training
@@ -89,6 +106,9 @@ def report(run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0, 
     text = json.dumps(result, indent=2)
     write_atomically(run.folder / "metrics.json", lambda file: file.write(text.encode()))
     print(table(result))
+    for name, by_point in result.get("judges", {}).items():
+        for point, values in by_point.items():
+            print(f"{name}, {point}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}")
 
     names = {m.name: m for m in test.modalities}
     columns = 12

@@ -3,50 +3,91 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import io
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from mmebm.plugins import import_modules
+
+STATUSES = """exit status:
+  0    done
+  1    an error that you can mend: one line on standard error says what to do, --traceback where it arose
+  2    arguments that the command does not take
+  130  stopped by Ctrl-C, 143 by SIGTERM; training has saved and --resume goes on
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser of all commands."""
     top = argparse.ArgumentParser(
-        prog="mmebm", description="Multimodal energy-based models with fused Langevin samplers."
-    )
+        prog="mmebm", description="Multimodal energy-based models with fused Langevin samplers.", epilog=STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def device(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda if any")
+    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=description, parents=[_output()])
 
-    train = commands.add_parser("train", help="train a model and evaluate it", description="Train, draw, evaluate.")
-    train.add_argument("--preset", default=None, help="demo (default), paper, polymnist-14, polymnist-5k; /VARIANT")
+    def device(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--device", default="auto", help="auto (default: cuda if any), cpu, cuda, cuda:1, ...")
+
+    def of_run(p: argparse.ArgumentParser) -> None:
+        p.add_argument("run", help="the run's folder")
+        p.add_argument("--data-path", help="folder of the data set, where it is no longer where it was")
+        _imports(p)
+
+    init = command("init", "look at data of your own, and write what train needs",
+                   "Reads photographs, tables, texts and arrays, says how, and writes meta.json and a configuration.",
+                   )  # fmt: skip
+    init.add_argument("source", help="a folder: arrays by split (docs/data.md), or for each modality a "
+                                     "subfolder of images, a .csv, .txt or .npy")  # fmt: skip
+    init.add_argument("--out", help="where to write the arrays made of files (default: NAME-arrays, here)")
+    init.add_argument("--size", type=int, help="side of square images (default: their own up to 64, else 32)")
+    init.add_argument("--test", type=float, default=0.1, help="share of the tuples to test on (default: 0.1)")
+    init.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
+    init.add_argument("--force", action="store_true", help="write over what is there")
+
+    train = command("train", "train a model and evaluate it", "Train, draw, evaluate.")
+    train.add_argument("--preset", default=None, help="demo (default), base, paper, polymnist-14, ...; or /VARIANT")
+    train.add_argument("--config", metavar="FILE", help="settings that differ from a preset's, .toml or .json; its "
+                                                        "field preset says which (default there: base)")  # fmt: skip
     train.add_argument("--name", help="folder below --runs; default: the preset's name, numbered if taken")
     train.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    train.add_argument(
+        "--extend", type=int, metavar="N", help="with --resume: N iterations more, as the last stage ends"
+    )
+    train.add_argument("--init-from", metavar="RUN", help="begin with the networks of this run")
     train.add_argument("--seed", type=int, default=None, help="of weights, batches and noise (default: the preset's)")
-    train.add_argument("--data-path", help="folder of a data set on disk, e.g. PolyMNIST with --data polymnist")
-    train.add_argument("--data", help="data set instead of the preset's: digits, polymnist-5k, polymnist")
+    train.add_argument(
+        "--data", help="data set instead of the preset's: digits, polymnist-5k, folder, ... (docs/data.md)"
+    )
+    train.add_argument("--data-path", help="folder of a data set on disk, e.g. with --data folder")
     train.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change one field of the configuration, e.g. --set data_chain.steps=60",
-    )
+        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        help="change one field of the configuration, e.g. --set data_chain.steps=60; --print-config shows them all",
+    )  # fmt: skip
+    train.add_argument("--logger", action="append", default=[], metavar="NAME", help="also send the log there: an "
+                       "entry point of mmebm.loggers, or package.module:name")  # fmt: skip
+    train.add_argument("--dry-run", action="store_true", help="try two iterations of each stage, say what it "
+                                                              "would take, and write nothing")  # fmt: skip
+    train.add_argument("--print-config", action="store_true", help="print the whole configuration as JSON, and stop")
+    _imports(train)
     device(train)
 
-    ablate = commands.add_parser(
-        "ablate", help="train variants of a preset with several seeds, into one table",
-        description="Train variants of a preset with several seeds and write one table.",
-    )  # fmt: skip
+    ablate = command("ablate", "train variants of a preset with several seeds, into one table",
+                     "Train variants of a preset with several seeds and write one table.")  # fmt: skip
     ablate.add_argument("--preset", default="demo", help="what the variants change (default: demo)")
     ablate.add_argument(
-        "--variants",
-        nargs="+",
-        default=["components"],
-        metavar="NAME",
+        "--variants", nargs="+", default=["components"], metavar="NAME",
         help="variants or grids of them: components (default), levers, starts, baselines, study",
-    )
+    )  # fmt: skip
     ablate.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     ablate.add_argument("--out", default="runs/ablation", help="folder of the runs and the table")
     ablate.add_argument("--scale", type=float, default=1.0, help="times the iterations of every stage (default: 1)")
@@ -55,12 +96,14 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("--data-path", help="its folder")
     ablate.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     ablate.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train")
+    _imports(ablate)
     device(ablate)
 
-    sample = commands.add_parser("sample", help="draw samples from a run", description="Draw into an .npz file.")
-    sample.add_argument("run", help="the run's folder")
+    sample = command("sample", "draw samples from a run", "Draw into an .npz file, or a picture.")
+    of_run(sample)
     sample.add_argument("--n", type=int, default=1000, help="number of tuples (default: 1000)")
-    sample.add_argument("--out", default="samples.npz", help="the .npz file to write (default: samples.npz)")
+    sample.add_argument("--out", default="samples.npz", help="the .npz file to write (default: samples.npz), or "
+                                                             "a .png of the first samples")  # fmt: skip
     sample.add_argument(
         "--point", default="xk", choices=("vae", "frozen", "x0", "xk"),
         help="VAE after the warm-up; an energy's chain on top of it, where one was trained; generator; its revision by "
@@ -69,26 +112,24 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--start", help="where the data chain starts, e.g. generator, noise, independent (default: as "
                                         "trained)")  # fmt: skip
     sample.add_argument(
-        "--mode",
-        default="data",
-        choices=("decode", "latent", "data"),
+        "--mode", default="data", choices=("decode", "latent", "data"),
         help="with --given: decode the inferred z; revise it first; revise the missing modalities too (default)",
-    )
+    )  # fmt: skip
     sample.add_argument("--given", nargs="+", metavar="MODALITY", help="condition on these modalities of real tuples")
+    sample.add_argument("--given-file", metavar="FILE", help="condition on arrays of your own: an .npz file, one array "
+                                                             "per modality")  # fmt: skip
     sample.add_argument("--split", default="test", choices=("train", "test"), help="where --given takes them from")
     sample.add_argument(
-        "--steps",
-        type=_steps,
-        default=None,
+        "--steps", type=_steps, default=None,
         help="steps of the data chain (default: as configured for samples); auto: until the mean energy is that of "
         "real tuples",
-    )
+    )  # fmt: skip
     _prior_steps(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     device(sample)
 
-    evaluate = commands.add_parser("evaluate", help="the numbers of a run", description="Print and write metrics.json.")
-    evaluate.add_argument("run", help="the run's folder")
+    evaluate = command("evaluate", "the numbers of a run", "Print and write metrics.json.")
+    of_run(evaluate)
     evaluate.add_argument("--n", type=int, default=2000, help="samples per point (default: 2000)")
     evaluate.add_argument(
         "--steps", type=int, default=None, help="steps of the data chain (default: as configured for samples)"
@@ -99,21 +140,18 @@ def parser() -> argparse.ArgumentParser:
 
     more = evaluate.add_argument_group("more, each for its time")
     more.add_argument(
-        "--features",
-        nargs="+",
-        default=[],
-        metavar="NETWORK",
+        "--features", nargs="+", default=[], metavar="NETWORK",
         help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your weights",
-    )
+    )  # fmt: skip
+    more.add_argument("--judge", action="append", default=[], metavar="NAME", help="measure by a function of your own: "
+                      "an entry point of mmebm.judges, or package.module:name")  # fmt: skip
     more.add_argument("--pairs", action="store_true", help="every modality from every single one, also itself")
     more.add_argument("--sweep", action="store_true", help="against the steps of the data chain: 0 to 100")
     more.add_argument("--latent", action="store_true", help="classes read off z, before and after the latent chain")
     more.add_argument("--likelihood", action="store_true", help="log p(X) of the generator, by annealing")
 
-    report = commands.add_parser(
-        "report", help="a run on one HTML page", description="Write report.html: numbers, pictures, configuration."
-    )
-    report.add_argument("run", help="the run's folder")
+    report = command("report", "a run on one HTML page", "Write report.html: numbers, pictures, configuration.")
+    of_run(report)
     report.add_argument("--out", default=None, help="the file to write (default: report.html in the run's folder)")
     report.add_argument("--mixing", action="store_true", help="examine the mixing of both chains (minutes; kept)")
     report.add_argument("--chains", type=int, default=64, help="with --mixing: chains per start (default: 64)")
@@ -121,13 +159,37 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--seed", type=int, default=0, help="of the samples shown (default: 0)")
     device(report)
 
-    backends = commands.add_parser(
-        "backends", help="what can run here, and why not", description="Versions and backends."
-    )
+    backends = command("backends", "what can run here, and why not", "Versions and backends.")
     backends.add_argument(
         "--check", action="store_true", help="compare every implementation of every op with the reference, a line each"
     )
     return top
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        from mmebm import __version__
+
+        print(f"mmebm {__version__}")
+        parser.exit()
+
+
+def _output() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    group = common.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="say nothing but what went wrong")
+    group.add_argument("--json", action="store_true", help="the result as one line of JSON on standard output")
+    group.add_argument("--traceback", action="store_true", help="for an error, all of Python's traceback")
+    return common
+
+
+def _imports(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="import this module first, from here or as installed: it may register data sets and presets",
+    )  # fmt: skip
 
 
 def _prior_steps(parser: argparse.ArgumentParser) -> None:
@@ -142,36 +204,25 @@ def _steps(text: str) -> int | str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for an error the user can mend, 130 after Ctrl-C."""
+    """Runs one command; returns the exit status, as ``mmebm --help`` lists them."""
     arguments = parser().parse_args(argv)
+    arguments.result = {}  # what the command has to say, for --json
     try:
-        if arguments.command == "train":
-            from mmebm.cli.train import train
-
-            return train(arguments)
-        if arguments.command == "ablate":
-            from mmebm.cli.ablate import ablate
-
-            return ablate(arguments)
-        if arguments.command == "sample":
-            from mmebm.cli.sample import sample
-
-            return sample(arguments)
-        if arguments.command == "evaluate":
-            from mmebm.cli.evaluate import evaluate
-
-            return evaluate(arguments)
-        if arguments.command == "report":
-            from mmebm.cli.report import report
-
-            return report(arguments)
-        from mmebm.backends import check, describe
-
-        print("\n".join(describe()))
-        return check() if arguments.check else 0
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        spoken: Any = io.StringIO() if arguments.quiet else sys.stderr if arguments.json else sys.stdout
+        with contextlib.redirect_stdout(spoken):
+            import_modules(getattr(arguments, "imports", []))
+            work = importlib.import_module(f"mmebm.cli.{arguments.command}")
+            status = getattr(work, arguments.command)(arguments)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if arguments.traceback:
+            raise
+        if arguments.json:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         print(f"mmebm {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"mmebm {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    if arguments.json:
+        print(json.dumps(arguments.result))
+    return status

@@ -21,13 +21,15 @@ def report(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run)
     if arguments.out is not None or folder.is_dir():
         check_writable(arguments.out or folder / "report.html")
-    run = Run(folder, pick_device(arguments.device)) if (folder / CHECKPOINT).is_file() else None
+    device, path = pick_device(arguments.device), arguments.data_path
+    run = Run(folder, device, data_path=path) if (folder / CHECKPOINT).is_file() else None
     mixing = None
     if arguments.mixing:
         # with the error of a missing checkpoint, where there is none
-        run = run or Run(folder, pick_device(arguments.device))
+        run = run or Run(folder, device, data_path=path)
         mixing = examined(run, chains=arguments.chains, long=arguments.long, seed=arguments.seed)
     path = write_report(folder, run, mixing=mixing, seed=arguments.seed, out=arguments.out)
+    arguments.result = {"out": str(path)}
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     return 0
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,42 @@ from mmebm.cli.common import peak_memory, pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
 from mmebm.files import FolderLock, check_writable, new_folder, unwritable, write_atomically
+from mmebm.plugins import Logger, find, import_modules
 from mmebm.training import PRESETS, Config, Trainer, checkpoint, parallel, preset
-from mmebm.training.config import override
-from mmebm.training.run import CHECKPOINT, LOG, Run, keep_codec, load_data, read_log
+from mmebm.training.config import extended, merged, override
+from mmebm.training.networks import chain_reports
+from mmebm.training.reading import keep_codecs
+from mmebm.training.run import CHECKPOINT, LOG, Run, load_data, read_log
+from mmebm.training.settings import read_file
+from mmebm.training.variants import without_data
 
 SAVE_EVERY_SECONDS = 30.0
 
 
 def configure(
-    name: str, *, data: str | None = None, data_path: str | None = None, seed: int | None = None,
-    threads: int | None = None, changes: Sequence[str] = (),
+    name: str | None = None, *, file: str | None = None, data: str | None = None, data_path: str | None = None,
+    seed: int | None = None, threads: int | None = None, imports: Sequence[str] = (), changes: Sequence[str] = (),
 ) -> Config:  # fmt: skip
-    """The preset ``name`` with what the command line changes; ``changes`` are FIELD=VALUE."""
+    """The configuration of a preset with what a file and the command line change; ``changes`` are FIELD=VALUE.
+
+    The preset is ``name``, or the one that the file names, or "base" for a file that names none, or "demo". For another
+    data set than the preset's own, the preset's options and weights of modalities are left out.
+
+    Raises:
+        ValueError: for a preset, a field or a value that there is not, or two presets.
+    """
+    settings = read_file(Path(file)) if file is not None else {}
+    own, more = settings.get("preset"), settings.get("imports")
+    import_modules(more if isinstance(more, list) else ())
+    if name is not None and own is not None and name != own:
+        raise ValueError(f"--preset {name}, but {file} says preset {own!r}: leave one out")
+    config = preset(name or (own if isinstance(own, str) else None) or ("demo" if file is None else "base"))
+    wanted = settings.get("data")
+    in_file = wanted.get("name") if isinstance(wanted, dict) else None
+    other = data if data is not None else in_file
+    if other is not None and other != config.data.name:
+        config = without_data(config)
+    config = merged(config, settings) if settings else config
     fields = {"data.name": data, "data.path": data_path, "seed": seed, "threads": threads}
     texts = {field: json.dumps(value) for field, value in fields.items() if value is not None}
     for item in changes:
@@ -38,7 +64,8 @@ def configure(
         if not equals:
             raise ValueError(f"--set takes FIELD=VALUE, got {item!r}")
         texts[field] = value
-    return override(preset(name), texts)
+    config = override(config, texts)
+    return config.replace(imports=tuple(dict.fromkeys((*config.imports, *imports))))
 
 
 @contextlib.contextmanager
@@ -51,7 +78,16 @@ def _folder(runs: Path, name: str | None, default: str) -> Iterator[Path]:
     with FolderLock(runs / name) as lock:
         if any(path.exists() for path in (runs / name / CHECKPOINT, checkpoint.previous(runs / name / CHECKPOINT))):
             raise ValueError(f"{lock.folder} holds a run already: give another --name, or --resume {lock.folder}")
+        others = sorted(path.name for path in (runs / name).iterdir() if not _of_a_start(path))
+        if others:
+            raise ValueError(f"{lock.folder} is not empty, it has {', '.join(others[:3])}: give another --name")
         yield lock.folder
+
+
+def _of_a_start(path: Path) -> bool:
+    """Whether a run that was ended before its first save may have left this file: with no row in its log."""
+    empty_log = path.name == LOG and not path.stat().st_size
+    return path.name.startswith(".") or path.name in ("config.json", "tensorboard") or empty_log
 
 
 @contextlib.contextmanager
@@ -123,24 +159,41 @@ class _Log:
 def train(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     device = pick_device(arguments.device)
+    loggers = [find("loggers", name) for name in arguments.logger]
     config = None
     if arguments.resume is not None:
-        given = [f"--{name}" for name in ("preset", "name", "seed", "data", "data_path") if getattr(arguments, name)]
+        only_new = ("preset", "config", "name", "seed", "data", "data_path", "print_config", "dry_run",
+                    "init_from")  # fmt: skip
+        given = [f"--{name.replace('_', '-')}" for name in only_new if getattr(arguments, name)]
         if given or arguments.set:
             raise ValueError(f"--resume goes on with the stored configuration; leave out {', '.join(given) or '--set'}")
+        if arguments.extend is not None and arguments.extend < 1:
+            raise ValueError(f"--extend must be at least 1, got {arguments.extend}")
         claim = _resumed(Path(arguments.resume))
+    elif arguments.extend is not None:
+        raise ValueError("--extend goes with --resume: a new run has its iterations in stages")
     else:
         config = configure(
-            arguments.preset or "demo", data=arguments.data, data_path=arguments.data_path, seed=arguments.seed,
-            threads=arguments.threads, changes=arguments.set,
+            arguments.preset, file=arguments.config, data=arguments.data, data_path=arguments.data_path,
+            seed=arguments.seed, threads=arguments.threads, imports=arguments.imports, changes=arguments.set,
         )  # fmt: skip
+        if arguments.print_config:
+            arguments.result = json.loads(config.to_json())
+            print(config.to_json())
+            return 0
+        if arguments.dry_run:
+            arguments.result = dry_run(config, device)
+            return 0
         claim = _folder(Path(arguments.runs), arguments.name, config.preset.replace("/", "-"))
     processes = parallel.start(device)
     with contextlib.ExitStack() as stack:
         try:
             folder = processes.agree(lambda: stack.enter_context(claim))
-            trainer = prepare(folder, device, config, threads=arguments.threads)
-            finished = fit(trainer, folder)
+            trainer = prepare(
+                folder, device, config, threads=arguments.threads, extend=arguments.extend or 0,
+                init_from=arguments.init_from,
+            )  # fmt: skip
+            finished = fit(trainer, folder, quiet=arguments.quiet, loggers=loggers)
             if not processes.first:
                 return 0
         finally:
@@ -148,19 +201,68 @@ def train(arguments: argparse.Namespace) -> int:
         if not finished:
             print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume "
                   f"{folder}")  # fmt: skip
-            return 130
-        report(Run(folder, device))
+            return 128 + trainer.stop
+        arguments.result = {"run": str(folder), **report(Run(folder, device))}
     return 0
 
 
-def prepare(folder: Path, device: torch.device, config: Config | None, *, threads: int | None = None) -> Trainer:
-    """The trainer of a new run in ``folder``, or of the one that is there (``config=None``); writes config.json."""
+def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
+    """Two iterations of every stage with nothing written: what the data is read as, how the chains run, and about how
+    long training would take."""
+    import_modules(config.imports)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = load_data(config, "train")
+    load_data(config, "test")
+    stages = [(number, stage) for number, stage in enumerate(config.stages, start=1) if stage.iterations]
+    short = tuple(dataclasses.replace(stage, iterations=2) for _, stage in stages)
+    trainer = Trainer(
+        config.replace(stages=short, guard=dataclasses.replace(config.guard, every=1, max_gap=1e30)), data, device
+    )
+    print(f"{config.preset} on {data!r}, {device}")
+    model = trainer.config.model
+    for m in data.modalities:
+        weight = model.weights.get(m.name, 1.0) if isinstance(model.weights, dict) else 1.0
+        print(f"  {m.name}: {m.kind} {m.shape}, weight {weight:g} in the likelihood")
+    sizes = {name: sum(p.numel() for p in getattr(trainer.system, name).parameters())
+             for name in ("generator", "inference", "energy", "prior")}  # fmt: skip
+    print(
+        f"  latent {model.latent}; parameters: {', '.join(f'{name} {size:,}' for name, size in sizes.items() if size)}"
+    )
+    reports = chain_reports(trainer.system)
+    for name, line in reports.items():
+        print(f"{name}: {line}")
+    times = [row["seconds_per_iteration"] for row in trainer.run()][1::2]  # the first of two also warms up
+    total = 0.0
+    for (number, stage), seconds in zip(stages, times, strict=True):
+        total += seconds * stage.iterations
+        print(f"stage {number}, {stage.kind}: {stage.iterations} iterations of about {seconds:.3g} s, "
+              f"{seconds * stage.iterations / 60:.1f} minutes")  # fmt: skip
+    print(f"about {total / 60:.0f} minutes in all; nothing was written")
+    return {"latent": model.latent, "weights": model.weights, "chains": reports, "seconds": total, "parameters": sizes}
+
+
+def prepare(
+    folder: Path, device: torch.device, config: Config | None, *, threads: int | None = None, extend: int = 0,
+    init_from: Path | str | None = None,
+) -> Trainer:  # fmt: skip
+    """The trainer of a new run in ``folder``, or of the one that is there (``config=None``); writes config.json.
+
+    Args:
+        folder: of the run.
+        device: where to train.
+        config: of a new run.
+        threads: CPU threads.
+        extend: so many iterations more than a run that is there was configured for.
+        init_from: the folder of a run whose networks a new run begins with.
+    """
     content = checkpoint.resume(folder / CHECKPOINT, device) if config is None else None
     if content is not None:
-        config = Config.from_json(content["config"])
+        config = extended(Config.from_json(content["config"]), extend)
     if parallel.Processes.here().first:
         check_writable(folder / CHECKPOINT)
     assert config is not None
+    import_modules(config.imports)
     threads = threads or config.threads
     if threads is not None:
         torch.set_num_threads(threads)
@@ -171,23 +273,32 @@ def prepare(folder: Path, device: torch.device, config: Config | None, *, thread
             trainer.load_state_dict(content)
         except ValueError as error:
             raise ValueError(f"{folder / CHECKPOINT}: {error}") from error
+    if init_from is not None:
+        try:
+            trainer.begin_with(checkpoint.load(Path(init_from) / CHECKPOINT, device))
+        except ValueError as error:
+            raise ValueError(f"--init-from {init_from}: {error}") from error
     # all have chosen the folder before one of them makes it
     trainer.processes.barrier()
     if trainer.processes.first:
         folder.mkdir(parents=True, exist_ok=True)
-        keep_codec(data, folder)
+        keep_codecs(data.modalities, folder)
         _write_text(folder / "config.json", json.dumps({
-            "config": json.loads(config.to_json()), "data": data.info, "seed": config.seed, "device": str(device),
+            "config": json.loads(trainer.config.to_json()), "data": data.info, "seed": config.seed,
+            "device": str(device),
             "versions": {"mmebm": __version__, "torch": torch.__version__}, "commit": _commit(),
             "presets": sorted(PRESETS), "threads": torch.get_num_threads(), "processes": trainer.processes.world,
         }, indent=2, default=str))  # fmt: skip
         print(f"{folder}: {config.preset} on {data.name} ({len(data)} tuples), {device}, "
               f"{trainer.total - trainer.iteration} iterations")  # fmt: skip
+        for name, line in chain_reports(trainer.system).items():
+            print(f"{name}: {line}")
     return trainer
 
 
-def fit(trainer: Trainer, folder: Path) -> bool:
-    """Trains to the end or to Ctrl-C, saving on the way; returns whether the end was reached."""
+def fit(trainer: Trainer, folder: Path, *, quiet: bool = False, loggers: Sequence[Callable[..., Logger]] = ()) -> bool:
+    """Trains to the end, to Ctrl-C or to SIGTERM, saving before the first iteration, on the way, at SIGUSR1 and at the
+    end; returns whether the end was reached. ``trainer.stop`` then is the signal that stopped it."""
     if not trainer.processes.first:
         for _ in trainer.run():
             pass
@@ -197,27 +308,37 @@ def fit(trainer: Trainer, folder: Path) -> bool:
         checkpoint.save(folder / CHECKPOINT, trainer.state_dict())
 
     def stop(number: int, frame: Any) -> None:
-        # the first Ctrl-C ends the iteration in hand and saves; a second one ends at once, the last save stays
-        trainer.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # the first signal ends the iteration in hand and saves; a second one ends at once, the last save stays
+        trainer.stop = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+    asked = threading.Event()
+    handlers: dict[int, Callable[[int, Any], None]] = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    if hasattr(signal, "SIGUSR1"):  # as batch systems send it some time before they end a job
+        handlers[signal.SIGUSR1] = lambda number, frame: asked.set()
+    others = [make(folder, json.loads(trainer.config.to_json())) for make in loggers]
     log, saved = _Log(folder, trainer.iteration, trainer.guard.rollbacks), time.perf_counter()
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: no handler, signals are the caller's matter
+        before.update({number: signal.signal(number, handler) for number, handler in handlers.items()})
     try:
-        before = signal.signal(signal.SIGINT, stop)
-    except ValueError:  # not in the main thread: no handler, Ctrl-C is the caller's matter
-        before = None
-    try:
-        with Progress(trainer.config.stages, trainer.iteration) as progress:
+        if trainer.iteration < trainer.total:
+            save()
+        with Progress(trainer.config.stages, trainer.iteration, quiet=quiet) as progress:
             for row in trainer.run():
-                row["peak_memory_mib"] = peak_memory(trainer.device)
-                log.write(row)
+                memory = peak_memory(trainer.device)
+                row.update({} if memory is None else {"peak_memory_mib": memory})
+                for keeper in (log, *others):
+                    keeper.write(row)
                 progress.show(row)
-                if time.perf_counter() - saved > SAVE_EVERY_SECONDS:
+                if asked.is_set() or time.perf_counter() - saved > SAVE_EVERY_SECONDS:
+                    asked.clear()
                     save()
                     saved = time.perf_counter()
         save()
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-        log.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for keeper in (log, *others):
+            keeper.close()
     return trainer.iteration >= trainer.total

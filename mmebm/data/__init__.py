@@ -16,7 +16,8 @@
     train.batch(torch.arange(100))["mnist"]           # (100, 1, 28, 28) in [-1, 1]; classes: train.labels[:100]
 
 docs/data.md says what each expects in its folder. To add one, put a builder
-``f(split, *, seed, path, **options) -> MultimodalDataset`` into :data:`DATASETS`.
+``f(split, *, seed, path, **options) -> MultimodalDataset`` into :data:`DATASETS`, or let a package offer it by an entry
+point of the group ``mmebm.datasets``.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from mmebm import plugins
 from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
 from mmebm.data.coco import coco
 from mmebm.data.cub import cub
 from mmebm.data.digits import digits
 from mmebm.data.emoji import emoji_captions
 from mmebm.data.folder import folder
+from mmebm.data.mapped import from_dataset
 from mmebm.data.mnist_svhn import mnist_svhn, mnist_svhn_text
 from mmebm.data.polymnist import polymnist, polymnist_5k, polymnist_built
 from mmebm.data.stream import Prefetch
 from mmebm.data.views import views
 
-__all__ = ["DATASETS", "Modality", "MultimodalDataset", "Pool", "Prefetch", "Split", "TextCodec", "load"]
+__all__ = ["DATASETS", "Modality", "MultimodalDataset", "Pool", "Prefetch", "Split", "TextCodec", "from_dataset",
+           "load"]  # fmt: skip
 
 DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
     "digits": digits,
@@ -73,12 +77,13 @@ def load(
         ModuleNotFoundError, FileNotFoundError: if a package or a file is missing; the message says which, where it was
             looked for, and how to get it.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}, known are {', '.join(map(repr, DATASETS))}")
+    build = DATASETS.get(name) or plugins.offered("datasets", name)
+    if build is None:
+        known = [*DATASETS, *plugins.names("datasets")]
+        raise ValueError(f"unknown data set {name!r}, known are {', '.join(map(repr, known))}")
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     seed = check_count("seed", seed, least=0)
-    build = DATASETS[name]
     parameters = inspect.signature(build).parameters
     known = [key for key in parameters if key not in ("split", "seed", "path")]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
+from mmebm.data.captions import Codec, caption_codec
 from mmebm.data.pairing import choose
 from mmebm.data.pools import ArrayPool, held
 from mmebm.data.texts import read_json
@@ -39,7 +40,8 @@ def folder(
     path: str | os.PathLike[str] | None = None,
     n: int | None = None,
     stream: bool = True,
-    codecs: Mapping[str, TextCodec] | None = None,
+    codecs: Mapping[str, Codec] | None = None,
+    codec_options: Mapping[str, Any] | None = None,
 ) -> MultimodalDataset:
     """A data set of your own arrays: row ``i`` of every array is one tuple.
 
@@ -69,7 +71,9 @@ def folder(
         stream: leave arrays on disk (an .npz: in memory as they are) and convert the rows of a batch; False makes
             float32 tensors of them at once, which can live on a GPU. What is wrong with a row of a streamed array shows
             when it is read.
-        codecs: modality name -> the codec of a caption modality.
+        codecs: modality name -> the codec of a caption modality, or its file. None fits one to the captions of the
+            train split and keeps it in the cache folder.
+        codec_options: of that fit (:class:`mmebm.models.text.TextSettings`), such as ``{"dim": 32}``.
 
     Raises:
         FileNotFoundError: if there is no such split; the message says where it was looked for.
@@ -109,7 +113,9 @@ def folder(
         if not len(there):
             raise ValueError(f"{arrays[name].source}: no tuple has {name!r}; leave the array out")
         settings = meta.get("modalities", {}).get(name, {})
-        modality, pool = _pool(name, arrays[name], other.get(name), settings, meta_file, codecs.get(name))
+        train = (arrays if split == "train" else other or arrays).get(name)
+        codec = _codec(name, train, settings, codecs.get(name), codec_options or {})
+        modality, pool = _pool(name, arrays[name], other.get(name), settings, meta_file, codec)
         modalities.append(modality)
         pools[name] = pool if stream else held(pool, there)
         pool_labels[name] = np.full(total, -1)
@@ -133,6 +139,7 @@ def folder(
             "seed": seed,
             "instances": {name: total for name in names},
             "tuples": len(rows),
+            "reading": {name: meta.get("modalities", {}).get(name, {}) for name in names},
             "sources": [{"what": name, "file": arrays[name].source} for name in names],
         },
     )
@@ -260,6 +267,17 @@ def _distinct(values: object) -> TypeGuard[list[str]]:
             and len(set(values)) == len(values))  # fmt: skip
 
 
+def _codec(
+    name: str, train: _Array | None, settings: Mapping[str, Any], codec: Codec, options: Mapping[str, Any]
+) -> TextCodec | None:
+    """The codec of a caption modality: as given, read from a file, or fitted to the strings of the train split."""
+    strings = train is not None and train.values.dtype.kind == "U" and settings.get("kind") == "caption"
+    if not strings and not isinstance(codec, str | os.PathLike):
+        return codec
+    captions = [text for text in map(str, train.values) if text] if train is not None and strings else []
+    return caption_codec(f"folder-{name}", lambda: captions, codec, **options)[0]
+
+
 def _pool(
     name: str,
     array: _Array,
@@ -284,9 +302,7 @@ def _pool(
         image = kind == "image"
         pool = _image(name, array, settings, meta_file) if image else _text(name, array, other, settings, meta_file)
         return pool.modality, pool
-    if kind == "caption" and strings and values.ndim == 1:
-        if codec is None:
-            raise ValueError(f"{source} holds strings: give codecs={{{name!r}: codec}}")
+    if kind == "caption" and strings and values.ndim == 1 and codec is not None:
         values = codec.encode([str(text) for text in values]).detach().cpu().numpy()
     if values.dtype.kind not in "fiub" or values.ndim > 2 or (kind == "caption" and values.ndim != 2):
         raise ValueError(f"{source} must hold numbers (n, D) for kind {kind!r}, got {values.dtype} {values.shape}")

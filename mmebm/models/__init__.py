@@ -3,8 +3,9 @@
 from mmebm.models.generator import SharedGenerator
 from mmebm.models.inference import Expert, JointInference
 from mmebm.models.joint_energy import JointEnergy
-from mmebm.models.latent_prior import GaussianPrior, LatentPrior, standard_normal
+from mmebm.models.latent_prior import GaussianPrior, LatentPrior, OwnPrior, standard_normal
 
 __all__ = [
-    "Expert", "GaussianPrior", "JointEnergy", "JointInference", "LatentPrior", "SharedGenerator", "standard_normal",
+    "Expert", "GaussianPrior", "JointEnergy", "JointInference", "LatentPrior", "OwnPrior", "SharedGenerator",
+    "standard_normal",
 ]  # fmt: skip

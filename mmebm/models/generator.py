@@ -82,6 +82,19 @@ class PartLinear(nn.Module):
         return nn.functional.linear(x, zeros.index_copy(1, self.columns, self.weight), self.bias)
 
 
+class Columns(nn.Module):
+    """Some columns of the input: what a decoder of the user's own sees of z where parts of z are private."""
+
+    columns: Tensor
+
+    def __init__(self, columns: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.index_select(1, self.columns)
+
+
 class SharedGenerator(nn.Module):
     """A decoder per modality: z (n, latent) -> {modality: (n, *shape)} in (-1, 1).
 
@@ -96,6 +109,8 @@ class SharedGenerator(nn.Module):
         private: size of the part of z that one modality has for itself: z = [u, w_1, ..., w_M], in the order of
             ``shapes``, and decoder m reads u and w_m. 0: all modalities share all of z. ``latent`` is the whole, so
             that a decoder has as many parameters as a plain one of latent - (M - 1) * private.
+        decoders: modality name -> a module of the user's own, (n, latent) -> (n, *shape), instead of the built-in one;
+            with ``private`` it is given u and w_m alone.
     """
 
     mmebm_pure = True
@@ -103,7 +118,7 @@ class SharedGenerator(nn.Module):
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], latent: int, *, net: Net = "mlp", width: int = 256, depth: int = 2,
         act: str = "silu", sigma: float = 0.5, likelihood: Likelihood = "gaussian",
-        weights: Mapping[str, float] | None = None, private: int = 0,
+        weights: Mapping[str, float] | None = None, private: int = 0, decoders: Mapping[str, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         unknown = set(weights or {}) - set(shapes)
@@ -115,12 +130,17 @@ class SharedGenerator(nn.Module):
         self.likelihood: Likelihood = likelihood
         self.weights = {name: (weights or {}).get(name, 1.0) for name in shapes}
         self.private, self.columns = private, latent_columns(list(shapes), latent, private)
+        own = dict(decoders or {})
         self.decoders = nn.ModuleDict({
-            name: decoder(len(self.columns[name]), shape, net=net, width=width, depth=depth, act=act)
+            name: own[name] if name in own else
+            decoder(len(self.columns[name]), shape, net=net, width=width, depth=depth, act=act)
             for name, shape in shapes.items()
         })  # fmt: skip
         if private:
             for name, decode in self.decoders.items():
+                if name in own:
+                    self.decoders[name] = nn.Sequential(Columns(self.columns[name]), decode)
+                    continue
                 assert isinstance(decode, nn.Sequential)
                 first = decode[0]
                 assert isinstance(first, nn.Linear)

@@ -108,6 +108,8 @@ class JointInference(nn.Module):
             there are 2^M - 1. Missing modalities are left out of each.
         private: size of the part of z that one modality has for itself, as in :class:`SharedGenerator`: expert m speaks
             of u and w_m. In a mixture it leaves the other w at their prior N(0, I), in a product to their own experts.
+        encoders: modality name -> a module of the user's own, (n, *shape) -> (n, 2 k), mean and log-variance of the k
+            latents that the expert speaks of, instead of the built-in one.
 
     ``auxiliary`` (only where ``private``): log-variances (M, private) of N(0, .), from which the objective "mmvae+"
     draws the w of a modality that another one's u reconstructs; nothing else reads them.
@@ -119,6 +121,7 @@ class JointInference(nn.Module):
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], latent: int, *, net: Net = "mlp", width: int = 256, depth: int = 2,
         act: str = "silu", joint: Joint = "mixture", private: int = 0,
+        encoders: Mapping[str, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if joint not in JOINTS:
@@ -126,8 +129,10 @@ class JointInference(nn.Module):
         self.shapes, self.latent, self.joint = dict(shapes), latent, joint
         self.private, self.columns = private, latent_columns(list(shapes), latent, private)
         self.shared = latent - len(shapes) * private
+        own = dict(encoders or {})
         self.experts = nn.ModuleDict({
-            name: encoder(shape, 2 * len(self.columns[name]), net=net, width=width, depth=depth, act=act)
+            name: own[name] if name in own else
+            encoder(shape, 2 * len(self.columns[name]), net=net, width=width, depth=depth, act=act)
             for name, shape in shapes.items()
         })  # fmt: skip
         self.auxiliary = nn.Parameter(torch.zeros(len(shapes), private)) if private else None

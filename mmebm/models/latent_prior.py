@@ -72,3 +72,15 @@ class LatentPrior(nn.Module):
         start = standard_normal(n, self.latent, seed=seed, device=device, chain_offset=chain_offset)
         steps = self.steps if steps is None else steps
         return self.sampler.sample(self, start, steps, seed=seed, chain_offset=chain_offset).state
+
+
+class OwnPrior(LatentPrior):
+    """:class:`LatentPrior` with a network of the user's own: z (n, latent) -> (n,)."""
+
+    def __init__(self, latent: int, sampler: Langevin, steps: int, net: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.latent, self.sampler, self.steps, self.net = latent, sampler, steps, net
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(n, latent) -> (n,)."""
+        return self.net(z)

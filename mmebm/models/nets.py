@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Net = Literal["mlp", "conv"]
+Activation = Literal["relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus,

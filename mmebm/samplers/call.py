@@ -34,7 +34,7 @@ Numbers = Mapping[str, Mapping[str, Any]]
 Value = float | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Samples:
     """What a chain returns. Nothing here has synchronised with the device.
 
@@ -53,6 +53,78 @@ class Samples:
     trace: dict[str, Tensor]
     trajectory: Any
     info: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Shapes and how it ran, in a line."""
+        parts = [f"state {_shapes(self.state)}", f"{self.info.get('steps')} steps"]
+        if self.trajectory is not None:
+            parts.append(f"trajectory {_shapes(self.trajectory)}")
+        if self.trace:
+            parts.append(f"trace of {', '.join(self.trace)}")
+        return f"<Samples: {'; '.join(parts)}; {self.info.get('op')} on {self.info.get('backend')}>"
+
+    def to_arviz(self, *, thin: int | None = None, burn_in: int = 0) -> Any:
+        """The trajectory and what was recorded, as ArviZ takes them: groups ``posterior``, a variable of (chain, draw,
+        ...) for each tensor of the state (``x`` for a bare tensor), and ``sample_stats``, what the trace holds of each
+        chain at these steps.
+
+        Args:
+            thin: the ``thin`` of :meth:`Langevin.sample`; only needed where the numbers of steps and states leave it
+                open, and something was recorded.
+            burn_in: so many states are left out at the start.
+
+        Returns:
+            What ``arviz_base.from_dict`` makes: an ``xarray.DataTree``.
+
+        Raises:
+            ModuleNotFoundError: without the package arviz-base.
+            ValueError: for a chain without trajectory (``thin=`` keeps one), a ``burn_in`` that leaves nothing, or a
+                ``thin`` that is not the chain's.
+
+        Example:
+            >>> tree = sampler.sample(energy, x0, 1000, thin=10).to_arviz(burn_in=20)
+            >>> tree["posterior"]["x"].mean(("chain", "draw"))
+        """
+        try:
+            from arviz_base import from_dict  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("to_arviz needs ArviZ: pip install arviz-base") from error
+        if self.trajectory is None:
+            raise ValueError("there is no trajectory: sample with thin=1, or another distance of the states to keep")
+        keys, tensors, _ = flatten(self.trajectory)
+        states, steps = tensors[0].shape[0], self.info["steps"]
+        if not 0 <= burn_in < states:
+            raise ValueError(f"burn_in must leave one of {states} states at least, got {burn_in}")
+        fits = [t for t in range(1, steps + 1) if steps // t == states]
+        if thin is not None and thin not in fits:
+            raise ValueError(f"thin must be that of the chain, which kept {states} states of {steps} steps, got {thin}")
+        if thin is None and len(fits) > 1 and self.trace:
+            raise ValueError(f"thin= must say which: {states} states of {steps} steps are left by each of {fits}")
+        every = fits[0] if thin is None else thin
+
+        def chains_first(values: Tensor) -> Any:
+            values = values[burn_in:].detach().cpu()
+            return (values.float() if values.dtype == torch.bfloat16 else values).transpose(0, 1).numpy()
+
+        bare = isinstance(self.trajectory, Tensor)
+        groups = {
+            "posterior": {"x" if bare else str(key): chains_first(t) for key, t in zip(keys, tensors, strict=True)}
+        }
+        by_chain = {
+            name: chains_first(values[every - 1 :: every][:states]) for name, values in self.trace.items()
+            if values.dim() == 2
+        }  # fmt: skip
+        return from_dict({**groups, **({"sample_stats": by_chain} if by_chain else {})})
+
+
+def _shapes(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_shapes(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_shapes, value)) + "]"
+    return type(value).__name__
 
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -77,6 +77,15 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return content
 
 
+def weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The networks' weights in a checkpoint: their moving average where the run keeps one."""
+    averaged = content.get("averaged")
+    if averaged is None:
+        return content["system"]
+    inside = "module."
+    return {name.removeprefix(inside): value for name, value in averaged.items() if name.startswith(inside)}
+
+
 def _advice(path: Path) -> str:
     """What is left where ``path`` is lost."""
     other = previous(path)

@@ -5,16 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from mmebm.models.inference import Joint
+from mmebm.models.nets import Activation, Net
+from mmebm.training.objectives import objective
+from mmebm.training.settings import (
+    Count,
+    Decay,
+    Positive,
+    Range,
+    Settings,
+    Share,
+    Size,
+    Weight,
+    checked,
+    hints,
+    kind_of,
+    parse,
+)
 
 # Where the data chain starts, and the latent chain (mmebm.training.starts says what each is); also "unimodal:NAME".
-DATA_STARTS = ("generator", "noise", "data+noise", "buffer", "independent", "shuffled", "aggregated")
+DataStart = Literal["generator", "noise", "data+noise", "buffer", "independent", "shuffled", "aggregated"]
+DATA_STARTS: tuple[str, ...] = get_args(DataStart)
 LATENT_STARTS = (
     "inference", "mixture", "product", "product_without_prior", "mixture_of_products", "prior", "persistent",
 )  # fmt: skip
@@ -26,52 +41,93 @@ TAUGHT = {
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which data set (:func:`mmebm.data.load`) and its options.
 
     ``missing``: the probability with which a training tuple loses each of its modalities; it keeps at least one.
     """
 
     name: str = "digits"
-    seed: int = 0
+    seed: Count = 0
     path: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    missing: float = 0.0
+    missing: Decay = 0.0
+
+
+@dataclass(frozen=True)
+class NetworkConfig(Settings):
+    """A network of your own: the import path of its class, "package.module:Class", and arguments for it."""
+
+    path: str
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.missing < 1:
-            raise ValueError(f"missing must lie in [0, 1), got {self.missing!r}")
+        module, _, name = self.path.partition(":")
+        if not module or not name:
+            raise ValueError(f"path must be 'package.module:Class', got {self.path!r}")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The three networks.
 
-    ``latent``: size of z; ``private``: of it, what each modality has to itself (the baseline MMVAE+; 0 in the paper's
-    method, where all modalities share the whole z). ``sigma``: scale of the generator's likelihood in units of [-1, 1];
-    ``weights``: weight of a modality in it; ``spectral``: spectral norm on the energy, multiplied by ``energy_scale``.
+    ``latent``: size of z, "auto" by the number of elements of a tuple (:func:`fitted`); ``private``: of it, what each
+    modality has to itself (the baseline MMVAE+; 0 in the paper's method, where all modalities share the whole z).
+    ``sigma``: scale of the generator's likelihood in units of [-1, 1]; ``weights``: weight of a modality in it, 1 where
+    left out, "auto" more for small modalities (:func:`fitted`); ``spectral``: spectral norm on the energy, multiplied
+    by ``energy_scale``; ``encoders``, ``decoders``, ``energy`` and ``prior``: networks of your own
+    (docs/your-model.md).
     """
 
-    latent: int = 16
-    net: Literal["mlp", "conv"] = "mlp"
-    activation: str = "silu"
-    generator_width: int = 256
-    inference_width: int = 256
-    energy_width: int = 256
-    energy_trunk_width: int = 16
-    energy_features: int = 128
-    depth: int = 2
-    sigma: float = 0.5
+    latent: Size | Literal["auto"] = 16
+    net: Net = "mlp"
+    activation: Activation = "silu"
+    generator_width: Size = 256
+    inference_width: Size = 256
+    energy_width: Size = 256
+    energy_trunk_width: Size = 16
+    energy_features: Size = 128
+    depth: Count = 2
+    sigma: Positive = 0.5
     likelihood: Literal["gaussian", "laplace"] = "gaussian"
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Weight] | Literal["auto"] = field(default_factory=dict)
     inference: Joint = "mixture"
-    private: int = 0
+    private: Count = 0
     spectral: bool = False
-    energy_scale: float = 1.0
+    energy_scale: Positive = 1.0
+    encoders: dict[str, str | NetworkConfig] = field(default_factory=dict)
+    decoders: dict[str, str | NetworkConfig] = field(default_factory=dict)
+    energy: str | NetworkConfig | None = None
+    prior: str | NetworkConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named: dict[str, Any] = {"energy": self.energy, "prior": self.prior}
+        for kind, networks in (("encoders", self.encoders), ("decoders", self.decoders)):
+            named.update(
+                {f"{kind}.{name}": path for name, path in networks.items()} if isinstance(networks, dict) else {}
+            )
+        for name, path in named.items():
+            if isinstance(path, str):
+                try:
+                    NetworkConfig(path)
+                except ValueError as error:
+                    raise ValueError(str(error).replace("path must", f"{name} must")) from None
+
+    @property
+    def latent_size(self) -> int:
+        """``latent`` where it is a number.
+
+        Raises:
+            ValueError: for "auto", which depends on the data.
+        """
+        if not isinstance(self.latent, int):
+            raise ValueError("model.latent is 'auto', which depends on the data: give it as a number")
+        return self.latent
 
 
 @dataclass(frozen=True)
-class ChainConfig:
+class ChainConfig(Settings):
     """One Langevin chain: x <- x - (s^2/2) dE/dx + noise xi.
 
     The step ``s`` is given by ``step`` or by ``travel`` = steps s^2, each a number or one per modality; or as ``step =
@@ -83,21 +139,18 @@ class ChainConfig:
     ``sample_steps``: steps, of the same size, when a run draws or completes samples (None: ``steps``).
     """
 
-    steps: int = 30
-    sample_steps: int | None = None
-    step: float | dict[str, float] | Literal["auto"] | None = None
-    travel: float | dict[str, float] | None = None
-    noise: float | None = None
+    steps: Count = 30
+    sample_steps: Count | None = None
+    step: Positive | dict[str, Positive] | Literal["auto"] | None = None
+    travel: Positive | dict[str, Positive] | None = None
+    noise: Weight | None = None
     clamp: bool = False
-    auto_fraction: float = 0.7
-    auto_quantile: float = 0.05
-    auto_every: int = 100
+    auto_fraction: Positive = 0.7
+    auto_quantile: Share = 0.05
+    auto_every: Size = 100
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0, got {self.steps}")
-        if self.sample_steps is not None and self.sample_steps < 0:
-            raise ValueError(f"sample_steps must be at least 0, or None, got {self.sample_steps}")
+        super().__post_init__()
         if (self.step is None) == (self.travel is None):
             raise ValueError(f"give step or travel, one of them; got step={self.step!r}, travel={self.travel!r}")
 
@@ -125,18 +178,18 @@ class ChainConfig:
 
 
 @dataclass(frozen=True)
-class AdamConfig:
+class AdamConfig(Settings):
     """One network's Adam."""
 
-    lr: float = 1e-3
-    beta1: float = 0.5
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
+    lr: Weight = 1e-3
+    beta1: Decay = 0.5
+    beta2: Decay = 0.999
+    weight_decay: Weight = 0.0
+    clip_norm: Positive | None = None
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings):
     """Weights of the loss terms (method: Gf, Sf, If) and what the paper leaves open. A weight of 0 switches its term
     off, and a chain that no term learns from does not run.
 
@@ -147,18 +200,26 @@ class LossConfig:
     loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
     """
 
-    generator_real: float = 1.0
-    generator_revised: float = 1.0
-    inference_real: float = 1.0
-    inference_revised: float = 0.1
-    energy: float = 1.0
+    generator_real: Weight = 1.0
+    generator_revised: Weight = 1.0
+    inference_real: Weight = 1.0
+    inference_revised: Weight = 0.1
+    energy: Weight = 1.0
     objective: str = "single_expert"
     objective_options: dict[str, Any] = field(default_factory=dict)
     inference: Literal["mixture", "per_expert"] = "mixture"
-    beta: float = 1.0
-    elbo: float = 0.0
-    elbo_revised: float = 0.0
-    energy_l2: float = 0.0
+    beta: Weight = 1.0
+    elbo: Weight = 0.0
+    elbo_revised: Weight = 0.0
+    energy_l2: Weight = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.objective, str) and isinstance(self.objective_options, dict):
+            try:
+                objective(self.objective, **self.objective_options)  # refuses an unknown name or option
+            except TypeError as error:
+                raise ValueError(f"objective_options do not fit: {error}") from error
 
     def needs_posterior(self, network: str) -> bool:
         """Whether ``network`` has a loss in the joint stage that needs the revised z of real tuples."""
@@ -179,22 +240,22 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class LatentPriorConfig:
+class LatentPriorConfig(Settings):
     """Extension: an energy on z, learned with short latent chains in its own stage and in the joint stage.
 
     Twice the steps of training for samples (``chain.sample_steps``) raised their coherence on PolyMNIST; many more cost
     class balance (benchmarks/study).
     """
 
-    width: int = 128
-    depth: int = 2
+    width: Size = 128
+    depth: Count = 2
     chain: ChainConfig = field(default_factory=lambda: ChainConfig(steps=60, step=0.2))
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=5e-4))
-    energy_l2: float = 0.01
+    energy_l2: Weight = 0.01
 
 
 @dataclass(frozen=True)
-class ShuffledTuplesConfig:
+class ShuffledTuplesConfig(Settings):
     """Extension: tuples whose modalities come from different rows, as extra negatives of the joint energy.
 
     ``kind``: "uniform", every modality from a row of its own; or "hard", some modalities from a row that the inference
@@ -202,20 +263,19 @@ class ShuffledTuplesConfig:
     left out, one of the next ``near`` is taken.
     """
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     kind: Literal["uniform", "hard"] = "uniform"
-    same: float = 0.2
-    near: float = 0.4
+    same: Share = 0.2
+    near: Share = 0.4
 
     def __post_init__(self) -> None:
-        if self.kind not in ("uniform", "hard"):
-            raise ValueError(f"kind of shuffled tuples must be 'uniform' or 'hard', got {self.kind!r}")
+        super().__post_init__()
         if not (0 <= self.same and 0 < self.near and self.same + self.near <= 1):
             raise ValueError(f"same and near are parts of a batch, together at most 1, got {self.same}, {self.near}")
 
 
 @dataclass(frozen=True)
-class StartConfig:
+class StartConfig(Settings):
     """Where the chains start, in training (:mod:`mmebm.training.starts`; at test another one may be asked for).
 
     ``data`` is one of :data:`DATA_STARTS`, ``latent`` one of :data:`LATENT_STARTS` or "unimodal:NAME". ``noise``: the
@@ -223,29 +283,28 @@ class StartConfig:
     with probability ``reinit``.
     """
 
-    data: str = "generator"
+    data: DataStart = "generator"
     latent: str = "inference"
-    noise: float = 0.3
-    buffer: int = 2000
-    reinit: float = 0.05
+    noise: Weight = 0.3
+    buffer: Size = 2000
+    reinit: Share = 0.05
 
     def __post_init__(self) -> None:
-        if self.data not in DATA_STARTS:
-            raise ValueError(f"start.data must be one of {list(DATA_STARTS)}, got {self.data!r}")
-        if self.latent not in LATENT_STARTS and not self.latent.startswith("unimodal:"):
+        super().__post_init__()
+        if self.latent not in LATENT_STARTS and not str(self.latent).startswith("unimodal:"):
             raise ValueError(
-                f"start.latent must be one of {list(LATENT_STARTS)} or 'unimodal:' and a modality, got {self.latent!r}"
+                f"latent must be one of {list(LATENT_STARTS)} or 'unimodal:' and a modality, got {self.latent!r}"
             )
 
 
 _RAMPS = {
-    *(f"loss.{f.name}" for f in dataclasses.fields(LossConfig) if f.type == "float"),
+    *(f"loss.{f.name}" for f in dataclasses.fields(LossConfig) if f.type == "Weight"),
     "data_chain.steps", "latent_chain.steps",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Settings):
     """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (latent energy), "joint" (the paper).
 
     Learning rates go linearly from ``lr`` to ``final_lr`` times the configured ones over the stage. ``train`` names the
@@ -256,17 +315,14 @@ class Stage:
     """
 
     kind: Literal["warmup", "prior", "joint"]
-    iterations: int
-    lr: float = 1.0
-    final_lr: float = 1.0
+    iterations: Count
+    lr: Weight = 1.0
+    final_lr: Weight = 1.0
     train: tuple[str, ...] | None = None
     ramp: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("warmup", "prior", "joint"):
-            raise ValueError(f"kind of a stage must be 'warmup', 'prior' or 'joint', got {self.kind!r}")
-        if self.iterations < 0:
-            raise ValueError(f"iterations of a stage must be at least 0, got {self.iterations}")
+        super().__post_init__()
         unknown = sorted(set(self.train or ()) - set(NETWORKS))
         if unknown or self.train == ():
             raise ValueError(f"train must name some of {list(NETWORKS)}, or be None for all, got {self.train!r}")
@@ -280,18 +336,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(Settings):
     """When training has gone astray and what is done: back to the last good state, at most ``rollbacks`` times."""
 
-    max_gap: float = 1e4
-    every: int = 50
-    rollbacks: int = 3
-    latent_alarm: float = 1.3
+    max_gap: Weight = 1e4
+    every: Size = 50
+    rollbacks: Count = 3
+    latent_alarm: Positive = 1.3
 
 
 @dataclass(frozen=True)
-class Config:
-    """A run, whole. ``threads``: CPU threads (None: torch's own choice).
+class Config(Settings):
+    """A run, whole. ``threads``: CPU threads (None: torch's own choice). ``imports``: modules that are imported before
+    data, presets and networks are looked up.
 
     ``batch`` tuples make an iteration, of all processes together; ``accumulate`` splits each process's share into so
     many parts whose gradients are averaged (less memory; in the joint stage the generator then is updated after the
@@ -319,22 +376,20 @@ class Config:
     latent_prior: LatentPriorConfig | None = None
     shuffled_tuples: ShuffledTuplesConfig | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
-    batch: int = 100
-    accumulate: int = 1
-    ema: float = 0.0
-    seed: int = 0
-    backend: str = "auto"
-    threads: int | None = None
+    batch: Size = 100
+    accumulate: Size = 1
+    ema: Decay = 0.0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = "auto"
+    threads: Size | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
+    imports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
-        if self.accumulate < 1 or self.batch % self.accumulate:
+        super().__post_init__()
+        if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
         if not isinstance(self.channels_last, bool):
             raise TypeError(f"channels_last must be True or False, got {self.channels_last!r}")
 
@@ -359,48 +414,62 @@ class Config:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: for an unknown field, naming it.
+            ValueError: naming every field that is unknown, or that has another type or another value than it may have.
         """
-        return _build(cls, json.loads(text))
+        return checked(cls, json.loads(text))
+
+    def checked(self) -> Config:
+        """The same, every field of the type that is declared for it.
+
+        Raises:
+            ValueError: naming every field that is not.
+        """
+        return checked(Config, self)
 
 
-def _build(kind: Any, value: Any) -> Any:
-    """Rebuilds nested dataclasses from plain data, following the annotations."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        for option in typing.get_args(kind):
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                return _build(option, value)
-            if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-                return _build(option, value)
-        return value
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise ValueError(f"unknown fields {unknown} in {getattr(kind, '__name__', kind)}; known: {sorted(hints)}")
-        return typing.cast(Any, kind)(**{name: _build(hints[name], item) for name, item in value.items()})
-    if typing.get_origin(kind) is tuple:
-        return tuple(_build(typing.get_args(kind)[0], item) for item in value)
-    if typing.get_origin(kind) is dict:
-        return {name: _build(typing.get_args(kind)[1], item) for name, item in value.items()}
-    return value
+def fitted(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Config:
+    """``config`` with what is "auto" in ``model`` as numbers for modalities of these shapes.
+
+    The latent has the square root of a tuple's number of elements, in eights, from 8 to 128. The weight of a modality
+    is the square root of how many times more elements the largest one has: halfway between weighing all elements alike
+    (a word is then not heard among images) and all modalities alike.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    model, most = config.model, max(sizes.values())
+    if model.latent == "auto":
+        eights = round(math.sqrt(sum(sizes.values())) / 8)
+        model = dataclasses.replace(model, latent=8 * min(max(eights, 1), 16))
+    if model.weights == "auto":
+        weights = {name: round(math.sqrt(most / size), 3) for name, size in sizes.items()}
+        model = dataclasses.replace(model, weights={name: weight for name, weight in weights.items() if weight != 1})
+    elif unknown := sorted(set(model.weights) - set(shapes)):
+        raise ValueError(f"model.weights names {unknown}, but the modalities are {list(shapes)}: set model.weights for "
+                         "these, or \"auto\"")  # fmt: skip
+    return config.replace(model=model)
+
+
+def extended(config: Config, iterations: int) -> Config:
+    """``config`` with so many iterations more, as one more stage: as the last one at its end."""
+    run = [stage for stage in config.stages if stage.iterations]
+    if not iterations or not run:
+        return config
+    last = run[-1]
+    ramp = {name: (end, end) for name, (_, end) in last.ramp.items()}
+    more = dataclasses.replace(last, iterations=iterations, lr=last.final_lr, ramp=ramp)
+    return config.replace(stages=(*config.stages, more))
 
 
 def override(config: Config, changes: Mapping[str, str]) -> Config:
     """``config`` with dotted fields set from text, e.g. ``{"data_chain.steps": "60", "loss.elbo": "0"}``.
 
-    Values are JSON where they parse, else as strings; a stage is addressed by its position, ``stages.0.iterations``;
-    a field that is a dict itself takes new keys, ``data.options.copies``.
+    Values are JSON where they parse, or as Python writes them, else strings; a stage is addressed by its position,
+    ``stages.0.iterations``; a field that is a dict itself takes new keys, ``data.options.copies``.
 
     Raises:
-        ValueError: for an unknown field, naming it and the fields there are.
+        ValueError: for an unknown field, naming it and the fields there are; for a value that a field cannot have.
     """
     plain = dataclasses.asdict(config)
     for dotted, text in changes.items():
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
         target: Any = plain
         kind: Any = config
         *parents, last = dotted.split(".")
@@ -409,8 +478,26 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
         # a field that is a dict itself, such as data.options, takes keys that it does not have yet
         if not isinstance(kind, dict):
             _step_into(target, last, dotted)
-        target[int(last) if isinstance(target, (list, tuple)) else last] = value
-    return _build(Config, plain)
+        target[int(last) if isinstance(target, (list, tuple)) else last] = parse(text)
+    return checked(Config, plain)
+
+
+def merged(config: Config, changes: Mapping[str, Any]) -> Config:
+    """``config`` with the fields of nested tables instead of its own, as a configuration file has them. What is no part
+    of the configuration itself (options, weights, the list of stages) is replaced as a whole.
+
+    Raises:
+        ValueError: as :func:`override`.
+    """
+    return checked(Config, _merged(Config, dataclasses.asdict(config), changes))
+
+
+def _merged(kind: Any, plain: dict[str, Any] | None, changes: Any) -> Any:
+    kind = kind_of(kind)
+    if not dataclasses.is_dataclass(kind) or not isinstance(changes, Mapping) or plain is None:
+        return changes
+    inner = hints(kind) if isinstance(kind, type) else {}
+    return {**plain, **{key: _merged(inner.get(key), plain.get(key), value) for key, value in changes.items()}}
 
 
 def _part(whole: Any, name: str) -> Any:

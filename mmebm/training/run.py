@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmebm import data
-from mmebm.data.base import MultimodalDataset
-from mmebm.models.text import TextAutoencoder
+from mmebm.data.base import Modality, MultimodalDataset
+from mmebm.plugins import import_modules
 from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.config import TAUGHT, Config
+from mmebm.training.networks import class_name, flat_networks
 from mmebm.training.parallel import Processes
+from mmebm.training.reading import CODEC, check_reading, modalities_of, stored_codecs
 from mmebm.training.starts import DataStarts
 from mmebm.training.system import System
 
 CHECKPOINT = "checkpoint.pt"
-CODEC = "codec.pt"
 LOG = "log.jsonl"
 
 # Where samples are taken: the multimodal VAE after the warm-up; the chain of an energy that learned on top of it while
@@ -36,13 +38,17 @@ _FROM_DATA = ("data+noise", "shuffled", "aggregated")
 
 
 class Run:
-    """A trained (or half-trained) run: configuration, data and networks, for sampling and evaluation.
+    """A trained (or half-trained) run: configuration and networks, for sampling and evaluation; its data set is read
+    where it is asked for, and only there.
 
     Args:
         folder: the run's folder; must hold a checkpoint.
         device: where to put the networks.
         prior_steps: steps of the latent prior's chain, instead of those configured for samples
             (``latent_prior.chain.sample_steps``).
+        data_path: where the data is, if no longer at the configured ``data.path``.
+        content: what a checkpoint holds, where it is not read from the folder.
+        networks: those that the trainer was given as objects (docs/your-model.md).
 
     Raises:
         FileNotFoundError, ValueError: where there is no checkpoint, or not one of ours; for ``prior_steps`` that are
@@ -50,11 +56,13 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path | str, device: torch.device | str = "cpu", *, prior_steps: int | None = None
-    ) -> None:
-        self.folder = Path(folder)
+        self, folder: Path | str, device: torch.device | str = "cpu", *, prior_steps: int | None = None,
+        data_path: str | None = None, content: dict[str, Any] | None = None,
+        networks: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.networks = Path(folder), networks
         self.device = torch.device(device)
-        self.content = checkpoint.load(self.folder / CHECKPOINT, self.device)
+        self.content = checkpoint.load(self.folder / CHECKPOINT, self.device) if content is None else content
         self.config = Config.from_json(self.content["config"])
         prior = self.config.latent_prior
         if prior_steps is not None:
@@ -62,10 +70,15 @@ class Run:
                 raise ValueError(f"prior_steps={prior_steps} is for runs with a latent prior, which this one lacks")
             chain = dataclasses.replace(prior.chain, sample_steps=prior_steps)
             self.config = self.config.replace(latent_prior=dataclasses.replace(prior, chain=chain))
+        if data_path is not None:
+            self.config = self.config.replace(data=dataclasses.replace(self.config.data, path=data_path))
+        import_modules(self.config.imports)
         self.processes = Processes.here()
         self._sets: dict[str, MultimodalDataset] = {}
-        self.shapes = {m.name: m.shape for m in self.dataset("test").modalities}
-        weights, snapshots = self._weights(), self.content["snapshots"]
+        self.modalities = self._modalities()
+        self.shapes = {m.name: m.shape for m in self.modalities}
+        self._own = self._networks()
+        weights, snapshots = checkpoint.weights(self.content), self.content["snapshots"]
         self.system = self._system(weights)
         # the VAE by itself: its own weights, and the prior it was trained with
         self.vae = self._system(snapshots.get("vae", weights), plain=True)
@@ -73,17 +86,35 @@ class Run:
         self.starts = DataStarts(self.system, self.config.start, seed=self.config.seed)
         self.starts.load_state_dict(self.content["starts"]["data"])
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The networks' weights: their moving average where the run keeps one."""
-        averaged = self.content.get("averaged")
-        if averaged is None:
-            return self.content["system"]
-        inside = "module."
-        return {name.removeprefix(inside): value for name, value in averaged.items() if name.startswith(inside)}
+    def _modalities(self) -> tuple[Modality, ...]:
+        description = self.content.get("data")
+        if description is None:  # a checkpoint of 0.1.0 does not say: the data must
+            return self.dataset("test").modalities
+        return modalities_of(description, stored_codecs(self.folder, description))
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """The networks that the trainer was given as objects, which only the caller can make again."""
+        given = flat_networks(self.networks, self.shapes)
+        needed = self.content.get("networks", {})
+        missing = {name: kind for name, kind in needed.items() if name not in given}
+        if missing:
+            raise ValueError(f"this run was trained with networks given as objects: {missing}. Give them as networks=, "
+                             "made as they were then; or train with their import paths in the configuration, which are "
+                             "stored")  # fmt: skip
+        for name, net in given.items():
+            if name not in needed:
+                raise ValueError(f"networks has {name!r}, and the run was trained with {sorted(needed) or 'none'}")
+            if class_name(net) != needed[name]:
+                raise ValueError(f"network {name!r} must be a {needed[name]}, as in training, got {class_name(net)}")
+        return given
 
     def _system(self, state: dict[str, Tensor], *, plain: bool = False) -> System:
         config = self.config.for_samples()
-        system = System(config.replace(latent_prior=None) if plain else config, self.shapes).to(self.device).eval()
+        # each system has modules of its own
+        own = {name: copy.deepcopy(net) for name, net in self._own.items() if not plain or name != "prior"}
+        if plain:
+            config = config.replace(latent_prior=None, model=dataclasses.replace(config.model, prior=None))
+        system = System(config, self.shapes, own).to(self.device).eval()
         if plain:
             state = {name: value for name, value in state.items() if not name.startswith("prior.")}
         try:
@@ -146,9 +177,16 @@ class Run:
         return total if rows else None
 
     def dataset(self, split: data.Split) -> MultimodalDataset:
-        """The run's data set, one of its splits, on the run's device."""
+        """The run's data set, one of its splits, on the run's device.
+
+        Raises:
+            ValueError: where the data is now read in another way than it was in training.
+        """
         if split not in self._sets:
-            self._sets[split] = load_data(self.config, split, self.folder).to(self.device)
+            held = load_data(self.config, split, self.folder)
+            if "data" in self.content:
+                check_reading(self.content["data"], held)
+            self._sets[split] = held.to(self.device)
         return self._sets[split]
 
     def real(self, n: int, *, split: data.Split = "train", seed: int = 0) -> dict[str, Tensor]:
@@ -277,16 +315,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_data(config: Config, split: data.Split, folder: Path | None = None) -> MultimodalDataset:
-    """The configured data set, its captions by the codec that is kept in the run's ``folder``, where one is."""
+    """The configured data set, its captions by the codecs that are kept in the run's ``folder``, where some are."""
     d = config.data
     options = dict(d.options)
-    if folder is not None and (folder / CODEC).is_file():
-        options["codec"] = str(folder / CODEC)
+    for file in sorted(folder.glob("codec*.pt")) if folder is not None else ():
+        name = "caption" if file.name == CODEC else file.stem.removeprefix("codec-")
+        if d.name == "folder":
+            options["codecs"] = {**options.get("codecs", {}), name: str(file)}
+        elif file.name == CODEC:
+            options["codec"] = str(file)
     return data.load(d.name, split, seed=d.seed, path=d.path, **options)
-
-
-def keep_codec(held: MultimodalDataset, folder: Path) -> None:
-    """Stores a fitted text codec beside the run: another fit would be another modality."""
-    for modality in held.modalities:
-        if isinstance(modality.codec, TextAutoencoder) and not (folder / CODEC).is_file():
-            modality.codec.save(folder / CODEC)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from mmebm.diagnostics import largest_stable_step
 from mmebm.energies.lower import Symbol, call, residual
-from mmebm.models import GaussianPrior, JointEnergy, JointInference, LatentPrior, SharedGenerator
+from mmebm.models import GaussianPrior, JointEnergy, JointInference, LatentPrior, OwnPrior, SharedGenerator
+from mmebm.models.generator import latent_columns
 from mmebm.samplers import Langevin, Samples
 from mmebm.state import Batch
-from mmebm.training.config import ChainConfig, Config
+from mmebm.training.config import ChainConfig, Config, fitted
+from mmebm.training.networks import built, check_shapes
 
 
 def sampler_of(chain: ChainConfig, size: float | Mapping[str, float], backend: str, **options: Any) -> Langevin:
@@ -74,36 +76,57 @@ class System(nn.Module):
     Args:
         config: the run's configuration.
         shapes: modality name -> shape without the batch dimension.
+        networks: of the user's own, instead of the built-in ones and of those that the configuration names:
+            :func:`mmebm.training.networks.flat_networks` has their names.
+
+    Raises:
+        ValueError, TypeError: where a network of the user's own does not fit; the message names it.
     """
 
     latent_step: Tensor
 
-    def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, config: Config, shapes: Mapping[str, tuple[int, ...]], networks: Mapping[str, nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        m = config.model
+        config = fitted(config, shapes)
+        m, latent = config.model, config.model.latent_size
         self.config = config
-        self.energy = JointEnergy(
+        columns = latent_columns(list(shapes), latent, m.private)
+        own = {**built(config, shapes, {name: len(of) for name, of in columns.items()}), **(networks or {})}
+        parts = {kind: {name: own[f"{kind}.{name}"] for name in shapes if f"{kind}.{name}" in own}
+                 for kind in ("encoders", "decoders")}  # fmt: skip
+        if "prior" in own and config.latent_prior is None:
+            raise ValueError(
+                "a prior of your own needs latent_prior, which says how it is sampled and learns: it is None"
+            )
+        self.energy = own["energy"] if "energy" in own else JointEnergy(
             shapes, net=m.net, width=m.energy_width, depth=m.depth, act=m.activation,
             trunk_width=m.energy_trunk_width, features=m.energy_features, spectral=m.spectral, scale=m.energy_scale,
         )  # fmt: skip
         self.generator = SharedGenerator(
-            shapes, m.latent, net=m.net, width=m.generator_width, depth=m.depth, act=m.activation, sigma=m.sigma,
-            likelihood=m.likelihood, weights=m.weights, private=m.private,
+            shapes, latent, net=m.net, width=m.generator_width, depth=m.depth, act=m.activation, sigma=m.sigma,
+            likelihood=m.likelihood, weights=None if m.weights == "auto" else m.weights, private=m.private,
+            decoders=parts["decoders"],
         )  # fmt: skip
         self.inference = JointInference(
-            shapes, m.latent, net=m.net, width=m.inference_width, depth=m.depth, act=m.activation, joint=m.inference,
-            private=m.private,
+            shapes, latent, net=m.net, width=m.inference_width, depth=m.depth, act=m.activation, joint=m.inference,
+            private=m.private, encoders=parts["encoders"],
         )  # fmt: skip
-        self.prior: GaussianPrior | LatentPrior = GaussianPrior(m.latent)
+        self.prior: GaussianPrior | LatentPrior = GaussianPrior(latent)
         p = config.latent_prior
         if p is not None:
             chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
-            self.prior = LatentPrior(m.latent, chain, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
+            self.prior = (
+                OwnPrior(latent, chain, p.chain.steps, own["prior"]) if "prior" in own else
+                LatentPrior(latent, chain, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
+            )  # fmt: skip
         start = 0.1 if config.latent_chain.step == "auto" else config.latent_chain.size()
         if not isinstance(start, (int, float)):
             raise ValueError(f"the latent chain takes one step, got {start!r}")
         self.register_buffer("latent_step", torch.tensor(float(start)))
         self.data_sampler = sampler_of(config.data_chain, config.data_chain.size(), config.backend)
+        check_shapes(self, own)
         if config.channels_last:
             self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -114,7 +137,7 @@ class System(nn.Module):
     @property
     def latent(self) -> int:
         """Size of z."""
-        return self.config.model.latent
+        return self.config.model.latent_size
 
     @property
     def device(self) -> torch.device:

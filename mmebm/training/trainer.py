@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,14 @@ from mmebm.data.stream import Prefetch
 from mmebm.reference.langevin_step import widen
 from mmebm.state import Batch
 from mmebm.training import checkpoint
-from mmebm.training.config import TAUGHT, Config, Stage
+from mmebm.training.config import TAUGHT, Config, Stage, fitted
 from mmebm.training.extensions import EnergyTerm, ShuffledTuples, prior_teacher
 from mmebm.training.guard import Guard, TrainingDiverged
+from mmebm.training.networks import class_name, flat_networks, own_names
 from mmebm.training.objectives import objective
 from mmebm.training.optimise import Optimiser
 from mmebm.training.parallel import Processes
+from mmebm.training.reading import check_range, check_reading, describe, keep_codecs
 from mmebm.training.starts import DataStarts, Latents, LatentStarts, Start
 from mmebm.training.system import System
 
@@ -59,13 +62,22 @@ class Trainer:
         data: training tuples; moved to ``device``.
         device: where the networks and the data are.
         processes: this process among those that share the rows of an iteration.
+        networks: of the user's own, ``{"encoders": {modality: module}, "decoders": {...}, "energy": module, "prior":
+            module}``, any of them; these modules are trained themselves (docs/your-model.md).
+
+    Raises:
+        ValueError, TypeError: for a setting, a network or data that does not fit; the message names it.
     """
 
     def __init__(
         self, config: Config, data: MultimodalDataset, device: torch.device | str = "cpu", *,
-        processes: Processes | None = None,
+        processes: Processes | None = None, networks: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.device = config, torch.device(device)
+        shapes = {m.name: m.shape for m in data.modalities}
+        self.config, self.device = fitted(config.checked(), shapes), torch.device(device)
+        config = self.config
+        self.networks = flat_networks(networks, shapes)
+        check_range(data, [name.partition(".")[2] for name in (*self.networks, *own_names(config.model))])
         self.processes = processes or Processes()
         if config.batch // config.accumulate < self.processes.world:
             raise ValueError(f"batch={config.batch} in {config.accumulate} parts has no row for each of "
@@ -73,7 +85,7 @@ class Trainer:
         self.data = data.to(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.system = System(config, {m.name: m.shape for m in data.modalities}).to(self.device)
+            self.system = System(config, shapes, self.networks).to(self.device)
         s = self.system
         adams = {"generator": config.generator, "inference": config.inference, "energy": config.energy}
         if config.latent_prior is not None:
@@ -98,7 +110,7 @@ class Trainer:
         # systems as they were on the way: "vae" after the warm-up, "frozen" after the energy learned alone
         self.snapshots: dict[str, dict[str, Tensor]] = {}
         self._reader: Prefetch | None = None
-        self.stop = False  # set to end after the iteration in hand
+        self.stop = 0  # set, such as to a signal's number, to end after the iteration in hand
         self._begin(config.stages[0] if config.stages else Stage("warmup", 0), 0.0)
         self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
             "warmup": self.warmup_step, "prior": self.prior_step, "joint": self.joint_step,
@@ -493,15 +505,43 @@ class Trainer:
         return {
             "format": checkpoint.FORMAT, "config": self.config.to_json(), "iteration": self.iteration,
             "rollbacks": self.guard.rollbacks, "evaluations": self.evaluations, "snapshots": self.snapshots,
+            "data": describe(self.data), "networks": {name: class_name(net) for name, net in self.networks.items()},
             **self._written(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`, on a trainer of the same configuration.
+    def save(self, folder: Path | str) -> None:
+        """Writes what :func:`mmebm.load` needs into ``folder``: the checkpoint, and the codecs of captions."""
+        keep_codecs(self.data.modalities, Path(folder))
+        checkpoint.save(Path(folder) / "checkpoint.pt", self.state_dict())
+
+    def begin_with(self, content: dict[str, Any]) -> None:
+        """Takes the networks of another run's checkpoint, their moving average where it has one; all else is new.
 
         Raises:
-            ValueError: where the state does not belong to this configuration.
+            ValueError: where its networks are others, or its data was read in another way. A latent prior is taken
+                where both have one.
         """
+        if "data" in content:
+            check_reading(content["data"], self.data)
+        theirs, own = checkpoint.weights(content), self.system.state_dict()
+        both = {name for name in (*theirs, *own) if not name.startswith("prior.") or (name in theirs and name in own)}
+        for name in sorted(both):
+            here, there = (tuple(of[name].shape) if name in of else "none" for of in (own, theirs))
+            if here != there:
+                raise ValueError(f"its networks are others: {name} is {there} there and {here} here; `model` must be "
+                                 "as it was there")  # fmt: skip
+        self.system.load_state_dict({**own, **{name: theirs[name] for name in both}})
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(self.system.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`, on a trainer of the same configuration and data.
+
+        Raises:
+            ValueError: where the state does not belong to this configuration, or the data is read in another way.
+        """
+        if "data" in state:
+            check_reading(state["data"], self.data)
         if not 0 <= state["iteration"] <= self.total:
             raise ValueError(f"iteration {state['iteration']} of {self.total} that are configured")
         try:

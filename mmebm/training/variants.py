@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mmebm.training.config import TAUGHT, Config, LatentPriorConfig, ShuffledTuplesConfig, Stage
+from mmebm.training.config import TAUGHT, ChainConfig, Config, LatentPriorConfig, ShuffledTuplesConfig, Stage
 from mmebm.training.objectives import JOINT_OF
 
 # What the parts of a joint iteration take, in iterations of the warm-up: the losses of generator and inference network
@@ -184,12 +184,12 @@ def baseline(objective: str) -> Callable[[Config], Config]:
         model = dataclasses.replace(config.model, inference=JOINT_OF[objective] or config.model.inference)
         if objective == "mmvae+":
             # as many latents for each decoder as before, half of them its own
-            own = config.model.latent // 2
+            own = config.model.latent_size // 2
             modalities = config.data.options.get("modalities", MODALITIES.get(config.data.name))
             if modalities is None:
                 raise ValueError(f"mmvae+ needs the number of modalities of {config.data.name!r}: known are "
                                  f"{sorted(MODALITIES)}")  # fmt: skip
-            model = dataclasses.replace(model, latent=config.model.latent - own + modalities * own, private=own)
+            model = dataclasses.replace(model, latent=config.model.latent_size - own + modalities * own, private=own)
         plain = _with(vae(config).replace(model=model), objective=objective)
         stage = plain.stages[0]
         each = cost(plain, stage)
@@ -232,6 +232,21 @@ def scaled(config: Config, factor: float) -> Config:
     return config.replace(stages=tuple(
         dataclasses.replace(stage, iterations=max(round(factor * stage.iterations), 1)) for stage in config.stages
     ))  # fmt: skip
+
+
+def without_data(config: Config) -> Config:
+    """``config`` without what belongs to its own data set: the set's options and path, and what is said of modalities
+    by their names."""
+
+    def plain(chain: ChainConfig) -> ChainConfig:
+        by_name = [name for name in ("step", "travel") if isinstance(getattr(chain, name), dict)]
+        return dataclasses.replace(chain, step=0.3, travel=None) if by_name else chain
+
+    return config.replace(
+        data=dataclasses.replace(config.data, options={}, path=None),
+        model=dataclasses.replace(config.model, weights="auto", encoders={}, decoders={}),
+        data_chain=plain(config.data_chain),
+    )  # fmt: skip
 
 
 def variant(config: Config, name: str) -> Config:

@@ -158,12 +158,30 @@ def test_captions_come_with_a_codec_or_as_codes(tmp_path: Path) -> None:
     write(tmp_path, {"told": np.array(["xx", "xxxx", ""])}, modalities={"told": {"kind": "caption"}})
     data = load("folder", "train", path=tmp_path, codecs={"told": Length()})
     assert natural(data, "told", torch.tensor([1, 2])).tolist() == ["xxxx", ""]
-    with pytest.raises(ValueError, match=r"told\.npy holds strings: give codecs="):
-        load("folder", "train", path=tmp_path)
     write(tmp_path, {"told": np.array([[0.3], [0.1], [0.0]])})
     assert natural(load("folder", "train", path=tmp_path, codecs={"told": Length()}), "told",
                    torch.tensor([0])).tolist() == ["xxx"]  # fmt: skip
     assert load("folder", "train", path=tmp_path).batch(torch.tensor([0]))["told"].tolist() == [[pytest.approx(0.3)]]
+
+
+def test_captions_without_a_codec_have_one_fitted_to_the_train_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told = {"train": ["a red bird", "a blue fish", "a red fish", ""], "test": ["a blue bird", "a green bird"]}
+    for split, captions in told.items():
+        write(tmp_path / "data", {"told": np.array(captions)}, split=split, modalities={"told": {"kind": "caption"}})
+    options: dict[str, Any] = {"path": tmp_path / "data", "codec_options": {"dim": 4, "hidden": 8, "rounds": 1}}
+    test = load("folder", "test", **options)
+    assert test.modalities[0].shape == (4,) and len(list((tmp_path / "cache").rglob("captions-folder-told-*.pt"))) == 1
+    # by the vocabulary of the train split alone, and the same codec for both splits
+    codec = test.modalities[0].codec
+    assert set(codec.vocabulary.words) == {"<eos>", "<unk>", "a", "red", "blue", "bird", "fish"}  # type: ignore
+    train = load("folder", "train", **options)
+    code = codec.encode(["a red bird"])  # type: ignore[union-attr]
+    # encoded by itself and among others: sums of 64 float32 products in another order
+    assert torch.allclose(train.batch(torch.tensor([0]))["told"], code, rtol=0, atol=64 * 2**-23)
+    assert len(list((tmp_path / "cache").rglob("captions-folder-told-*.pt"))) == 1
 
 
 def kind(**settings: Any) -> dict[str, Any]:

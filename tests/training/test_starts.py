@@ -82,7 +82,7 @@ def test_data_starts_are_what_they_say(config: Config, data: MultimodalDataset) 
     assert 0 < off.abs().mean() < 0.1 and all(t.abs().max() <= 1 for t in near.values())
     assert drawn("aggregated").z.shape == (n, 3)
     assert drawn("noise").z is None and drawn("shuffled").z is None
-    with pytest.raises(ValueError, match=r"start\.data must be one of"):
+    with pytest.raises(ValueError, match="data must be one of"):
         StartConfig(data="nothing")
 
 
@@ -302,7 +302,7 @@ def test_objectives_take_their_options(config: Config, data: MultimodalDataset) 
         with torch.no_grad():
             bounds.append(trainer._bound(trainer.batch().x, torch.Generator().manual_seed(0))[0])
     assert bounds[1] > bounds[0]
-    with pytest.raises(TypeError, match=r"objective 'mmvae' has no option 'sample', only samples"):
+    with pytest.raises(ValueError, match=r"objective 'mmvae' has no option 'sample', only samples"):
         Trainer(config.replace(loss=LossConfig(objective="mmvae", objective_options={"sample": 3})), data)
 
 
@@ -319,11 +319,11 @@ def test_bad_settings_are_named() -> None:
     for make, match in (
         (lambda: Stage("joint", 1, train=()), "train must name some of"),
         (lambda: Stage("joint", 1, train=("vae",)), "train must name some of"),
-        (lambda: Stage("other", 1), "kind of a stage"),  # type: ignore[arg-type]
+        (lambda: Stage("other", 1), "kind must be one of 'warmup'"),  # type: ignore[arg-type]
         (lambda: DataConfig(missing=1.0), r"missing must lie in \[0, 1\)"),
-        (lambda: ShuffledTuplesConfig(kind="x"), "kind of shuffled tuples"),  # type: ignore[arg-type]
+        (lambda: ShuffledTuplesConfig(kind="x"), "kind must be one of 'uniform', 'hard'"),  # type: ignore[arg-type]
         (lambda: ShuffledTuplesConfig(same=0.9, near=0.2), "parts of a batch"),
-        (lambda: StartConfig(latent="x"), r"start\.latent must be one of"),
+        (lambda: StartConfig(latent="x"), "latent must be one of"),
     ):
         with pytest.raises(ValueError, match=match):
             make()

@@ -367,7 +367,7 @@ def test_paper_preset_has_no_extension() -> None:
     paper, demo = preset("paper"), preset("demo")
     assert paper.latent_prior is None and paper.shuffled_tuples is None and paper.loss.elbo == 0
     assert demo.latent_prior is not None and demo.shuffled_tuples is not None
-    known = re.escape("preset must be one of ['demo', 'paper', 'polymnist-14', 'polymnist-5k'], got 'x'")
+    known = re.escape("preset must be one of ['base', 'demo', 'paper', 'polymnist-14', 'polymnist-5k'], got 'x'")
     with pytest.raises(ValueError, match=known):
         preset("x")
 

