@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_dynamics.h"
 #include "bind_langevin_mlp.h"
 #include "bind_langevin_step.h"
 #include "bind_residual.h"
@@ -78,6 +79,7 @@ PYBIND11_MODULE(_cpu, m) {
         "float32 (blocks, 4) at out_ptr from uint32 (blocks, 4) at words_ptr: noise.box_muller.", py::arg("words_ptr"),
         py::arg("out_ptr"), py::arg("blocks"), py::arg("isa") = "auto");
 
+  bind_dynamics(m, isa_from);
   bind_langevin_step(m, isa_from);
   bind_residual(m, isa_from);
   bind_langevin_mlp(m, isa_from);

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmebm.ops.common.address import address, obstacle
 
-__all__ = ["BackendError", "available", "check_cuda", "cpu", "cuda", "normal_"]
+__all__ = ["BackendError", "available", "check_cuda", "cpu", "cuda", "loaded", "normal_", "uniform_"]
 
 _EXTENSIONS = {"cpp": "mmebm._cpu", "cuda": "mmebm._cuda"}
 _SWITCHES = {"cpp": "MMEBM_BUILD_CPU", "cuda": "MMEBM_BUILD_CUDA"}
@@ -73,6 +73,11 @@ def cpu() -> ModuleType:
 def cuda() -> ModuleType:
     """``mmebm._cuda``, on machines without a GPU too; raises :class:`BackendError` if the extension is not there."""
     return _module("cuda")
+
+
+def loaded(name: str) -> bool:
+    """Whether the extension of ``name`` is there: one look into a dictionary, for every step of a chain."""
+    return _load(name)[0] is not None
 
 
 def available(name: str) -> tuple[bool, str]:
@@ -158,6 +163,28 @@ def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_off
         from mmebm import noise
 
         out.copy_(noise.normal(out.shape, **where, dtype=torch.float32, device=out.device))
+    return out
+
+
+def uniform_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_offset: int = 0) -> Tensor:
+    """Fill ``out`` with the uniforms of :func:`mmebm.noise.uniform`, bit for bit, and return it.
+
+    Args:
+        out: float32 or float64 (chains, ...), contiguous, on the CPU.
+        seed, step, stream, chain_offset: as for :func:`normal_`.
+
+    Raises:
+        TypeError, ValueError: for anything else than the above, naming the argument.
+        BackendError: if the extension is not there.
+    """
+    if not isinstance(out, Tensor) or out.dtype not in (torch.float32, torch.float64) or out.dim() == 0:
+        raise TypeError(f"out must be float32 or float64 (chains, ...), got {out!r:.80}")
+    where = (
+        _word("seed", seed, -(2**63), 2**64), _word("step", step, 0, 2**32), _word("stream", stream, 0, 2**32),
+        _word("chain_offset", chain_offset, 0, 2**32),
+    )  # fmt: skip
+    place = address("out", out, torch.device("cpu"), out.dtype)
+    cpu().uniform(place, out.shape[0], math.prod(out.shape[1:]), *where, out.dtype == torch.float64)
     return out
 
 

@@ -176,14 +176,34 @@ def check_setting(name: str, value: Any, *, low: float = 0.0, strict: bool = Fal
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
+def check_range(name: str, value: float | Tensor, dtype: torch.dtype, *, least: float = 0.0) -> None:
+    """Checks that a finite number, or a tensor of numbers on the CPU, is one in ``dtype`` too, and not below ``least``.
+
+    Raises:
+        ValueError: where it would become infinite, or lies below.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_cpu or not value.numel():
+            return
+        held = value.detach().abs()
+        held = torch.where(held.isfinite(), held, 1.0).double()
+        low, high = float(held.min()), float(held.max())
+    else:
+        low = high = abs(value) if math.isfinite(value) else 1.0
+    if low < least or high > torch.finfo(dtype).max:
+        wanted = f"between {least:.3g} and {torch.finfo(dtype).max:.3g}, the range of {dtype},"
+        raise ValueError(f"{name} must be {wanted} got {value!r:.200}")
+
+
 def broadcast(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> float | Tensor:
     """A setting as a float, or as a tensor of ``like``'s number of dimensions (or none) that broadcasts against it.
 
     A 1-D tensor of length chains holds one value per chain.
 
     Raises:
-        ValueError: where a tensor does not broadcast.
+        ValueError: where a tensor does not broadcast, or a number is infinite in ``dtype``.
     """
+    check_range(name, value, dtype)
     if not isinstance(value, Tensor):
         return float(value)
     out = value.to(device=like.device, dtype=dtype)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from mmebm import noise
 from mmebm.models.nets import mlp
+from mmebm.ops import noise as drawn
 from mmebm.samplers import Langevin
 
 
 def standard_normal(n: int, latent: int, *, seed: int, device: torch.device, chain_offset: int = 0) -> Tensor:
     """z ~ N(0, I), (n, latent), by this library's noise: row i depends on (seed, chain_offset + i) only."""
-    return noise.normal(
+    return drawn.normal(
         (n, latent), seed=seed, stream=noise.stream(0, noise.INITIAL), chain_offset=chain_offset, device=device
     )
 

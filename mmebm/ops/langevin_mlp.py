@@ -24,7 +24,7 @@ from torch import Tensor
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
-from mmebm.ops.params import Constant, NoiseAt, StepParams, per_tensor
+from mmebm.ops.params import Constant, NoiseAt, StepNumbers, StepParams, StepRows, per_tensor
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 from mmebm.reference.langevin_mlp import langevin_mlp as reference
 from mmebm.reference.langevin_step import per_chain, widen
@@ -102,12 +102,21 @@ class MlpResult(NamedTuple):
 
 
 def constants_of(
-    params: Sequence[Sequence[StepParams]], chains: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, tuple[int, ...]] | str:
+    params: Sequence[Sequence[StepParams]], chains: int, dtype: torch.dtype, device: torch.device,
+    moving: Sequence[bool] | None = None,
+) -> tuple[Tensor, tuple[int, ...]] | str:  # fmt: skip
     """(``constants``, ``present``) of :class:`MlpChain` from per-step lists of parameters, or why there are none.
 
-    Taken are numbers, tensors of one element and tensors with one element per chain.
+    Taken are numbers, tensors of one element and tensors with one element per chain. ``moving``: which tensors do.
     """
+    if moving is not None:
+        still = StepParams(0.0, 0.0)
+        rows_of = lambda row: [p if moves else still for p, moves in zip(row, moving, strict=True)]
+        params = params.still(moving) if isinstance(params, StepRows) else [rows_of(row) for row in params]
+    if isinstance(params, StepRows):
+        quick = _from_columns(params)
+        if quick is not None:
+            return quick[0].to(dtype).to(device), quick[1]
     present = [0] * len(params[0])
     varies = False
     rows: list[list[list[Any]]] = []
@@ -142,6 +151,26 @@ def constants_of(
         for value in flat
     ])  # fmt: skip
     return table.reshape(*shape, width), tuple(present)
+
+
+def _from_columns(params: StepRows) -> tuple[Tensor, tuple[int, ...]] | None:
+    """The table of constants that are all numbers, float64, without a row being made; None where some are tensors."""
+    steps, present = len(params), [0] * len(params.columns)
+    table = torch.empty((steps, len(present), len(FIELDS), 1), dtype=torch.float64, device="cpu")
+    for i, column in enumerate(params.columns):
+        for f, name in enumerate(_PARAMS):
+            value = column[name]
+            if value is None:
+                table[:, i, f, 0] = _NEUTRAL[f]
+                continue
+            if not isinstance(value, (float, StepNumbers)):
+                return None
+            present[i] |= 1 << f
+            if name == "prior_std":
+                numbers = [value] if isinstance(value, float) else value
+                value = torch.tensor([1 / number**2 for number in numbers], dtype=torch.float64, device="cpu")
+            table[:, i, f, 0] = value.vector if isinstance(value, StepNumbers) else value
+    return table, tuple(present)
 
 
 # -- rooms

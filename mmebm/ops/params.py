@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, TypeAlias, Union
 
@@ -34,6 +34,65 @@ class StepParams:
 
 
 FIELDS: Final = tuple(field.name for field in fields(StepParams))
+
+
+class StepNumbers(Sequence[float]):
+    """A number for each step, as a float64 vector on the CPU; an entry is a float."""
+
+    def __init__(self, vector: Tensor) -> None:
+        self.vector = vector
+        self._list: list[float] | None = None
+
+    def __len__(self) -> int:
+        return self.vector.shape[0]
+
+    def __getitem__(self, k: Any) -> Any:
+        if self._list is None:
+            self._list = self.vector.tolist()
+        return self._list[k]
+
+
+def varies(column: Any) -> bool:
+    """Whether a column of :class:`StepRows` has a constant for each step."""
+    return isinstance(column, (list, StepNumbers))
+
+
+class StepRows(Sequence[list[StepParams]]):
+    """The constants of every tensor, one row for all steps or one per step, kept by columns.
+
+    A row is made when it is asked for: a long chain in one call needs the columns only.
+
+    Attributes:
+        columns: per tensor a mapping from field to its constant, or to a list or :class:`StepNumbers` of one per step.
+    """
+
+    def __init__(self, columns: Sequence[dict[str, Any]], steps: int) -> None:
+        self.columns = list(columns)
+        self._length = steps if any(varies(column) for each in columns for column in each.values()) else 1
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(self._length))]
+        if not -self._length <= k < self._length:
+            raise IndexError(f"row {k} of {self._length}")
+        return [StepParams(**{name: c[k] if varies(c) else c for name, c in column.items()}) for column in self.columns]
+
+    def still(self, moving: Sequence[bool]) -> StepRows:
+        """With the constants of no step at all for tensors that do not move."""
+        none: dict[str, Any] = {**dict.fromkeys(FIELDS), "step_size": 0.0, "noise_scale": 0.0}
+        columns = [column if moves else none for column, moves in zip(self.columns, moving, strict=True)]
+        return StepRows(columns, self._length)
+
+    def map(self, function: Callable[[str, Any], Any]) -> StepRows:
+        """``function(field, value)`` of every constant."""
+
+        def mapped(name: str, column: Any) -> Any:
+            return [function(name, value) for value in column] if varies(column) else function(name, column)
+
+        return StepRows([{name: mapped(name, c) for name, c in each.items()} for each in self.columns], self._length)
 
 
 def per_chain_or_single(value: Tensor, shape: Sequence[int]) -> bool:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mmebm import noise
+from mmebm.ops import noise as drawn
 from mmebm.state import Key, State, Structure, check_setting, flatten, integer, per_key
 
 __all__ = ["Handle", "Lineages", "ReplayBuffer"]
@@ -300,7 +301,7 @@ class ReplayBuffer:
         with self._lock, torch.no_grad():
             classes = None if labels is None else self._check_labels(n, labels)
             iteration = self.iteration
-            words = noise.words(n, 1, seed=self.seed, step=iteration, stream=_STREAM, device=self._where)[:, 0]
+            words = drawn.words(n, 1, seed=self.seed, step=iteration, stream=_STREAM, device=self._where)[:, 0]
             slots = self._slots(n, words[:, 0], classes)
             if classes is None:
                 classes = slots // self._per

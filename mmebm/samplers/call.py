@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmebm import noise
+from mmebm.ops import noise as drawn
+from mmebm.ops.dynamics import finite_rows_
+from mmebm.ops.params import StepNumbers, varies
 from mmebm.reference.langevin_step import per_chain
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.modes import Mode, modules_of, sampling
@@ -22,6 +27,7 @@ from mmebm.state import (
     Structure,
     broadcast,
     check_apart,
+    check_range,
     check_setting,
     flag,
     flatten,
@@ -46,7 +52,8 @@ class Samples:
         info: seed, steps, first_step, next_step (where a restart goes on), backend, op ("langevin_mlp" or
             "langevin_net" for the whole chain in one call, "langevin_graph" for a captured graph of all steps,
             "langevin_step" for a step at a time) and the reason for both, and ``nonfinite``, a boolean (chains,)
-            tensor: chains that hold an inf or NaN, or were frozen for it.
+            tensor: chains whose state, energy or gradient was not finite (see :data:`NONFINITE`). Samplers that accept
+            or reject say in ``never_accepted`` which chains did not move once.
     """
 
     state: Any
@@ -127,6 +134,43 @@ def _shapes(value: Any) -> str:
     return type(value).__name__
 
 
+# What becomes of a chain whose state, or the energy or gradient at it, is inf or NaN. All report it in
+# info["nonfinite"]. "warn" also warns, once per line of the caller; a state on a GPU is not read for that.
+NONFINITE = ("warn", "ignore", "freeze", "raise")
+NonFinite = Literal["warn", "ignore", "freeze", "raise"]
+
+
+def report_nonfinite(on_nonfinite: str, broken: Tensor, steps: int) -> None:
+    """Warns or raises, as asked, where chains are ``broken`` (chains,).
+
+    Raises:
+        FloatingPointError: with ``on_nonfinite="raise"``.
+    """
+    if on_nonfinite == "raise" and bool(broken.any()):
+        raise FloatingPointError(
+            f"{int(broken.sum())} of {broken.numel()} chains are not finite after {steps} steps: state, energy or "
+            'gradient is inf or NaN; a smaller step_size, grad_clip or on_nonfinite="freeze" would keep them'
+        )
+    # reading it elsewhere would wait for the device
+    if on_nonfinite == "warn" and broken.is_cpu and bool(broken.any()):
+        level, frame = 2, sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("mmebm", "torch"):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(
+            "some chains have a state, energy or gradient that is inf or NaN, and cannot be trusted: see "
+            "info['nonfinite'] of sample, and on_nonfinite=\"freeze\", \"raise\" or \"ignore\"",
+            RuntimeWarning, stacklevel=level,
+        )  # fmt: skip
+
+
+def finite_chains(tensors: Sequence[Tensor], chains: int, device: torch.device) -> Tensor:
+    """bool (chains,): where all these tensors (chains, ...) are finite."""
+    alive = torch.ones(chains, dtype=torch.bool, device=device)
+    for t in tensors:
+        finite_rows_(alive, t)
+    return alive
+
+
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raises a ValueError where ``value`` is not among those allowed."""
     # by type too: 1 is no True, and an array compares with anything
@@ -167,14 +211,18 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def counter(name: str, value: Any, low: int, high: int, device: torch.device) -> int | Tensor:
-    """A seed or step: an int in [low, high), or a 1-element integer tensor on ``device``."""
+    """A seed or step: an int in [low, high), or a 1-element integer tensor on ``device``, then int64."""
     if not isinstance(value, Tensor):
         return integer(name, value, low, high)
     if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be an int or a 1-element integer tensor, got {value!r:.80}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but the state is on {device}")
-    return value
+    # a narrower one would wrap when steps are added; int64 holds the bits of uint64
+    wide = value.to(torch.int64)
+    if wide.is_cpu and not (low <= (int(value) if value.dtype == torch.uint64 else int(wide)) < high):
+        raise ValueError(f"{name} must be in [{low}, {high}), got {value!r:.80}")
+    return wide
 
 
 def check_writable(keys: Sequence[Key], tensors: Sequence[Tensor]) -> None:
@@ -242,7 +290,7 @@ class Call:
     def normals(self, i: int, k: int, purpose: int) -> Tensor:
         """The normals of tensor ``i`` at step ``k`` of this run, 0 where observed."""
         t = self.tensors[i]
-        xi = noise.normal(
+        xi = drawn.normal(
             t.shape, seed=self.seed, step=self.first_step + k, stream=noise.stream(i, purpose),
             chain_offset=self.chain_offset, dtype=t.dtype, device=t.device,
         )  # fmt: skip
@@ -250,7 +298,7 @@ class Call:
 
     def uniforms(self, count: int, k: int, purpose: int) -> Tensor:
         """(chains, count) uniforms in [0, 1) at step ``k`` of this run."""
-        return noise.uniform(
+        return drawn.uniform(
             (self.chains, count), seed=self.seed, step=self.first_step + k, stream=noise.stream(0, purpose),
             chain_offset=self.chain_offset, device=self.device,
         )  # fmt: skip
@@ -307,29 +355,75 @@ def check_numbers(sampler: Any, numbers: Numbers) -> None:
                 check_setting(label, leaf, **allowed)
 
 
+def check_quotients(step_size: Value, temperature: Value, mass: Value, dtype: torch.dtype) -> None:
+    """Checks that what numbers are divided by the mass to is finite in ``dtype``.
+
+    Raises:
+        ValueError: naming both.
+    """
+    for name, value in (("step_size", step_size), ("temperature", temperature)):
+        if not isinstance(value, Tensor) and not isinstance(mass, Tensor) and value / mass > torch.finfo(dtype).max:
+            raise ValueError(f"{name} / mass must be finite in {dtype}, got {value!r} and {mass!r}")
+
+
+def at_steps(
+    label: str, setting: Callable[[int], Any], first: int, steps: int, allowed: Mapping[str, Any], required: bool
+) -> Sequence[Any]:
+    """A setting that is a function of the step: its values at ``steps`` steps from ``first`` on, checked.
+
+    A :class:`~mmebm.samplers.schedules.Schedule` has them at once; any other function is asked step by step.
+
+    Raises:
+        TypeError, ValueError: naming the setting and the step.
+    """
+    values = setting.values_at(first, steps) if isinstance(setting, Schedule) else None
+    if values is None:
+        values = [setting(k) for k in range(first, first + steps)]
+    if not isinstance(values, StepNumbers) and set(map(type, values)) == {float}:
+        values = StepNumbers(torch.tensor(values, dtype=torch.float64, device="cpu"))
+    if isinstance(values, StepNumbers):
+        vector, low = values.vector, allowed.get("low", 0.0)
+        good = vector.isfinite() & (vector > low if allowed.get("strict") else vector >= low)
+        if bool(good.all()):
+            return values
+    for k, value in enumerate(values, first):
+        if value is None and required:
+            raise TypeError(f"{label} at step {k} must be a number or a tensor, got None")
+        if value is not None:
+            check_setting(f"{label} at step {k}", value, **allowed)
+    return list(values)
+
+
 def settings(sampler: Any, numbers: Numbers, call: Call) -> list[dict[str, list[Value]]]:
     """The settings of every tensor by name: one entry for all steps or, with functions among them, one per step."""
     given = {name: per_key(name, getattr(sampler, name), call.keys, required=True) for name in numbers}
 
-    def value(name: str, i: int, k: int) -> Value:
-        setting = given[name][i]
+    def column(name: str, i: int) -> Any:
+        setting, like = given[name][i], call.tensors[i]
         label = name + (f"[{call.keys[i]!r}]" if len(call.keys) > 1 else "")
-        if callable(setting):
-            setting, label = setting(k), f"{label} at step {k}"
-            if setting is None:
-                raise TypeError(f"{label} must be a number or a tensor, got None")
-            check_setting(label, setting, **numbers[name])
-        return broadcast(label, setting, call.tensors[i], call.tensors[i].dtype)
+        # a divisor must be one in the state's dtype too
+        least = torch.finfo(like.dtype).tiny if numbers[name].get("strict") else 0.0
+        if not callable(setting):
+            check_range(label, setting, like.dtype, least=least)
+            return broadcast(label, setting, like, like.dtype)
+        if isinstance(call.first_step, Tensor):
+            raise ValueError("first_step must be an int where a setting is a function of the step, got a tensor")
+        values = at_steps(label, setting, call.first_step, max(call.steps, 1), numbers[name], True)
+        # evaluated before the chain starts, so that no step waits for a copy to the device
+        if isinstance(values, StepNumbers):
+            check_range(label, values.vector, like.dtype, least=least)
+            return values
+        for k, v in enumerate(values, call.first_step):
+            check_range(f"{label} at step {k}", v, like.dtype, least=least)
+        return [broadcast(f"{label} at step {k}", v, like, like.dtype) for k, v in enumerate(values, call.first_step)]
+
+    columns = {name: [column(name, i) for i in range(len(call.keys))] for name in given}
+    steps = max((len(c) for each in columns.values() for c in each if varies(c)), default=1)
 
     def row(k: int) -> dict[str, list[Value]]:
-        return {name: [value(name, i, k) for i in range(len(call.keys))] for name in given}
+        return {name: [c[k] if varies(c) else c for c in each] for name, each in columns.items()}
 
-    if not any(callable(setting) for column in given.values() for setting in column):
-        return [row(0)]
-    if isinstance(call.first_step, Tensor):
-        raise ValueError("first_step must be an int where a setting is a function of the step, got a tensor")
-    # evaluated before the chain starts, so that no step waits for a copy to the device
-    return [row(call.first_step + k) for k in range(max(call.steps, 1))]
+    return [row(k) for k in range(steps)]
 
 
 def resolve(
@@ -410,13 +504,12 @@ class Recorder:
             for rows, t in zip(self.kept, x, strict=True):
                 rows[(k + 1) // thin - 1].copy_(t)
 
-    def samples(self, x: list[Tensor], *, frozen: Tensor | None = None, **info: Any) -> Samples:
-        """What ``sample`` returns. ``frozen``: (chains,), chains to be reported as non-finite whatever they hold."""
+    def samples(self, x: list[Tensor], on_nonfinite: str, *, broken: Tensor, **info: Any) -> Samples:
+        """What ``sample`` returns. ``broken``: (chains,), chains to be reported as non-finite whatever ``x`` holds."""
         call = self.call
         with torch.inference_mode(False), torch.no_grad():
-            broken = torch.zeros(call.chains, dtype=torch.bool, device=call.device) if frozen is None else frozen
-            for t in x:
-                broken = broken | ~torch.isfinite(per_chain(t)).all(dim=1)
+            broken = broken | ~finite_chains(x, call.chains, call.device)
+            report_nonfinite(on_nonfinite, broken, call.steps)
             trace = {
                 name: torch.stack(rows) if rows
                 else torch.zeros(

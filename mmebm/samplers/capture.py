@@ -718,6 +718,7 @@ class Engine:
         copy = replace(
             out, state=[t.clone() for t in out.state], trace={name: t.clone() for name, t in out.trace.items()},
             trajectory=[t.clone() for t in out.trajectory], frozen=None if out.frozen is None else out.frozen.clone(),
+            never_accepted=None if out.never_accepted is None else out.never_accepted.clone(),
         )  # fmt: skip
         entry.graph.done()
         return copy

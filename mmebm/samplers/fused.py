@@ -17,7 +17,6 @@ from mmebm.native import BackendError
 from mmebm.ops import langevin_mlp as mlp
 from mmebm.ops.net import op as net
 from mmebm.ops.net.graph import Conv, Linear
-from mmebm.ops.params import StepParams
 from mmebm.ops.terms import too_wide
 from mmebm.reference.langevin_step import per_chain
 from mmebm.samplers.gradient import Target
@@ -92,11 +91,7 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
         return "the energy returns a scalar, not one value per chain"
     chains, device = tensors[0].shape[0], tensors[0].device
     moving = [i in p.blocks[0] for i in range(len(tensors))]
-    still = StepParams(0.0, 0.0)
-    table = mlp.constants_of(
-        [[params if moves else still for params, moves in zip(row, moving, strict=True)] for row in p.params],
-        chains, torch.float32, device,
-    )  # fmt: skip
+    table = mlp.constants_of(p.params, chains, torch.float32, device, moving)
     if isinstance(table, str):
         return table
     flat = [per_chain(t) for t in tensors]

@@ -103,7 +103,7 @@ class Target:
         if not energy:
             return None, found
         value = value.detach()
-        each = per_chain(value).sum(1) if value.dim() else value.clone()
+        each = per_chain(value).sum(1) if value.dim() > 1 else value.clone()
         return -each if self.log_prob else each, found
 
     def _masked(self, i: int, g: Tensor) -> Tensor:

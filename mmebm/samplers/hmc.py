@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from mmebm import noise
+from mmebm.ops.dynamics import Dynamics, reason
+from mmebm.ops.noise import plain
 from mmebm.samplers.call import (
+    NONFINITE,
     Call,
+    NonFinite,
     Numbers,
     Recorder,
     Samples,
     check_numbers,
+    check_quotients,
     choice,
+    finite_chains,
     per_chain_shape,
     resolve,
     running,
@@ -42,7 +48,9 @@ class HMC:
     A step draws velocities from N(0, T / m), follows the Hamiltonian E(x) + sum of m v^2 / 2, over all elements of all
     tensors, for ``leapfrog_steps`` leapfrog steps, and accepts each chain's end with probability
     min(1, exp(-(change of the Hamiltonian) / T)). It takes one gradient per leapfrog step. The stationary law is the
-    target's, whatever the step size. A trajectory that overflows is rejected.
+    target's, whatever the step size. A trajectory that overflows, or ends where the energy or its gradient is inf or
+    NaN, is rejected. A chain that is at such a place itself is reported in ``info["nonfinite"]`` and takes no part in
+    the warm-up; from an energy of +inf it moves to any finite one, from NaN nowhere.
 
     ``step_size``, ``mass`` and ``temperature`` may each be a float, a tensor that broadcasts (a 1-D tensor of length
     chains means one value per chain), or a function of the step; the first two also a mapping from the state's keys.
@@ -59,6 +67,8 @@ class HMC:
             chain depend on the batch it is in.
         log_prob: the callable returns log p instead of E.
         mode: modules found in the energy run in "eval" or "train" mode or as they are ("keep"); restored afterwards.
+        on_nonfinite: "warn" once where a chain is at a state of non-finite energy or gradient, "ignore" (it is reported
+            in ``info`` in any case), "freeze" it where it is, or "raise" at the end.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
@@ -73,10 +83,12 @@ class HMC:
     adapt_over: Literal["chain", "all"] = "chain"
     log_prob: bool = False
     mode: Mode = "eval"
+    on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, ("eval", "train", "keep"))
         flag("log_prob", self.log_prob)
+        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
         choice("adapt_over", self.adapt_over, ("chain", "all"))
         integer("leapfrog_steps", self.leapfrog_steps, 1)
         integer("adapt", self.adapt, 0)
@@ -122,12 +134,12 @@ class HMC:
 
         Returns:
             :class:`~mmebm.Samples`; its ``info`` holds ``acceptance``, the mean acceptance probability of the steps
-            after the warm-up, ``step_scale``, the factor of the step sizes for the next step, both (chains,), and, with
-            ``adapt``, ``adaptation``. A chain that starts non-finite stays where it is and is reported in
-            ``info["nonfinite"]``.
+            after the warm-up, ``step_scale``, the factor of the step sizes for the next step, ``never_accepted``, which
+            chains did not move in any of the steps, all (chains,), and, with ``adapt``, ``adaptation``.
 
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
+            FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
         """
         call = resolve(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, seed=seed, generator=generator,
@@ -139,55 +151,177 @@ class HMC:
             rows = settings(self, _NUMBERS, call)
             for row in rows:
                 _check_per_chain(row["temperature"][0], call.chains)
+                for i in call.moving:
+                    check_quotients(row["step_size"][i], row["temperature"][i], row["mass"][i], call.tensors[i].dtype)
             warmup = _Adaptation.start(self, call, adaptation)
             x = [t.detach().clone() for t in call.tensors]
-            accepted_sum = torch.zeros(call.chains, dtype=x[0].dtype, device=call.device)
-            counted = 0
-            current: tuple[Tensor, list[Tensor]] | None = None
+            zero = torch.zeros(call.chains, dtype=x[0].dtype, device=call.device)
+            moves: _Trajectories | _CppTrajectories | None = None
             # a network need not take an empty batch
             for k in range(call.steps if call.chains else 0):
-                if current is None or target.varies:
-                    e, g = target(x, k)
-                    current = one_per_chain("HMC", e), g
+                if moves is None or target.varies:
+                    e, g = target(x if moves is None else moves.x, k)
+                    e = one_per_chain("HMC", e)
+                    if moves is None:
+                        moves = _trajectories(self, call, target, x, e)
+                    moves.restart(e, g)
+                recorded = {"energy": moves.energy} if "energy" in call.record else {}
                 scale = warmup.scale if warmup else None
-                row = rows[min(k, len(rows) - 1)]
-                x, current, what = self._step(call, target, row, scale, k, x, *current)
-                recorder.add(step_scale=torch.ones_like(accepted_sum) if scale is None else scale, **what)
-                if warmup and warmup.update(what["accept_prob"]):
-                    accepted_sum, counted = torch.zeros_like(accepted_sum), 0
-                else:
-                    accepted_sum, counted = accepted_sum + what["accept_prob"], counted + 1
-                recorder.keep(k, x)
+                what = moves.step(rows[min(k, len(rows) - 1)], scale, k)
+                if call.record:
+                    what["step_scale"] = torch.ones_like(zero) if scale is None else scale
+                    recorder.add(**recorded, **{name: what[name].clone() for name in call.record if name in what})
+                if warmup and warmup.update(what["accept_prob"], moves.living):
+                    moves.forget()
+                recorder.keep(k, moves.x)
+            never, living = zero.bool(), ~zero.bool()
+            if moves is not None:
+                x, never, living = moves.x, ~moves.ever, moves.living & moves.alive
             info: dict[str, Any] = {
-                "acceptance": accepted_sum / counted if counted else accepted_sum * math.nan,
-                "step_scale": warmup.scale if warmup else torch.ones_like(accepted_sum),
+                "acceptance": zero * math.nan if moves is None or not moves.counted else moves.acceptance(zero.dtype),
+                "step_scale": warmup.scale if warmup else torch.ones_like(zero),
+                "never_accepted": never,
             }
             if warmup:
                 info["adaptation"] = warmup.state()
-            return recorder.samples(x, **info)
+            return recorder.samples(x, self.on_nonfinite, broken=~living, **info)
 
-    def _step(
-        self, call: Call, target: Target, row: dict[str, list[Any]], scale: Tensor | None, k: int, x: list[Tensor],
-        e: Tensor, g: list[Tensor],
-    ) -> tuple[list[Tensor], tuple[Tensor, list[Tensor]], dict[str, Tensor]]:  # fmt: skip
-        """One trajectory from ``x``, of energy ``e`` and gradient ``g``: the next state, its energy and gradient, and
-        what may be recorded."""
+
+def _trajectories(
+    sampler: HMC, call: Call, target: Target, x: list[Tensor], energy: Tensor
+) -> _Trajectories | _CppTrajectories:
+    """What runs the steps: C++ where it takes the state and float32 energies, else PyTorch."""
+    moving = [x[i] for i in call.moving]
+    if moving and energy.dtype is torch.float32 and reason(moving, call.seed, call.first_step) is None:
+        return _CppTrajectories(sampler, call, target, x)
+    return _Trajectories(sampler, call, target, x)
+
+
+class _Trajectories:
+    """The steps in PyTorch.
+
+    Attributes:
+        x, energy: the state, and its energy (chains,).
+        living: bool (chains,), where state, energy and gradient are finite now. alive: where they were at every
+            gradient, with ``on_nonfinite="freeze"``; else True.
+        ever: bool (chains,), who moved at all. counted: steps since the last :meth:`forget`.
+    """
+
+    def __init__(self, sampler: HMC, call: Call, target: Target, x: list[Tensor]) -> None:
+        self.sampler, self.call, self.target, self.x = sampler, call, target, x
+        self.counted = 0
+        self.prob_sum = torch.zeros(call.chains, dtype=x[0].dtype, device=call.device)
+        self.ever = torch.zeros(call.chains, dtype=torch.bool, device=call.device)
+        self.alive = ~self.ever
+        self.freeze = sampler.on_nonfinite == "freeze"
+
+    def restart(self, energy: Tensor, g: list[Tensor]) -> None:
+        """``energy`` and gradient at the state."""
+        self.energy, self.g = energy, g
+        parts = [self.x[i] for i in self.call.moving]
+        self.living = finite_chains([*parts, energy.detach(), *g], self.call.chains, self.call.device)
+        if self.freeze:
+            self.alive = self.alive & self.living
+
+    def forget(self) -> None:
+        """After the warm-up's steps: the mean acceptance is that of the steps to come."""
+        self.prob_sum, self.counted = torch.zeros_like(self.prob_sum), 0
+
+    def acceptance(self, dtype: torch.dtype) -> Tensor:
+        return (self.prob_sum / self.counted).to(dtype)
+
+    def step(self, row: dict[str, list[Any]], scale: Tensor | None, k: int) -> dict[str, Tensor]:
+        """One trajectory; what may be recorded."""
+        call, x, e, g = self.call, self.x, self.energy, self.g
         moving = call.moving
         h, mass, temperature = ([row[name][i] for i in moving] for name in ("step_size", "mass", "temperature"))
         if scale is not None:
             h = [size * per_chain_shape(scale, x[i]) for size, i in zip(h, moving)]
         v = [call.normals(i, k, noise.MOMENTUM) * sqrt(t / m) for i, t, m in zip(moving, temperature, mass)]
-        y, w, e_new, p = leapfrog(target, k, x, v, g, h, mass, self.leapfrog_steps)
+        y, w, e_new, p = leapfrog(self.target, k, x, v, g, h, mass, self.sampler.leapfrog_steps)
         e_new = one_per_chain("HMC", e_new)
         # the change of m v^2 / 2, element by element: the two sums' own rounding would be large for a large state
         error = total([0.5 * m * (b - a) * (b + a) for m, a, b in zip(mass, v, w)], e_new - e) + (e_new - e)
         t = row["temperature"][0]
         ratio = -error / (t.reshape(-1) if isinstance(t, Tensor) else t)
-        # NaN, the end of a broken trajectory, is never accepted
+        # NaN, the end of a broken trajectory, is never accepted; nor is an energy of -inf, or a gradient that leads out
         accept_prob = torch.nan_to_num(ratio.clamp(max=0.0).exp(), nan=0.0)
+        allowed = finite_chains([e_new, *(y[i] for i in moving), *p], call.chains, call.device) & self.alive
+        accept_prob = torch.where(allowed, accept_prob, 0.0)
         accept = call.uniforms(1, k, noise.ACCEPT).squeeze(1) < accept_prob
-        what = {"energy": e, "accept_prob": accept_prob, "accepted": accept.to(e.dtype), "energy_error": error}
-        return where(accept, y, x), (torch.where(accept, e_new, e), where(accept, p, g)), what
+        self.x, self.energy, self.g = where(accept, y, x), torch.where(accept, e_new, e), where(accept, p, g)
+        self.ever, self.living = self.ever | accept, self.living | accept
+        self.prob_sum, self.counted = self.prob_sum + accept_prob, self.counted + 1
+        return {"accept_prob": accept_prob, "accepted": accept.to(e.dtype), "energy_error": error}
+
+
+class _CppTrajectories(_Trajectories):
+    """The same in C++: a call for each piece of a trajectory between two gradients."""
+
+    def __init__(self, sampler: HMC, call: Call, target: Target, x: list[Tensor]) -> None:
+        super().__init__(sampler, call, target, x)
+        self.op = Dynamics(
+            [x[i] for i in call.moving], indices=call.moving, masks=[call.masks[i] for i in call.moving],
+            seed=plain(call.seed), chain_offset=call.chain_offset, alive=self.alive, keeps=True, freeze=self.freeze,
+        )  # fmt: skip
+        self.first = plain(call.first_step)
+        self.y = list(x)
+        for i, t, to in zip(call.moving, self.op.x, self.op.y):
+            self.x[i], self.y[i] = t, to
+        self.prob_sum = self.prob_sum.double()
+        self.out = {
+            name: torch.zeros(call.chains, dtype=torch.float32, device=call.device)
+            for name in ("accept_prob", "accepted", "energy_error")
+        }
+        self._energy = torch.zeros_like(self.out["accepted"])
+        self.op.set_energy(self._energy)
+        prob, accepted, error = self.out.values()
+        self.op.set_outputs(prob, accepted, error, self.prob_sum, self.ever)
+        self._row: dict[str, list[Any]] | None = None
+
+    @property
+    def energy(self) -> Tensor:
+        return self._energy.clone()
+
+    @energy.setter
+    def energy(self, value: Tensor) -> None:
+        self._energy.copy_(value)
+
+    def restart(self, energy: Tensor, g: list[Tensor]) -> None:
+        self.energy = energy
+        self.living = finite_chains([*self.op.x, energy.detach(), *g], self.call.chains, self.call.device)
+        self._all_live = bool(self.living.all())
+        if self.freeze:
+            self.alive.logical_and_(self.living)
+        for own, given in zip(self.op.g, g, strict=True):
+            own.copy_(given)
+
+    def forget(self) -> None:
+        self.prob_sum.zero_()
+        self.counted = 0
+
+    def step(self, row: dict[str, list[Any]], scale: Tensor | None, k: int) -> dict[str, Tensor]:
+        op, call = self.op, self.call
+        if scale is not None or row is not self._row:
+            for n, i in enumerate(call.moving):
+                h, m, t = (row[name][i] for name in ("step_size", "mass", "temperature"))
+                if row is not self._row:
+                    op.set(n, thermal=sqrt(t / m), mass=m)
+                if scale is not None:
+                    h = h * per_chain_shape(scale, self.x[i])
+                op.set(n, kick=h / m, drift=h)
+            if row is not self._row:
+                op.set_temperature(row["temperature"][0])
+            self._row = row
+        op.hmc_start(self.first + k)
+        for _ in range(self.sampler.leapfrog_steps - 1):
+            op.leap(self.target(self.y, k)[1])
+        e_new, g = self.target(self.y, k)
+        op.hmc_end(g, one_per_chain("HMC", e_new), self.first + k)
+        self.counted += 1
+        if not self._all_live:
+            self.living = self.living | (self.out["accepted"] > 0)
+        return self.out
 
 
 def leapfrog(
@@ -262,19 +396,24 @@ class _Adaptation:
         """The factor for the next step, (chains,)."""
         return (self.log_scale if self.done < self.sampler.adapt else self.mean_log_scale).exp()
 
-    def update(self, accept_prob: Tensor) -> bool:
-        """After a step; whether the step belonged to the warm-up."""
+    def update(self, accept_prob: Tensor, living: Tensor) -> bool:
+        """After a step; whether the step belonged to the warm-up. Only ``living`` chains (chains,) count."""
         if self.done >= self.sampler.adapt:
             return False
         self.done += 1
         t = self.done
+        learns = living
         if self.sampler.adapt_over == "all":
-            accept_prob = accept_prob.mean().expand_as(accept_prob)
+            counted = torch.where(living, accept_prob, 0.0).sum() / living.sum().clamp(min=1)
+            accept_prob, learns = counted.expand_as(accept_prob), living.any()
         rate = 1.0 / (t + self.OFFSET)
-        self.shortfall = (1.0 - rate) * self.shortfall + rate * (self.sampler.target_accept - accept_prob)
-        self.log_scale = self.START - math.sqrt(t) / self.GAMMA * self.shortfall
+        shortfall = (1.0 - rate) * self.shortfall + rate * (self.sampler.target_accept - accept_prob)
+        self.shortfall = torch.where(learns, shortfall, self.shortfall)
+        log_scale = self.START - math.sqrt(t) / self.GAMMA * self.shortfall
+        self.log_scale = torch.where(learns, log_scale, self.log_scale)
         weight = t**-self.KAPPA
-        self.mean_log_scale = weight * self.log_scale + (1.0 - weight) * self.mean_log_scale
+        mean = weight * self.log_scale + (1.0 - weight) * self.mean_log_scale
+        self.mean_log_scale = torch.where(learns, mean, self.mean_log_scale)
         return True
 
     def state(self) -> dict[str, Tensor]:

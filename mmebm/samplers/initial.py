@@ -1,7 +1,8 @@
 """Where chains start: functions ``(n, generator) -> state`` for :class:`mmebm.ReplayBuffer`, or to call.
 
 Those that depend on a class take ``labels`` (n,) too. All draw on the generator's device, and can be pickled where what
-they were made of can.
+they were made of can. Normals and uniforms on the CPU are those of :mod:`mmebm.noise`, stream INITIAL, with a seed
+drawn from the generator; on a GPU, where reading that seed would wait for the device, they are torch's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmebm import noise
+from mmebm.ops import noise as drawn
 from mmebm.state import check_setting
 
 __all__ = ["class_gaussian", "data", "each", "generated", "normal", "uniform"]
@@ -27,6 +30,17 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def _draw(
+    ours: Callable[..., Tensor], torchs: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    if generator.device.type != "cpu":
+        return torchs(shape, generator=generator, device=generator.device, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    seed, stream = noise.draw_seed(generator), noise.stream(0, noise.INITIAL)
+    return ours(shape, seed=seed, stream=stream, dtype=wide, device=generator.device).to(dtype)
+
+
 def uniform(shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Initial:
     """Uniform in [low, high)."""
     size = _shape(shape)
@@ -38,7 +52,7 @@ def uniform(shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: to
 def _uniform(
     size: tuple[int, ...], low: float, high: float, dtype: torch.dtype, n: int, generator: torch.Generator
 ) -> Tensor:
-    return torch.rand(n, *size, generator=generator, device=generator.device, dtype=dtype) * (high - low) + low
+    return _draw(drawn.uniform, torch.rand, (n, *size), dtype, generator) * (high - low) + low
 
 
 def normal(shape: Sequence[int], std: float = 1.0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Initial:
@@ -51,7 +65,7 @@ def normal(shape: Sequence[int], std: float = 1.0, mean: float = 0.0, dtype: tor
 def _normal(
     size: tuple[int, ...], std: float, mean: float, dtype: torch.dtype, n: int, generator: torch.Generator
 ) -> Tensor:
-    return torch.randn(n, *size, generator=generator, device=generator.device, dtype=dtype) * std + mean
+    return _draw(drawn.normal, torch.randn, (n, *size), dtype, generator) * std + mean
 
 
 def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
@@ -127,7 +141,7 @@ def _class_normal(
     labels: Tensor,
 ) -> Tensor:  # fmt: skip
     device = generator.device
-    xi = torch.randn(n, mean.shape[1], generator=generator, device=device, dtype=mean.dtype)
+    xi = _draw(drawn.normal, torch.randn, (n, mean.shape[1]), mean.dtype, generator)
     spread = scale.to(device)
     if covariance == "diagonal":
         out = xi * spread[labels]

@@ -20,9 +20,11 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops.langevin_mlp import Precision
 from mmebm.ops.params import NormOver, Outside, Rng
-from mmebm.reference.langevin_step import per_chain, widen
+from mmebm.reference.langevin_step import widen
 from mmebm.samplers import capture, fused, loop, metropolis
 from mmebm.samplers.call import (
+    NONFINITE,
+    NonFinite,
     Samples,
     calls_of,
     check_arguments,
@@ -30,7 +32,9 @@ from mmebm.samplers.call import (
     check_writable,
     choice,
     counter,
+    finite_chains,
     leaves,
+    report_nonfinite,
 )
 from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.opaque import opaque
@@ -86,7 +90,9 @@ class Langevin:
         precision: of a fused MLP energy's matrix products on a GPU (:class:`mmebm.ops.langevin_mlp.MlpChain`).
         capture: a chain that is not one fused call as one CUDA graph, replayed (:mod:`mmebm.samplers.capture`): "auto"
             from the second equal call on, where it can be; True at once, or a BackendError with the reason; False not.
-        on_nonfinite: "ignore" (reported in ``info``), "freeze" a chain at its last finite state, or "raise" at the end.
+        on_nonfinite: where a chain's state, or the energy or gradient at it, is inf or NaN: "warn" once (not on a GPU,
+            whose state is not read), "ignore" (it is reported in ``info`` in any case), "freeze" it at its last finite
+            state, or "raise" at the end. A scalar energy does not say which chain made it what it is.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
@@ -116,7 +122,7 @@ class Langevin:
     backend: str = "auto"
     precision: Precision = "fp32"
     capture: Literal["auto", True, False] = "auto"
-    on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
+    on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
         for name in ("clamp_noise", "log_prob", "score"):
@@ -132,7 +138,7 @@ class Langevin:
         choice("capture", self.capture, ("auto", True, False))
         if not isinstance(self.backend, str):
             raise TypeError(f'backend must be "auto" or a backend\'s name, got {self.backend!r:.80}')
-        choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
+        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
         for name in ("step_size", "temperature"):
             value = getattr(self, name)
             if value is None or (isinstance(value, Mapping) and any(leaf is None for leaf in value.values())):
@@ -334,7 +340,7 @@ class Langevin:
                 record=tuple(record), thin=thin, offload=bool(offload), differentiable=min(last, steps),
             )  # fmt: skip
             if self.bounds_at == "end":
-                free = [[dataclasses.replace(p, low=None, high=None) for p in row] for row in params]
+                free = params.map(lambda name, value: None if name in ("low", "high") else value)
                 problem = dataclasses.replace(problem, params=free, ends=params[-1] if steps else [])
             if chunk_size is None or chains <= chunk_size:
                 result = self._run(problem, tensors)
@@ -347,11 +353,7 @@ class Langevin:
                 torch.cuda.current_stream(device).synchronize()
             if self.finish is not None:
                 out = self._finished(problem, out)
-            if self.on_nonfinite == "raise" and bool(broken.any()):
-                raise FloatingPointError(
-                    f"{int(broken.sum())} of {chains} chains are not finite after {steps} steps; a smaller step_size, "
-                    'grad_clip or on_nonfinite="freeze" would keep them'
-                )
+            report_nonfinite(self.on_nonfinite, broken, steps)
         if inplace:
             with torch.no_grad():
                 for given, new in zip(tensors, out, strict=True):
@@ -378,9 +380,10 @@ class Langevin:
         else:
             op_name, ran = "langevin_graph", captured
             reason = f"{ran.reason}; not a fused call: {whole}"
-        return self._finish(p, ran.state, ran.trace, ran.trajectory, ran.frozen, {
-            "backend": ran.backend, "op": op_name, "reason": reason
-        })  # fmt: skip
+        info: dict[str, Any] = {"backend": ran.backend, "op": op_name, "reason": reason}
+        if ran.never_accepted is not None:
+            info["never_accepted"] = ran.never_accepted
+        return self._finish(p, ran.state, ran.trace, ran.trajectory, ran.frozen, info)
 
     def _finished(self, p: Problem, x: list[Tensor]) -> list[Tensor]:
         """``finish`` of the final state, observed elements as they were."""
@@ -398,16 +401,16 @@ class Langevin:
     @staticmethod
     def _finish(
         p: Problem, x: list[Tensor], trace: dict[str, Tensor], kept: list[Tensor], frozen: Tensor | None,
-        info: dict[str, str],
+        info: dict[str, Any],
     ) -> Any:  # fmt: skip
         """What is left after the last step: bounds at the end, which chains are broken."""
         if p.ends:
             x = [clamp_at_end(p, i, t) for i, t in enumerate(x)]
         if not p.differentiable:
             x = [t.detach() for t in x]
-        broken = torch.zeros(x[0].shape[0], dtype=torch.bool, device=x[0].device) if frozen is None else frozen
-        for t in x:
-            broken = broken | ~torch.isfinite(per_chain(t.detach())).all(dim=1)
+        broken = ~finite_chains([t.detach() for t in x], x[0].shape[0], x[0].device)
+        if frozen is not None:
+            broken = broken | frozen
         return x, trace, kept, broken, info
 
 

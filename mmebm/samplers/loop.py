@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mmebm import noise
+from mmebm.ops import dynamics
 from mmebm.ops import langevin_step as op
+from mmebm.ops import noise as drawn
+from mmebm.ops.params import StepParams
 from mmebm.reference.langevin_step import per_chain, widen
 from mmebm.samplers import metropolis
-from mmebm.samplers.call import where
+from mmebm.samplers.call import finite_chains, where
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.modes import modules_of, sampling
 from mmebm.samplers.problem import Problem, Run
@@ -41,8 +45,8 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run:
                 x = loop.step(k, x, create_graph=True)
     empty = torch.zeros(p.steps, chains, dtype=torch.float32, device=device)
     trace = {name: torch.stack(rows) if rows else empty for name, rows in loop.trace.items()}
-    frozen = None if loop.alive is None else ~loop.alive
-    return Run(x, trace, loop.kept, frozen, loop.backend, loop.reason)
+    never = None if loop.ever is None else ~loop.ever
+    return Run(x, trace, loop.kept, ~loop.alive, loop.backend, loop.reason, never_accepted=never)
 
 
 class Loop:
@@ -79,9 +83,11 @@ class Loop:
             home: dict[str, Any] = {"device": "cpu", "pin_memory": device.type == "cuda"} if p.offload else {}
             self.kept = [torch.empty(p.steps // p.thin, *t.shape, dtype=t.dtype, **{"device": device, **home})
                          for t in tensors]  # fmt: skip
-        self.alive: Tensor | None = None
-        if sampler.on_nonfinite == "freeze":
-            self.alive = torch.ones(chains, dtype=torch.bool, device=device)
+        # where state, energy and gradient were finite so far; with `accept`, unless frozen, where they are now
+        self.alive = torch.ones(chains, dtype=torch.bool, device=device)
+        self.freeze = sampler.on_nonfinite == "freeze"
+        # who was accepted at all
+        self.ever = torch.zeros_like(self.alive) if sampler.accept is not None else None
         # the accepted point's energy and gradients (by tensor) are the next update's: one gradient per update
         self.cached: tuple[Tensor | None, dict[int, Tensor]] | None = None
         self.moving = [i for group in p.blocks for i in group]
@@ -94,10 +100,35 @@ class Loop:
         self.noise_first = sampler.noise_at == "before"
         self.projects = any(function is not None for function in p.project)
         self.stats = any(name not in ("energy", "accepted") for name in p.record)
-        self.wants_energy = "energy" in p.record or sampler.accept is not None
-        revised = self.noise_first or self.projects or sampler.accept is not None or self.alive is not None
+        self.wants_energy = not sampler.score
+        # what may make a finite update of a gradient that is not
+        self.hides = self.projects or sampler.outside == "reject" or any(
+            value is not None for row in p.params for c in row for value in (c.grad_clip, c.max_update, c.low, c.high)
+        )  # fmt: skip
+        revised = self.noise_first or self.projects or sampler.accept is not None or self.freeze
         self.measures = "displacement" in p.record and revised
-        self.keeps_old = sampler.accept is not None or self.alive is not None or self.measures
+        self.keeps_old = sampler.accept is not None or self.freeze or self.measures
+        self.test = self._test(tensors)
+        self.olds: list[Tensor] = []
+
+    def _test(self, tensors: list[Tensor]) -> dynamics.Proposals | None:
+        """The Metropolis test in C++, or None where it runs in PyTorch."""
+        p = self.problem
+        if self.sampler.accept != "metropolis" or len(p.blocks) != 1 or self.sampler.rng != "philox":
+            return None
+        group = p.blocks[0]
+        mine = [tensors[i] for i in group]
+        # where they are tensors, a graph may be captured
+        if isinstance(p.seed, Tensor) or isinstance(p.first_step, Tensor):
+            return None
+        if self.backend != "cpp" or p.differentiable or dynamics.reason(mine, p.seed, p.first_step) is not None:
+            return None
+        if not all(dynamics.Proposals.takes(row[0], mine) for row in self.params):
+            return None
+        return dynamics.Proposals(
+            [t.shape for t in mine], [self._mask(i) for i in group], seed=drawn.plain(p.seed),
+            stream=noise.stream(group[0], noise.ACCEPT), chain_offset=p.chain_offset, keep=self.reuses,
+        )  # fmt: skip
 
     def _mask(self, i: int) -> Tensor | None:
         mask = self.problem.masks[i]
@@ -128,23 +159,27 @@ class Loop:
         params = self.params[min(k, len(self.params) - 1)][b]
         position = p.first_step + k
         current = [x[i] for i in group]
-        old = [t.clone() for t in current] if stepper.inplace and self.keeps_old else current
+        old = self._copies(current) if stepper.inplace and self.keeps_old else current
         if self.noise_first:
             current = stepper.perturb(current, params, position)
             for i, t in zip(group, current, strict=True):
                 x[i] = t
         energy, slopes = self.cached if self.cached is not None else self._slopes(b, k, x, create_graph)
         grads = [slopes[i] for i in group]
+        self._judge(group, energy, grads)
         y, stats = stepper.step(current, grads, params, position, with_noise=not self.noise_first, stats=self.stats)
         if self.projects:
             y = [self._project(i, t) for i, t in zip(group, y, strict=True)]
-        if self.alive is not None:
+        if self.sampler.accept is None and self.freeze:
             for t in y:
-                self.alive = self.alive & torch.isfinite(per_chain(t.detach())).all(dim=1)
+                dynamics.finite_rows_(self.alive, t.detach())
             y = where(self.alive, y, old)
         if self.sampler.accept is not None:
-            moved = self._accept(b, k, x, old, y, energy, slopes, create_graph)
-            y = where(moved, y, old)
+            if self.test is not None and "energy" in self.trace and energy is not None:
+                energy = energy.clone()  # accepted ones are written over it
+            moved, y = self._accept(b, k, x, old, y, energy, slopes, create_graph)
+            assert self.ever is not None
+            self.ever.logical_or_(moved)
             if "accepted" in self.trace:
                 totals["accepted"] = totals.get("accepted", 0) + moved.to(torch.float32) / len(p.blocks)
         for i, t in zip(group, y, strict=True):
@@ -161,6 +196,38 @@ class Loop:
                 totals[name] = torch.hypot(totals[name], part) if name in totals else part
             for name in ("clipped", "nonfinite"):
                 totals[name] = totals.get(name, 0) + getattr(stats, name)
+
+    def _copies(self, current: list[Tensor]) -> list[Tensor]:
+        """The state before the step; with the test in C++ in memory of its own, as nothing of it is handed on."""
+        if self.test is None:
+            return [t.clone() for t in current]
+        if not self.olds:
+            self.olds = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in current]
+        for to, t in zip(self.olds, current, strict=True):
+            to.copy_(t)
+        return self.olds
+
+    def _judge(self, group: list[int], energy: Tensor | None, grads: list[Tensor]) -> None:
+        """Marks the chains at whose state the energy or its gradient is not finite.
+
+        Without clips, bounds and the like a gradient that is not makes a state that is not, which shows by itself. A
+        scalar energy does not say which chain made it what it is.
+        """
+        energies = [energy.detach()] if energy is not None and energy.dim() else []
+        if self.sampler.accept is None:
+            for t in (*energies, *(self._moving(group, grads) if self.hides or self.freeze else ())):
+                dynamics.finite_rows_(self.alive, t)
+        elif self.cached is None:
+            sound = finite_chains([*energies, *self._moving(group, grads)], len(self.alive), self.alive.device)
+            self.alive = self.alive & sound if self.freeze else sound
+
+    def _moving(self, group: list[int], parts: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor for each of the block's, 0 where observed: what is there does not move the chain."""
+        masks = [self._mask(i) for i in group]
+        return [
+            t.detach() if mask is None else t.detach().masked_fill(mask, 0.0)
+            for t, mask in zip(parts, masks, strict=True)
+        ]
 
     def _project(self, i: int, y: Tensor) -> Tensor:
         function = self.problem.project[i]
@@ -189,8 +256,8 @@ class Loop:
     def _accept(
         self, b: int, k: int, x: list[Tensor], old: list[Tensor], y: list[Tensor], energy: Tensor | None,
         slopes: dict[int, Tensor], create_graph: bool,
-    ) -> Tensor:  # fmt: skip
-        """The chains that move from ``old`` to ``y``: boolean (chains,)."""
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """The chains that move from ``old`` to ``y``, boolean (chains,), and the block's tensors then."""
         group = self.problem.blocks[b]
         energy = one_per_chain(f'accept="{self.sampler.accept}"', energy)
         trial = list(x)
@@ -198,18 +265,50 @@ class Loop:
             trial[i] = t
         new_energy, new_slopes = self._slopes(b, k, trial, create_graph)
         assert new_energy is not None
+        params = self.params[min(k, len(self.params) - 1)][b]
+        ends = [new_slopes[i] for i in group]
+        if self.test is not None and energy.dtype is new_energy.dtype is torch.float32:
+            return self._tested(k, old, y, energy, slopes, new_energy, ends, params), y
         if self.sampler.accept == "descent":
             moved = new_energy < energy
         else:
             ratio = metropolis.log_ratio(
-                old, y, [slopes[i] for i in group], [new_slopes[i] for i in group], energy, new_energy,
-                self.params[min(k, len(self.params) - 1)][b], [self._mask(i) for i in group],
+                old, y, [slopes[i] for i in group], ends, energy, new_energy, params, [self._mask(i) for i in group],
                 self.temperatures[min(k, len(self.temperatures) - 1)], self.sampler.norm_over,
             )  # fmt: skip
             moved = self._uniform(b, k, ratio) < ratio.exp()
+        # a broken proposal is never accepted, nor does a frozen chain move
+        parts = [new_energy.detach(), *self._moving(group, y), *self._moving(group, ends)]
+        moved = moved & finite_chains(parts, len(moved), moved.device)
+        if self.freeze:
+            moved = moved & self.alive
+        self.alive = self.alive if self.freeze else self.alive | moved
         if self.reuses:
             kept = where(moved, list(new_slopes.values()), list(slopes.values()))
             self.cached = torch.where(moved, new_energy, energy), dict(zip(slopes, kept, strict=True))
+        return moved, where(moved, y, old)
+
+    def _tested(
+        self, k: int, old: list[Tensor], y: list[Tensor], energy: Tensor, slopes: dict[int, Tensor],
+        new_energy: Tensor, ends: list[Tensor], params: list[StepParams],
+    ) -> Tensor:  # fmt: skip
+        """The Metropolis test in C++: rejected chains of ``y`` are those of ``old`` again."""
+        assert self.test is not None
+        starts = list(slopes.values())
+        if self.cached is None:
+            # accepted chains' energies and gradients are written over them
+            energy, starts = energy.clone(), [t.contiguous().clone() for t in starts]
+            if self.freeze:
+                self.test.set_alive(self.alive)
+        elif self.cached[0] is not None:
+            energy = self.cached[0]
+        self.test.set(params, y, self.temperatures[min(k, len(self.temperatures) - 1)])
+        self.test.decide(old, y, starts, ends, energy, new_energy, drawn.plain(self.problem.first_step) + k)
+        moved = self.test.accepted
+        if not self.freeze:
+            self.alive.logical_or_(moved)
+        if self.reuses:
+            self.cached = energy, dict(zip(slopes, starts, strict=True))
         return moved
 
     def _uniform(self, b: int, k: int, like: Tensor) -> Tensor:
@@ -217,7 +316,8 @@ class Loop:
         p = self.problem
         if self.sampler.rng == "torch":
             return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=p.generator)
-        return noise.uniform(
+        draw = noise if isinstance(p.seed, Tensor) or isinstance(p.first_step, Tensor) else drawn
+        return draw.uniform(
             like.shape, seed=p.seed, step=p.first_step + k, stream=noise.stream(p.blocks[b][0], noise.ACCEPT),
             chain_offset=p.chain_offset, dtype=like.dtype, device=like.device,
         )  # fmt: skip

@@ -12,7 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from mmebm.ops.params import StepNumbers
 
 __all__ = ["Schedule", "geometric", "linear", "polynomial", "table"]
 
@@ -23,6 +26,10 @@ class Schedule(ABC):
     @abstractmethod
     def __call__(self, k: int) -> float | Tensor:
         """The value at step ``k``."""
+
+    def values_at(self, first: int, steps: int) -> Sequence[float | Tensor]:
+        """The values at steps ``first``, ``first + 1``, ..., bit for bit; a schedule of formula has them at once."""
+        return [self(k) for k in range(first, first + steps)]
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,14 @@ class _Ramp(Schedule):
     def _fraction(self, k: int) -> float:
         return min(max(k / max(self.steps - 1, 1), 0.0), 1.0)
 
+    def _fractions(self, first: int, steps: int) -> Tensor | None:
+        """:meth:`_fraction` of many steps, float64, or None where start and end are no plain floats. Sums, products and
+        quotients of float64 are Python's; a power need not be, and is taken one by one."""
+        if not all(type(end) is float for end in (self.start, self.end)):
+            return None
+        k = torch.arange(first, first + steps, dtype=torch.float64, device="cpu")
+        return (k / max(self.steps - 1, 1)).clamp(0.0, 1.0)
+
 
 # Lower case: they are called like the functions they stand for.
 @dataclass(frozen=True)
@@ -46,6 +61,12 @@ class linear(_Ramp):
 
     def __call__(self, k: int) -> float:
         return self.start + (self.end - self.start) * self._fraction(k)
+
+    def values_at(self, first: int, steps: int) -> Sequence[float | Tensor]:
+        fractions = self._fractions(first, steps)
+        if fractions is None:
+            return super().values_at(first, steps)
+        return StepNumbers(self.start + (self.end - self.start) * fractions)
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,13 @@ class geometric(_Ramp):
 
     def __call__(self, k: int) -> float:
         return self.start * (self.end / self.start) ** self._fraction(k)
+
+    def values_at(self, first: int, steps: int) -> Sequence[float | Tensor]:
+        fractions = self._fractions(first, steps)
+        if fractions is None:
+            return super().values_at(first, steps)
+        start, ratio = self.start, self.end / self.start
+        return [start * ratio**f for f in fractions.tolist()]
 
 
 @dataclass(frozen=True)
@@ -75,6 +103,13 @@ class polynomial(_Ramp):
     def __call__(self, k: int) -> float:
         return self.end + (self.start - self.end) * (1.0 - self._fraction(k)) ** self.power
 
+    def values_at(self, first: int, steps: int) -> Sequence[float | Tensor]:
+        fractions = self._fractions(first, steps)
+        if fractions is None:
+            return super().values_at(first, steps)
+        end, difference, power = self.end, self.start - self.end, self.power
+        return [end + difference * (1.0 - f) ** power for f in fractions.tolist()]
+
 
 @dataclass(frozen=True, eq=False)
 class table(Schedule):
@@ -88,3 +123,7 @@ class table(Schedule):
 
     def __call__(self, k: int) -> float | Tensor:
         return self.values[min(k, len(self.values) - 1)]
+
+    def values_at(self, first: int, steps: int) -> Sequence[float | Tensor]:
+        rows = list(self.values[first : first + steps])
+        return rows + [self.values[len(self.values) - 1]] * (steps - len(rows))

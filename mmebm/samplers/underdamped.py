@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmebm import noise
-from mmebm.reference.langevin_step import per_chain
+from mmebm.ops.dynamics import Dynamics, energies, finite_rows_, reason
+from mmebm.ops.noise import plain
 from mmebm.samplers.call import (
+    NONFINITE,
+    Call,
+    NonFinite,
     Numbers,
     Recorder,
     Samples,
     check_numbers,
+    check_quotients,
     choice,
     exp,
+    finite_chains,
     resolve,
     running,
     settings,
@@ -25,6 +31,7 @@ from mmebm.samplers.call import (
     total,
     where,
 )
+from mmebm.samplers.gradient import Target
 from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
 from mmebm.state import State, flag
@@ -60,7 +67,8 @@ class Underdamped:
         log_prob: the callable returns log p instead of E.
         score: the callable returns the score d log p / dx, in the state's structure.
         mode: modules found in the energy run in "eval" or "train" mode or as they are ("keep"); restored afterwards.
-        on_nonfinite: "ignore" (reported in ``info``), "freeze" a chain at its last finite state, or "raise" at the end.
+        on_nonfinite: where a chain's state, energy or gradient is not finite: "warn" once, "ignore" (it is reported in
+            ``info`` in any case), "freeze" it at its last finite state, or "raise" at the end.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
@@ -73,13 +81,13 @@ class Underdamped:
     log_prob: bool = False
     score: bool = False
     mode: Mode = "eval"
-    on_nonfinite: Literal["ignore", "freeze", "raise"] = "ignore"
+    on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, ("eval", "train", "keep"))
         flag("log_prob", self.log_prob)
         flag("score", self.score)
-        choice("on_nonfinite", self.on_nonfinite, ("ignore", "freeze", "raise"))
+        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
         check_numbers(self, _NUMBERS)
         if self.log_prob and self.score:
             raise ValueError("give log_prob=True or score=True, not both")
@@ -133,56 +141,142 @@ class Underdamped:
         recorder = Recorder(call)
         with running(call, self.mode, log_prob=self.log_prob, score=self.score) as target:
             rows = settings(self, _NUMBERS, call)
-            constants = [_Constants.of(row, call.moving) for row in rows]
-            full = [t.detach().clone() for t in call.tensors]
+            constants = [_Constants.of(row, call.moving, call.tensors[0].dtype) for row in rows]
+            x = [t.detach().clone() for t in call.tensors]
             if velocity is None:
                 v = [s * call.normals(i, 0, noise.MOMENTUM) for i, s in zip(call.moving, constants[0].thermal)]
             else:
                 v = call.moving_parts("velocity", velocity)
-            alive = None
-            if self.on_nonfinite == "freeze":
-                alive = torch.ones(call.chains, dtype=torch.bool, device=call.device)
-            g: list[Tensor] | None = None
-            e: Tensor | None = None
+            moves: _Steps | _CppSteps | None = None
             # a network need not take an empty batch
             for k in range(call.steps if call.chains else 0):
+                if moves is None or target.varies:
+                    e, g = target(x if moves is None else moves.x, k)
+                    if moves is None:
+                        moves = _steps(self, call, target, x, v, e)
+                    moves.restart(e, g)
                 c = constants[min(k, len(constants) - 1)]
-                if g is None or target.varies:
-                    e, g = target(full, k)
                 if call.record:
-                    zero = torch.zeros(call.chains, dtype=full[0].dtype, device=call.device)
-                    kinetic = total([0.5 * m * w * w for m, w in zip(c.mass, v)], zero)
-                    recorder.add(energy=e, kinetic=kinetic, grad_norm=total([p * p for p in g], zero).sqrt())
-                x = [full[i] for i in call.moving]
-                w = [a - kick * p for a, kick, p in zip(v, c.kick, g)]
-                y = [a + drift * b for a, drift, b in zip(x, c.drift, w)]
-                w = [
-                    decay * a + s * call.normals(i, k, noise.DRIFT)
-                    for a, decay, s, i in zip(w, c.decay, c.noise, call.moving)
-                ]
-                y = [a + drift * b for a, drift, b in zip(y, c.drift, w)]
-                moved = list(full)
-                for i, t in zip(call.moving, y):
-                    moved[i] = t
-                e_new, g_new = target(moved, k)
-                w = [a - kick * p for a, kick, p in zip(w, c.kick, g_new)]
-                if alive is not None:
-                    for t in (*y, *w):
-                        alive = alive & torch.isfinite(per_chain(t)).all(dim=1)
-                    moved = where(alive, moved, full)
-                    w, g_new = where(alive, w, v), where(alive, g_new, g)
-                    if e is not None and e_new is not None and e.dim():
-                        e_new = torch.where(alive, e_new, e)
-                full, v, e, g = moved, w, e_new, g_new
-                recorder.keep(k, full)
-            samples = recorder.samples(full, frozen=None if alive is None else ~alive, velocity=call.structure(v))
-        broken = samples.info["nonfinite"]
-        if self.on_nonfinite == "raise" and bool(broken.any()):
-            raise FloatingPointError(
-                f"{int(broken.sum())} of {call.chains} chains are not finite after {steps} steps; a smaller step_size "
-                'or on_nonfinite="freeze" would keep them'
-            )
-        return samples
+                    zero = torch.zeros(call.chains, dtype=x[0].dtype, device=call.device)
+                    kinetic = total([0.5 * m * w * w for m, w in zip(c.mass, moves.v)], zero)
+                    slope = total([p * p for p in moves.g], zero).sqrt()
+                    # frozen chains keep theirs in place
+                    now = None if moves.energy is None else moves.energy.clone()
+                    recorder.add(energy=now, kinetic=kinetic, grad_norm=slope)
+                moves.step(c, k)
+                recorder.keep(k, moves.x)
+            broken = torch.zeros(call.chains, dtype=torch.bool, device=call.device)
+            if moves is not None:
+                x, v, broken = moves.x, moves.v, ~moves.alive
+            return recorder.samples(x, self.on_nonfinite, broken=broken, velocity=call.structure(v))
+
+
+def _steps(
+    sampler: Underdamped, call: Call, target: Target, x: list[Tensor], v: list[Tensor], energy: Tensor | None
+) -> _Steps | _CppSteps:
+    """What runs the steps: C++ where it takes the state and float32 energies, else PyTorch."""
+    moving = [x[i] for i in call.moving]
+    known = energy is None or energy.dim() == 0 or energy.dtype is torch.float32
+    if moving and known and reason(moving, call.seed, call.first_step) is None:
+        return _CppSteps(sampler, call, target, x, v)
+    return _Steps(sampler, call, target, x, v)
+
+
+class _Steps:
+    """The steps in PyTorch.
+
+    Attributes:
+        x, v: state, and velocities of the tensors that move. energy, g: at ``x``.
+        alive: bool (chains,), cleared where state, velocity, energy or gradient was not finite.
+    """
+
+    def __init__(self, sampler: Underdamped, call: Call, target: Target, x: list[Tensor], v: list[Tensor]) -> None:
+        self.call, self.target, self.x, self.v = call, target, x, v
+        self.alive = torch.ones(call.chains, dtype=torch.bool, device=call.device)
+        self.freeze = sampler.on_nonfinite == "freeze"
+        self.energy: Tensor | None = None
+        self.g: list[Tensor] = []
+
+    def restart(self, energy: Tensor | None, g: list[Tensor]) -> None:
+        """``energy`` and gradient at the state."""
+        self.energy, self.g = energy, g
+        self._mark([*(self.x[i] for i in self.call.moving), *self.v, *g], energy)
+
+    def _mark(self, parts: list[Tensor], energy: Tensor | None) -> None:
+        # a scalar energy does not say which chain made it what it is
+        each = [energy] if energy is not None and energy.dim() else []
+        self.alive = self.alive & finite_chains([*parts, *each], self.call.chains, self.call.device)
+
+    def step(self, c: _Constants, k: int) -> None:
+        call = self.call
+        x, v = [self.x[i] for i in call.moving], self.v
+        w = [a - kick * p for a, kick, p in zip(v, c.kick, self.g)]
+        y = [a + drift * b for a, drift, b in zip(x, c.drift, w)]
+        w = [
+            decay * a + s * call.normals(i, k, noise.DRIFT) for a, decay, s, i in zip(w, c.decay, c.noise, call.moving)
+        ]
+        y = [a + drift * b for a, drift, b in zip(y, c.drift, w)]
+        moved = list(self.x)
+        for i, t in zip(call.moving, y):
+            moved[i] = t
+        e_new, g_new = self.target(moved, k)
+        w = [a - kick * p for a, kick, p in zip(w, c.kick, g_new)]
+        self._mark([*y, *w, *g_new], e_new)
+        if self.freeze:
+            alive = self.alive
+            moved, w, g_new = where(alive, moved, self.x), where(alive, w, v), where(alive, g_new, self.g)
+            if self.energy is not None and e_new is not None and e_new.dim():
+                e_new = torch.where(alive, e_new, self.energy)
+        self.x, self.v, self.energy, self.g = moved, w, e_new, g_new
+
+
+class _CppSteps(_Steps):
+    """The same in C++: a call before each gradient, and one after it."""
+
+    def __init__(self, sampler: Underdamped, call: Call, target: Target, x: list[Tensor], v: list[Tensor]) -> None:
+        super().__init__(sampler, call, target, x, v)
+        self.op = Dynamics(
+            [x[i] for i in call.moving], indices=call.moving, masks=[call.masks[i] for i in call.moving],
+            seed=plain(call.seed), chain_offset=call.chain_offset, alive=self.alive, keeps=self.freeze,
+            freeze=self.freeze,
+        )  # fmt: skip
+        self.first = plain(call.first_step)
+        for own, given in zip(self.op.v, v, strict=True):
+            own.copy_(given)
+        self.v = self.op.v
+        self.y = list(x)
+        for i, t, to in zip(call.moving, self.op.x, self.op.y):
+            self.x[i], self.y[i] = t, to
+        self._constants: _Constants | None = None
+
+    def restart(self, energy: Tensor | None, g: list[Tensor]) -> None:
+        self._mark([*self.op.x, *self.v, *g], energy)
+        if self.freeze:
+            for own, given in zip(self.op.g, g, strict=True):
+                own.copy_(given)
+            g = self.op.g
+            if energy is not None and energy.dim():
+                energy = energies(energy, self.call.chains).clone()
+                self.op.set_energy(energy)
+        self.energy, self.g = energy, g
+
+    def _mark(self, parts: list[Tensor], energy: Tensor | None) -> None:
+        each = [energy] if energy is not None and energy.dim() else []
+        for part in (*parts, *each):
+            finite_rows_(self.alive, part)
+
+    def step(self, c: _Constants, k: int) -> None:
+        if c is not self._constants:
+            for n in range(len(self.op.x)):
+                self.op.set(n, kick=c.kick[n], drift=c.drift[n], decay=c.decay[n], noise=c.noise[n])
+            self._constants = c
+        self.op.baoa(self.g, self.first + k)
+        e, g = self.target(self.y, k)
+        self.op.baoab_end(g, e if e is not None and e.dim() else None)
+        if not self.freeze:
+            self.energy, self.g = e, g
+        elif e is not None and not e.dim():
+            self.energy = e
 
 
 @dataclass(frozen=True)
@@ -197,10 +291,11 @@ class _Constants:
     mass: list[Any]
 
     @classmethod
-    def of(cls, row: dict[str, list[Any]], moving: Sequence[int]) -> _Constants:
+    def of(cls, row: dict[str, list[Any]], moving: Sequence[int], dtype: torch.dtype) -> _Constants:
         columns = [[row[name][i] for i in moving] for name in ("step_size", "friction", "temperature", "mass")]
         out = cls([], [], [], [], [], columns[3])
         for h, c, temperature, m in zip(*columns):
+            check_quotients(h, temperature, m, dtype)
             decay = exp(-c * h)
             out.kick.append(0.5 * h / m)
             out.drift.append(0.5 * h)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.models import standard_normal
+from mmebm.ops import noise as drawn
 from mmebm.samplers.buffer import Handle, ReplayBuffer
 from mmebm.state import Batch
 from mmebm.training.config import DATA_STARTS, StartConfig
@@ -96,7 +97,7 @@ class DataStarts:
             return Start(s.decode(z), z)
         if name == "noise":
             return Start({
-                m: 2 * noise.uniform((n, *shape), seed=seed, stream=noise.stream(i, noise.INITIAL), chain_offset=offset,
+                m: 2 * drawn.uniform((n, *shape), seed=seed, stream=noise.stream(i, noise.INITIAL), chain_offset=offset,
                                      device=s.device) - 1
                 for i, (m, shape) in enumerate(s.generator.shapes.items())
             }, None)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -373,3 +374,207 @@ def test_mala_acceptance_of_jem_depends_on_what_it_is_asked(seed: int) -> None:
 def test_mala_acceptance_errors(sampler: Any, call: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mala_acceptance(quadratic, torch.zeros(4, 2), sampler, **call)
+
+
+# --- Chains at a non-finite energy or gradient
+
+
+def gamma(x: Tensor) -> Tensor:
+    """Gamma(3, 1), mean and variance 3: below 0 the energy is NaN and its gradient a number."""
+    return (x - 2 * x.log()).sum(1)
+
+
+BELOW = [2, 5]
+
+
+def above_and_below(chains: int = 8) -> Tensor:
+    x = torch.full((chains, 1), 3.0)
+    x[BELOW[0]], x[BELOW[1]] = -1.0, -2.0
+    return x
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "torch"])
+
+
+@BACKENDS
+def test_chains_at_a_nan_leave_the_common_warm_up_alone(backend: str, seed: int, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MMEBM_BACKEND", backend if backend == "torch" else "")
+    sampler = HMC(0.3, adapt=300, adapt_over="all", on_nonfinite="ignore")
+    out = sampler.sample(gamma, above_and_below(), 400, seed=seed)
+    assert out.info["nonfinite"].nonzero().flatten().tolist() == BELOW
+    assert out.info["never_accepted"].nonzero().flatten().tolist() == BELOW
+    # found alone, by the six chains that live, the factor is 2 to 4 (with the two it was 1.5e-6)
+    assert bool((out.info["step_scale"] > 0.5).all())
+    living = torch.tensor([i for i in range(8) if i not in BELOW])
+    assert bool((out.info["acceptance"][living] > 0.4).all())
+    # the living chains' warm-up is as without the others' rows: noise of a row depends on its number only
+    x = above_and_below()
+    x[BELOW] = torch.tensor([[math.nan], [math.inf]])
+    other = sampler.sample(gamma, x, 400, seed=seed)
+    assert torch.equal(other.info["step_scale"], out.info["step_scale"])
+    assert torch.equal(other.state[living], out.state[living])
+
+
+@BACKENDS
+@pytest.mark.parametrize("over", ["chain", "all"])
+def test_a_warm_up_without_a_living_chain_stays_where_it_was(backend: str, over: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MMEBM_BACKEND", backend if backend == "torch" else "")
+    out = HMC(0.3, adapt=10, adapt_over=over, on_nonfinite="ignore").sample(gamma, -torch.ones(3, 1), 12, seed=0)
+    assert bool((out.info["step_scale"] == 1).all()) and bool(out.info["nonfinite"].all())
+
+
+KINDS: dict[str, Any] = {
+    "HMC": HMC(0.2, 3),
+    "Underdamped": Underdamped(0.1),
+    "Langevin": Langevin(0.01),
+    "MALA": Langevin(0.05, accept="metropolis"),
+    "descent": Langevin(0.05, accept="descent"),
+    "clipped": Langevin(0.01, grad_clip=1.0),
+    "tempering": ParallelTempering(0.05, (1.0, 2.0, 4.0)),
+    "unadjusted tempering": ParallelTempering(0.05, (1.0, 2.0), accept=None),
+}
+GOOD = [0, 1, 3, 4, 6, 7]
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_nan_energy_at_a_finite_state_is_reported_frozen_and_raised(
+    name: str, dtype: torch.dtype, backend: str, seed: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("MMEBM_BACKEND", backend if backend == "torch" else "")
+    x, sampler = above_and_below().to(dtype), KINDS[name]
+    run = lambda how: sampler.replace(on_nonfinite=how).sample(gamma, x, 6, seed=seed)
+    for how in ("ignore", "freeze"):
+        out = run(how)
+        assert out.info["nonfinite"].nonzero().flatten().tolist() == BELOW
+        assert bool(out.state[GOOD].isfinite().all()) and not torch.equal(out.state[GOOD], x[GOOD])
+        if how == "freeze" or sampler.__class__ is HMC or name in ("MALA", "descent", "tempering"):
+            assert torch.equal(out.state[BELOW], x[BELOW])
+        if "never_accepted" in out.info and not (how == "ignore" and name == "unadjusted tempering"):
+            never = out.info["never_accepted"].reshape(8, -1).all(1)
+            assert never.nonzero().flatten().tolist() == BELOW
+    with pytest.raises(FloatingPointError, match="2 of 8 chains are not finite after 6 steps"):
+        run("raise")
+    # the others do not notice
+    alone = sampler.replace(on_nonfinite="ignore").sample(gamma, x[:2], 6, seed=seed).state
+    assert torch.equal(alone, run("freeze").state[:2])
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["Langevin", "clipped", "Underdamped", "HMC", "MALA", "tempering"])
+def test_an_infinite_gradient_at_a_finite_state_is_reported(name: str, backend: str, monkeypatch: Any) -> None:
+    """sqrt at 0: the energy is 0, the gradient infinite, and a clip would make a number of it."""
+    monkeypatch.setenv("MMEBM_BACKEND", backend if backend == "torch" else "")
+    x = torch.ones(4, 2)
+    x[1, 0] = 0.0
+    energy = lambda x: (x.abs().sqrt() + 0.5 * x.square()).sum(1)
+    sampler = KINDS[name]
+    for how in ("ignore", "freeze"):
+        out = sampler.replace(on_nonfinite=how).sample(energy, x, 3, seed=0)
+        assert out.info["nonfinite"].tolist() == [False, True, False, False]
+    assert torch.equal(out.state[1], x[1])
+    with pytest.raises(FloatingPointError, match="1 of 4"):
+        sampler.replace(on_nonfinite="raise").sample(energy, x, 3, seed=0)
+
+
+@BACKENDS
+def test_a_chain_outside_the_support_enters_it(backend: str, seed: int, monkeypatch: Any) -> None:
+    """From +inf every finite energy is accepted, and then the chain is one like the others; frozen it stays."""
+    monkeypatch.setenv("MMEBM_BACKEND", backend if backend == "torch" else "")
+    energy = lambda x: torch.where(x.abs() < 2, 0.5 * x * x, torch.inf).sum(1)
+    x = torch.tensor([[0.0], [2.01]])
+    for sampler in (HMC(0.3, 3), KINDS["MALA"], KINDS["tempering"]):
+        out = sampler.replace(on_nonfinite="ignore").sample(energy, x, 300, seed=seed)
+        # the walk of the free chain reaches |x| < 2 in 300 steps of size 0.3 but with probability below 1e-6
+        assert out.info["nonfinite"].tolist() == [False, False] and float(out.state[1].abs()) < 2
+        frozen = sampler.replace(on_nonfinite="freeze").sample(energy, x, 300, seed=seed)
+        assert frozen.info["nonfinite"].tolist() == [False, True] and float(frozen.state[1]) == float(x[1])
+
+
+def test_a_proposal_of_energy_minus_infinity_is_rejected(seed: int) -> None:
+    """log 0 in a density that is not one: no chain is caught there."""
+    energy = lambda x: torch.where(x.abs() < 0.5, -torch.inf, 0.5 * x * x).sum(1)
+    for sampler in (HMC(0.3, 3), KINDS["MALA"], KINDS["tempering"]):
+        out = sampler.sample(energy, torch.full((50, 1), 0.7), 20, seed=seed)
+        assert bool((out.state.abs() >= 0.5).all()) and not bool(out.info["nonfinite"].any())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_warning_where_nobody_asked(name: str, seed: int) -> None:
+    x, sampler = above_and_below(), KINDS[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            sampler.sample(gamma, x, 4, seed=seed)
+        assert len(caught) == 1 and caught[0].category is RuntimeWarning
+        assert caught[0].filename == __file__ and "nonfinite" in str(caught[0].message)
+        for how in ("ignore", "freeze"):
+            sampler.replace(on_nonfinite=how).sample(gamma, x, 4, seed=seed)
+        sampler.sample(gamma, x[:2], 4, seed=seed)
+        assert len(caught) == 1
+        if isinstance(sampler, Langevin):
+            langevin(gamma, x, 4, step_size=0.01)
+            assert len(caught) == 2 and caught[1].filename == __file__
+
+
+def test_chains_in_parts_report_as_the_whole(seed: int) -> None:
+    sampler = KINDS["MALA"].replace(on_nonfinite="ignore")
+    whole, parts = (sampler.sample(gamma, above_and_below(), 5, seed=seed, chunk_size=n) for n in (None, 3))
+    for name in ("nonfinite", "never_accepted"):
+        assert torch.equal(whole.info[name], parts.info[name]) and parts.info[name].shape == (8,)
+
+
+# --- Settings at the edge of the arithmetic
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Langevin(1e300), "step_size"),
+        (lambda: Langevin(0.1, 1e39), "noise_scale"),
+        (lambda: Langevin(0.1, prior_std=1e-30), "prior_std"),
+        (lambda: Langevin(0.1, grad_norm_clip=1e-320), "grad_norm_clip"),
+        (lambda: Langevin(0.1, temperature=1e300), "temperature"),
+        (lambda: Langevin(0.1, prior_std=lambda k: 1e-30), "prior_std"),
+        (lambda: Langevin(lambda k: 1e300 if k else 0.1), "step_size"),
+        (lambda: Langevin(torch.tensor(1e300, dtype=torch.float64)), "step_size"),
+        (lambda: HMC(1e300), "step_size"),
+        (lambda: HMC(0.1, mass=1e-320), "mass"),
+        (lambda: HMC(10.0, mass=1.2e-38), "step_size / mass"),
+        (lambda: Underdamped(0.1, temperature=1e10, mass=1e-37), "temperature / mass"),
+    ],
+)
+def test_settings_beyond_float32_are_named(make: Any, name: str) -> None:
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError("the energy was called")
+
+    with pytest.raises(ValueError, match=name):
+        make().sample(never, torch.zeros(2, 3), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("std", [1e30, 1e160, 1e200, 1e308])
+def test_a_prior_as_wide_as_a_float_is_none(std: float, dtype: torch.dtype, seed: int) -> None:
+    x = normals(4, 3, seed=seed, dtype=dtype)
+    for options in ({}, {"accept": "metropolis"}, {"accept": "descent"}):
+        wide = langevin(quartic, x, 4, step_size=0.05, prior_std=std, seed=seed, **options)
+        assert torch.equal(wide, langevin(quartic, x, 4, step_size=0.05, seed=seed, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16])
+@pytest.mark.parametrize("name", ["HMC", "Underdamped", "Langevin", "MALA"])
+def test_a_first_step_of_any_integer_type(name: str, dtype: torch.dtype, seed: int) -> None:
+    """With eight bits, step 250 and six more would be steps 250 to 255 and then 0."""
+    first = 250 if dtype != torch.int8 else 125
+    run = lambda k: KINDS[name].sample(quadratic, normals(4, 3, seed=seed), 10, seed=seed, first_step=k)
+    got, wanted = run(torch.tensor(first).to(dtype)), run(first)
+    assert int(got.info["next_step"]) == first + 10
+    assert torch.equal(got.state, wanted.state) or name == "MALA"
+    # MALA's test is PyTorch's where the step is a tensor, in float64 as the other
+    torch.testing.assert_close(got.state, wanted.state, rtol=0, atol=1e-6)
+
+
+def test_a_negative_first_step_is_named() -> None:
+    with pytest.raises(ValueError, match="first_step must be in"):
+        HMC(0.1).sample(quadratic, torch.zeros(2, 3), 3, first_step=torch.tensor(-1))

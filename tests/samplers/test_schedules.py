@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from mmebm.samplers import langevin
+from mmebm.energies import MLP
+from mmebm.ops.params import StepParams, StepRows
+from mmebm.samplers import HMC, Langevin, Underdamped, langevin
 from mmebm.samplers.schedules import Schedule, geometric, linear, polynomial, table
 
 VALUES = [
@@ -101,3 +104,99 @@ def test_bad_values_are_found_before_the_chain_starts(options: dict[str, Any], m
 def test_a_first_step_on_the_device_cannot_go_with_schedules(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="first_step must be an int where"):
         langevin(lambda x, *a: 1 / 0, torch.zeros(2, 3), 5, first_step=torch.tensor(3), **options)
+
+
+# --- All steps at once
+
+EVERY = [schedule for schedule, _ in VALUES] + [
+    linear(0.1, 0.7, 1000), linear(0.3, -0.1, 37), linear(1, 2, 7), geometric(0.013, 1e-5, 1000), geometric(3, 7, 5),
+    polynomial(0.9, 0.017, 1000, power=2.7), polynomial(1, 0, 9), table([1, 2.5, 3]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=repr)
+@pytest.mark.parametrize(("first", "steps"), [(0, 1200), (3, 2), (0, 1), (2**31, 3)])
+def test_values_at_once_are_those_of_each_step(schedule: Schedule, first: int, steps: int) -> None:
+    """Bit for bit, and of the same type."""
+    got, wanted = list(schedule.values_at(first, steps)), [schedule(k) for k in range(first, first + steps)]
+    assert [type(v) for v in got] == [type(v) for v in wanted]
+    assert [float(v) for v in got] == [float(v) for v in wanted]
+
+
+@dataclass(frozen=True)
+class Own(Schedule):
+    """A schedule of somebody else's, which has no other way of giving its values."""
+
+    start: float
+
+    def __call__(self, k: int) -> float:
+        return self.start / (1 + k)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"step_size": linear(0.1, 0.02, 9)},
+    {"step_size": geometric(0.1, 0.02, 9), "temperature": polynomial(1.0, 0.3, 9, power=1.7)},
+    {"step_size": Own(0.1), "noise_scale": Own(0.3)},
+    {"step_size": table(torch.linspace(0.1, 0.2, 9)), "prior_std": linear(1.0, 2.0, 9)},
+    {"step_size": 0.1, "grad_clip": geometric(3.0, 1.0, 9), "max_update": table([0.3, 0.2])},
+    {"step_size": linear(0.1, 0.02, 9), "bounds": (linear(-2.0, -1.0, 9), 1.0)},
+]
+
+
+def at(value: Any, k: int) -> Any:
+    """A setting's value at step ``k``."""
+    if isinstance(value, tuple):
+        return tuple(at(part, k) for part in value)
+    return value(k) if callable(value) else value
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: "-".join(o))
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_chain_is_that_of_each_step_by_itself(options: dict[str, Any], fused: bool, seed: int) -> None:
+    """Runs of one step each, which are given the numbers."""
+    torch.manual_seed(seed)
+    net = MLP(3, (8,)).requires_grad_(False)
+    x, backend = torch.randn(5, 3), "auto" if fused else "torch"
+    whole = Langevin(**options, backend=backend).sample(net, x, 9, seed=seed)
+    assert whole.info["op"] == ("langevin_mlp" if fused else "langevin_step"), whole.info["reason"]
+    y = x
+    for k in range(9):
+        step = {name: at(value, k) for name, value in options.items()}
+        y = Langevin(**step, backend=backend).sample(net, y, 1, seed=seed, first_step=k).state
+    assert torch.equal(whole.state, y) and not torch.equal(y, x)
+
+
+@pytest.mark.parametrize("sampler", [HMC(linear(0.1, 0.3, 6), 2), Underdamped(geometric(0.3, 0.1, 6), Own(2.0))])
+def test_kinetic_samplers_take_the_value_of_each_step(sampler: Any, seed: int) -> None:
+    energy, x = lambda x: 0.5 * x.square().sum(1), torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+    each = sampler.replace(
+        **{
+            name: getattr(sampler, name).__call__
+            for name in ("step_size", "friction")
+            if isinstance(getattr(sampler, name, None), Schedule)
+        }
+    )
+    got, wanted = sampler.sample(energy, x, 6, seed=seed), each.sample(energy, x, 6, seed=seed)
+    assert torch.equal(got.state, wanted.state) and not torch.equal(got.state, x)
+
+
+def test_a_long_chain_in_one_call_makes_no_row_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns are enough: rows made one by one are what took a hundred times as long as the chain."""
+    made: list[int] = []
+    take = StepRows.__getitem__
+    monkeypatch.setattr(StepRows, "__getitem__", lambda self, k: made.append(1) or take(self, k))
+    asked: list[int] = []
+    call = linear.__call__
+    monkeypatch.setattr(linear, "__call__", lambda self, k: asked.append(k) or call(self, k))
+    net = MLP(3, (8,)).requires_grad_(False)
+    out = Langevin(linear(0.1, 0.01, 5000), temperature=geometric(1.0, 0.1, 5000)).sample(net, torch.zeros(2, 3), 5000)
+    assert out.info["op"] == "langevin_mlp" and len(made) < 50 and asked == []
+
+
+def test_rows_are_made_of_columns() -> None:
+    rows = StepRows([{"step_size": [1.0, 2.0, 3.0], "noise_scale": 0.5}], 3)
+    assert len(rows) == 3 and rows[1] == [StepParams(2.0, 0.5)] == rows[-2] and rows[1:] == [rows[1], rows[2]]
+    assert len(list(rows)) == 3 and len(rows.still([False])) == 1
+    assert rows.map(lambda name, v: 2 * v)[2] == [StepParams(6.0, 1.0)]
+    with pytest.raises(IndexError):
+        rows[3]
