@@ -196,7 +196,8 @@ def test_the_command_writes_the_page(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(trained["whole"] / "log.jsonl", tmp_path / "log.jsonl")
-    given = {"run": str(tmp_path), "mixing": False, "chains": 16, "long": 12, "seed": 0, "device": "cpu", "out": None}
+    given = {"run": str(tmp_path), "mixing": False, "chains": 16, "long": 12, "seed": 0, "device": "cpu", "out": None,
+             "data_path": None}  # fmt: skip
     assert report(argparse.Namespace(**given)) == 0
     assert "versions and commit" in (tmp_path / "report.html").read_text(encoding="utf-8")  # no config.json
     assert "report.html: 0." in capsys.readouterr().out and (tmp_path / "report.html").is_file()
