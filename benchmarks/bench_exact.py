@@ -202,7 +202,7 @@ def test_schedule(benchmark: Any, measure: Callable[..., None], implementation: 
     assert out.info["op"] == "langevin_mlp", out.info["reason"]
     few = sampler.replace(backend="torch").sample(net, x, 20, seed=SEED).state
     torch.testing.assert_close(sampler.sample(net, x, 20, seed=SEED).state, few, rtol=0, atol=20 * TOLERANCE)
-    assert float((few - x).abs().median()) > 1000 * 20 * TOLERANCE
+    assert float((few - x).abs().median()) > 100 * 20 * TOLERANCE
     benchmark.group = f"{steps} steps of a fused chain, 4 x 2"
     benchmark.extra_info.update(implementation=implementation, baseline=not scheduled)
     measure(lambda: sampler.sample(net, x, steps, seed=SEED))
