@@ -33,6 +33,8 @@ from mmebm.state import flatten
 
 __all__ = ["Traced", "trace"]
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -109,7 +111,9 @@ class _Recorder:
             return node
         if t.dim() != len(out):
             _refuse(f"it computes with shapes {tuple(t.shape)} and {tuple(out)}")
-        index = torch.arange(math.prod(t.shape[1:])).reshape(t.shape[1:]).expand(out[1:])
+        index = (
+            torch.arange(math.prod(t.shape[1:]), dtype=torch.int64, device=_CPU).reshape(t.shape[1:]).expand(out[1:])
+        )
         return self.pick([node], tuple(out[1:]), index)
 
     def pick(self, nodes: list[int], shape: tuple[int, ...], index: Tensor, weight: Tensor | None = None) -> int:
@@ -118,14 +122,14 @@ class _Recorder:
         size = math.prod(shape)
         index = index.reshape(size, -1).to(torch.int64)
         whole = len(nodes) == 1 and weight is None and index.shape[1] == 1 and size == math.prod(self.shapes[nodes[0]])
-        if whole and torch.equal(index[:, 0], torch.arange(size)):
+        if whole and torch.equal(index[:, 0], torch.arange(size, dtype=torch.int64, device=_CPU)):
             return nodes[0] if self.shapes[nodes[0]] == shape else self.add(graph.View(nodes[0], shape))
         return self.add(graph.Map(tuple(nodes), shape, index.contiguous(), weight))
 
     def reduced(self, t: Tensor, dims: Sequence[int]) -> tuple[tuple[int, ...], Tensor]:
         """(shape of what is left, index (elements left, elements of each sum)) where ``dims`` (not 0) go."""
         shape = t.shape[1:]
-        index = torch.arange(math.prod(shape)).reshape(shape or (1,))
+        index = torch.arange(math.prod(shape), dtype=torch.int64, device=_CPU).reshape(shape or (1,))
         gone = sorted((d % t.dim()) - 1 for d in dims)
         left = [d for d in range(len(shape)) if d not in gone]
         if not gone:
@@ -138,7 +142,7 @@ class _Recorder:
 
     def channels(self, t: Tensor | None, shape: Sequence[int], default: float, like: Tensor) -> Tensor:
         """A constant per channel, over the shape of a node."""
-        t = torch.full((shape[0],), default, dtype=like.dtype) if t is None else t.detach()
+        t = torch.full((shape[0],), default, dtype=like.dtype, device=_CPU) if t is None else t.detach()
         return t.reshape(1, -1, *[1] * (len(shape) - 1)).expand(1, *shape).contiguous()
 
 
@@ -175,7 +179,11 @@ def _positions(*dims: str) -> Callable[[Callable[..., Tensor]], Rule]:
         def rule(r: _Recorder, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> int:
             node = r.node(x)
             # the positions of one chain, seen as those of all
-            index = torch.arange(math.prod(x.shape[1:])).reshape(1, *x.shape[1:]).expand(x.shape)
+            index = (
+                torch.arange(math.prod(x.shape[1:]), dtype=torch.int64, device=_CPU)
+                .reshape(1, *x.shape[1:])
+                .expand(x.shape)
+            )
             moved = move(index, *args, **kwargs)
             return r.pick([node], tuple(out.shape[1:]), moved[:1])
 
@@ -268,7 +276,7 @@ def _shuffle(x: Tensor, factor: int) -> Tensor:
 def _split(r: _Recorder, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[int]:
     _not_chains(x, dim)
     node = r.node(x)
-    index = torch.arange(math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
+    index = torch.arange(math.prod(x.shape[1:]), dtype=torch.int64, device=_CPU).reshape(1, *x.shape[1:])
     parts = index.split(sizes, dim)
     return [r.pick([node], tuple(part.shape[1:]), part) for part in parts]
 
@@ -276,7 +284,7 @@ def _split(r: _Recorder, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int 
 def _unbind(r: _Recorder, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> list[int]:
     _not_chains(x, dim)
     node = r.node(x)
-    index = torch.arange(math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
+    index = torch.arange(math.prod(x.shape[1:]), dtype=torch.int64, device=_CPU).reshape(1, *x.shape[1:])
     return [r.pick([node], tuple(part.shape[1:]), part) for part in index.unbind(dim)]
 
 
@@ -289,7 +297,7 @@ def _joined(r: _Recorder, parts: Sequence[Tensor], dim: int, join: Callable[...,
                 _refuse("it concatenates the state with data of its own for each chain")
             # a node that is the constant whatever it reads
             t = t[:1].to(out.dtype)
-            zero = torch.full((math.prod(t.shape[1:]), 1), -1)
+            zero = torch.full((math.prod(t.shape[1:]), 1), -1, dtype=torch.int64, device=_CPU)
             first = next(r.node(p) for p in parts if r.value(p) is not None)
             shape = tuple(t.shape[1:]) or (1,)
             empty = r.add(graph.Map((first,), shape, zero))
@@ -297,7 +305,7 @@ def _joined(r: _Recorder, parts: Sequence[Tensor], dim: int, join: Callable[...,
         else:
             nodes.append(r.node(part))
         size = math.prod(part.shape[1:])
-        pieces.append(torch.arange(start, start + size).reshape(1, *part.shape[1:]))
+        pieces.append(torch.arange(start, start + size, dtype=torch.int64, device=_CPU).reshape(1, *part.shape[1:]))
         start += size
     return r.pick(nodes, tuple(out.shape[1:]), join(pieces, dim))
 
@@ -502,7 +510,7 @@ def _log_softmax(r: _Recorder, out: Tensor, x: Tensor, dim: int, half_to_float: 
     shape, index = r.reduced(x, [dim])
     total = r.add(graph.LogSumExp(r.node(x), shape or (1,), index.contiguous()))
     kept = [1 if d == dim % x.dim() else n for d, n in enumerate(x.shape)]
-    where = torch.arange(math.prod(shape)).reshape(kept[1:]).expand(x.shape[1:])
+    where = torch.arange(math.prod(shape), dtype=torch.int64, device=_CPU).reshape(kept[1:]).expand(x.shape[1:])
     return r.add(graph.Add((r.node(x), r.pick([total], tuple(x.shape[1:]), where)), (1.0, -1.0)))
 
 
@@ -516,7 +524,7 @@ def _chosen(r: _Recorder, x: Tensor, labels: Tensor) -> int:
         _refuse("an index depends on the state")
     hot = F.one_hot(labels.reshape(-1).expand(r.chains), x.shape[1]).to(x.dtype)
     picked = r.affine(r.node(x), hot if r.chains > 1 else hot[:1], None)
-    return r.pick([picked], (), torch.arange(x.shape[1]).reshape(1, -1))
+    return r.pick([picked], (), torch.arange(x.shape[1], dtype=torch.int64, device=_CPU).reshape(1, -1))
 
 
 def _gather(r: _Recorder, out: Tensor, x: Tensor, dim: int, index: Tensor, **_: Any) -> int:
@@ -528,7 +536,9 @@ def _gather(r: _Recorder, out: Tensor, x: Tensor, dim: int, index: Tensor, **_: 
 def _index(r: _Recorder, out: Tensor, x: Tensor, indices: Sequence[Any]) -> int:
     if len(indices) == 2 and x.dim() == 2 and isinstance(indices[0], Tensor) and isinstance(indices[1], Tensor):
         rows = indices[0]
-        if rows.shape == (r.chains,) and torch.equal(rows.long(), torch.arange(r.chains)):
+        if rows.shape == (r.chains,) and torch.equal(
+            rows.long(), torch.arange(r.chains, dtype=torch.int64, device=_CPU)
+        ):
             return _chosen(r, x, indices[1])
     if any(r.value(i) is not None for i in indices):
         _refuse("an index depends on the state")
@@ -547,7 +557,7 @@ def _mse(r: _Recorder, out: Tensor, a: Any, b: Any, reduction: int = 1) -> Any:
     node = r.add(graph.Activation(_add(r, a.new_empty(()).expand(shape), a, b, alpha=-1), "square"))
     if reduction == 0:
         return node
-    total = r.pick([node], (), torch.arange(math.prod(shape[1:])).reshape(1, -1))
+    total = r.pick([node], (), torch.arange(math.prod(shape[1:]), dtype=torch.int64, device=_CPU).reshape(1, -1))
     if reduction == 1:
         total = r.add(graph.Add((total,), (1.0 / math.prod(shape),)))
     return ("total", total)
@@ -556,7 +566,7 @@ def _mse(r: _Recorder, out: Tensor, a: Any, b: Any, reduction: int = 1) -> Any:
 def _pooled(r: _Recorder, x: Tensor, index: Tensor, weight: Tensor | None, sides: Sequence[int]) -> int:
     """``index``, ``weight`` (positions out, k) of one channel -> a node for all channels."""
     channels, size = x.shape[1], math.prod(x.shape[2:])
-    offsets = (torch.arange(channels) * size).reshape(-1, 1, 1)
+    offsets = (torch.arange(channels, dtype=torch.int64, device=_CPU) * size).reshape(-1, 1, 1)
     every = torch.where(index < 0, index, index + offsets).reshape(channels * index.shape[0], -1)
     if weight is not None:
         weight = weight.to(x.dtype).repeat(channels, 1)
@@ -565,7 +575,7 @@ def _pooled(r: _Recorder, x: Tensor, index: Tensor, weight: Tensor | None, sides
 
 def _windows(sides: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """(positions out, elements of a window), -1 beyond the border."""
-    index = torch.arange(1, math.prod(sides) + 1, dtype=torch.float64).reshape(1, 1, *sides)
+    index = torch.arange(1, math.prod(sides) + 1, dtype=torch.float64, device=_CPU).reshape(1, 1, *sides)
     windows = F.unfold(index, tuple(kernel), padding=tuple(padding), stride=tuple(stride))
     return windows[0].t().round().long() - 1
 
@@ -585,9 +595,13 @@ def _avg_pool2d(
     if ceil_mode or x.dim() != 4 or index.shape[0] != math.prod(out.shape[2:]):
         _refuse("its average pooling has ceil_mode")
     inside = (index >= 0).double()
-    count = inside.sum(1, keepdim=True) if not count_include_pad else torch.tensor(float(math.prod(kernel)))
+    count = (
+        inside.sum(1, keepdim=True)
+        if not count_include_pad
+        else torch.tensor(float(math.prod(kernel)), dtype=torch.float64, device=_CPU)
+    )
     if divisor_override is not None:
-        count = torch.tensor(float(divisor_override))
+        count = torch.tensor(float(divisor_override), dtype=torch.float64, device=_CPU)
     return _pooled(r, x, index, (inside / count).expand(index.shape), out.shape[2:])
 
 
@@ -600,13 +614,15 @@ def _avg_pool1d(
     if ceil_mode or index.shape[0] != out.shape[2]:
         _refuse("its average pooling has ceil_mode")
     inside = (index >= 0).double()
-    count = torch.tensor(float(k)) if count_include_pad else inside.sum(1, keepdim=True)
+    count = (
+        torch.tensor(float(k), dtype=torch.float64, device=_CPU) if count_include_pad else inside.sum(1, keepdim=True)
+    )
     return _pooled(r, x, index, (inside / count).expand(index.shape), out.shape[2:])
 
 
 def _linear_map(one: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """(outputs, size): the matrix of a linear map of one row of numbers."""
-    return one(torch.eye(size, dtype=torch.float64).unsqueeze(1)).squeeze(1).t()
+    return one(torch.eye(size, dtype=torch.float64, device=_CPU).unsqueeze(1)).squeeze(1).t()
 
 
 def _separable(r: _Recorder, x: Tensor, rows: Tensor, columns: Tensor) -> int:
@@ -688,7 +704,7 @@ def _layer_norm(
     node = r.add(graph.Norm(r.node(x), math.prod(x.shape[1:]) // math.prod(shape), float(eps)))
 
     def over(t: Any, default: float) -> Tensor:
-        t = torch.full(tuple(shape), default, dtype=x.dtype) if t is None else t.detach()
+        t = torch.full(tuple(shape), default, dtype=x.dtype, device=_CPU) if t is None else t.detach()
         return t.expand(x.shape[1:]).unsqueeze(0).contiguous()
 
     return _normed(r, node, weight, bias, over)
@@ -712,7 +728,7 @@ def _residual(
         if mask is not None:
             node = r.affine(node, r.constant(mask.to(y.dtype), y, shape), None)
         node = r.add(graph.Activation(node, "square" if kind == "gaussian" else "abs"))
-        node = r.pick([node], (), torch.arange(math.prod(y.shape[1:])).reshape(1, -1))
+        node = r.pick([node], (), torch.arange(math.prod(y.shape[1:]), dtype=torch.int64, device=_CPU).reshape(1, -1))
         factor = weight / (2 * scale**2) if kind == "gaussian" else weight / scale
         if isinstance(factor, Tensor):
             factor = factor.to(y.dtype).reshape(-1).expand(r.chains).reshape(r.chains, 1).contiguous()

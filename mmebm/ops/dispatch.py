@@ -55,6 +55,7 @@ OPS: Final[dict[str, Op]] = {
         {"cpp": "mmebm.ops.langevin_mlp_cpp", "triton": "mmebm.kernels.mlp_energy"},
         {"cpu": ("cpp",), "cuda": ("triton",)},
     ),
+    "dynamics": Op({"cpp": "mmebm.ops.dynamics"}, {"cpu": ("cpp",)}),
     "langevin_net": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
     "net_energy": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
     # Triton's has not been timed on a GPU

@@ -31,7 +31,11 @@ _LARGE = 1 << 14
 
 
 def reason(tensors: Sequence[Tensor], *numbers: int | Tensor) -> str | None:
-    """Why C++ does not take a state of these tensors, with these seeds and steps, or None."""
+    """Why C++ does not take a state of these tensors, with these seeds and steps, or None.
+
+    Raises:
+        BackendError: where MMEBM_BACKEND asks for it by name, and it failed its parity case.
+    """
     missing = native_reason(tensors[0].device, *numbers)
     if missing is not None:
         return missing
@@ -39,7 +43,10 @@ def reason(tensors: Sequence[Tensor], *numbers: int | Tensor) -> str | None:
         return "the state is not plain float32"
     if any(math.prod(t.shape[1:]) > 1 << 33 for t in tensors):
         return "a chain has more than 2**33 elements"
-    return None
+    failed = native.parity_failure("dynamics", "cpp", tensors[0].device)
+    if failed is not None and dispatch.requested("auto")[0] == "cpp":
+        raise native.BackendError(f"cpp: dynamics: {failed}")
+    return failed
 
 
 def _address(t: Tensor | None) -> int:
@@ -72,6 +79,8 @@ def _kind(value: Any, like: Tensor) -> tuple[int, float, Tensor | None]:
         return _NUMBER, float(value), None
     if value.numel() == 1:
         return _NUMBER, float(value), None
+    if value.numel() == 0:  # one for each of no elements
+        return _NUMBER, 1.0, None
     value = value.detach().to(torch.float32)
     if value.dim() == like.dim() and value.shape[0] == like.shape[0] == value.numel():
         return _CHAIN, 0.0, value.contiguous()

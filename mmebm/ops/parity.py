@@ -336,15 +336,16 @@ def _net(numbers: _Numbers) -> Any:
     from mmebm.ops.net import graph as g
 
     normal = numbers.normal
-    crop = torch.arange(144, device=_CPU).reshape(3, 8, 6)[:, 1:].reshape(-1, 1)
+    crop = torch.arange(144, device=_CPU, dtype=torch.int64).reshape(3, 8, 6)[:, 1:].reshape(-1, 1)
     return g.Net((
         g.Input(0, (2, 5, 4)), g.Conv(0, normal(4, 2, 3, 3) / 3, normal(4), stride=(2, 2), padding=(1, 1)),
         g.Norm(1, 2, 1e-5), g.Activation(2, "silu"), g.Conv(3, normal(4, 3, 4, 4) / 3, stride=(2, 2), transposed=True),
         g.Map((4,), (3, 7, 6), crop), g.Activation(5, "tanh"), g.Linear(6, normal(6, 126) / 16, normal(6) / 2),
         g.Affine(7, normal(1, 6)), g.Add((8,), (1.0,), normal(_CHAINS, 6) / 2), g.Product(9, 7), g.View(10, (2, 3)),
-        g.LogSumExp(11, (2,), torch.arange(6, device=_CPU).reshape(2, 3)), g.Linear(10, normal(6, 6) / 4),
+        g.LogSumExp(11, (2,), torch.arange(6, device=_CPU, dtype=torch.int64).reshape(2, 3)),
+        g.Linear(10, normal(6, 6) / 4),
         g.Linear(7, normal(6, 6) / 4), g.Add((13, 14), (1.0, 1.0)), g.Activation(15, "square"),
-        g.Map((12, 16), (1,), torch.arange(8, device=_CPU).reshape(1, 8), normal(1, 8)),
+        g.Map((12, 16), (1,), torch.arange(8, device=_CPU, dtype=torch.int64).reshape(1, 8), normal(1, 8)),
     ))  # fmt: skip
 
 
@@ -383,9 +384,120 @@ def _langevin_net(module: ModuleType, backend: str, device: torch.device) -> Ite
     yield Comparison("frozen", ours.frozen.cpu(), expected.frozen)
 
 
+def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    """BAOAB, a trajectory of HMC with its decision, the Metropolis test, an exchange: each written out once more."""
+    numbers, offset, step = _Numbers(6), 2**32 - 2, 7
+    chains, width = 5, 67
+    x, v, *g = (numbers.normal(chains, width) for _ in range(5))
+    energy, new_energy = 3 * numbers.normal(chains), 3 * numbers.normal(chains)
+    h, decay, scale, mass, temperature = 0.2, 0.9, 0.3, 2.0, 8.0
+
+    def normals(purpose: int) -> Tensor:
+        return noise.normal(
+            x.shape, seed=_SEED, step=step, stream=noise.stream(2, purpose), chain_offset=offset, dtype=torch.float64,
+            device=_CPU,
+        )  # fmt: skip
+
+    def uniforms(count: int, stream: int, rows: int = chains) -> Tensor:
+        at = {"seed": _SEED, "step": step, "stream": stream, "chain_offset": offset}
+        return noise.uniform((rows, count), **at, dtype=torch.float32, device=_CPU)
+
+    def both(rule: Callable[..., Any], *tensors: Tensor, xi: Tensor | None = None) -> list[Any]:
+        drawn = [] if xi is None else [xi]
+        return [rule(*tensors, *(t.float() for t in drawn)), rule(*_double(tensors), *drawn)]
+
+    def made(keeps: bool) -> Any:
+        op = module.Dynamics(
+            [x.clone()], indices=[2], masks=[False], seed=_SEED, chain_offset=offset,
+            alive=torch.ones(chains, dtype=torch.bool, device=_CPU), keeps=keeps, freeze=False,
+        )  # fmt: skip
+        op.set(0, kick=h / mass, drift=h, decay=decay, noise=scale, thermal=scale, mass=mass)
+        return op
+
+    def baoab(x: Tensor, v: Tensor, a: Tensor, b: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+        w = v - h / mass * a
+        w, y = decay * w + scale * xi, x + h * w
+        return y + h * w, w - h / mass * b
+
+    op = made(keeps=False)
+    op.v[0].copy_(v)
+    op.baoa([g[0]], step)
+    op.baoab_end([g[1]], None)
+    results = both(baoab, x, v, g[0], g[1], xi=normals(noise.DRIFT))
+    for name, ours, a, b in zip(("state", "velocity"), (op.x[0], op.v[0]), *results, strict=True):
+        yield Comparison(f"BAOAB: {name}", ours, a, b, scale * NORMAL_TOLERANCE, STEP_TOLERANCE)
+
+    def trajectory(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+        v = scale * xi
+        w = v - 0.5 * h / mass * a
+        y = x + h * w
+        w = w - h / mass * b
+        end = w - 0.5 * h / mass * c
+        return y + h * w, (0.5 * mass * (end - v) * (end + v)).sum(1) + d
+
+    op = made(keeps=True)
+    op.g[0].copy_(g[0])
+    op.set_temperature(temperature)
+    held = energy.clone()
+    op.set_energy(held)
+    prob, accepted, error = (torch.zeros(chains, dtype=torch.float32, device=_CPU) for _ in range(3))
+    total = torch.zeros(chains, dtype=torch.float64, device=_CPU)
+    ever = torch.zeros(chains, dtype=torch.bool, device=_CPU)
+    op.set_outputs(prob, accepted, error, total, ever)
+    op.hmc_start(step)
+    op.leap([g[1]])
+    op.hmc_end([g[2]], new_energy, step)
+    results = both(trajectory, x, *g, new_energy - energy, xi=normals(noise.MOMENTUM))
+    (y, change), (y_exact, change_exact) = results
+    # the change sums some hundred products of velocities of 0.3 and kicks
+    yield Comparison("HMC: error", error, change, change_exact, width * scale * NORMAL_TOLERANCE, NORM_TOLERANCE)
+    expected = uniforms(1, noise.stream(0, noise.ACCEPT))[:, 0] < (-change_exact / temperature).clamp(max=0).exp()
+    yield Comparison("HMC: accepted", accepted, expected.float())
+    rows = expected[:, None]
+    state, exact = torch.where(rows, y, x), torch.where(rows, y_exact, x.double())
+    yield Comparison("HMC: state", op.x[0], state, exact, scale * NORMAL_TOLERANCE, STEP_TOLERANCE)
+    yield Comparison("HMC: energy", held, torch.where(expected, new_energy, energy))
+
+    def proposal(x: Tensor, y: Tensor, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        there, back = y - x + h * a, x - y + h * b
+        return (there.square().sum(1) - back.square().sum(1)) / (2 * scale**2) - d / temperature
+
+    other = x + 0.1 * v
+    slopes = [0.1 * g[0], 0.1 * g[1]]
+    test = module.Proposals([x.shape], [None], seed=_SEED, stream=5, chain_offset=offset, keep=False)
+    test.set([StepParams(h, scale)], [x], temperature)
+    y = other.clone()
+    test.decide([x.clone()], [y], [slopes[0].clone()], slopes[1:], energy.clone(), new_energy, step)
+    ratio, ratio_exact = both(proposal, x, other, *slopes, new_energy - energy)
+    a, b = (r.clamp(max=0).exp() for r in (ratio, ratio_exact))
+    yield Comparison("Metropolis: probability", test.prob, a, b, 0.0, NORM_TOLERANCE)
+    expected = uniforms(1, 5)[:, 0] < b
+    yield Comparison("Metropolis: accepted", test.accepted, expected)
+    yield Comparison("Metropolis: state", y, torch.where(expected[:, None], other, x))
+
+    rungs = 3
+    ladder, levels = numbers.normal(2 * rungs, 19), 2 * numbers.normal(2 * rungs)
+    inverse = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float32, device=_CPU)
+    places = torch.arange(rungs, dtype=torch.int64, device=_CPU).repeat(2, 1)
+    alive = torch.ones(2 * rungs, dtype=torch.bool, device=_CPU)
+    chance, sums = (torch.zeros(2, rungs - 1, dtype=torch.float32, device=_CPU) for _ in range(2))
+    moved, energies = ladder.clone(), levels.clone()
+    module.exchange(
+        [moved], rungs=rungs, seed=_SEED, step=step, stream=9, chain_offset=offset, inverse=inverse, energy=energies,
+        alive=alive, origin=places, prob=chance, prob_sum=sums, side=1,
+    )  # fmt: skip
+    each = levels.reshape(2, rungs)
+    prob = ((inverse[1] - inverse[2]) * (each[:, 1] - each[:, 2])).clamp(max=0).exp()
+    yield Comparison("exchange: probability", chance[:, 1], prob, prob.double(), 0.0, STEP_TOLERANCE)
+    order = torch.arange(2 * rungs, dtype=torch.int64, device=_CPU).reshape(2, rungs)
+    order[:, 1:] = torch.where((uniforms(rungs - 1, 9, 2)[:, 1] < prob)[:, None], order[:, 1:].flip(1), order[:, 1:])
+    yield Comparison("exchange: state", moved, ladder[order.reshape(-1)])
+    yield Comparison("exchange: energy", energies, levels[order.reshape(-1)])
+
+
 CASES: Final[dict[str, Callable[[ModuleType, str, torch.device], Iterator[Comparison]]]] = {
     "noise": _noise, "langevin_step": _langevin_step, "langevin_mlp": _langevin_mlp, "mlp_energy": _mlp_energy,
-    "residual": _residual, "net_energy": _net_energy, "langevin_net": _langevin_net,
+    "residual": _residual, "dynamics": _dynamics, "net_energy": _net_energy, "langevin_net": _langevin_net,
 }  # fmt: skip
 
 

@@ -161,6 +161,30 @@ MORE = {
 
 
 @pytest.mark.parametrize("raises", [False, True])
+def test_a_fault_in_the_steps_of_exact_samplers(raises: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no argument ``backend``; MMEBM_BACKEND asks by name."""
+    sampler = mmebm.ParallelTempering(0.1, temperatures=(1.0, 2.0, 4.0))
+    x = torch.linspace(-1, 1, 24).reshape(4, 6)
+
+    def call() -> Tensor:
+        return sampler.sample(lambda x: 0.5 * x.square().sum(1), x, 4, seed=3).state
+
+    expected = call()
+    parity.clear()
+    broken = _Extension("exchange", None if raises else lambda a: a[0][0])
+    monkeypatch.setattr(native, "cpu", lambda: broken)
+    with pytest.warns(RuntimeWarning, match="cpp is not used for dynamics on cpu"):
+        got = call()
+    # the same noise; sums of four steps in another order
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setenv("MMEBM_BACKEND", "cpp")
+    with pytest.raises(mmebm.BackendError, match="cpp: dynamics: it failed its parity case"):
+        call()
+    monkeypatch.undo()
+    parity.clear()
+
+
+@pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("op", FAULTS)
 def test_a_fault_falls_back_with_one_warning_and_raises_where_asked_for(
     op: str, raises: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
