@@ -246,6 +246,9 @@ class Examination:
                 refuse(f"it holds a {type(m).__name__}")
             attempt().seen.append(m)
             return
+        if isinstance(m, nn.parallel.DistributedDataParallel):
+            # it may send tensors to other processes, whose threads would keep what watches the call alive
+            refuse(f"it holds a {type(m).__name__}; its .module is what computes")
         self._modules.append(m)
         attempt().seen.append(m)
         self._waiting.extend((child, None) for child in m.children())
