@@ -7,7 +7,7 @@ another. No result depends on the number of threads (``torch.get_num_threads()``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -116,31 +116,38 @@ def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[t
     return out
 
 
-def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tensor]:
-    """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
-    reason = supports_energy(terms, x)
+def call_energy(
+    name: str, x: Tensor, described: Callable[[Addresses], Any], reason: str | None
+) -> tuple[Tensor, Tensor]:
+    """E (chains,) and dE/dx (chains, inputs) by the function ``name`` of ``mmebm._cpu``, which takes what ``described``
+    returns.
+
+    Raises:
+        BackendError: with the ``reason`` why it does not take the arguments.
+    """
     if reason is not None:
-        raise native.BackendError(f"cpp: mlp_energy: {reason}")
+        raise native.BackendError(f"cpp: {name}: {reason}")
     addresses = Addresses(x.device)
     chains, inputs = x.shape
     energy = torch.empty(chains, dtype=torch.float32, device=x.device)
     grad = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
-    native.cpu().mlp_energy(
-        addresses("x", x, torch.float32), chains, inputs, _described(terms, x, addresses),
+    getattr(native.cpu(), name)(
+        addresses("x", x, torch.float32), chains, inputs, described(addresses),
         addresses.output("energy", energy), addresses.output("grad", grad), torch.get_num_threads(), dispatch.isa(),
     )  # fmt: skip
     return energy, grad
 
 
-def run(
-    chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
-) -> MlpResult:
-    """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
-    reason = supports(chain, x)
+def call_chain(
+    name: str, chain: Any, x: Tensor, described: Callable[[Addresses], Any], steps: int, first_step: int | Tensor, *,
+    energy: bool, grad_norm: bool, reason: str | None,
+) -> MlpResult:  # fmt: skip
+    """``steps`` steps of an :class:`MlpChain`, or of a chain of other terms with the same fields, by the function
+    ``name`` of ``mmebm._cpu``; as :func:`call_energy`."""
     if reason is None and chain.constants.shape[0] != 1 and chain.constants.shape[0] < steps:
         reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
     if reason is not None:
-        raise native.BackendError(f"cpp: langevin_mlp: {reason}")
+        raise native.BackendError(f"cpp: {name}: {reason}")
     addresses = Addresses(x.device)
     chains, inputs = x.shape
     out = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
@@ -154,8 +161,8 @@ def run(
             chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, strict=True
         )
     ]
-    native.cpu().langevin_mlp(
-        addresses("x", x, torch.float32), chains, inputs, _described(chain.terms, x, addresses), tensors,
+    getattr(native.cpu(), name)(
+        addresses("x", x, torch.float32), chains, inputs, described(addresses), tensors,
         addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
         addresses("observed", mask, torch.uint8), 0 if mask is None or mask.shape[0] == 1 else inputs,
         steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
@@ -164,3 +171,19 @@ def run(
         torch.get_num_threads(), dispatch.isa(),
     )  # fmt: skip
     return MlpResult(out, energies, norms, frozen)
+
+
+def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tensor]:
+    """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
+    described = lambda addresses: _described(terms, x, addresses)
+    return call_energy("mlp_energy", x, described, supports_energy(terms, x))
+
+
+def run(
+    chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
+) -> MlpResult:
+    """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
+    return call_chain(
+        "langevin_mlp", chain, x, lambda addresses: _described(chain.terms, x, addresses), steps, first_step,
+        energy=energy, grad_norm=grad_norm, reason=supports(chain, x),
+    )  # fmt: skip

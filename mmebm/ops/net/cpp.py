@@ -15,11 +15,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mmebm import native, noise
-from mmebm.ops import dispatch
+from mmebm import native
 from mmebm.ops.common.address import Addresses
 from mmebm.ops.langevin_mlp import MlpResult
-from mmebm.ops.langevin_mlp_cpp import plain_on_cpu, supports_options
+from mmebm.ops.langevin_mlp_cpp import call_chain, call_energy, plain_on_cpu, supports_options
 from mmebm.ops.net.graph import (
     FUNCTIONS,
     KINDS,
@@ -121,49 +120,15 @@ def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]
 
 def energy_and_gradient(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
-    reason = supports_energy(net, x)
-    if reason is not None:
-        raise native.BackendError(f"cpp: net_energy: {reason}")
-    addresses = Addresses(x.device)
-    chains, inputs = x.shape
-    energy = torch.empty(chains, dtype=torch.float32, device=x.device)
-    grad = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
-    native.cpu().net_energy(
-        addresses("x", x, torch.float32), chains, inputs, _described(net, x, addresses),
-        addresses.output("energy", energy), addresses.output("grad", grad), torch.get_num_threads(), dispatch.isa(),
-    )  # fmt: skip
-    return energy, grad
+    described = lambda addresses: _described(net, x, addresses)
+    return call_energy("net_energy", x, described, supports_energy(net, x))
 
 
 def run(
     chain: NetChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
 ) -> MlpResult:
     """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
-    reason = supports(chain, x)
-    if reason is None and chain.constants.shape[0] != 1 and chain.constants.shape[0] < steps:
-        reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
-    if reason is not None:
-        raise native.BackendError(f"cpp: langevin_net: {reason}")
-    addresses = Addresses(x.device)
-    chains, inputs = x.shape
-    out = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
-    energies = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if energy else None
-    norms = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if grad_norm else None
-    frozen = torch.zeros(chains, dtype=torch.bool, device=x.device) if chain.freeze else None
-    mask = chain.observed
-    tensors = [
-        (width, noise.stream(index, noise.DRIFT), noisy, moving, present)
-        for width, index, noisy, moving, present in zip(
-            chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, strict=True
-        )
-    ]
-    native.cpu().langevin_net(
-        addresses("x", x, torch.float32), chains, inputs, _described(chain.net, x, addresses), tensors,
-        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
-        addresses("observed", mask, torch.uint8), 0 if mask is None or mask.shape[0] == 1 else inputs,
-        steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
-        chain.noise_at == "before", chain.clamp_noise, addresses.output("out", out),
-        addresses.output("energy", energies), addresses.output("grad_norm", norms), addresses.output("frozen", frozen),
-        torch.get_num_threads(), dispatch.isa(),
+    return call_chain(
+        "langevin_net", chain, x, lambda addresses: _described(chain.net, x, addresses), steps, first_step,
+        energy=energy, grad_norm=grad_norm, reason=supports(chain, x),
     )  # fmt: skip
-    return MlpResult(out, energies, norms, frozen)
