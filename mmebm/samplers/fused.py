@@ -5,12 +5,16 @@ The call is ``langevin_mlp`` for a sum of MLPs, else ``langevin_net`` for what :
 
 from __future__ import annotations
 
+import types
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mmebm import native
 from mmebm.energies.lower import CannotLower, Lowered, lower
 from mmebm.energies.trace import Traced, trace
 from mmebm.native import BackendError
@@ -56,6 +60,43 @@ def _options_reason(sampler: Langevin, p: Problem, tensors: Sequence[Tensor]) ->
     return None
 
 
+class _Refusals:
+    """Energies that could not be traced, which costs an evaluation of the energy: they are tried again at every
+    ``PERIOD``-th chain only. A function counts by its code, a module by itself and its mode."""
+
+    PERIOD, MOST = 32, 256
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Any, list[Any]] = OrderedDict()  # [reference to the module, why, chains since]
+
+    @staticmethod
+    def _key(energy: Any, tensors: Sequence[Tensor]) -> Any:
+        what = energy.__code__ if isinstance(energy, types.FunctionType) else (type(energy), id(energy))
+        return what, getattr(energy, "training", None), tuple(t.shape[1:] for t in tensors)
+
+    def get(self, energy: Any, tensors: Sequence[Tensor]) -> str | None:
+        entry = self._known.get(self._key(energy, tensors))
+        if entry is None or (entry[0] is not None and entry[0]() is not energy):
+            return None
+        entry[2] += 1
+        return entry[1] if entry[2] % self.PERIOD else None
+
+    def add(self, energy: Any, tensors: Sequence[Tensor], why: str) -> None:
+        function = isinstance(energy, types.FunctionType)
+        try:
+            reference = None if function else weakref.ref(energy)
+        except TypeError:  # such an object may give its id to another one
+            return
+        key = self._key(energy, tensors)
+        count = self._known[key][2] if key in self._known else 0
+        self._known[key] = [reference, why, count]
+        while len(self._known) > self.MOST:
+            self._known.popitem(last=False)
+
+
+_refusals = _Refusals()
+
+
 def _understood(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
     """What the energy computes, or why neither op can say it."""
     args, kwargs = p.calls[0]
@@ -69,14 +110,21 @@ def _understood(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Lowered
         reason = f"the energy is not a sum of MLPs: {error}"
     if tensors[0].device.type != "cpu":
         return f"{reason}; nets of other layers are fused on the CPU only"
+    if not native.loaded("cpp"):
+        return f"{reason}; nets of other layers need the C++ extension"
+    known = _refusals.get(p.energy, tensors)
+    if known is not None:
+        return f"{reason}; nor a net: {known}"
     try:
         traced = trace(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
+        # without one the gradient is little of the time, and the loop's update is fused as it is
+        if any(isinstance(node, (Conv, Linear)) for node in traced.net.nodes):
+            return traced
+        why = "it has no layer"
     except CannotLower as error:
-        return f"{reason}; nor a net: {error}"
-    # without one the gradient is little of the time, and the loop's update is fused as it is
-    if not any(isinstance(node, (Conv, Linear)) for node in traced.net.nodes):
-        return f"{reason}; nor a net: it has no layer"
-    return traced
+        why = str(error)
+    _refusals.add(p.energy, tensors, why)
+    return f"{reason}; nor a net: {why}"
 
 
 def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:

@@ -15,6 +15,7 @@ import mmebm
 from mmebm import Langevin
 from mmebm.energies import Gaussian, Sum
 from mmebm.models import JointEnergy
+from mmebm.samplers import fused
 from mmebm.training import System
 from mmebm.training.presets import demo
 
@@ -208,3 +209,19 @@ def test_short_form(seed: int) -> None:
     net = plain()
     x = mmebm.langevin(net, torch.rand(2, 3, 12, 12), steps=2, step_size=0.1, seed=0)
     assert x.shape == (2, 3, 12, 12)
+
+
+def test_an_energy_that_cannot_be_traced_is_not_tried_at_every_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    original = fused.trace
+    monkeypatch.setattr(fused, "trace", lambda *a, **k: tried.append(a) or original(*a, **k))
+    monkeypatch.setattr(fused, "_refusals", fused._Refusals())
+    sampler, x = Langevin(0.01), torch.randn(2, 4)
+    for _ in range(70):
+        out = sampler.sample(lambda x: x.erfinv().sum(1), 0.1 * x, 1)
+        assert "nor a net: it calls erfinv" in out.info["reason"]
+    assert len(tried) == 3  # the first, and each 32nd after it
+    net = nn.Sequential(nn.Linear(4, 3), nn.RReLU(), nn.Linear(3, 1))
+    for mode in (True, False, True):
+        sampler.replace(mode="keep").sample(net.train(mode), x, 1)
+    assert len(tried) == 5  # another mode may be another energy
