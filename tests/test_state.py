@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import inspect
 import math
 import re
 import warnings
@@ -353,13 +355,25 @@ def test_descent_needs_an_energy_for_each_chain() -> None:
         langevin(lambda x: x.square().sum(), A + 1, 2, step_size=0.1, accept="descent")
 
 
+def test_the_function_has_the_options_of_the_class_and_of_sample() -> None:
+    """With their defaults, each written out for editors and type checkers."""
+    mine = dict(inspect.signature(langevin).parameters)
+    wanted = {f.name: f.default for f in dataclasses.fields(Langevin)}
+    more = inspect.signature(Langevin.sample).parameters
+    wanted |= {name: p.default for name, p in more.items() if name not in ("self", "energy", "state", "steps")}
+    wanted = {name: value for name, value in wanted.items() if name not in ("record", "thin", "offload")}
+    assert list(mine)[:3] == ["energy", "state", "steps"] and set(mine) - {"energy", "state", "steps"} == set(wanted)
+    for name, value in wanted.items():
+        expected = inspect.Parameter.empty if value is dataclasses.MISSING else value
+        assert mine[name].default == expected and mine[name].kind is inspect.Parameter.KEYWORD_ONLY, name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "langevin needs step_size"),
-        ({"step_size": 0.1, "stepsize": 0.1, "noise": 1}, r"unknown options \['noise', 'stepsize'\]; known: "),
-        ({"step_size": 0.1, "record": ("energy",)}, "langevin returns only the state"),
-        ({"step_size": 0.1, "thin": 2}, "langevin returns only the state"),
+        ({}, "required keyword-only argument: 'step_size'"),
+        ({"step_size": 0.1, "stepsize": 0.1}, "unexpected keyword argument 'stepsize'"),
+        ({"step_size": 0.1, "record": ("energy",)}, "unexpected keyword argument 'record'"),
     ],
 )
 def test_bad_options_of_the_function(options: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ from mmebm.samplers.separable import check_separable
 from mmebm.state import State, check_setting, flag, flatten, integer, like_state, observed_masks, per_key
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]
+
+S = TypeVar("S")  # the state's structure
 
 RECORDS = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
 
@@ -427,33 +429,85 @@ def MALA(step_size: Any, temperature: Any = 1.0, **options: Any) -> Langevin:
     return Langevin(step_size, temperature=temperature, accept="metropolis", **options)
 
 
-_SAMPLE_OPTIONS = (
-    "args", "kwargs", "observed", "blocks", "seed", "generator", "chain_offset", "first_step", "inplace", "chunk_size",
-    "differentiable",
-)  # fmt: skip
-
-
 @opaque
-def langevin(energy: Callable[..., Any], state: State, steps: int, **both: Any) -> Any:
+def langevin(
+    energy: Callable[..., Any],
+    state: S,
+    steps: int,
+    *,
+    step_size: Any,
+    noise_scale: Any = None,
+    temperature: Any = 1.0,
+    noise_at: Literal["after", "before"] = "after",
+    clamp_noise: bool = False,
+    grad_clip: Any = None,
+    grad_norm_clip: Any = None,
+    norm_over: NormOver = "chain",
+    max_update: Any = None,
+    prior_std: Any = None,
+    bounds: Any = None,
+    bounds_at: Literal["step", "end"] = "step",
+    outside: Outside = "clamp",
+    project: Any = None,
+    finish: Callable[[Any], Any] | None = None,
+    accept: Literal["descent", "metropolis"] | None = None,
+    log_prob: bool = False,
+    score: bool = False,
+    mode: Mode = "eval",
+    rng: Rng = "philox",
+    backend: str = "auto",
+    precision: Precision = "fp32",
+    capture: Literal["auto", True, False] = "auto",
+    on_nonfinite: NonFinite = "warn",
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    observed: Any = None,
+    blocks: Sequence[Any] | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    chain_offset: int = 0,
+    first_step: int | Tensor = 0,
+    inplace: bool = False,
+    chunk_size: int | None = None,
+    differentiable: int | bool | None = None,
+) -> S:
     """Langevin dynamics in one call: state in, state out.
 
+    ``x <- x - step_size dE/dx + noise_scale xi``, ``steps`` times, with fresh standard normals xi each time.
+
     Args:
-        energy, state, steps, and any keyword of :class:`Langevin` (``step_size`` is required) and of
-        :meth:`Langevin.sample`, except ``record``, ``thin`` and ``offload``, whose results only ``sample`` returns.
+        energy: takes the state and returns one energy per chain, (chains,) or (chains, ...), or a scalar.
+        state: a tensor (chains, ...), or a list, tuple or dict of such tensors.
+        steps: number of updates.
+        step_size: the coefficient of the gradient.
+
+    Other args:
+        noise_scale to on_nonfinite: as :class:`Langevin` describes them.
+        args to differentiable: as :meth:`Langevin.sample` does, which also has ``record``, ``thin`` and ``offload``: they
+            return more than a state.
 
     Returns:
         The final state, in the structure that was given.
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> x = langevin(lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2), 50, step_size=0.1, seed=0)
+        >>> x.shape
+        torch.Size([100, 2])
     """
-    if "record" in both or "thin" in both:
-        raise TypeError("langevin returns only the state: use Langevin(...).sample(...) for record and thin")
-    options = {name: both.pop(name) for name in _SAMPLE_OPTIONS if name in both}
-    known = {f.name for f in dataclasses.fields(Langevin)}
-    unknown = sorted(set(both) - known)
-    if unknown:
-        raise TypeError(f"langevin got unknown options {unknown}; known: {sorted(known | set(_SAMPLE_OPTIONS))}")
-    if "step_size" not in both:
-        raise TypeError("langevin needs step_size, the coefficient of the gradient")
-    return Langevin(**both).sample(energy, state, steps, **options).state
+    sampler = Langevin(
+        step_size, noise_scale, temperature, noise_at=noise_at, clamp_noise=clamp_noise, grad_clip=grad_clip,
+        grad_norm_clip=grad_norm_clip, norm_over=norm_over, max_update=max_update, prior_std=prior_std, bounds=bounds,
+        bounds_at=bounds_at, outside=outside, project=project, finish=finish, accept=accept, log_prob=log_prob,
+        score=score, mode=mode, rng=rng, backend=backend, precision=precision, capture=capture,
+        on_nonfinite=on_nonfinite,
+    )  # fmt: skip
+    out = sampler.sample(
+        energy, state, steps,  # pyright: ignore[reportArgumentType]
+        args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed, generator=generator,
+        chain_offset=chain_offset, first_step=first_step, inplace=inplace, chunk_size=chunk_size,
+        differentiable=differentiable,
+    )  # fmt: skip
+    return out.state
