@@ -483,8 +483,7 @@ def langevin(
 
     Other args:
         noise_scale to on_nonfinite: as :class:`Langevin` describes them.
-        args to differentiable: as :meth:`Langevin.sample` does, which also has ``record``, ``thin`` and ``offload``: they
-            return more than a state.
+        args to differentiable: as :meth:`Langevin.sample` does, which also has ``record``, ``thin`` and ``offload``.
 
     Returns:
         The final state, in the structure that was given.
