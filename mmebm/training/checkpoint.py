@@ -47,6 +47,8 @@ def _keep(path: Path) -> None:
         link.unlink(missing_ok=True)
         os.link(path, link)
         os.replace(link, previous(path))
+        # a process killed before the new file came left both names to one file; renaming does nothing then
+        link.unlink(missing_ok=True)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -166,6 +166,16 @@ def test_the_checkpoint_before_is_kept_and_used_where_the_last_is_damaged(tmp_pa
         checkpoint.resume(path)
 
 
+def test_a_save_after_a_kill_between_the_two_names_leaves_no_third(tmp_path: Path) -> None:
+    """Both names are then one file, which a rename of one to the other leaves as it is (found by CI, seed 1382703698)."""
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, content(1))
+    os.link(path, checkpoint.previous(path))
+    checkpoint.save(path, content(2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.previous.pt", "c.pt"]
+    assert [checkpoint.load(p)["iteration"] for p in (checkpoint.previous(path), path)] == [1, 2]
+
+
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nothing\.pt"):
         checkpoint.load(tmp_path / "nothing.pt")
