@@ -167,7 +167,7 @@ def test_the_checkpoint_before_is_kept_and_used_where_the_last_is_damaged(tmp_pa
 
 
 def test_a_save_after_a_kill_between_the_two_names_leaves_no_third(tmp_path: Path) -> None:
-    """Both names are then one file, which a rename of one to the other leaves as it is (found by CI, seed 1382703698)."""
+    """Both names are then one file, which a rename of one to the other leaves as it is (seed 1382703698)."""
     path = tmp_path / "c.pt"
     checkpoint.save(path, content(1))
     os.link(path, checkpoint.previous(path))
