@@ -666,7 +666,14 @@ MMEBM_HD void finish_item(const StepTable& table, int64_t chain) {
 // -- kernels
 
 // Blocks an SM must hold: 96 registers a thread, then 128 and 64.
-__global__ void __launch_bounds__(MAP_THREADS, 5) map_kernel(const __grid_constant__ StepTable table) {
+// Blocks that must fit on a multiprocessor at once: what it can have without spilling.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int MAP_BLOCKS = 4;
+#else
+constexpr int MAP_BLOCKS = 5;
+#endif
+
+__global__ void __launch_bounds__(MAP_THREADS, MAP_BLOCKS) map_kernel(const __grid_constant__ StepTable table) {
   for (int64_t item = blockIdx.x; item < table.items; item += gridDim.x) map_item(table, item, threadIdx.x);
 }
 

@@ -35,6 +35,8 @@ REGISTERS = {
     "map_kernel": 96, "chain_kernel": 128, "norm_kernel": 64, "fold_kernel": 64, "finish_kernel": 64,
     "chain_kernel<Fp32>": 128, "chain_kernel<Tf32x3>": 128, "chain_kernel<Bf16>": 128,
 }  # fmt: skip
+# With 96, nvcc 13.0 spills 8 bytes there; four blocks of 128 threads a multiprocessor for five
+MORE_REGISTERS = {("sm_100", "map_kernel"): 128}
 # Matrix instructions of each langevin_mlp kernel: none on the FMA units, else m16n8k8 or m16n8k16 of these operands.
 MATRIX = {"Fp32": None, "Tf32x3": r"\bHMMA\.1688\.F32\.TF32\b", "Bf16": r"\bHMMA\.16816\.F32\.BF16\b"}
 # Fewest 16-byte accesses in the map kernel: load and store of x for each of three storages, an fp32 gradient's loads
@@ -101,7 +103,8 @@ def test_kernels_keep_to_their_registers(kernel: str, library: Path) -> None:
     for arch in architectures(library):
         usage = found[arch, kernel]
         assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"{arch}: registers spill, {usage}"
-        assert usage["REG"] <= REGISTERS[kernel], f"{arch}: {usage}"
+        limit = MORE_REGISTERS.get((arch, kernel), REGISTERS[kernel])
+        assert usage["REG"] <= limit, f"{arch}: {usage}"
 
 
 def sections(library: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
