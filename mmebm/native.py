@@ -179,12 +179,12 @@ def uniform_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_of
     """
     if not isinstance(out, Tensor) or out.dtype not in (torch.float32, torch.float64) or out.dim() == 0:
         raise TypeError(f"out must be float32 or float64 (chains, ...), got {out!r:.80}")
-    where = (
-        _word("seed", seed, -(2**63), 2**64), _word("step", step, 0, 2**32), _word("stream", stream, 0, 2**32),
-        _word("chain_offset", chain_offset, 0, 2**32),
-    )  # fmt: skip
-    place = address("out", out, torch.device("cpu"), out.dtype)
-    cpu().uniform(place, out.shape[0], math.prod(out.shape[1:]), *where, out.dtype == torch.float64)
+    where = {
+        "seed": _word("seed", seed, -(2**63), 2**64), "step": _word("step", step, 0, 2**32),
+        "stream": _word("stream", stream, 0, 2**32), "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
+    }  # fmt: skip
+    address("out", out, torch.device("cpu"), out.dtype)  # raises what it has against it
+    fill_uniform(out, **where)
     return out
 
 
@@ -198,6 +198,19 @@ def parity_failure(op: str, backend: str, device: torch.device) -> str | None:
 def fill_normal(out: Tensor, *, seed: int, step: int, stream: int, chain_offset: int) -> None:
     """:func:`normal_` of arguments that are as they must be, by the extension of the device."""
     _fill("normal", out, out.shape[0], math.prod(out.shape[1:]), seed, step, stream, chain_offset)
+
+
+def fill_uniform(out: Tensor, *, seed: int, step: int, stream: int, chain_offset: int) -> None:
+    """:func:`uniform_` of arguments that are as they must be, by the extension of the device."""
+    if out.is_cuda:  # which makes words
+        words = torch.empty((out.shape[0], -(-math.prod(out.shape[1:]) // 4), 4), dtype=torch.int32, device=out.device)
+        fill_words(words, seed=seed, step=step, stream=stream, chain_offset=chain_offset)
+        bits = (words >> 8 & 0xFFFFFF).flatten(1)[:, : math.prod(out.shape[1:])]
+        out.copy_((bits.to(out.dtype) * 2.0**-24).reshape(out.shape))
+        return
+    place = address("out", out, torch.device("cpu"), out.dtype)
+    sizes = out.shape[0], math.prod(out.shape[1:])
+    cpu().uniform(place, *sizes, seed, step, stream, chain_offset, out.dtype == torch.float64)
 
 
 def fill_words(out: Tensor, *, seed: int, step: int, stream: int, chain_offset: int) -> None:

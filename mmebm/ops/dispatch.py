@@ -36,7 +36,7 @@ class Op:
 
 _ALL: Final = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 OPS: Final[dict[str, Op]] = {
-    "noise": Op({"cpp": "mmebm.native", "cuda": "mmebm.native"}, {"cpu": ("cpp",), "cuda": ("cuda",)}),
+    "noise": Op({"cpp": "mmebm.native", "triton": "mmebm.kernels.noise", "cuda": "mmebm.native"}, _ALL),
     "langevin_step": Op(
         {
             "cpp": "mmebm.ops.langevin_step_native", "triton": "mmebm.kernels.langevin_step",

@@ -1,7 +1,7 @@
-"""The noise of :mod:`mmebm.noise` by its fastest implementation: C++ on the CPU, else the definition itself.
+"""The noise of :mod:`mmebm.noise` by its fastest implementation: C++ on the CPU, Triton or CUDA C++ on a GPU.
 
 Words and uniforms are bit-equal to the definition, normals within 2e-6 of it. ``MMEBM_BACKEND=torch`` takes the
-definition itself.
+definition itself, as do seeds and steps that are tensors on a device, of which the host knows no number.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mmebm import native, noise
+from mmebm.ops import dispatch
 from mmebm.ops.common.address import surroundings
 
 __all__ = ["native_reason", "normal", "plain", "uniform", "words"]
@@ -39,15 +41,43 @@ def native_reason(device: torch.device, *numbers: int | Tensor) -> str | None:
     return native.parity_failure("noise", "cpp", device) or surroundings()
 
 
+def _module(device: torch.device, *numbers: int | Tensor) -> ModuleType | None:
+    """What draws on ``device`` with these seeds and steps; None: the definition."""
+    if device.type == "cpu":
+        return native if native_reason(device, *numbers) is None else None
+    if any(isinstance(number, Tensor) and not number.is_cpu for number in numbers) or surroundings() is not None:
+        return None
+    named = dispatch.requested("auto")[0]
+    for name in dispatch.OPS["noise"].auto.get(device.type, ()):
+        if named not in ("auto", name) or (name == "cuda" and not native.loaded("cuda")):
+            continue
+        module, _ = dispatch.implementation("noise", name)
+        if module is not None and native.parity_failure("noise", name, device) is None:
+            return module
+    return None
+
+
+def _at(seed: int | Tensor, step: int | Tensor, stream: int, chain_offset: int) -> dict[str, int]:
+    """The four numbers as words, of the host."""
+    return {
+        "seed": plain(seed) & (1 << 64) - 1,
+        "step": plain(step) & noise.MASK32,
+        "stream": stream,
+        "chain_offset": chain_offset & noise.MASK32,
+    }
+
+
 def normal(
     shape: Sequence[int], *, seed: int | Tensor, step: int | Tensor = 0, stream: int = 0, chain_offset: int = 0,
     dtype: torch.dtype = torch.float32, device: torch.device = _CPU,
 ) -> Tensor:  # fmt: skip
     """:func:`mmebm.noise.normal`."""
-    if dtype == torch.float32 and math.prod(shape) and native_reason(device, seed, step) is None:
-        seed, step = plain(seed), plain(step)
-        out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-        return native.normal_(out, seed=seed, step=step & noise.MASK32, stream=stream, chain_offset=chain_offset)
+    if dtype == torch.float32 and len(shape) and math.prod(shape):
+        module = _module(device, seed, step)
+        if module is not None:
+            out = torch.empty(tuple(shape), dtype=dtype, device=device)
+            module.fill_normal(out, **_at(seed, step, stream, chain_offset))
+            return out
     return noise.normal(
         shape, seed=seed, step=step, stream=stream, chain_offset=chain_offset, dtype=dtype, device=device
     )
@@ -58,11 +88,12 @@ def uniform(
     chain_offset: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = _CPU,
 ) -> Tensor:  # fmt: skip
     """:func:`mmebm.noise.uniform`, bit for bit."""
-    known = dtype in (torch.float32, torch.float64)
-    if known and math.prod(shape) and native_reason(device, seed, step) is None:
-        seed, step = plain(seed), plain(step)
-        out = torch.empty(tuple(shape), dtype=dtype, device=device)
-        return native.uniform_(out, seed=seed, step=step & noise.MASK32, stream=stream, chain_offset=chain_offset)
+    if dtype in (torch.float32, torch.float64) and len(shape) and math.prod(shape):
+        module = _module(device, seed, step)
+        if module is not None:
+            out = torch.empty(tuple(shape), dtype=dtype, device=device)
+            module.fill_uniform(out, **_at(seed, step, stream, chain_offset))
+            return out
     return noise.uniform(
         shape, seed=seed, step=step, stream=stream, chain_offset=chain_offset, dtype=dtype, device=device
     )
@@ -73,10 +104,10 @@ def words(
     device: torch.device = _CPU,
 ) -> Tensor:  # fmt: skip
     """:func:`mmebm.noise.words`, bit for bit."""
-    if chains * blocks and native_reason(device, seed, step) is None:
-        seed, step = plain(seed), plain(step)
-        out = torch.empty((chains, blocks, 4), dtype=torch.int32, device=device)
-        words_at = {"step": step & noise.MASK32, "stream": stream, "chain_offset": chain_offset}
-        native.fill_words(out, seed=seed & (1 << 64) - 1, **words_at)
-        return out.to(torch.int64) & noise.MASK32
+    if chains * blocks:
+        module = _module(device, seed, step)
+        if module is not None:
+            out = torch.empty((chains, blocks, 4), dtype=torch.int32, device=device)
+            module.fill_words(out, **_at(seed, step, stream, chain_offset))
+            return out.to(torch.int64) & noise.MASK32
     return noise.words(chains, blocks, seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)

@@ -124,16 +124,18 @@ def _double(value: Any) -> Any:
 
 
 def _noise(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
-    """The words and the normals, where the chain counter wraps."""
+    """Words, normals and uniforms, where the chain counter wraps."""
     at = {"seed": _SEED, "step": 0xFEDCBA98, "stream": noise.stream(5, noise.MOMENTUM), "chain_offset": 2**32 - 2}
     words = torch.zeros((5, 7, 4), dtype=torch.int32, device=device)
-    native.fill_words(words, **at)
+    module.fill_words(words, **at)
     expected = noise.words(5, 7, **at, device=_CPU)
     yield Comparison("words", words.cpu().long() & noise.MASK32, expected)
     out = torch.zeros((5, 27), dtype=torch.float32, device=device)
-    native.fill_normal(out, **at)
+    module.fill_normal(out, **at)
     exact = noise.normal((5, 27), **at, dtype=torch.float64, device=_CPU)
     yield Comparison("normals", out.cpu(), exact.float(), exact, NORMAL_TOLERANCE)
+    module.fill_uniform(out, **at)
+    yield Comparison("uniforms", out.cpu(), noise.uniform((5, 27), **at, dtype=torch.float32, device=_CPU))
 
 
 class _StepCase(NamedTuple):
