@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ SHAPES = [(1, 1), (1, 7), (3, 4), (5, 3, 3), (2, 1023), (300, 1), (1, 2048), (7,
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_the_definition(shape: tuple[int, ...], seed: int) -> None:
     rng = random.Random(seed)
-    at = {
+    at: dict[str, Any] = {
         "seed": rng.choice([rng.getrandbits(64), 0, 2**64 - 1, 1]),
         "step": rng.choice([rng.getrandbits(32), 0, 2**32 - 1]),
         "stream": noise.stream(rng.randrange(5), rng.randrange(5)),

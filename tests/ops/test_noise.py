@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -51,6 +53,6 @@ def test_a_shape_without_chains_is_an_error(draw) -> None:
 
 def test_numbers_beyond_a_word_wrap_as_in_the_definition(need) -> None:
     need("cpp")
-    at = {"seed": -5, "step": 2**32 + 3, "chain_offset": 2**32 - 1}
+    at: dict[str, Any] = {"seed": -5, "step": 2**32 + 3, "chain_offset": 2**32 - 1}
     assert torch.equal(drawn.uniform((3, 5), **at), noise.uniform((3, 5), **at))
     assert torch.equal(drawn.words(3, 2, **at), noise.words(3, 2, **at))
