@@ -220,6 +220,21 @@ def test_dual_averaging_finds_the_target(over: Any, start: float, seed: int) -> 
     assert abs(float(out.info["acceptance"].mean()) - float(reached.mean())) < 0.05
 
 
+def test_dual_averaging_by_hand() -> None:
+    """Where all is accepted, Hoffman and Gelman's shortfall after t steps is (target - 1) t / (t + t_0), t_0 = 10."""
+    steps, target = 40, 0.7
+    out = HMC(0.1, 2, adapt=steps, target_accept=target).sample(
+        lambda x: 0 * x.sum(1), torch.zeros(3, 4, dtype=torch.float64), steps, seed=1
+    )
+    mean = 0.0
+    for t in range(1, steps + 1):
+        log_scale = math.log(10) - math.sqrt(t) / 0.05 * (target - 1) * t / (t + 10)
+        mean = t**-0.75 * log_scale + (1 - t**-0.75) * mean
+    # forty steps of three roundings in float64
+    expected = torch.full((3,), mean, dtype=torch.float64)
+    torch.testing.assert_close(out.info["adaptation"]["mean_log_scale"], expected, rtol=1e-13, atol=0)
+
+
 def test_adaptation_goes_on_where_it_was(seed: int) -> None:
     sampler, x = HMC(0.05, 2, adapt=12), normals(6, 10, seed=seed, dtype=torch.float64)
     whole = sampler.sample(quadratic, x, 20, seed=seed)
