@@ -36,11 +36,11 @@ from mmebm.samplers.call import (
     leaves,
     report_nonfinite,
 )
-from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.problem import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
 from mmebm.samplers.remedies import Remedies
 from mmebm.samplers.separable import check_separable
+from mmebm.samplers.user_modules import Mode, modules_of, sampling
 from mmebm.state import State, check_setting, flag, flatten, integer, like_state, observed_masks, per_key
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]

@@ -18,8 +18,8 @@ from mmebm.reference.langevin_step import per_chain, widen
 from mmebm.samplers import metropolis
 from mmebm.samplers.call import finite_chains, where
 from mmebm.samplers.gradient import Target, one_per_chain
-from mmebm.samplers.modes import modules_of, sampling
 from mmebm.samplers.problem import Problem, Run
+from mmebm.samplers.user_modules import modules_of, sampling
 
 if TYPE_CHECKING:
     from mmebm.samplers.langevin import Langevin

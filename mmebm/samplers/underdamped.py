@@ -32,8 +32,8 @@ from mmebm.samplers.call import (
     where,
 )
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, flag
 
 RECORDS = ("energy", "grad_norm", "kinetic")

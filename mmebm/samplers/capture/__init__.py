@@ -3,7 +3,7 @@
 A step of a chain on a small batch is some hundred kernels of a few microseconds each, and Python takes longer to launch
 them than the device to run them. A graph launches all steps at once.
 
-What a graph has baked in is its key: the energy's code and everything it can see (:mod:`mmebm.samplers.identity`), the
+What a graph has baked in is its key: the energy's code and everything it can see (:mod:`mmebm.samplers.graph_key`), the
 addresses of its weights, shapes, dtypes, the number of steps and the options. What changes from call to call is copied
 into static tensors first: the state, masks, the energy's tensors among ``args``, ``kwargs`` and the parts of a
 ``functools.partial``, the seed, the first step, step sizes and noise scales, settings that are tensors. A weight that
@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmebm.native import BackendError
 from mmebm.ops.params import StepParams
 from mmebm.reference.langevin_step import widen
-from mmebm.samplers.identity import Identity, parts_of
+from mmebm.samplers.graph_key import Identity, parts_of
 from mmebm.samplers.problem import Problem, Run
 from mmebm.state import integer
 
@@ -143,7 +143,7 @@ class Backend(Protocol):
 
 def _where(frames: Sequence[traceback.FrameSummary]) -> str:
     """The user's line among ``frames``, as far as it can be told."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
     users = [f for f in frames if not f.filename.startswith((*ours, "<"))]
     return f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
 
