@@ -13,7 +13,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops.dynamics import Dynamics, reason
 from mmebm.ops.noise import plain
-from mmebm.samplers.call import (
+from mmebm.samplers.arguments import (
     NONFINITE,
     Call,
     NonFinite,

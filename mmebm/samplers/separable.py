@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmebm.samplers.chain import Problem, cut
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.problem import Problem, cut
 from mmebm.samplers.user_modules import modules_of, sampling
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from mmebm.ops.dynamics import Proposals, energies, exchange, reason
 from mmebm.ops.langevin_step import CppStepper
 from mmebm.ops.noise import plain
 from mmebm.ops.params import StepOptions, StepParams
-from mmebm.samplers.call import (
+from mmebm.samplers.arguments import (
     NONFINITE,
     Call,
     NonFinite,

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops.dynamics import Dynamics, energies, finite_rows_, reason
 from mmebm.ops.noise import plain
-from mmebm.samplers.call import (
+from mmebm.samplers.arguments import (
     NONFINITE,
     Call,
     NonFinite,

@@ -42,8 +42,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmebm.native import BackendError
 from mmebm.ops.params import StepParams
 from mmebm.reference.langevin_step import widen
+from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.graph_key import Identity, parts_of
-from mmebm.samplers.problem import Problem, Run
 from mmebm.state import integer
 
 if TYPE_CHECKING:
