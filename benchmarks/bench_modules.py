@@ -1,5 +1,5 @@
-"""What it costs that parameters are not frozen while a chain runs (mmebm/samplers/modes.py): the loop on a network
-whose parameters require gradients, and on the same network frozen by hand.
+"""What it costs that parameters are not frozen while a chain runs (mmebm/samplers/user_modules.py): the loop on a
+network whose parameters require gradients, and on the same network frozen by hand.
 
     python -m pytest benchmarks/bench_modules.py --benchmark-only
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmebm.samplers.call import resolve, running
+from mmebm.samplers.arguments import resolve, running
+from mmebm.samplers.chain import params_of
 from mmebm.samplers.gradient import one_per_chain
 from mmebm.samplers.langevin import Langevin
 from mmebm.samplers.metropolis import log_ratio, refusal
-from mmebm.samplers.problem import params_of
 from mmebm.state import State, check_setting
 
 

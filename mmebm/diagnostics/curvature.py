@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmebm.samplers.modes import modules_of, sampling
+from mmebm.samplers.user_modules import modules_of, sampling
 
 
 def curvature(

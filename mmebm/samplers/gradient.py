@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmebm.reference.langevin_step import per_chain
-from mmebm.samplers.remedies import Remedies
+from mmebm.samplers.autograd_remedies import Remedies
 from mmebm.state import Key, Structure, like_state
 
 # not public: without it the public function serves

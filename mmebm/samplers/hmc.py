@@ -13,7 +13,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops.dynamics import Dynamics, reason
 from mmebm.ops.noise import plain
-from mmebm.samplers.call import (
+from mmebm.samplers.arguments import (
     NONFINITE,
     Call,
     NonFinite,
@@ -33,8 +33,8 @@ from mmebm.samplers.call import (
     where,
 )
 from mmebm.samplers.gradient import Target, one_per_chain
-from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, check_setting, flag, integer
 
 RECORDS = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")

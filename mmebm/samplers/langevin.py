@@ -1,8 +1,8 @@
 """Langevin dynamics as one call: ``langevin(energy, x0, steps=60, step_size=1e-2)``.
 
 The update rule stands in :mod:`mmebm.reference.langevin_step`; the noise in :mod:`mmebm.noise`. This module is what the
-user says and gets. How the chain runs: in one call (:mod:`mmebm.samplers.fused`), as one CUDA graph
-(:mod:`mmebm.samplers.capture`), or a step at a time (:mod:`mmebm.samplers.loop`).
+user says and gets. How the chain runs: in one call (:mod:`mmebm.samplers.whole_chain`), as one CUDA graph
+(:mod:`mmebm.samplers.capture`), or a step at a time (:mod:`mmebm.samplers.langevin_steps`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mmebm import noise
 from mmebm.ops.langevin_mlp import Precision
 from mmebm.ops.params import NormOver, Outside, Rng
 from mmebm.reference.langevin_step import widen
-from mmebm.samplers import capture, fused, loop, metropolis
-from mmebm.samplers.call import (
+from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
+from mmebm.samplers.arguments import (
     NONFINITE,
     NonFinite,
     Samples,
@@ -36,11 +36,11 @@ from mmebm.samplers.call import (
     leaves,
     report_nonfinite,
 )
-from mmebm.samplers.modes import Mode, modules_of, sampling
+from mmebm.samplers.autograd_remedies import Remedies
+from mmebm.samplers.chain import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
 from mmebm.samplers.opaque import opaque
-from mmebm.samplers.problem import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
-from mmebm.samplers.remedies import Remedies
 from mmebm.samplers.separable import check_separable
+from mmebm.samplers.user_modules import Mode, modules_of, sampling
 from mmebm.state import State, check_setting, flag, flatten, integer, like_state, observed_masks, per_key
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]
@@ -370,14 +370,14 @@ class Langevin:
     def _run(self, p: Problem, tensors: list[Tensor]) -> Any:
         modules = modules_of(p.energy, *p.calls[0])
         with torch.no_grad(), sampling(modules, self.mode):
-            whole = fused.run(self, p, [t.detach() for t in tensors])
+            whole = whole_chain.run(self, p, [t.detach() for t in tensors])
         if isinstance(whole, Run):
             return self._finish(p, whole.state, whole.trace, whole.trajectory, whole.frozen, {
                 "backend": whole.backend, "op": whole.op, "reason": whole.reason
             })  # fmt: skip
-        captured = capture.run(self, p, [t.detach() for t in tensors], functools.partial(loop.run, self))
+        captured = capture.run(self, p, [t.detach() for t in tensors], functools.partial(langevin_steps.run, self))
         if isinstance(captured, str):
-            op_name, ran = "langevin_step", loop.run(self, p, tensors)
+            op_name, ran = "langevin_step", langevin_steps.run(self, p, tensors)
             reason = f"{ran.reason}; a step at a time: {whole}; not captured: {captured}"
         else:
             op_name, ran = "langevin_graph", captured

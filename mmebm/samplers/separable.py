@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmebm.samplers.chain import Problem, cut
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.modes import modules_of, sampling
-from mmebm.samplers.problem import Problem, cut
+from mmebm.samplers.user_modules import modules_of, sampling
 
 if TYPE_CHECKING:
     from mmebm.samplers.langevin import Langevin

@@ -18,7 +18,7 @@ from mmebm.ops.dynamics import Proposals, energies, exchange, reason
 from mmebm.ops.langevin_step import CppStepper
 from mmebm.ops.noise import plain
 from mmebm.ops.params import StepOptions, StepParams
-from mmebm.samplers.call import (
+from mmebm.samplers.arguments import (
     NONFINITE,
     Call,
     NonFinite,
@@ -35,8 +35,8 @@ from mmebm.samplers.call import (
 )
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.metropolis import log_ratio
-from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, check_setting, flag, flatten, integer, per_key
 
 RECORDS = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")

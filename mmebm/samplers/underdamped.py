@@ -12,7 +12,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops.dynamics import Dynamics, energies, finite_rows_, reason
 from mmebm.ops.noise import plain
-from mmebm.samplers.call import (
+from mmebm.samplers.arguments import (
     NONFINITE,
     Call,
     NonFinite,
@@ -32,8 +32,8 @@ from mmebm.samplers.call import (
     where,
 )
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.modes import Mode
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, flag
 
 RECORDS = ("energy", "grad_norm", "kinetic")

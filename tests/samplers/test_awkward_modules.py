@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from mmebm.samplers import HMC, Langevin, ParallelTempering, Underdamped
-from mmebm.samplers.modes import _flags
+from mmebm.samplers.user_modules import _flags
 
 SAMPLERS: dict[str, Any] = {
     "Langevin": Langevin(0.05),

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import mmebm
 from mmebm import BackendError, Langevin, Samples, native, schedules
 from mmebm.samplers import capture
-from mmebm.samplers.capture import CannotCapture, Engine, _brief
+from mmebm.samplers.capture import CannotCapture, Engine, brief
 from mmebm.training.config import ChainConfig, Config, ModelConfig
 from mmebm.training.system import System
 
@@ -109,7 +109,7 @@ class Tape:
             with record:
                 outputs = body()
         except Exception as error:
-            raise CannotCapture(_brief(error)) from error
+            raise CannotCapture(brief(error)) from error
         finally:
             self.recording = False
             torch.set_rng_state(state)
@@ -814,7 +814,7 @@ def test_a_loop_that_does_not_repeat_itself(
 ) -> None:
     """Where two runs of the loop differ, as sums on many threads may, a replay may differ as much."""
     distances = iter((1e-6, spread))
-    monkeypatch.setattr(capture, "_distance", lambda a, b: next(distances))
+    monkeypatch.setattr(capture, "distance", lambda a, b: next(distances))
     if taken:
         assert sampler().sample(quartic, x0(seed), 3, seed=1).info["op"] == "langevin_graph"
     else:
@@ -827,7 +827,7 @@ def test_distance() -> None:
         t = torch.tensor(values)
         return capture.Run([t], {"energy": t.clone()}, [], torch.tensor([frozen]), "torch", "")
 
-    assert capture._distance(run(1.0, math.nan), run(1.0, math.nan)) == 0.0
-    assert capture._distance(run(1.0, 4.0), run(1.0, 2.0)) == 1.0
-    assert capture._distance(run(1.0, math.nan), run(1.0, 2.0)) == math.inf
-    assert capture._distance(run(1.0, frozen=True), run(1.0)) == math.inf
+    assert capture.distance(run(1.0, math.nan), run(1.0, math.nan)) == 0.0
+    assert capture.distance(run(1.0, 4.0), run(1.0, 2.0)) == 1.0
+    assert capture.distance(run(1.0, math.nan), run(1.0, 2.0)) == math.inf
+    assert capture.distance(run(1.0, frozen=True), run(1.0)) == math.inf

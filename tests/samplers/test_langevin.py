@@ -1,6 +1,7 @@
 """The sampler: what its chains converge to, what they leave alone, and what their rows, seeds and records promise.
 
-The published loops are in test_published_loops.py; structures and errors in test_state.py; modules in test_modes.py.
+The published loops are in test_published_loops.py; structures and errors in test_state.py; modules in
+test_user_modules.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import mmebm
 from mmebm import Langevin
 from mmebm.energies import Gaussian, Sum
 from mmebm.models import JointEnergy
-from mmebm.samplers import fused
+from mmebm.samplers import whole_chain
 from mmebm.training import System
 from mmebm.training.presets import demo
 
@@ -213,9 +213,9 @@ def test_short_form(seed: int) -> None:
 
 def test_an_energy_that_cannot_be_traced_is_not_tried_at_every_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    original = fused.trace
-    monkeypatch.setattr(fused, "trace", lambda *a, **k: tried.append(a) or original(*a, **k))
-    monkeypatch.setattr(fused, "_refusals", fused._Refusals())
+    original = whole_chain.trace
+    monkeypatch.setattr(whole_chain, "trace", lambda *a, **k: tried.append(a) or original(*a, **k))
+    monkeypatch.setattr(whole_chain, "_refusals", whole_chain._Refusals())
     sampler, x = Langevin(0.01), torch.randn(2, 4)
     for _ in range(70):
         out = sampler.sample(lambda x: x.erfinv().sum(1), 0.1 * x, 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from mmebm.samplers import HMC, Langevin, ParallelTempering, Underdamped
-from mmebm.samplers.modes import _flags, sampling
+from mmebm.samplers.user_modules import _flags, sampling
 
 SAMPLERS: dict[str, Any] = {
     "Langevin": Langevin(0.05),

@@ -510,7 +510,7 @@ def test_long_chains_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     net, x = Net(), torch.randn(5, 6)
     options: dict[str, Any] = {"seed": 3, "record": ("energy",), "thin": 4}
     whole = Langevin(0.05).sample(net, x, 30, **options)
-    monkeypatch.setattr("mmebm.samplers.fused._TRACE", 15)
+    monkeypatch.setattr("mmebm.samplers.whole_chain._TRACE", 15)
     pieces = Langevin(0.05).sample(net, x, 30, **options)
     assert torch.equal(whole.state, pieces.state) and torch.equal(whole.trajectory, pieces.trajectory)
     assert torch.equal(whole.trace["energy"], pieces.trace["energy"]) and len(pieces.trace["energy"]) == 30

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmebm.data.base import MultimodalDataset
 from mmebm.data.pools import ArrayPool
-from mmebm.samplers.identity import Identity, parts_of
+from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.training import Trainer, TrainingDiverged, checkpoint, preset
 from mmebm.training.config import (
     AdamConfig,

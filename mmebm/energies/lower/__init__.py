@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmebm.energies.lower import effects, symbol
+from mmebm.energies.lower import effects
+from mmebm.energies.lower.attempt import CannotLower, attempt, attempting, refuse
 from mmebm.energies.lower.rules import as_value, residual
-from mmebm.energies.lower.symbol import Attempt, CannotLower, Input, Layout, Memory, Symbol, refuse
+from mmebm.energies.lower.symbol import Input, Layout, Memory, Symbol
 from mmebm.energies.lower.terms import term_of
 from mmebm.ops.terms import Term
 from mmebm.state import flatten
@@ -49,7 +50,7 @@ def call(energy: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``energy`` makes of the symbolic ``state``, for a ``mmebm_lowered`` method that calls others."""
     kind = type(energy)
     if hasattr(kind, "mmebm_lowered"):
-        symbol.attempt().seen.append(energy if isinstance(energy, nn.Module) else kind)
+        attempt().seen.append(energy if isinstance(energy, nn.Module) else kind)
         if isinstance(energy, nn.Module):
             effects.examine_call(energy)
         method = "forward" if isinstance(energy, nn.Module) else "__call__"
@@ -101,23 +102,18 @@ def lower(
         CannotLower: with what it does that terms cannot say.
     """
     _, tensors, build = flatten(state)
-    noted = Attempt()
-    token = symbol._current.set(noted)
     try:
-        with torch.enable_grad():  # as in the loop
-            return _lower(energy, tensors, build, args, dict(kwargs or {}), log_prob, noted)
+        with attempting(), torch.enable_grad():  # as in the loop
+            return _lower(energy, tensors, build, args, dict(kwargs or {}), log_prob)
     except CannotLower:
         raise
     except Exception as error:
         raise CannotLower(f"it does not take a symbol: {type(error).__name__}: {error}"[:200]) from error
-    finally:
-        symbol._current.reset(token)
 
 
 def _lower(
-    energy: Any, tensors: list[Tensor], build: Any, args: Sequence[Any], kwargs: dict[str, Any], log_prob: bool,
-    noted: Attempt,
-) -> Lowered:  # fmt: skip
+    energy: Any, tensors: list[Tensor], build: Any, args: Sequence[Any], kwargs: dict[str, Any], log_prob: bool
+) -> Lowered:
     first = tensors[0]
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) != 1:
@@ -134,6 +130,7 @@ def _lower(
     symbols: Any = [Symbol(t.shape, Input((i,)), layout, Memory(given=True)) for i, t in enumerate(tensors)]
     with effects.Watch():
         value = call(energy, build(symbols), *args, **kwargs)
+    noted = attempt()
     if noted.refusals:  # the energy went on after an exception
         refuse(noted.refusals[0])
     if not isinstance(value, Symbol):

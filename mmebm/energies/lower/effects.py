@@ -27,7 +27,8 @@ from torch.overrides import _get_current_function_mode_stack, get_overridable_fu
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from mmebm.energies.lower.symbol import Symbol, attempt, harmless_names, refuse
+from mmebm.energies.lower.attempt import attempt, refuse
+from mmebm.energies.lower.symbol import Symbol, harmless_names
 
 _STORES = frozenset((
     "STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_SUBSCR", "STORE_SLICE", "DELETE_ATTR", "DELETE_GLOBAL",

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmebm.energies.lower.symbol import Difference, Input, Outputs, Symbol, Value, refuse
+from mmebm.energies.lower.attempt import refuse
+from mmebm.energies.lower.symbol import Difference, Input, Outputs, Symbol, Value
 from mmebm.ops.terms import Activation, Likelihood
 
 

@@ -7,20 +7,16 @@ holds, and its use is refused.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-
-class CannotLower(ValueError):
-    """The energy is not, or not visibly, a sum of the terms that the fused ops take; the message says what it does."""
-
+from mmebm.energies.lower.attempt import refuse
 
 # -- what a symbol can stand for
 
@@ -66,36 +62,6 @@ class Value:
     """A value per chain: sum of weight times part, where a part is outputs, squared inputs, or a difference's power."""
 
     parts: tuple[tuple[float, Any], ...] = ()
-
-
-# -- one attempt to lower an energy
-
-
-@dataclass
-class Attempt:
-    """What is noted while an energy is called with symbols.
-
-    Attributes:
-        refusals: every reason that came up, so that an energy which swallows the exception is still refused.
-        seen: the modules, and the code of functions and classes, that the energy consists of.
-    """
-
-    refusals: list[str] = field(default_factory=list)
-    seen: list[Any] = field(default_factory=list)
-
-
-_current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("attempt", default=None)
-
-
-def attempt() -> Attempt:
-    """The attempt that is under way, or one that nobody reads."""
-    return _current.get() or Attempt()
-
-
-def refuse(what: str) -> NoReturn:
-    """Ends the attempt: "the energy is not lowered because ``what``"."""
-    attempt().refusals.append(what)
-    raise CannotLower(what)
 
 
 @dataclass(frozen=True)
@@ -278,9 +244,3 @@ def harmless_names() -> frozenset[str]:
     """Names of attributes that a symbol has, or that only compute (:mod:`mmebm.energies.lower.effects`)."""
     properties = ("shape", "ndim", "dtype", "device", "is_cuda", "nn", "functional")
     return frozenset((*Symbol.rules, *(f"{name}_" for name in Symbol.rules), *properties))
-
-
-__all__ = [
-    "Attempt", "CannotLower", "Difference", "Gauss", "Input", "Layout", "Memory", "Outputs", "Symbol", "Value",
-    "attempt", "harmless_names", "refuse",
-]  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmebm.energies.lower.symbol import Gauss, Input, Layout, Outputs, refuse
+from mmebm.energies.lower.attempt import refuse
+from mmebm.energies.lower.symbol import Gauss, Input, Layout, Outputs
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 
 

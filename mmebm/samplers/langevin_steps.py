@@ -16,10 +16,10 @@ from mmebm.ops import noise as drawn
 from mmebm.ops.params import StepParams
 from mmebm.reference.langevin_step import per_chain, widen
 from mmebm.samplers import metropolis
-from mmebm.samplers.call import finite_chains, where
+from mmebm.samplers.arguments import finite_chains, where
+from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target, one_per_chain
-from mmebm.samplers.modes import modules_of, sampling
-from mmebm.samplers.problem import Problem, Run
+from mmebm.samplers.user_modules import modules_of, sampling
 
 if TYPE_CHECKING:
     from mmebm.samplers.langevin import Langevin

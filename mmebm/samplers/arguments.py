@@ -19,8 +19,8 @@ from mmebm.ops.dynamics import finite_rows_
 from mmebm.ops.params import StepNumbers, varies
 from mmebm.reference.langevin_step import per_chain
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.modes import Mode, modules_of, sampling
 from mmebm.samplers.schedules import Schedule
+from mmebm.samplers.user_modules import Mode, modules_of, sampling
 from mmebm.state import (
     Key,
     State,

@@ -23,8 +23,8 @@ from mmebm.ops.net import op as net
 from mmebm.ops.net.graph import Conv, Linear
 from mmebm.ops.terms import too_wide
 from mmebm.reference.langevin_step import per_chain
+from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.problem import Problem, Run
 from mmebm.samplers.verify import Check
 
 if TYPE_CHECKING:

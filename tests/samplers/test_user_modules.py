@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from mmebm.samplers import langevin
-from mmebm.samplers.modes import modules_of, sampling
+from mmebm.samplers.user_modules import modules_of, sampling
 
 
 class Recorder(nn.Module):

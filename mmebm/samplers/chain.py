@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmebm.ops.params import StepNumbers, StepParams, StepRows, varies
 from mmebm.reference.langevin_step import clamp, widen
-from mmebm.samplers.call import at_steps, map_tensors
+from mmebm.samplers.arguments import at_steps, map_tensors
 from mmebm.state import Key, Structure, broadcast, check_range, per_key
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ code, the same numbers, strings and flags in whatever the code can see, tensors 
 made anew at each call (a lambda, a small object) is then still the same one: plain objects count by what they hold, not
 by who they are. Modules count by both.
 
-The search is that of :mod:`mmebm.samplers.modes`, and it notes values as well: fields, closures, defaults, the globals
-that functions and the methods of a user's class name, items of short containers. It does not see what code reads by
-other ways (files, the environment, long lists, the fields of optimizers and arrays beyond 64 numbers).
+The search is that of :mod:`mmebm.samplers.user_modules`, and it notes values as well: fields, closures, defaults, the
+globals that functions and the methods of a user's class name, items of short containers. It does not see what code
+reads by other ways (files, the environment, long lists, the fields of optimizers and arrays beyond 64 numbers).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmebm.samplers.modes import _MAX_DEPTH, _MAX_ITEMS, _library, _names
+from mmebm.samplers.user_modules import _MAX_DEPTH, _MAX_ITEMS, _library, _names
 
 # Values that are their own key.
 _PLAIN = (bool, int, complex, torch.dtype, torch.device, torch.Size, torch.layout)

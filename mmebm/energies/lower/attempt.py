@@ -1,0 +1,51 @@
+"""One attempt to understand an energy: what is noted meanwhile, and how it ends early."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+
+class CannotLower(ValueError):
+    """The energy is not, or not visibly, made of what the fused ops take; the message says what it does."""
+
+
+@dataclass
+class Attempt:
+    """What is noted while an energy is called with symbols, or watched.
+
+    Attributes:
+        refusals: every reason that came up, so that an energy which swallows the exception is still refused.
+        seen: the modules, and the code of functions and classes, that the energy consists of.
+    """
+
+    refusals: list[str] = field(default_factory=list)
+    seen: list[Any] = field(default_factory=list)
+
+
+_current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("attempt", default=None)
+
+
+@contextmanager
+def attempting() -> Iterator[Attempt]:
+    """A new attempt, under way inside."""
+    noted = Attempt()
+    token = _current.set(noted)
+    try:
+        yield noted
+    finally:
+        _current.reset(token)
+
+
+def attempt() -> Attempt:
+    """The attempt that is under way, or one that nobody reads."""
+    return _current.get() or Attempt()
+
+
+def refuse(what: str) -> NoReturn:
+    """Ends the attempt: "the energy is not lowered because ``what``"."""
+    attempt().refusals.append(what)
+    raise CannotLower(what)

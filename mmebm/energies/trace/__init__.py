@@ -1,0 +1,135 @@
+"""Turns an energy into a :class:`~mmebm.ops.net.graph.Net` by watching one call of it.
+
+The energy is called once, without autograd, at the state itself, and every tensor operation that reads something of
+the state is written down as nodes. What does not read the state (weights under spectral or weight norm, masks, a time
+embedding, a posterior's data) is simply computed, so that nothing is stale: a net holds the values of this call. An
+operation without a rule ends the attempt with its name, and so does one that would change a tensor that was there
+before the call, draws random numbers, or brings a value of the state to Python.
+
+Rules are for the operations that are left when torch has taken layers and functions apart, whatever module, function
+or script they came from. To add one: a function under ``@rule`` that adds nodes.
+
+One idea a file: :mod:`.recorder` what is written down, :mod:`.moves`, :mod:`.arithmetic` and :mod:`.layers` the rules,
+:mod:`.watch` how the call is watched, :mod:`.simplify` what becomes of the nodes.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmebm.energies.lower import effects, inert
+from mmebm.energies.lower.attempt import CannotLower, attempt, attempting, refuse
+from mmebm.energies.trace.recorder import Recorder
+from mmebm.energies.trace.simplify import folded, pruned
+from mmebm.energies.trace.watch import Rewrite, Watch
+from mmebm.ops.net import graph
+from mmebm.ops.net.graph import Net
+from mmebm.state import flatten
+
+__all__ = ["Traced", "trace"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """As :class:`~mmebm.energies.lower.Lowered`, with a ``net`` in the place of terms."""
+
+    net: Net
+    scalar: bool
+    seen: tuple[Any, ...] = ()
+
+
+def _examine(energy: Any) -> None:
+    """Refuses an energy that may have an effect besides its result."""
+    examination, kind = effects.Examination(traced=True), type(energy)
+    if isinstance(energy, nn.Module):
+        return examination.run(energy)
+    if isinstance(energy, types.FunctionType):
+        return examination.run(energy)
+    if isinstance(energy, types.MethodType) and isinstance(energy.__self__, nn.Module):
+        examination.run(energy.__self__)
+        function, owner = energy.__func__, energy.__self__
+        pure = getattr(effects.definer(type(owner), function.__name__), "mmebm_pure", False)
+        if isinstance(function, types.FunctionType) and not pure and not function.__module__.startswith("torch."):
+            examination.run(function, owner)
+        return None
+    if callable(energy) and effects.definer(kind, "__call__").__dict__.get("mmebm_pure", False):
+        attempt().seen.append(kind)
+        for part in vars(energy).values():
+            if isinstance(part, nn.Module):
+                examination.run(part)
+        return None
+    return refuse(f"it is a {kind.__name__}")
+
+
+def trace(
+    energy: Callable[..., Any], state: Any, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+    log_prob: bool = False,
+) -> Traced:  # fmt: skip
+    """The net that ``energy`` computes at ``state``, where calling it once more than the chain does has no effect.
+
+    Args:
+        energy: as :meth:`mmebm.Langevin.sample` takes it. It is called once.
+        state: a tensor (chains, ...), or a list, tuple or dict of such.
+        args, kwargs: what else it is given.
+        log_prob: whether ``energy`` returns log p and not E.
+
+    Raises:
+        CannotLower: naming what a net cannot say.
+    """
+    _, tensors, build = flatten(state)
+    with attempting() as noted:
+        effects.refuse_watchers()
+        if not all(inert(value) for value in (*args, *(kwargs or {}).values())):
+            refuse("it is given arguments that are not plain data")
+        _examine(energy)
+        traced = _traced(energy, tensors, build, args, dict(kwargs or {}), log_prob)
+        return replace(traced, seen=tuple(noted.seen))
+
+
+def _traced(
+    energy: Callable[..., Any], tensors: list[Tensor], build: Any, args: Sequence[Any], kwargs: dict[str, Any],
+    log_prob: bool,
+) -> Traced:  # fmt: skip
+    chains = tensors[0].shape[0]
+    if chains == 0:
+        refuse("there are no chains")
+    if len({t.dtype for t in tensors}) != 1:
+        refuse("the state has several dtypes")
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        refuse("autocast is on")
+    recorder, start = Recorder(chains), 0
+    with torch.no_grad():
+        inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
+        for t in inputs:
+            shape = tuple(t.shape[1:]) or (1,)
+            if math.prod(shape) == 0:
+                refuse("a tensor of the state has no elements")
+            recorder.keep(t, recorder.add(graph.Input(start, shape)))
+            start += math.prod(shape)
+        try:
+            with Rewrite(recorder.value), Watch(recorder):
+                result = energy(build(inputs), *args, **kwargs)
+        except CannotLower:
+            raise
+        except Exception as error:
+            why = [*attempt().refusals, f"{type(error).__name__}: {error}"[:200]]
+            raise CannotLower(why[0]) from error
+    if attempt().refusals:  # the energy went on after an exception
+        refuse(attempt().refusals[0])
+    value = recorder.value(result)
+    if value is None:
+        refuse(f"it returns a {type(result).__name__} that does not come from the state")
+    if math.prod(recorder.shapes[value.node]) != 1 or (not value.total and result.numel() != chains):
+        refuse(f"it returns shape {tuple(result.shape)}")
+    last = value.node
+    if log_prob:
+        last = recorder.add(graph.Add((last,), (-1.0,)))
+    nodes = pruned(recorder.nodes, last)
+    return Traced(Net(tuple(pruned(folded(nodes), len(nodes) - 1))), value.total)

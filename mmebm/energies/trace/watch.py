@@ -1,0 +1,193 @@
+"""The two modes under which an energy is called: what it does is written down, and refused where it has an effect."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmebm.energies.lower.attempt import refuse
+from mmebm.energies.trace import arithmetic, layers, moves  # noqa: F401 (their rules)
+from mmebm.energies.trace.recorder import RULES, Recorder
+from mmebm.ops.net import graph
+
+# What reads no value of its argument
+_SHAPES = frozenset(
+    [
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "new_empty_strided",
+    ]
+)
+
+
+def _circular(x: Tensor, pad: Sequence[int]) -> Tensor:
+    for i in range(len(pad) // 2):
+        before, after, dim = pad[2 * i], pad[2 * i + 1], x.dim() - 1 - i
+        n = x.shape[dim]
+        if min(before, after) < 0 or max(before, after) > n:
+            refuse(f"it pads {n} elements circularly by {before} and {after}")
+        x = torch.cat([x.narrow(dim, n - before, before), x, x.narrow(dim, 0, after)], dim)
+    return x
+
+
+# Where a batch norm is told that it is in train mode
+_TRAINING = {"native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}
+# What no operation shows
+_LEAVES = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__)
+
+
+class Rewrite(TorchFunctionMode):
+    """Two functions that torch takes apart in a way in which chains are no longer seen, in another way."""
+
+    def __init__(self, watched: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in _LEAVES and args and self.watched(args[0]):
+            refuse(f"it takes a value of the state out of torch ({func.__name__})")
+        if func is F.pad:
+            pad = args[1] if len(args) > 1 else given.get("pad", ())
+            mode = args[2] if len(args) > 2 else given.get("mode", "constant")
+            if mode == "circular":
+                return _circular(args[0], list(pad))
+        if func is F.instance_norm:
+            names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+            given = {**dict(zip(names, args, strict=False)), **given}
+            if given.get("use_input_stats", True):
+                if given.get("running_mean") is not None:
+                    refuse("its instance norm tracks running statistics")
+                x = given["input"]
+                return F.group_norm(x, x.shape[1], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+        return func(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(maxsize=2048)
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """(position, name) of the arguments that ``func`` writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in arguments or results of an operation: lists at most."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for part in value for t in _tensors(part)]
+    return [t for part in value.values() for t in _tensors(part)] if isinstance(value, dict) else []
+
+
+class Watch(TorchDispatchMode):
+    """Runs every operation, and writes down those that read the state."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.own: dict[int, Tensor] = {}  # storages made during the call, kept
+
+    def _own(self, result: Any) -> None:
+        for t in _tensors(result):
+            self.own.setdefault(t.untyped_storage()._cdata, t)
+
+    def _examine(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors that ``func`` changes. Refuses what must not happen in a call that nobody asked for."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            refuse(f"it draws random numbers ({name})")
+        if name in _TRAINING and args[_TRAINING[name]]:
+            refuse("its batch norm is in train mode")
+        changed = []
+        for i, label in _written(func):
+            changed += _tensors(args[i] if i < len(args) else kwargs.get(label))
+        for t in changed:
+            if t.untyped_storage()._cdata not in self.own:
+                refuse(f"it changes a tensor in place ({name})")
+        return changed
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        r, name = self.recorder, func._schema.name.rpartition("::")[2]
+        flat = _tensors((args, given))
+        values = [r.value(t) for t in flat]
+        watched = any(value is not None for value in values) and name not in _SHAPES
+        changed = self._examine(func, name, args, given)
+        plain = name.removesuffix("_") if changed and name.endswith("_") else name
+        if watched and (plain not in RULES or (changed and plain == name)):
+            refuse(f"it calls {name}")
+        if not watched and changed:
+            storages = {t.untyped_storage()._cdata for t in changed}
+            if any(v.tensor.untyped_storage()._cdata in storages for v in r.values.values()):
+                refuse(f"it changes what it computed in place ({name})")
+        if changed and watched:
+            # another tensor that looks at the same memory would no longer be what was written down
+            target = changed[0]
+            sharing = [
+                v for v in r.values.values() if v.tensor.untyped_storage()._cdata == target.untyped_storage()._cdata
+            ]
+            if r.value(target) is None or any(v.tensor is not target for v in sharing):
+                refuse(f"it changes a view in place ({name})")
+        result = func(*args, **given)
+        self._own(result)
+        if watched and any(value is not None and value.total for value in values):
+            self._total(plain, result, args, given)
+        elif watched:
+            # the rule of an operation in place, too: a tensor's node is still what it was
+            self._keep(RULES[plain](r, result, *args, **given), result)
+        return result
+
+    def _keep(self, nodes: Any, result: Any) -> None:
+        outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+        for node, t in zip(nodes if isinstance(nodes, list) else [nodes], outputs, strict=True):
+            if node is None:
+                continue
+            total = isinstance(node, tuple)
+            self.recorder.keep(t, node[1] if isinstance(node, tuple) else node, total)
+
+    def _total(self, name: str, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """What may follow a sum over the chains: numbers times it, and sums of such."""
+        r, parts = self.recorder, [r for r in map(self.recorder.value, args[:2])]
+        if name in ("view", "reshape", "squeeze", "unsqueeze", "_unsafe_view", "alias", "detach", "clone") or (
+            name == "sum" and args[0].numel() == 1
+        ):
+            parts, factors = parts[:1], (1.0,)
+        elif name in ("neg", "mul", "div"):
+            number = -1.0 if name == "neg" else args[1]
+            if r.value(args[0]) is None and name == "mul":
+                parts, number = parts[::-1], args[0]
+            if r.value(number) is not None or (r.value(args[0]) is None and name == "div"):
+                refuse("it computes with sums over the chains")
+            parts, factors = parts[:1], (1.0 / float(number) if name == "div" else float(number),)
+        elif name in ("add", "sub"):
+            alpha = float(kwargs.get("alpha", 1.0))
+            factors = (1.0, alpha if name == "add" else -alpha)
+            if any(p is None for p in parts):  # a constant changes no gradient, but each chain's energy
+                number = args[1] if parts[0] is not None else args[0]
+                if float(number) != 0:
+                    refuse("it adds a constant to a sum over the chains")
+                factors = tuple(f for p, f in zip(parts, factors, strict=True) if p is not None)
+                parts = [p for p in parts if p is not None]
+        else:
+            refuse(f"it calls {name} on a sum over the chains")
+        found = [p for p in parts if p is not None]
+        if not found or not all(p.total for p in found):
+            refuse("it adds a sum over the chains to a value for each")
+        ones = [r.add(graph.View(p.node, (1,))) if r.shapes[p.node] != (1,) else p.node for p in found]
+        r.keep(result, r.add(graph.Add(tuple(ones), factors)), total=True)
