@@ -39,15 +39,12 @@ if not (ROOT / "mmebm" / "kernels").is_dir():
 DEFAULT_ARCHS = "80;90;100+PTX"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
 # Not -ffast-math anywhere: it turns the tests for NaN and infinity, which the samplers rely on, into nothing.
+# csrc/*/cpu_kernel.cpp is compiled once for each, the first alone where the processor is no x86-64
 ISA_FLAGS = {
-    "_avx2": ["-mavx2", "-mfma"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
-# A file *_kernel.cpp is compiled once per instruction set, told its name
-KERNEL_DEFINES = {
-    "": ["-DMMEBM_ISA_NAME=generic", "-DMMEBM_ISA_GENERIC"], "_avx2": ["-DMMEBM_ISA_NAME=avx2"],
-    "_avx512": ["-DMMEBM_ISA_NAME=avx512"],
-}  # fmt: skip
 SWITCHES = {"mmebm._cpu": "MMEBM_BUILD_CPU", "mmebm._cuda": "MMEBM_BUILD_CUDA"}
 
 
@@ -60,10 +57,8 @@ def tracked(*patterns: str) -> list[str]:
 
 
 EXTENSIONS = [
-    Extension(
-        "mmebm._cpu", tracked("csrc/bind_cpu.cpp", "csrc/cpu/*.cpp", "csrc/net/*.cpp"), depends=tracked("csrc/**/*.h")
-    ),
-    Extension("mmebm._cuda", tracked("csrc/bind_cuda.cpp", "csrc/cuda/*.cu"), depends=tracked("csrc/**/*.h")),
+    Extension("mmebm._cpu", tracked("csrc/bind_cpu.cpp", "csrc/*/*.cpp"), depends=tracked("csrc/**/*.h")),
+    Extension("mmebm._cuda", tracked("csrc/bind_cuda.cpp", "csrc/*/*.cu"), depends=tracked("csrc/**/*.h")),
 ]
 
 
@@ -233,8 +228,7 @@ class BuildExtensions(build_ext):
         """The ninja statements that build one extension: a rule per kind of file, an edge per object, the link."""
         tag = extension.name.rpartition(".")[2]
         python_includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
-        includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}"]
-        common = [*includes, f'-DMMEBM_VERSION="{self.distribution.get_version()}"']
+        common = [f"-I{ROOT / 'csrc'}", f'-DMMEBM_VERSION="{self.distribution.get_version()}"']
         system = [word for path in [tools.pybind11, *sorted(python_includes)] for word in ("-isystem", path)]
         cxx = [*tools.cxx, *CXX_FLAGS, *common, *system]
         if tools.nvcc:
@@ -248,11 +242,9 @@ class BuildExtensions(build_ext):
 
         rule(f"cxx{tag}", cxx)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        for suffix, flags in ISA_FLAGS.items():
-            rule(f"cxx{tag}{suffix}", [*tools.cxx, *(flags if x86 else []), *cxx[len(tools.cxx) :]])
-        for suffix, defines in KERNEL_DEFINES.items():
-            flags = [*defines, *(ISA_FLAGS.get(suffix, []) if x86 else [])]
-            rule(f"kernel{tag}{suffix}", [*tools.cxx, *flags, *cxx[len(tools.cxx) :]])
+        isas = ISA_FLAGS if x86 else {"generic": []}
+        for isa, flags in isas.items():
+            rule(f"kernel{tag}_{isa}", [*tools.cxx, f"-DMMEBM_ISA={isa}", *flags, *cxx[len(tools.cxx) :]])
         if tools.nvcc:
             host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-math-errno,-Wall"]
             nvcc = [tools.nvcc, "-ccbin", tools.host_cxx, "-std=c++17", "-O3", *tools.gencode(), *host, *common]
@@ -266,18 +258,13 @@ class BuildExtensions(build_ext):
         rule(f"link{tag}", [*link, "$in", "-o", "$out", *added], depfile=False)
         objects = []
         for source in extension.sources:
-            stem = Path(source).stem
-            if stem.endswith("_kernel"):
-                for suffix in KERNEL_DEFINES:
-                    built = ninja_path(work / tag / f"{source}{suffix}.o")
-                    lines.append(f"build {built}: kernel{tag}{suffix} {ninja_path(ROOT / source)}")
-                    objects.append(built)
-                continue
-            suffix = next((suffix for suffix in ISA_FLAGS if stem.endswith(suffix)), "")
             kind = "nvcc" if source.endswith(".cu") else "cxx"
-            built = ninja_path(work / tag / f"{source}.o")
-            lines.append(f"build {built}: {kind}{tag}{suffix} {ninja_path(ROOT / source)}")
-            objects.append(built)
+            rules = {f"{source}.o": f"{kind}{tag}"}
+            if source.endswith("_kernel.cpp"):
+                rules = {f"{source}.{isa}.o": f"kernel{tag}_{isa}" for isa in isas}
+            for built, name in rules.items():
+                objects.append(ninja_path(work / tag / built))
+                lines.append(f"build {objects[-1]}: {name} {ninja_path(ROOT / source)}")
         lines.append(f"build {ninja_path(target)}: link{tag} {' '.join(objects)}")
         return lines
 

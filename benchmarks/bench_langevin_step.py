@@ -20,7 +20,7 @@ from torch import Tensor
 import mmebm
 from mmebm import native
 from mmebm.ops import langevin_step as op
-from mmebm.ops.params import StepParams
+from mmebm.ops.common.params import StepParams
 
 STEP_SIZE, NOISE_SCALE = 0.01, 0.005
 Update = Callable[[int], object]

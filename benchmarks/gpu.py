@@ -37,11 +37,11 @@ from mmebm import Langevin, Samples
 from mmebm.kernels import langevin_mlp as mlp_room
 from mmebm.kernels.langevin_step import TritonStepper
 from mmebm.models import JointEnergy
-from mmebm.ops import langevin_mlp_cuda as mlp_cuda_room
+from mmebm.ops.common.params import StepParams
 from mmebm.ops.langevin_mlp import MlpChain, Precision, constants_of
+from mmebm.ops.langevin_mlp import cuda as mlp_cuda_room
 from mmebm.ops.langevin_mlp import run as run_in
 from mmebm.ops.langevin_step import CudaStepper, StepOptions, TorchStepper
-from mmebm.ops.params import StepParams
 from mmebm.ops.terms import Scalar, Stack
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,5 +11,5 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 # a backend that is expected here and missing is a failure, not a skip
-MMEBM_REQUIRE_BACKENDS=${MMEBM_REQUIRE_BACKENDS:-triton,cuda} "$python" -m pytest -m gpu -q tests/gpu
+MMEBM_REQUIRE_BACKENDS=${MMEBM_REQUIRE_BACKENDS:-triton,cuda} "$python" -m pytest -m gpu -q tests
 PYTHONPATH=. "$python" benchmarks/gpu.py ${1:+--out "$1"}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The kernels under compute-sanitizer: memcheck (addresses), racecheck (shared memory), initcheck (memory read before it
-# was written) and synccheck (barriers), over a small part of tests/gpu. Minutes: every access is instrumented.
+# was written) and synccheck (barriers), over a small part of the GPU tests. Minutes: every access is instrumented.
 #
 #     benchmarks/sanitize.sh [expression for pytest -k]
 #
@@ -27,5 +27,5 @@ export MMEBM_REQUIRE_BACKENDS=${MMEBM_REQUIRE_BACKENDS:-triton,cuda} PYTORCH_NO_
 for tool in memcheck racecheck initcheck synccheck; do
     printf '\n== %s\n' "$tool"
     "$sanitizer" --tool "$tool" --error-exitcode 1 --target-processes all \
-        "$python" -m pytest -m gpu -q -x -p no:cacheprovider -k "$selected" tests/gpu/test_langevin_step_gpu.py
+        "$python" -m pytest -m gpu -q -x -p no:cacheprovider -k "$selected" tests/ops/langevin_step/test_gpu.py
 done

@@ -5,11 +5,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "bind_dynamics.h"
-#include "bind_langevin_mlp.h"
-#include "bind_langevin_step.h"
-#include "bind_residual.h"
-#include "cpu/noise.h"
+#include "dynamics/bind.h"
+#include "langevin_mlp/bind.h"
+#include "langevin_step/bind.h"
+#include "residual/bind.h"
+#include "noise/cpu.h"
 #include "net/bind.h"
 
 namespace py = pybind11;

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "bind_langevin_mlp_cuda.h"
-#include "bind_langevin_step_cuda.h"
-#include "cuda/noise.h"
+#include "langevin_mlp/bind_cuda.h"
+#include "langevin_step/bind_cuda.h"
+#include "noise/cuda.h"
 
 namespace py = pybind11;
 using namespace mmebm;

@@ -1,7 +1,7 @@
 # Triton's language is no Python to a type checker: its scalars, loops and launches.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
-"""A whole Langevin chain on a sum of MLP terms in one launch, in Triton. See :mod:`mmebm.reference.langevin_mlp`.
+"""A whole Langevin chain on a sum of MLP terms in one launch, in Triton. See :mod:`mmebm.ops.langevin_mlp.reference`.
 
     noise_at="before":  c = x + s xi, clamped if clamp_noise;   "after":  c = x
     h_0 = c;  h_l = act(h_(l-1) W_l + b_l);  E from the last layer;  d_n = dE/dh_n;  d_(l-1) = (d_l W_l^T) act'_(l-1)
@@ -696,7 +696,7 @@ def _plan(
 _CODES_OF_PRECISION: Final = {
     "fp32": "ieee", "tf32x3": "tf32x3", "bf16": "rounded" if _INTERPRETED else "bf16",
 }  # fmt: skip
-# By precision: few chains, and many. The tables of tests/kernels/test_langevin_mlp_compile.py say why these.
+# By precision: few chains, and many. The tables of tests/ops/langevin_mlp/test_triton_compile.py say why these.
 TILES: Final = {
     "fp32": (Tile(8, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
     "tf32x3": (Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),

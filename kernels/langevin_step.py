@@ -1,7 +1,7 @@
 # Triton's language is no Python to a type checker: its scalars, loops and launches.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
-"""One Langevin step for all tensors of the state, in Triton. The update rule is :mod:`mmebm.reference.langevin_step`.
+"""One Langevin step for all tensors of the state, in Triton. The rule is :mod:`mmebm.ops.langevin_step.reference`.
 
     g = clip(g);  g = g + x / prior_std^2;  d = -a g + s xi;  d = clamp(d);  y = x + d;  y = clamp(y) | keep the chain
     y = x where observed;  the noise xi is :mod:`mmebm.noise`, made in registers (:mod:`mmebm.kernels.philox`)
@@ -65,7 +65,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mmebm import noise
 from mmebm.kernels.philox import key_words, normals, rounding_halves, split4, split8, stochastic_round
-from mmebm.ops.params import StepOptions, StepParams, StepStats, per_chain_or_single
+from mmebm.ops.common.params import StepOptions, StepParams, StepStats, per_chain_or_single
 
 __all__ = ["TritonStepper", "supports"]
 
@@ -662,7 +662,7 @@ class TritonStepper:
     """The update in Triton: all tensors in one launch a step, in place.
 
     Args:
-        options: see :class:`mmebm.ops.params.StepOptions`; :func:`supports` says what is not taken.
+        options: see :class:`mmebm.ops.common.params.StepOptions`; :func:`supports` says what is not taken.
         tile: elements per program and turn, a power of two from 128 on; changes nothing but the last bits of norms.
         splits: cut every chain of the chain kernel in so many; ``None`` decides by shape.
     """

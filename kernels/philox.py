@@ -15,7 +15,7 @@ and stores share one layout.
 
 Accuracy. ``u`` and the angle are bit-equal to :mod:`mmebm.noise`. The log is good to about 1e-7 relative also near
 u = 1, where a hardware ``lg2.approx`` (small absolute error) would cost up to 7e-4 in the radius; sine and cosine to
-about 1e-7. The normals are within 2e-6 of float64: tests/kernels checks it in the interpreter, tests/gpu on hardware.
+about 1e-7. The normals are within 2e-6 of float64: the interpreter's tests check it, test_gpu.py on hardware.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # Triton's language is no Python to a type checker: its scalars, loops and launches.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportInvalidTypeForm=false, reportReturnType=false
-"""Likelihood residuals of all modalities in Triton: value per chain and gradients (:mod:`mmebm.reference.residual`).
+"""Likelihood residuals of all modalities in Triton, value and gradients (:mod:`mmebm.ops.residual.reference`).
 
 One launch for up to 8 modalities of any likelihoods and dtypes. A program owns one chain of all of them and writes its
 value, so that there are no atomics, no second launch, and one order of summation: a lane adds every 1,024th element of
@@ -192,7 +192,7 @@ def residual(
     scale: Sequence[float | Tensor], weight: Sequence[float | Tensor], observed: Sequence[Tensor | None],
     gradients: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Value and gradients as :func:`mmebm.reference.residual.residual`; the arguments are checked by the op."""
+    """Value and gradients as :func:`mmebm.ops.residual.reference.residual`; the arguments are checked by the op."""
     chains, device = predictions[0].shape[0], predictions[0].device
     value = torch.zeros(chains, device=device)
     grads = [torch.empty(y.shape, dtype=y.dtype, device=device) for y in predictions] if gradients else []

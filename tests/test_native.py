@@ -12,7 +12,7 @@ import torch
 from mmebm import native, noise
 from mmebm.backends import NAMES, Backend, backends, describe, require_backends
 
-# noise.py's contract. Measured worst cases on x86-64: 0.90e-6 over 2^28 words (csrc/include/mmebm/philox.h).
+# noise.py's contract. Measured worst cases on x86-64: 0.90e-6 over 2^28 words (csrc/common/philox.h).
 from mmebm.ops.parity import NORMAL_TOLERANCE as TOLERANCE
 
 SHAPES = [(1, 1), (3, 1), (1, 3), (2, 4), (5, 7), (64, 63), (7, 65), (129, 2), (2, 1000)]

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/activation.h"
-#include "cpu/vec.h"
+#include "common/vec.h"
 
 namespace mmebm {
 namespace {

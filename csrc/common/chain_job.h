@@ -1,4 +1,4 @@
-// What a whole chain on the CPU is asked to do, whatever its energy. Plain data (cpu/isa.h says why).
+// What a whole chain on the CPU is asked to do, whatever its energy. Plain data (common/isa.h says why).
 #pragma once
 
 #include <cstdint>

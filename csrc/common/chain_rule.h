@@ -1,5 +1,5 @@
 // All steps of a few chains around any energy, in vectors whose lanes are chains: noise, clips, prior, bounds, masks,
-// freezing and records, for the instruction set of the including file. The rule is mmebm/reference/langevin_step.py.
+// freezing and records, for the instruction set of the including file. The rule is mmebm/ops/langevin_step/reference.py.
 //
 // State and gradient lie as (element, chain), elements in the order of the state, M vectors of W chains a row. A chain's
 // sums run over elements in one order, in its own lane, so that no result depends on how a batch is split.
@@ -9,8 +9,8 @@
 #include <cstring>
 
 #include "common/chain_job.h"
-#include "cpu/philox_vec.h"
-#include "cpu/vec.h"
+#include "common/philox_vec.h"
+#include "common/vec.h"
 
 namespace mmebm {
 namespace {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "net/net.h"
+#include "net/cpu.h"
 
 namespace mmebm {
 

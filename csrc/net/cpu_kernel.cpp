@@ -1,8 +1,7 @@
-// The loops of the net ops, compiled once per instruction set: setup.py defines MMEBM_ISA_NAME, the last word of the
-// table's name, and adds the flags.
+// The loops of the net ops, compiled once per instruction set (common/isa.h).
 //
-// Vector lanes are chains, as in cpu/langevin_mlp_kernel.h: whatever the channels, maps, pools and norms are, there are
-// no shuffles and no remainders. A chain's sums run in one order in its own lane, so that no result depends on how a
+// Vector lanes are chains, as in langevin_mlp/: whatever the channels, maps, pools and norms are, there are no
+// shuffles and no remainders. A chain's sums run in one order in its own lane, so that no result depends on how a
 // batch is split, and AVX2 and AVX-512 agree bit for bit.
 //
 // The micro-kernel keeps P positions x J outputs of sums in registers: per row of depth P loads and J broadcasts for
@@ -11,10 +10,6 @@
 // derivative beside the value; the backward pass multiplies by it where it stores.
 #include <cstdint>
 #include <cstring>
-
-#include "cpu/isa.h"
-
-#if defined(MMEBM_X86) || defined(MMEBM_ISA_GENERIC)
 
 #include "common/activation_vec.h"
 #include "common/chain_rule.h"
@@ -518,10 +513,6 @@ void tile(const ChainJob& job, const NetPlan& plan, int64_t first, float* arena)
 
 }  // namespace
 
-#define MMEBM_JOIN(a, b) a##b
-#define MMEBM_TABLE(name) MMEBM_JOIN(net_loops_, name)
-const NetLoops MMEBM_TABLE(MMEBM_ISA_NAME) = {W, REGISTERS, MOST_POSITIONS, MOST_OUTPUTS, tile};
+const NetLoops MMEBM_LOOPS(net_loops) = {W, REGISTERS, MOST_POSITIONS, MOST_OUTPUTS, tile};
 
 }  // namespace mmebm
-
-#endif

@@ -1,5 +1,5 @@
-// What net.cpp and its loops (cpu_kernel.cpp) share: the plan of a net's forward and backward pass. Plain data
-// (cpu/isa.h says why).
+// What cpu.cpp and its loops (cpu_kernel.cpp) share: the plan of a net's forward and backward pass. Plain data
+// (common/isa.h says why).
 //
 // All numbers of a tile lie in one arena of rows; a row holds one number of each of its W chains. A value of a node is
 // an image of (height, width, channels) rows inside a border of zeros, which nothing ever writes to; vectors are images
@@ -10,7 +10,7 @@
 
 #include "common/activation.h"
 #include "common/chain_job.h"
-#include "cpu/isa.h"
+#include "common/isa.h"
 
 namespace mmebm {
 
@@ -119,10 +119,7 @@ struct NetLoops {
   void (*tile)(const ChainJob& job, const NetPlan& plan, int64_t first, float* arena);
 };
 
-extern const NetLoops net_loops_generic;
-#if defined(MMEBM_X86)
-extern const NetLoops net_loops_avx2, net_loops_avx512;
-#endif
+MMEBM_DECLARE_LOOPS(NetLoops, net_loops)
 
 // The outputs of a pass in blocks of nearly equal size, none above block_outputs.
 struct NetSplit {

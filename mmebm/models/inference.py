@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmebm.models.generator import latent_columns, rows_with
 from mmebm.models.nets import Net, encoder
-from mmebm.reference.langevin_step import widen
+from mmebm.ops.langevin_step.reference import widen
 
 Joint = Literal["mixture", "product", "product_without_prior", "mixture_of_products"]
 JOINTS: tuple[Joint, ...] = ("mixture", "product", "product_without_prior", "mixture_of_products")

@@ -1,1 +1,1 @@
-"""The ops: what a backend must compute. One file per op: schema, validation and the choice of a backend."""
+"""The ops: what a backend must compute. One folder per op, one file in it per implementation."""

@@ -39,27 +39,27 @@ OPS: Final[dict[str, Op]] = {
     "noise": Op({"cpp": "mmebm.native", "triton": "mmebm.kernels.noise", "cuda": "mmebm.native"}, _ALL),
     "langevin_step": Op(
         {
-            "cpp": "mmebm.ops.langevin_step_native", "triton": "mmebm.kernels.langevin_step",
-            "cuda": "mmebm.ops.langevin_step_native",
+            "cpp": "mmebm.ops.langevin_step.cpp", "triton": "mmebm.kernels.langevin_step",
+            "cuda": "mmebm.ops.langevin_step.cuda",
         },
         _ALL,
     ),
     "langevin_mlp": Op(
         {
-            "cpp": "mmebm.ops.langevin_mlp_cpp", "triton": "mmebm.kernels.langevin_mlp",
-            "cuda": "mmebm.ops.langevin_mlp_cuda",
+            "cpp": "mmebm.ops.langevin_mlp.cpp", "triton": "mmebm.kernels.langevin_mlp",
+            "cuda": "mmebm.ops.langevin_mlp.cuda",
         },
         _ALL,
     ),
     "mlp_energy": Op(
-        {"cpp": "mmebm.ops.langevin_mlp_cpp", "triton": "mmebm.kernels.mlp_energy"},
+        {"cpp": "mmebm.ops.langevin_mlp.cpp", "triton": "mmebm.kernels.mlp_energy"},
         {"cpu": ("cpp",), "cuda": ("triton",)},
     ),
-    "dynamics": Op({"cpp": "mmebm.ops.dynamics"}, {"cpu": ("cpp",)}),
+    "dynamics": Op({"cpp": "mmebm.ops.dynamics.cpp"}, {"cpu": ("cpp",)}),
     "langevin_net": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
     "net_energy": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
     # Triton's has not been timed on a GPU
-    "residual": Op({"cpp": "mmebm.ops.residual_cpp", "triton": "mmebm.kernels.residual"}, {"cpu": ("cpp",)}),
+    "residual": Op({"cpp": "mmebm.ops.residual.cpp", "triton": "mmebm.kernels.residual"}, {"cpu": ("cpp",)}),
 }  # fmt: skip
 
 

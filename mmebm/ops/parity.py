@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.ops import dispatch
-from mmebm.ops.params import StepOptions, StepParams
+from mmebm.ops.common.params import StepOptions, StepParams
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 
 __all__ = ["Comparison", "Verdict", "check", "check_all", "clear", "failure", "limit"]
@@ -173,8 +173,8 @@ def _step_cases(numbers: _Numbers) -> list[_StepCase]:
 
 
 def _langevin_step(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
-    from mmebm.ops import langevin_step as op
-    from mmebm.reference import langevin_step as rule
+    from mmebm.ops.langevin_step import op
+    from mmebm.ops.langevin_step import reference as rule
 
     numbers = _Numbers(1)
     for name, x, params, options, first in _step_cases(numbers):
@@ -251,7 +251,7 @@ def _terms(numbers: _Numbers) -> list[Term]:
 
 
 def _mlp_energy(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
-    from mmebm.reference.mlp_energy import mlp_energy
+    from mmebm.ops.mlp_energy.reference import mlp_energy
 
     numbers = _Numbers(2)
     terms, x = tuple(_terms(numbers)), numbers.normal(_CHAINS, 6)
@@ -263,7 +263,7 @@ def _mlp_energy(module: ModuleType, backend: str, device: torch.device) -> Itera
 
 def _chains(numbers: _Numbers, terms: tuple[Term, ...]) -> Iterator[tuple[str, Any, int]]:
     """(name, chain, steps)."""
-    from mmebm.ops import langevin_mlp as op
+    from mmebm.ops.langevin_mlp import op
 
     per_chain = 0.01 + 0.001 * torch.arange(_CHAINS, dtype=torch.float32, device=_CPU)[:, None]
     bounded = StepParams(
@@ -287,7 +287,7 @@ def _chains(numbers: _Numbers, terms: tuple[Term, ...]) -> Iterator[tuple[str, A
 
 
 def _langevin_mlp(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
-    from mmebm.ops import langevin_mlp as op
+    from mmebm.ops.langevin_mlp import op
 
     numbers = _Numbers(3)
     terms, x = tuple(_terms(numbers)), numbers.normal(_CHAINS, 6)
@@ -304,7 +304,7 @@ def _langevin_mlp(module: ModuleType, backend: str, device: torch.device) -> Ite
 
 
 def _residual(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
-    from mmebm.reference.residual import residual
+    from mmebm.ops.residual.reference import residual
 
     numbers = _Numbers(4)
     normal = numbers.normal
@@ -363,7 +363,7 @@ def _net_energy(module: ModuleType, backend: str, device: torch.device) -> Itera
 
 
 def _langevin_net(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
-    from mmebm.ops import langevin_mlp as mlp
+    from mmebm.ops.langevin_mlp import op as mlp
     from mmebm.ops.net import op
 
     numbers = _Numbers(5)

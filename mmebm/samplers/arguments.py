@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops import noise as drawn
+from mmebm.ops.common.params import StepNumbers, varies
 from mmebm.ops.dynamics import finite_rows_
-from mmebm.ops.params import StepNumbers, varies
-from mmebm.reference.langevin_step import per_chain
+from mmebm.ops.langevin_step.reference import per_chain
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.user_modules import Mode, modules_of, sampling

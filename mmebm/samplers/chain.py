@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmebm.ops.params import StepNumbers, StepParams, StepRows, varies
-from mmebm.reference.langevin_step import clamp, widen
+from mmebm.ops.common.params import StepNumbers, StepParams, StepRows, varies
+from mmebm.ops.langevin_step.reference import clamp, widen
 from mmebm.samplers.arguments import at_steps, map_tensors
 from mmebm.state import Key, Structure, broadcast, check_range, per_key
 

@@ -1,7 +1,7 @@
 """Langevin dynamics as one call: ``langevin(energy, x0, steps=60, step_size=1e-2)``.
 
-The update rule stands in :mod:`mmebm.reference.langevin_step`; the noise in :mod:`mmebm.noise`. This module is what the
-user says and gets. How the chain runs: in one call (:mod:`mmebm.samplers.whole_chain`), as one CUDA graph
+The update rule stands in :mod:`mmebm.ops.langevin_step.reference`; the noise in :mod:`mmebm.noise`. This module is what
+the user says and gets. How the chain runs: in one call (:mod:`mmebm.samplers.whole_chain`), as one CUDA graph
 (:mod:`mmebm.samplers.capture`), or a step at a time (:mod:`mmebm.samplers.langevin_steps`).
 """
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mmebm import noise
+from mmebm.ops.common.params import NormOver, Outside, Rng
 from mmebm.ops.langevin_mlp import Precision
-from mmebm.ops.params import NormOver, Outside, Rng
-from mmebm.reference.langevin_step import widen
+from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
 from mmebm.samplers.arguments import (
     NONFINITE,

@@ -13,8 +13,8 @@ from mmebm import noise
 from mmebm.ops import dynamics
 from mmebm.ops import langevin_step as op
 from mmebm.ops import noise as drawn
-from mmebm.ops.params import StepParams
-from mmebm.reference.langevin_step import per_chain, widen
+from mmebm.ops.common.params import StepParams
+from mmebm.ops.langevin_step.reference import per_chain, widen
 from mmebm.samplers import metropolis
 from mmebm.samplers.arguments import finite_chains, where
 from mmebm.samplers.chain import Problem, Run

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmebm.ops.params import StepNumbers
+from mmebm.ops.common.params import StepNumbers
 
 __all__ = ["Schedule", "geometric", "linear", "polynomial", "table"]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops import noise as drawn
+from mmebm.ops.common.params import StepOptions, StepParams
 from mmebm.ops.dynamics import Proposals, energies, exchange, reason
 from mmebm.ops.langevin_step import CppStepper
 from mmebm.ops.noise import plain
-from mmebm.ops.params import StepOptions, StepParams
 from mmebm.samplers.arguments import (
     NONFINITE,
     Call,

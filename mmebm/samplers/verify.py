@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from mmebm.energies.lower import Lowered
 from mmebm.energies.trace import Traced
+from mmebm.ops.langevin_step.reference import per_chain
 from mmebm.ops.mlp_energy import mlp_energy
+from mmebm.ops.mlp_energy.reference import mlp_energy as mlp_reference
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Net
 from mmebm.ops.net.op import net_energy
 from mmebm.ops.net.reference import energy_and_gradient
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
-from mmebm.reference.langevin_step import per_chain
-from mmebm.reference.mlp_energy import mlp_energy as mlp_reference
 from mmebm.samplers.gradient import Target
 
 # Every chain's value and gradient are computed, those of so many are compared.

@@ -19,10 +19,10 @@ from mmebm.energies.lower import CannotLower, Lowered, lower
 from mmebm.energies.trace import Traced, trace
 from mmebm.native import BackendError
 from mmebm.ops import langevin_mlp as mlp
+from mmebm.ops.langevin_step.reference import per_chain
 from mmebm.ops.net import op as net
 from mmebm.ops.net.graph import Conv, Linear
 from mmebm.ops.terms import too_wide
-from mmebm.reference.langevin_step import per_chain
 from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.verify import Check

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mmebm import noise
 from mmebm.data.base import MultimodalDataset
 from mmebm.data.stream import Prefetch
-from mmebm.reference.langevin_step import widen
+from mmebm.ops.langevin_step.reference import widen
 from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.config import TAUGHT, Config, Stage, fitted

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmebm.energies import MLP, CannotLower, Gaussian, GaussianMixture, Sum, lower
+from mmebm.ops.mlp_energy.reference import mlp_energy
 from mmebm.ops.terms import LIMITS, Quadratic, Residual, Scalar, too_wide
-from mmebm.reference.mlp_energy import mlp_energy
 
 # float64 throughout: both sides do the same sums in another order, of fewer than 10^3 terms of size about 1
 TOLERANCE = 1e-11

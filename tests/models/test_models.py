@@ -10,7 +10,7 @@ from scipy import special, stats
 from mmebm.energies import lower
 from mmebm.models import Expert, GaussianPrior, JointEnergy, JointInference, LatentPrior, SharedGenerator
 from mmebm.models.inference import JOINTS, product
-from mmebm.reference.mlp_energy import mlp_energy
+from mmebm.ops.mlp_energy.reference import mlp_energy
 from mmebm.samplers import Langevin
 from mmebm.training.system import Posterior
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmebm.ops.mlp_energy.reference import activate
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
-from mmebm.reference.mlp_energy import activate
 
 HERE = Path(__file__).parent
 

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmebm
 from mmebm import native
+from mmebm.ops.common.params import StepParams
 from mmebm.ops.langevin_mlp import langevin_mlp
 from mmebm.ops.langevin_step import CppStepper, StepOptions, langevin_step
-from mmebm.ops.langevin_step_native import cpp_reason
+from mmebm.ops.langevin_step.cpp import cpp_reason
 from mmebm.ops.mlp_energy import mlp_energy
-from mmebm.ops.params import StepParams
 from mmebm.ops.residual import residual_and_gradient
 from mmebm.ops.terms import Scalar, Stack
 

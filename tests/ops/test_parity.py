@@ -24,15 +24,15 @@ import mmebm
 from mmebm import native, noise
 from mmebm.cli.main import main
 from mmebm.ops import dispatch, parity
-from mmebm.ops import langevin_mlp as mlp
-from mmebm.ops import langevin_step as step
+from mmebm.ops.common.params import StepParams
+from mmebm.ops.langevin_mlp import op as mlp
+from mmebm.ops.langevin_step import op as step
+from mmebm.ops.langevin_step import reference as rule
 from mmebm.ops.mlp_energy import mlp_energy
 from mmebm.ops.net import op as net
 from mmebm.ops.net.graph import Activation, Input, Linear, Map, Net
 from mmebm.ops.net.op import net_energy
-from mmebm.ops.params import StepParams
 from mmebm.ops.residual import residual
-from mmebm.reference import langevin_step as rule
 
 CPU = torch.device("cpu")
 

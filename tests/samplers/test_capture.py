@@ -3,7 +3,7 @@
 :class:`Tape` records the operations under a chain and repeats them on the same tensors, so that what Python saw while
 recording is baked in: numbers, shapes, branches. Reading a value on the host ends the recording, as in CUDA. So a
 replay equals the loop only where the engine copies, keys and restores what it must. The same on a GPU is in
-tests/gpu/test_capture_gpu.py.
+tests/samplers/test_capture_gpu.py.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mmebm import noise
-from mmebm.ops import langevin_step as op
-from mmebm.ops.params import StepParams, StepStats
+from mmebm.ops.common.params import StepParams, StepStats
+from mmebm.ops.langevin_step import op
 from mmebm.samplers import Langevin, Samples, langevin
 from mmebm.samplers.schedules import linear, table
 
@@ -743,7 +743,7 @@ def test_finish_must_return_the_states_like(finish: Any, error: type[Exception],
 
 
 def test_an_offloaded_trajectory_is_the_same(seed: int) -> None:
-    """On the CPU it is where it was; tests/gpu has the rest."""
+    """On the CPU it is where it was; test_capture_gpu.py has the rest."""
     s = splits(seed)["dict, blocks, schedule"]
     sampler = Langevin(**s.options)
     kept, moved = (

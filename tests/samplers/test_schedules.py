@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmebm.energies import MLP
-from mmebm.ops.params import StepParams, StepRows
+from mmebm.ops.common.params import StepParams, StepRows
 from mmebm.samplers import HMC, Langevin, Underdamped, langevin
 from mmebm.samplers.schedules import Schedule, geometric, linear, polynomial, table
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmebm import native
 from mmebm.ops.common.address import Addresses
 from mmebm.ops.langevin_mlp import MlpResult
-from mmebm.ops.langevin_mlp_cpp import call_chain, call_energy, plain_on_cpu, supports_options
+from mmebm.ops.langevin_mlp.cpp import call_chain, call_energy, plain_on_cpu, supports_options
 from mmebm.ops.net.graph import (
     FUNCTIONS,
     KINDS,

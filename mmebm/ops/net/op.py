@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops import langevin_mlp as mlp
 from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.langevin_mlp import MlpChain, MlpResult
+from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import reference
 from mmebm.ops.net.graph import Net, check_net, pack, tensors_of, unpack
 

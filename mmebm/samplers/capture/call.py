@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmebm.ops.params import StepParams
-from mmebm.reference.langevin_step import widen
+from mmebm.ops.common.params import StepParams
+from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.samplers.chain import Problem
 

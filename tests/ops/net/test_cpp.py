@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from mmebm import native
 from mmebm.energies.trace import trace
 from mmebm.models import JointEnergy, SharedGenerator
-from mmebm.ops import langevin_mlp as mlp
+from mmebm.ops.common.params import StepParams
+from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import cpp, op, reference
 from mmebm.ops.net.graph import Activation, Add, Affine, Net, pack, shapes_of, unpack
-from mmebm.ops.params import StepParams
 
 # The normals may be this far from their float64 values (mmebm.noise).
 NORMAL_TOLERANCE = 2e-6

@@ -1,0 +1,37 @@
+// What the bindings share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <string>
+
+#include "common/langevin.h"
+
+namespace mmebm {
+
+inline void require_addresses(pybind11::handle list, size_t count, const char* name) {
+  if (!PyList_Check(list.ptr()) || static_cast<size_t>(PyList_GET_SIZE(list.ptr())) != count) {
+    throw pybind11::value_error(std::string(name) + " must be a list of one address per tensor");
+  }
+}
+
+// Entry `i` of a list that `require_addresses` has seen; null only where there is nothing to point to.
+inline void* address_at(pybind11::handle list, size_t i, const char* name, bool empty) {
+  void* address = PyLong_AsVoidPtr(PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)));
+  if (address == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
+  if (address == nullptr && !empty) throw pybind11::value_error(std::string(name) + " holds a null address");
+  return address;
+}
+
+inline Storage storage_from(int storage) {
+  if (storage < 0 || storage > 2) throw pybind11::value_error("storage must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+  return static_cast<Storage>(storage);
+}
+
+inline void require_tensor(int64_t numel, uint32_t index) {
+  if (numel < 0 || numel > (int64_t{1} << 33)) throw pybind11::value_error("numel must be in [0, 2**33]");
+  if (index >= 1u << 24) throw pybind11::value_error("index must be below 2**24");
+}
+
+}  // namespace mmebm

@@ -1,5 +1,0 @@
-#include "isa.h"
-#if defined(MMEBM_X86)
-#define MMEBM_LOOPS mlp_loops_avx2
-#include "langevin_mlp_kernel.h"
-#endif

@@ -1,5 +1,0 @@
-#include "isa.h"
-#if defined(MMEBM_X86)
-#define MMEBM_LOOPS noise_loops_avx512
-#include "noise_loops.h"
-#endif

@@ -1,0 +1,128 @@
+// mmebm._cpu.LangevinStep. mmebm/ops/langevin_step_native.py checks tensors, keeps them alive and passes addresses.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "common/bind.h"
+#include "langevin_step/cpu.h"
+
+namespace mmebm {
+
+// The addresses in `list`, one per tensor.
+inline void take_addresses(LangevinStep& step, pybind11::handle list, const char* name, bool grad) {
+  require_addresses(list, step.count(), name);
+  for (size_t i = 0; i < step.count(); ++i) {
+    void* address = address_at(list, i, name, step.empty(i));
+    StepTensor& tensor = step.tensor(i);
+    if (grad) {
+      tensor.grad = address;
+    } else {
+      tensor.x = address;
+    }
+  }
+}
+
+// Below this many elements a step takes less time than giving up the interpreter lock and waking a thread.
+constexpr int64_t SMALL_STEP = 1 << 14;
+
+// Holds a step for one call: run(threads), without the interpreter lock where that is worth it.
+struct StepCall {
+  explicit StepCall(LangevinStep& step) : step(step) {
+    if (!step.enter()) throw std::runtime_error("this LangevinStep is running in another thread");
+  }
+  ~StepCall() { step.leave(); }
+  template <class Run>
+  void operator()(int threads, const Run& run) {
+    if (step.elements() < SMALL_STEP) {
+      run(1);
+    } else {
+      pybind11::gil_scoped_release release;
+      run(threads);
+    }
+  }
+  LangevinStep& step;
+};
+
+inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::string&)) {
+  namespace py = pybind11;
+  m.def("step_normals",
+        [isa_from](uintptr_t words_ptr, uintptr_t out_ptr, int64_t blocks, const std::string& isa) {
+          if (blocks < 0 || ((words_ptr == 0 || out_ptr == 0) && blocks > 0)) {
+            throw py::value_error("blocks is negative or an address is null");
+          }
+          step_normals(reinterpret_cast<const uint32_t*>(words_ptr), reinterpret_cast<float*>(out_ptr), blocks,
+                       isa_from(isa));
+        },
+        "Box-Muller as LangevinStep does it: float32 (blocks, 4) from uint32 (blocks, 4).", py::arg("words_ptr"),
+        py::arg("out_ptr"), py::arg("blocks"), py::arg("isa") = "auto");
+  py::class_<LangevinStep>(m, "LangevinStep", "The update of all tensors of a state, in place; one object per chain.")
+      .def(py::init([isa_from](int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor,
+                               const std::string& isa) {
+             if (chains < 0) throw py::value_error("chains must not be negative");
+             return std::make_unique<LangevinStep>(chains, chain_offset, reject, clamp_noise, norm_tensor,
+                                                   isa_from(isa));
+           }),
+           py::arg("chains"), py::arg("chain_offset"), py::arg("reject"), py::arg("clamp_noise"),
+           py::arg("norm_tensor"), py::arg("isa"))
+      .def("add",
+           [](LangevinStep& self, int64_t numel, uint32_t index, bool noisy, int storage, uintptr_t observed) {
+             require_tensor(numel, index);
+             self.add(numel, index, noisy, storage_from(storage), reinterpret_cast<const uint8_t*>(observed));
+           },
+           "A tensor of the state; observed: address of a mask, a byte per element, or 0.", py::arg("numel"),
+           py::arg("index"), py::arg("noisy"), py::arg("storage"), py::arg("observed"))
+      .def("set",
+           [](LangevinStep& self, size_t tensor, int slot, int kind, double value, uintptr_t values) {
+             if (tensor >= self.count() || slot < 0 || slot >= SLOTS || kind < 0 || kind > 3) {
+               throw py::value_error("tensor, slot or kind is out of range");
+             }
+             if (kind >= 2 && values == 0 && !self.empty(tensor)) throw py::value_error("values is null");
+             self.set(tensor, static_cast<Slot>(slot),
+                      {static_cast<Kind>(kind), value, reinterpret_cast<const float*>(values)});
+           },
+           "A constant of one tensor, kind 0: absent, 1: value, 2 and 3: float32 at values, per chain and per element.",
+           py::arg("tensor"), py::arg("slot"), py::arg("kind"), py::arg("value"), py::arg("values"))
+      .def("set_grad",
+           [](LangevinStep& self, size_t tensor, int storage) {
+             if (tensor >= self.count()) throw py::value_error("tensor is out of range");
+             self.tensor(tensor).grad_storage = storage_from(storage);
+           },
+           "How the gradients of a tensor are stored from now on.", py::arg("tensor"), py::arg("storage"))
+      .def("perturb",
+           [](LangevinStep& self, py::handle x, uint64_t seed, uint32_t step, int threads) {
+             StepCall call(self);
+             take_addresses(self, x, "x", false);
+             call(threads, [&](int with) { self.perturb(seed, step, with); });
+           },
+           "x + noise, in place.", py::arg("x"), py::arg("seed"), py::arg("step"), py::arg("threads"))
+      .def("step",
+           [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise,
+              int threads) {
+             StepCall call(self);
+             take_addresses(self, x, "x", false);
+             take_addresses(self, grad, "grad", true);
+             call(threads, [&](int with) { self.step(seed, step, noise, nullptr, with); });
+           },
+           "One step, in place.", py::arg("x"), py::arg("grad"), py::arg("seed"), py::arg("step"), py::arg("noise"),
+           py::arg("threads"))
+      .def("step_stats",
+           [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise, int threads,
+              uintptr_t grad_norm, uintptr_t displacement, uintptr_t clipped, uintptr_t nonfinite) {
+             StepCall call(self);
+             take_addresses(self, x, "x", false);
+             take_addresses(self, grad, "grad", true);
+             const StepSums sums = {reinterpret_cast<float*>(grad_norm), reinterpret_cast<float*>(displacement),
+                                    reinterpret_cast<int64_t*>(clipped), reinterpret_cast<int64_t*>(nonfinite)};
+             call(threads, [&](int with) { self.step(seed, step, noise, &sums, with); });
+           },
+           "The same with sums per chain, written to float32, float32, int64 and int64 of length chains.", py::arg("x"),
+           py::arg("grad"), py::arg("seed"), py::arg("step"), py::arg("noise"), py::arg("threads"),
+           py::arg("grad_norm"), py::arg("displacement"), py::arg("clipped"), py::arg("nonfinite"));
+}
+
+}  // namespace mmebm

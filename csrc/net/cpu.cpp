@@ -1,0 +1,934 @@
+// Plans a net's forward and backward pass for one instruction set, packs the weights, and cuts the batch into tiles;
+// the loops themselves are in cpu_kernel.cpp.
+#include "net/cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "common/threads.h"
+
+namespace mmebm {
+namespace {
+
+// Products that are summed one after the other before the sum is put aside: in one run of 1,024 the rounding errors are
+// up to five times those of torch, which sums in 16 lanes (measured for langevin_mlp).
+constexpr int64_t PART = 128;
+
+struct Free {
+  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats floats(int64_t n) {
+  void* p = ::operator new[](sizeof(float) * static_cast<size_t>(std::max<int64_t>(n, 1)), std::align_val_t(64));
+  return Floats(static_cast<float*>(p));
+}
+
+[[noreturn]] void refuse(const char* what) { throw std::invalid_argument(what); }
+
+struct Dims {
+  int64_t channels = 0, height = 0, width = 0;
+
+  bool operator==(const Dims& o) const {
+    return channels == o.channels && height == o.height && width == o.width;
+  }
+  int64_t elements() const { return channels * height * width; }
+};
+
+// A node of the plan: what NetNode points to, while it grows.
+struct Work {
+  NetKind kind = NetKind::input;
+  const NetSpec* spec = nullptr;
+  std::vector<int32_t> xs;  // positions among the works
+  Dims dims;
+  int32_t activation = -1;
+  float slope = 0.0f;
+  bool fused = false;      // the activation is another node's, applied in place
+  bool alias = false;      // an input that is the state's own rows
+  bool relayout = false;   // a map that changes nothing but the order in memory
+  bool needed = false;     // the gradient in it is needed
+  bool merged = false;     // a sum whose layers add to its value themselves
+  int32_t into = -1;       // of a layer: that sum
+  std::vector<NetRead> reads;
+  NetNode node;
+};
+
+class Planner {
+ public:
+  Planner(const Planner&) = delete;
+  Planner(const ChainJob& job, const std::vector<NetSpec>& specs, const NetLoops& loops)
+      : job_(job), specs_(specs), loops_(loops) {
+    resolve();
+    lay_out();
+    fuse();
+    merge_sums();
+    mark_needed();
+    borders();
+    allocate();
+    connect();
+    finish();
+  }
+
+  const NetPlan& plan() const { return plan_; }
+
+ private:
+  // -- nodes: views go, layouts are chosen, relayouts come in
+
+  void resolve() {
+    root_.resize(specs_.size());
+    for (size_t i = 0; i < specs_.size(); ++i) {
+      const NetSpec& s = specs_[i];
+      for (const int32_t x : s.xs) {
+        if (x < 0 || static_cast<size_t>(x) >= i) refuse("a node reads a later one");
+      }
+      if (s.kind != NetNodeKind::input && s.xs.empty()) refuse("a node reads nothing");
+      root_[i] = static_cast<int32_t>(i);
+      if (s.kind == NetNodeKind::view) {
+        if (s.elements() != specs_[static_cast<size_t>(s.xs[0])].elements()) refuse("a view changes the elements");
+        root_[i] = root_[static_cast<size_t>(s.xs[0])];
+      }
+    }
+    // what a convolution wants its input to look like, back through views and elementwise nodes
+    std::vector<Dims> want(specs_.size());
+    for (size_t i = specs_.size(); i-- > 0;) {
+      const NetSpec& s = specs_[i];
+      const auto pass_on = [&](int32_t x, const Dims& dims) {
+        Dims& there = want[static_cast<size_t>(root_[static_cast<size_t>(x)])];
+        if (there.channels == 0 && dims.channels != 0) there = dims;
+      };
+      switch (s.kind) {
+        case NetNodeKind::conv: {
+          const NetSpec& x = specs_[static_cast<size_t>(s.xs[0])];
+          pass_on(s.xs[0], {x.channels, x.height, x.width});
+          break;
+        }
+        case NetNodeKind::activation:
+        case NetNodeKind::add:
+        case NetNodeKind::affine:
+        case NetNodeKind::product:
+          for (const int32_t x : s.xs) pass_on(x, want[i]);
+          break;
+        case NetNodeKind::norm: pass_on(s.xs[0], want[i]); break;
+        default: break;
+      }
+    }
+    for (size_t i = 0; i < specs_.size(); ++i) {
+      if (want[i].channels == 0) continue;
+      if (want[i].elements() != specs_[i].elements()) want[i] = Dims();
+    }
+    want_ = want;
+  }
+
+  Dims natural(size_t i) const {
+    if (want_[i].channels != 0) return want_[i];
+    const NetSpec& s = specs_[i];
+    if (s.kind == NetNodeKind::input) return {s.elements(), 1, 1};
+    return {s.channels, s.height, s.width};
+  }
+
+  int32_t relayout(int32_t x, const Dims& dims) {
+    if (works_[static_cast<size_t>(x)].dims == dims) return x;
+    Work w;
+    w.kind = NetKind::map;
+    w.relayout = true;
+    w.xs = {x};
+    w.dims = dims;
+    works_.push_back(w);
+    return static_cast<int32_t>(works_.size()) - 1;
+  }
+
+  void lay_out() {
+    std::vector<int32_t> place(specs_.size(), -1);
+    for (size_t i = 0; i < specs_.size(); ++i) {
+      const NetSpec& s = specs_[i];
+      if (s.kind == NetNodeKind::view) {
+        place[i] = place[static_cast<size_t>(s.xs[0])];
+        continue;
+      }
+      Work w;
+      w.spec = &s;
+      for (const int32_t x : s.xs) w.xs.push_back(place[static_cast<size_t>(x)]);
+      const auto first = [&] { return works_[static_cast<size_t>(w.xs[0])].dims; };
+      switch (s.kind) {
+        case NetNodeKind::input:
+          w.kind = NetKind::input;
+          w.dims = natural(i);
+          w.alias = w.dims.height == 1 && w.dims.width == 1;
+          break;
+        case NetNodeKind::conv: {
+          w.kind = NetKind::product_sum;
+          w.dims = {s.channels, s.height, s.width};
+          const NetSpec& x = specs_[static_cast<size_t>(s.xs[0])];
+          w.xs[0] = relayout(w.xs[0], {x.channels, x.height, x.width});
+          break;
+        }
+        case NetNodeKind::linear:
+          w.kind = NetKind::product_sum;
+          w.dims = natural(i);
+          break;
+        case NetNodeKind::map:
+          w.kind = NetKind::map;
+          w.dims = natural(i);
+          break;
+        case NetNodeKind::logsumexp:
+          w.kind = NetKind::logsumexp;
+          w.dims = natural(i);
+          break;
+        case NetNodeKind::norm:
+          w.kind = NetKind::norm;
+          w.dims = first();
+          break;
+        default:
+          w.kind = s.kind == NetNodeKind::activation ? NetKind::activation
+                   : s.kind == NetNodeKind::add      ? NetKind::add
+                   : s.kind == NetNodeKind::affine   ? NetKind::affine
+                                                     : NetKind::product;
+          w.dims = first();
+          for (int32_t& x : w.xs) x = relayout(x, w.dims);
+          if (w.kind == NetKind::activation) {
+            w.activation = s.function;
+            w.slope = s.slope;
+          }
+      }
+      if (w.dims.elements() != s.elements()) refuse("the sizes of nodes do not fit together");
+      works_.push_back(w);
+      place[i] = static_cast<int32_t>(works_.size()) - 1;
+    }
+    last_ = place[specs_.size() - 1];
+    if (works_[static_cast<size_t>(last_)].dims.elements() != 1) refuse("the energy has more than one element");
+  }
+
+  // An activation that alone reads a node becomes part of it.
+  void fuse() {
+    std::vector<int32_t> users(works_.size(), 0), to(works_.size());
+    for (const Work& w : works_) {
+      for (const int32_t x : w.xs) ++users[static_cast<size_t>(x)];
+    }
+    ++users[static_cast<size_t>(last_)];
+    for (size_t i = 0; i < works_.size(); ++i) {
+      Work& w = works_[i];
+      to[i] = static_cast<int32_t>(i);
+      for (int32_t& x : w.xs) x = to[static_cast<size_t>(x)];
+      if (w.kind != NetKind::activation) continue;
+      Work& before = works_[static_cast<size_t>(w.xs[0])];
+      const bool takes = before.kind == NetKind::product_sum || before.kind == NetKind::map ||
+                         before.kind == NetKind::add || before.kind == NetKind::affine;
+      if (!takes || before.fused || users[static_cast<size_t>(w.xs[0])] != 1) continue;
+      before.activation = w.activation;
+      before.slope = w.slope;
+      before.fused = true;
+      to[i] = w.xs[0];
+      users[static_cast<size_t>(w.xs[0])] = users[i];
+      w.xs.clear();
+      w.kind = NetKind::input;  // nothing is left of it
+      w.spec = nullptr;
+    }
+    last_ = to[static_cast<size_t>(last_)];
+    // close the gaps
+    std::vector<int32_t> now(works_.size(), -1);
+    std::vector<Work> rest;
+    for (size_t i = 0; i < works_.size(); ++i) {
+      if (!works_[i].spec && !works_[i].relayout) continue;
+      for (int32_t& x : works_[i].xs) x = now[static_cast<size_t>(x)];
+      now[i] = static_cast<int32_t>(rest.size());
+      rest.push_back(works_[i]);
+    }
+    works_ = rest;
+    last_ = now[static_cast<size_t>(last_)];
+  }
+
+  // A plain sum of layers that nothing else reads: each adds to the sum's value.
+  void merge_sums() {
+    std::vector<int32_t> users(works_.size(), 0);
+    for (const Work& w : works_) {
+      for (const int32_t x : w.xs) ++users[static_cast<size_t>(x)];
+    }
+    for (size_t i = 0; i < works_.size(); ++i) {
+      Work& w = works_[i];
+      if (w.kind != NetKind::add || w.spec->shift) continue;
+      bool plain = true;
+      for (size_t k = 0; k < w.xs.size(); ++k) {
+        const Work& x = works_[static_cast<size_t>(w.xs[k])];
+        plain = plain && x.kind == NetKind::product_sum && !x.fused && users[static_cast<size_t>(w.xs[k])] == 1 &&
+                w.spec->coefficients.at(k) == 1.0f && x.dims == w.dims;
+      }
+      if (!plain) continue;
+      w.merged = true;
+      for (const int32_t x : w.xs) works_[static_cast<size_t>(x)].into = static_cast<int32_t>(i);
+    }
+  }
+
+  // Where a work's value is.
+  size_t slot(size_t i) const { return works_[i].into < 0 ? i : static_cast<size_t>(works_[i].into); }
+
+  void mark_needed() {
+    for (Work& w : works_) {
+      if (w.kind == NetKind::input) {
+        w.needed = job_.gradient != nullptr;
+        for (int64_t i = 0; i < job_.tensor_count; ++i) {
+          const ChainTensor& t = job_.tensors[i];
+          const int64_t begin = w.spec->start, end = begin + w.spec->elements();
+          w.needed = w.needed || (t.moving && t.begin < end && begin < t.begin + t.width);
+        }
+      }
+      for (const int32_t x : w.xs) w.needed = w.needed || works_[static_cast<size_t>(x)].needed;
+    }
+  }
+
+  // -- values and their borders
+
+  static int64_t divide_down(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+  // How far the taps of a direct convolution reach over the borders of what it reads: from an output of `outputs`.
+  static int64_t direct_reach(int64_t outputs, int64_t inputs, int64_t kernel, int64_t stride, int64_t padding,
+                              int64_t dilation) {
+    const int64_t after = (outputs - 1) * stride + (kernel - 1) * dilation - padding - (inputs - 1);
+    return std::max<int64_t>({padding, after, 0});
+  }
+
+  // The same of a scattered one: the gradient of a direct one with `outputs` in the place of its inputs.
+  static int64_t scattered_reach(int64_t outputs, int64_t inputs, int64_t kernel, int64_t stride, int64_t padding,
+                                 int64_t dilation) {
+    const int64_t before = -divide_down(padding - (kernel - 1) * dilation, stride);
+    const int64_t after = divide_down(outputs - 1 + padding, stride) - (inputs - 1);
+    return std::max<int64_t>({before, after, 0});
+  }
+
+  void borders() {
+    values_.resize(works_.size());
+    for (size_t i = 0; i < works_.size(); ++i) {
+      values_[i].channels = works_[i].dims.channels;
+      values_[i].height = works_[i].dims.height;
+      values_[i].width = works_[i].dims.width;
+    }
+    for (size_t i = 0; i < works_.size(); ++i) {
+      const Work& w = works_[i];
+      if (!w.spec || w.spec->kind != NetNodeKind::conv) continue;
+      NetValue &in = values_[static_cast<size_t>(w.xs[0])], &out = values_[slot(i)];
+      const NetSpec& s = *w.spec;
+      const auto reaches = [&](int axis, int64_t ins, int64_t outs, int64_t& in_border, int64_t& out_border) {
+        const int64_t kernel = s.sizes[2 + axis], stride = s.stride[axis], pad = s.padding[axis];
+        const int64_t dilation = s.dilation[axis];
+        const int64_t in_reach = s.transposed ? scattered_reach(outs, ins, kernel, stride, pad, dilation)
+                                              : direct_reach(outs, ins, kernel, stride, pad, dilation);
+        const int64_t out_reach = s.transposed ? direct_reach(ins, outs, kernel, stride, pad, dilation)
+                                               : scattered_reach(ins, outs, kernel, stride, pad, dilation);
+        in_border = std::max(in_border, in_reach);
+        out_border = std::max(out_border, out_reach);
+      };
+      reaches(0, in.height, out.height, in.border_y, out.border_y);
+      reaches(1, in.width, out.width, in.border_x, out.border_x);
+    }
+    for (size_t i = 0; i < works_.size(); ++i) {
+      if (values_[i].border_x + values_[i].border_y > 0) works_[i].alias = false;
+    }
+  }
+
+  int64_t take(int64_t rows) {
+    const int64_t begin = rows_;
+    rows_ += rows;
+    if (rows_ > INT32_MAX / 2) throw std::bad_alloc();
+    return begin;
+  }
+
+  void allocate() {
+    plan_.state = take(job_.inputs);
+    plan_.grad = take(job_.inputs);
+    plan_.old = take(job_.freeze ? job_.inputs : 0);
+    plan_.energy = take(1);
+    plan_.dead = take(1);
+    plan_.row = take(1);
+    plan_.observed = take(job_.observed ? (job_.inputs + 3) / 4 : 0);
+    for (size_t i = 0; i < works_.size(); ++i) {
+      const Work& w = works_[i];
+      NetValue& v = values_[i];
+      if (w.into >= 0) continue;
+      if (w.kind == NetKind::input) {
+        const int64_t start = w.spec->start;
+        if (start < 0 || start + w.spec->elements() > job_.inputs) refuse("an input lies outside the state");
+        if (w.alias) {
+          v.value = plan_.state + start;
+          v.grad = w.needed ? plan_.grad + start : static_cast<int32_t>(i) == last_ ? take(1) : -1;
+          continue;
+        }
+      }
+      v.value = take(v.rows());
+      if (w.activation >= 0) v.slope = take(v.rows());
+      if (w.needed || static_cast<int32_t>(i) == last_) v.grad = take(v.rows());
+    }
+  }
+
+  // Where element `e`, in row-major order, lies in a value.
+  static int64_t row_of(const NetValue& v, int64_t e) {
+    const int64_t area = v.height * v.width, c = e / area, at = e % area;
+    return v.at(at / v.width, at % v.width) + c;
+  }
+
+  // -- passes
+
+  template <class T>
+  T* own(std::deque<std::vector<T>>& store, std::vector<T> values) {
+    store.push_back(std::move(values));
+    return store.back().data();
+  }
+
+  // Segments of consecutive rows from the rows in the order in which they are summed.
+  std::vector<NetSegment> segments_of(const std::vector<int64_t>& rows) {
+    std::vector<NetSegment> out;
+    int64_t summed = 0;
+    for (const int64_t row : rows) {
+      if (!out.empty() && summed < PART && out.back().offset + out.back().length == row) {
+        ++out.back().length;
+        ++summed;
+        continue;
+      }
+      const bool part = summed == PART;
+      if (part) summed = 0;
+      out.push_back({row, 1, part});
+      ++summed;
+    }
+    return out;
+  }
+
+  // The block of positions x outputs that costs least: products, loads and broadcasts two a cycle, the sums' latency.
+  void choose_block(NetPass& pass) const {
+    double least = 1e300;
+    for (int32_t p = 1; p <= loops_.positions; ++p) {
+      for (int32_t j = 1; j <= loops_.outputs && p * j <= loops_.registers; ++j) {
+        const NetSplit ps = NetSplit::of(pass.positions, p), js = NetSplit::of(pass.outputs, j);
+        double cost = 0.0;
+        for (int big_p = 0; big_p < 2; ++big_p) {
+          for (int big_j = 0; big_j < 2; ++big_j) {
+            const int64_t tall = big_p ? ps.larger : ps.parts - ps.larger;
+            const int64_t broad = big_j ? js.larger : js.parts - js.larger;
+            const double np = static_cast<double>(ps.size + big_p), nj = static_cast<double>(js.size + big_j);
+            const double row = std::max({np * nj / 2, (np + nj) / 2, 4.0});
+            cost += static_cast<double>(tall * broad) * (static_cast<double>(pass.depth) * row + 2 * np * nj + 16);
+          }
+        }
+        if (cost <= least) {  // of equal ones the one with more positions
+          least = cost;
+          pass.block_positions = p;
+          pass.block_outputs = j;
+        }
+      }
+    }
+  }
+
+  // Weight of output j and depth k: weight[outputs[j] + depth[k]]; the bias of output j: bias[biases[j]].
+  void add_pass(std::vector<NetPass>& passes, NetPass pass, const std::vector<int64_t>& rows, const float* weight,
+                const std::vector<int64_t>& outputs, const std::vector<int64_t>& depth, const float* bias,
+                const std::vector<int64_t>& biases) {
+    std::vector<NetSegment> segments = segments_of(rows);
+    pass.segment_count = static_cast<int64_t>(segments.size());
+    pass.segments = own(segments_, std::move(segments));
+    pass.outputs = static_cast<int64_t>(outputs.size());
+    pass.depth = static_cast<int64_t>(depth.size());
+    if (pass.positions == 0 || pass.outputs == 0) return;
+    choose_block(pass);
+    std::vector<float> packed(static_cast<size_t>(pass.outputs * pass.depth));
+    const NetSplit split = NetSplit::of(pass.outputs, pass.block_outputs);
+    float* to = packed.data();
+    for (int64_t i = 0, j = 0; i < split.parts; j += split.part(i), ++i) {
+      for (const int64_t k : depth) {
+        for (int64_t n = 0; n < split.part(i); ++n) *to++ = weight[outputs[static_cast<size_t>(j + n)] + k];
+      }
+    }
+    pass.weight = own(numbers_, std::move(packed));
+    if (bias) {
+      std::vector<float> own_bias;
+      for (const int64_t j : biases) own_bias.push_back(bias[j]);
+      pass.bias = own(numbers_, std::move(own_bias));
+    }
+    passes.push_back(pass);
+  }
+
+  // A convolution's weight is (a, b, kh, kw) with a in groups; direct: sums over b (and the kernel) give a.
+  void direct(const NetSpec& s, const NetValue& in, int64_t in_rows, const NetValue& out, int64_t out_rows,
+              const float* bias, std::vector<NetPass>& passes) {
+    const int64_t kh = s.sizes[2], kw = s.sizes[3], b = s.sizes[1], a = s.sizes[0] / s.groups;
+    std::vector<int32_t> from, to;
+    for (int64_t y = 0; y < out.height; ++y) {
+      for (int64_t x = 0; x < out.width; ++x) {
+        from.push_back(static_cast<int32_t>(in.at(y * s.stride[0] - s.padding[0], x * s.stride[1] - s.padding[1])));
+        to.push_back(static_cast<int32_t>(out.at(y, x)));
+      }
+    }
+    NetPass pass;
+    pass.positions = static_cast<int64_t>(from.size());
+    pass.from = own(positions_, std::move(from));
+    pass.to = own(positions_, std::move(to));
+    for (int64_t g = 0; g < s.groups; ++g) {
+      std::vector<int64_t> rows, outputs, depth, biases;
+      for (int64_t y = 0; y < kh; ++y) {
+        for (int64_t x = 0; x < kw; ++x) {
+          for (int64_t c = 0; c < b; ++c) {
+            rows.push_back(y * s.dilation[0] * in.pitch() + x * s.dilation[1] * in.channels + c);
+            depth.push_back((c * kh + y) * kw + x);
+          }
+        }
+      }
+      for (int64_t j = 0; j < a; ++j) {
+        outputs.push_back((g * a + j) * b * kh * kw);
+        biases.push_back(g * a + j);
+      }
+      pass.in = in_rows + g * b;
+      pass.out = out_rows + g * a;
+      add_pass(passes, pass, rows, s.weight, outputs, depth, bias, biases);
+    }
+  }
+
+  // Scattered: sums over a give b; the outputs fall into classes modulo the stride, each with its own taps.
+  void scattered(const NetSpec& s, const NetValue& in, int64_t in_rows, const NetValue& out, int64_t out_rows,
+                 const float* bias, std::vector<NetPass>& passes) {
+    const int64_t kh = s.sizes[2], kw = s.sizes[3], b = s.sizes[1], a = s.sizes[0] / s.groups;
+    const auto taps = [&](int axis, int64_t first) {
+      std::vector<std::pair<int64_t, int64_t>> out_taps;  // (position read, kernel), read from low to high
+      for (int64_t k = s.sizes[2 + axis]; k-- > 0;) {
+        const int64_t at = first + s.padding[axis] - k * s.dilation[axis];
+        const int64_t place = divide_down(at, s.stride[axis]);
+        if (place * s.stride[axis] == at) out_taps.push_back({place, k});
+      }
+      return out_taps;
+    };
+    for (int64_t y0 = 0; y0 < std::min(s.stride[0], out.height); ++y0) {
+      for (int64_t x0 = 0; x0 < std::min(s.stride[1], out.width); ++x0) {
+        const auto ys = taps(0, y0), xs = taps(1, x0);
+        std::vector<int32_t> from, to;
+        for (int64_t y = y0, v = 0; y < out.height; y += s.stride[0], ++v) {
+          for (int64_t x = x0, u = 0; x < out.width; x += s.stride[1], ++u) {
+            from.push_back(static_cast<int32_t>(v * in.pitch() + u * in.channels));
+            to.push_back(static_cast<int32_t>(out.at(y, x)));
+          }
+        }
+        NetPass pass;
+        pass.positions = static_cast<int64_t>(from.size());
+        pass.from = own(positions_, std::move(from));
+        pass.to = own(positions_, std::move(to));
+        for (int64_t g = 0; g < s.groups; ++g) {
+          std::vector<int64_t> rows, outputs, depth, biases;
+          for (const auto& [y, ky] : ys) {
+            for (const auto& [x, kx] : xs) {
+              for (int64_t c = 0; c < a; ++c) {
+                rows.push_back(in.at(y, x) + c);
+                depth.push_back(((g * a + c) * b * kh + ky) * kw + kx);
+              }
+            }
+          }
+          for (int64_t j = 0; j < b; ++j) {
+            outputs.push_back(j * kh * kw);
+            biases.push_back(g * b + j);
+          }
+          pass.in = in_rows + g * a;
+          pass.out = out_rows + g * b;
+          add_pass(passes, pass, rows, s.weight, outputs, depth, bias, biases);
+        }
+      }
+    }
+  }
+
+  // The rows inside a value's border, line by line, with the row-major element each holds.
+  struct Line {
+    int64_t row;
+    std::vector<int64_t> elements;
+  };
+
+  static std::vector<Line> lines_of(const NetValue& v) {
+    std::vector<Line> lines;
+    for (int64_t y = 0; y < v.height; ++y) {
+      if (lines.empty() || v.border_x > 0) lines.push_back({v.at(y, 0), {}});
+      for (int64_t x = 0; x < v.width; ++x) {
+        for (int64_t c = 0; c < v.channels; ++c) lines.back().elements.push_back((c * v.height + y) * v.width + x);
+      }
+    }
+    return lines;
+  }
+
+  // out = weight in (+ bias), or with `transposed` the gradient; weight (outputs, inputs) of the layer.
+  void dense(const float* weight, int64_t inputs, bool transposed, const NetValue& in, int64_t in_rows,
+             const NetValue& out, int64_t out_rows, const float* bias, std::vector<NetPass>& passes) {
+    std::vector<int64_t> rows, depth;
+    for (const Line& line : lines_of(in)) {
+      for (size_t i = 0; i < line.elements.size(); ++i) {
+        rows.push_back(line.row + static_cast<int64_t>(i));
+        depth.push_back(line.elements[i] * (transposed ? inputs : 1));
+      }
+    }
+    for (const Line& line : lines_of(out)) {
+      std::vector<int64_t> outputs;
+      for (const int64_t e : line.elements) outputs.push_back(e * (transposed ? 1 : inputs));
+      NetPass pass;
+      pass.positions = 1;
+      pass.from = own(positions_, std::vector<int32_t>{0});
+      pass.to = own(positions_, std::vector<int32_t>{static_cast<int32_t>(line.row)});
+      pass.in = in_rows;
+      pass.out = out_rows;
+      add_pass(passes, pass, rows, weight, outputs, depth, bias, line.elements);
+    }
+  }
+
+  // -- maps
+
+  // Element e of `out` from (node, element, weight) each; forward, and back to every node that is read.
+  struct Link {
+    int64_t out, in;
+    size_t read;
+    float weight;
+  };
+
+  // Sums by row: rows[e] is the sum of terms[start[e]] to terms[start[e + 1] - 1].
+  struct Sums {
+    std::vector<int64_t> rows, start;
+    std::vector<NetTerm> terms;
+  };
+
+  // `place` gives the sum (or -1 for none) and the term of a link.
+  template <class Place>
+  static Sums sums_of(std::vector<int64_t> rows, const std::vector<Link>& links, const Place& place) {
+    Sums sums;
+    sums.rows = std::move(rows);
+    sums.start.assign(sums.rows.size() + 1, 0);
+    NetTerm term;
+    for (const Link& l : links) {
+      const int64_t e = place(l, term);
+      if (e >= 0) ++sums.start[static_cast<size_t>(e) + 1];
+    }
+    for (size_t e = 0; e < sums.rows.size(); ++e) sums.start[e + 1] += sums.start[e];
+    std::vector<int64_t> next = sums.start;
+    sums.terms.resize(static_cast<size_t>(sums.start.back()));
+    for (const Link& l : links) {
+      const int64_t e = place(l, term);
+      if (e >= 0) sums.terms[static_cast<size_t>(next[static_cast<size_t>(e)]++)] = term;
+    }
+    return sums;
+  }
+
+  // Rows that move along with each other become one run.
+  NetRuns runs_of(const Sums& sums) {
+    std::vector<size_t> order(sums.rows.size());
+    for (size_t e = 0; e < order.size(); ++e) order[e] = e;
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return sums.rows[a] < sums.rows[b]; });
+    std::vector<NetRun> runs;
+    std::vector<NetTerm> terms;
+    for (const size_t e : order) {
+      const NetTerm* own_terms = sums.terms.data() + sums.start[e];
+      const int64_t count = sums.start[e + 1] - sums.start[e];
+      bool along = !runs.empty() && runs.back().out + runs.back().count == sums.rows[e] && runs.back().terms == count;
+      for (int64_t k = 0; along && k < count; ++k) {
+        const NetTerm& first = terms[static_cast<size_t>(runs.back().first + k)];
+        along = first.in + runs.back().count == own_terms[k].in && first.weight == own_terms[k].weight;
+      }
+      if (along) {
+        ++runs.back().count;
+        continue;
+      }
+      runs.push_back({static_cast<int32_t>(sums.rows[e]), 1, static_cast<int32_t>(count),
+                      static_cast<int64_t>(terms.size())});
+      terms.insert(terms.end(), own_terms, own_terms + count);
+    }
+    NetRuns out;
+    out.count = static_cast<int64_t>(runs.size());
+    out.runs = own(runs_, std::move(runs));
+    out.terms = own(terms_, std::move(terms));
+    return out;
+  }
+
+  void connect_map(Work& w, const NetValue& out, const std::vector<Link>& links, const std::vector<NetValue>& ins) {
+    const auto rows_of = [](const NetValue& v, int64_t begin) {
+      std::vector<int64_t> rows(static_cast<size_t>(v.elements()));
+      for (int64_t e = 0; e < v.elements(); ++e) rows[static_cast<size_t>(e)] = begin + row_of(v, e);
+      return rows;
+    };
+    w.node.runs = runs_of(sums_of(rows_of(out, out.value), links, [&](const Link& l, NetTerm& term) {
+      const NetValue& in = ins[l.read];
+      term = {static_cast<int32_t>(in.value + row_of(in, l.in)), l.weight};
+      return l.out;
+    }));
+    for (size_t k = 0; k < w.reads.size(); ++k) {
+      if (!w.reads[k].needed) continue;
+      const NetValue& in = ins[k];
+      w.reads[k].back = runs_of(sums_of(rows_of(in, in.grad), links, [&](const Link& l, NetTerm& term) {
+        term = {static_cast<int32_t>(out.grad + row_of(out, l.out)), l.weight};
+        return l.read == k ? l.in : int64_t{-1};
+      }));
+    }
+  }
+
+  void connect_map(Work& w, const NetValue& out) {
+    std::vector<NetValue> ins;
+    std::vector<int64_t> starts = {0};
+    for (const int32_t x : w.xs) {
+      ins.push_back(values_[static_cast<size_t>(x)]);
+      starts.push_back(starts.back() + ins.back().elements());
+    }
+    std::vector<Link> links;
+    const NetSpec* s = w.spec;
+    for (int64_t e = 0; e < out.elements(); ++e) {
+      if (w.relayout) {
+        links.push_back({e, e, 0, 1.0f});
+        continue;
+      }
+      for (int64_t k = 0; k < s->terms; ++k) {
+        const int64_t i = s->index[e * s->terms + k];
+        if (i < -1 || i >= starts.back()) refuse("an index of a map is out of range");
+        if (i < 0) continue;
+        size_t read = 0;
+        while (i >= starts[read + 1]) ++read;
+        links.push_back({e, i - starts[read], read, s->index_weight ? s->index_weight[e * s->terms + k] : 1.0f});
+      }
+    }
+    connect_map(w, out, links, ins);
+  }
+
+  NetConstant constant(const float* from, bool per_chain, const NetValue& v) {
+    NetConstant c;
+    if (!from) return c;
+    std::vector<int32_t> order;
+    for (const Line& line : lines_of(v)) {
+      for (const int64_t e : line.elements) order.push_back(static_cast<int32_t>(e));
+    }
+    if (per_chain) {
+      c.chains = from;
+      c.rows = take(v.elements());
+      c.order = own(positions_, std::move(order));
+    } else {
+      std::vector<float> numbers;
+      for (const int32_t e : order) numbers.push_back(from[e]);
+      c.numbers = own(numbers_, std::move(numbers));
+    }
+    return c;
+  }
+
+  // -- what each node needs
+
+  void connect() {
+    std::vector<bool> written(works_.size(), false);
+    std::vector<std::pair<size_t, size_t>> final(works_.size(), {SIZE_MAX, 0});  // who writes a gradient last
+    for (size_t i = works_.size(); i-- > 0;) {
+      Work& w = works_[i];
+      for (size_t k = 0; k < w.xs.size() && !w.merged; ++k) {
+        const auto x = static_cast<size_t>(w.xs[k]);
+        NetRead read;
+        read.value = w.xs[k];
+        read.needed = works_[x].needed && w.needed;
+        if (w.kind == NetKind::add) read.coefficient = w.spec->coefficients.at(k);
+        if (read.needed) {
+          read.store = !written[x];
+          written[x] = true;
+          final[x] = {i, k};
+        }
+        w.reads.push_back(read);
+      }
+    }
+    for (size_t i = 0; i < works_.size(); ++i) {
+      Work& w = works_[i];
+      if (!w.fused || !w.needed) continue;
+      const auto [by, k] = final[i];
+      if (by != SIZE_MAX && works_[by].kind != NetKind::norm && works_[by].kind != NetKind::logsumexp) {
+        works_[by].reads[k].times = true;
+      } else {
+        w.node.multiply = true;
+      }
+    }
+    // what a merged sum would do its last layer does
+    for (const Work& w : works_) {
+      if (!w.merged) continue;
+      const int32_t first = *std::min_element(w.xs.begin(), w.xs.end());
+      for (const int32_t x : w.xs) works_[static_cast<size_t>(x)].node.accumulate = x != first;
+      Work& last = works_[static_cast<size_t>(*std::max_element(w.xs.begin(), w.xs.end()))];
+      last.activation = w.activation;
+      last.slope = w.slope;
+      last.node.multiply = w.node.multiply;
+    }
+    for (size_t i = 0; i < works_.size(); ++i) {
+      Work& w = works_[i];
+      if (w.merged) continue;
+      const NetValue& out = values_[slot(i)];
+      NetNode& n = w.node;
+      n.kind = w.kind;
+      n.out = static_cast<int32_t>(slot(i));
+      n.activation = w.activation;
+      n.slope = w.slope;
+      switch (w.kind) {
+        case NetKind::input: connect_input(w, out); break;
+        case NetKind::product_sum: connect_products(w, out); break;
+        case NetKind::map: connect_map(w, out); break;
+        case NetKind::add: n.shift = constant(w.spec->shift, w.spec->shift_per_chain, out); break;
+        case NetKind::affine:
+          n.scale = constant(w.spec->scale, w.spec->scale_per_chain, out);
+          n.shift = constant(w.spec->shift, w.spec->shift_per_chain, out);
+          break;
+        case NetKind::norm: connect_norm(w, out); break;
+        case NetKind::logsumexp: connect_logsumexp(w, out); break;
+        case NetKind::activation:
+        case NetKind::product: break;
+      }
+      n.reads = own(reads_, w.reads);
+      n.read_count = static_cast<int32_t>(w.reads.size());
+      if (!w.alias) nodes_.push_back(n);
+    }
+  }
+
+  void connect_input(Work& w, const NetValue& out) {
+    if (w.alias) return;
+    NetValue state;
+    state.channels = w.spec->elements();
+    state.value = plan_.state + w.spec->start;
+    state.grad = plan_.grad + w.spec->start;
+    NetRead read;
+    read.needed = w.needed;
+    read.store = true;
+    w.reads = {read};
+    std::vector<Link> links;
+    for (int64_t e = 0; e < out.elements(); ++e) links.push_back({e, e, 0, 1.0f});
+    connect_map(w, out, links, {state});
+  }
+
+  void connect_products(Work& w, const NetValue& out) {
+    const NetSpec& s = *w.spec;
+    const NetValue& in = values_[static_cast<size_t>(w.xs[0])];
+    std::vector<NetPass> forward, backward;
+    if (s.kind == NetNodeKind::linear) {
+      dense(s.weight, in.elements(), false, in, in.value, out, out.value, s.bias, forward);
+      if (w.reads[0].needed) dense(s.weight, in.elements(), true, out, out.grad, in, in.grad, nullptr, backward);
+    } else if (s.transposed) {
+      scattered(s, in, in.value, out, out.value, s.bias, forward);
+      if (w.reads[0].needed) direct(s, out, out.grad, in, in.grad, nullptr, backward);
+    } else {
+      direct(s, in, in.value, out, out.value, s.bias, forward);
+      if (w.reads[0].needed) scattered(s, out, out.grad, in, in.grad, nullptr, backward);
+    }
+    w.node.forward_count = static_cast<int64_t>(forward.size());
+    w.node.forward = own(passes_, std::move(forward));
+    w.node.backward_count = static_cast<int64_t>(backward.size());
+    w.node.backward = own(passes_, std::move(backward));
+  }
+
+  void connect_norm(Work& w, const NetValue& out) {
+    const NetValue& in = values_[static_cast<size_t>(w.xs[0])];
+    const int64_t groups = w.spec->groups;
+    if (groups < 1 || out.elements() % groups != 0) refuse("a norm does not cut its elements in equal groups");
+    const int64_t length = out.elements() / groups;
+    std::vector<int32_t> index;
+    for (int64_t g = 0; g < groups; ++g) {
+      for (const NetValue* v : {&in, &out}) {
+        for (int64_t i = 0; i < length; ++i) index.push_back(static_cast<int32_t>(row_of(*v, g * length + i)));
+      }
+    }
+    w.node.index = own(positions_, std::move(index));
+    w.node.groups = groups;
+    w.node.length = length;
+    w.node.eps = w.spec->eps;
+    w.node.scratch = take(groups + out.elements());
+  }
+
+  void connect_logsumexp(Work& w, const NetValue& out) {
+    const NetValue& in = values_[static_cast<size_t>(w.xs[0])];
+    const NetSpec& s = *w.spec;
+    std::vector<int32_t> index;
+    for (int64_t i = 0; i < out.elements() * s.terms; ++i) {
+      if (s.index[i] < 0 || s.index[i] >= in.elements()) refuse("an index of a logsumexp is out of range");
+      index.push_back(static_cast<int32_t>(row_of(in, s.index[i])));
+    }
+    for (int64_t e = 0; e < out.elements(); ++e) index.push_back(static_cast<int32_t>(row_of(out, e)));
+    w.node.index = own(positions_, std::move(index));
+    w.node.groups = out.elements();
+    w.node.length = s.terms;
+    w.node.scratch = take(out.elements() * s.terms);
+  }
+
+  void finish() {
+    plan_.values = values_.data();
+    plan_.value_count = static_cast<int64_t>(values_.size());
+    plan_.nodes = nodes_.data();
+    plan_.node_count = static_cast<int64_t>(nodes_.size());
+    plan_.rows = rows_;
+    plan_.last = last_;
+  }
+
+  const ChainJob& job_;
+  const std::vector<NetSpec>& specs_;
+  const NetLoops& loops_;
+  std::vector<int32_t> root_;
+  std::vector<Dims> want_;
+  std::vector<Work> works_;
+  std::vector<NetValue> values_;
+  std::vector<NetNode> nodes_;
+  std::deque<std::vector<float>> numbers_;
+  std::deque<std::vector<int32_t>> positions_;
+  std::deque<std::vector<NetSegment>> segments_;
+  std::deque<std::vector<NetPass>> passes_;
+  std::deque<std::vector<NetRun>> runs_;
+  std::deque<std::vector<NetTerm>> terms_;
+  std::deque<std::vector<NetRead>> reads_;
+  NetPlan plan_;
+  int64_t rows_ = 0;
+  int32_t last_ = 0;
+};
+
+// Tiles of one width: all chains from `first` on, or `count` tiles of them.
+struct Part {
+  const NetLoops* loops;
+  int64_t first, count;
+};
+
+// A tile of 8 chains takes about so much of the time of one of 16: an estimate, not a measurement.
+constexpr double NARROW = 0.6;
+
+// Wide vectors, and narrow ones for a rest of the batch that fits into them or where there are more threads than tiles.
+std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
+  const NetLoops& wide = net_loops(isa);
+  const int64_t tiles = (chains + wide.lanes - 1) / wide.lanes;
+#if defined(MMEBM_X86)
+  if (isa == Isa::avx512) {
+    const NetLoops& narrow = net_loops_avx2;  // bit for bit the same
+    const int64_t halves = (chains + narrow.lanes - 1) / narrow.lanes;
+    const auto turns = [threads](int64_t count) { return static_cast<double>((count + threads - 1) / threads); };
+    if (turns(halves) * NARROW < turns(tiles)) return {{&narrow, 0, halves}};
+    if (chains % wide.lanes > 0 && chains % wide.lanes <= narrow.lanes) {
+      return {{&wide, 0, tiles - 1}, {&narrow, (tiles - 1) * wide.lanes, 1}};
+    }
+  }
+#endif
+  (void)threads;
+  return {{&wide, 0, tiles}};
+}
+
+}  // namespace
+
+void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threads) {
+  threads = std::max(threads, 1);
+  std::vector<Part> parts = parts_of(job.chains, isa, threads);
+  std::deque<Planner> planners;
+  int64_t total = 0, size = 0;
+  for (const Part& part : parts) {
+    planners.emplace_back(job, nodes, *part.loops);
+    total += part.count;
+    size = std::max(size, planners.back().plan().rows * part.loops->lanes);
+  }
+  threads = static_cast<int>(std::min<int64_t>(threads, total));
+  const Floats arenas = floats(size * threads);
+  const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
+  std::vector<int64_t> last(static_cast<size_t>(threads), -1);  // the part that an arena was used for
+  for_each_tile(total, threads, [&](int64_t tile) {
+    int slot = 0;
+    while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
+    float* const arena = arenas.get() + slot * size;
+    size_t i = 0;
+    for (; tile >= parts[i].count; ++i) tile -= parts[i].count;
+    if (last[static_cast<size_t>(slot)] != static_cast<int64_t>(i)) {  // else borders are as they were: zero
+      memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
+      last[static_cast<size_t>(slot)] = static_cast<int64_t>(i);
+    }
+    const NetLoops& loops = *parts[i].loops;
+    loops.tile(job, planners[i].plan(), parts[i].first + tile * loops.lanes, arena);
+    taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);
+  });
+}
+
+}  // namespace mmebm

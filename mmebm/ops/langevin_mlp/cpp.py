@@ -1,0 +1,189 @@
+"""The C++ room of ``langevin_mlp`` and ``mlp_energy``: :file:`csrc/langevin_mlp/cpu_kernel.cpp`.
+
+The instruction set is the best this processor has; ``MMEBM_CPU_ISA`` = ``baseline``, ``avx2`` or ``avx512`` asks for
+another. No result depends on the number of threads (``torch.get_num_threads()``) or on how a batch is split, and
+``avx2`` and ``avx512`` agree bit for bit. Weights are read, and repacked, at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from mmebm import native, noise
+from mmebm.ops import dispatch
+from mmebm.ops.common.address import MOST_CHAINS, Addresses, obstacle
+from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
+from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Term, check_terms, inputs_of, tensors_of
+
+__all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]
+
+_LIMITS: Final = ("grad_clip", "grad_norm_clip", "max_update", "low", "high")
+
+
+def plain_on_cpu(name: str, t: Tensor) -> str | None:
+    """Why C++ cannot read ``t``, or ``None``."""
+    reason = obstacle(t)
+    if reason is None and not t.is_cpu:
+        reason = f"on {t.device}"
+    return None if reason is None else f"{name} is {reason}; taken are plain tensors on the CPU"
+
+
+def supports_energy(terms: Sequence[Term], x: Tensor) -> str | None:
+    """Whether :func:`energy_and_gradient` takes ``terms`` at the flat state ``x``: ``None``, or the reason why not."""
+    reason = plain_on_cpu("the state", x)
+    if reason is not None:
+        return reason
+    if x.dim() != 2 or x.dtype != torch.float32:
+        return f"the state is {x.dtype} of shape {tuple(x.shape)}, taken is float32 (chains, inputs)"
+    for i, term in enumerate(terms):
+        if not isinstance(term, Quadratic) and min(term.stack.sizes) < 1:
+            return f"term {i} has a layer without inputs or outputs: {term.stack.sizes}"
+        for t in tensors_of(term):
+            reason = reason or plain_on_cpu(f"a tensor of term {i}", t)
+            if t.dtype not in (torch.float32, torch.bool):
+                return f"a tensor of term {i} is {t.dtype}, taken is float32"
+        if inputs_of(term) != x.shape[1] or x.shape[1] == 0:
+            return f"term {i} has {inputs_of(term)} inputs, the state {x.shape[1]}; taken is one number of at least 1"
+    if reason is not None:
+        return reason
+    available, reason = native.available("cpp")
+    return None if available else reason
+
+
+def supports(chain: MlpChain, x: Tensor) -> str | None:
+    """Whether :func:`run` takes ``chain`` from the flat state ``x``: ``None``, or the reason why not."""
+    return supports_energy(chain.terms, x) or supports_options(chain, x)
+
+
+def supports_options(chain: MlpChain, x: Tensor) -> str | None:
+    """The same of all but the energy."""
+    table, mask = chain.constants, chain.observed
+    tensors, (chains, inputs) = len(chain.widths), x.shape
+    if chains > MOST_CHAINS:
+        return f"{chains} chains; the noise tells 2^32 apart"
+    if {len(chain.streams), len(chain.noisy), len(chain.moving), len(chain.present)} != {tensors} or tensors == 0:
+        return f"streams, noisy, moving and present do not all have {tensors} entries, one per tensor"
+    if sum(chain.widths) != inputs or min(chain.widths) < 0:
+        return f"the widths {chain.widths} do not sum to the {inputs} inputs"
+    if (
+        table.dim() != 4 or table.dtype != torch.float32 or plain_on_cpu("constants", table) is not None
+        or table.shape[0] == 0 or table.shape[1:3] != (tensors, len(FIELDS)) or table.shape[3] not in (1, chains)
+    ):  # fmt: skip
+        return f"the constants are {table.dtype} {tuple(table.shape)} on {table.device}"
+    if bool(table.isnan().any()):
+        for name in _LIMITS:
+            # a clamp whose limit is NaN is NaN in torch, and no limit at all in the processor's min and max
+            if bool(table[:, :, FIELDS.index(name)].isnan().any()):
+                return f"{name} holds NaN"
+    if mask is not None and (
+        mask.dtype != torch.uint8 or plain_on_cpu("observed", mask) is not None
+        or mask.shape not in ((chains, inputs), (1, inputs))
+    ):  # fmt: skip
+        return f"observed is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+    return None
+
+
+def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[tuple[Any, ...]]:
+    """The terms as ``mmebm._cpu`` takes them."""
+
+    def at(name: str, t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        return addresses(name, t, dtype)
+
+    out: list[tuple[Any, ...]] = []
+    for term in check_terms(terms, x.shape[0], x.shape[1], x.device):
+        if isinstance(term, Quadratic):
+            out.append((2, at("mean", term.mean), at("precision", term.precision)))
+            continue
+        stack = term.stack
+        layers = tuple(
+            (at("a weight", w), at("a bias", b), w.shape[1], w.shape[0])
+            for w, b in zip(stack.weights, stack.biases, strict=True)
+        )
+        common = (layers, ACTIVATIONS.index(stack.activation), float(stack.slope), float(term.weight))
+        if not isinstance(term, Residual):
+            out.append((0, *common))
+            continue
+        mask = term.observed
+        stride = 0 if mask is None or mask.shape[0] == 1 else mask.shape[1]
+        out.append((
+            1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh),
+            at("target", term.target), at("observed", mask, torch.bool), stride,
+        ))  # fmt: skip
+    return out
+
+
+def call_energy(
+    name: str, x: Tensor, described: Callable[[Addresses], Any], reason: str | None
+) -> tuple[Tensor, Tensor]:
+    """E (chains,) and dE/dx (chains, inputs) by the function ``name`` of ``mmebm._cpu``, which takes what ``described``
+    returns.
+
+    Raises:
+        BackendError: with the ``reason`` why it does not take the arguments.
+    """
+    if reason is not None:
+        raise native.BackendError(f"cpp: {name}: {reason}")
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    energy = torch.empty(chains, dtype=torch.float32, device=x.device)
+    grad = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
+    getattr(native.cpu(), name)(
+        addresses("x", x, torch.float32), chains, inputs, described(addresses),
+        addresses.output("energy", energy), addresses.output("grad", grad), torch.get_num_threads(), dispatch.isa(),
+    )  # fmt: skip
+    return energy, grad
+
+
+def call_chain(
+    name: str, chain: Any, x: Tensor, described: Callable[[Addresses], Any], steps: int, first_step: int | Tensor, *,
+    energy: bool, grad_norm: bool, reason: str | None,
+) -> MlpResult:  # fmt: skip
+    """``steps`` steps of an :class:`MlpChain`, or of a chain of other terms with the same fields, by the function
+    ``name`` of ``mmebm._cpu``; as :func:`call_energy`."""
+    if reason is None and chain.constants.shape[0] != 1 and chain.constants.shape[0] < steps:
+        reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
+    if reason is not None:
+        raise native.BackendError(f"cpp: {name}: {reason}")
+    addresses = Addresses(x.device)
+    chains, inputs = x.shape
+    out = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
+    energies = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if energy else None
+    norms = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if grad_norm else None
+    frozen = torch.zeros(chains, dtype=torch.bool, device=x.device) if chain.freeze else None
+    mask = chain.observed
+    tensors = [
+        (width, noise.stream(index, noise.DRIFT), noisy, moving, present)
+        for width, index, noisy, moving, present in zip(
+            chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, strict=True
+        )
+    ]
+    getattr(native.cpu(), name)(
+        addresses("x", x, torch.float32), chains, inputs, described(addresses), tensors,
+        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
+        addresses("observed", mask, torch.uint8), 0 if mask is None or mask.shape[0] == 1 else inputs,
+        steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
+        chain.noise_at == "before", chain.clamp_noise, addresses.output("out", out),
+        addresses.output("energy", energies), addresses.output("grad_norm", norms), addresses.output("frozen", frozen),
+        torch.get_num_threads(), dispatch.isa(),
+    )  # fmt: skip
+    return MlpResult(out, energies, norms, frozen)
+
+
+def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tensor]:
+    """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
+    described = lambda addresses: _described(terms, x, addresses)
+    return call_energy("mlp_energy", x, described, supports_energy(terms, x))
+
+
+def run(
+    chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
+) -> MlpResult:
+    """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
+    return call_chain(
+        "langevin_mlp", chain, x, lambda addresses: _described(chain.terms, x, addresses), steps, first_step,
+        energy=energy, grad_norm=grad_norm, reason=supports(chain, x),
+    )  # fmt: skip
