@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from mmebm.energies.lower import Lowered
 from mmebm.energies.trace import Traced
+from mmebm.introspect import Memory
 from mmebm.ops.langevin_step.reference import per_chain
 from mmebm.ops.mlp_energy import mlp_energy
 from mmebm.ops.mlp_energy.reference import mlp_energy as mlp_reference
@@ -48,14 +47,12 @@ FLOOR: Final = 32 * 2.0**-24
 EARLY: Final = (1, 8)
 PERIOD: Final = 64
 START: Final = "at the start"
-_MAX_ENTRIES = 512
 
 
 @dataclasses.dataclass
 class _Entry:
-    """What is known of one energy. ``references``: its modules, so that an id is not taken for another's."""
+    """What is known of one energy."""
 
-    references: list[weakref.ref[Any]]
     chains: int = 0
     reason: str | None = None
 
@@ -64,7 +61,7 @@ class _Entry:
 Terms: TypeAlias = "Sequence[Term] | Net"
 _PARTS: Final = (Scalar, Residual, Quadratic, Stack, Net, *graph.KINDS)
 
-_entries: OrderedDict[Any, _Entry] = OrderedDict()
+_entries: Memory[_Entry] = Memory(512)
 _lock = threading.Lock()
 
 
@@ -86,17 +83,9 @@ class Check:
         self.target, self.backend = target, backend
         self.terms: Terms = lowered.net if isinstance(lowered, Traced) else lowered.terms
         modules = [item for item in lowered.seen if isinstance(item, nn.Module)]
-        key = (
-            tuple(id(item) if isinstance(item, nn.Module) else item for item in lowered.seen),
-            _described(self.terms), lowered.scalar, backend, target.log_prob,
-        )  # fmt: skip
+        rest = (_described(self.terms), lowered.scalar, backend, target.log_prob)
+        entry = _entries.get(lowered.seen, rest, _Entry)
         with _lock:
-            entry = _entries.get(key)
-            if entry is None or any(ref() is not m for ref, m in zip(entry.references, modules, strict=True)):
-                entry = _entries[key] = _Entry([weakref.ref(m) for m in modules])
-                while len(_entries) > _MAX_ENTRIES:
-                    _entries.popitem(last=False)
-            _entries.move_to_end(key)
             entry.chains += 1
             n = entry.chains
         self._entry = entry

@@ -6,8 +6,6 @@ The call is ``langevin_mlp`` for a sum of MLPs, else ``langevin_net`` for what :
 from __future__ import annotations
 
 import types
-import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from mmebm import native
 from mmebm.energies.lower import CannotLower, Lowered, lower
 from mmebm.energies.trace import Traced, trace
+from mmebm.introspect import Memory
 from mmebm.native import BackendError
 from mmebm.ops import langevin_mlp as mlp
 from mmebm.ops.langevin_step.reference import per_chain
@@ -62,36 +61,29 @@ def _options_reason(sampler: Langevin, p: Problem, tensors: Sequence[Tensor]) ->
 
 class _Refusals:
     """Energies that could not be traced, which costs an evaluation of the energy: they are tried again at every
-    ``PERIOD``-th chain only. A function counts by its code, a module by itself and its mode."""
+    ``PERIOD``-th chain only. A function counts by its code, an object by itself and its mode."""
 
-    PERIOD, MOST = 32, 256
+    PERIOD = 32
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Any, list[Any]] = OrderedDict()  # [reference to the module, why, chains since]
+        self._known: Memory[dict[str, Any]] = Memory(256)
 
-    @staticmethod
-    def _key(energy: Any, tensors: Sequence[Tensor]) -> Any:
-        what = energy.__code__ if isinstance(energy, types.FunctionType) else (type(energy), id(energy))
-        return what, getattr(energy, "training", None), tuple(t.shape[1:] for t in tensors)
+    def _entry(self, energy: Any, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        what = energy.__code__ if isinstance(energy, types.FunctionType) else energy
+        rest = (type(energy), getattr(energy, "training", None), tuple(t.shape[1:] for t in tensors))
+        return self._known.get([what], rest, lambda: {"why": None, "chains": 0})
 
     def get(self, energy: Any, tensors: Sequence[Tensor]) -> str | None:
-        entry = self._known.get(self._key(energy, tensors))
-        if entry is None or (entry[0] is not None and entry[0]() is not energy):
+        """Why ``energy`` is not to be tried at this chain, or None."""
+        entry = self._entry(energy, tensors)
+        if entry["why"] is None:
             return None
-        entry[2] += 1
-        return entry[1] if entry[2] % self.PERIOD else None
+        entry["chains"] += 1
+        return entry["why"] if entry["chains"] % self.PERIOD else None
 
     def add(self, energy: Any, tensors: Sequence[Tensor], why: str) -> None:
-        function = isinstance(energy, types.FunctionType)
-        try:
-            reference = None if function else weakref.ref(energy)
-        except TypeError:  # such an object may give its id to another one
-            return
-        key = self._key(energy, tensors)
-        count = self._known[key][2] if key in self._known else 0
-        self._known[key] = [reference, why, count]
-        while len(self._known) > self.MOST:
-            self._known.popitem(last=False)
+        """Notes that ``energy`` was refused."""
+        self._entry(energy, tensors)["why"] = why
 
 
 _refusals = _Refusals()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmebm import introspect
 from mmebm.energies.lower import effects
 from mmebm.energies.lower.attempt import CannotLower, attempt, attempting, refuse
 from mmebm.energies.lower.rules import as_value, residual
@@ -54,23 +54,12 @@ def call(energy: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(energy, nn.Module):
             effects.examine_call(energy)
         method = "forward" if isinstance(energy, nn.Module) else "__call__"
-        own, there = effects.definer(kind, "mmebm_lowered"), effects.definer(kind, method)
+        own, there = introspect.definer(kind, "mmebm_lowered"), introspect.definer(kind, method)
         if there is not own and issubclass(there, own):
             refuse(f"{there.__name__} overrides {method} of {own.__name__}")
         return kind.mmebm_lowered(energy, state, *args, **kwargs)
-    if isinstance(energy, nn.Module):
-        effects.Examination().run(energy)
-        return nn.Module.__call__(energy, state, *args, **kwargs)
-    if isinstance(energy, types.FunctionType):
-        effects.Examination().run(energy)
-        return energy(state, *args, **kwargs)
-    if isinstance(energy, types.MethodType) and isinstance(energy.__self__, nn.Module):
-        examination = effects.Examination()
-        examination.run(energy.__self__)
-        if isinstance(energy.__func__, types.FunctionType) and not energy.__func__.__module__.startswith("torch."):
-            examination.run(energy.__func__, energy.__self__)
-            return energy(state, *args, **kwargs)
-    return refuse(f"it is a {kind.__name__}")
+    effects.examine(energy)
+    return energy(state, *args, **kwargs)
 
 
 def inert(value: Any) -> bool:

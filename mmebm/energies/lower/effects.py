@@ -27,6 +27,7 @@ from torch.overrides import _get_current_function_mode_stack, get_overridable_fu
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from mmebm import introspect
 from mmebm.energies.lower.attempt import attempt, refuse
 from mmebm.energies.lower.symbol import Symbol, harmless_names
 
@@ -42,9 +43,6 @@ _BUILTINS = (
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 _NAMESPACES = (torch, nn, nn.functional, math, operator)
-_NOTHING = object()
-# Containers of more entries are data.
-_MAX_ITEMS = 256
 
 # What torch.nn has that only computes, and that terms can say
 _KNOWN = frozenset((
@@ -123,25 +121,15 @@ def _storages(value: Any) -> Iterator[tuple[int, Any]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _reads(code: types.CodeType) -> tuple[str | None, frozenset[str], frozenset[str]]:
-    """(an instruction that may have an effect, names of globals, names of attributes) of ``code`` and what is in it."""
-    stores: str | None = None
-    found: set[str] = set()
-    attributes: set[str] = set()
-    waiting = [code]
-    while waiting:
-        c = waiting.pop()
-        for i in dis.get_instructions(c):
+def _stores(code: types.CodeType) -> str | None:
+    """An instruction that may have an effect, in ``code`` or in what is in it."""
+    for part in introspect.codes(code):
+        for i in dis.get_instructions(part):
             # a variable of an enclosing function that is not examined with it
             outer = i.opname == "STORE_DEREF" and i.argval in code.co_freevars
             if i.opname in _STORES or outer:
-                stores = stores or i.opname
-            elif i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                found.add(str(i.argval))
-            elif i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-                attributes.add(str(i.argval))
-        waiting.extend(part for part in c.co_consts if isinstance(part, types.CodeType))
-    return stores, frozenset(found), frozenset(attributes)
+                return i.opname
+    return None
 
 
 def _is_operation(value: Any) -> bool:
@@ -200,17 +188,12 @@ def _attribute(owner: Any, name: str) -> Any:
         for place in (owner._modules, owner._parameters, owner._buffers):
             if name in place:
                 return place[name]
-    return inspect.getattr_static(owner, name, _NOTHING)
+    return inspect.getattr_static(owner, name, introspect.EMPTY)
 
 
 def _names_of(m: nn.Module) -> Iterator[str]:
     for place in (m.__dict__, m._modules, m._parameters, m._buffers, _class_names(type(m))):
         yield from place
-
-
-def definer(kind: type, name: str) -> type:
-    """The class from which ``kind`` has ``name``."""
-    return next(owner for owner in kind.__mro__ if name in owner.__dict__)
 
 
 class Examination:
@@ -258,7 +241,7 @@ class Examination:
         label = kind.__name__
         if m.training and (m._forward_pre_hooks or torch.nn.utils.parametrize.is_parametrized(m)):
             refuse(f"{label} is parametrized and in train mode, where a call may change it")
-        owner = definer(kind, "forward")
+        owner = introspect.definer(kind, "forward")
         if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             return
         if self._traced and "mmebm_lowered" in owner.__dict__:  # this package's, which calls others
@@ -280,22 +263,21 @@ class Examination:
     def _function(self, function: types.FunctionType, owner: Any) -> None:
         code, label = function.__code__, function.__qualname__
         attempt().seen.append(code)
-        store, found, attributes = _reads(code)
+        store, names = _stores(code), introspect.names_in(code)
         if store is not None:
             refuse(f"{label} may have an effect ({store})")
         named: dict[str, Any] = {f"default {i}": v for i, v in enumerate(function.__defaults__ or ())}
         named |= function.__kwdefaults__ or {}
-        for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
-            try:
-                named[name] = cell.cell_contents
-            except ValueError:
+        for name, value in introspect.closure(function):
+            if value is introspect.EMPTY:
                 refuse(f"{label} names {name}, which is empty")
-        for name in found:
-            named[name] = function.__globals__.get(name, getattr(builtins, name, _NOTHING))
+            named[name] = value
+        for name in names.globals:
+            named[name] = function.__globals__.get(name, getattr(builtins, name, introspect.EMPTY))
         for name, value in named.items():
             if name != "__class__":  # of super()
                 self._value(label, name, value, owner)
-        for name in attributes:
+        for name in names.attributes:
             self._attributes.setdefault(name, label)
 
     def _value(self, label: str, name: str, value: Any, owner: Any) -> None:
@@ -310,7 +292,7 @@ class Examination:
         if isinstance(value, (Tensor, numbers.Number, str, type(None), torch.dtype, torch.device)):
             return
         items: Any = value
-        if type(value) in (list, tuple, dict) and len(items) <= _MAX_ITEMS:
+        if type(value) in (list, tuple, dict) and len(items) <= introspect.MAX_ITEMS:
             for part in list(items.values() if isinstance(value, dict) else items):
                 self._value(label, name, part, owner)
             return
@@ -329,7 +311,7 @@ class Examination:
             for m in owners:
                 value = _attribute(m, name)
                 own = self._traced and isinstance(value, types.FunctionType) and name not in m.__dict__
-                if own and getattr(definer(type(m), name), "mmebm_pure", False):
+                if own and _is_pure(type(m), name):
                     continue
                 if isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
@@ -347,3 +329,30 @@ def examine_call(m: nn.Module) -> None:
     hooks += [h for h in m._forward_pre_hooks.values() if type(h).__module__ not in _NORMS]
     if hooks:
         refuse(f"{label} has hooks")
+
+
+def examine(energy: Any, *, traced: bool = False) -> None:
+    """Refuses an energy that may have an effect besides its result, or that is no module, method or function."""
+    examination, kind = Examination(traced=traced), type(energy)
+    if isinstance(energy, (nn.Module, types.FunctionType)):
+        examination.run(energy)
+    elif isinstance(energy, types.MethodType) and isinstance(energy.__self__, nn.Module):
+        function, owner = energy.__func__, energy.__self__
+        examination.run(owner)
+        known = not isinstance(function, types.FunctionType) or function.__module__.startswith("torch.")
+        if known and not traced:
+            refuse(f"it is a {kind.__name__}")
+        if not known and not (traced and _is_pure(type(owner), function.__name__)):
+            examination.run(function, owner)
+    elif traced and callable(energy) and _is_pure(kind, "__call__"):
+        attempt().seen.append(kind)
+        for part in vars(energy).values():
+            if isinstance(part, nn.Module):
+                examination.run(part)
+    else:
+        refuse(f"it is a {kind.__name__}")
+
+
+def _is_pure(kind: type, name: str) -> bool:
+    """Whether the class from which ``kind`` has ``name`` says that its methods only compute."""
+    return introspect.definer(kind, name).__dict__.get("mmebm_pure", False)

@@ -16,13 +16,12 @@ One idea a file: :mod:`.recorder` what is written down, :mod:`.moves`, :mod:`.ar
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmebm.energies.lower import effects, inert
 from mmebm.energies.lower.attempt import CannotLower, attempt, attempting, refuse
@@ -45,29 +44,6 @@ class Traced:
     seen: tuple[Any, ...] = ()
 
 
-def _examine(energy: Any) -> None:
-    """Refuses an energy that may have an effect besides its result."""
-    examination, kind = effects.Examination(traced=True), type(energy)
-    if isinstance(energy, nn.Module):
-        return examination.run(energy)
-    if isinstance(energy, types.FunctionType):
-        return examination.run(energy)
-    if isinstance(energy, types.MethodType) and isinstance(energy.__self__, nn.Module):
-        examination.run(energy.__self__)
-        function, owner = energy.__func__, energy.__self__
-        pure = getattr(effects.definer(type(owner), function.__name__), "mmebm_pure", False)
-        if isinstance(function, types.FunctionType) and not pure and not function.__module__.startswith("torch."):
-            examination.run(function, owner)
-        return None
-    if callable(energy) and effects.definer(kind, "__call__").__dict__.get("mmebm_pure", False):
-        attempt().seen.append(kind)
-        for part in vars(energy).values():
-            if isinstance(part, nn.Module):
-                examination.run(part)
-        return None
-    return refuse(f"it is a {kind.__name__}")
-
-
 def trace(
     energy: Callable[..., Any], state: Any, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
     log_prob: bool = False,
@@ -88,7 +64,7 @@ def trace(
         effects.refuse_watchers()
         if not all(inert(value) for value in (*args, *(kwargs or {}).values())):
             refuse("it is given arguments that are not plain data")
-        _examine(energy)
+        effects.examine(energy, traced=True)
         traced = _traced(energy, tensors, build, args, dict(kwargs or {}), log_prob)
         return replace(traced, seen=tuple(noted.seen))
 

@@ -5,32 +5,27 @@ code, the same numbers, strings and flags in whatever the code can see, tensors 
 made anew at each call (a lambda, a small object) is then still the same one: plain objects count by what they hold, not
 by who they are. Modules count by both.
 
-The search is that of :mod:`mmebm.samplers.user_modules`, and it notes values as well: fields, closures, defaults, the
-globals that functions and the methods of a user's class name, items of short containers. It does not see what code
-reads by other ways (files, the environment, long lists, the fields of optimizers and arrays beyond 64 numbers).
+Where to look is said by :mod:`mmebm.introspect`. What code reads by other ways is not seen, nor are the fields of
+optimizers, arrays beyond 64 numbers, and long containers.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmebm.samplers.user_modules import _MAX_DEPTH, _MAX_ITEMS, _library, _names
+from mmebm.introspect import MAX_DEPTH, class_parts, in_library, package, parts
 
 # Values that are their own key.
 _PLAIN = (bool, int, complex, torch.dtype, torch.device, torch.Size, torch.layout)
-# Libraries whose objects hold nothing that an energy computes with.
-_OPAQUE = ("numpy", "logging", "threading", "_thread", "concurrent", "multiprocessing")
 # Numbers of a tensor on another device (kernels take them by value) or of an array; above, writes are counted instead.
 _SMALL = 64
-_CONTAINERS = (list, tuple, dict, set, frozenset, OrderedDict)
+_CONTAINERS = (list, tuple, dict, set, frozenset)
 
 
 def parts_of(energy: Callable[..., Any]) -> tuple[Callable[[Any], Callable[..., Any]], Any, Any]:
@@ -51,25 +46,6 @@ def parts_of(energy: Callable[..., Any]) -> tuple[Callable[[Any], Callable[..., 
         make, arguments = energy.mmebm_parts()  # pyright: ignore[reportFunctionMemberAccess]
         return (lambda parts: make(*parts)), tuple(arguments), ("parts", make)
     return (lambda parts: energy), (), energy
-
-
-@functools.lru_cache(maxsize=256)
-def _names_of(code: types.CodeType) -> tuple[str, ...]:
-    return tuple(_names(code))
-
-
-_methods: weakref.WeakKeyDictionary[type, tuple[types.FunctionType, ...]] = weakref.WeakKeyDictionary()
-
-
-def _methods_of(owner: type) -> tuple[types.FunctionType, ...]:
-    """The plain functions in a user's class; none in a library's or in ours."""
-    if _library(owner) or owner.__module__.partition(".")[0] in ("mmebm", "builtins", *_OPAQUE):
-        return ()
-    found = _methods.get(owner)
-    if found is None:
-        found = tuple(f for f in vars(owner).values() if isinstance(f, types.FunctionType))
-        _methods[owner] = found
-    return found
 
 
 class Identity:
@@ -195,7 +171,7 @@ class Identity:
             self._seen[id(item)] = len(self._seen), item
             if isinstance(item, nn.Module):
                 self._module(item, depth)
-            elif depth > _MAX_DEPTH:
+            elif depth > MAX_DEPTH:
                 self._by_id(item)
             else:
                 self._object(item, depth)
@@ -215,64 +191,15 @@ class Identity:
                 for key, part in value.items():
                     self.both(key)
                     self.add(part, depth)
-            elif not (type(value) in _CONTAINERS and not value):  # hooks, mostly, of which there are none
+            elif value or not isinstance(value, _CONTAINERS):  # hooks, mostly, of which there are none
                 self.both(name)
                 self.add(value, depth + 1)
-        self._class(type(m), depth)
+        self._parts(class_parts(type(m)), depth)
 
-    def _items(self, item: Any, depth: int) -> None:
-        self.both(type(item), len(item))
-        if len(item) > _MAX_ITEMS:
-            self.full.append(id(item))
-            return
-        if isinstance(item, dict):
-            for name, part in list(item.items()):
-                self.add(name, depth + 1)
-                self.add(part, depth + 1)
-        else:
-            for part in item:
-                self.add(part, depth + 1)
-
-    def _function(self, f: types.FunctionType, depth: int) -> None:
-        self.both(f.__code__)
-        self.add(f.__defaults__, depth + 1)
-        self.add(f.__kwdefaults__, depth + 1)
-        self._closure(f, depth)
-        self._globals(f, depth)
-        if f.__dict__:
-            self.add(f.__dict__, depth + 1)
-
-    def _closure(self, f: types.FunctionType, depth: int) -> None:
-        for cell in f.__closure__ or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # a cell that is not filled yet
-                continue
-            self.add(content, depth + 1)
-
-    def _globals(self, f: types.FunctionType, depth: int) -> None:
-        if _library(f) or (f.__module__ or "").partition(".")[0] == "mmebm":
-            return
-        for name in _names_of(f.__code__):
-            if name in f.__globals__:
-                value = f.__globals__[name]
-                if not isinstance(value, (types.ModuleType, type)):
-                    self.add(value, depth + 1)
-
-    def _class(self, owner: type, depth: int) -> None:
-        """What the methods of a user's class close over and the globals they name; numbers and tensors in the class."""
-        for base in owner.__mro__:
-            if _library(base) or base.__module__.partition(".")[0] in ("mmebm", "builtins", *_OPAQUE):
-                continue
-            for name, value in vars(base).items():
-                if isinstance(value, (bool, int, float, Tensor)) and not name.startswith("__"):
-                    self.both(name)
-                    self.add(value, depth)
-            if depth > _MAX_DEPTH:
-                continue
-            for f in _methods_of(base):
-                self._closure(f, depth)
-                self._globals(f, depth)
+    def _parts(self, named: Iterable[tuple[Any, Any]], depth: int) -> None:
+        for name, value in named:
+            self.add(name, depth + 1)
+            self.add(value, depth + 1)
 
     def _object(self, item: Any, depth: int) -> None:
         kind = type(item)
@@ -280,43 +207,20 @@ class Identity:
             self._by_id(item)
             if item.device == self.device:
                 self.generators.append(item)
-        elif kind in _CONTAINERS:
-            self._items(item, depth)
-        elif isinstance(item, functools.partial):
-            self.both(functools.partial)
-            for part in (item.func, item.args, item.keywords):
-                self.add(part, depth + 1)
-        elif isinstance(item, types.MethodType):
-            self.both(types.MethodType)
-            self.add(item.__func__, depth + 1)
-            self.add(item.__self__, depth + 1)
-        elif isinstance(item, types.FunctionType):
-            self._function(item, depth)
-        elif kind.__module__.partition(".")[0] in _OPAQUE or isinstance(item, torch.optim.Optimizer):
+        elif in_library(kind) and (package(kind) != "torch" or isinstance(item, torch.optim.Optimizer)):
+            self.both(kind)
             small = getattr(item, "size", _SMALL + 1)
             if isinstance(small, int) and small <= _SMALL and hasattr(item, "tobytes"):
-                self.both(kind)
                 self.full.append(item.tobytes())  # pyright: ignore[reportAttributeAccessIssue]
             else:
                 self._by_id(item)
         else:
-            found = False
-            self.both(kind)
-            for name, value in _fields(item):
-                found = True
-                self.both(name)
-                self.add(value, depth + 1)
-            self._class(kind, depth)
-            if not found and (kind.__module__ == "builtins" or _library(kind)):
+            self.both(kind, len(item) if isinstance(item, _CONTAINERS) else None)
+            if isinstance(item, types.FunctionType):
+                self.both(item.__code__)
+            inside = list(parts(item))
+            self._parts(inside, depth)
+            if not inside and isinstance(item, _CONTAINERS):
+                self.full.append(id(item) if item else 0)  # a long one
+            elif not inside and (package(kind) == "builtins" or in_library(kind)):
                 self._by_id(item)
-
-
-def _fields(item: Any) -> Iterator[tuple[str, Any]]:
-    fields = getattr(item, "__dict__", None)
-    if isinstance(fields, dict):
-        yield from list(fields.items())
-    for owner in type(item).__mro__:
-        slots = owner.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(item, name):
-                yield name, getattr(item, name)
