@@ -105,11 +105,14 @@ def closure(f: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _named(f: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """(name, value) of the variables that ``f`` closes over and of the globals that it names."""
+    """(name, value) of the variables that ``f`` closes over and of the globals, no classes or
+    modules of Python, that it names."""
     yield from ((name, value) for name, value in closure(f) if value is not EMPTY)
     if not in_library(f) and package(f) != "mmebm":
-        scope = f.__globals__
-        yield from ((name, scope[name]) for name in names_in(f.__code__).globals if name in scope)
+        for name in names_in(f.__code__).globals:
+            value = f.__globals__.get(name, EMPTY)
+            if value is not EMPTY and not isinstance(value, (type, types.ModuleType)):
+                yield name, value
 
 
 # -- objects

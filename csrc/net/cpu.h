@@ -12,7 +12,7 @@
 
 namespace mmebm {
 
-// In the order of KINDS in mmebm/ops/net/graph.py.
+// In the order of _KINDS in mmebm/ops/net/cpp.py.
 enum class NetNodeKind { input, view, conv, linear, activation, add, affine, product, map, norm, logsumexp };
 
 // A node as the caller describes it; fields as the kind needs them. Addresses are the caller's.

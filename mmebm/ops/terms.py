@@ -8,16 +8,16 @@ are each one call. :mod:`mmebm.energies` makes terms from modules.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from mmebm.ops.common.address import require_dense
+from mmebm.ops.common.description import PER_CHAIN, SHARED_OR_PER_CHAIN, Described, pack, tensors_in, unpack
 
 __all__ = [
     "ACTIVATIONS", "LIMITS", "Activation", "Likelihood", "Quadratic", "Residual", "Scalar", "Stack", "Term",
@@ -44,7 +44,7 @@ LIMITS: Final = Limits()
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(Described):
     """Linear layers with one activation between them: ``W_n a(... a(W_1 x + b_1) ...) + b_n``.
 
     Attributes:
@@ -66,7 +66,7 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
-class Scalar:
+class Scalar(Described):
     """``weight`` times the one output of a stack: a data energy, a latent energy prior; -1 for a log density."""
 
     stack: Stack
@@ -74,7 +74,7 @@ class Scalar:
 
 
 @dataclass(frozen=True, slots=True)
-class Residual:
+class Residual(Described):
     """Minus the log-likelihood of each chain's own target under a stack's outputs y, without the constant.
 
         weight sum_j (t_j - y_j)^2 / (2 scale^2)   gaussian;    weight sum_j |t_j - y_j| / scale   laplace
@@ -86,16 +86,16 @@ class Residual:
     """
 
     stack: Stack
-    target: Tensor
+    target: Tensor = field(metadata=PER_CHAIN)
     scale: float
     likelihood: Likelihood = "gaussian"
     tanh: bool = False
     weight: float = 1.0
-    observed: Tensor | None = None
+    observed: Tensor | None = field(default=None, metadata=SHARED_OR_PER_CHAIN)
 
 
 @dataclass(frozen=True, slots=True)
-class Quadratic:
+class Quadratic(Described):
     """``1/2 sum_j precision_j (x_j - mean_j)^2``: a diagonal Gaussian; both of shape (inputs,)."""
 
     mean: Tensor
@@ -112,12 +112,7 @@ def inputs_of(term: Term) -> int:
 
 def tensors_of(term: Term) -> list[Tensor]:
     """The tensors a term holds."""
-    if isinstance(term, Quadratic):
-        return [term.mean, term.precision]
-    own = [*term.stack.weights, *(b for b in term.stack.biases if b is not None)]
-    if isinstance(term, Residual):
-        own += [term.target, *([] if term.observed is None else [term.observed])]
-    return own
+    return tensors_in(term)
 
 
 def _check_stack(name: str, stack: Stack, inputs: int, device: torch.device) -> None:
@@ -208,47 +203,3 @@ def too_wide(terms: Sequence[Term]) -> str | None:
         if outputs > LIMITS.ends:
             return f"term {i} has {outputs} outputs, taken are up to {LIMITS.ends}"
     return None
-
-
-# -- terms as what a torch.library schema can carry: a string, and tensors in the order of the fields
-
-
-def pack(terms: Sequence[Term]) -> tuple[str, list[Tensor | None]]:
-    """(description, tensors); :func:`unpack` is the inverse."""
-    tensors: list[Tensor | None] = []
-
-    # JSON by hand: torch.compile cannot trace json.dumps
-    def text(value: Any) -> str:
-        if isinstance(value, (Stack, Scalar, Residual, Quadratic)):
-            fields = [f'"{name}": {text(getattr(value, name))}' for name in value.__dataclass_fields__]
-            return f'{{"kind": "{type(value).__name__}", {", ".join(fields)}}}'
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            return f'{{"tensor": {len(tensors) - 1}}}'
-        if isinstance(value, tuple):
-            return "[" + ", ".join([text(part) for part in value]) + "]"
-        if value is None or isinstance(value, bool):
-            return {None: "null", True: "true", False: "false"}[value]
-        if isinstance(value, str):
-            return f'"{value}"'
-        number = float(value)
-        if number != number or number in (math.inf, -math.inf):
-            return "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"
-        return repr(number)
-
-    return "[" + ", ".join([text(term) for term in terms]) + "]", tensors
-
-
-def unpack(description: str, tensors: Sequence[Tensor | None]) -> tuple[Term, ...]:
-    """Terms from what :func:`pack` made."""
-    kinds = {kind.__name__: kind for kind in (Stack, Scalar, Residual, Quadratic)}
-
-    def rebuilt(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "tensor" in value:
-                return tensors[value["tensor"]]
-            kind = kinds[value["kind"]]
-            return kind(**{name: rebuilt(part) for name, part in value.items() if name != "kind"})
-        return tuple(rebuilt(part) for part in value) if isinstance(value, list) else value
-
-    return tuple(rebuilt(term) for term in json.loads(description))

@@ -17,7 +17,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,9 @@ from torch import Tensor, nn
 from mmebm.energies.lower import Lowered
 from mmebm.energies.trace import Traced
 from mmebm.introspect import Memory
+from mmebm.ops.common.description import of_chains, replaced, structure
+from mmebm.ops.evaluate import Energy, by_op, by_reference
 from mmebm.ops.langevin_step.reference import per_chain
-from mmebm.ops.mlp_energy import mlp_energy
-from mmebm.ops.mlp_energy.reference import mlp_energy as mlp_reference
-from mmebm.ops.net import graph
-from mmebm.ops.net.graph import Net
-from mmebm.ops.net.op import net_energy
-from mmebm.ops.net.reference import energy_and_gradient
-from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 from mmebm.samplers.gradient import Target
 
 # Every chain's value and gradient are computed, those of so many are compared.
@@ -57,23 +52,8 @@ class _Entry:
     reason: str | None = None
 
 
-# What an energy was understood as
-Terms: TypeAlias = "Sequence[Term] | Net"
-_PARTS: Final = (Scalar, Residual, Quadratic, Stack, Net, *graph.KINDS)
-
 _entries: Memory[_Entry] = Memory(512)
 _lock = threading.Lock()
-
-
-def _described(value: Any) -> Any:
-    """The kinds, shapes and names of a term, without its numbers."""
-    if isinstance(value, _PARTS):
-        return (type(value), *(_described(getattr(value, f.name)) for f in dataclasses.fields(value)))
-    if isinstance(value, Tensor):
-        return tuple(value.shape[1:] if value.dim() > 1 else value.shape)
-    if isinstance(value, tuple):
-        return tuple(map(_described, value))
-    return value if isinstance(value, (str, bool, int, type(None))) else type(value)
 
 
 class Check:
@@ -81,9 +61,9 @@ class Check:
 
     def __init__(self, target: Target, lowered: Lowered | Traced, backend: str) -> None:
         self.target, self.backend = target, backend
-        self.terms: Terms = lowered.net if isinstance(lowered, Traced) else lowered.terms
+        self.energy = lowered.energy
         modules = [item for item in lowered.seen if isinstance(item, nn.Module)]
-        rest = (_described(self.terms), lowered.scalar, backend, target.log_prob)
+        rest = (structure(self.energy), lowered.scalar, backend, target.log_prob)
         entry = _entries.get(lowered.seen, rest, _Entry)
         with _lock:
             entry.chains += 1
@@ -119,7 +99,7 @@ class Check:
         rows = torch.linspace(0, chains - 1, min(chains, ROWS), dtype=torch.float64, device=flat.device).round().long()
         difference = disagreement(
             None if value is None or value.dim() == 0 else value[rows], grad[rows], flat[rows],
-            _rows(self.terms, rows), self.backend if where == START else None,
+            of_chains(self.energy, rows), self.backend if where == START else None,
         )  # fmt: skip
         if difference is None:
             return None
@@ -140,59 +120,21 @@ class Check:
         return reason
 
 
-def reference(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """Value (chains,) and gradient (chains, inputs) in PyTorch."""
-    return energy_and_gradient(x, terms) if isinstance(terms, Net) else mlp_reference(x, terms)
-
-
-def _op(x: Tensor, terms: Terms, backend: str) -> tuple[Tensor, Tensor]:
-    """The same by the fused op."""
-    if isinstance(terms, Net):
-        return net_energy(x, terms, backend=backend)
-    return mlp_energy(x, terms, backend=backend if backend in ("cpp", "triton") else "torch")
-
-
-def _rows(terms: Terms, rows: Tensor) -> Terms:
-    """``terms`` of some of the chains."""
-
-    def cut(t: Tensor | None) -> Tensor | None:
-        return t if t is None or t.shape[0] == 1 else t[rows]
-
-    def of(part: Any) -> Any:
-        if isinstance(part, Residual):
-            return dataclasses.replace(part, target=part.target[rows], observed=cut(part.observed))
-        if isinstance(part, graph.Add):
-            return dataclasses.replace(part, shift=cut(part.shift))
-        if isinstance(part, graph.Affine):
-            return dataclasses.replace(part, scale=cut(part.scale), shift=cut(part.shift))
-        return part
-
-    return Net(tuple(map(of, terms.nodes))) if isinstance(terms, Net) else [of(term) for term in terms]
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Terms with their numbers in ``dtype``."""
-    if isinstance(value, _PARTS):
-        fields = {f.name: _cast(getattr(value, f.name), dtype) for f in dataclasses.fields(value)}
-        return type(value)(**fields)
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    return tuple(_cast(part, dtype) for part in value) if isinstance(value, (tuple, list)) else value
-
-
-def disagreement(value: Tensor | None, grad: Tensor, x: Tensor, terms: Terms, backend: str | None = None) -> str | None:
-    """How an energy's value (chains,) and gradient (chains, inputs) at the flat state ``x`` differ from what ``terms``
-    say in float64; None where they agree. With a ``backend``, the op's in float32 are compared as well.
+def disagreement(
+    value: Tensor | None, grad: Tensor, x: Tensor, energy: Energy, backend: str | None = None
+) -> str | None:
+    """How an energy's value (chains,) and gradient (chains, inputs) at the flat state ``x`` differ from what ``energy``
+    says in float64; None where they agree. With a ``backend``, the op's in float32 are compared as well.
 
     Rows at which float32 overflows are left out. The tolerance is :data:`FACTOR` times the error that the reference
     makes in float32 at the row and close to it, or in the median row; next to a kink of an activation, where a rounding
     decides between two slopes, either slope is right.
     """
-    wide: Terms = _cast(terms, torch.float64)
-    exact = [part.reshape(x.shape[0], -1) for part in reference(x.double(), wide)]
+    wide = replaced(energy, lambda t, _: t.double() if t.is_floating_point() else t)
+    exact = [part.reshape(x.shape[0], -1) for part in by_reference(x.double(), wide)]
     pairs = [("autograd", "value", value, 0), ("autograd", "gradient", grad, 1)]
     if backend is not None:
-        op = _op(x, terms, backend)
+        op = by_op(x, energy, backend)
         pairs += [("the fused op", "value", op[0], 0), ("the fused op", "gradient", op[1], 1)]
     differences = [
         None if found is None else (found.reshape(exact[i].shape).double() - exact[i]).abs().amax(1)
@@ -206,9 +148,12 @@ def disagreement(value: Tensor | None, grad: Tensor, x: Tensor, terms: Terms, ba
     apart = 1 + torch.arange(copies, device=x.device, dtype=x.dtype) * 2.0**-12
     many = (apart.view(-1, 1, 1) * x).flatten(0, 1)
     rows = torch.arange(x.shape[0], dtype=torch.int64, device=x.device).repeat(copies)
-    single, double = reference(many, _rows(terms, rows)), reference(many.double(), _rows(wide, rows))
+    single, double = (
+        by_reference(many, of_chains(energy, rows)),
+        by_reference(many.double(), of_chains(wide, rows)),
+    )
     # a saturated network's gradient is what is left of slopes that are rounded at the size of those at the origin
-    origin = reference(torch.zeros_like(x, dtype=torch.float64), wide)
+    origin = by_reference(torch.zeros_like(x, dtype=torch.float64), wide)
     counted = x.isfinite().all(1)
     for part in single:
         counted &= part[: x.shape[0]].reshape(x.shape[0], -1).isfinite().all(1)
@@ -233,7 +178,7 @@ def disagreement(value: Tensor | None, grad: Tensor, x: Tensor, terms: Terms, ba
     return None
 
 
-def _beside_a_kink(grad: Tensor, x: Tensor, wide: Terms, wrong: Tensor, allowed: Tensor) -> Tensor:
+def _beside_a_kink(grad: Tensor, x: Tensor, wide: Energy, wrong: Tensor, allowed: Tensor) -> Tensor:
     """Of the rows ``wrong``, those whose gradient is that of a point within some roundings of ``x``: bool (chains,)."""
     found = torch.zeros_like(wrong)
     generator = torch.Generator().manual_seed(0)
@@ -242,6 +187,6 @@ def _beside_a_kink(grad: Tensor, x: Tensor, wide: Terms, wrong: Tensor, allowed:
             torch.randn(64, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x.device) * 2.0**-22
         )
         near = x[row].double() + shifts * x[row].double().abs().clamp(min=1.0)
-        _, grads = reference(near, _rows(wide, torch.full((64,), row, dtype=torch.int64, device=x.device)))
+        _, grads = by_reference(near, of_chains(wide, torch.full((64,), row, dtype=torch.int64, device=x.device)))
         found[row] = bool(((grads - grad[row].double()).abs().amax(1) <= 2 * allowed[row]).any())
     return found

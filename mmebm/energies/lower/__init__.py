@@ -45,6 +45,11 @@ class Lowered:
     scalar: bool
     seen: tuple[Any, ...] = ()
 
+    @property
+    def energy(self) -> tuple[Term, ...]:
+        """What was understood."""
+        return self.terms
+
 
 def call(energy: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``energy`` makes of the symbolic ``state``, for a ``mmebm_lowered`` method that calls others."""

@@ -43,6 +43,11 @@ class Traced:
     scalar: bool
     seen: tuple[Any, ...] = ()
 
+    @property
+    def energy(self) -> Net:
+        """What was understood."""
+        return self.net
+
 
 def trace(
     energy: Callable[..., Any], state: Any, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,

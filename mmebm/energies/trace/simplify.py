@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mmebm.ops.net import graph
-
-
-def _renumbered(node: graph.Node, to: Mapping[int, int]) -> graph.Node:
-    if isinstance(node, graph.Input):
-        return node
-    if isinstance(node, (graph.Add, graph.Map)):
-        return replace(node, xs=tuple(to[x] for x in node.xs))
-    if isinstance(node, graph.Product):
-        return replace(node, a=to[node.a], b=to[node.b])
-    return replace(node, x=to[node.x])
 
 
 def pruned(nodes: Sequence[graph.Node], last: int) -> list[graph.Node]:
@@ -27,7 +17,7 @@ def pruned(nodes: Sequence[graph.Node], last: int) -> list[graph.Node]:
             needed.add(i)
             waiting.extend(graph.reads(nodes[i]))
     order = {old: new for new, old in enumerate(sorted(needed))}
-    return [_renumbered(nodes[old], order) for old in sorted(needed)]
+    return [graph.renumbered(nodes[old], order) for old in sorted(needed)]
 
 
 def _users(nodes: Sequence[graph.Node]) -> list[int]:

@@ -20,8 +20,6 @@ from mmebm.ops.common.address import Addresses
 from mmebm.ops.langevin_mlp import MlpResult
 from mmebm.ops.langevin_mlp.cpp import call_chain, call_energy, plain_on_cpu, supports_options
 from mmebm.ops.net.graph import (
-    FUNCTIONS,
-    KINDS,
     Activation,
     Add,
     Affine,
@@ -32,16 +30,23 @@ from mmebm.ops.net.graph import (
     Map,
     Net,
     Norm,
+    Product,
     View,
     check_net,
     reads,
     shapes_of,
     tensors_of,
-)  # fmt: skip
+)
 from mmebm.ops.net.op import NetChain
 
 __all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]
 
+# The kinds and functions that are built, in the order of csrc/net/net.h and csrc/common/activation.h
+_KINDS: Final = (Input, View, Conv, Linear, Activation, Add, Affine, Product, Map, Norm, LogSumExp)
+_FUNCTIONS: Final = (
+    *("relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"),
+    *("sigmoid", "square", "abs", "exp", "sqrt", "reciprocal"),
+)
 # Numbers of one chain that all nodes hold together: three buffers of 16 lanes of them are 768 MiB a thread.
 _ELEMENTS: Final = 1 << 22
 
@@ -59,6 +64,11 @@ def supports_energy(net: Net, x: Tensor) -> str | None:
             return f"a tensor of the net is {t.dtype}, taken is float32"
     if reason is not None:
         return reason
+    for node in net.nodes:
+        if not isinstance(node, _KINDS):
+            return f"{type(node).__name__} is not built"
+        if isinstance(node, Activation) and node.function not in _FUNCTIONS:
+            return f"the function {node.function} is not built"
     spans = sorted((n.start, n.start + math.prod(n.shape)) for n in net.nodes if isinstance(n, Input))
     if any(one[1] > two[0] for one, two in pairwise(spans)):
         return "inputs of the net overlap"
@@ -89,7 +99,7 @@ def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]
 
     out = []
     for node, shape in zip(net.nodes, check_net(net, x.shape[0], x.shape[1], x.device), strict=True):
-        d: dict[str, Any] = {"kind": KINDS.index(type(node)), "xs": reads(node), "shape": _image(shape)}
+        d: dict[str, Any] = {"kind": _KINDS.index(type(node)), "xs": reads(node), "shape": _image(shape)}
         if isinstance(node, Input):
             d["start"] = node.start
         elif isinstance(node, (Conv, Linear)):
@@ -100,7 +110,7 @@ def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]
                     groups=node.groups, transposed=node.transposed,
                 )  # fmt: skip
         elif isinstance(node, Activation):
-            d.update(function=FUNCTIONS.index(node.function), slope=float(node.slope))
+            d.update(function=_FUNCTIONS.index(node.function), slope=float(node.slope))
         elif isinstance(node, (Add, Affine)):
             if isinstance(node, Add):
                 d["coefficients"] = tuple(map(float, node.coefficients))
@@ -112,8 +122,6 @@ def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]
             d.update(index=address(node.index, torch.int64), index_weight=address(weight), terms=node.index.shape[1])
         elif isinstance(node, Norm):
             d.update(groups=node.groups, eps=float(node.eps))
-        elif not isinstance(node, View) and type(node).__name__ != "Product":
-            raise native.BackendError(f"cpp: net: {type(node).__name__} is not built")
         out.append(d)
     return out
 

@@ -7,25 +7,49 @@ A node reads earlier nodes by their position in the list and has a shape per cha
 positions (padding, cropping, pooling, upsampling, concatenation, sums and means); residual blocks are :class:`Add`, a
 folded norm is :class:`Affine`, a squared distance to data is ``Add``, ``Activation("square")`` and ``Map``.
 
-To add a kind: a class here, its ``forward`` in ``reference.py``, and in ``csrc/net`` its forward and backward loops. A
-backend that lacks a kind refuses it by its name.
+To add a kind: a class here with its shape and what must hold, its value in ``reference.py``, and in
+:mod:`mmebm.energies.trace` the rule that makes one. A backend names the kinds that it takes and refuses the others.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from mmebm.ops.common import description
+from mmebm.ops.common.description import SHARED_OR_PER_CHAIN, Described, tensors_in
+
 __all__ = [
-    "KINDS", "Activation", "Add", "Affine", "Conv", "Function", "Input", "Linear", "LogSumExp", "Map", "Net", "Node",
-    "Norm", "Product", "View", "check_net", "pack", "reads", "shape_of", "shapes_of", "tensors_of", "unpack",
-]  # fmt: skip
+    "FUNCTIONS",
+    "Activation",
+    "Add",
+    "Affine",
+    "Conv",
+    "Function",
+    "Input",
+    "Linear",
+    "LogSumExp",
+    "Map",
+    "Net",
+    "Node",
+    "Norm",
+    "Product",
+    "Shape",
+    "View",
+    "check_net",
+    "pack",
+    "reads",
+    "renumbered",
+    "shape_of",
+    "shapes_of",
+    "tensors_of",
+    "unpack",
+]
 
 Function = Literal[
     "relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu", "sigmoid", "square", "abs", "exp", "sqrt",
@@ -35,24 +59,75 @@ FUNCTIONS: Final[tuple[str, ...]] = get_args(Function)
 Shape: TypeAlias = "tuple[int, ...]"
 
 
+class Node(Described):
+    """Base of the kinds. ``before``: the shapes per chain of the nodes that this one reads."""
+
+    __slots__ = ()
+
+    def shape_after(self, before: Sequence[Shape]) -> Shape:
+        """The shape per chain."""
+        return before[0]
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        """Raises a ValueError that says what is wrong, without this node's name."""
+
+
+def _check_shape(shape: Shape) -> None:
+    if not shape or min(shape) < 1:
+        raise ValueError(f"must have a shape of at least one dimension, each at least 1, got {shape}")
+
+
+def _check_rows(name: str, t: Tensor | None, chains: int, shape: Shape) -> None:
+    if t is not None and tuple(t.shape) not in ((1, *shape), (chains, *shape)):
+        raise ValueError(f"must have {name} (1 or {chains}, {str(shape)[1:]}, got {tuple(t.shape)}")
+
+
+def _check_bias(bias: Tensor | None, outputs: int) -> None:
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"must have bias ({outputs},), got {tuple(bias.shape)}")
+
+
+def _check_index(index: Tensor, shape: Shape, low: int, high: int) -> None:
+    if index.dtype != torch.int64 or index.dim() != 2 or index.shape[0] != math.prod(shape) or index.shape[1] < 1:
+        raise ValueError(f"must have index int64 ({math.prod(shape)}, k), got {index.dtype} {tuple(index.shape)}")
+    if index.device.type != "meta" and not (low <= int(index.min()) and int(index.max()) < high):
+        raise ValueError(f"must have index in [{low}, {high}), got {int(index.min())} to {int(index.max())}")
+
+
 @dataclass(frozen=True, slots=True)
-class Input:
+class Input(Node):
     """Elements ``start``, ``start + 1``, ... of the state, in this shape."""
 
     start: int
     shape: Shape
 
+    def shape_after(self, before: Sequence[Shape]) -> Shape:
+        return tuple(self.shape)
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        _check_shape(self.shape)
+        if not 0 <= self.start <= inputs - math.prod(self.shape):
+            raise ValueError(f"must lie in the {inputs} inputs, got start={self.start}, shape={self.shape}")
+
 
 @dataclass(frozen=True, slots=True)
-class View:
+class View(Node):
     """The elements of ``x`` in their row-major order, in another shape."""
 
     x: int
     shape: Shape
 
+    def shape_after(self, before: Sequence[Shape]) -> Shape:
+        return tuple(self.shape)
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        _check_shape(self.shape)
+        if math.prod(self.shape) != math.prod(before[0]):
+            raise ValueError(f"has shape {self.shape}, but its input has {math.prod(before[0])} elements")
+
 
 @dataclass(frozen=True, slots=True)
-class Conv:
+class Conv(Node):
     """A convolution of (channels, height, width), or with ``transposed`` the gradient of one.
 
     Attributes:
@@ -71,53 +146,108 @@ class Conv:
     transposed: bool = False
     output_padding: tuple[int, int] = (0, 0)
 
+    def shape_after(self, before: Sequence[Shape]) -> Shape:
+        w, sides = self.weight, []
+        channels = w.shape[1] * self.groups if self.transposed else w.shape[0]
+        for i in range(2):
+            size, reach = before[0][1 + i], self.dilation[i] * (w.shape[2 + i] - 1) + 1
+            if self.transposed:
+                sides.append((size - 1) * self.stride[i] - 2 * self.padding[i] + reach + self.output_padding[i])
+            else:
+                sides.append((size + 2 * self.padding[i] - reach) // self.stride[i] + 1)
+        return channels, *sides
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        shape, w = before[0], self.weight
+        pairs = (self.stride, self.padding, self.dilation, self.output_padding)
+        if len(shape) != 3 or w.dim() != 4 or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
+            raise ValueError(f"must read (channels, height, width), weight of four dimensions, got {shape}, {w.shape}")
+        if min(*self.stride, *self.dilation, self.groups, *w.shape) < 1:
+            raise ValueError("must have stride, dilation, groups and kernel of at least 1")
+        taken = w.shape[0] if self.transposed else w.shape[1] * self.groups
+        given = w.shape[0] if not self.transposed else taken
+        if taken != shape[0] or given % self.groups or shape[0] % self.groups:
+            raise ValueError(f"has weight {tuple(w.shape)} in {self.groups} groups, its input {shape[0]} channels")
+        after = self.shape_after(before)
+        if min(after) < 1:
+            raise ValueError(f"has no output at an input of {shape}")
+        _check_bias(self.bias, after[0])
+
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(Node):
     """``weight`` (outputs, elements of x) times all elements of ``x`` in row-major order, plus ``bias`` (outputs,)."""
 
     x: int
     weight: Tensor
     bias: Tensor | None = None
 
+    def shape_after(self, before: Sequence[Shape]) -> Shape:
+        return (self.weight.shape[0],)
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        size = math.prod(before[0])
+        if self.weight.dim() != 2 or self.weight.shape[1] != size:
+            raise ValueError(f"must have weight (outputs, {size}), got {tuple(self.weight.shape)}")
+        _check_bias(self.bias, self.weight.shape[0])
+
 
 @dataclass(frozen=True, slots=True)
-class Activation:
+class Activation(Node):
     """``function`` of each element. ``slope``: of leaky_relu below 0, and the alpha of elu; the others have none."""
 
     x: int
     function: Function
     slope: float = 0.0
 
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        if self.function not in FUNCTIONS:
+            raise ValueError(f"must have a function of {FUNCTIONS}, got {self.function!r}")
+
 
 @dataclass(frozen=True, slots=True)
-class Add:
+class Add(Node):
     """``sum_i coefficients_i xs_i + shift``, all of one shape. ``shift``: (1 or chains, *shape) or ``None``."""
 
     xs: tuple[int, ...]
     coefficients: tuple[float, ...]
-    shift: Tensor | None = None
+    shift: Tensor | None = field(default=None, metadata=SHARED_OR_PER_CHAIN)
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        if len(set(before)) != 1:
+            raise ValueError(f"must read one shape, got {list(before)}")
+        if len(self.coefficients) != len(self.xs):
+            raise ValueError(f"has {len(self.xs)} inputs and {len(self.coefficients)} coefficients")
+        _check_rows("shift", self.shift, chains, before[0])
 
 
 @dataclass(frozen=True, slots=True)
-class Affine:
+class Affine(Node):
     """``scale x + shift``, both (1 or chains, *shape), the shift may be ``None``."""
 
     x: int
-    scale: Tensor
-    shift: Tensor | None = None
+    scale: Tensor = field(metadata=SHARED_OR_PER_CHAIN)
+    shift: Tensor | None = field(default=None, metadata=SHARED_OR_PER_CHAIN)
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        _check_rows("scale", self.scale, chains, before[0])
+        _check_rows("shift", self.shift, chains, before[0])
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Product(Node):
     """``a b``, element by element, of one shape."""
 
     a: int
     b: int
 
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        if len(set(before)) != 1:
+            raise ValueError(f"must read one shape, got {list(before)}")
+
 
 @dataclass(frozen=True, slots=True)
-class Map:
+class Map(Node):
     """Output i is ``sum_k weight_ik y[index_ik]``, where y are the elements of all ``xs``, side by side.
 
     Attributes:
@@ -131,75 +261,77 @@ class Map:
     index: Tensor
     weight: Tensor | None = None
 
+    def shape_after(self, before: Sequence[Shape]) -> Shape:
+        return tuple(self.shape)
+
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        _check_shape(self.shape)
+        _check_index(self.index, self.shape, -1, sum(map(math.prod, before)))
+        if self.weight is not None and self.weight.shape != self.index.shape:
+            raise ValueError(f"must have weight {tuple(self.index.shape)}, got {tuple(self.weight.shape)}")
+
 
 @dataclass(frozen=True, slots=True)
-class Norm:
+class Norm(Node):
     """``(x - mean) / sqrt(variance + eps)`` in each of ``groups`` consecutive parts of equal length."""
 
     x: int
     groups: int
     eps: float
 
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        size = math.prod(before[0])
+        if self.groups < 1 or size % self.groups or not self.eps >= 0:
+            raise ValueError(f"must cut {size} elements in equal groups, eps of at least 0, got {self}")
+
 
 @dataclass(frozen=True, slots=True)
-class LogSumExp:
+class LogSumExp(Node):
     """Output i is ``log sum_k exp x[index_ik]``. ``index``: int64 (n, k), n the elements of ``shape``."""
 
     x: int
     shape: Shape
     index: Tensor
 
+    def shape_after(self, before: Sequence[Shape]) -> Shape:
+        return tuple(self.shape)
 
-Node: TypeAlias = "Input | View | Conv | Linear | Activation | Add | Affine | Product | Map | Norm | LogSumExp"
-KINDS: Final[tuple[type, ...]] = (
-    Input, View, Conv, Linear, Activation, Add, Affine, Product, Map, Norm, LogSumExp,
-)  # fmt: skip
+    def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
+        _check_shape(self.shape)
+        _check_index(self.index, self.shape, 0, math.prod(before[0]))
 
 
 @dataclass(frozen=True, slots=True)
-class Net:
+class Net(Described):
     """The nodes in an order in which each reads earlier ones; the last is the energy."""
 
     nodes: tuple[Node, ...]
 
 
-def reads(node: Node) -> tuple[int, ...]:
+def reads(node: Any) -> tuple[int, ...]:
     """The positions of the nodes that ``node`` reads."""
-    if isinstance(node, Input):
-        return ()
-    if isinstance(node, (Add, Map)):
-        return node.xs
     if isinstance(node, Product):
         return node.a, node.b
-    return (node.x,)
+    return node.xs if hasattr(node, "xs") else (node.x,) if hasattr(node, "x") else ()
+
+
+def renumbered(node: Node, to: Mapping[int, int]) -> Node:
+    """``node`` where it reads others: ``to`` says which in the place of which."""
+    if isinstance(node, Product):
+        return replace(node, a=to[node.a], b=to[node.b])
+    moved = tuple(to[x] for x in reads(node))
+    one: Any = node
+    return replace(one, xs=moved) if hasattr(node, "xs") else replace(one, x=moved[0]) if moved else node
 
 
 def tensors_of(net: Net) -> list[Tensor]:
     """The tensors that the nodes hold."""
-    values = [getattr(node, name) for node in net.nodes for name in node.__dataclass_fields__]
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _conv_shape(node: Conv, shape: Shape) -> Shape:
-    w = node.weight
-    channels = w.shape[1] * node.groups if node.transposed else w.shape[0]
-    sides = []
-    for i in range(2):
-        reach = node.dilation[i] * (w.shape[2 + i] - 1) + 1
-        if node.transposed:
-            sides.append((shape[1 + i] - 1) * node.stride[i] - 2 * node.padding[i] + reach + node.output_padding[i])
-        else:
-            sides.append((shape[1 + i] + 2 * node.padding[i] - reach) // node.stride[i] + 1)
-    return channels, *sides
+    return tensors_in(net)
 
 
 def shape_of(node: Node, shapes: Sequence[Shape]) -> Shape:
     """The shape per chain of ``node``; ``shapes``: those of the nodes before it."""
-    if isinstance(node, (Input, View, Map, LogSumExp)):
-        return tuple(node.shape)
-    if isinstance(node, Conv):
-        return _conv_shape(node, shapes[node.x])
-    return (node.weight.shape[0],) if isinstance(node, Linear) else shapes[reads(node)[0]]
+    return node.shape_after([shapes[r] for r in reads(node)])
 
 
 def shapes_of(net: Net) -> list[Shape]:
@@ -208,63 +340,6 @@ def shapes_of(net: Net) -> list[Shape]:
     for node in net.nodes:
         shapes.append(shape_of(node, shapes))
     return shapes
-
-
-def _check(net: Net, i: int, shapes: list[Shape], chains: int, inputs: int) -> Shape:
-    """The shape of node ``i``, or a ValueError that says what is wrong with it, without its name."""
-    node = net.nodes[i]
-    before = reads(node)
-    if not all(0 <= r < i for r in before):
-        raise ValueError(f"must read earlier nodes, got {before}")
-    if not isinstance(node, Input) and not before:
-        raise ValueError("must read at least one node")
-    sizes = [math.prod(shapes[r]) for r in before]
-    if isinstance(node, (Input, View, Map, LogSumExp)) and (not node.shape or min(node.shape) < 1):
-        raise ValueError(f"must have a shape of at least one dimension, each at least 1, got {node.shape}")
-    if isinstance(node, Input) and not 0 <= node.start <= inputs - math.prod(node.shape):
-        raise ValueError(f"must lie in the {inputs} inputs, got start={node.start}, shape={node.shape}")
-    if isinstance(node, View) and math.prod(node.shape) != sizes[0]:
-        raise ValueError(f"has shape {node.shape}, but its input has {sizes[0]} elements")
-    if isinstance(node, Conv):
-        shape, w = shapes[node.x], node.weight
-        pairs = (node.stride, node.padding, node.dilation, node.output_padding)
-        if len(shape) != 3 or w.dim() != 4 or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
-            raise ValueError(f"must read (channels, height, width), weight of four dimensions, got {shape}, {w.shape}")
-        if min(*node.stride, *node.dilation, node.groups, *w.shape) < 1:
-            raise ValueError("must have stride, dilation, groups and kernel of at least 1")
-        taken = w.shape[0] if node.transposed else w.shape[1] * node.groups
-        given = w.shape[0] if not node.transposed else taken
-        if taken != shape[0] or given % node.groups or shape[0] % node.groups:
-            raise ValueError(f"has weight {tuple(w.shape)} in {node.groups} groups, its input {shape[0]} channels")
-        if min(_conv_shape(node, shape)) < 1:
-            raise ValueError(f"has no output at an input of {shape}")
-    if isinstance(node, Linear) and (node.weight.dim() != 2 or node.weight.shape[1] != sizes[0]):
-        raise ValueError(f"must have weight (outputs, {sizes[0]}), got {tuple(node.weight.shape)}")
-    if isinstance(node, Activation) and node.function not in FUNCTIONS:
-        raise ValueError(f"must have a function of {FUNCTIONS}, got {node.function!r}")
-    if isinstance(node, (Add, Product)) and len({shapes[r] for r in before}) != 1:
-        raise ValueError(f"must read one shape, got {[shapes[r] for r in before]}")
-    if isinstance(node, Add) and len(node.coefficients) != len(node.xs):
-        raise ValueError(f"has {len(node.xs)} inputs and {len(node.coefficients)} coefficients")
-    shape = shape_of(node, shapes)
-    if isinstance(node, (Conv, Linear)) and node.bias is not None and node.bias.shape != shape[:1]:
-        raise ValueError(f"must have bias ({shape[0]},), got {tuple(node.bias.shape)}")
-    if isinstance(node, (Add, Affine)):
-        for name in ("scale", "shift"):
-            t = getattr(node, name, None)
-            if t is not None and tuple(t.shape) not in ((1, *shape), (chains, *shape)):
-                raise ValueError(f"must have {name} (1 or {chains}, {str(shape)[1:]}, got {tuple(t.shape)}")
-    if isinstance(node, (Map, LogSumExp)):
-        index, low = node.index, -1 if isinstance(node, Map) else 0
-        if index.dtype != torch.int64 or index.dim() != 2 or index.shape[0] != math.prod(shape) or index.shape[1] < 1:
-            raise ValueError(f"must have index int64 ({math.prod(shape)}, k), got {index.dtype} {tuple(index.shape)}")
-        if isinstance(node, Map) and node.weight is not None and node.weight.shape != index.shape:
-            raise ValueError(f"must have weight {tuple(index.shape)}, got {tuple(node.weight.shape)}")
-        if index.device.type != "meta" and not (low <= int(index.min()) and int(index.max()) < sum(sizes)):
-            raise ValueError(f"must have index in [{low}, {sum(sizes)}), got {int(index.min())} to {int(index.max())}")
-    if isinstance(node, Norm) and (node.groups < 1 or sizes[0] % node.groups or not node.eps >= 0):
-        raise ValueError(f"must cut {sizes[0]} elements in equal groups, eps of at least 0, got {node}")
-    return shape
 
 
 def check_net(net: Net, chains: int, inputs: int, device: torch.device) -> list[Shape]:
@@ -278,13 +353,20 @@ def check_net(net: Net, chains: int, inputs: int, device: torch.device) -> list[
     shapes: list[Shape] = []
     for i, node in enumerate(net.nodes):
         name = f"nodes[{i}]"
-        if not isinstance(node, KINDS):
-            raise TypeError(f"{name} must be one of {[kind.__name__ for kind in KINDS]}, got {type(node).__name__}")
-        for t in tensors_of(Net((node,))):
+        if not isinstance(node, Node):
+            kinds = [kind for kind, cls in Described.kinds.items() if issubclass(cls, Node) and cls is not Node]
+            raise TypeError(f"{name} must be one of {kinds}, got {type(node).__name__}")
+        for t in tensors_in(node):
             if t.device != device:
                 raise ValueError(f"{name} ({type(node).__name__}) must be on {device} as the state is, got {t.device}")
+        before = reads(node)
         try:
-            shapes.append(_check(net, i, shapes, chains, inputs))
+            if not all(0 <= r < i for r in before):
+                raise ValueError(f"must read earlier nodes, got {before}")
+            if not isinstance(node, Input) and not before:
+                raise ValueError("must read at least one node")
+            node.check([shapes[r] for r in before], chains, inputs)
+            shapes.append(shape_of(node, shapes))
         except ValueError as error:
             raise ValueError(f"{name} ({type(node).__name__}) {error}") from None
     if math.prod(shapes[-1]) != 1:
@@ -292,45 +374,10 @@ def check_net(net: Net, chains: int, inputs: int, device: torch.device) -> list[
     return shapes
 
 
-# -- nets as what a torch.library schema can carry: a string, and tensors in the order of the fields
-
-
 def pack(net: Net) -> tuple[str, list[Tensor]]:
-    """(description, tensors); :func:`unpack` is the inverse."""
-    tensors: list[Tensor] = []
-
-    # JSON by hand: torch.compile cannot trace json.dumps
-    def text(value: Any) -> str:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            return f'{{"tensor": {len(tensors) - 1}}}'
-        if isinstance(value, tuple):
-            return "[" + ", ".join([text(part) for part in value]) + "]"
-        if value is None or isinstance(value, bool):
-            return {None: "null", True: "true", False: "false"}[value]
-        if isinstance(value, str):
-            return f'"{value}"'
-        if isinstance(value, float) and not math.isfinite(value):
-            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        return repr(value)
-
-    nodes = []
-    for node in net.nodes:
-        fields = [f'"{name}": {text(getattr(node, name))}' for name in node.__dataclass_fields__]
-        nodes.append(f'{{"kind": "{type(node).__name__}", {", ".join(fields)}}}')
-    return "[" + ", ".join(nodes) + "]", tensors
+    """(description, tensors) for the schema of an op; :func:`unpack` is the inverse."""
+    text, tensors = description.pack(net)
+    return text, [t for t in tensors if t is not None]
 
 
-def unpack(description: str, tensors: Sequence[Tensor]) -> Net:
-    """The net from what :func:`pack` made."""
-    kinds = {kind.__name__: kind for kind in KINDS}
-
-    def rebuilt(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "tensor" in value:
-                return tensors[value["tensor"]]
-            kind = kinds[value["kind"]]
-            return kind(**{name: rebuilt(part) for name, part in value.items() if name != "kind"})
-        return tuple(rebuilt(part) for part in value) if isinstance(value, list) else value
-
-    return Net(tuple(rebuilt(node) for node in json.loads(description)))
+unpack: Callable[[str, Sequence[Tensor]], Net] = description.unpack

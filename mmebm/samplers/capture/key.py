@@ -161,7 +161,7 @@ class Identity:
             self.both(item)
         elif kind is float or kind in _PLAIN:
             self.number(item)
-        elif isinstance(item, type):
+        elif isinstance(item, (type, types.ModuleType)):
             self.both(item)
         elif isinstance(item, Tensor):
             self._tensor(item)
