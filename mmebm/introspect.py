@@ -7,6 +7,7 @@ files, the environment, strings given to ``eval``, long containers.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import threading
@@ -85,14 +86,12 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 @functools.lru_cache(maxsize=1024)
 def names_in(code: types.CodeType) -> Names:
     """The names in ``code`` and in the functions defined inside."""
-    read: dict[str, dict[str, None]] = {"global": {}, "attribute": {}}
-    for part in codes(code):
-        for i in dis.get_instructions(part):
-            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                read["global"][str(i.argval)] = None
-            elif i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-                read["attribute"][str(i.argval)] = None
-    return Names(tuple(read["global"]), tuple(read["attribute"]))
+    read = [(i.opname, str(i.argval)) for part in codes(code) for i in dis.get_instructions(part)]
+
+    def named(*by: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for operation, name in read if operation in by))
+
+    return Names(named("LOAD_GLOBAL", "LOAD_NAME"), named("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
 
 
 def closure(f: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -129,7 +128,18 @@ def _fields(item: Any) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(item, name)
 
 
-_methods: weakref.WeakKeyDictionary[type, tuple[types.FunctionType, ...]] = weakref.WeakKeyDictionary()
+_methods: weakref.WeakKeyDictionary[type, list[types.FunctionType]] = weakref.WeakKeyDictionary()
+
+
+def _methods_of(kind: type) -> list[types.FunctionType]:
+    """The functions in a class that close over something or name a global."""
+    with contextlib.suppress(KeyError, TypeError):  # a class may be of a kind that cannot be hashed
+        return _methods[kind]
+    functions = [f for f in vars(kind).values() if isinstance(f, types.FunctionType)]
+    functions = [f for f in functions if f.__closure__ or names_in(f.__code__).globals]
+    with contextlib.suppress(TypeError):
+        _methods[kind] = functions
+    return functions
 
 
 def class_parts(kind: type) -> Iterator[tuple[str, Any]]:
@@ -140,11 +150,7 @@ def class_parts(kind: type) -> Iterator[tuple[str, Any]]:
         for name, value in vars(base).items():
             if isinstance(value, _SHARED) and not name.startswith("__"):
                 yield name, value
-        functions = _methods.get(base)
-        if functions is None:
-            functions = (f for f in vars(base).values() if isinstance(f, types.FunctionType))
-            functions = _methods[base] = tuple(f for f in functions if f.__closure__ or names_in(f.__code__).globals)
-        for f in functions:
+        for f in _methods_of(base):
             yield from _named(f)
 
 

@@ -1,6 +1,6 @@
-"""Captions: words, a vocabulary, the codec that makes them continuous, and data sets of images with captions.
+"""Captions: the codec that makes them continuous, kept in a cache, and data sets of images with captions.
 
-A caption enters the multimodal model as a code in (-1, 1)^D of a small text autoencoder (:mod:`mmebm.models.text`),
+A caption enters the multimodal model as a code in (-1, 1)^D of a small text autoencoder (:mod:`mmebm.data.text_codec`),
 which is fitted to the captions of the train split the first time a set is loaded, kept in a cache folder, and frozen
 from then on: Langevin moves the code, and the decoder says what it reads.
 """
@@ -11,11 +11,8 @@ import hashlib
 import json
 import logging
 import os
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -25,24 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
+from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec
 from mmebm.data.images import read_image
 from mmebm.data.packages import pillow
 from mmebm.data.pairing import below, choose, random_words
 from mmebm.data.pools import FilePool, held
+from mmebm.data.text_codec import TextAutoencoder, fit_text_autoencoder
 from mmebm.files import check_writable
 
-__all__ = ["END", "UNKNOWN", "ImageCaptions", "Vocabulary", "cache_folder", "caption_codec", "check_option",
-           "image_files", "join", "tokens"]  # fmt: skip
-
-END: Final = "<eos>"
-UNKNOWN: Final = "<unk>"
-
-# A word keeps its inner apostrophe (bird's, o'clock); everything else that is no space stands alone. UNKNOWN is one
-# token, so that what a codec decodes can be encoded again.
-TOKEN: Final = re.compile(r"<unk>|[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_")
-NO_SPACE_BEFORE: Final = frozenset(",.;:!?)]}%-/")
-NO_SPACE_AFTER: Final = frozenset("([{-/")
+__all__ = ["ImageCaptions", "cache_folder", "caption_codec", "check_option", "image_files"]
 
 # The codec belongs to the data set as its split does: one seed for all runs.
 CODEC_SEED: Final = 0
@@ -52,76 +40,6 @@ Codec = str | os.PathLike[str] | TextCodec | None
 Take = Literal["all", "one"]
 
 logger = logging.getLogger(__name__)
-
-
-def tokens(text: str) -> list[str]:
-    """The words of a caption in lower case, every punctuation mark apart: ``["a", "small", "bird", "."]``."""
-    return TOKEN.findall(unicodedata.normalize("NFC", text.lower()))
-
-
-def join(words: Iterable[str]) -> str:
-    """Words to a caption, with the spaces where they are usually written; ``tokens(join(tokens(t))) == tokens(t)``."""
-    text, last = "", ""
-    for word in words:
-        text += word if not text or word in NO_SPACE_BEFORE or last in NO_SPACE_AFTER else f" {word}"
-        last = word
-    return text
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The words a codec knows. Number 0 is the end of a caption, which also fills it up; 1 is any unknown word.
-
-    Args:
-        words: distinct, beginning with :data:`END` and :data:`UNKNOWN`.
-
-    Raises:
-        ValueError: if ``words`` are not as said.
-    """
-
-    words: tuple[str, ...]
-    _number: dict[str, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.words[:2] != (END, UNKNOWN) or len(set(self.words)) != len(self.words):
-            raise ValueError(f"words must be distinct and begin with {END!r}, {UNKNOWN!r}, got {self.words[:4]}...")
-        object.__setattr__(self, "_number", {word: k for k, word in enumerate(self.words)})
-
-    @classmethod
-    def of(cls, captions: Iterable[str], *, least: int = 1) -> Vocabulary:
-        """The words that occur at least ``least`` times in ``captions``, the most frequent first."""
-        least = check_count("least", least)
-        counts = Counter(word for caption in captions for word in tokens(caption))
-        known = [word for word, count in counts.items() if count >= least and word != UNKNOWN]
-        return cls((END, UNKNOWN, *sorted(known, key=lambda word: (-counts[word], word))))
-
-    def __len__(self) -> int:
-        """How many words there are, the two special ones included."""
-        return len(self.words)
-
-    def numbers(self, captions: Sequence[str], length: int) -> Tensor:
-        """Captions as numbers of words.
-
-        Args:
-            captions: ``n`` captions.
-            length: places for words, the end included: a caption of more than ``length - 1`` words is cut there.
-
-        Returns:
-            int64 ``(n, length)``; 0 from the end of the caption on.
-        """
-        table = np.zeros((len(captions), length), dtype=np.int64)
-        for row, caption in zip(table, captions):
-            found = [self._number.get(word, 1) for word in tokens(caption)[: length - 1]]
-            row[: len(found)] = found
-        return torch.from_numpy(table)
-
-    def captions(self, numbers: Tensor) -> list[str]:
-        """The captions that int64 ``(n, length)`` numbers of words stand for, each up to its first end."""
-        out = []
-        for row in numbers.tolist():
-            end = row.index(0) if 0 in row else len(row)
-            out.append(join(self.words[k] for k in row[:end]))
-        return out
 
 
 def cache_folder() -> Path:
@@ -137,9 +55,9 @@ def caption_codec(
     Args:
         name: of the data set, for the name of the file.
         captions: gives the captions of the train split; not called where ``codec`` is given.
-        codec: a file of :meth:`~mmebm.models.text.TextAutoencoder.save`, or a codec. None fits one to ``captions``;
+        codec: a file of :meth:`~mmebm.data.text_codec.TextAutoencoder.save`, or a codec. None fits one to ``captions``;
             other captions or settings make another file.
-        settings: of :class:`~mmebm.models.text.TextSettings`.
+        settings: of :class:`~mmebm.data.text_codec.TextSettings`.
 
     Returns:
         The codec, and what ``info`` of a data set says about it.
@@ -148,8 +66,6 @@ def caption_codec(
         FileNotFoundError, ValueError: for a file that is missing or is no text autoencoder.
         TypeError: for something else than a file or a codec.
     """
-    from mmebm.models.text import TextAutoencoder, fit_text_autoencoder  # imports this module
-
     if codec is not None and not isinstance(codec, str | os.PathLike):
         if not callable(getattr(codec, "encode", None)) or not callable(getattr(codec, "decode", None)):
             raise TypeError(f"codec must be a file, an object with encode and decode, or None, got {codec!r:.80}")

@@ -73,7 +73,7 @@ def folder(
             when it is read.
         codecs: modality name -> the codec of a caption modality, or its file. None fits one to the captions of the
             train split and keeps it in the cache folder.
-        codec_options: of that fit (:class:`mmebm.models.text.TextSettings`), such as ``{"dim": 32}``.
+        codec_options: of that fit (:class:`mmebm.data.text_codec.TextSettings`), such as ``{"dim": 32}``.
 
     Raises:
         FileNotFoundError: if there is no such split; the message says where it was looked for.

@@ -14,10 +14,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mmebm.data.captions import image_files, tokens
+from mmebm.data.captions import image_files
 from mmebm.data.images import read_image
 from mmebm.data.packages import pillow
 from mmebm.data.pairing import choose
+from mmebm.data.words import tokens
 
 __all__ = ["Part", "collect", "describe_array", "has_splits", "write_meta", "write_splits"]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmebm.data.base import MultimodalDataset, check_count
 from mmebm.evaluation.classifiers import Classifiers
 from mmebm.evaluation.features import FeatureExtractor, image_features
-from mmebm.evaluation.latent import CHUNK, SUBSETS_PER_SIZE, System, encoders, latent_report, subsets, usable_rows
+from mmebm.evaluation.latent import CHUNK, System, encoders, latent_report, usable_rows
 from mmebm.evaluation.likelihood import log_likelihood
 from mmebm.evaluation.metrics import (
     agreement_by_class,
@@ -38,6 +38,7 @@ from mmebm.evaluation.metrics import (
     kernel_distance,
     pair_agreement,
 )
+from mmebm.evaluation.subsets import SUBSETS_PER_SIZE, subsets
 from mmebm.evaluation.sweep import STEPS, Chain, data_chain, run_sweep
 from mmebm.state import Batch
 

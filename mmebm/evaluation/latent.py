@@ -8,7 +8,6 @@ each before and after the latent chain, which the inference network is to catch 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
@@ -17,18 +16,18 @@ import torch
 from torch import Tensor
 
 from mmebm.data.base import MultimodalDataset, check_count
+from mmebm.evaluation.subsets import SUBSETS_PER_SIZE, subsets
 from mmebm.state import Batch
 
 __all__ = [
     "Encode", "Encoders", "System", "encoders", "interpolate", "interpolate_prior", "latent_classification",
-    "latent_path", "latent_report", "subsets", "usable_rows",
+    "latent_path", "latent_report", "usable_rows",
 ]  # fmt: skip
 
 # Some modalities of n tuples, and a seed, to codes (n, d).
 Encode = Callable[[Batch, int], Tensor]
 
 CHUNK: Final = 1_000  # rows encoded or decoded at a time: bounds the memory
-SUBSETS_PER_SIZE: Final = 10
 
 
 class System(Protocol):
@@ -91,30 +90,6 @@ def encoders(system: System, steps: int | None = None) -> Encoders:
         return lambda x, seed: system.revise_latent(start(x, seed), x, seed=seed, steps=steps).state
 
     return Encoders(mean, sample, revised(mean), revised(sample))
-
-
-def subsets(
-    names: Sequence[str], sizes: Sequence[int], *, per_size: int | None = SUBSETS_PER_SIZE, seed: int = 0
-) -> dict[int, list[tuple[str, ...]]]:
-    """The subsets of ``names`` of each size, in order; where there are more than ``per_size``, so many drawn by seed.
-
-    Ten of a size are all there are for up to five modalities. From six on they grow as 2^M, and with them the chains
-    that an evaluation runs.
-
-    Raises:
-        ValueError: if ``per_size`` is below 1.
-    """
-    if per_size is not None:
-        check_count("per_size", per_size)
-    rng = torch.Generator().manual_seed(seed)
-    found = {}
-    for size in sizes:
-        every = list(itertools.combinations(names, size))
-        if per_size is not None and len(every) > per_size:
-            kept = torch.randperm(len(every), generator=rng)[:per_size].sort().values
-            every = [every[int(i)] for i in kept]
-        found[size] = every
-    return found
 
 
 def usable_rows(data: MultimodalDataset, *, labelled: bool) -> Tensor:

@@ -19,6 +19,7 @@ from mmebm import __version__
 from mmebm.evaluation import figures
 from mmebm.files import write_atomically
 from mmebm.report import pictures
+from mmebm.report.mixing import sentences
 from mmebm.report.page import Html, details, document, element, figure, join, number, table, tree
 from mmebm.training.run import CHECKPOINT, Run
 
@@ -306,7 +307,7 @@ def _mixing(of: _Folder) -> Html | None:
 
 def _chain(of: _Folder, name: str, chain: Mapping[str, Any]) -> Html:
     curves, marks = chain["curves"], {"trained": chain["steps"]}
-    parts: list[Any] = [element("ul", *(element("li", sentence) for sentence in chain["verdict"]))]
+    parts: list[Any] = [element("ul", *(element("li", sentence) for sentence in sentences(chain)))]
     starts = chain["starts"]
     followed = list(curves["mean"][starts[0]])
     # a class is a name and not a size: its mean over chains says nothing

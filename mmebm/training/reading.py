@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmebm.data.base import Modality, MultimodalDataset, TextCodec
-from mmebm.models.text import TextAutoencoder
+from mmebm.data.text_codec import TextAutoencoder
 
 CODEC = "codec.pt"
 

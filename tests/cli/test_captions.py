@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from mmebm.cli.main import main
-from mmebm.data.captions import Vocabulary
-from mmebm.models.text import TextAutoencoder, TextSettings
+from mmebm.data.text_codec import TextAutoencoder, TextSettings
+from mmebm.data.words import Vocabulary
 
 CLASSES = ("001.Grey_bird", "002.Red_bird")
 

@@ -18,11 +18,12 @@ import torch
 from mmebm.data import captions as module
 from mmebm.data import emoji as emoji_module
 from mmebm.data.base import MultimodalDataset
-from mmebm.data.captions import END, UNKNOWN, Vocabulary, caption_codec, join, tokens
+from mmebm.data.captions import caption_codec
 from mmebm.data.coco import coco
 from mmebm.data.cub import cub
 from mmebm.data.emoji import emoji_captions, in_test, unicode_set
 from mmebm.data.texts import read_lines
+from mmebm.data.words import END, UNKNOWN, Vocabulary, join, tokens
 
 # by name: mmebm.data gives the functions their names
 cub_module = importlib.import_module("mmebm.data.cub")
@@ -430,7 +431,7 @@ def test_the_codec_is_fitted_once_and_kept(
         raise AssertionError("fitted again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmebm.models.text.fit_text_autoencoder", refuse)
+        patch.setattr("mmebm.data.captions.fit_text_autoencoder", refuse)
         again, train = (cub(split, path=tmp_path, size=8, dim=6) for split in ("test", "train"))
         given = cub("test", path=tmp_path, size=8, codec=kept[0])
         with pytest.raises(AssertionError, match="fitted again"):

@@ -21,9 +21,9 @@ from mmebm.evaluation.latent import (
     latent_classification,
     latent_path,
     latent_report,
-    subsets,
     usable_rows,
 )
+from mmebm.evaluation.subsets import subsets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MakeSet = Callable[..., MultimodalDataset]

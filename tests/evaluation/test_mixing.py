@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmebm.energies import Gaussian, GaussianMixture
 from mmebm.evaluation.mixing import THRESHOLDS, Subject, examine
+from mmebm.report.mixing import sentences
 from mmebm.samplers import Langevin
 
 
@@ -36,7 +37,7 @@ def test_a_gaussian_mixes_from_far_starts(seed: int) -> None:
         for row in horizon["summaries"].values():
             assert row["rhat"] == row["rhat_worst"] < 1.05 and row["ess_bulk"] > 400 and row["unmoved"] == 0
             assert set(row["rhat_within"]) == set(starts)
-    assert "forgotten" in result["verdict"][0] or "forgets" in result["verdict"][0]
+    assert "forgotten" in sentences(result)[0] or "forgets" in sentences(result)[0]
     # both ends of the chain from the left: the start, and 0 within six standard errors
     means = result["curves"]["mean"]["left"]["first"]
     assert means[0] == pytest.approx(starts["left"][:, 0].mean().item(), rel=1e-5)
@@ -60,8 +61,8 @@ def test_two_far_wells_do_not_mix_and_rhat_is_that_of_two_half_normals(seed: int
     # no chain changes its well: infinite, which JSON has no number for
     assert well["summaries"]["well"]["unmoved"] == 1.0 and well["summaries"]["well"]["rhat"] is None
     assert well["kept"]["well"] == {start: {"kept": 1.0, "chance": 1.0} for start in starts}
-    assert "does not forget its start within 200 steps; it is a revision, not a sampler" in result["verdict"][0]
-    assert str(THRESHOLDS["rhat"]["at_most"]) in result["verdict"][0]
+    assert "does not forget its start within 200 steps; it is a revision, not a sampler" in sentences(result)[0]
+    assert str(THRESHOLDS["rhat"]["at_most"]) in sentences(result)[0]
 
 
 def test_autocorrelation_time_is_that_of_the_autoregression(seed: int) -> None:
@@ -149,7 +150,7 @@ def test_agreement_beside_the_energy(seed: int) -> None:
         setting = Subject(name, energy, sampler, 50, starts, summaries(energy))
         result = examine(setting, long=50, seed=seed)
         assert set(result["step"]["end"]) == {"a", "b"}
-        said[name] = " ".join(result["verdict"])
+        said[name] = " ".join(sentences(result))
         # of independent signs half agree: 6 standard errors
         assert result["change"]["agreement"]["start"] == pytest.approx(0.5, abs=6 * 0.5 / 20)
     assert "it makes modalities agree" in said["together"]
@@ -176,7 +177,7 @@ def test_broken_chains_are_counted(seed: int) -> None:
     setting = chain(lambda x: x.pow(4).sum(1), Langevin(0.01, on_nonfinite="freeze"), starts, 5)
     result = examine(setting, long=10, seed=seed)
     assert result["broken"] == {"a": 0.5}
-    assert "Chains that became inf or NaN: 50.0% from a" in result["verdict"][-1]
+    assert "Chains that became inf or NaN: 50.0% from a" in sentences(result)[-1]
     json.dumps(result, allow_nan=False)
 
 

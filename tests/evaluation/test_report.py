@@ -19,6 +19,7 @@ from mmebm import data
 from mmebm.cli.report import examined, report
 from mmebm.evaluation.classifiers import fit_classifiers
 from mmebm.report import write_report
+from mmebm.report.mixing import sentences
 from mmebm.report.page import Html, document, element, number, table, tree
 from mmebm.training import Trainer, checkpoint, preset
 from mmebm.training.config import override
@@ -188,7 +189,7 @@ def test_mixing_is_examined_once_and_shown(folder: Path, capsys: pytest.CaptureF
     assert two["curves"]["mean"]["wide"]["|z|"][0] == pytest.approx(7.9, abs=6 * 1.4 / 4)
     page = Outline(write_report(folder, mixing=found).read_text(encoding="utf-8"))
     assert {"Do the chains mix?", "Data chain", "Latent chain"} <= set(page.headings)
-    assert set(one["verdict"]) | set(two["verdict"]) <= set(page.words)
+    assert set(sentences(one)) | set(sentences(two)) <= set(page.words)
     assert "whether the chains mix" not in page.text
 
 

@@ -17,7 +17,7 @@ import torch
 import mmebm
 from mmebm.cli.main import main
 from mmebm.cli.train import fit, prepare
-from mmebm.models.text import fit_text_autoencoder
+from mmebm.data.text_codec import fit_text_autoencoder
 from mmebm.training.run import Run
 
 CPU = torch.device("cpu")

@@ -191,7 +191,7 @@ class Identity:
                 for key, part in value.items():
                     self.both(key)
                     self.add(part, depth)
-            elif value or not isinstance(value, _CONTAINERS):  # hooks, mostly, of which there are none
+            elif not isinstance(value, _CONTAINERS) or value:  # hooks, mostly, of which there are none
                 self.both(name)
                 self.add(value, depth + 1)
         self._parts(class_parts(type(m)), depth)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmebm.data.captions import UNKNOWN, Vocabulary
-from mmebm.models.text import TextAutoencoder, TextSettings, fit_text_autoencoder, reading_accuracy
+from mmebm.data.text_codec import TextAutoencoder, TextSettings, fit_text_autoencoder, reading_accuracy
+from mmebm.data.words import UNKNOWN, Vocabulary
 
 CAPTIONS = [f"{a} {b} {c} {d}." for a, b, c, d in itertools.product(
     ("a", "one"), ("small", "large", "grey"), ("bird", "cat", "fish"), ("sings", "sleeps", "eats"))]  # fmt: skip
@@ -184,3 +186,10 @@ def test_bad_input_is_named(fresh: TextAutoencoder) -> None:
     with pytest.raises(ValueError, match=r"codes must have shape \(n, 16\), got \(3, 15\)"):
         fresh.decode(torch.zeros(3, 15))
     assert fresh.encode([]).shape == (0, 16) and fresh.decode(torch.zeros(0, 16)) == []
+
+
+def test_the_old_name_works_and_says_that_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mmebm.models.text", raising=False)
+    with pytest.warns(DeprecationWarning, match=r"mmebm\.data\.text_codec"):
+        old = importlib.import_module("mmebm.models.text")
+    assert old.TextAutoencoder is TextAutoencoder and old.fit_text_autoencoder is fit_text_autoencoder
