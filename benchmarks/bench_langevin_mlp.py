@@ -67,7 +67,7 @@ def problem(w: Workload) -> tuple[Tensor, list[Term]]:
 
     def stack(sizes: Sequence[int]) -> Stack:
         weights = [torch.randn(o, i, generator=generator) / math.sqrt(i) for i, o in pairwise(sizes)]
-        return Stack(tuple(weights), tuple(0.1 * torch.randn(o, generator=generator) for o in sizes[1:]))
+        return Stack.mlp(tuple(weights), tuple(0.1 * torch.randn(o, generator=generator) for o in sizes[1:]))
 
     x = 0.2 + 0.6 * torch.rand(w.chains, w.sizes[0], generator=generator)
     terms: list[Term] = [Scalar(stack(w.sizes))]

@@ -320,7 +320,7 @@ class LatentChain:
         sizes = [64, 200, 200, 1]
         layers = [torch.nn.Linear(i, o, device=DEVICE).requires_grad_(False) for i, o in pairwise(sizes)]
         self.net = torch.nn.Sequential(layers[0], torch.nn.SiLU(), layers[1], torch.nn.SiLU(), layers[2])
-        stack = Stack(tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers), "silu")
+        stack = Stack.mlp(tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers), "silu")
         params = [[StepParams(step_size=A, noise_scale=S, prior_std=1.0)]]
         table = constants_of(params, 100, torch.float32, DEVICE)
         assert not isinstance(table, str)

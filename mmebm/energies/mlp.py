@@ -55,9 +55,6 @@ class MLP(nn.Module):
         terms = lower(self, x).terms
         linear = [layer for layer in self.net if isinstance(layer, nn.Linear)]
         stack = terms[0].stack  # pyright: ignore[reportAttributeAccessIssue]
-        live = type(stack)(
-            tuple(layer.weight for layer in linear), tuple(layer.bias for layer in linear), stack.activation,
-            stack.slope,
-        )  # fmt: skip
+        live = stack.mlp([m.weight for m in linear], [m.bias for m in linear], stack.activation, stack.slope)
         energy, grad = mlp_energy(torch.flatten(x, 1), [type(terms[0])(live)], backend=backend)  # pyright: ignore
         return energy, grad.reshape(x.shape)

@@ -236,7 +236,7 @@ def _terms(numbers: _Numbers) -> list[Term]:
 
     def stack(*sizes: int, activation: Any = "silu", slope: float = 0.3) -> Stack:
         weights = tuple(normal(o, i) / i**0.5 for i, o in pairwise(sizes))
-        return Stack(weights, tuple(0.3 * normal(o) for o in sizes[1:]), activation, slope)
+        return Stack.mlp(weights, tuple(0.3 * normal(o) for o in sizes[1:]), activation, slope)
 
     return [
         Scalar(stack(6, 33, 17, 1), -0.7),

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mmebm.ops.common.address import require_dense
 from mmebm.ops.common.description import PER_CHAIN, SHARED_OR_PER_CHAIN, Described, pack, tensors_in, unpack
+from mmebm.ops.net import graph
+from mmebm.ops.net.graph import Linear
 
 __all__ = [
     "ACTIVATIONS", "LIMITS", "Activation", "Likelihood", "Quadratic", "Residual", "Scalar", "Stack", "Term",
@@ -45,24 +47,79 @@ LIMITS: Final = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Stack(Described):
-    """Linear layers with one activation between them: ``W_n a(... a(W_1 x + b_1) ...) + b_n``.
+    """Layers of which each reads the one before, and the first the whole input: a net without branches.
 
-    Attributes:
-        weights: per layer (outputs, inputs), as ``nn.Linear`` has them.
-        biases: per layer (outputs,) or ``None``.
-        activation: between the layers. "gelu" is the exact one (erf).
-        slope: of "leaky_relu" below 0, and the alpha of "elu"; the others have none.
+    The kinds are those of :mod:`mmebm.ops.net.graph`, layer ``i`` with ``x = i``. Taken are linear layers with an
+    activation between them, ``W_n a(... a(W_1 x + b_1) ...) + b_n``; the fused implementations want one and the same
+    activation and say so (:func:`too_wide`). What is no such stack is a :class:`~mmebm.ops.net.graph.Net`.
     """
 
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    activation: Activation = "silu"
-    slope: float = 0.0
+    layers: tuple[Linear | graph.Activation, ...]
+
+    @classmethod
+    def mlp(
+        cls,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        activation: Activation = "silu",
+        slope: float = 0.0,
+    ) -> Stack:
+        """Linear layers with one activation between them.
+
+        Args:
+            weights: per layer (outputs, inputs), as ``nn.Linear`` has them.
+            biases: per layer (outputs,) or ``None``.
+            activation: between the layers. "gelu" is the exact one (erf).
+            slope: of "leaky_relu" below 0, and the alpha of "elu"; the others have none.
+
+        Raises:
+            ValueError: for other than as many weights as biases, at least one.
+        """
+        if len(weights) == 0 or len(biases) != len(weights):
+            counts = f"{len(weights)} and {len(biases)}"
+            raise ValueError(f"there must be as many weights as biases (or None), at least one, got {counts}")
+        layers: list[Linear | graph.Activation] = []
+        for w, b in zip(weights, biases):
+            if layers:
+                layers.append(graph.Activation(len(layers), activation, slope))
+            layers.append(Linear(len(layers), w, b))
+        return cls(tuple(layers))
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Of the linear layers, each (outputs, inputs)."""
+        return tuple([layer.weight for layer in self.layers if isinstance(layer, Linear)])
+
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        """Of the linear layers, each (outputs,) or ``None``."""
+        return tuple([layer.bias for layer in self.layers if isinstance(layer, Linear)])
+
+    @property
+    def activations(self) -> tuple[tuple[str, float], ...]:
+        """(function, slope) between the linear layers."""
+        return tuple([(a.function, a.slope) for a in self.layers if isinstance(a, graph.Activation)])
+
+    @property
+    def activation(self) -> Activation:
+        """The one activation; "relu" where there is none. A ValueError where they differ."""
+        return self._activation()[0]
+
+    @property
+    def slope(self) -> float:
+        """That of :attr:`activation`."""
+        return self._activation()[1]
+
+    def _activation(self) -> tuple[Any, float]:
+        if any(each != self.activations[0] for each in self.activations):
+            raise ValueError(f"the stack has several activations, {self.activations}")
+        return self.activations[0] if self.activations else ("relu", 0.0)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Inputs, hidden widths, outputs."""
-        return (self.weights[0].shape[1], *(w.shape[0] for w in self.weights))
+        weights = self.weights
+        return (weights[0].shape[1], *[w.shape[0] for w in weights])
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +173,17 @@ def tensors_of(term: Term) -> list[Tensor]:
 
 
 def _check_stack(name: str, stack: Stack, inputs: int, device: torch.device) -> None:
-    if len(stack.weights) == 0 or len(stack.biases) != len(stack.weights):
-        counts = f"{len(stack.weights)} and {len(stack.biases)}"
-        raise ValueError(f"{name} must have as many weights as biases (or None), at least one, got {counts}")
-    if stack.activation not in ACTIVATIONS:
-        raise ValueError(f"{name}.activation must be one of {list(ACTIVATIONS)}, got {stack.activation!r}")
+    wanted = [graph.Activation if i % 2 else Linear for i in range(len(stack.layers))]
+    if len(wanted) % 2 == 0 or any(type(layer) is not kind for layer, kind in zip(stack.layers, wanted)):
+        kinds = [type(layer).__name__ for layer in stack.layers]
+        raise ValueError(f"{name} must be linear layers with an activation between them, got {kinds}")
+    if any(layer.x != i for i, layer in enumerate(stack.layers)):
+        raise ValueError(f"{name} must read each layer's result in the next, got x of {[a.x for a in stack.layers]}")
+    for function, _ in stack.activations:
+        if function not in ACTIVATIONS:
+            raise ValueError(f"{name}.activation must be one of {list(ACTIVATIONS)}, got {function!r}")
     width = inputs
-    for i, (w, b) in enumerate(zip(stack.weights, stack.biases, strict=True)):
+    for i, (w, b) in enumerate(zip(stack.weights, stack.biases)):
         if not isinstance(w, Tensor) or w.dim() != 2 or w.shape[1] != width:
             raise ValueError(f"{name}.weights[{i}] must be (outputs, {width}), got {getattr(w, 'shape', w)!r:.60}")
         width = w.shape[0]
@@ -187,7 +248,7 @@ def require_dense_terms(terms: Any, like: Tensor) -> None:
 
 
 def too_wide(terms: Sequence[Term]) -> str | None:
-    """The first limit of the fused rooms (:data:`LIMITS`) that ``terms`` are above, or ``None``."""
+    """What no fused implementation takes of ``terms``: above :data:`LIMITS`, or several activations; or ``None``."""
     if len(terms) > LIMITS.terms:
         return f"{len(terms)} terms, taken are up to {LIMITS.terms}"
     for i, term in enumerate(terms):
@@ -198,6 +259,8 @@ def too_wide(terms: Sequence[Term]) -> str | None:
         _, *hidden, outputs = term.stack.sizes
         if not 1 <= len(hidden) <= LIMITS.hidden_layers:
             return f"term {i} has {len(hidden)} hidden layers, taken are 1 to {LIMITS.hidden_layers}"
+        if len(set(term.stack.activations)) > 1:
+            return f"term {i} has the activations {[name for name, _ in term.stack.activations]}, taken is one kind"
         if max(hidden) > LIMITS.hidden:
             return f"term {i} has {max(hidden)} hidden units, taken are up to {LIMITS.hidden}"
         if outputs > LIMITS.ends:

@@ -167,7 +167,7 @@ class Terms:
                 0.3 * numbers.normal(o) if draw(st.booleans(), label="bias") else None for o in sizes[1:]
             )  # fmt: skip
             name: Any = draw(st.sampled_from(ACTIVATIONS), label="activation")
-            stack = Stack(weights, biases, name, 0.3 if name == "leaky_relu" else 1.0 if name == "elu" else 0.0)
+            stack = Stack.mlp(weights, biases, name, 0.3 if name == "leaky_relu" else 1.0 if name == "elu" else 0.0)
             if kind == "scalar":
                 self.terms.append(Scalar(stack, draw(st.sampled_from((1.0, -0.7)))))
                 continue

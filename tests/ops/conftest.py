@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _stack(sizes: Sequence[int], generator: torch.Generator, activation: str, slope: float) -> Stack:
     weights = [torch.randn(o, i, generator=generator) / i**0.5 for i, o in pairwise(sizes)]
     biases = [0.3 * torch.randn(o, generator=generator) for o in sizes[1:]]
-    return Stack(tuple(weights), tuple(biases), activation, slope)  # type: ignore[arg-type]
+    return Stack.mlp(tuple(weights), tuple(biases), activation, slope)  # type: ignore[arg-type]
 
 
 class DrawTerms:

@@ -108,8 +108,8 @@ from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack
 g = torch.Generator().manual_seed(3)
 normal = lambda *shape: torch.randn(shape, generator=g)
 x, big = normal(6, 5), normal(4000, 5)
-stack = Stack((normal(9, 5), normal(1, 9)), (normal(9), None))
-decoder = Stack((normal(9, 5), normal(4, 9)), (normal(9), normal(4)))
+stack = Stack.mlp((normal(9, 5), normal(1, 9)), (normal(9), None))
+decoder = Stack.mlp((normal(9, 5), normal(4, 9)), (normal(9), normal(4)))
 residual = Residual(decoder, normal(6, 4), 0.5, observed=normal(6, 4) > 0)
 terms = [Scalar(stack), residual, Quadratic(normal(5), normal(5).abs())]
 net = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.SiLU(), torch.nn.Linear(9, 1))
@@ -247,7 +247,7 @@ def _calls() -> dict[str, tuple[Tensor, Callable[..., Any]]]:
     rows = torch.linspace(0.1, 0.2, 6)[:, None]
 
     def terms(w: Tensor) -> list[Any]:
-        return [Scalar(Stack((w, w2), (None, None)))]
+        return [Scalar(Stack.mlp((w, w2), (None, None)))]
 
     def step(x: Any, grad: Any, size: Any, backend: str) -> Tensor:
         return langevin_step([x], [grad], step_size=size, noise_scale=0.1, seed=3, backend=backend)[0]

@@ -36,7 +36,7 @@ def _stack(means: Outputs, layout: Layout) -> Stack:
     for t in (*weights, *biases):
         if t is not None and (t.dtype != layout.dtype or t.device != layout.device):
             refuse(f"a layer is {t.dtype} on {t.device}, the state {layout.dtype} on {layout.device}")
-    return Stack(
+    return Stack.mlp(
         tuple(w.contiguous() for w in weights), tuple(None if b is None else b.contiguous() for b in biases),
         name, slope,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmebm.ops.net.graph import Linear
 from mmebm.ops.terms import Quadratic, Residual, Stack, Term
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
@@ -44,14 +45,13 @@ def activate(a: Tensor, name: str, slope: float) -> tuple[Tensor, Tensor]:
 def _forward(x: Tensor, stack: Stack) -> tuple[Tensor, list[Tensor]]:
     """The outputs, and act' of each hidden layer."""
     h, slopes = x, []
-    last = len(stack.weights) - 1
-    for i, (w, b) in enumerate(zip(stack.weights, stack.biases, strict=True)):
-        a = F.linear(h, w, b)
-        if i == last:
-            return a, slopes
-        h, d = activate(a, stack.activation, stack.slope)
-        slopes.append(d)
-    raise ValueError("a stack has at least one layer")
+    for layer in stack.layers:
+        if isinstance(layer, Linear):
+            h = F.linear(h, layer.weight, layer.bias)
+        else:
+            h, d = activate(h, layer.function, layer.slope)
+            slopes.append(d)
+    return h, slopes
 
 
 def _backward(d: Tensor, stack: Stack, slopes: list[Tensor]) -> Tensor:

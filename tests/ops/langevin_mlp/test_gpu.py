@@ -58,7 +58,7 @@ def randn(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def stack(generator: torch.Generator, *sizes: int, activation: Any = "silu", slope: float = 0.3) -> Stack:
-    return Stack(
+    return Stack.mlp(
         tuple(randn(generator, o, i) / i**0.5 for i, o in pairwise(sizes)),
         tuple(0.2 * randn(generator, o) for o in sizes[1:]), activation, slope,
     )  # fmt: skip

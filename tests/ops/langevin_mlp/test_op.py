@@ -17,7 +17,7 @@ from mmebm.ops.common.params import StepParams
 from mmebm.ops.langevin_mlp import cpp, op
 from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
 from mmebm.ops.parity import NORMAL_TOLERANCE, limit
-from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Scalar, Term, pack
+from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Scalar, Stack, Term, pack
 
 # Through a layer of one or three units the error of a single derivative (DERIVATIVE_ULPS) is that of the whole
 # gradient: nothing averages it. Of the largest result: 2.4e-6 was the worst of 230 seeds.
@@ -237,7 +237,7 @@ def test_widths(isa: str, seed: int, draw: Any, double: Callable, width: int) ->
 def test_depths(isa: str, seed: int, draw: Any, double: Callable, chains: int, layers: int) -> None:
     hidden = [33, 64, 20, 1][:layers]
     stack = draw.stack(5, *hidden, 1, activation="softplus")
-    stack = replace(stack, biases=(None, *stack.biases[1:-1], None))
+    stack = Stack.mlp(stack.weights, (None, *stack.biases[1:-1], None), stack.activation, stack.slope)
     chain = make_chain([Scalar(stack, 2.0)], (5,), 100, seed)
     compare(chain, draw.normal(100, 5), 10, double, chains=chains)
 
@@ -523,10 +523,11 @@ def test_refusals(seed: int, draw: Any) -> None:
     # what supports leaves to the check of the terms
     good = draw.stack(9, 4, 1)
     for stack, words in (
-        (replace(good, biases=(torch.zeros(3), None)), "biases"),
-        (replace(good, biases=(None,)), "as many weights as biases"),
-        (replace(good, weights=(good.weights[0], torch.zeros(1, 3))), "weights"),
-        (replace(good, activation="sine"), "activation"),
+        (Stack.mlp(good.weights, (torch.zeros(3), None)), "biases"),
+        (Stack.mlp((good.weights[0], torch.zeros(1, 3)), good.biases), "weights"),
+        (Stack.mlp(good.weights, good.biases, "sine"), "activation"),  # type: ignore[arg-type]
+        (Stack(good.layers[:2]), "linear layers with an activation between them"),
+        (Stack((good.layers[0], replace(good.layers[1], x=0), good.layers[2])), "each layer's result in the next"),
     ):
         with pytest.raises(ValueError, match=words):
             cpp.run(replace(chain, terms=(Scalar(stack),)), x, 1, 0)
@@ -611,7 +612,8 @@ def test_entry_takes_any_strides(seed: int, draw: Any) -> None:
     expected = op.langevin_mlp(x, terms, **settings)
     twice = [torch.stack([t, t], -1)[..., 0].requires_grad_() for t in x]
     stack = terms[0].stack
-    columns = replace(stack, weights=tuple(w.T.contiguous().T.requires_grad_() for w in stack.weights))
+    weights = [w.T.contiguous().T.requires_grad_() for w in stack.weights]
+    columns = Stack.mlp(weights, stack.biases, stack.activation, stack.slope)
     target = terms[1].target.T.contiguous().T
     strided = [replace(terms[0], stack=columns), replace(terms[1], target=target), terms[2]]
     out = op.langevin_mlp(twice, strided, **settings)

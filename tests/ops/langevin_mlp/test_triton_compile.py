@@ -174,7 +174,7 @@ class Recorder:
 
 def zeros(*sizes: int, **kinds: Any) -> Stack:
     weights = tuple(torch.zeros(o, i) for i, o in pairwise(sizes))
-    return Stack(weights, tuple(None for _ in weights), **kinds)
+    return Stack.mlp(weights, tuple(None for _ in weights), **kinds)
 
 
 def problems() -> list[tuple[tuple[Term, ...], tuple[int, ...], int, dict[str, Any]]]:

@@ -49,7 +49,7 @@ def stack(
     generator: torch.Generator, *sizes: int, activation: Any = "silu", slope: float = 0.3, bias: bool = True
 ) -> Stack:
     draw = lambda *shape: torch.randn(*shape, generator=generator)
-    return Stack(
+    return Stack.mlp(
         tuple(draw(o, i) / i**0.5 for i, o in pairwise(sizes)),
         tuple(0.2 * draw(o) if bias else None for o in sizes[1:]), activation, slope,
     )  # fmt: skip

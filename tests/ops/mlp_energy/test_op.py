@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmebm import native
+from mmebm import BackendError, native
+from mmebm.ops.common.description import replaced
 from mmebm.ops.langevin_mlp import cpp
 from mmebm.ops.mlp_energy import mlp_energy
 from mmebm.ops.mlp_energy.reference import mlp_energy as reference
+from mmebm.ops.net.graph import Activation, Linear
 from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
 from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Scalar, Stack, Term, pack, unpack
 
@@ -243,7 +245,7 @@ def test_compiles_as_one_graph(need: Callable, draw: Any) -> None:
     stack, x = draw.stack(5, 8, 1), draw.normal(6, 5)
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
-        terms = [Scalar(replace(stack, weights=(w, *stack.weights[1:])))]
+        terms = [Scalar(Stack.mlp((w, *stack.weights[1:]), stack.biases))]
         energy, grad = mlp_energy(torch.sin(x), terms, backend="cpp")
         return (energy + grad.square().sum(1)).sum()
 
@@ -286,9 +288,9 @@ def test_what_is_wrong_is_named(draw: Any) -> None:
         (TypeError, "terms must be", x, []),
         (TypeError, r"terms\[0\] must be", x, [stack]),
         (ValueError, r"terms\[1\].weights\[0\]", x, [good, Scalar(draw.stack(4, 8, 1))]),
-        (ValueError, r"terms\[0\].biases\[1\]", x, Scalar(replace(stack, biases=(None, torch.zeros(2))))),
+        (ValueError, r"terms\[0\].biases\[1\]", x, Scalar(Stack.mlp(stack.weights, (None, torch.zeros(2))))),
         (ValueError, "one output", x, Scalar(draw.stack(5, 8, 2))),
-        (ValueError, "activation", x, Scalar(Stack(stack.weights, stack.biases, "sin"))),  # type: ignore[arg-type]
+        (ValueError, "activation", x, Scalar(Stack.mlp(stack.weights, stack.biases, "sin"))),  # type: ignore[arg-type]
         (ValueError, "target", x, replace(residual, target=torch.zeros(3, 3))),
         (ValueError, "observed", x, replace(residual, observed=torch.zeros(4, 3))),
         (ValueError, "likelihood", x, replace(residual, likelihood="cauchy")),
@@ -300,3 +302,22 @@ def test_what_is_wrong_is_named(draw: Any) -> None:
         backend = "gpu" if words == "backend" else "auto"
         with pytest.raises(error, match=words):
             mlp_energy(state, terms, backend=backend)
+
+
+def test_a_stack_of_several_activations_is_the_reference_s_alone(draw: Any) -> None:
+    """Autograd through torch's own layers is the measure, in float64; the bound is some roundings of values of order 1.
+    The fused implementations refuse it and say why."""
+    (w0, b0), (w1, b1), (w2, b2) = ((draw.normal(o, i).double() / i**0.5, draw.normal(o).double()) for i, o in
+                                    ((5, 9), (9, 7), (7, 1)))  # fmt: skip
+    layers = (Linear(0, w0, b0), Activation(1, "tanh"), Linear(2, w1, b1), Activation(3, "elu", 0.7), Linear(4, w2, b2))
+    x = draw.normal(6, 5).double().requires_grad_()
+    value = F.linear(F.elu(F.linear(torch.tanh(F.linear(x, w0, b0)), w1, b1), 0.7), w2, b2).squeeze(1)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    terms = [Scalar(Stack(layers))]
+    energy, grad = mlp_energy(x.detach(), terms)
+    assert (energy - value).abs().max() < 1e-14 and (grad - slope).abs().max() < 1e-14
+    single = [Scalar(Stack(tuple(replaced(layer, lambda t, _: t.float()) for layer in layers)))]
+    with pytest.raises(BackendError, match=r"the activations \['tanh', 'elu'\], taken is one kind"):
+        mlp_energy(x.detach().float(), single, backend="cpp")
+    with pytest.raises(ValueError, match="several activations"):
+        _ = terms[0].stack.activation
