@@ -116,7 +116,14 @@ def test_modules_are_found_and_put_in_mode(way: str, mode: Any, training: tuple[
     assert net.inner.weight.requires_grad and net.inner.bias.requires_grad
 
 
-@pytest.mark.parametrize("energy", [lambda x: GLOBAL(x), helper, lambda x: helper(x)])
+class NamesGlobal:
+    """A callable object without fields, whose network is a global."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return GLOBAL(x)
+
+
+@pytest.mark.parametrize("energy", [lambda x: GLOBAL(x), helper, lambda x: helper(x), NamesGlobal()])
 def test_modules_that_functions_name_as_globals(energy: Callable[[Tensor], Tensor]) -> None:
     GLOBAL.calls.clear()
     langevin(energy, torch.randn(2, 3), 1, step_size=0.1)

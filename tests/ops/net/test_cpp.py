@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmebm.models import JointEnergy, SharedGenerator
 from mmebm.ops.common.params import StepParams
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import cpp, op, reference
-from mmebm.ops.net.graph import Activation, Add, Affine, Net, pack, shapes_of, unpack
+from mmebm.ops.net.graph import Activation, Add, Affine, Input, Net, Node, pack, shapes_of, unpack
 
 # The normals may be this far from their float64 values (mmebm.noise).
 NORMAL_TOLERANCE = 2e-6
@@ -430,6 +430,25 @@ def test_instruction_sets_agree(torch_seed: int, name: str, monkeypatch: pytest.
         results.append(cpp.run(chain, x, 3, 0, energy=True, grad_norm=True))
     for one, two in zip(*results, strict=True):
         assert one is two is None or torch.equal(one, two)
+
+
+@dataclass(frozen=True, slots=True)
+class Doubled(Node):
+    """A kind that no backend knows."""
+
+    x: int
+
+
+def test_what_is_not_built_is_refused_by_its_name() -> None:
+    x = torch.randn(3, 1)
+    net = Net((Input(0, (1,)), Doubled(0)))
+    assert cpp.supports_energy(net, x) == "Doubled is not built"
+    with pytest.raises(native.BackendError, match="Doubled is not built"):
+        op.net_energy(x, net, backend="cpp")
+    with pytest.raises(ValueError, match="a net has no Doubled"):  # the reference
+        op.net_energy(x, net)
+    strange = Net((Input(0, (1,)), Activation(0, "softsign")))  # type: ignore[arg-type]
+    assert cpp.supports_energy(strange, x) == "the function softsign is not built"
 
 
 def test_refusals(torch_seed: int) -> None:
