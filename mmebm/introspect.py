@@ -20,22 +20,6 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "EMPTY",
-    "MAX_DEPTH",
-    "MAX_ITEMS",
-    "Memory",
-    "class_parts",
-    "closure",
-    "codes",
-    "definer",
-    "in_library",
-    "names_in",
-    "package",
-    "parts",
-    "reachable",
-]
-
 MAX_DEPTH: Final = 6
 # Energies keep what they compute with in short containers; long ones are data.
 MAX_ITEMS: Final = 256

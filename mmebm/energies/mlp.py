@@ -12,9 +12,14 @@ from mmebm.ops.mlp_energy import mlp_energy
 from mmebm.ops.terms import ACTIVATIONS, Activation
 
 _MODULES: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus,
-    "tanh": nn.Tanh, "elu": nn.ELU,
-}  # fmt: skip
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+}
 
 
 class MLP(nn.Module):

@@ -17,16 +17,13 @@ import torch
 from torch import Tensor
 
 from mmebm.ops.common.address import require_dense
-from mmebm.ops.common.description import PER_CHAIN, SHARED_OR_PER_CHAIN, Described, pack, tensors_in, unpack
+from mmebm.ops.common.description import PER_CHAIN, SHARED_OR_PER_CHAIN, Described, tensors_in
+from mmebm.ops.common.description import pack as pack
+from mmebm.ops.common.description import unpack as unpack
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Linear
 
-__all__ = [
-    "ACTIVATIONS", "LIMITS", "Activation", "Likelihood", "Quadratic", "Residual", "Scalar", "Stack", "Term",
-    "check_terms", "inputs_of", "pack", "require_dense_terms", "tensors_of", "too_wide", "unpack",
-]  # fmt: skip
-
-Activation = Literal["relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"]
+Activation = graph.Nonlinearity
 Likelihood = Literal["gaussian", "laplace"]
 ACTIVATIONS: Final[tuple[str, ...]] = get_args(Activation)
 

@@ -94,8 +94,10 @@ def _change_sentences(result: Mapping[str, Any]) -> list[str]:
         # of a chain on the modalities themselves; one on their latent does something else
         on_data = len(result["step"]["start"]) > 1
         meaning = ": it sharpens, and does not make the modalities agree more" if falls and on_data else ""
-        said.append(f"{text} and agreement from {words(agreement, 'start', 'trained')}, within {errors} standard errors"
-                    f"{meaning}.")  # fmt: skip
+        said.append(
+            f"{text} and agreement from {words(agreement, 'start', 'trained')}, within {errors} standard errors"
+            f"{meaning}."
+        )
     else:
         meaning = "it makes modalities agree" if agreement["revision"] > 0 else "it costs agreement"
         said.append(f"{text} and agreement from {words(agreement, 'start', 'trained')}: {meaning}.")
@@ -109,8 +111,11 @@ def _change_sentences(result: Mapping[str, Any]) -> list[str]:
         if distance.get(steps) is not None and distance.get(far) is not None:
             drifts.append(f"distance to real data {distance[steps]:.3g} to {distance[far]:.3g}")
         beyond = f"From step {steps} to {far}"
-        said.append(f"{beyond}: {', '.join(drifts)}." if drifts
-                    else f"{beyond} nothing drifts by more than {errors} standard errors.")  # fmt: skip
+        said.append(
+            f"{beyond}: {', '.join(drifts)}."
+            if drifts
+            else f"{beyond} nothing drifts by more than {errors} standard errors."
+        )
     return said
 
 
@@ -123,14 +128,19 @@ def _step_sentences(step: Mapping[str, Any]) -> list[str]:
         cold = all(v is not None and v < 0.1 for v in t.values())
     else:
         size, cold = ("unknown" if t is None else f"{t:.2g}"), t is not None and t < 0.1
-    said.append(f"Noise over drift of a step: {ratio or 'no drift'}; implied temperature {size}"
-                f"{': the chain minimises rather than samples' if cold else ''}.")  # fmt: skip
+    said.append(
+        f"Noise over drift of a step: {ratio or 'no drift'}; implied temperature {size}"
+        f"{': the chain minimises rather than samples' if cold else ''}."
+    )
     accepted = step["acceptance"]
     if "reason" in accepted:
         return [*said, f"Acceptance of the step is not known: {accepted['reason']}."]
     least = THRESHOLDS["acceptance"]["at_least"]
-    parts = [f"{v:.2f} at temperature {name if name == '1' else f'{size} (implied)'}"
-             for name, v in accepted.items() if v is not None]  # fmt: skip
+    parts = [
+        f"{v:.2f} at temperature {name if name == '1' else f'{size} (implied)'}"
+        for name, v in accepted.items()
+        if v is not None
+    ]
     at = accepted.get("1")
     tail = "" if at is None or at >= least else f"; below {least} the unadjusted step distorts the law of temperature 1"
     said.append(f"A Metropolis test would accept a step with probability {' and '.join(parts)}{tail}.")

@@ -116,10 +116,11 @@ class _Hold:
         self.thread = threading.get_ident()
         # a frozen TorchScript module has no flag, and a compiled module that of the one inside
         self.modules = [
-            m for m in modules
+            m
+            for m in modules
             if isinstance(getattr(m, "training", None), bool)
             and not isinstance(getattr(type(m), "training", None), property)
-        ]  # fmt: skip
+        ]
         self.outer = _thread.weights
         self.done = False
 

@@ -97,10 +97,9 @@ class Check:
         grad = torch.cat([per_chain(g) for g in grads], dim=1)
         chains = flat.shape[0]
         rows = torch.linspace(0, chains - 1, min(chains, ROWS), dtype=torch.float64, device=flat.device).round().long()
-        difference = disagreement(
-            None if value is None or value.dim() == 0 else value[rows], grad[rows], flat[rows],
-            of_chains(self.energy, rows), self.backend if where == START else None,
-        )  # fmt: skip
+        values = None if value is None or value.dim() == 0 else value[rows]
+        backend = self.backend if where == START else None
+        difference = disagreement(values, grad[rows], flat[rows], of_chains(self.energy, rows), backend)
         if difference is None:
             return None
         if any(p._version != version for p, version in self._versions):
@@ -139,7 +138,7 @@ def disagreement(
     differences = [
         None if found is None else (found.reshape(exact[i].shape).double() - exact[i]).abs().amax(1)
         for _, _, found, i in pairs
-    ]  # fmt: skip
+    ]
     sizes = [part.abs().max() for part in exact]
     if all(d is None or bool((d <= FLOOR * sizes[i]).all()) for d, (*_, i) in zip(differences, pairs, strict=True)):
         return None

@@ -77,9 +77,13 @@ def inert(value: Any) -> bool:
 
 
 def lower(
-    energy: Callable[..., Any], state: Any, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+    energy: Callable[..., Any],
+    state: Any,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
     log_prob: bool = False,
-) -> Lowered:  # fmt: skip
+) -> Lowered:
     """The terms of ``energy`` at a state of this structure.
 
     Recognised are ``nn.Sequential`` of ``nn.Linear`` and activations, modules, methods and functions around them that

@@ -20,26 +20,23 @@ def _columns(weight: Tensor, order: tuple[int, ...], layout: Layout) -> Tensor:
     if len(set(order)) != len(order):
         refuse("it reads a tensor of the state twice")
     parts = dict(zip(order, weight.split([layout.widths[i] for i in order], dim=1), strict=True))
-    return torch.cat([
-        parts.get(i, weight.new_zeros(weight.shape[0], width)) for i, width in enumerate(layout.widths)
-    ], dim=1)  # fmt: skip
+    return torch.cat(
+        [parts.get(i, weight.new_zeros(weight.shape[0], width)) for i, width in enumerate(layout.widths)], dim=1
+    )
 
 
 def _stack(means: Outputs, layout: Layout) -> Stack:
-    activations = means.activations[: len(means.layers) - 1]
+    activations: tuple[tuple[Any, float], ...] = means.activations[: len(means.layers) - 1]
     if len(set(activations)) > 1:
         refuse(f"its activations differ: {[name for name, _ in activations]}")
     name, slope = activations[0] if activations else ("relu", 0.0)
     first, *rest = (w.detach() for w, _ in means.layers)
-    weights = [_columns(first, means.order, layout), *rest]
-    biases = [None if b is None else b.detach() for _, b in means.layers]
+    weights = [w.contiguous() for w in (_columns(first, means.order, layout), *rest)]
+    biases = [None if b is None else b.detach().contiguous() for _, b in means.layers]
     for t in (*weights, *biases):
         if t is not None and (t.dtype != layout.dtype or t.device != layout.device):
             refuse(f"a layer is {t.dtype} on {t.device}, the state {layout.dtype} on {layout.device}")
-    return Stack.mlp(
-        tuple(w.contiguous() for w in weights), tuple(None if b is None else b.contiguous() for b in biases),
-        name, slope,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+    return Stack.mlp(weights, biases, name, slope)
 
 
 def term_of(weight: float, part: Any, layout: Layout) -> Term:

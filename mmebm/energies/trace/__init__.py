@@ -50,9 +50,13 @@ class Traced:
 
 
 def trace(
-    energy: Callable[..., Any], state: Any, *, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+    energy: Callable[..., Any],
+    state: Any,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
     log_prob: bool = False,
-) -> Traced:  # fmt: skip
+) -> Traced:
     """The net that ``energy`` computes at ``state``, where calling it once more than the chain does has no effect.
 
     Args:
@@ -75,9 +79,13 @@ def trace(
 
 
 def _traced(
-    energy: Callable[..., Any], tensors: list[Tensor], build: Any, args: Sequence[Any], kwargs: dict[str, Any],
+    energy: Callable[..., Any],
+    tensors: list[Tensor],
+    build: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
     log_prob: bool,
-) -> Traced:  # fmt: skip
+) -> Traced:
     chains = tensors[0].shape[0]
     if chains == 0:
         refuse("there are no chains")

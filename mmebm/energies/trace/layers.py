@@ -17,10 +17,19 @@ from mmebm.ops.net import graph
 
 @rule("convolution", "_convolution")
 def _convolution(
-    r: Recorder, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    r: Recorder,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
     *_: Any,
-) -> int:  # fmt: skip
+) -> int:
     if r.value(weight) is not None or r.value(bias) is not None:
         refuse("a weight depends on the state")
     if x.dim() not in (3, 4):
@@ -88,9 +97,16 @@ def _pair(value: Any) -> list[int]:
 
 @rule("avg_pool2d")
 def _avg_pool2d(
-    r: Recorder, out: Tensor, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor_override: Any = None,
-) -> int:  # fmt: skip
+    r: Recorder,
+    out: Tensor,
+    x: Tensor,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> int:
     kernel, padding = _pair(kernel), _pair(padding)
     stride = _pair(stride) if stride else kernel
     index = _windows(x.shape[2:], kernel, stride, padding)
@@ -105,9 +121,15 @@ def _avg_pool2d(
 
 @rule("avg_pool1d")
 def _avg_pool1d(
-    r: Recorder, out: Tensor, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    r: Recorder,
+    out: Tensor,
+    x: Tensor,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
     count_include_pad: bool = True,
-) -> int:  # fmt: skip
+) -> int:
     k, s, p = (v if isinstance(v, int) else next(iter(v)) for v in (kernel, stride or kernel, padding))
     index = _windows((1, x.shape[2]), (1, k), (1, s), (0, p))
     if ceil_mode or index.shape[0] != out.shape[2]:
@@ -212,9 +234,16 @@ def _layer_norm(
 
 @rule("residual")
 def _residual(
-    r: Recorder, out: Any, predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihood: str,
-    numbers: Sequence[float], tensors: Sequence[Tensor | None], observed: Sequence[Tensor | None], *_: Any,
-) -> list[Any]:  # fmt: skip
+    r: Recorder,
+    out: Any,
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    likelihood: str,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    observed: Sequence[Tensor | None],
+    *_: Any,
+) -> list[Any]:
     """This library's op :mod:`mmebm.ops.residual`."""
     n, parts = len(predictions), []
     given = [number if t is None else t for number, t in zip(numbers, tensors, strict=True)]

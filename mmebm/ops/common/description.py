@@ -13,18 +13,6 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from torch import Tensor
 
-__all__ = [
-    "PER_CHAIN",
-    "SHARED_OR_PER_CHAIN",
-    "Described",
-    "of_chains",
-    "pack",
-    "replaced",
-    "structure",
-    "tensors_in",
-    "unpack",
-]
-
 # Metadata of a field whose tensor has a row for each chain, or one row for all where there may be one
 PER_CHAIN: Final[Mapping[str, Any]] = {"chains": "each"}
 SHARED_OR_PER_CHAIN: Final[Mapping[str, Any]] = {"chains": "one or each"}

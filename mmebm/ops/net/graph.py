@@ -24,37 +24,8 @@ from torch import Tensor
 from mmebm.ops.common import description
 from mmebm.ops.common.description import SHARED_OR_PER_CHAIN, Described, tensors_in
 
-__all__ = [
-    "FUNCTIONS",
-    "Activation",
-    "Add",
-    "Affine",
-    "Conv",
-    "Function",
-    "Input",
-    "Linear",
-    "LogSumExp",
-    "Map",
-    "Net",
-    "Node",
-    "Norm",
-    "Product",
-    "Shape",
-    "View",
-    "check_net",
-    "pack",
-    "reads",
-    "renumbered",
-    "shape_of",
-    "shapes_of",
-    "tensors_of",
-    "unpack",
-]
-
-Function = Literal[
-    "relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu", "sigmoid", "square", "abs", "exp", "sqrt",
-    "reciprocal",
-]  # fmt: skip
+Nonlinearity = Literal["relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"]
+Function = Literal[Nonlinearity, "sigmoid", "square", "abs", "exp", "sqrt", "reciprocal"]
 FUNCTIONS: Final[tuple[str, ...]] = get_args(Function)
 Shape: TypeAlias = "tuple[int, ...]"
 

@@ -12,43 +12,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmebm.ops.net.graph import (
-    Activation,
-    Add,
-    Affine,
-    Conv,
-    Input,
-    Linear,
-    LogSumExp,
-    Map,
-    Net,
-    Norm,
-    Product,
-    View,
-    pack,
-    shapes_of,
-    tensors_of,
-    unpack,
-)  # fmt: skip
+from mmebm.ops.net import graph
+from mmebm.ops.net.graph import Net, pack, shapes_of, tensors_of, unpack
 
 __all__ = ["energy", "energy_and_gradient"]
 
-_FUNCTIONS: Final[dict[str, Callable[[Tensor, float], Tensor]]] = {
-    "relu": lambda x, _: F.relu(x), "leaky_relu": F.leaky_relu, "silu": lambda x, _: F.silu(x),
-    "gelu": lambda x, _: F.gelu(x), "softplus": lambda x, _: F.softplus(x), "tanh": lambda x, _: torch.tanh(x),
-    "elu": F.elu, "sigmoid": lambda x, _: torch.sigmoid(x), "square": lambda x, _: x.square(),
-    "abs": lambda x, _: x.abs(), "exp": lambda x, _: x.exp(), "sqrt": lambda x, _: x.sqrt(),
-    "reciprocal": lambda x, _: x.reciprocal(),
-}  # fmt: skip
+_FUNCTIONS: Final[dict[str, Callable[..., Tensor]]] = {
+    **{
+        name: getattr(torch, name) for name in ("relu", "tanh", "sigmoid", "square", "abs", "exp", "sqrt", "reciprocal")
+    },
+    **{name: getattr(F, name) for name in ("leaky_relu", "silu", "gelu", "softplus", "elu")},
+}
+_SLOPED: Final = ("leaky_relu", "elu")
 
 
-def _conv(node: Conv, x: Tensor) -> Tensor:
-    options: dict[str, Any] = {
-        "stride": node.stride, "padding": node.padding, "dilation": node.dilation, "groups": node.groups
-    }  # fmt: skip
-    if node.transposed:
-        return F.conv_transpose2d(x, node.weight, node.bias, output_padding=node.output_padding, **options)
-    return F.conv2d(x, node.weight, node.bias, **options)
+def _conv(node: graph.Conv, x: Tensor) -> Tensor:
+    names = ("stride", "padding", "dilation", "groups", *(["output_padding"] if node.transposed else []))
+    function: Any = F.conv_transpose2d if node.transposed else F.conv2d
+    return function(x, node.weight, node.bias, **{name: getattr(node, name) for name in names})
 
 
 def _gathered(values: list[Tensor], index: Tensor) -> Tensor:
@@ -60,33 +41,33 @@ def _gathered(values: list[Tensor], index: Tensor) -> Tensor:
 
 def _forward(node: Any, values: list[Tensor], state: Tensor) -> Tensor:
     """The value (chains, elements...) of a node, up to its shape."""
-    if isinstance(node, Input):
+    if isinstance(node, graph.Input):
         size = torch.Size(node.shape).numel()
         return state[:, node.start : node.start + size]
-    if isinstance(node, View):
+    if isinstance(node, graph.View):
         return values[node.x]
-    if isinstance(node, Conv):
+    if isinstance(node, graph.Conv):
         return _conv(node, values[node.x])
-    if isinstance(node, Linear):
+    if isinstance(node, graph.Linear):
         return F.linear(values[node.x].flatten(1), node.weight, node.bias)
-    if isinstance(node, Activation):
-        return _FUNCTIONS[node.function](values[node.x], node.slope)
-    if isinstance(node, Add):
+    if isinstance(node, graph.Activation):
+        return _FUNCTIONS[node.function](values[node.x], *([node.slope] if node.function in _SLOPED else []))
+    if isinstance(node, graph.Add):
         total: Any = 0.0 if node.shift is None else node.shift
         for x, c in zip(node.xs, node.coefficients, strict=True):
             total = total + c * values[x]
         return total
-    if isinstance(node, Affine):
+    if isinstance(node, graph.Affine):
         y = values[node.x] * node.scale
         return y if node.shift is None else y + node.shift
-    if isinstance(node, Product):
+    if isinstance(node, graph.Product):
         return values[node.a] * values[node.b]
-    if isinstance(node, Map):
+    if isinstance(node, graph.Map):
         taken = _gathered([values[x] for x in node.xs], node.index)
         return (taken if node.weight is None else taken * node.weight).sum(2)
-    if isinstance(node, LogSumExp):
+    if isinstance(node, graph.LogSumExp):
         return values[node.x].flatten(1)[:, node.index].logsumexp(2)
-    if isinstance(node, Norm):
+    if isinstance(node, graph.Norm):
         parts = values[node.x].flatten(1).unflatten(1, (node.groups, -1))
         centred = parts - parts.mean(2, keepdim=True)
         return centred / (centred.square().mean(2, keepdim=True) + node.eps).sqrt()
