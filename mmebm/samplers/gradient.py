@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmebm.ops.langevin_step.reference import per_chain
+from mmebm.ops.common.layout import per_chain
 from mmebm.samplers.autograd_remedies import Remedies
 from mmebm.state import Key, Structure, like_state
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import per_chain
 from mmebm.ops.common.params import NormOver, StepParams
-from mmebm.ops.langevin_step.reference import clamp, norm_factor, per_chain
+from mmebm.ops.langevin_step.reference import clamp, norm_factor
 
 if TYPE_CHECKING:
     from mmebm.samplers.langevin import Langevin

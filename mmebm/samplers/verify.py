@@ -26,8 +26,8 @@ from mmebm.energies.lower import Lowered
 from mmebm.energies.trace import Traced
 from mmebm.introspect import Memory
 from mmebm.ops.common.description import of_chains, replaced, structure
+from mmebm.ops.common.layout import per_chain
 from mmebm.ops.evaluate import Energy, by_op, by_reference
-from mmebm.ops.langevin_step.reference import per_chain
 from mmebm.samplers.gradient import Target
 
 # Every chain's value and gradient are computed, those of so many are compared.

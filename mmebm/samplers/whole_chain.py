@@ -18,7 +18,7 @@ from mmebm.energies.trace import Traced, trace
 from mmebm.introspect import Memory
 from mmebm.native import BackendError
 from mmebm.ops import langevin_mlp as mlp
-from mmebm.ops.langevin_step.reference import per_chain
+from mmebm.ops.common.layout import per_chain
 from mmebm.ops.net import op as net
 from mmebm.ops.net.graph import Conv, Linear
 from mmebm.ops.terms import too_wide

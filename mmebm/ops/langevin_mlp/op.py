@@ -23,10 +23,10 @@ from torch import Tensor
 
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.common.layout import per_chain, widen
 from mmebm.ops.common.params import Constant, NoiseAt, StepNumbers, StepParams, StepRows, per_tensor
 from mmebm.ops.langevin_mlp.reference import langevin_mlp as reference
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
-from mmebm.ops.langevin_step.reference import per_chain, widen
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 
 __all__ = [

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import per_chain, widen
 from mmebm.ops.common.params import NoiseAt, StepParams
-from mmebm.ops.langevin_step.reference import per_chain, widen
 from mmebm.ops.mlp_energy.reference import mlp_energy
 from mmebm.ops.terms import Term
 

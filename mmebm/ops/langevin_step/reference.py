@@ -20,22 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import WIDE, per_chain, widen
 from mmebm.ops.common.params import NormOver, Outside, StepParams, StepStats
 
-_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _MANTISSA = {torch.float16: 10, torch.bfloat16: 7}
 _MIN_EXPONENT = {torch.float16: -14, torch.bfloat16: -126}
-
-
-def widen(x: Tensor) -> Tensor:
-    """``x`` in the dtype of the arithmetic: float32 for 16-bit storage, else its own."""
-    return x.to(_WIDE.get(x.dtype, x.dtype))
-
-
-def per_chain(x: Tensor) -> Tensor:
-    """``x`` as (chains, elements)."""
-    # not reshape(chains, -1), which is ambiguous without chains
-    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
 
 def stochastic_round(y: Tensor, dtype: torch.dtype, threshold: Tensor) -> Tensor:
@@ -54,7 +43,7 @@ def stochastic_round(y: Tensor, dtype: torch.dtype, threshold: Tensor) -> Tensor
 
 
 def _store(y: Tensor, like: Tensor, threshold: Tensor | None) -> Tensor:
-    if like.dtype not in _WIDE:
+    if like.dtype not in WIDE:
         return y
     return y.to(like.dtype) if threshold is None else stochastic_round(y, like.dtype, threshold)
 
