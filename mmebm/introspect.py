@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import sys
+import sysconfig
 import threading
 import types
 import weakref
@@ -30,6 +32,7 @@ EMPTY: Final = object()
 _LEAVES = (str, bytes, int, float, complex, Tensor, torch.dtype, torch.device, type, types.ModuleType, type(None))
 # Nor in these libraries' objects that are no modules (optimizers, data loaders, loggers) and in their functions.
 _LIBRARIES = ("torch", "numpy", "logging", "threading", "_thread", "concurrent", "multiprocessing")
+_STANDARD = sysconfig.get_path("stdlib")
 # What a class may hold for all of its objects
 _SHARED = (bool, int, float, Tensor, nn.Module)
 
@@ -42,6 +45,16 @@ def package(item: Any) -> str:
 def in_library(item: Any) -> bool:
     """Whether a class or function is of a library in which nothing of an energy hides."""
     return package(item) in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_foreign(module: str) -> bool:
+    """Whether classes and functions of a module are a library's, so that no energy hides in what their code names."""
+    if module.partition(".")[0] in (*_LIBRARIES, "mmebm", "builtins"):
+        return True
+    # the standard library by its files, as a user's module may have the name of one
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return file.startswith(_STANDARD) and "site-packages" not in file
 
 
 def definer(kind: type, name: str) -> type:
@@ -91,7 +104,7 @@ def _named(f: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """(name, value) of the variables that ``f`` closes over and of the globals, no classes or
     modules of Python, that it names."""
     yield from ((name, value) for name, value in closure(f) if value is not EMPTY)
-    if not in_library(f) and package(f) != "mmebm":
+    if not _is_foreign(f.__module__ or ""):
         for name in names_in(f.__code__).globals:
             value = f.__globals__.get(name, EMPTY)
             if value is not EMPTY and not isinstance(value, (type, types.ModuleType)):
@@ -129,7 +142,7 @@ def _methods_of(kind: type) -> list[types.FunctionType]:
 def class_parts(kind: type) -> Iterator[tuple[str, Any]]:
     """(name, value) of what a user's class holds for its objects, and of what its methods close over and name."""
     for base in kind.__mro__:
-        if in_library(base) or package(base) in ("mmebm", "builtins"):
+        if _is_foreign(base.__module__ or ""):
             continue
         for name, value in vars(base).items():
             if isinstance(value, _SHARED) and not name.startswith("__"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
+import sys
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +77,20 @@ def test_not_reached() -> None:
     for _ in range(introspect.MAX_DEPTH + 1):
         deep = [deep]
     assert THING not in list(reachable(deep)) and THING in list(reachable(deep[0]))
+
+
+def test_the_standard_library_is_told_by_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its classes are not searched for globals, which would be most of a call; a user's module of the same name is."""
+    assert not list(introspect.class_parts(type(tmp_path)))
+    (tmp_path / "colorsys.py").write_text(
+        "THING = object()\n\nclass Energy:\n    def __call__(self):\n        return THING\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    introspect._is_foreign.cache_clear()
+    module: Any = importlib.import_module("colorsys")
+    assert module.THING in list(reachable(module.Energy()))
+    introspect._is_foreign.cache_clear()
 
 
 def test_each_once_and_circles_end() -> None:

@@ -109,8 +109,8 @@ def examine(
         ``drift``, ``noise`` and their ``ratio`` per tensor of the state (root mean square over chains) at the start and
         the end of the trained chain, the implied ``temperature``, ``acceptance`` by temperature. ``curves``: means and
         standard errors of the summaries by step and start, distances; ``traces``: the energy of a few chains.
-        ``broken``: share of chains per start that became non-finite. None stands for what is
-        not finite: the R-hat of a summary with ``unmoved`` 1 is infinite, or one of equal values.
+        ``broken``: share of chains per start that became non-finite. None stands for what is not finite: the R-hat of a
+        summary with ``unmoved`` 1 is infinite, or one of equal values.
 
     Raises:
         TypeError, ValueError: for a length or number of points out of range, starts that differ in ``n`` or are no
