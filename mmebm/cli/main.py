@@ -73,8 +73,10 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="change one field of the configuration, e.g. --set data_chain.steps=60; --print-config shows them all",
     )  # fmt: skip
-    train.add_argument("--logger", action="append", default=[], metavar="NAME", help="also send the log there: an "
-                       "entry point of mmebm.loggers, or package.module:name")  # fmt: skip
+    train.add_argument("--logger", action="append", default=[], metavar="NAME", help="also send the log there: "
+                       "tensorboard, wandb, mlflow, an entry point of mmebm.loggers, or package.module:name")  # fmt: skip
+    train.add_argument("--callback", action="append", default=[], metavar="NAME", help="have this called on the way: an "
+                       "entry point of mmebm.callbacks, or package.module:name")  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="try two iterations of each stage, say what it "
                                                               "would take, and write nothing")  # fmt: skip
     train.add_argument("--print-config", action="store_true", help="print the whole configuration as JSON, and stop")
