@@ -18,6 +18,7 @@ from mmebm import __version__
 from mmebm.cli.common import pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
+from mmebm.cli.threads import cores
 from mmebm.files import FolderLock, check_writable, new_folder, write_atomically
 from mmebm.plugins import Logger, find, import_modules
 from mmebm.training import PRESETS, Config, Trainer, checkpoint, fitting, parallel, preset
@@ -174,8 +175,7 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     """Two iterations of every stage with nothing written: what the data is read as, how the chains run, and about how
     long training would take."""
     import_modules(config.imports)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    _use_threads(config.threads)
     data = load_data(config, "train")
     load_data(config, "test")
     stages = [(number, stage) for number, stage in enumerate(config.stages, start=1) if stage.iterations]
@@ -206,6 +206,11 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     return {"latent": model.latent, "weights": model.weights, "chains": reports, "seconds": total, "parameters": sizes}
 
 
+def _use_threads(threads: int | None) -> None:
+    """So many CPU threads; by default as torch has it, but no more than the cores that a container may use."""
+    torch.set_num_threads(threads or min(torch.get_num_threads(), cores()))
+
+
 def prepare(
     folder: Path, device: torch.device, config: Config | None, *, threads: int | None = None, extend: int = 0,
     init_from: Path | str | None = None,
@@ -227,9 +232,7 @@ def prepare(
         check_writable(folder / CHECKPOINT)
     assert config is not None
     import_modules(config.imports)
-    threads = threads or config.threads
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _use_threads(threads or config.threads)
     data = load_data(config, "train", folder)
     trainer = Trainer(config, data, device, processes=parallel.Processes.here())
     if content is not None:
@@ -260,9 +263,7 @@ def prepare(
     return trainer
 
 
-def fit(
-    trainer: Trainer, folder: Path, *, quiet: bool = False, loggers: Sequence[Callable[..., Logger]] = ()
-) -> bool:
+def fit(trainer: Trainer, folder: Path, *, quiet: bool = False, loggers: Sequence[Callable[..., Logger]] = ()) -> bool:
     """:func:`mmebm.training.fitting.fit` with a progress bar, and TensorBoard where it is installed."""
     makers = [*loggers, *([TensorBoard] if TensorBoard not in loggers and find_spec("tensorboard") else [])]
     with Progress(trainer.config.stages, trainer.iteration, quiet=quiet) as progress:

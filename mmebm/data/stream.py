@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-
 from typing import Any
 
 import numpy as np
@@ -122,8 +121,9 @@ class WorkerBatches:
         self._device = data.index.device
         pinned = self._device.type == "cuda"
         loader: DataLoader[Any] = DataLoader(
-            _Batches(data.to("cpu"), seed), batch_size=None, sampler=_Rows(rows), num_workers=check_count("workers", workers),
-            prefetch_factor=check_count("ahead", ahead), pin_memory=pinned,
+            _Batches(data.to("cpu"), seed), batch_size=None, sampler=_Rows(rows),
+            num_workers=check_count("workers", workers), prefetch_factor=check_count("ahead", ahead),
+            pin_memory=pinned,
             # what it draws for its workers must not be drawn from the generator of training
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip

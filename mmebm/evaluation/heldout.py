@@ -27,7 +27,10 @@ from mmebm.evaluation.metrics import gaussian_kernel_distance
 from mmebm.models.inference import Expert
 from mmebm.state import Batch
 
-__all__ = ["METRICS", "Metric", "held_out", "importance_bound", "kernel_distances", "retrieval", "summary"]
+__all__ = [
+    "METRICS", "Metric", "comparable", "held_out", "importance_bound", "kernel_distances", "mean_of", "retrieval",
+    "summary",
+]  # fmt: skip
 
 Metric = Literal["bound", "mse", "cross_mse", "retrieval", "kernel"]
 
@@ -74,12 +77,12 @@ def held_out(system: System, x: Batch, *, samples: Batch | None = None, infers: 
                 guess = g.decoders[name](system.inference.sample(given, rng))
                 out["cross_mse"][name] = (guess - x[name]).square().mean().item()
             out["retrieval"] = retrieval(system, x)
-    if samples is not None and _comparable(samples, n):
+    if samples is not None and comparable(samples, n):
         out["kernel"] = kernel_distances(samples, x, seed=seed)
     return out
 
 
-def _comparable(samples: Batch, n: int) -> bool:
+def comparable(samples: Batch, n: int) -> bool:
     """Enough, and all finite, as those of an energy gone astray are not."""
     few = min(n, len(next(iter(samples.values())))) < LEAST_ROWS
     return not few and all(bool(value.isfinite().all()) for value in samples.values())
@@ -90,12 +93,17 @@ def summary(result: Mapping[str, Any]) -> dict[str, float]:
     out = {"bound": result["bound"]} if "bound" in result else {}
     for name in ("mse", "cross_mse"):
         if name in result:
-            out[name] = math.fsum(result[name].values()) / len(result[name])
+            out[name] = mean_of(result[name])
     if "retrieval" in result:
         out["retrieval"] = result["retrieval"]["top"]
     if "kernel" in result:
         out["kernel"] = result["kernel"]["joint"]["value"]
     return out
+
+
+def mean_of(by_modality: Mapping[str, float]) -> float:
+    """The mean over modalities."""
+    return math.fsum(by_modality.values()) / len(by_modality)
 
 
 @torch.no_grad()

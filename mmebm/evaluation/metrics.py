@@ -248,8 +248,8 @@ def gaussian_kernel_distance(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, bandwidths: Mapping[str, float] | None = None,
     subsets: int = 10, seed: int = 0,
 ) -> KernelDistance:  # fmt: skip
-    """Squared maximum mean discrepancy of whole tuples, without networks or labels: the kernel of a tuple is the product
-    of a Gaussian kernel of each modality, so that it sees modalities that do not belong together.
+    """Squared maximum mean discrepancy of whole tuples, without networks or labels: the kernel of a tuple is the
+    product of a Gaussian kernel of each modality, so that it sees modalities that do not belong together.
 
     ``k(x, y) = exp(-sum_m |x_m - y_m|^2 / (2 h_m^2))``, which tells any two laws apart (Gretton et al. 2012). Unbiased,
     in parts, as in :func:`kernel_distance`. With one modality it is that modality's own distance.

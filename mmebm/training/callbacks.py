@@ -15,8 +15,8 @@ __all__ = ["Callback"]
 class Callback:
     """What a run calls; a subclass has the methods that it needs.
 
-    Setting ``trainer.stop`` to a number ends training after the iteration in hand. Of several processes each has its own
-    callbacks and calls them alike; checkpoints are the first one's.
+    Setting ``trainer.stop`` to a number ends training after the iteration in hand. Of several processes each has
+    callbacks of its own and calls them alike; checkpoints are the first one's.
 
     Example:
         >>> class Patience(Callback):

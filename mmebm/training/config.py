@@ -382,8 +382,8 @@ class CheckpointConfig(Settings):
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """A run, whole. ``threads``: CPU threads (None: torch's own choice). ``imports``: modules that are imported before
-    data, presets and networks are looked up.
+    """A run, whole. ``threads``: CPU threads (None: the cores that the process may use). ``imports``: modules that are
+    imported before data, presets and networks are looked up.
 
     ``batch`` tuples make an iteration, of all processes together; ``accumulate`` splits each process's share into so
     many parts whose gradients are averaged (less memory; in the joint stage the generator then is updated after the
@@ -426,8 +426,8 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.checkpoint.best is not None and not self.validation.every:
-            raise ValueError(f"checkpoint.best={self.checkpoint.best!r} goes by the validation, and validation.every is 0: "
-                             "give it a number of iterations")  # fmt: skip
+            raise ValueError(f"checkpoint.best={self.checkpoint.best!r} goes by the validation, and validation.every "
+                             "is 0: give it a number of iterations")  # fmt: skip
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
         if not isinstance(self.channels_last, bool):

@@ -635,7 +635,8 @@ class Trainer:
         return {
             "format": checkpoint.FORMAT, "config": self.config.to_json(), "iteration": self.iteration,
             "rollbacks": self.guard.rollbacks, "evaluations": self.evaluations, "snapshots": self.snapshots,
-            "data": self._reading, "held": self.held, "best": self.best, "networks": {name: class_name(net) for name, net in self.networks.items()},
+            "data": self._reading, "networks": {name: class_name(net) for name, net in self.networks.items()},
+            "held": self.held, "best": self.best,
             **self._written(),
         }  # fmt: skip
 
@@ -674,8 +675,8 @@ class Trainer:
             check_reading(state["data"], self.data)
         held = state.get("held", self.held)
         if len(held) and int(held.max()) >= len(self._whole):
-            raise ValueError(f"it validates on tuple {int(held.max())}, and the data has {len(self._whole)}: give it the "
-                             "data as it was")  # fmt: skip
+            raise ValueError(f"it validates on tuple {int(held.max())}, and the data has {len(self._whole)}: give it "
+                             "the data as it was")  # fmt: skip
         if not torch.equal(held, self.held):
             self._split(held)
         if not 0 <= state["iteration"] <= self.total:
