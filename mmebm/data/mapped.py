@@ -39,7 +39,9 @@ class _Items:
         self.__init__(**state)
 
     def __call__(self, rows: Tensor) -> list[Mapping[str, Any]]:
-        if self.process != os.getpid():  # in a worker process, which has neither the threads nor their lock
+        if self.process != os.getpid():
+            # a worker process has neither the threads nor their lock, and needs none: it is one of several itself
+            self.workers = 0
             self._begin()
         key = tuple(rows.tolist())
         with self.lock:

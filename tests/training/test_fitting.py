@@ -32,6 +32,14 @@ def checked(config: Config) -> Config:
     )  # fmt: skip
 
 
+class StopAt(Callback):
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def on_iteration(self, trainer: Trainer) -> None:
+        trainer.stop = int(trainer.iteration == self.iteration)
+
+
 def test_what_is_kept_back_is_fixed_and_not_trained_on(config: Config, data: MultimodalDataset) -> None:
     trainer = Trainer(config.replace(validation=CHECKED), data)
     assert trainer.validation is not None
@@ -111,11 +119,7 @@ def test_a_run_that_stopped_keeps_what_one_that_did_not_does(
 ) -> None:
     assert fit(Trainer(checked, data), tmp_path / "whole")
 
-    class Stop(Callback):
-        def on_iteration(self, trainer: Trainer) -> None:
-            trainer.stop = int(trainer.iteration == 7)
-
-    assert not fit(Trainer(checked, data, callbacks=[Stop()]), tmp_path / "r")
+    assert not fit(Trainer(checked, data, callbacks=[StopAt(7)]), tmp_path / "r")
     again = Trainer(checked, data)
     again.load_state_dict(checkpoint.load(tmp_path / "r" / "checkpoint.pt"))
     assert again.iteration == 7
@@ -265,3 +269,30 @@ def test_mlflow(checked: Config, data: MultimodalDataset, tmp_path: Path, monkey
     assert run.info.status == "FINISHED" and run.data.params["model.latent"] == "3"
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "warmup/valid_bound")
     assert [point.step for point in history] == [5]
+
+
+class Items(torch.utils.data.Dataset):
+    """The toy set as a data set of dicts, with an augmentation."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        bright = 0.2 + 0.6 * (i % 2) + 0.1 * np.random.random()
+        return {"grey": np.full((1, 6, 6), bright, np.float32), "vector": np.full(3, i % 2 - 0.5, np.float32)}
+
+
+def test_a_data_set_of_dicts_behind_workers_trains_alike_and_resumes(config: Config, tmp_path: Path) -> None:
+    ends = []
+    for workers in (1, 2):
+        read = dataclasses.replace(config.data, workers=workers)
+        trainer = Trainer(config.replace(data=read, validation=CHECKED), Items())
+        if workers == 2:  # and stops on the way, and goes on
+            trainer.callbacks.append(StopAt(9))
+            assert not fit(trainer, tmp_path / "r")
+            trainer = Trainer(config.replace(data=read, validation=CHECKED), Items())
+            trainer.load_state_dict(checkpoint.load(tmp_path / "r" / "checkpoint.pt"))
+        assert fit(trainer, tmp_path / f"r{workers}")
+        ends.append(trainer.system.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
