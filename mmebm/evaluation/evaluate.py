@@ -360,6 +360,8 @@ def evaluate(
         "conditional": {},
     }
     skipped: dict[str, str] = {}
+    if "kernel" not in result["floor"]:
+        skipped["kernel"] = f"it needs {LEAST_FOR_KERNEL} tuples at least, there are {n}"
     if features and not result["floor"]["features"]:
         skipped["features"] = "the set has no images of one or three channels"
     if judges is None:

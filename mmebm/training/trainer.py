@@ -520,7 +520,10 @@ class Trainer:
 
     def _samples(self, s: System, n: int, *, seed: int) -> dict[str, Tensor]:
         x = s.generate(n, seed=seed)
-        return dict(s.revise_data(x, seed=seed + 1).state) if self._learned("energy") else x
+        if not self._learned("energy"):
+            return x
+        # as many at a time as training has, which bounds the memory
+        return dict(s.revise_data(x, seed=seed + 1, chunk_size=self.config.batch).state)
 
     @contextlib.contextmanager
     def _aside(self, seed: int) -> Iterator[System]:
