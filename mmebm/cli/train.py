@@ -21,7 +21,7 @@ from mmebm.cli.progress import Progress
 from mmebm.cli.threads import cores
 from mmebm.files import FolderLock, check_writable, new_folder, write_atomically
 from mmebm.plugins import Logger, find, import_modules
-from mmebm.training import PRESETS, Config, Trainer, checkpoint, fitting, parallel, preset
+from mmebm.training import PRESETS, Callback, Config, Trainer, checkpoint, fitting, parallel, preset
 from mmebm.training.config import extended, merged, override
 from mmebm.training.loggers import TensorBoard, logger
 from mmebm.training.networks import chain_reports
@@ -123,7 +123,7 @@ def train(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     device = pick_device(arguments.device)
     loggers = [logger(name) for name in arguments.logger]
-    callbacks = [find("callbacks", name)() for name in arguments.callback]
+    callbacks = [_callback(name) for name in arguments.callback]
     config = None
     if arguments.resume is not None:
         only_new = ("preset", "config", "name", "seed", "data", "data_path", "print_config", "dry_run",
@@ -169,6 +169,14 @@ def train(arguments: argparse.Namespace) -> int:
             return 128 + trainer.stop
         arguments.result = {"run": str(folder), **report(Run(folder, device))}
     return 0
+
+
+def _callback(name: str) -> Callback:
+    """What ``--callback`` names, made."""
+    made = find("callbacks", name)()
+    if not isinstance(made, Callback):
+        raise TypeError(f"--callback {name} must give a mmebm.training.Callback, got {type(made).__name__}")
+    return made
 
 
 def dry_run(config: Config, device: torch.device) -> dict[str, Any]:

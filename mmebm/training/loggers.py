@@ -159,9 +159,17 @@ def logger(name: str) -> Callable[..., Logger]:
 
 
 def begun(makers: Iterable[Callable[..., Logger]], folder: Path, config: dict[str, Any], **start: int) -> list[Logger]:
-    """The loggers; those of this file are told where the run goes on."""
+    """The loggers; those of this file are told where the run goes on.
+
+    Raises:
+        TypeError: for one without ``write`` and ``close``.
+    """
     own = lambda make: isinstance(make, type) and issubclass(make, Started)
-    return [make(folder, config, **start) if own(make) else make(folder, config) for make in makers]
+    made = [make(folder, config, **start) if own(make) else make(folder, config) for make in makers]
+    for keeper in made:
+        if not all(callable(getattr(keeper, name, None)) for name in ("write", "close")):
+            raise TypeError(f"a logger must have write(row) and close(), {type(keeper).__name__} has not")
+    return made
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

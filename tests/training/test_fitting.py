@@ -206,7 +206,9 @@ def test_loggers_get_rows_and_pictures_and_are_closed(checked: Config, data: Mul
     assert checkpoint.load(tmp_path / "r" / "checkpoint.pt")["iteration"] == 16  # all the same
 
 
-def test_a_logger_by_name() -> None:
+def test_a_logger_by_name(config: Config, data: MultimodalDataset, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"a logger must have write\(row\) and close\(\), dict has not"):
+        fit(Trainer(config, data), tmp_path / "r", loggers=[lambda folder, config: {}])
     assert logger("jsonl") is JsonLines
     with pytest.raises(
         ValueError, match=r"'wand' is none of mmebm.loggers.*come with it are jsonl, tensorboard, wandb"
