@@ -44,7 +44,7 @@ def save(path: Path, content: dict[str, Any], *, keep_previous: bool = True) -> 
 class Writer:
     """Writes one after the other in a thread of its own, so that training goes on meanwhile.
 
-    What fails there is raised by the next call of :meth:`submit` or :meth:`close`. As a context manager it waits for
+    What fails there is raised by the next call of a method. As a context manager it waits for
     what is under way when it is left.
     """
 
@@ -59,10 +59,11 @@ class Writer:
 
     def submit(self, write: Callable[[], None]) -> None:
         """Has ``write`` called, after what is under way: no more than one waits, since each holds a copy of a run."""
-        self._wait()
+        self.wait()
         self._last = self._pool.submit(write)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until what is under way is written."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
@@ -70,7 +71,7 @@ class Writer:
     def close(self) -> None:
         """Waits for what is under way."""
         try:
-            self._wait()
+            self.wait()
         finally:
             self._pool.shutdown()
 

@@ -76,6 +76,7 @@ def fit(
         keeper = _Keeper(trainer, folder, writer, keepers)
         if trainer.iteration < trainer.total:
             keeper.save()
+        writer.wait()  # worker processes that read data are forked next, best from a process that does nothing else
         saved = time.perf_counter()
         for row in trainer.run():
             memory = peak_memory(trainer.device)

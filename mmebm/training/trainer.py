@@ -676,7 +676,7 @@ class Trainer:
         """
         if "data" in state:
             check_reading(state["data"], self.data)
-        held = state.get("held", self.held)
+        held = state.get("held", self.held).cpu()
         if len(held) and int(held.max()) >= len(self._whole):
             raise ValueError(f"it validates on tuple {int(held.max())}, and the data has {len(self._whole)}: give it "
                              "the data as it was")  # fmt: skip
