@@ -1,7 +1,8 @@
 """What other packages and the user's own modules bring along: objects by import path, and entry points.
 
-A package offers data sets, presets, judges and loggers by entry points of the groups ``mmebm.datasets``,
-``mmebm.presets``, ``mmebm.judges`` and ``mmebm.loggers``; docs/your-model.md says what each is called with.
+A package offers data sets, presets, judges, loggers and callbacks by entry points of the groups ``mmebm.datasets``,
+``mmebm.presets``, ``mmebm.judges``, ``mmebm.loggers`` and ``mmebm.callbacks``; docs/your-model.md says what each is
+called with.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
 
-Group = Literal["datasets", "presets", "judges", "loggers"]
+Group = Literal["datasets", "presets", "judges", "loggers", "callbacks"]
 
 
 class Logger(Protocol):
     """What keeps the rows of training somewhere; a logger of ``mmebm.loggers`` is called with the run's folder and its
-    configuration, plain data, and returns one."""
+    configuration, plain data, and returns one. It may also have ``image(name, pixels, iteration)``, which is given
+    pictures of samples, uint8 ``(H, W, 3)``."""
 
     def write(self, row: dict[str, Any], /) -> None:
         """A row: ``iteration``, ``stage``, losses and other numbers by name; ``rolled_back`` or ``alarm``, a text."""

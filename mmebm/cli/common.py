@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 
@@ -28,16 +26,3 @@ def pick_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise ValueError(f"--device takes auto, cpu, cuda or cuda:N, got {name!r}")
     return device
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """The most memory held so far, MiB: tensors on a GPU; on the CPU the whole process and what came before, None where
-    the system does not count it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux

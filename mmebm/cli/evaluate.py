@@ -16,7 +16,9 @@ from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
 from mmebm.files import check_writable, write_atomically
 from mmebm.plugins import find
+from mmebm.training.fitting import CHECKPOINTS
 from mmebm.training.run import Run
+from mmebm.training.system import System
 
 TITLES = {"vae": "VAE only", "frozen": "frozen: Langevin on top of the VAE", "x0": "x0: generator",
           "xk": "xk: after Langevin"}  # fmt: skip
@@ -31,8 +33,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     )
     n = min(arguments.n, len(run.dataset("test")))
     more: dict[str, Any] = {"features": [_network(name, run) for name in arguments.features]}
-    trained = {"vae": run.vae if "vae" in run.points else None, "x0": run.system if run.joint_trained else None}
-    systems = {name: system for name, system in trained.items() if system is not None}
+    systems = _systems(run)
     judges = {name: find("judges", name) for name in arguments.judge}
     for name in ("pairs", "latent", "likelihood"):
         if getattr(arguments, name):
@@ -47,6 +48,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
         }  # fmt: skip
     arguments.result = report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, own=judges, **more)
     return 0
+
+
+def _systems(run: Run) -> dict[str, System]:
+    """The networks of a run by the point that their samples are."""
+    trained = {"vae": run.vae if "vae" in run.points else None, "x0": run.system if run.joint_trained else None}
+    return {name: system for name, system in trained.items() if system is not None}
 
 
 def _network(name: str, run: Run) -> FeatureExtractor:
@@ -64,8 +71,10 @@ def _classifiers(run: Run) -> Classifiers | None:
     if not run.dataset("test").classes:
         return None
     path = run.folder / "classifiers.pt"
-    if path.is_file():
-        return Classifiers.load(path, run.device)
+    # a checkpoint that was kept is judged by those of its run
+    for file in (path, run.folder.parent.parent / path.name):
+        if file.is_file() and (file == path or run.folder.parent.name == CHECKPOINTS):
+            return Classifiers.load(file, run.device)
     print("fitting the classifiers that judge the samples")
     judges = fit_classifiers(run.dataset("train"), run.dataset("test"), device=run.device)
     judges.save(path)
@@ -89,7 +98,10 @@ def report(
         points[point] = run.sample(n, point, seed=seed, steps=steps)
         seconds[point] = time.perf_counter() - started
     started = time.perf_counter()
-    result = measure(points, run.completions(steps), test, run.dataset("train"), judges, seed=seed, **more)
+    result = measure(
+        points, run.completions(steps), test, run.dataset("train"), judges, seed=seed,
+        heldout=_systems(run) if run.infers else None, validation=run.validation(), **more,
+    )  # fmt: skip
     if own:
         names = {m.name: m for m in test.modalities}
         real = {name: names[name].natural(x) for name, x in run.real(n, split="test", seed=seed).items()}

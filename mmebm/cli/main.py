@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mmebm.cli.threads import settle
 from mmebm.plugins import import_modules
 
 STATUSES = """exit status:
@@ -68,13 +69,17 @@ def parser() -> argparse.ArgumentParser:
         "--data", help="data set instead of the preset's: digits, polymnist-5k, folder, ... (docs/data.md)"
     )
     train.add_argument("--data-path", help="folder of a data set on disk, e.g. with --data folder")
-    train.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    train.add_argument(
+        "--threads", type=int, default=None, help="CPU threads (default: the cores that the process may use)"
+    )
     train.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="change one field of the configuration, e.g. --set data_chain.steps=60; --print-config shows them all",
     )  # fmt: skip
-    train.add_argument("--logger", action="append", default=[], metavar="NAME", help="also send the log there: an "
-                       "entry point of mmebm.loggers, or package.module:name")  # fmt: skip
+    train.add_argument("--logger", action="append", default=[], metavar="NAME", help="also send the log there: "
+                       "tensorboard, wandb, mlflow, an entry point of mmebm.loggers, package.module:name")  # fmt: skip
+    train.add_argument("--callback", action="append", default=[], metavar="NAME", help="what is called on the way: "
+                       "an entry point of mmebm.callbacks, or package.module:name")  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="try two iterations of each stage, say what it "
                                                               "would take, and write nothing")  # fmt: skip
     train.add_argument("--print-config", action="store_true", help="print the whole configuration as JSON, and stop")
@@ -207,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, as ``mmebm --help`` lists them."""
     arguments = parser().parse_args(argv)
     arguments.result = {}  # what the command has to say, for --json
+    settle()
     try:
         spoken: Any = io.StringIO() if arguments.quiet else sys.stderr if arguments.json else sys.stdout
         with contextlib.redirect_stdout(spoken):

@@ -12,7 +12,7 @@ from mmebm.training.config import Stage
 
 SHOWN = (
     ("loss_elbo", "elbo"), ("loss_generator", "G"), ("loss_inference", "I"), ("loss_energy", "E"), ("gap", "gap"),
-    ("prior_gap", "prior gap"), ("mse", "mse"), ("seconds_per_iteration", "s/it"),
+    ("prior_gap", "prior gap"), ("mse", "mse"), ("valid_bound", "held-out bound"), ("seconds_per_iteration", "s/it"),
 )  # fmt: skip
 SECONDS = 20.0  # between two lines where there is no terminal
 

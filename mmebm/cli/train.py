@@ -6,31 +6,29 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import signal
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmebm import __version__
-from mmebm.cli.common import peak_memory, pick_device
+from mmebm.cli.common import pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
-from mmebm.files import FolderLock, check_writable, new_folder, unwritable, write_atomically
+from mmebm.cli.threads import cores
+from mmebm.files import FolderLock, check_writable, new_folder, write_atomically
 from mmebm.plugins import Logger, find, import_modules
-from mmebm.training import PRESETS, Config, Trainer, checkpoint, parallel, preset
+from mmebm.training import PRESETS, Callback, Config, Trainer, checkpoint, fitting, parallel, preset
 from mmebm.training.config import extended, merged, override
+from mmebm.training.loggers import TensorBoard, logger
 from mmebm.training.networks import chain_reports
 from mmebm.training.reading import keep_codecs
-from mmebm.training.run import CHECKPOINT, LOG, Run, load_data, read_log
+from mmebm.training.run import CHECKPOINT, LOG, Run, load_data
 from mmebm.training.settings import read_file
 from mmebm.training.variants import without_data
-
-SAVE_EVERY_SECONDS = 30.0
 
 
 def configure(
@@ -68,6 +66,9 @@ def configure(
     return config.replace(imports=tuple(dict.fromkeys((*config.imports, *imports))))
 
 
+TRACES = ("tensorboard", "wandb", "wandb-id", "mlflow-id")  # of loggers
+
+
 @contextlib.contextmanager
 def _folder(runs: Path, name: str | None, default: str) -> Iterator[Path]:
     """The folder of a new run, which is this process's alone while it trains."""
@@ -87,7 +88,7 @@ def _folder(runs: Path, name: str | None, default: str) -> Iterator[Path]:
 def _of_a_start(path: Path) -> bool:
     """Whether a run that was ended before its first save may have left this file: with no row in its log."""
     empty_log = path.name == LOG and not path.stat().st_size
-    return path.name.startswith(".") or path.name in ("config.json", "tensorboard") or empty_log
+    return path.name.startswith(".") or path.name in ("config.json", *TRACES) or empty_log
 
 
 @contextlib.contextmanager
@@ -118,48 +119,11 @@ def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-class _Log:
-    """``log.jsonl``, one row per line, and TensorBoard where it is installed."""
-
-    def __init__(self, folder: Path, iteration: int, rollbacks: int) -> None:
-        """Goes on behind the rows that a run at ``iteration`` had written."""
-        self.path = folder / LOG
-        rows, back = [], 0
-        for row in read_log(folder) if iteration else []:
-            back += "rolled_back" in row
-            if row["iteration"] > iteration or back > rollbacks:
-                break
-            rows.append(row)
-        _write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
-
-    def write(self, row: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-        if self.board is not None:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{row['stage']}/{name}", value, row["iteration"])
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
 def train(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     device = pick_device(arguments.device)
-    loggers = [find("loggers", name) for name in arguments.logger]
+    loggers = [logger(name) for name in arguments.logger]
+    callbacks = [_callback(name) for name in arguments.callback]
     config = None
     if arguments.resume is not None:
         only_new = ("preset", "config", "name", "seed", "data", "data_path", "print_config", "dry_run",
@@ -193,6 +157,7 @@ def train(arguments: argparse.Namespace) -> int:
                 folder, device, config, threads=arguments.threads, extend=arguments.extend or 0,
                 init_from=arguments.init_from,
             )  # fmt: skip
+            trainer.callbacks += callbacks
             finished = fit(trainer, folder, quiet=arguments.quiet, loggers=loggers)
             if not processes.first:
                 return 0
@@ -206,12 +171,19 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _callback(name: str) -> Callback:
+    """What ``--callback`` names, made."""
+    made = find("callbacks", name)()
+    if not isinstance(made, Callback):
+        raise TypeError(f"--callback {name} must give a mmebm.training.Callback, got {type(made).__name__}")
+    return made
+
+
 def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     """Two iterations of every stage with nothing written: what the data is read as, how the chains run, and about how
     long training would take."""
     import_modules(config.imports)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    _use_threads(config.threads)
     data = load_data(config, "train")
     load_data(config, "test")
     stages = [(number, stage) for number, stage in enumerate(config.stages, start=1) if stage.iterations]
@@ -242,6 +214,11 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     return {"latent": model.latent, "weights": model.weights, "chains": reports, "seconds": total, "parameters": sizes}
 
 
+def _use_threads(threads: int | None) -> None:
+    """So many CPU threads; by default as torch has it, but no more than the cores that a container may use."""
+    torch.set_num_threads(threads or min(torch.get_num_threads(), cores()))
+
+
 def prepare(
     folder: Path, device: torch.device, config: Config | None, *, threads: int | None = None, extend: int = 0,
     init_from: Path | str | None = None,
@@ -263,9 +240,7 @@ def prepare(
         check_writable(folder / CHECKPOINT)
     assert config is not None
     import_modules(config.imports)
-    threads = threads or config.threads
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _use_threads(threads or config.threads)
     data = load_data(config, "train", folder)
     trainer = Trainer(config, data, device, processes=parallel.Processes.here())
     if content is not None:
@@ -297,48 +272,7 @@ def prepare(
 
 
 def fit(trainer: Trainer, folder: Path, *, quiet: bool = False, loggers: Sequence[Callable[..., Logger]] = ()) -> bool:
-    """Trains to the end, to Ctrl-C or to SIGTERM, saving before the first iteration, on the way, at SIGUSR1 and at the
-    end; returns whether the end was reached. ``trainer.stop`` then is the signal that stopped it."""
-    if not trainer.processes.first:
-        for _ in trainer.run():
-            pass
-        return trainer.iteration >= trainer.total
-
-    def save() -> None:
-        checkpoint.save(folder / CHECKPOINT, trainer.state_dict())
-
-    def stop(number: int, frame: Any) -> None:
-        # the first signal ends the iteration in hand and saves; a second one ends at once, the last save stays
-        trainer.stop = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    asked = threading.Event()
-    handlers: dict[int, Callable[[int, Any], None]] = {signal.SIGINT: stop, signal.SIGTERM: stop}
-    if hasattr(signal, "SIGUSR1"):  # as batch systems send it some time before they end a job
-        handlers[signal.SIGUSR1] = lambda number, frame: asked.set()
-    others = [make(folder, json.loads(trainer.config.to_json())) for make in loggers]
-    log, saved = _Log(folder, trainer.iteration, trainer.guard.rollbacks), time.perf_counter()
-    before: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: no handler, signals are the caller's matter
-        before.update({number: signal.signal(number, handler) for number, handler in handlers.items()})
-    try:
-        if trainer.iteration < trainer.total:
-            save()
-        with Progress(trainer.config.stages, trainer.iteration, quiet=quiet) as progress:
-            for row in trainer.run():
-                memory = peak_memory(trainer.device)
-                row.update({} if memory is None else {"peak_memory_mib": memory})
-                for keeper in (log, *others):
-                    keeper.write(row)
-                progress.show(row)
-                if asked.is_set() or time.perf_counter() - saved > SAVE_EVERY_SECONDS:
-                    asked.clear()
-                    save()
-                    saved = time.perf_counter()
-        save()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for keeper in (log, *others):
-            keeper.close()
-    return trainer.iteration >= trainer.total
+    """:func:`mmebm.training.fitting.fit` with a progress bar, and TensorBoard where it is installed."""
+    makers = [*loggers, *([TensorBoard] if TensorBoard not in loggers and find_spec("tensorboard") else [])]
+    with Progress(trainer.config.stages, trainer.iteration, quiet=quiet) as progress:
+        return fitting.fit(trainer, folder, loggers=makers, show=progress.show)

@@ -16,8 +16,9 @@
     train.batch(torch.arange(100))["mnist"]           # (100, 1, 28, 28) in [-1, 1]; classes: train.labels[:100]
 
 docs/data.md says what each expects in its folder. To add one, put a builder
-``f(split, *, seed, path, **options) -> MultimodalDataset`` into :data:`DATASETS`, or let a package offer it by an entry
-point of the group ``mmebm.datasets``.
+``f(split, *, seed, path, **options) -> MultimodalDataset`` into :data:`DATASETS`, name it by its import path, or let a
+package offer it by an entry point of the group ``mmebm.datasets``. It may also return a ``torch.utils.data.Dataset`` of
+dicts.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from mmebm.data.cub import cub
 from mmebm.data.digits import digits
 from mmebm.data.emoji import emoji_captions
 from mmebm.data.folder import folder
-from mmebm.data.mapped import from_dataset
+from mmebm.data.mapped import as_set, from_dataset
 from mmebm.data.mnist_svhn import mnist_svhn, mnist_svhn_text
 from mmebm.data.polymnist import polymnist, polymnist_5k, polymnist_built
-from mmebm.data.stream import Prefetch
+from mmebm.data.stream import Prefetch, WorkerBatches
 from mmebm.data.views import views
 
-__all__ = ["DATASETS", "Modality", "MultimodalDataset", "Pool", "Prefetch", "Split", "TextCodec", "from_dataset",
-           "load"]  # fmt: skip
+__all__ = ["DATASETS", "Modality", "MultimodalDataset", "Pool", "Prefetch", "Split", "TextCodec", "WorkerBatches",
+           "from_dataset", "load"]  # fmt: skip
 
 DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
     "digits": digits,
@@ -64,7 +65,8 @@ def load(
     """Builds or reads a data set. The same arguments give the same tensors on every machine.
 
     Args:
-        name: a key of :data:`DATASETS`.
+        name: a key of :data:`DATASETS`, an entry point's name, or the import path of a builder, which returns a
+            :class:`MultimodalDataset` or what :func:`from_dataset` takes.
         split: ``"train"`` or ``"test"``.
         seed: of everything that is drawn: pairing, crops, choice of tuples. Which digit is a train digit and which a
             test digit is fixed and depends on no argument.
@@ -77,10 +79,11 @@ def load(
         ModuleNotFoundError, FileNotFoundError: if a package or a file is missing; the message says which, where it was
             looked for, and how to get it.
     """
-    build = DATASETS.get(name) or plugins.offered("datasets", name)
+    build = DATASETS.get(name) or (plugins.by_path(name) if ":" in name else plugins.offered("datasets", name))
     if build is None:
         known = [*DATASETS, *plugins.names("datasets")]
-        raise ValueError(f"unknown data set {name!r}, known are {', '.join(map(repr, known))}")
+        raise ValueError(f"unknown data set {name!r}, known are {', '.join(map(repr, known))}, and import paths "
+                         "'package.module:function'")  # fmt: skip
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     seed = check_count("seed", seed, least=0)
@@ -90,4 +93,7 @@ def load(
     unknown = [] if takes_any else [key for key in options if key not in known]
     if unknown:
         raise TypeError(f"data set {name!r} has no option {', '.join(map(repr, unknown))}, only {', '.join(known)}")
-    return build(split, seed=seed, path=path, **options)
+    # one of the user's own may leave out what it does not need
+    given = {"seed": seed, "path": path}
+    given = {key: value for key, value in given.items() if takes_any or key in parameters}
+    return as_set(build(split, **given, **options), split=split, name=name)

@@ -349,6 +349,16 @@ class MultimodalDataset:
             raise IndexError(f"rows must lie in [0, {n}), got [{int(rows.min())}, {int(rows.max())}]")
         return rows.to(self.index.device)
 
+    def subset(self, rows: Tensor) -> MultimodalDataset:
+        """The tuples ``rows``, int64 ``(b,)``, in this order, as a set of their own; the pools are shared.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :meth:`batch`.
+        """
+        rows = self._checked(rows, len(self))
+        return replace(self, index=self.index[rows], labels=self.labels[rows],
+                       present=None if self.present is None else self.present[rows])  # fmt: skip
+
     def to(self, device: torch.device | str) -> MultimodalDataset:
         """The same set with its tensors on ``device``; those already there are shared, not copied.
 

@@ -16,16 +16,23 @@ A file that is cut short or damaged, or larger than ``PIL.Image.MAX_IMAGE_PIXELS
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mmebm.data.packages import pillow
 
-__all__ = ["read_image"]
+__all__ = ["read_all", "read_image"]
 
+T = TypeVar("T")
+
+MOST_THREADS: Final = 8
 ORIENTATION: Final = 0x0112
 WITH_ALPHA: Final = {"RGBA": "RGBA", "RGBa": "RGBA", "LA": "LA", "La": "LA", "PA": "RGBA"}
 
@@ -56,6 +63,23 @@ def read_image(file: Path) -> NDArray[np.uint8]:
     except Exception as error:  # Pillow's decoders promise no set of exceptions
         raise ValueError(f"{file} cannot be read as an image: {error or type(error).__name__}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_all(files: Sequence[Path], read: Callable[[Path], T]) -> Iterator[T]:
+    """``read(file)`` of each, in their order, by as many threads as there are cores: decoders let others run. In a
+    worker process of a ``DataLoader``, which is one of several, one after the other.
+
+    Raises:
+        Exception: that of the first file, in their order, that cannot be read.
+    """
+    if len(files) < 4 or torch.utils.data.get_worker_info() is not None:
+        yield from map(read, files)
+        return
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS, len(files))) as pool:
+        try:
+            yield from pool.map(read, files)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _colour(image: Any, picture: Any) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmebm.data.captions import image_files
-from mmebm.data.images import read_image
+from mmebm.data.images import read_all, read_image
 from mmebm.data.packages import pillow
 from mmebm.data.pairing import choose
 from mmebm.data.words import tokens
@@ -96,7 +96,7 @@ def collect(folder: Path, size: int | None) -> list[Part]:
 
 
 def _images(name: str, folder: Path, names: Sequence[str], size: int | None) -> Part:
-    images = [read_image(folder / file) for file in names]
+    images = list(read_all([folder / file for file in names], read_image))
     shapes = {image.shape[1:] for image in images}
     if size is None:
         alone = next(iter(shapes)) if len(shapes) == 1 else (LARGEST + 1,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mmebm.data.base import Modality, MultimodalDataset, Split, check_count
 
-__all__ = ["from_dataset"]
+__all__ = ["as_set", "from_dataset"]
 
 LABEL = "label"
 
@@ -23,11 +24,25 @@ class _Items:
     """The items of the last few batches, so that the modalities of a batch are read together."""
 
     def __init__(self, dataset: Any, workers: int) -> None:
-        self.dataset, self.lock = dataset, threading.Lock()
+        self.dataset, self.workers = dataset, workers
+        self._begin()
+
+    def _begin(self) -> None:
+        self.process, self.lock = os.getpid(), threading.Lock()
         self.read: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
-        self.pool = ThreadPoolExecutor(workers) if workers else None
+        self.pool = ThreadPoolExecutor(self.workers) if self.workers else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dataset": self.dataset, "workers": self.workers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     def __call__(self, rows: Tensor) -> list[Mapping[str, Any]]:
+        if self.process != os.getpid():
+            # a worker process has neither the threads nor their lock, and needs none: it is one of several itself
+            self.workers = 0
+            self._begin()
         key = tuple(rows.tolist())
         with self.lock:
             if key in self.read:
@@ -122,6 +137,15 @@ def from_dataset(
         info={"options": {"workers": workers}, "tuples": n,
               "sources": [{"what": name, "class": type(dataset).__name__}]},
     )  # fmt: skip
+
+
+def as_set(data: Any, *, split: Split = "train", name: str = "dataset") -> MultimodalDataset:
+    """``data``, or what :func:`from_dataset` makes of it where it is another kind of data set.
+
+    Raises:
+        TypeError, ValueError: as :func:`from_dataset`.
+    """
+    return data if isinstance(data, MultimodalDataset) else from_dataset(data, split=split, name=name)
 
 
 def _rows_of(modality: Modality) -> Callable[[Any], Tensor]:

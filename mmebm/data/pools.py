@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmebm.data.base import Modality, Pool
+from mmebm.data.images import read_all
 
 __all__ = ["ArrayPool", "FilePool", "average_areas", "dense", "held", "load_tensor"]
 
@@ -75,7 +76,7 @@ class ArrayPool:
 
 @dataclass(frozen=True, eq=False)
 class FilePool:
-    """Instances in one file each, decoded when asked.
+    """Instances in one file each, decoded when asked, by several threads.
 
     Args:
         files: one for each instance, in the order of the rows.
@@ -98,12 +99,8 @@ class FilePool:
     def gather(self, rows: Tensor) -> Tensor:
         """As :meth:`Pool.gather`; ValueError naming the file that is not what it should be, or not there any more."""
         x = torch.zeros((len(rows), *self.modality.shape))
-        for at, row in enumerate(rows.tolist()):
-            file = self.files[row]
-            try:
-                pixels = self.read(file)
-            except FileNotFoundError as error:
-                raise ValueError(f"{file} is gone: it was there when the set was loaded") from error
+        files = [self.files[row] for row in rows.tolist()]
+        for at, (file, pixels) in enumerate(zip(files, read_all(files, self._read), strict=True)):
             if pixels.shape != self.modality.shape:
                 raise ValueError(f"{file} has {_size(pixels.shape)}, others of {self.modality.name!r} have "
                                  f"{_size(self.modality.shape)}: resize it")  # fmt: skip
@@ -112,6 +109,12 @@ class FilePool:
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
         return x
+
+    def _read(self, file: Path) -> NDArray:
+        try:
+            return self.read(file)
+        except FileNotFoundError as error:
+            raise ValueError(f"{file} is gone: it was there when the set was loaded") from error
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -1,19 +1,24 @@
-"""Batches prepared ahead of time, so that decoding files and training overlap."""
+"""Batches prepared ahead of time, so that decoding files and training overlap: by a thread, or by processes."""
 
 from __future__ import annotations
 
 import collections
+import random
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmebm.data.base import MultimodalDataset, check_count
 
-__all__ = ["Prefetch"]
+__all__ = ["Prefetch", "WorkerBatches"]
 
 
 @dataclass(eq=False)
@@ -89,6 +94,79 @@ class Prefetch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class WorkerBatches:
+    """Iterates over ``(rows, data.batch(rows))``, the batches read by ``workers`` processes, each a whole batch at a
+    time, by a ``torch.utils.data.DataLoader``; on their way to a GPU they are pinned.
+
+    The batches and their order do not depend on the number of workers. What items draw at random (augmentations, by
+    Python's, NumPy's or torch's global generator) is seeded for each batch by ``seed`` and its rows, and does not
+    either. Of :class:`Prefetch` it has the methods.
+
+    Args:
+        data: where batches come from; not changed meanwhile.
+        rows: int64 ``(b,)`` tensors.
+        workers: processes, at least 1.
+        ahead: batches that wait, of each worker.
+        seed: of what items draw at random.
+
+    Raises:
+        TypeError, ValueError: for counts that are none.
+    """
+
+    def __init__(
+        self, data: MultimodalDataset, rows: Iterable[Tensor], *, workers: int, ahead: int = 2, seed: int = 0
+    ) -> None:
+        self._device = data.index.device
+        pinned = self._device.type == "cuda"
+        loader: DataLoader[Any] = DataLoader(
+            _Batches(data.to("cpu"), seed), batch_size=None, sampler=_Rows(rows),
+            num_workers=check_count("workers", workers), prefetch_factor=check_count("ahead", ahead),
+            pin_memory=pinned,
+            # what it draws for its workers must not be drawn from the generator of training
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        self._batches: Iterator[Any] | None = iter(loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._batches is None:
+            raise StopIteration
+        rows, x = next(self._batches)
+        return rows.to(self._device), {name: v.to(self._device, non_blocking=True) for name, v in x.items()}
+
+    def close(self) -> None:
+        """Ends the processes. May be called twice."""
+        self._batches = None
+
+
+class _Rows(Sampler[Tensor]):
+    """The rows of the batches to come."""
+
+    def __init__(self, rows: Iterable[Tensor]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (rows.cpu() for rows in self.rows)
+
+
+class _Batches(Dataset[Any]):
+    """Batches by their rows."""
+
+    def __init__(self, data: MultimodalDataset, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        # a sum of the rows in their order, so that another order is another seed
+        places = torch.arange(1, len(rows) + 1)
+        seed = (self.seed * 0x9E3779B1 + int((rows * places).sum())) % 2**32
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        return rows, self.data.batch(rows)
 
 
 def _stop(shared: _Shared) -> None:

@@ -1,10 +1,10 @@
 """The whole evaluation of a model, given as functions that draw from it.
 
-What is cheap is always measured; the rest is asked for: ``features`` (distances on other networks than the project's
-classifiers), ``pairs`` (each modality from each single one, MMVAE+'s protocol), ``sweep`` (metrics against test-time
-steps), ``latent`` (classes read off the latent) and ``likelihood`` (of the generator). The last four take systems by
-the name of their point, so that each number can be had of the VAE, of the trained system, and of the EBM on the frozen
-VAE.
+What is cheap is always measured, without labels too (:mod:`mmebm.evaluation.heldout`); the rest is asked for:
+``features`` (distances on other networks than the project's classifiers), ``pairs`` (each modality from each single
+one, MMVAE+'s protocol), ``sweep`` (metrics against test-time steps), ``latent`` (classes read off the latent) and
+``likelihood`` (of the generator). The last four take systems by the name of their point, so that each number can be had
+of the VAE, of the trained system, and of the EBM on the frozen VAE.
 
 Conventions, of which published numbers use several: accuracies are of classifiers in eval mode, on tuples that lack no
 modality; conditional coherence leaves the given modalities out. ``by_given`` is the micro average over tuples,
@@ -24,6 +24,7 @@ from torch import Tensor
 from mmebm.data.base import MultimodalDataset, check_count
 from mmebm.evaluation.classifiers import Classifiers
 from mmebm.evaluation.features import FeatureExtractor, image_features
+from mmebm.evaluation.heldout import comparable, held_out, kernel_distances, mean_of
 from mmebm.evaluation.latent import CHUNK, System, encoders, latent_report, usable_rows
 from mmebm.evaluation.likelihood import log_likelihood
 from mmebm.evaluation.metrics import (
@@ -48,6 +49,7 @@ Complete = Callable[[Batch, int], Batch]
 
 OWN: Final = "classifiers"  # the name of the features of the project's own judges
 LEAST_FOR_KERNEL: Final = 20  # rows: kernel_distance takes ten parts of two
+KERNEL_ROWS: Final = 1000  # that a distance of whole tuples looks at, which bounds the memory
 
 
 class Reference:
@@ -70,7 +72,7 @@ class Reference:
             raise ValueError(f"features must have distinct names, other than {OWN!r}, got {names}")
         self.modalities, self.classifiers, self.n_classes = tuple(modalities), classifiers, n_classes
         self.extractors = tuple(features)
-        self._real = self.features(real)
+        self._real, self._tuples = self.features(real), _first(real)
 
     def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """By network and modality: (n, d). Of the classifiers only those that learned features."""
@@ -96,6 +98,8 @@ class Reference:
     def measure(self, samples: Batch) -> dict[str, Any]:
         """Joint samples: see :func:`evaluate_samples`."""
         out: dict[str, Any] = {"n": next(iter(samples.values())).shape[0]}
+        if comparable(samples, len(next(iter(self._tuples.values())))):
+            out["kernel"] = kernel_distances(_first(samples), self._tuples)
         distances = self.distances(samples)
         if self.classifiers is None:
             out["skipped"] = {"coherence": NO_CLASSIFIERS}
@@ -111,6 +115,10 @@ class Reference:
 
 
 NO_CLASSIFIERS: Final = "no classifiers: the set has no classes, or none were given"
+
+
+def _first(x: Batch) -> dict[str, Tensor]:
+    return {name: value[:KERNEL_ROWS] for name, value in x.items()}
 
 
 def _coherence(pred: Tensor, classes: Sequence[str]) -> dict[str, Any]:
@@ -292,6 +300,8 @@ def evaluate(
     conditional_rows: int = 1000,
     subsets_per_size: int | None = SUBSETS_PER_SIZE,
     features: Sequence[FeatureExtractor] = (),
+    heldout: Mapping[str, System] | None = None,
+    validation: MultimodalDataset | None = None,
     pairs: Mapping[str, System] | None = None,
     sweep: Mapping[str, System | Chain] | None = None,
     sweep_steps: Sequence[int] = STEPS,
@@ -313,6 +323,9 @@ def evaluate(
         conditional_rows: test tuples that the conditional numbers use.
         subsets_per_size: see :func:`evaluate_conditional`.
         features: further networks for distances on images, such as :class:`mmebm.evaluation.Lite0`.
+        heldout: systems with an inference network that learned, for :func:`mmebm.evaluation.heldout.held_out` on
+            ``conditional_rows`` test tuples.
+        validation: tuples that training kept back, on which ``heldout`` is measured too.
         pairs: systems for :func:`evaluate_pairs`, each without and with its latent chain.
         sweep: systems whose data chain, from the generator, is measured at each of ``sweep_steps``; or chains of tuples
             (:func:`mmebm.evaluation.data_chain`), where they start elsewhere.
@@ -323,8 +336,9 @@ def evaluate(
 
     Returns:
         Plain data, ready for JSON: ``classifiers`` (test accuracy), ``floor``, ``points`` and ``conditional``; and
-        ``pairs``, ``sweep``, ``latent`` and ``likelihood`` by the names of their systems, where asked for. What could
-        not be measured is named in ``skipped`` with the reason.
+        ``heldout`` ({name: numbers of "test" and "validation"}), ``pairs``, ``sweep``, ``latent`` and
+        ``likelihood`` by the names of their systems, where asked for. What could not be measured is named in
+        ``skipped`` with the reason.
     """
     if not points:
         raise ValueError("points must name at least one set of samples, got none")
@@ -347,6 +361,8 @@ def evaluate(
         "conditional": {},
     }
     skipped: dict[str, str] = {}
+    if "kernel" not in result["floor"]:
+        skipped["kernel"] = f"it needs {LEAST_FOR_KERNEL} tuples at least, there are {n}"
     if features and not result["floor"]["features"]:
         skipped["features"] = "the set has no images of one or three channels"
     if judges is None:
@@ -357,6 +373,14 @@ def evaluate(
         result["conditional"] = {
             name: evaluate_conditional(c, test, judges, rows=rows, seed=seed, subsets_per_size=subsets_per_size)
             for name, c in completions.items()
+        }
+    if heldout is not None:
+        sets = {"test": test.batch(rows)}
+        if validation is not None:
+            sets["validation"] = validation.batch(torch.arange(len(validation), device=device))
+        result["heldout"] = {
+            name: {split: held_out(system, x, seed=seed) for split, x in sets.items()}
+            for name, system in heldout.items()
         }
     if pairs is not None:
         result["pairs"] = {
@@ -418,6 +442,21 @@ def table(result: Mapping[str, Any]) -> str:
             kernels = ["" if v["kernel"] is None else f"{v['kernel']:.4g}" for v in values]
             columns = [f"{v['frechet']:>18.2f}{kernel:>18}" for v, kernel in zip(values, kernels, strict=True)]
             lines.append(f"{name:<22}" + "".join(columns))
+    if "kernel" in result["floor"]:
+        lines += ["", f"{'kernel distance':<22}{'tuples':>16}" + "".join(
+            f"{name[:15]:>16}" for name in result["floor"]["kernel"]["by_modality"])]  # fmt: skip
+        for name, p in [*result["points"].items(), floor]:
+            if "kernel" in p:
+                each = [p["kernel"]["joint"], *p["kernel"]["by_modality"].values()]
+                lines.append(f"{name:<22}" + "".join(f"{k['value']:>9.4f} ±{k['error']:.3f}" for k in each))
+    if result.get("heldout"):
+        lines += ["", f"{'held-out tuples':<22}{'bound, nats':>20}{'mse':>9}{'cross':>9}{'retrieval':>11}{'chance':>8}"]
+        for name, sets in result["heldout"].items():
+            for split, h in sets.items():
+                cross = f"{mean_of(h['cross_mse']):>9.4f}" if "cross_mse" in h else f"{'':>9}"
+                found = f"{h['retrieval']['top']:>11.3f}{h['retrieval']['chance']:>8.3f}" if "retrieval" in h else ""
+                lines.append(f"{f'{name}, {split}':<22}{h['bound']:>12.1f} ±{h['bound_error']:<6.1f}"
+                             f"{mean_of(h['mse']):>9.4f}{cross}{found}")  # fmt: skip
     if result["conditional"]:
         lines += ["", "conditional coherence by number of given modalities"]
         for name, c in result["conditional"].items():

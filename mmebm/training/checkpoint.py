@@ -9,7 +9,8 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,57 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
+def save(path: Path, content: dict[str, Any], *, keep_previous: bool = True) -> None:
     """Writes ``content`` (tensors, numbers, strings, lists, dicts) to ``path``; what was there is kept beside it.
 
     Raises:
         OSError: naming ``path``, where it cannot be written. The checkpoints that are there stay.
     """
     # a damaged one must not take the place of a good one
-    if sealed(path):
+    if keep_previous and sealed(path):
         _keep(path)
     write_archive(path, content)
+
+
+class Writer:
+    """Writes one after the other in a thread of its own, so that training goes on meanwhile.
+
+    What fails there is raised by the next call of a method. As a context manager it waits for
+    what is under way when it is left.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "mmebm-checkpoint")
+        self._last: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._last is not None and not self._last.done()
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Has ``write`` called, after what is under way: no more than one waits, since each holds a copy of a run."""
+        self.wait()
+        self._last = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until what is under way is written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def _keep(path: Path) -> None:

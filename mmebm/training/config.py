@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
+from mmebm.evaluation.heldout import Metric
 from mmebm.models.inference import Joint
 from mmebm.models.nets import Activation, Net
 from mmebm.training.objectives import objective
@@ -44,7 +45,10 @@ TAUGHT = {
 class DataConfig(Settings):
     """Which data set (:func:`mmebm.data.load`) and its options.
 
-    ``missing``: the probability with which a training tuple loses each of its modalities; it keeps at least one.
+    ``name``: one of its names, or the import path of a builder, "package.module:function". ``missing``: the probability
+    with which a training tuple loses each of its modalities; it keeps at least one. ``workers``: processes that read
+    the batches of a set that is not in memory, ahead of their turn; 0 is a thread of the training process. The batches
+    and their order are the same with any number. ``ahead``: batches that wait, of each worker.
     """
 
     name: str = "digits"
@@ -52,6 +56,8 @@ class DataConfig(Settings):
     path: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     missing: Decay = 0.0
+    workers: Count = 0
+    ahead: Size = 2
 
 
 @dataclass(frozen=True)
@@ -346,9 +352,38 @@ class GuardConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ValidationConfig(Settings):
+    """Tuples of the training split that are kept from training, and measured on the way (docs/training-runs.md).
+
+    ``every``: iterations between two measurements; 0: none, and nothing is kept back. ``share`` of the tuples that lack
+    no modality is kept back, at most ``rows``; which ones is drawn once, by ``data.seed``, and stored with the run.
+    """
+
+    every: Count = 0
+    share: Annotated[float, Range(0, 1, "both")] = 0.1
+    rows: Annotated[int, Range(2)] = 500
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Settings):
+    """What is saved while a run trains, beside the last state.
+
+    ``seconds``: between two saves of the last state. ``every``: iterations between two checkpoints that are kept, with
+    a picture of samples, in ``checkpoints/ITERATION``; 0: none. ``keep``: so many of them, the newest; 0: all.
+    ``best``: also keep ``checkpoints/best``, where this number of the validation was best: "bound", "mse", "cross_mse",
+    "retrieval" or "kernel".
+    """
+
+    seconds: Weight = 30.0
+    every: Count = 0
+    keep: Count = 3
+    best: Metric | None = None
+
+
+@dataclass(frozen=True)
 class Config(Settings):
-    """A run, whole. ``threads``: CPU threads (None: torch's own choice). ``imports``: modules that are imported before
-    data, presets and networks are looked up.
+    """A run, whole. ``threads``: CPU threads (None: the cores that the process may use). ``imports``: modules that are
+    imported before data, presets and networks are looked up.
 
     ``batch`` tuples make an iteration, of all processes together; ``accumulate`` splits each process's share into so
     many parts whose gradients are averaged (less memory; in the joint stage the generator then is updated after the
@@ -376,6 +411,8 @@ class Config(Settings):
     latent_prior: LatentPriorConfig | None = None
     shuffled_tuples: ShuffledTuplesConfig | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     batch: Size = 100
     accumulate: Size = 1
     ema: Decay = 0.0
@@ -388,6 +425,9 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.checkpoint.best is not None and not self.validation.every:
+            raise ValueError(f"checkpoint.best={self.checkpoint.best!r} goes by the validation, and validation.every "
+                             "is 0: give it a number of iterations")  # fmt: skip
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
         if not isinstance(self.channels_last, bool):

@@ -189,6 +189,11 @@ class Run:
             self._sets[split] = held.to(self.device)
         return self._sets[split]
 
+    def validation(self) -> MultimodalDataset | None:
+        """The tuples of the train split that training kept back (``config.validation``); None where it kept none."""
+        rows = self.content.get("held")
+        return self.dataset("train").subset(rows) if rows is not None and len(rows) else None
+
     def real(self, n: int, *, split: data.Split = "train", seed: int = 0) -> dict[str, Tensor]:
         """``n`` real tuples (as many as there are, where fewer), drawn without putting back."""
         held = self.dataset(split)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmebm import noise
 from mmebm.data.base import MultimodalDataset
-from mmebm.data.stream import Prefetch
+from mmebm.data.mapped import as_set
+from mmebm.data.stream import Prefetch, WorkerBatches
+from mmebm.evaluation.heldout import METRICS, held_out, summary
+from mmebm.evaluation.latent import usable_rows
 from mmebm.ops.langevin_step.reference import widen
 from mmebm.state import Batch
 from mmebm.training import checkpoint
+from mmebm.training.callbacks import Callback
 from mmebm.training.config import TAUGHT, Config, Stage, fitted
 from mmebm.training.extensions import EnergyTerm, ShuffledTuples, prior_teacher
 from mmebm.training.guard import Guard, TrainingDiverged
@@ -59,20 +64,29 @@ class Trainer:
 
     Args:
         config: the run.
-        data: training tuples; moved to ``device``.
+        data: training tuples, also as a ``torch.utils.data.Dataset`` of dicts (:func:`mmebm.data.from_dataset`); moved
+            to ``device``.
         device: where the networks and the data are.
         processes: this process among those that share the rows of an iteration.
         networks: of the user's own, ``{"encoders": {modality: module}, "decoders": {...}, "energy": module, "prior":
             module}``, any of them; these modules are trained themselves (docs/your-model.md).
+        callbacks: called on the way (:class:`mmebm.training.callbacks.Callback`).
+
+    Attributes:
+        data: the tuples that are trained on.
+        validation: those of ``data`` that were kept from it (``config.validation``), or None.
+        stop: set it, such as to a signal's number, to end after the iteration in hand.
 
     Raises:
         ValueError, TypeError: for a setting, a network or data that does not fit; the message names it.
     """
 
     def __init__(
-        self, config: Config, data: MultimodalDataset, device: torch.device | str = "cpu", *,
+        self, config: Config, data: Any, device: torch.device | str = "cpu", *,
         processes: Processes | None = None, networks: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:  # fmt: skip
+        data = as_set(data)
         shapes = {m.name: m.shape for m in data.modalities}
         self.config, self.device = fitted(config.checked(), shapes), torch.device(device)
         config = self.config
@@ -82,7 +96,9 @@ class Trainer:
         if config.batch // config.accumulate < self.processes.world:
             raise ValueError(f"batch={config.batch} in {config.accumulate} parts has no row for each of "
                              f"{self.processes.world} processes")  # fmt: skip
-        self.data = data.to(self.device)
+        self.callbacks = list(callbacks)
+        self._whole, self._reading = data, describe(data)
+        self._split(kept_back(config, data))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.system = System(config, shapes, self.networks).to(self.device)
@@ -102,15 +118,17 @@ class Trainer:
         if config.shuffled_tuples is not None:
             self.energy_terms.append(ShuffledTuples(config.shuffled_tuples))
         self.data_starts = DataStarts(s, config.start, seed=config.seed)
-        self.latent_starts = LatentStarts(s, config.start, len(data))
+        self.latent_starts = LatentStarts(s, config.start, len(self.data))
         self.guard = Guard(config.guard)
         self.iteration = 0
         # forward and backward passes of single tuples through an energy or a generator, in chains
         self.evaluations = 0
         # systems as they were on the way: "vae" after the warm-up, "frozen" after the energy learned alone
         self.snapshots: dict[str, dict[str, Tensor]] = {}
-        self._reader: Prefetch | None = None
-        self.stop = 0  # set, such as to a signal's number, to end after the iteration in hand
+        # the best number of the validation that config.checkpoint.best goes by, and its iteration
+        self.best: dict[str, float] | None = None
+        self._reader: Prefetch | WorkerBatches | None = None
+        self.stop = 0
         self._begin(config.stages[0] if config.stages else Stage("warmup", 0), 0.0)
         self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
             "warmup": self.warmup_step, "prior": self.prior_step, "joint": self.joint_step,
@@ -346,13 +364,17 @@ class Trainer:
         offset = part * (self.config.batch // self.config.accumulate) + self._share()[0]
         return Minibatch(self.data.batch(rows) if x is None else x, rows, present, offset)
 
-    def _ahead(self) -> Prefetch | None:
+    def _ahead(self) -> Prefetch | WorkerBatches | None:
         """What reads the tuples of this and the next iterations in the background, for sets that are not in memory."""
+        if self._reader is not None:
+            self._reader.close()
         if all(isinstance(pool, Tensor) for pool in self.data.pools.values()):
             return None
-        parts = range(self.config.accumulate)
+        parts, workers, ahead = range(self.config.accumulate), self.config.data.workers, self.config.data.ahead
         coming = (self.rows(i, part) for i in range(self.iteration, self.total) for part in parts)
-        return Prefetch(self.data, coming)
+        if workers:
+            return WorkerBatches(self.data, coming, workers=workers, ahead=ahead, seed=self.config.seed)
+        return Prefetch(self.data, coming, depth=ahead)
 
     def _lose(self, present: Mapping[str, Tensor] | None, n: int, rng: torch.Generator) -> dict[str, Tensor]:
         """``present`` with modalities dropped at random, one at least kept in each row."""
@@ -388,7 +410,8 @@ class Trainer:
         Raises:
             TrainingDiverged: where rolling back did not help.
         """
-        every = self.config.guard.every
+        every, checks = self.config.guard.every, self.config.validation.every
+        keeps = self.config.checkpoint.every
         good = self._written()
         good_iteration = self.iteration
         rows: list[Row] = []
@@ -398,6 +421,9 @@ class Trainer:
             stage_index, k = self._position()
             stage = self.config.stages[stage_index]
             self._begin(stage, k / max(stage.iterations - 1, 1))
+            if not k:
+                for callback in self.callbacks:
+                    callback.on_stage(self, stage)
             if stage.kind != "warmup" and "vae" not in self.snapshots:
                 self.snapshots["vae"] = self._snapshot()
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -405,8 +431,13 @@ class Trainer:
             if self.averaged is not None:
                 self.averaged.update_parameters(self.system)
             self.iteration += 1
+            for callback in self.callbacks:
+                callback.on_iteration(self)
             last = k + 1 == stage.iterations
-            if len(rows) < every and not last and not self.stop:
+            # what is due at an iteration does not move when a run stops and goes on
+            due = bool(checks) and self.iteration % checks == 0
+            kept = bool(keeps) and self.iteration % keeps == 0
+            if len(rows) < every and not (last or due or kept or self.stop):
                 continue
             seconds = (time.perf_counter() - started) / len(rows)
             numbers = self._numbers(rows)
@@ -418,7 +449,7 @@ class Trainer:
                 self.iteration = good_iteration
                 self.guard.roll_back(reason)
                 self._reader = self._ahead()  # other rows from here on
-                yield {"stage": stage.kind, "iteration": self.iteration, "rolled_back": reason}
+                yield self._told({"stage": stage.kind, "iteration": self.iteration, "rolled_back": reason})
             else:
                 if last and self.teach == ("energy",):
                     self.snapshots["frozen"] = self._snapshot()
@@ -431,10 +462,112 @@ class Trainer:
                     stage=stage.kind, iteration=self.iteration, seconds_per_iteration=seconds,
                     evaluations=self.evaluations,
                 )  # fmt: skip
+                if due:
+                    mean.update({f"valid_{name}": value for name, value in self.validate().items()})
+                    if self._is_best(mean):
+                        mean["best"] = True
                 alarm = self.guard.alarm(mean)
-                yield {**mean, "alarm": alarm} if alarm else mean
+                yield self._told({**mean, "alarm": alarm} if alarm else mean)
             started = time.perf_counter()
+        if self._reader is not None:
+            self._reader.close()
         self._reader = None
+
+    def _told(self, row: Row) -> Row:
+        """``row``, with what the callbacks put into it."""
+        for callback in self.callbacks:
+            callback.on_row(self, row)
+        return row
+
+    # -- validation ------------------------------------------------------------------------------------------------
+
+    def _split(self, held: Tensor) -> None:
+        """Trains on all tuples but ``held``, which are kept for the validation."""
+        self.held, whole = held, self._whole
+        left = torch.ones(len(whole), dtype=torch.bool)
+        left[held] = False
+        rest = whole if not len(held) else whole.subset(left.nonzero().flatten())
+        if not len(rest):
+            raise ValueError(f"the validation keeps all {len(whole)} tuples back: lower validation.share")
+        self.data = rest.to(self.device)
+        self.validation = whole.subset(held).to(self.device) if len(held) else None
+
+    def validate(self, *, seed: int | None = None) -> dict[str, float]:
+        """The numbers of the held-out tuples (:func:`mmebm.evaluation.heldout.summary`), of the weights that a run
+        samples with; and ``gap``, the energy of held-out tuples minus that of the data chain's samples. Nothing that
+        training draws depends on whether it was called.
+
+        Raises:
+            ValueError: where nothing was kept back (``config.validation``).
+        """
+        if self.validation is None:
+            raise ValueError("nothing was kept back to validate on: set validation.every")
+        seed = self.config.seed if seed is None else seed
+        n = len(self.validation)
+        with self._aside(seed) as s, s.autocast():
+            x = self.validation.batch(torch.arange(n, device=self.device))
+            samples = self._samples(s, n, seed=seed)
+            found = summary(held_out(s, x, samples=samples, infers=self._learned("inference"), seed=seed))
+            if self._learned("energy"):
+                found["gap"] = float(widen(s.energy(x)).mean() - widen(s.energy(samples)).mean())
+        return found
+
+    def samples(self, n: int, *, seed: int = 0) -> dict[str, Tensor]:
+        """``n`` joint samples in model space, of the weights that a run samples with: decoded from the prior until the
+        energy learns, after the data chain from then on. Nothing that training draws depends on it."""
+        with self._aside(seed) as s:
+            return self._samples(s, n, seed=seed)
+
+    def _samples(self, s: System, n: int, *, seed: int) -> dict[str, Tensor]:
+        x = s.generate(n, seed=seed)
+        if not self._learned("energy"):
+            return x
+        # as many at a time as training has, which bounds the memory
+        return dict(s.revise_data(x, seed=seed + 1, chunk_size=self.config.batch).state)
+
+    @contextlib.contextmanager
+    def _aside(self, seed: int) -> Iterator[System]:
+        """The networks that a run samples with, in eval mode; modes and all random states are as before afterwards."""
+        s = self._sampling()
+        modes = [(part, part.training) for part in s.modules()]
+        try:
+            s.eval()
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.no_grad():
+                torch.manual_seed(seed)
+                yield s
+        finally:
+            for part, mode in modes:
+                part.training = mode
+
+    def _sampling(self) -> System:
+        if self.averaged is None:
+            return self.system
+        system = self.averaged.module
+        assert isinstance(system, System)
+        return system
+
+    def _learned(self, network: str) -> bool:
+        """Whether a stage that teaches ``network`` has begun."""
+        left = self.iteration
+        for stage in self.config.stages:
+            taught = stage.kind != "joint" or self.config.loss.teaches(network)
+            if min(left, stage.iterations) > 0 and taught and network in (stage.train or TAUGHT[stage.kind]):
+                return True
+            left -= stage.iterations
+        return False
+
+    def _is_best(self, row: Row) -> bool:
+        """Whether the validation in ``row`` is the best so far, by what ``checkpoint.best`` names."""
+        name = self.config.checkpoint.best
+        value = row.get(f"valid_{name}")
+        if name is None or value is None:
+            return False
+        if self.best is not None:
+            better = value > self.best["value"] if METRICS[name] == "highest" else value < self.best["value"]
+            if not better:
+                return False
+        self.best = {"value": float(value), "iteration": self.iteration}
+        return True
 
     def _numbers(self, rows: list[Row]) -> list[dict[str, float]]:
         """The logged values as numbers, averaged over the processes, so that all of them decide alike."""
@@ -505,7 +638,8 @@ class Trainer:
         return {
             "format": checkpoint.FORMAT, "config": self.config.to_json(), "iteration": self.iteration,
             "rollbacks": self.guard.rollbacks, "evaluations": self.evaluations, "snapshots": self.snapshots,
-            "data": describe(self.data), "networks": {name: class_name(net) for name, net in self.networks.items()},
+            "data": self._reading, "networks": {name: class_name(net) for name, net in self.networks.items()},
+            "held": self.held, "best": self.best,
             **self._written(),
         }  # fmt: skip
 
@@ -542,6 +676,12 @@ class Trainer:
         """
         if "data" in state:
             check_reading(state["data"], self.data)
+        held = state.get("held", self.held).cpu()
+        if len(held) and int(held.max()) >= len(self._whole):
+            raise ValueError(f"it validates on tuple {int(held.max())}, and the data has {len(self._whole)}: give it "
+                             "the data as it was")  # fmt: skip
+        if not torch.equal(held, self.held):
+            self._split(held)
         if not 0 <= state["iteration"] <= self.total:
             raise ValueError(f"iteration {state['iteration']} of {self.total} that are configured")
         try:
@@ -550,3 +690,19 @@ class Trainer:
             raise ValueError(f"it does not belong to its configuration: {type(error).__name__} {error}") from error
         self.iteration, self.guard.rollbacks = state["iteration"], state["rollbacks"]
         self.evaluations, self.snapshots = state["evaluations"], dict(state["snapshots"])
+        self.best = state.get("best")
+
+
+def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
+    """The tuples that the validation keeps from training, int64 in order: of those that lack no modality, by the seed
+    of the data alone."""
+    v = config.validation
+    if not v.every:
+        return torch.empty(0, dtype=torch.int64)
+    whole = usable_rows(data, labelled=False)
+    count = min(max(round(v.share * len(whole)), 2), v.rows)
+    if count >= len(data):
+        raise ValueError(f"the data has {len(data)} tuples, too few to keep some for a validation: set "
+                         "validation.every = 0")  # fmt: skip
+    rng = torch.Generator().manual_seed(config.data.seed)
+    return whole[torch.randperm(len(whole), generator=rng)[:count]].sort().values

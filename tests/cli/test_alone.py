@@ -117,7 +117,11 @@ def test_a_run_that_begins_with_anothers_networks(tmp_path: Path) -> None:
 
 def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {
-        "--extend 5": "--extend goes with --resume", "--resume x --init-from y": "leave out --init-from",
+        "--extend 5": "--extend goes with --resume",
+        "--callback builtins:dict": "--callback builtins:dict must give a mmebm.training.Callback, got dict",
+        "--callback no": "'no' is none of mmebm.callbacks", "--logger no": "come with it are jsonl, tensorboard, wandb",
+        "--set checkpoint.best=bound": "goes by the validation, and validation.every is 0",
+        "--resume x --init-from y": "leave out --init-from",
         "--resume x --extend 0": "--extend must be at least 1, got 0",
         "--init-from nowhere --set data.options.n=100": "no checkpoint at nowhere",
     }  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from mmebm.data import from_dataset
+from mmebm.data import from_dataset, load
 from mmebm.data.base import Modality
 
 
@@ -91,3 +91,26 @@ def test_a_trainer_takes_it() -> None:
     )  # fmt: skip
     rows = [list(Trainer(config, from_dataset(Items(), WORDS, workers=workers)).run())[-1] for workers in (0, 2)]
     assert rows[0]["iteration"] == 5 and rows[0]["loss_generator"] == rows[1]["loss_generator"]
+
+
+def shapes(split: str, sides: int = 4) -> object:
+    """A builder as a user writes one: it takes what it needs, and returns a torch data set."""
+    return [{"x": np.full((1, sides, sides), i / 10, np.float32)} for i in range(3 if split == "test" else 10)]
+
+
+def test_a_builder_by_its_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    module = types.ModuleType("mine")
+    module.shapes = shapes  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "mine", module)
+    train, test = (load("mine:shapes", split, sides=3) for split in ("train", "test"))
+    assert (len(train), len(test)) == (10, 3) and train.split == "train" and train.name == "mine:shapes"
+    assert train.modalities[0].shape == (1, 3, 3)
+    with pytest.raises(TypeError, match=r"'mine:shapes' has no option 'side', only sides"):
+        load("mine:shapes", "train", side=3)
+    with pytest.raises(ValueError, match=r"'mine:shape': mine has no 'shape'"):
+        load("mine:shape", "train")
+    with pytest.raises(ValueError, match=r"unknown data set 'shapes'.*and import paths"):
+        load("shapes", "train")

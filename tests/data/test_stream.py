@@ -1,16 +1,20 @@
-"""Prefetch: the same batches, a bounded number of them, exceptions where they belong, and no thread left behind."""
+"""Batches ahead of time, by a thread or by processes: the same ones, a bounded number, exceptions where they belong,
+and nobody left behind."""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import random
 import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
-from mmebm.data import Modality, MultimodalDataset, Prefetch
+from mmebm.data import Modality, MultimodalDataset, Prefetch, WorkerBatches, from_dataset
 
 
 class Counting:
@@ -123,3 +127,66 @@ def test_leaving_by_an_exception_ends_the_thread() -> None:
 def test_depth_is_checked(depth: object, error: type[Exception]) -> None:
     with pytest.raises(error, match="depth must be"):
         Prefetch(dataset(Counting(1)), [], depth=depth)  # type: ignore[arg-type]
+
+
+def coming(n: int, seed: int, batches: int = 7) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randint(n, (5,), generator=rng) for _ in range(batches)]
+
+
+class Restless(torch.utils.data.Dataset):
+    """Items with an augmentation from each of the three global generators."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        drawn = [float(i), random.random(), np.random.random(), float(torch.rand(()))]
+        return {"x": np.array(drawn, np.float32)}
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_worker_processes_give_the_same_batches_however_many_they_are(threads: int, seed: int) -> None:
+    data = from_dataset(Restless(), workers=threads)
+    data.batch(torch.arange(3))  # its threads are there before the processes are
+    rows, states = coming(30, seed), (random.getstate(), torch.get_rng_state())
+    found = []
+    for workers in (1, 2):
+        batches = WorkerBatches(data, rows, workers=workers, seed=seed)
+        found.append(list(batches))
+        batches.close()
+        batches.close()
+        assert next(batches, None) is None
+    for (a, x), (b, y), expected in zip(*found, rows, strict=True):
+        assert torch.equal(a, expected) and torch.equal(b, expected) and torch.equal(x["x"], y["x"])
+        assert torch.equal(x["x"][:, 0], expected.float())
+    drawn = torch.cat([x["x"][:, 1:] for _, x in found[0]])
+    assert len(drawn.unique(dim=0)) == len(drawn)  # no two items draw the same
+    # a run that goes on behind the third batch has the others as they would have been
+    rest = list(WorkerBatches(data, rows[3:], workers=2, seed=seed))
+    assert all(torch.equal(x["x"], y["x"]) for (_, x), (_, y) in zip(rest, found[0][3:], strict=True))
+    other = next(WorkerBatches(data, rows, workers=1, seed=seed + 1))[1]
+    assert not torch.equal(other["x"], found[0][0][1]["x"])
+    # nothing that training draws depends on it
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_worker_processes_end_and_their_errors_arrive(seed: int) -> None:
+    batches = WorkerBatches(dataset(Counting(20, broken=7)), [torch.tensor([1]), torch.tensor([6, 7])], workers=1)
+    assert next(batches)[1]["x"].tolist() == [[1.0]]
+    with pytest.raises(ValueError, match="file 7 cannot be read"):
+        next(batches)
+    batches.close()
+    running = WorkerBatches(dataset(Counting(20)), coming(20, seed, 50), workers=2)
+    next(running)
+    assert len(multiprocessing.active_children()) >= 2
+    running.close()
+    del running
+    gc.collect()
+    deadline = time.monotonic() + 60
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+    for options in ({"workers": 0}, {"workers": 1, "ahead": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            WorkerBatches(dataset(Counting(20)), [], **options)

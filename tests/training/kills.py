@@ -5,7 +5,8 @@
 Each process is a fork of this one, so that a kill costs no start of Python. It does what ``mmebm train`` does (the
 folder's lock, the configuration, log and checkpoint, and ``--resume``) on a small set that is read from disk, with all
 that training can write: two optimisers' states and more, persistent chains of both kinds, a moving average, a latent
-prior, snapshots. It saves after every logged row, so that many kills fall into the writing of a checkpoint.
+prior, snapshots, a validation, kept and best checkpoints. It saves after every logged row, so that many kills fall into
+the writing of a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mmebm.cli import train
 from mmebm.training import checkpoint
 from mmebm.training.config import (
     ChainConfig,
+    CheckpointConfig,
     Config,
     DataConfig,
     GuardConfig,
@@ -39,7 +41,9 @@ from mmebm.training.config import (
     ShuffledTuplesConfig,
     Stage,
     StartConfig,
+    ValidationConfig,
 )
+from mmebm.training.fitting import CHECKPOINTS
 from mmebm.training.run import CHECKPOINT, read_log
 
 UNEQUAL = ("seconds_per_iteration", "peak_memory_mib")  # what no two runs have in common
@@ -68,7 +72,8 @@ def configuration(data: Path) -> Config:
         stages=(Stage("warmup", 12), Stage("prior", 6), Stage("joint", 12)),
         latent_prior=LatentPriorConfig(width=8, chain=ChainConfig(steps=3, step=0.2)),
         shuffled_tuples=ShuffledTuplesConfig(), start=StartConfig(data="buffer", latent="persistent", buffer=32),
-        guard=GuardConfig(every=3),
+        guard=GuardConfig(every=3), validation=ValidationConfig(every=5, share=0.5),
+        checkpoint=CheckpointConfig(seconds=0.0, every=7, keep=2, best="kernel"),
     )  # fmt: skip
 
 
@@ -84,7 +89,6 @@ def begin(folder: Path, config: Config | None) -> int:
         os.dup2(output, 2)
         # a kill never damages a checkpoint: nothing is written in place
         warnings.filterwarnings("error", message=".*Going on from")
-        train.SAVE_EVERY_SECONDS = 0.0
         claim = train._resumed(folder) if config is None else train._folder(folder.parent, folder.name, "")
         with claim:
             trainer = train.prepare(folder, torch.device("cpu"), config, threads=1)
@@ -112,8 +116,17 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def files(folder: Path) -> list[str]:
+    """What is in a run's folder and below."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
 def difference(a: Path, b: Path) -> str | None:
     """Where the checkpoints or the logs of two runs differ, or None. Tensors are compared by their bytes."""
+    for kept in sorted((a / CHECKPOINTS).glob("*")) if (a / CHECKPOINTS).is_dir() else []:
+        wrong = difference(kept, b / CHECKPOINTS / kept.name)
+        if wrong is not None:
+            return f"{kept.name}: {wrong}"
     first, second = (dict(tensors(checkpoint.load(folder / CHECKPOINT))) for folder in (a, b))
     if first.keys() != second.keys():
         return f"other entries: {sorted(first.keys() ^ second.keys())[:5]}"
@@ -148,7 +161,7 @@ def kill_and_resume(out: Path, kills: int, draw: random.Random) -> dict[str, int
     started = time.perf_counter()
     finish(begin(whole, config), whole)
     seconds = time.perf_counter() - started
-    expected = sorted(path.name for path in whole.iterdir())
+    expected = files(whole)
     counts = {"killed": 0, "runs": 0, "writing": 0}
     while counts["killed"] < kills:
         counts["runs"] += 1
@@ -162,7 +175,7 @@ def kill_and_resume(out: Path, kills: int, draw: random.Random) -> dict[str, int
                 finish(pid, folder)
         wrong = difference(whole, folder)
         assert wrong is None, f"after {counts['killed']} kills, in run {counts['runs']}: {wrong}"
-        left = sorted(path.name for path in folder.iterdir())
+        left = files(folder)
         assert left == expected, f"files in {folder} are {left}, not {expected}"
     return counts
 

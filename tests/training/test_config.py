@@ -145,7 +145,8 @@ def test_all_errors_are_named_at_once_with_what_was_meant() -> None:
         Config.from_json('{"presett": "x", "data": {"nam": "x", "seed": "1"}, "model": {"sigma": true}}')
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
-    assert "unknown field 'data.nam' (did you mean 'name'?); there are name, seed, path, options, missing" in lines
+    fields = "name, seed, path, options, missing, workers, ahead"
+    assert f"unknown field 'data.nam' (did you mean 'name'?); there are {fields}" in lines
     assert 'data.seed must be an integer of at least 0, got "1"' in lines
     assert any(line.startswith("unknown field 'presett' (did you mean 'preset'?)") for line in lines)
     with pytest.raises(ValueError, match="the configuration must be a table of preset"):

@@ -5,7 +5,7 @@ What the demo's numbers were measured on is the demo's data (docs/your-data.md s
 
 import dataclasses
 
-from mmebm.training.config import Config, DataConfig
+from mmebm.training.config import Config, DataConfig, ValidationConfig
 from mmebm.training.presets import demo
 
 
@@ -16,4 +16,6 @@ def config() -> Config:
         preset="base",
         data=DataConfig(),
         model=dataclasses.replace(small.model, latent="auto", weights="auto"),
+        # labels to judge by may be missing: a twentieth of the tuples tells how it goes
+        validation=ValidationConfig(every=500, share=0.05),
     )
