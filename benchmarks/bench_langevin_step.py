@@ -230,6 +230,33 @@ def test_options(benchmark: Any, measure: Measure, name: str, implementation: st
     measure(run)
 
 
+# -- a score that costs nothing: what a sampler adds to it
+
+
+@pytest.mark.parametrize("implementation", ("eager", "mmebm"))
+def test_score_given(benchmark: Any, measure: Measure, implementation: str) -> None:
+    steps, generator = 20, torch.Generator().manual_seed(0)
+    shapes = [(64, 3, 28, 28)] * 5
+    x, score = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    sampler = mmebm.Langevin(STEP_SIZE, NOISE_SCALE, score=True)
+    still = mmebm.Langevin(STEP_SIZE, 0.0, score=True)
+
+    def loop(scale: float) -> list[Tensor]:
+        state = [t.clone() for t in x]
+        for _ in range(steps):
+            for t, s in zip(state, score, strict=True):
+                t.add_(s, alpha=STEP_SIZE)
+                t.add_(torch.randn_like(t), alpha=scale)
+        return state
+
+    for a, b in zip(loop(0.0), still.sample(lambda x: score, x, steps).state, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    benchmark.group = f"score given, five modalities of 150,528, {torch.get_num_threads()} threads"
+    benchmark.extra_info.update(implementation=implementation, elements=5 * 150_528, baseline=implementation == "eager")
+    ours = lambda: sampler.sample(lambda x: score, x, steps)
+    measure(ours if implementation == "mmebm" else lambda: loop(NOISE_SCALE))
+
+
 # -- whole chains
 
 

@@ -8,9 +8,9 @@
 #include "dynamics/bind.h"
 #include "langevin_mlp/bind.h"
 #include "langevin_step/bind.h"
-#include "residual/bind.h"
-#include "noise/cpu.h"
 #include "net/bind.h"
+#include "noise/cpu.h"
+#include "residual/bind.h"
 
 namespace py = pybind11;
 using namespace mmebm;

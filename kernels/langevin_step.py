@@ -3,7 +3,7 @@
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 """One Langevin step for all tensors of the state, in Triton. The rule is :mod:`mmebm.ops.langevin_step.reference`.
 
-    g = clip(g);  g = g + x / prior_std^2;  d = -a g + s xi;  d = clamp(d);  y = x + d;  y = clamp(y) | keep the chain
+    g = clip(g);  g = +-g + x / prior_std^2;  d = -a g + s xi;  d = clamp(d);  y = x + d;  y = clamp(y) | keep the chain
     y = x where observed;  the noise xi is :mod:`mmebm.noise`, made in registers (:mod:`mmebm.kernels.philox`)
 
 Three kernels:
@@ -23,9 +23,7 @@ How tensors reach the kernel. The gradients are new tensors in every step: a tab
 cost a host-to-device copy a step, which a graph capture does not allow from pageable memory, and a flat state with
 views would need the gradients copied together. So all addresses and constants are kernel arguments, in tuples of 1, 2
 or 8 tensors (more tensors or several dtypes: several launches), and a program selects its tensor's. A captured graph
-has them baked in and needs no table kept alive. Host cost of binding the arguments and finding the compiled kernel,
-Triton 3.7.1, one Zen 4 core, 2026-11-22: about 6 us for 1 tensor, 7 for 2, 16 for 8. A replayed graph does not pay
-it.
+has them baked in and needs no table kept alive.
 
 Specialisation. Triton compiles anew for an argument's type, for the value 1 and for divisibility by 16, and inside
 tuples this cannot be switched off. So integers in tuples, addresses too, are sent as ``2 v + 1`` or ``2 v + 3``: an
@@ -65,45 +63,32 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mmebm import noise
 from mmebm.kernels.philox import key_words, normals, rounding_halves, split4, split8, stochastic_round
-from mmebm.ops.common.params import StepOptions, StepParams, StepStats, per_chain_or_single
+from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, StepStats, per_chain_or_single
 
 __all__ = ["TritonStepper", "supports"]
 
-# Bits of a tensor's option word. The two lowest are always set, so that Triton sees nothing special in its value.
-_CLIP: Final = tl.constexpr(1 << 2)
-_NORM: Final = tl.constexpr(1 << 3)
-_MAX: Final = tl.constexpr(1 << 4)
-_PRIOR: Final = tl.constexpr(1 << 5)
-_LOW: Final = tl.constexpr(1 << 6)
-_HIGH: Final = tl.constexpr(1 << 7)
+# Bits of a tensor's option word: bit k says that parameter k, in the order of StepParams, is given. Step size and noise
+# scale always are, so that Triton sees nothing special in the word's value.
+_COUNT: Final = tl.constexpr(len(FIELDS))
+(
+    _STEP_SIZE, _NOISE_SCALE, _GRAD_CLIP, _NORM_CLIP, _MAX_UPDATE, _PRIOR_STD, _LOWER, _UPPER,
+) = map(tl.constexpr, range(len(FIELDS)))  # fmt: skip
+_NORM: Final = tl.constexpr(1 << FIELDS.index("grad_norm_clip"))
+_PRIOR: Final = tl.constexpr(1 << FIELDS.index("prior_std"))
+_LOW: Final = tl.constexpr(1 << FIELDS.index("low"))
+_HIGH: Final = tl.constexpr(1 << FIELDS.index("high"))
 _NOISE: Final = tl.constexpr(1 << 8)
 _GRAD: Final = tl.constexpr(1 << 9)
-_MASK: Final = tl.constexpr(1 << 10)
-_MASK_ROWS: Final = tl.constexpr(1 << 11)  # the mask has a row per chain
-_ALIGNED: Final = tl.constexpr(1 << 12)
-_TENSOR: Final = tl.constexpr(13)  # bit 13 + k: parameter k is a tensor
-_ROWS: Final = tl.constexpr(21)  # bit 21 + k: with one value per chain
-
-# Parameters, in the order of StepParams
-_STEP_SIZE: Final = tl.constexpr(0)
-_NOISE_SCALE: Final = tl.constexpr(1)
-_GRAD_CLIP: Final = tl.constexpr(2)
-_NORM_CLIP: Final = tl.constexpr(3)
-_MAX_UPDATE: Final = tl.constexpr(4)
-_PRIOR_STD: Final = tl.constexpr(5)
-_LOWER: Final = tl.constexpr(6)
-_UPPER: Final = tl.constexpr(7)
-_FIELDS: Final = (
-    # name, option bit, value where it is absent: the one that changes nothing
-    ("step_size", 0, 0.0),
-    ("noise_scale", 0, 0.0),
-    ("grad_clip", _CLIP.value, inf),
-    ("grad_norm_clip", _NORM.value, inf),
-    ("max_update", _MAX.value, inf),
-    ("prior_std", _PRIOR.value, inf),
-    ("low", _LOW.value, -inf),
-    ("high", _HIGH.value, inf),
-)
+_SCORE: Final = tl.constexpr(1 << 10)  # the gradient is that of log p
+_MASK: Final = tl.constexpr(1 << 11)
+_MASK_ROWS: Final = tl.constexpr(1 << 12)  # the mask has a row per chain
+_ALIGNED: Final = tl.constexpr(1 << 13)
+_TENSOR: Final = tl.constexpr(14)  # bit 14 + k: parameter k is a tensor
+_ROWS: Final = tl.constexpr(22)  # bit 22 + k: with one value per chain
+# of a parameter that is absent: the one that changes nothing
+_NEUTRAL: Final = {
+    "grad_clip": inf, "grad_norm_clip": inf, "max_update": inf, "prior_std": inf, "low": -inf, "high": inf,
+}  # fmt: skip
 
 # What a launch of the chain kernel does
 _CHECK: Final = tl.constexpr(1)  # pass 0: does the proposal stay inside?
@@ -157,12 +142,12 @@ def _number(value, address):
 @triton.jit
 def _param(t, fs, vs, meta, chain, ok, K: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr):
     """Parameter K of tensor t: an fp32 scalar, or with VECTOR a column with the value of each of ``chain``."""
-    value = _select(t, fs, K, 8, T).to(tl.float32)
+    value = _select(t, fs, K, _COUNT, T).to(tl.float32)
     if VECTOR:
         # (B, 1) from the start: a (B,) load would get a layout of its own
         column = tl.zeros([chain.shape[0], 1], tl.float32) + value
         if ((meta >> (_TENSOR + K)) & 1) != 0:
-            address = (_select(t, vs, K, 8, T) >> 1).to(tl.pointer_type(tl.float32))
+            address = (_select(t, vs, K, _COUNT, T) >> 1).to(tl.pointer_type(tl.float32))
             column = tl.load(address + (chain * ((meta >> (_ROWS + K)) & 1))[:, None], mask=ok[:, None], other=0.0)
         return column
     else:
@@ -248,6 +233,8 @@ def _propose(
         if (meta & _NORM) != 0:
             changed = changed | (factor < 1.0).to(tl.int32)
             g = g * factor
+    if (meta & _SCORE) != 0:
+        g = -g
     if (meta & _PRIOR) != 0:
         # not 1 / std^2, which overflows where the quotient does not
         inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, _PRIOR_STD, T, VECTOR)
@@ -572,7 +559,7 @@ def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepPar
     if isinstance(options.seed, Tensor) and options.seed.device not in (device, torch.device("cpu")):
         return f"the seed is on {options.seed.device}, the state on {device}"
     for i, (p, xi) in enumerate(zip(params or (), x, strict=False)):
-        for name, _, _ in _FIELDS:
+        for name in FIELDS:
             value = getattr(p, name)
             if not isinstance(value, Tensor):
                 continue
@@ -597,18 +584,18 @@ class _Packed:
     converted: bool = False  # an address is that of a copy, which must be made again for the next step
 
 
-_NO_ADDRESS: Final = (2 * _ABSENT + 1,) * 8
+_NO_ADDRESS: Final = (2 * _ABSENT + 1,) * len(FIELDS)
 
 
 def _pack(p: StepParams, x: Tensor) -> _Packed:
     flags, floats, addresses, alive, converted = 0, [], [], [], False
-    for k, (name, bit, absent) in enumerate(_FIELDS):
+    for k, name in enumerate(FIELDS):
         value = getattr(p, name)
         if value is None:
-            floats.append(absent)
+            floats.append(_NEUTRAL[name])
             addresses.append(2 * _ABSENT + 1)
             continue
-        flags |= bit
+        flags |= 1 << k
         if not isinstance(value, Tensor):
             floats.append(float(value))
             addresses.append(2 * _ABSENT + 1)
@@ -648,9 +635,7 @@ class _Batch:
 def _bits(*names: str) -> int:
     """All bits of an option word that are about these parameters."""
     return sum(
-        bit | 1 << (_TENSOR.value + k) | 1 << (_ROWS.value + k)
-        for k, (name, bit, _) in enumerate(_FIELDS)
-        if name in names
+        1 << k | 1 << (_TENSOR.value + k) | 1 << (_ROWS.value + k) for k, name in enumerate(FIELDS) if name in names
     )
 
 
@@ -785,7 +770,7 @@ class TritonStepper:
             g_at = _ABSENT
             if grad is not None:
                 g_at = grad[i].data_ptr()
-                meta |= _GRAD.value
+                meta |= _GRAD.value | (_SCORE.value if self.options.score else 0)
             if noisy and self.options.noisy[i]:
                 meta |= _NOISE.value
             per_vector = 16 // xi.element_size()
@@ -804,7 +789,8 @@ class TritonStepper:
             metas.append(meta)
             streams.append(self._streams[i])
             floats.extend(
-                value if keep >> (_TENSOR.value + k) & 1 else _FIELDS[k][2] for k, value in enumerate(packed.floats)
+                value if keep >> k & 1 else _NEUTRAL.get(name, 0.0)
+                for k, (name, value) in enumerate(zip(FIELDS, packed.floats, strict=True))
             )
             addresses.extend(packed.addresses)
             vector |= bool(packed.alive)
@@ -815,7 +801,7 @@ class TritonStepper:
             ns.append(3)
             metas.append(3)
             streams.append(3)
-            floats.extend((0.0,) * 8)
+            floats.extend((0.0,) * len(FIELDS))
             addresses.extend(_NO_ADDRESS)
         arguments = {
             "xs": tuple(xs), "gs": tuple(gs), "ms": tuple(ms), "ns": tuple(ns), "metas": tuple(metas),

@@ -4,7 +4,7 @@
 // One exponential serves both value and derivative. Its approximation is written out, so that what tests see on the
 // host is what a GPU computes, up to the rounding of a division and the contraction of products. Errors on the host, in
 // units of 2^-23 (1 + |exact|), over 500,000 bit patterns of fp32 and as many normals (x86-64, gcc 12, 2026-11-22): the
-// values within 1.1, the derivatives within 2.7 (tests/ops/test_langevin_mlp_cuda_host.py allows 1.25 and 3).
+// values within 1.1, the derivatives within 2.7 (tests/ops/langevin_mlp/test_cuda_host.py allows 1.25 and 3).
 //
 // NaN stays NaN in the value. At infinities the limits are exact: silu(-inf) is 0, and its derivative too. At a kink
 // the derivative is that of the left, as torch has it.

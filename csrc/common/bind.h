@@ -29,6 +29,11 @@ inline Storage storage_from(int storage) {
   return static_cast<Storage>(storage);
 }
 
+inline void require_options(int64_t chains, uint32_t options) {
+  if (chains < 0) throw pybind11::value_error("chains must not be negative");
+  if (options & ~ALL_OPTIONS) throw pybind11::value_error("options has bits that no Option names");
+}
+
 inline void require_tensor(int64_t numel, uint32_t index) {
   if (numel < 0 || numel > (int64_t{1} << 33)) throw pybind11::value_error("numel must be in [0, 2**33]");
   if (index >= 1u << 24) throw pybind11::value_error("index must be below 2**24");

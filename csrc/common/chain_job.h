@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace mmebm {
+#include "common/langevin.h"
 
-// The columns of the table of constants, in the order of FIELDS in mmebm/ops/langevin_mlp.py.
-enum Field { F_STEP_SIZE, F_NOISE_SCALE, F_GRAD_CLIP, F_NORM_CLIP, F_MAX_UPDATE, F_PRECISION, F_LOW, F_HIGH, FIELDS };
+namespace mmebm {
 
 struct ChainTensor {
   int64_t begin = 0, width = 0;  // its rows of the state

@@ -10,6 +10,7 @@
 
 #include "common/chain_job.h"
 #include "common/philox_vec.h"
+#include "common/rule_vec.h"
 #include "common/vec.h"
 
 namespace mmebm {
@@ -168,43 +169,28 @@ void update(const Rows<M>& t, int64_t k, uint32_t step) {
   for (int64_t i = 0; i < t.job.tensor_count; ++i) {
     const ChainTensor& tensor = t.job.tensors[i];
     if (!tensor.moving) continue;
-    const bool clip = has(tensor, F_GRAD_CLIP), norm_clip = has(tensor, F_NORM_CLIP);
-    const bool most = has(tensor, F_MAX_UPDATE), prior = has(tensor, F_PRECISION);
+    const With with = {true, has(tensor, F_GRAD_CLIP), has(tensor, F_NORM_CLIP), has(tensor, F_PRECISION),
+                       tensor.noisy && !t.job.noise_before, has(tensor, F_MAX_UPDATE)};
     const bool bounds = has(tensor, F_LOW) || has(tensor, F_HIGH);
-    const bool noise = tensor.noisy && !t.job.noise_before;
-    F rate[M], scale[M], limit[M], factor[M], largest[M], precision[M], low[M], high[M];
+    Rates c[M];
+    F low[M], high[M];
     for (int m = 0; m < M; ++m) {
       const Row row = row_of(t, k, i, m);
-      rate[m] = sub(zero, get(row, F_STEP_SIZE));
-      scale[m] = get(row, F_NOISE_SCALE);
-      limit[m] = get(row, F_GRAD_CLIP);
-      largest[m] = get(row, F_MAX_UPDATE);
-      precision[m] = get(row, F_PRECISION);
+      c[m] = {get(row, F_GRAD_CLIP), one, one, get(row, F_PRECISION), sub(zero, get(row, F_STEP_SIZE)),
+              get(row, F_NOISE_SCALE), get(row, F_MAX_UPDATE)};
       low[m] = get(row, F_LOW);
       high[m] = get(row, F_HIGH);
-      factor[m] = one;
-      if (norm_clip) {
+      if (with.norm_clip) {
         // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
-        const F norm = clipped_norm(t, tensor, m, clip, limit[m]), bound = get(row, F_NORM_CLIP);
-        factor[m] = select(at_most(norm, bound), one, div(bound, norm));
+        const F norm = clipped_norm(t, tensor, m, with.clip, c[m].clip), bound = get(row, F_NORM_CLIP);
+        c[m].factor = select(at_most(norm, bound), one, div(bound, norm));
       }
     }
-    each_row(t, tensor, step, noise, [&](int64_t r, int m, F z) {
+    each_row(t, tensor, step, with.noise, [&](int64_t r, int m, F z) {
       const int64_t at = r * Rows<M>::C + m * W;
       const F x = load(t.x + at);
-      F g = load(t.g + at);
-      if (clip) g = clamp(g, sub(zero, limit[m]), limit[m]);
-      if (norm_clip) g = mul(g, factor[m]);
-      if (prior) g = fma(precision[m], x, g);
-      F y;
-      if (noise || most) {
-        F d = mul(rate[m], g);
-        if (noise) d = fma(scale[m], z, d);
-        if (most) d = clamp(d, sub(zero, largest[m]), largest[m]);
-        y = add(x, d);
-      } else {
-        y = fma(rate[m], g, x);
-      }
+      Lanes changed = none();
+      F y = proposed(with, c[m], x, load(t.g + at), z, changed);
       if (bounds) y = clamp(y, low[m], high[m]);
       if (t.observed) y = select(bytes(t.observed + at, W), x, y);
       store(t.x + at, y);

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "langevin_step/job.h"
 #include "common/philox.h"
 
 namespace mmebm {

@@ -2,7 +2,8 @@
 // mmebm/ops/langevin_step/reference.py, the noise mmebm/noise.py. What one thread of csrc/langevin_step/cuda.cu does is
 // made of these functions, and the tests run them on the host.
 //
-//     g = clip(g);  g = g f;  g = g + x / prior_std^2;  d = s xi - a g;  d = clamp(d);  y = x + d;  y = clamp(y)
+//     g = clip(g);  g = g f;  g = +-g;  g = g + x / prior_std^2
+//     d = s xi - a g;  d = clamp(d);  y = x + d;  y = clamp(y)
 //
 // f is the norm clip's factor, which the caller knows. Arithmetic is fp32, states and gradients are stored as fp32,
 // bf16 or fp16. A group is what 16 bytes of the state hold, G = 4 or 8: one Philox block an fp32 group, two a 16-bit
@@ -28,14 +29,27 @@ namespace mmebm {
 
 enum class Storage : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
 
-// The constants of a step, in the order of StepParams (mmebm/ops/params.py).
+// The constants of a step, in the order of StepParams (mmebm/ops/common/params.py).
 enum Slot { STEP_SIZE, NOISE_SCALE, GRAD_CLIP, GRAD_NORM_CLIP, MAX_UPDATE, PRIOR_STD, LOW, HIGH, SLOTS };
+
+// The columns of a whole chain's table: the same, with 1 / std^2 in the place of the prior's std.
+enum Field { F_STEP_SIZE, F_NOISE_SCALE, F_GRAD_CLIP, F_NORM_CLIP, F_MAX_UPDATE, F_PRECISION, F_LOW, F_HIGH, FIELDS };
+static_assert(static_cast<int>(FIELDS) == static_cast<int>(SLOTS), "one order");
+
+// Bits of what stays the same along a chain, in the order of OPTIONS (mmebm/ops/common/params.py).
+enum Option : uint32_t {
+  REJECT_OUTSIDE = 1,  // low and high reject the chain instead of clamping
+  CLAMP_NOISE = 2,     // they clamp also where the noise stands before the gradient
+  NORM_OF_TENSOR = 4,  // grad_norm_clip limits the whole tensor's norm, not each chain's
+  SCORE = 8            // the gradient is that of log p: it counts with the other sign
+};
+constexpr uint32_t ALL_OPTIONS = 15;
 
 // How a constant is given: a number, or fp32 numbers at an address: one per chain, per element, or just one.
 enum class Kind : int32_t { absent = 0, scalar = 1, chain = 2, element = 3, one = 4 };
 
 // What applies to a group: bit 1 << slot for each constant, and these.
-enum : uint32_t { WITH_NOISE = 1u << SLOTS, WITH_GRAD = 2u << SLOTS };
+enum : uint32_t { WITH_NOISE = 1u << SLOTS, WITH_GRAD = 2u << SLOTS, WITH_SCORE = 4u << SLOTS };
 
 // One chain's constants; at PRIOR_STD its inverse. What is absent is not read.
 struct Constants {
@@ -129,6 +143,13 @@ MMEBM_HD void propose(const Group<G> (&x)[U], Group<G> (&g)[U], const Group<G> (
       if (factor < 1.0f) changed[u] = (1u << G) - 1u;
       MMEBM_UNROLL
       for (int j = 0; j < G; ++j) g[u].v[j] = g[u].v[j] * factor;
+    }
+  }
+  if (with & WITH_SCORE) {
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      MMEBM_UNROLL
+      for (int j = 0; j < G; ++j) g[u].v[j] = -g[u].v[j];
     }
   }
   if (with & 1u << PRIOR_STD) {

@@ -1,4 +1,4 @@
-// mmebm._cuda.langevin_mlp. mmebm/ops/langevin_mlp_cuda.py checks tensors, keeps them alive and passes addresses; what
+// mmebm._cuda.langevin_mlp. mmebm/ops/langevin_mlp/cuda.py checks tensors, keeps them alive and passes addresses; what
 // is checked here is that sizes fit together and into a launch.
 #pragma once
 

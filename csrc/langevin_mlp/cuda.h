@@ -1,12 +1,12 @@
 // A whole Langevin chain on a sum of MLP terms on a GPU. No Python and no CUDA header here; how it is done, see
-// langevin_mlp.cu.
+// cuda.cu.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "langevin_step/cuda.h"
 #include "common/activations.h"
+#include "langevin_step/cuda.h"
 
 namespace mmebm {
 
@@ -14,9 +14,6 @@ namespace mmebm {
 constexpr int MLP_TERMS = 16, MLP_LAYERS = 5, MLP_TENSORS = 32, MLP_ENDS = 1024, MLP_HIDDEN = 256;
 
 enum class Precision : int32_t { fp32, tf32x3, bf16 };
-
-// The columns of the table of constants, in the order of FIELDS in mmebm/ops/langevin_mlp.py.
-enum Field { F_STEP_SIZE, F_NOISE_SCALE, F_GRAD_CLIP, F_NORM_CLIP, F_MAX_UPDATE, F_PRECISION, F_LOW, F_HIGH, FIELDS };
 
 struct DeviceLayer {
   const float* weight = nullptr;  // (outputs, inputs)

@@ -1,4 +1,4 @@
-// mmebm._cpu.LangevinStep. mmebm/ops/langevin_step_native.py checks tensors, keeps them alive and passes addresses.
+// mmebm._cpu.LangevinStep. mmebm/ops/langevin_step/cpp.py checks tensors, keeps them alive and passes addresses.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -61,21 +61,23 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
         "Box-Muller as LangevinStep does it: float32 (blocks, 4) from uint32 (blocks, 4).", py::arg("words_ptr"),
         py::arg("out_ptr"), py::arg("blocks"), py::arg("isa") = "auto");
   py::class_<LangevinStep>(m, "LangevinStep", "The update of all tensors of a state, in place; one object per chain.")
-      .def(py::init([isa_from](int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor,
-                               const std::string& isa) {
-             if (chains < 0) throw py::value_error("chains must not be negative");
-             return std::make_unique<LangevinStep>(chains, chain_offset, reject, clamp_noise, norm_tensor,
-                                                   isa_from(isa));
+      .def(py::init([isa_from](int64_t chains, uint32_t chain_offset, uint32_t options, const std::string& isa) {
+             require_options(chains, options);
+             return std::make_unique<LangevinStep>(chains, chain_offset, options, isa_from(isa));
            }),
-           py::arg("chains"), py::arg("chain_offset"), py::arg("reject"), py::arg("clamp_noise"),
-           py::arg("norm_tensor"), py::arg("isa"))
+           py::arg("chains"), py::arg("chain_offset"), py::arg("options"), py::arg("isa"))
       .def("add",
-           [](LangevinStep& self, int64_t numel, uint32_t index, bool noisy, int storage, uintptr_t observed) {
+           [](LangevinStep& self, int64_t numel, uint32_t index, bool noisy, int storage, uintptr_t observed,
+              int64_t channels) {
              require_tensor(numel, index);
-             self.add(numel, index, noisy, storage_from(storage), reinterpret_cast<const uint8_t*>(observed));
+             const bool apart = channels > 1 && (numel % channels != 0 || storage != 0 || self.rejects());
+             if (channels < 1 || apart) throw py::value_error("channels does not fit the tensor");
+             self.add(numel, index, noisy, storage_from(storage), reinterpret_cast<const uint8_t*>(observed), channels);
            },
-           "A tensor of the state; observed: address of a mask, a byte per element, or 0.", py::arg("numel"),
-           py::arg("index"), py::arg("noisy"), py::arg("storage"), py::arg("observed"))
+           "A tensor [chains, numel] of the state; observed: the address of a mask [chains, numel] bool, or 0; "
+           "channels: above 1 where the memory of an fp32 state and its gradients has them last.",
+           py::arg("numel"), py::arg("index"), py::arg("noisy"), py::arg("storage"), py::arg("observed"),
+           py::arg("channels") = 1)
       .def("set",
            [](LangevinStep& self, size_t tensor, int slot, int kind, double value, uintptr_t values) {
              if (tensor >= self.count() || slot < 0 || slot >= SLOTS || kind < 0 || kind > 3) {
@@ -90,6 +92,7 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
       .def("set_grad",
            [](LangevinStep& self, size_t tensor, int storage) {
              if (tensor >= self.count()) throw py::value_error("tensor is out of range");
+             if (storage != 0 && self.tensor(tensor).channels > 1) throw py::value_error("storage must be 0");
              self.tensor(tensor).grad_storage = storage_from(storage);
            },
            "How the gradients of a tensor are stored from now on.", py::arg("tensor"), py::arg("storage"))

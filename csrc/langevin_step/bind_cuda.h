@@ -1,4 +1,4 @@
-// mmebm._cuda.LangevinStep. mmebm/ops/langevin_step_native.py checks tensors, keeps them alive and passes addresses.
+// mmebm._cuda.LangevinStep. mmebm/ops/langevin_step/cuda.py checks tensors, keeps them alive and passes addresses.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -53,12 +53,11 @@ inline void bind_langevin_step(pybind11::module_& m) {
       m, "LangevinStep",
       "The update of all tensors of a state on a GPU, in place; one object per chain. Calls return a cudaError code. "
       "The host_ functions do the same with the same device functions on host memory.")
-      .def(py::init([](int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor) {
-             if (chains < 0) throw py::value_error("chains must not be negative");
-             return std::make_unique<CudaLangevinStep>(chains, chain_offset, reject, clamp_noise, norm_tensor);
+      .def(py::init([](int64_t chains, uint32_t chain_offset, uint32_t options) {
+             require_options(chains, options);
+             return std::make_unique<CudaLangevinStep>(chains, chain_offset, options);
            }),
-           py::arg("chains"), py::arg("chain_offset"), py::arg("reject"), py::arg("clamp_noise"),
-           py::arg("norm_tensor"))
+           py::arg("chains"), py::arg("chain_offset"), py::arg("options"))
       .def("add",
            [](CudaLangevinStep& self, int64_t numel, uint32_t index, bool noisy, int storage, uintptr_t observed,
               bool observed_rows) {

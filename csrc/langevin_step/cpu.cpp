@@ -15,18 +15,19 @@ namespace {
 
 }  // namespace
 
-LangevinStep::LangevinStep(int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor,
-                           Isa isa)
-    : clamp_noise_(clamp_noise), loops_(&step_loops(isa)) {
+LangevinStep::LangevinStep(int64_t chains, uint32_t chain_offset, uint32_t options, Isa isa)
+    : loops_(&step_loops(isa)) {
   fixed_.chains = chains;
   fixed_.chain_offset = chain_offset;
-  fixed_.reject = reject;
-  fixed_.norm_tensor = norm_tensor;
+  fixed_.options = options;
+  fixed_.reject = (options & REJECT_OUTSIDE) != 0;
 }
 
-void LangevinStep::add(int64_t numel, uint32_t index, bool noisy, Storage storage, const uint8_t* observed) {
+void LangevinStep::add(int64_t numel, uint32_t index, bool noisy, Storage storage, const uint8_t* observed,
+                       int64_t channels) {
   StepTensor t;
   t.numel = numel;
+  t.channels = channels;
   t.index = index;
   t.noisy = noisy;
   t.storage = t.grad_storage = storage;
@@ -72,7 +73,7 @@ void LangevinStep::each_tile(void (*loop)(const StepJob&, const StepTensor&, int
 void LangevinStep::fill_norms(StepJob& job, int threads) {
   bool needed = false;
   for (const StepTensor& t : tensors_) {
-    needed |= t.constants[GRAD_NORM_CLIP].kind != Kind::absent && (t.parts > 1 || fixed_.norm_tensor);
+    needed |= t.constants[GRAD_NORM_CLIP].kind != Kind::absent && (t.parts > 1 || fixed_.options & NORM_OF_TENSOR);
   }
   if (!needed) return;
   norm_squares_.resize(static_cast<size_t>(slots_));
@@ -92,7 +93,7 @@ void LangevinStep::fill_norms(StepJob& job, int threads) {
       norm[chain] = std::sqrt(sum);
       all += sum;
     }
-    if (fixed_.norm_tensor) std::fill(norm, norm + job.chains, std::sqrt(all));
+    if (fixed_.options & NORM_OF_TENSOR) std::fill(norm, norm + job.chains, std::sqrt(all));
   }
   job.norms = norms_.data();
 }
@@ -123,7 +124,7 @@ void LangevinStep::perturb(uint64_t seed, uint32_t step, int threads) {
   job.seed = seed;
   job.step = step;
   job.drift = false;
-  job.bounds = clamp_noise_;
+  job.bounds = (job.options & CLAMP_NOISE) != 0;
   job.reject = false;
   each_tile(loops_->update, job, threads);
 }

@@ -23,11 +23,12 @@ struct StepSums {
 // One chain of steps over the same tensors: prepared once, then one call per step. Not for two threads at a time.
 class LangevinStep {
  public:
-  LangevinStep(int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor, Isa isa);
-  void add(int64_t numel, uint32_t index, bool noisy, Storage storage, const uint8_t* observed);
+  LangevinStep(int64_t chains, uint32_t chain_offset, uint32_t options, Isa isa);
+  void add(int64_t numel, uint32_t index, bool noisy, Storage storage, const uint8_t* observed, int64_t channels);
   void set(size_t tensor, Slot slot, Constant constant);
 
   size_t count() const { return tensors_.size(); }
+  bool rejects() const { return fixed_.reject; }
   bool empty(size_t i) const { return fixed_.chains == 0 || tensors_[i].numel == 0; }
   int64_t elements() const { return elements_; }
   StepTensor& tensor(size_t i) { return tensors_[i]; }
@@ -48,7 +49,6 @@ class LangevinStep {
 
   std::vector<StepTensor> tensors_;
   StepJob fixed_;
-  bool clamp_noise_;
   const StepLoops* loops_;
   int64_t tiles_ = 0, slots_ = 0, elements_ = 0;
   std::vector<double> norm_squares_, norms_, grad_squares_, moved_squares_;

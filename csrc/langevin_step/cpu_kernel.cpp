@@ -29,11 +29,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "langevin_step/job.h"
-#include "common/philox.h"
+#include "common/half.h"
 #include "common/noise_vec.h"
 #include "common/philox_vec.h"
-#include "common/vec.h"
+#include "common/rule_vec.h"
+#include "langevin_step/job.h"
 
 namespace mmebm {
 namespace {
@@ -59,21 +59,12 @@ void normals(const uint32_t* words, float* out, int64_t blocks) {
 
 // ------------------------------------------------------------------------------------------------------ 16-bit storage
 
-MMEBM_INLINE float half_float(uint32_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
-  const uint32_t exponent = h & 0x7c00u;
-  // subnormal: put the bits behind a one and take the one off
-  const uint32_t tiny = float_bits(bits_float(magnitude + (113u << 23)) - 0x1p-14f);
-  const uint32_t usual = magnitude + ((exponent == 0x7c00u ? 224u : 112u) << 23);
-  return bits_float(sign | (exponent == 0 ? tiny : usual));
-}
-
 void widen(const void* from, Storage storage, float* to, int64_t n) {
   const uint16_t* h = static_cast<const uint16_t*>(from);
   if (storage == Storage::bf16) {
-    for (int64_t i = 0; i < n; ++i) to[i] = bits_float(static_cast<uint32_t>(h[i]) << 16);
+    for (int64_t i = 0; i < n; ++i) to[i] = from_bf16(h[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = half_float(h[i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = from_fp16(h[i]);
   }
 }
 
@@ -196,67 +187,50 @@ int64_t nonfinite_count(const float* y, int64_t n) {
 // The constants as one loop sees them: scalars, or per element from the loop's first on.
 struct Values {
   bool has[SLOTS];
-  float value[SLOTS];  // STEP_SIZE with its sign changed, PRIOR_STD inverted (1 / std^2 could overflow)
+  float value[SLOTS];  // PRIOR_STD inverted (1 / std^2 could overflow)
   const float* element[SLOTS];
+  float sign;  // of the gradient
   float norm;  // what GRAD_NORM_CLIP is compared with
 };
 
-MMEBM_INLINE void at_chain(const StepTensor& t, int64_t chain, int64_t base, Values& v) {
+MMEBM_INLINE void at_chain(const StepJob& job, const StepTensor& t, int64_t chain, int64_t base, Values& v) {
   for (int s = 0; s < SLOTS; ++s) {
     const Constant& c = t.constants[s];
     v.has[s] = c.kind != Kind::absent;
     v.element[s] = c.kind == Kind::element ? c.values + base : nullptr;
-    double value = c.kind == Kind::chain ? static_cast<double>(c.values[chain]) : c.value;
-    if (s == STEP_SIZE) value = -value;
-    if (s == PRIOR_STD) value = 1.0 / value;
-    v.value[s] = static_cast<float>(value);
+    const double value = c.kind == Kind::chain ? static_cast<double>(c.values[chain]) : c.value;
+    v.value[s] = static_cast<float>(s == PRIOR_STD ? 1.0 / value : value);
   }
   // An absent bound is an infinite one: the clamp with it changes nothing, a NaN neither.
   if (!v.has[LOW]) v.value[LOW] = -__builtin_inff();
   if (!v.has[HIGH]) v.value[HIGH] = __builtin_inff();
+  v.sign = job.options & SCORE ? -1.0f : 1.0f;
   v.norm = 0.0f;
 }
 
-enum Option { O_GRAD = 1, O_CLIP = 2, O_PRIOR = 4, O_NOISE = 8, O_MAX_UPDATE = 16, O_BOUNDS = 32 };
-
-template <int OPTIONS>
-MMEBM_INLINE F updated(F x, F g, F z, const F* c) {
-  if (OPTIONS & O_GRAD) {
-    if (OPTIONS & O_CLIP) g = clamp(g, c[0], c[1]);
-    if (OPTIONS & O_PRIOR) g = fma(mul(x, c[2]), c[2], g);
-    if (OPTIONS & (O_NOISE | O_MAX_UPDATE)) {
-      F d = mul(c[3], g);
-      if (OPTIONS & O_NOISE) d = fma(c[4], z, d);
-      if (OPTIONS & O_MAX_UPDATE) d = clamp(d, c[5], c[6]);
-      x = add(x, d);
-    } else {
-      x = fma(c[3], g, x);
-    }
-  } else if (OPTIONS & O_NOISE) {
-    x = fma(c[4], z, x);
-  }
-  if (OPTIONS & O_BOUNDS) x = clamp(x, c[7], c[8]);
-  return x;
-}
+enum { O_GRAD = 1, O_CLIP = 2, O_PRIOR = 4, O_NOISE = 8, O_MAX_UPDATE = 16, O_BOUNDS = 32 };
 
 template <int OPTIONS>
 void plain(float* out, const float* x, const float* g, const float* z, int64_t n, const Values& v) {
-  const F c[9] = {setf(-v.value[GRAD_CLIP]), setf(v.value[GRAD_CLIP]), setf(v.value[PRIOR_STD]),
-                  setf(v.value[STEP_SIZE]), setf(v.value[NOISE_SCALE]), setf(-v.value[MAX_UPDATE]),
-                  setf(v.value[MAX_UPDATE]), setf(v.value[LOW]), setf(v.value[HIGH])};
-  const F zero = setf(0.0f);
+  constexpr With with = {(OPTIONS & O_GRAD) != 0, (OPTIONS & O_CLIP) != 0, false, (OPTIONS & O_PRIOR) != 0,
+                         (OPTIONS & O_NOISE) != 0, (OPTIONS & O_MAX_UPDATE) != 0};
+  const F zero = setf(0.0f), low = setf(v.value[LOW]), high = setf(v.value[HIGH]);
+  const Rates c = {setf(v.value[GRAD_CLIP]), zero, setf(v.value[PRIOR_STD]), setf(v.sign * v.value[PRIOR_STD]),
+                   setf(-v.sign * v.value[STEP_SIZE]), setf(v.value[NOISE_SCALE]), setf(v.value[MAX_UPDATE])};
+  const auto updated = [&](F xi, F gi, F zi) {
+    M changed = none();
+    const F y = proposed(with, c, xi, gi, zi, changed);
+    return OPTIONS & O_BOUNDS ? clamp(y, low, high) : y;
+  };
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i + W <= n; i += W) {
-    const F gi = OPTIONS & O_GRAD ? load(g + i) : zero;
-    const F zi = OPTIONS & O_NOISE ? load(z + i) : zero;
-    store(out + i, updated<OPTIONS>(load(x + i), gi, zi, c));
+    store(out + i, updated(load(x + i), with.grad ? load(g + i) : zero, with.noise ? load(z + i) : zero));
   }
   if (i < n) {
     const int rest = static_cast<int>(n - i);
-    const F gi = OPTIONS & O_GRAD ? load(g + i, rest) : zero;
-    const F zi = OPTIONS & O_NOISE ? load(z + i, rest) : zero;
-    store(out + i, updated<OPTIONS>(load(x + i, rest), gi, zi, c), rest);
+    const F gi = with.grad ? load(g + i, rest) : zero, zi = with.noise ? load(z + i, rest) : zero;
+    store(out + i, updated(load(x + i, rest), gi, zi), rest);
   }
 }
 
@@ -285,48 +259,30 @@ Found general(float* out, const float* x, const float* g, const float* z, const 
               const Values& v, bool bounds, bool reject) {
   int64_t clipped = 0;
   M outside = none();
-  const F zero = setf(0.0f), one = setf(1.0f);
+  const F zero = setf(0.0f), one = setf(1.0f), sign = setf(v.sign);
+  const With with = {g != nullptr, g && v.has[GRAD_CLIP], g && v.has[GRAD_NORM_CLIP], g && v.has[PRIOR_STD],
+                     z != nullptr, g && v.has[MAX_UPDATE]};
   const bool bounded = bounds && (v.has[LOW] || v.has[HIGH]);
   for (int64_t i = 0; i < n; i += W) {
     const int m = n - i < W ? static_cast<int>(n - i) : W;
     const M valid = lanes(m);
     M changed = none();
-    const F xi = load(x + i, m);
-    F y = xi;
-    if (g) {
-      F gi = load(g + i, m);
-      if (v.has[GRAD_CLIP]) {
-        const F c = get(v, GRAD_CLIP, i, m);
-        changed = greater(abs(gi), c);
-        gi = clamp(gi, sub(zero, c), c);
-      }
-      if (v.has[GRAD_NORM_CLIP]) {
-        // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
-        const F limit = get(v, GRAD_NORM_CLIP, i, m);
-        const F factor = div(limit, max(limit, setf(v.norm)));
-        changed = either(changed, greater(one, factor));
-        gi = mul(gi, factor);
-      }
-      if (v.has[PRIOR_STD]) {
-        const F inverse = v.element[PRIOR_STD] ? div(one, load(v.element[PRIOR_STD] + i, m)) : setf(v.value[PRIOR_STD]);
-        gi = fma(mul(xi, inverse), inverse, gi);
-      }
-      const F a = v.element[STEP_SIZE] ? sub(zero, load(v.element[STEP_SIZE] + i, m)) : setf(v.value[STEP_SIZE]);
-      if (z || v.has[MAX_UPDATE]) {
-        F d = mul(a, gi);
-        if (z) d = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), d);
-        if (v.has[MAX_UPDATE]) {
-          const F c = get(v, MAX_UPDATE, i, m);
-          changed = either(changed, greater(abs(d), c));
-          d = clamp(d, sub(zero, c), c);
-        }
-        y = add(xi, d);
-      } else {
-        y = fma(a, gi, xi);
-      }
-    } else if (z) {
-      y = fma(get(v, NOISE_SCALE, i, m), load(z + i, m), xi);
+    Rates c = {zero, zero, zero, zero, zero, zero, zero};
+    if (with.clip) c.clip = get(v, GRAD_CLIP, i, m);
+    if (with.norm_clip) {
+      // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
+      const F limit = get(v, GRAD_NORM_CLIP, i, m);
+      c.factor = div(limit, max(limit, setf(v.norm)));
     }
+    if (with.prior) {
+      c.inverse = v.element[PRIOR_STD] ? div(one, load(v.element[PRIOR_STD] + i, m)) : setf(v.value[PRIOR_STD]);
+      c.pull = mul(sign, c.inverse);
+    }
+    if (with.grad) c.drift = mul(sub(zero, sign), get(v, STEP_SIZE, i, m));
+    if (with.noise) c.scale = get(v, NOISE_SCALE, i, m);
+    if (with.max_update) c.most = get(v, MAX_UPDATE, i, m);
+    const F xi = load(x + i, m);
+    F y = proposed(with, c, xi, g ? load(g + i, m) : zero, z ? load(z + i, m) : zero, changed);
     const M stays = keep ? bytes(keep + i, m) : none();
     if (bounded) {
       const F inside = clamp(y, get(v, LOW, i, m), get(v, HIGH, i, m));
@@ -363,6 +319,41 @@ MMEBM_INLINE double clipped_squares(const float* g, int64_t n, const Values& v) 
   return v.has[GRAD_CLIP] ? square_sum<true>(g, n, v.value[GRAD_CLIP]) : square_sum<false>(g, n, 0.0f);
 }
 
+// Calls move(i, place, n) for parts of the elements [begin, end) of a chain whose memory has the channels last: n
+// elements from begin + i on, t.channels apart from `place` on.
+template <class Move>
+MMEBM_INLINE void by_channel(const StepTensor& t, int64_t begin, int64_t end, const Move& move) {
+  const int64_t positions = t.numel / t.channels;
+  for (int64_t i = begin; i < end;) {
+    const int64_t first = i % positions, left = end - i;
+    const int64_t n = positions - first < left ? positions - first : left;
+    move(i - begin, first * t.channels + i / positions, n);
+    i += n;
+  }
+}
+
+// The elements of a span, chain by chain, from memory with the channels last.
+MMEBM_INLINE const float* gathered(const StepTensor& t, const Span& span, const void* from, float* buffer) {
+  for (int64_t r = 0; r < span.rows; ++r) {
+    const float* chain = static_cast<const float*>(from) + (span.row + r) * t.numel;
+    float* to = buffer + r * (span.end - span.begin);
+    by_channel(t, span.begin, span.end, [&](int64_t i, int64_t place, int64_t n) {
+      for (int64_t j = 0; j < n; ++j) to[i + j] = chain[place + j * t.channels];
+    });
+  }
+  return buffer;
+}
+
+MMEBM_INLINE void scattered(const StepTensor& t, const Span& span, const float* from, void* to) {
+  for (int64_t r = 0; r < span.rows; ++r) {
+    float* chain = static_cast<float*>(to) + (span.row + r) * t.numel;
+    const float* y = from + r * (span.end - span.begin);
+    by_channel(t, span.begin, span.end, [&](int64_t i, int64_t place, int64_t n) {
+      for (int64_t j = 0; j < n; ++j) chain[place + j * t.channels] = y[i + j];
+    });
+  }
+}
+
 // n elements from `base` on as floats, in `buffer` where they are stored in 16 bits.
 MMEBM_INLINE const float* floats(const void* from, Storage storage, int64_t base, int64_t n, float* buffer) {
   if (storage == Storage::fp32) return static_cast<const float*>(from) + base;
@@ -375,11 +366,14 @@ void norm_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
   const Span span = span_of(job, t, tile);
   alignas(64) float wide[TILE];
   const int64_t n = span.end - span.begin;
+  const bool apart = t.channels > 1;
+  if (apart) gathered(t, span, t.grad, wide);
   for (int64_t r = 0; r < span.rows; ++r) {
     const int64_t base = (span.row + r) * t.numel + span.begin;
     Values v;
-    at_chain(t, span.row + r, base, v);
-    job.norm_squares[span.slot + r] = clipped_squares(floats(t.grad, t.grad_storage, base, n, wide), n, v);
+    at_chain(job, t, span.row + r, base, v);
+    const float* g = apart ? wide + r * n : floats(t.grad, t.grad_storage, base, n, wide);
+    job.norm_squares[span.slot + r] = clipped_squares(g, n, v);
   }
 }
 
@@ -387,11 +381,13 @@ void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
   const Span span = span_of(job, t, tile);
   const int64_t n = span.end - span.begin, total = span.rows * n;
   const int64_t base = span.row * t.numel + span.begin;
-  const bool wide = t.storage != Storage::fp32;
+  const bool wide = t.storage != Storage::fp32, apart = t.channels > 1;
   alignas(64) float noise[PADDED], proposal[TILE], wide_x[TILE], wide_g[TILE];
 
-  const float* x = floats(t.x, t.storage, base, total, wide_x);
-  const float* g = job.drift ? floats(t.grad, t.grad_storage, base, total, wide_g) : nullptr;
+  const float* x = apart ? gathered(t, span, t.x, wide_x) : floats(t.x, t.storage, base, total, wide_x);
+  const float* g = !job.drift ? nullptr
+                   : apart    ? gathered(t, span, t.grad, wide_g)
+                              : floats(t.grad, t.grad_storage, base, total, wide_g);
   const float* z = nullptr;
   const uint32_t chain = job.chain_offset + static_cast<uint32_t>(span.row);
   if (job.noise && t.noisy) {
@@ -400,7 +396,7 @@ void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
   }
   // Written where it belongs, except where x is needed afterwards, or y has to be rounded first.
   void* target = job.reject ? t.proposal : t.x;
-  const bool buffered = wide || (job.stats && !job.reject);
+  const bool buffered = wide || apart || (job.stats && !job.reject);
   float* out = buffered ? proposal : static_cast<float*>(target) + base;
 
   const auto given = [&t](Slot slot) { return t.constants[slot].kind != Kind::absent; };
@@ -422,7 +418,7 @@ void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
     const int64_t at = piece * length, slot = span.slot + piece;
     const float* gi = g ? g + at : nullptr;
     const float* zi = z ? z + at : nullptr;
-    if (piece == 0 || chain_constants || element_constants) at_chain(t, span.row + piece, base + at, v);
+    if (piece == 0 || chain_constants || element_constants) at_chain(job, t, span.row + piece, base + at, v);
     if (simple) {
       PLAIN[options](out + at, x + at, gi, zi, length, v);
       continue;
@@ -454,8 +450,9 @@ void update_tile(const StepJob& job, const StepTensor& t, int64_t tile) {
       job.moved_squares[span.slot + piece] = moved_sum(proposal + piece * n, x + piece * n, n);
       job.nonfinite[span.slot + piece] = nonfinite_count(proposal + piece * n, n);
     }
-    if (!wide) memcpy(static_cast<float*>(t.x) + base, proposal, sizeof(float) * static_cast<size_t>(total));
+    if (!wide && !apart) memcpy(static_cast<float*>(t.x) + base, proposal, sizeof(float) * static_cast<size_t>(total));
   }
+  if (apart) scattered(t, span, proposal, t.x);
 }
 
 void commit_tile(const StepJob& job, const StepTensor& t, int64_t tile) {

@@ -23,11 +23,8 @@
 // together; stores are four or eight instead of one). Neighbouring threads have neighbouring groups. Offsets are
 // 64-bit.
 //
-// Maths of the map kernel on an H100 (3.35 TB/s, 132 SMs at 1.7 GHz, from its data sheet). Bytes in flight: 600 ns of
-// latency at full rate are 15 KB an SM; 96 registers leave 640 threads an SM with four 16-byte loads each, 40 KB. A
-// thread takes two groups at a time, so that what it asks of the table it asks once. Arithmetic: see docs/kernels.md for
-// the instructions of an element; an SM issues 128 lanes a cycle, 2.9e13 a second in all. In fp32, 12 bytes an element,
-// that keeps up with memory; in 16 bits, 6 bytes, arithmetic is the limit.
+// A thread of the map kernel takes two groups at a time, so that what it asks of the table it asks once
+// (docs/kernels.md has the arithmetic of bytes in flight and instructions).
 //
 // The table of tensors is the kernel's parameter, 4 KB at most: a copy to the device would be one more operation a
 // step, and a captured graph holds it without anything kept alive. Seed and step may lie on the device, so that a
@@ -60,11 +57,11 @@ static_assert(sizeof(StepTable) <= 4096, "kernel parameters are limited to 4 KB"
 
 // Bits of StepTensor::with above those of langevin.h.
 enum TensorBit : uint32_t {
-  MASK = 4u << SLOTS,
-  MASK_ROWS = 8u << SLOTS,  // the mask has a row per chain
-  ALIGNED = 16u << SLOTS,   // every group is one access in each array
-  INDIRECT = 32u << SLOTS,  // a constant is at an address
-  MANY = 64u << SLOTS       // 2^32 groups or more in all
+  MASK = 8u << SLOTS,
+  MASK_ROWS = 16u << SLOTS,  // the mask has a row per chain
+  ALIGNED = 32u << SLOTS,    // every group is one access in each array
+  INDIRECT = 64u << SLOTS,   // a constant is at an address
+  MANY = 128u << SLOTS       // 2^32 groups or more in all
 };
 constexpr int STORAGE = 24;  // bits 24 and 25: of x, 26 and 27: of the gradient
 
@@ -888,14 +885,14 @@ CudaLangevinStep::Plan CudaLangevinStep::plan(bool stats) const {
     if (longest > 8 * WARP) team = THREADS;
     const int64_t splits = std::max<int64_t>(1, std::min(MAX_SPLITS, (longest + SPLIT - 1) / SPLIT));
     const int64_t count = static_cast<int64_t>(last - first);
-    const int64_t norms = normed && (splits > 1 || norm_tensor_) ? count * (chains_ * splits + 1) : 0;
+    const int64_t norms = normed && (splits > 1 || options_ & NORM_OF_TENSOR) ? count * (chains_ * splits + 1) : 0;
     out.batches.push_back({first, last, team, static_cast<int32_t>(splits), out.columns, normed, norms});
     out.columns += static_cast<int32_t>(splits);
     out.norms += norms;
     first = last;
   } while (first < present.size());
   if (out.columns > 1) {
-    if (reject_ && out.bounded) out.outside = chains_ * out.columns;
+    if (options_ & REJECT_OUTSIDE && out.bounded) out.outside = chains_ * out.columns;
     if (stats) out.floats = out.counts = 2 * chains_ * out.columns;
   }
   return out;
@@ -907,9 +904,9 @@ int64_t CudaLangevinStep::scratch_bytes(bool stats) const {
 }
 
 int CudaLangevinStep::perturb(StepNumber seed, StepNumber step, int device, uint64_t cuda_stream) {
-  return run_map(seed, step, PERTURB_ROUNDING,
-                 ~(bit(NOISE_SCALE) | (clamp_noise_ ? bit(LOW) | bit(HIGH) : 0u) | MASK | MASK_ROWS | INDIRECT),
-                 WITH_NOISE, device, cuda_stream);
+  const uint32_t bounds = options_ & CLAMP_NOISE ? bit(LOW) | bit(HIGH) : 0u;
+  return run_map(seed, step, PERTURB_ROUNDING, ~(bit(NOISE_SCALE) | bounds | MASK | MASK_ROWS | INDIRECT), WITH_NOISE,
+                 device, cuda_stream);
 }
 
 int CudaLangevinStep::run_map(StepNumber seed, StepNumber step, uint32_t purpose, uint32_t drop, uint32_t add,
@@ -941,9 +938,9 @@ int CudaLangevinStep::run_map(StepNumber seed, StepNumber step, uint32_t purpose
 int CudaLangevinStep::step(StepNumber seed, StepNumber step, bool noise, const StepSums* sums, void* scratch,
                            int device, uint64_t cuda_stream) {
   if (chains_ == 0) return cudaSuccess;
-  const uint32_t add = WITH_GRAD | (noise ? WITH_NOISE : 0u);
+  const uint32_t add = WITH_GRAD | (noise ? WITH_NOISE : 0u) | (options_ & SCORE ? WITH_SCORE : 0u);
   const Plan p = plan(sums != nullptr);
-  const bool reject = reject_ && p.bounded;
+  const bool reject = options_ & REJECT_OUTSIDE && p.bounded;
   if (sums == nullptr && !p.normed && !reject) return run_map(seed, step, ROUNDING, 0, add, device, cuda_stream);
 
   int64_t* counts = static_cast<int64_t*>(scratch);
@@ -965,7 +962,7 @@ int CudaLangevinStep::step(StepNumber seed, StepNumber step, bool noise, const S
     t.norms = batch.norms != 0 ? norms : nullptr;
     norms += batch.norms;
     if (sums != nullptr) t.sums = *sums;
-    if (norm_tensor_) t.todo |= WHOLE;
+    if (options_ & NORM_OF_TENSOR) t.todo |= WHOLE;
     tables.push_back(t);
   }
 
@@ -973,7 +970,7 @@ int CudaLangevinStep::step(StepNumber seed, StepNumber step, bool noise, const S
   for (const StepTable& t : tables) {
     if (t.norms == nullptr) continue;
     launch(Loop::norm, t);
-    if (norm_tensor_) launch(Loop::fold, t);
+    if (options_ & NORM_OF_TENSOR) launch(Loop::fold, t);
   }
   if (p.outside != 0) {
     for (StepTable& t : tables) {

@@ -1,5 +1,5 @@
 // One Langevin step for all tensors of a state on a GPU, in place. No Python and no CUDA header here; how it is done,
-// see langevin_step.cu.
+// see cuda.cu.
 #pragma once
 
 #include <cstddef>
@@ -62,9 +62,8 @@ struct StepTable {
 // name differs from the CPU's because pybind11 knows types by name in all extensions of a process.
 class CudaLangevinStep {
  public:
-  CudaLangevinStep(int64_t chains, uint32_t chain_offset, bool reject, bool clamp_noise, bool norm_tensor)
-      : chains_(chains), chain_offset_(chain_offset), reject_(reject), clamp_noise_(clamp_noise),
-        norm_tensor_(norm_tensor) {}
+  CudaLangevinStep(int64_t chains, uint32_t chain_offset, uint32_t options)
+      : chains_(chains), chain_offset_(chain_offset), options_(options) {}
   void add(int64_t numel, uint32_t index, bool noisy, Storage storage, const uint8_t* observed, bool observed_rows);
   void set(size_t tensor, Slot slot, Kind kind, float value, const float* values);
   void set_grad(size_t tensor, Storage storage) { tensors_[tensor].grad_storage = storage; }
@@ -103,8 +102,7 @@ class CudaLangevinStep {
 
   std::vector<Tensor> tensors_;
   int64_t chains_;
-  uint32_t chain_offset_;
-  bool reject_, clamp_noise_, norm_tensor_;
+  uint32_t chain_offset_, options_;
 };
 
 }  // namespace mmebm

@@ -19,6 +19,7 @@ struct Constant {
 struct StepTensor {
   // fixed along the chain
   int64_t numel = 0;                  // elements of one chain
+  int64_t channels = 1;               // above 1: x and grad are fp32 [chains, numel / channels, channels] in memory
   uint32_t index = 0;                 // tensor index in the stream word
   bool noisy = true;
   Storage storage = Storage::fp32, grad_storage = Storage::fp32;
@@ -43,8 +44,8 @@ struct StepJob {
   bool drift = true;       // false: only the noise (perturb)
   bool noise = true;
   bool bounds = true;      // low and high clamp the result
-  bool reject = false;     // low and high reject the chain instead
-  bool norm_tensor = false;  // grad_norm_clip limits the whole tensor's norm
+  uint32_t options = 0;    // Option
+  bool reject = false;     // low and high reject the chain instead: REJECT, and there are some
   bool stats = false;
   // per slot, where asked for
   double* norm_squares = nullptr;  // of the clipped gradient: the norm clip of chains in parts, or of whole tensors

@@ -1,5 +1,4 @@
-// mmebm._cpu.net_energy and langevin_net. mmebm/ops/net/cpp.py checks tensors, keeps them alive and passes addresses;
-// what is checked here is that sizes fit together.
+// mmebm._cpu.langevin_net, called by mmebm/ops/net/cpp.py.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,16 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "common/chain_bind.h"
 #include "net/cpu.h"
 
 namespace mmebm {
-
-template <class T>
-const T* net_address(const pybind11::dict& d, const char* name, bool optional = false) {
-  const uintptr_t address = d.contains(name) ? pybind11::cast<uintptr_t>(d[name]) : 0;
-  if (address == 0 && !optional) throw pybind11::value_error(std::string(name) + " is null");
-  return reinterpret_cast<const T*>(address);
-}
 
 // A dict of a node's fields: kind, xs, shape (channels, height, width), and what the kind has (NetSpec).
 inline NetSpec net_spec(const pybind11::dict& d) {
@@ -46,8 +39,8 @@ inline NetSpec net_spec(const pybind11::dict& d) {
   switch (s.kind) {
     case NetNodeKind::input: s.start = py::cast<int64_t>(d["start"]); break;
     case NetNodeKind::conv: {
-      s.weight = net_address<float>(d, "weight");
-      s.bias = net_address<float>(d, "bias", true);
+      s.weight = address_of<const float>(d, "weight");
+      s.bias = address_of<const float>(d, "bias", true);
       const py::tuple sizes = py::cast<py::tuple>(d["sizes"]);
       for (size_t i = 0; i < 4; ++i) {
         s.sizes[i] = py::cast<int64_t>(sizes[i]);
@@ -65,8 +58,8 @@ inline NetSpec net_spec(const pybind11::dict& d) {
       break;
     }
     case NetNodeKind::linear:
-      s.weight = net_address<float>(d, "weight");
-      s.bias = net_address<float>(d, "bias", true);
+      s.weight = address_of<const float>(d, "weight");
+      s.bias = address_of<const float>(d, "bias", true);
       break;
     case NetNodeKind::activation:
       s.function = py::cast<int32_t>(d["function"]);
@@ -78,10 +71,10 @@ inline NetSpec net_spec(const pybind11::dict& d) {
       if (s.coefficients.size() != s.xs.size()) throw py::value_error("coefficients do not fit what is read");
       [[fallthrough]];
     case NetNodeKind::affine:
-      s.shift = net_address<float>(d, "shift", true);
+      s.shift = address_of<const float>(d, "shift", true);
       s.shift_per_chain = py::cast<bool>(d["shift_per_chain"]);
       if (s.kind == NetNodeKind::affine) {
-        s.scale = net_address<float>(d, "scale");
+        s.scale = address_of<const float>(d, "scale");
         s.scale_per_chain = py::cast<bool>(d["scale_per_chain"]);
       }
       break;
@@ -90,8 +83,8 @@ inline NetSpec net_spec(const pybind11::dict& d) {
       break;
     case NetNodeKind::map:
     case NetNodeKind::logsumexp:
-      s.index = net_address<int64_t>(d, "index");
-      s.index_weight = net_address<float>(d, "index_weight", true);
+      s.index = address_of<const int64_t>(d, "index");
+      s.index_weight = address_of<const float>(d, "index_weight", true);
       s.terms = py::cast<int64_t>(d["terms"]);
       if (s.terms < 1 || s.terms > most) throw py::value_error("terms is out of range");
       break;
@@ -135,63 +128,15 @@ inline std::vector<NetSpec> net_specs(const pybind11::list& nodes) {
 
 inline void bind_net(pybind11::module_& m, Isa (*isa_from)(const std::string&)) {
   namespace py = pybind11;
-  m.def("net_energy",
-        [isa_from](uintptr_t x, int64_t chains, int64_t inputs, const py::list& nodes, uintptr_t energy,
-                   uintptr_t gradient, int threads, const std::string& isa) {
-          const std::vector<NetSpec> specs = net_specs(nodes);
-          if (chains < 0 || inputs < 1 || inputs > 1 << 24) throw py::value_error("chains or inputs is out of range");
-          if (chains == 0) return;
-          if (x == 0 || energy == 0 || gradient == 0) throw py::value_error("x, energy or gradient is null");
-          ChainJob job;
-          job.x = reinterpret_cast<const float*>(x);
-          job.chains = chains;
-          job.inputs = inputs;
-          job.energy = reinterpret_cast<float*>(energy);
-          job.gradient = reinterpret_cast<float*>(gradient);
-          const Isa chosen = isa_from(isa);
-          py::gil_scoped_release release;
-          run_net(job, specs, chosen, threads);
-        },
-        "Energy (chains,) and gradient (chains, inputs) of a net.", py::arg("x"), py::arg("chains"),
-        py::arg("inputs"), py::arg("nodes"), py::arg("energy"), py::arg("gradient"), py::arg("threads"),
-        py::arg("isa"));
-  m.def("langevin_net",
-        [isa_from](uintptr_t x, int64_t chains, int64_t inputs, const py::list& nodes, const py::list& tensors,
-                   uintptr_t constants, int64_t rows, int64_t columns, uintptr_t observed, int64_t observed_stride,
-                   int64_t steps, uint64_t seed, uint32_t first_step, uint32_t chain_offset, bool noise_before,
-                   bool clamp_noise, uintptr_t out, uintptr_t energy, uintptr_t grad_norm, uintptr_t frozen,
-                   int threads, const std::string& isa) {
-          const std::vector<NetSpec> specs = net_specs(nodes);
-          if (chains < 0 || inputs < 1 || inputs > 1 << 24) throw py::value_error("chains or inputs is out of range");
-          std::vector<ChainTensor> parts;
-          ChainJob job = chain_job(x, chains, inputs, tensors, parts, constants, rows, columns, observed,
-                                   observed_stride, steps, out);
-          if (chains == 0) return;
-          job.seed = seed;
-          job.first_step = first_step;
-          job.chain_offset = chain_offset;
-          job.noise_before = noise_before;
-          job.clamp_noise = clamp_noise;
-          job.energy = reinterpret_cast<float*>(energy);
-          job.grad_norm = reinterpret_cast<float*>(grad_norm);
-          job.frozen = reinterpret_cast<uint8_t*>(frozen);
-          job.freeze = frozen != 0;
-          const Isa chosen = isa_from(isa);
-          Signals signals(1);
-          job.stopped = &Signals::stopped;
-          job.stopped_data = &signals;
-          {
-            py::gil_scoped_release release;
-            run_net(job, specs, chosen, threads);
-          }
-          signals.rethrow();
-        },
-        "A whole chain; energy and grad_norm (steps, chains) may be 0, and frozen (chains,) is where chains freeze.",
-        py::arg("x"), py::arg("chains"), py::arg("inputs"), py::arg("nodes"), py::arg("tensors"), py::arg("constants"),
-        py::arg("rows"), py::arg("columns"), py::arg("observed"), py::arg("observed_stride"), py::arg("steps"),
-        py::arg("seed"), py::arg("first_step"), py::arg("chain_offset"), py::arg("noise_before"),
-        py::arg("clamp_noise"), py::arg("out"), py::arg("energy"), py::arg("grad_norm"), py::arg("frozen"),
-        py::arg("threads"), py::arg("isa"));
+  const auto run = [isa_from](const py::dict& fields, const py::list& nodes) {
+    ChainCall call = chain_call(fields, 1 << 24, isa_from);
+    const std::vector<NetSpec> specs = net_specs(nodes);
+    run_chain(call.job, 1, [&] { run_net(call.job, specs, call.isa, call.threads); });
+  };
+  m.def("langevin_net", run, "A whole chain on a net: chain_call and net_spec name the fields.", py::arg("job"),
+        py::arg("nodes"));
+  m.def("net_energy", run, "One evaluation of a net, the same of a job without steps.", py::arg("job"),
+        py::arg("nodes"));
 }
 
 }  // namespace mmebm

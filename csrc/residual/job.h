@@ -5,7 +5,8 @@
 #include <cstdint>
 
 #include "common/isa.h"
-#include "langevin_step/job.h"
+#include "common/langevin.h"
+#include "common/tile.h"
 
 namespace mmebm {
 

@@ -39,6 +39,7 @@ class Target:
         masks: per tensor of the state a boolean mask of observed elements, whose gradient is 0, or a bool.
         log_prob: the callable returns log p.
         score: the callable returns d log p / dx in the state's structure.
+        downhill: whether a gradient is handed out as dE/dx also then; else as it is, for an update that takes the sign.
         remedies: what this energy has turned out to need for its gradient.
     """
 
@@ -50,6 +51,7 @@ class Target:
     masks: Sequence[bool | Tensor]
     log_prob: bool = False
     score: bool = False
+    downhill: bool = True
     remedies: Remedies = field(default_factory=Remedies)
 
     @property
@@ -96,7 +98,10 @@ class Target:
                 if not create_graph:
                     full = [t.detach() for t in full]
                 parts = like_state(self._call(full, k), self.keys, full)
-                return None, [self._masked(i, -(parts[i] if create_graph else parts[i].detach())) for i in moving]
+                found = [parts[i] if create_graph else parts[i].detach() for i in moving]
+                if self.downhill:
+                    found = [-g for g in found]
+                return None, [self._masked(i, g) for i, g in zip(moving, found, strict=True)]
             for i in moving:
                 if not (create_graph and full[i].requires_grad):
                     full[i] = full[i].detach().requires_grad_()
@@ -108,7 +113,7 @@ class Target:
         if leaves and all(g is None for g in grads) and not self._depends(x, k):
             raise ValueError("energy must depend on the state through differentiable operations; it does not")
         found = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
-        if self.log_prob:
+        if self.log_prob and self.downhill:
             found = [-g for g in found]
         found = [self._masked(i, g) for i, g in zip(moving, found, strict=True)]
         if not energy:

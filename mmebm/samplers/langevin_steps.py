@@ -55,9 +55,11 @@ class Loop:
     def __init__(self, sampler: Langevin, problem: Problem, tensors: list[Tensor]) -> None:
         p = problem
         self.sampler, self.problem = sampler, problem
+        # the update takes the sign of a log density's gradient; the Metropolis test wants dE/dx
+        score = (sampler.log_prob or sampler.score) and sampler.accept is None
         self.target = Target(
             p.energy, p.calls, p.keys, p.build, (), [False] * len(tensors), log_prob=sampler.log_prob,
-            score=sampler.score,
+            score=sampler.score, downhill=not score,
         )  # fmt: skip
         self.params = [[[row[i] for i in group] for group in p.blocks] for row in p.params]
         self.steppers: list[op.Stepper] = []
@@ -67,7 +69,7 @@ class Loop:
             options = op.StepOptions(
                 seed=p.seed, streams=tuple(group), noisy=tuple(p.noisy[i] for i in group), chain_offset=p.chain_offset,
                 norm_over=sampler.norm_over, outside=sampler.outside, clamp_noise=sampler.clamp_noise,
-                observed=tuple(self._mask(i) for i in group), rng=sampler.rng, generator=p.generator,
+                score=score, observed=tuple(self._mask(i) for i in group), rng=sampler.rng, generator=p.generator,
             )  # fmt: skip
             chosen, self.reason = op.stepper(
                 sampler.backend, [tensors[i].detach() for i in group], options, [p.params[0][i] for i in group]

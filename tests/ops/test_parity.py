@@ -144,18 +144,18 @@ def _net_chain(backend: str) -> Tensor:
 FAULTS: dict[str, tuple[Callable[[str], Tensor], str, Callable[[Any], int]]] = {
     "noise": (_normals, "normal", lambda a: a[0] + 4),
     "langevin_step": (_one_step, "step", lambda a: a[0][-1]),
-    "langevin_mlp": (_chain, "langevin_mlp", lambda a: a[16]),
-    "mlp_energy": (_energy, "mlp_energy", lambda a: a[5]),
+    "langevin_mlp": (_chain, "langevin_mlp", lambda a: a[0]["out"]),
+    "mlp_energy": (_energy, "mlp_energy", lambda a: a[0]["gradient"]),
     "residual": (_likelihood, "residual", lambda a: a[2]),
-    "net_energy": (_net_gradient, "net_energy", lambda a: a[4]),
-    "langevin_net": (_net_chain, "langevin_net", lambda a: a[16]),
+    "net_energy": (_net_gradient, "net_energy", lambda a: a[0]["gradient"]),
+    "langevin_net": (_net_chain, "langevin_net", lambda a: a[0]["out"]),
 }
 MORE = {
     "words": ("noise", "philox_words", lambda a: a[0]),
     "perturb": ("langevin_step", "perturb", lambda a: a[0][0]),
     "grad_norm": ("langevin_step", "step_stats", lambda a: a[6]),
-    "chain's energy": ("langevin_mlp", "langevin_mlp", lambda a: a[17]),
-    "value": ("mlp_energy", "mlp_energy", lambda a: a[4]),
+    "chain's energy": ("langevin_mlp", "langevin_mlp", lambda a: a[0]["energy"]),
+    "value": ("mlp_energy", "mlp_energy", lambda a: a[0]["energy"]),
     "gradient": ("residual", "residual", lambda a: a[0][2][-1]),
 }  # fmt: skip
 

@@ -126,8 +126,14 @@ def plain(name: str, t: Tensor) -> Tensor:
     return t
 
 
-def readable(name: str, t: Tensor, device: torch.device, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """``t`` as native code can read it: detached, contiguous, without a pending sign; itself where it is so already.
+def readable(
+    name: str,
+    t: Tensor,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    order: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """``t`` as native code can read it: detached, dense in this order, without a pending sign; itself where it is so.
 
     Raises:
         TypeError: where it is not plain, or of another device or dtype.
@@ -136,7 +142,7 @@ def readable(name: str, t: Tensor, device: torch.device, dtypes: Sequence[torch.
     if t.device != device or t.dtype not in dtypes:
         taken = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must be {taken} on {device}, got {t.dtype} on {t.device}")
-    return t.detach().resolve_neg().contiguous()
+    return t.detach().resolve_neg().contiguous(memory_format=order)
 
 
 def address(name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> int:
@@ -186,20 +192,22 @@ class Addresses:
 def step_addresses(
     x: Sequence[Tensor], grad: Sequence[Tensor], params: Sequence[Any], known: Sequence[Tensor],
     settled: Sequence[Any], dtypes: Sequence[torch.dtype], shapes: Sequence[torch.Size], sizes: Sequence[int],
+    orders: Sequence[torch.memory_format] | None = None,
 ) -> tuple[list[int], list[int]] | None:  # fmt: skip
     """The addresses of ``x`` and ``grad`` on the CPU, or ``None`` where one of them or ``params`` wants a closer look.
 
     ``x`` and ``params`` must be the objects ``known`` and ``settled`` of the last step; a gradient is a new tensor at
-    every step, which must have this dtype, shape and size in bytes. The checks are those of :func:`address`, and they
-    count: a step of a small state takes 1 us in C++.
+    every step, which must have this dtype, shape, size in bytes and order (``None``: row-major). The checks are those
+    of :func:`address`, and they count: a step of a small state takes 1 us in C++.
     """
     places, gradients = [], []
     try:
         for i, g in enumerate(grad):
             t = x[i]
+            dense = g.is_contiguous() if orders is None else g.is_contiguous(memory_format=orders[i])
             if (
                 t is not known[i] or params[i] is not settled[i] or type(g) is not Tensor or g.dtype is not dtypes[i]
-                or not g.is_contiguous() or not g.is_cpu or g.shape != shapes[i] or g.is_neg()
+                or not dense or not g.is_cpu or g.shape != shapes[i] or g.is_neg()
                 or g.untyped_storage().nbytes() < sizes[i] or g.storage_offset()
             ):  # fmt: skip
                 return None

@@ -110,7 +110,7 @@ class StepOptions:
         seed: the key of the noise, an int or a 1-element int64 tensor on the state's device.
         streams: the tensor index of each tensor in the noise's stream word (its position in the whole state).
         chain_offset: global index of the first chain.
-        norm_over, outside, clamp_noise: see :func:`mmebm.ops.langevin_step.reference.langevin_step`.
+        norm_over, outside, clamp_noise, score: see :func:`mmebm.ops.langevin_step.reference.langevin_step`.
         noisy: per tensor whether it gets noise at all (False: its scale is the constant 0).
         observed: per tensor ``None`` or a boolean mask of the elements that keep their value.
         rng: "philox" (this library's noise) or "torch" (``torch.randn`` per tensor in state order).
@@ -124,9 +124,18 @@ class StepOptions:
     norm_over: NormOver = "chain"
     outside: Outside = "clamp"
     clamp_noise: bool = False
+    score: bool = False
     observed: tuple[Tensor | None, ...] = ()
     rng: Rng = "philox"
     generator: torch.Generator | None = None
+
+    @property
+    def bits(self) -> int:
+        """The switches in one word, as C++ and CUDA take them (``Option`` in :file:`csrc/common/langevin.h`)."""
+        return sum(
+            on << i
+            for i, on in enumerate((self.outside == "reject", self.clamp_noise, self.norm_over == "tensor", self.score))
+        )
 
 
 @dataclass(slots=True)

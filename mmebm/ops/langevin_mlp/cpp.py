@@ -87,33 +87,45 @@ def supports_options(chain: MlpChain, x: Tensor) -> str | None:
     return None
 
 
-def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[tuple[Any, ...]]:
-    """The terms as ``mmebm._cpu`` takes them."""
+def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[dict[str, Any]]:
+    """The terms as ``mmebm._cpu`` takes them (:file:`csrc/langevin_mlp/bind.h` names the fields)."""
 
     def at(name: str, t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
         return addresses(name, t, dtype)
 
-    out: list[tuple[Any, ...]] = []
+    out: list[dict[str, Any]] = []
     for term in check_terms(terms, x.shape[0], x.shape[1], x.device):
         if isinstance(term, Quadratic):
-            out.append((2, at("mean", term.mean), at("precision", term.precision)))
+            mean, precision = at("mean", term.mean), at("precision", term.precision)
+            out.append({"kind": "quadratic", "mean": mean, "precision": precision})
             continue
         stack = term.stack
-        layers = tuple(
-            (at("a weight", w), at("a bias", b), w.shape[1], w.shape[0])
+        layers = [
+            {"weight": at("a weight", w), "bias": at("a bias", b), "inputs": w.shape[1], "outputs": w.shape[0]}
             for w, b in zip(stack.weights, stack.biases, strict=True)
-        )
-        common = (layers, ACTIVATIONS.index(stack.activation), float(stack.slope), float(term.weight))
-        if not isinstance(term, Residual):
-            out.append((0, *common))
-            continue
-        mask = term.observed
-        stride = 0 if mask is None or mask.shape[0] == 1 else mask.shape[1]
-        out.append((
-            1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh),
-            at("target", term.target), at("observed", mask, torch.bool), stride,
-        ))  # fmt: skip
+        ]
+        d: dict[str, Any] = {"kind": "scalar", "layers": layers, "weight": float(term.weight)}
+        d.update(activation=ACTIVATIONS.index(stack.activation), slope=float(stack.slope))
+        if isinstance(term, Residual):
+            mask = term.observed
+            d.update(
+                kind="residual", scale=float(term.scale), laplace=term.likelihood == "laplace", tanh=bool(term.tanh)
+            )
+            d.update(target=at("target", term.target), observed=at("observed", mask, torch.bool))
+            d["observed_stride"] = 0 if mask is None or mask.shape[0] == 1 else mask.shape[1]
+        out.append(d)
     return out
+
+
+def _job(x: Tensor, addresses: Addresses) -> dict[str, Any]:
+    """The fields that every call has (:file:`csrc/common/chain_bind.h`)."""
+    return {
+        "x": addresses("x", x, torch.float32),
+        "chains": x.shape[0],
+        "inputs": x.shape[1],
+        "threads": torch.get_num_threads(),
+        "isa": dispatch.isa(),
+    }
 
 
 def call_energy(
@@ -128,20 +140,26 @@ def call_energy(
     if reason is not None:
         raise native.BackendError(f"cpp: {name}: {reason}")
     addresses = Addresses(x.device)
-    chains, inputs = x.shape
-    energy = torch.empty(chains, dtype=torch.float32, device=x.device)
-    grad = torch.empty((chains, inputs), dtype=torch.float32, device=x.device)
-    getattr(native.cpu(), name)(
-        addresses("x", x, torch.float32), chains, inputs, described(addresses),
-        addresses.output("energy", energy), addresses.output("grad", grad), torch.get_num_threads(), dispatch.isa(),
-    )  # fmt: skip
+    energy = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    grad = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    job = _job(x, addresses)
+    job.update(energy=addresses.output("energy", energy), gradient=addresses.output("grad", grad))
+    getattr(native.cpu(), name)(job, described(addresses))
     return energy, grad
 
 
 def call_chain(
-    name: str, chain: Any, x: Tensor, described: Callable[[Addresses], Any], steps: int, first_step: int | Tensor, *,
-    energy: bool, grad_norm: bool, reason: str | None,
-) -> MlpResult:  # fmt: skip
+    name: str,
+    chain: Any,
+    x: Tensor,
+    described: Callable[[Addresses], Any],
+    steps: int,
+    first_step: int | Tensor,
+    *,
+    energy: bool,
+    grad_norm: bool,
+    reason: str | None,
+) -> MlpResult:
     """``steps`` steps of an :class:`MlpChain`, or of a chain of other terms with the same fields, by the function
     ``name`` of ``mmebm._cpu``; as :func:`call_energy`."""
     if reason is None and chain.constants.shape[0] != 1 and chain.constants.shape[0] < steps:
@@ -155,21 +173,31 @@ def call_chain(
     norms = torch.empty((steps, chains), dtype=torch.float32, device=x.device) if grad_norm else None
     frozen = torch.zeros(chains, dtype=torch.bool, device=x.device) if chain.freeze else None
     mask = chain.observed
-    tensors = [
-        (width, noise.stream(index, noise.DRIFT), noisy, moving, present)
-        for width, index, noisy, moving, present in zip(
+    job = _job(x, addresses)
+    job["tensors"] = [
+        {"width": width, "stream": noise.stream(i, noise.DRIFT), "noisy": noisy, "moving": moving, "present": present}
+        for width, i, noisy, moving, present in zip(
             chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, strict=True
         )
     ]
-    getattr(native.cpu(), name)(
-        addresses("x", x, torch.float32), chains, inputs, described(addresses), tensors,
-        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
-        addresses("observed", mask, torch.uint8), 0 if mask is None or mask.shape[0] == 1 else inputs,
-        steps, int(chain.seed) & (1 << 64) - 1, int(first_step) & noise.MASK32, chain.chain_offset & noise.MASK32,
-        chain.noise_at == "before", chain.clamp_noise, addresses.output("out", out),
-        addresses.output("energy", energies), addresses.output("grad_norm", norms), addresses.output("frozen", frozen),
-        torch.get_num_threads(), dispatch.isa(),
-    )  # fmt: skip
+    job.update(
+        constants=addresses("constants", chain.constants, torch.float32),
+        rows=chain.constants.shape[0],
+        columns=chain.constants.shape[3],
+        observed=addresses("observed", mask, torch.uint8),
+        observed_stride=0 if mask is None or mask.shape[0] == 1 else inputs,
+        steps=steps,
+        seed=int(chain.seed) & (1 << 64) - 1,
+        first_step=int(first_step) & noise.MASK32,
+        chain_offset=chain.chain_offset & noise.MASK32,
+        noise_before=chain.noise_at == "before",
+        clamp_noise=chain.clamp_noise,
+        out=addresses.output("out", out),
+        energy=addresses.output("energy", energies),
+        grad_norm=addresses.output("grad_norm", norms),
+        frozen=addresses.output("frozen", frozen),
+    )
+    getattr(native.cpu(), name)(job, described(addresses))
     return MlpResult(out, energies, norms, frozen)
 
 

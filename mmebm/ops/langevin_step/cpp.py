@@ -47,7 +47,8 @@ class CppStepper(NativeStepper):
     ``avx512`` agree bit for bit.
 
     Constants that are numbers or one per chain are read as they are; any other tensor that broadcasts is expanded once,
-    and again when it was written to. Writing to the state does not raise its autograd version.
+    and again when it was written to. A float32 state in channels_last keeps that order, and is read and written as it
+    is, unless it can be rejected. Writing to the state does not raise its autograd version.
     """
 
     name = "cpp"
@@ -56,16 +57,21 @@ class CppStepper(NativeStepper):
         reason = cpp_reason(x, options)
         if reason is not None:
             raise native.BackendError(f"cpp: {reason}")
-        op = native.cpu().LangevinStep(
-            x[0].shape[0], options.chain_offset & noise.MASK32, options.outside == "reject", options.clamp_noise,
-            options.norm_over == "tensor", dispatch.isa(),
-        )  # fmt: skip
+        op = native.cpu().LangevinStep(x[0].shape[0], options.chain_offset & noise.MASK32, options.bits, dispatch.isa())
         super().__init__(op, options, x)
         self._plain_seed = not isinstance(options.seed, Tensor)
         self._seed = options.seed & (1 << 64) - 1 if self._plain_seed else options.seed
         self._large = sum(t.numel() for t in x) >= 1 << 14
         for i, (t, index, noisy) in enumerate(zip(x, options.streams, options.noisy, strict=True)):
-            op.add(math.prod(t.shape[1:]), index, noisy, STORAGE[t.dtype], self._mask_address(i))
+            channels = t.shape[1] if self._orders[i] is torch.channels_last else 1
+            op.add(math.prod(t.shape[1:]), index, noisy, STORAGE[t.dtype], self._mask_address(i), channels)
+        row_major = all(order is torch.contiguous_format for order in self._orders)
+        self._given = None if row_major else self._orders
+
+    def _order(self, x: Tensor) -> torch.memory_format:
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        taken = last and x.dtype is torch.float32 and self.options.outside != "reject"
+        return torch.channels_last if taken else torch.contiguous_format
 
     def _kind(self, i: int, slot: int, given: Tensor) -> tuple[int, Tensor]:
         shape = self._shapes[i]
@@ -101,8 +107,8 @@ class CppStepper(NativeStepper):
             counts = f"got {len(x)}, {len(grad)} and {len(params)}"
             raise ValueError(f"x, grad and params must have {len(known)} entries, {counts}")
         found = step_addresses(
-            x, grad, params, known, settled, self._grad_dtypes, self._shapes, self._grad_sizes
-        )  # fmt: skip
+            x, grad, params, known, settled, self._grad_dtypes, self._shapes, self._grad_sizes, self._given
+        )
         if found is None or self._copied:
             x = self._prepare(x, params)
             # what was copied must live until C++ has read it

@@ -61,10 +61,7 @@ class CudaStepper(NativeStepper):
 
     def __init__(self, options: StepOptions, x: Sequence[Tensor]) -> None:
         self._require(options, x)
-        op = native.cuda().LangevinStep(
-            x[0].shape[0], options.chain_offset & noise.MASK32, options.outside == "reject", options.clamp_noise,
-            options.norm_over == "tensor",
-        )  # fmt: skip
+        op = native.cuda().LangevinStep(x[0].shape[0], options.chain_offset & noise.MASK32, options.bits)
         super().__init__(op, options, x)
         self._seed = self._number("seed", options.seed)
         for i, (t, index, noisy, mask) in enumerate(zip(x, options.streams, options.noisy, self._masks, strict=True)):

@@ -84,8 +84,12 @@ class NativeStepper:
         self._op = op
         self.options = options
         self._device = x[0].device
-        # A state that is not contiguous must not be taken for one that was seen: a step makes a copy of it.
-        self._x = [t if t.is_contiguous() and not t.is_neg() else t.detach().contiguous() for t in x]
+        self._orders = [self._order(t) for t in x]
+        # A state that is not dense must not be taken for one that was seen: a step makes a copy of it.
+        self._x = [
+            t if t.is_contiguous(memory_format=order) and not t.is_neg() else t.detach().contiguous(memory_format=order)
+            for t, order in zip(x, self._orders, strict=True)
+        ]
         self._shapes = [t.shape for t in x]
         self._dtypes = [t.dtype for t in x]
         self._grad_dtypes = list(self._dtypes)
@@ -97,6 +101,10 @@ class NativeStepper:
         self._values: list[list[object]] = [[None] * len(FIELDS) for _ in x]
         self._alive: dict[tuple[int, int], Tensor] = {}
         self._copied: dict[tuple[int, int], tuple[Tensor, int | None]] = {}
+
+    def _order(self, x: Tensor) -> torch.memory_format:
+        """The order of elements in memory in which the state and its gradients are taken."""
+        return torch.contiguous_format
 
     def _mask_shape(self, mask: Tensor, x: Tensor) -> tuple[int, ...]:
         """The shape that a mask is expanded to."""
@@ -198,20 +206,20 @@ class NativeStepper:
                     f"x[{i}] must be {tuple(self._shapes[i])}, {self._dtypes[i]} on {self._device} as it was when the "
                     f"stepper was made, got {tuple(t.shape)}, {t.dtype} on {t.device}"
                 )
-            out[i] = readable(f"x[{i}]", t, self._device, (t.dtype,)) if t is not self._x[i] else t
+            out[i] = t if t is self._x[i] else readable(f"x[{i}]", t, self._device, (t.dtype,), self._orders[i])
         self._x = out
         return out
 
     def _gradient(self, i: int, g: Tensor) -> Tensor:
-        """``g``, made contiguous and of a dtype that the extension takes."""
+        """``g``, made dense and of a dtype that the extension takes."""
         require_dense(f"grad[{i}]", g)
         if g.shape != self._shapes[i] or g.device != self._device:
             shape = tuple(self._shapes[i])
             raise ValueError(
                 f"grad[{i}] must be {shape} on {self._device} as x[{i}] is, got {tuple(g.shape)} on {g.device}"
             )
-        g = readable(f"grad[{i}]", g, self._device, (g.dtype,))
-        if g.dtype not in STORAGE:
+        g = readable(f"grad[{i}]", g, self._device, (g.dtype,), self._orders[i])
+        if g.dtype not in STORAGE or self._orders[i] is not torch.contiguous_format:
             g = g.to(torch.float32)
         if g.dtype != self._grad_dtypes[i]:
             self._op.set_grad(i, STORAGE[g.dtype])

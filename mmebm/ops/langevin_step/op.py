@@ -98,7 +98,8 @@ class TorchStepper:
         drawn = self._noise(x, step) if with_noise else [None] * len(x)
         return reference.langevin_step(
             x, grad, drawn, params, norm_over=self.options.norm_over, outside=self.options.outside,
-            observed=self.options.observed, thresholds=self.thresholds(x, step, noise.ROUNDING), stats=stats,
+            score=self.options.score, observed=self.options.observed,
+            thresholds=self.thresholds(x, step, noise.ROUNDING), stats=stats,
         )  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def stepper(
 
 _SCHEMA: Final = (
     "langevin_step(Tensor[] x, Tensor[] grad, float[] numbers, Tensor?[] tensors, *, str phase, SymInt seed, "
-    "SymInt step, SymInt chain_offset, Tensor?[] observed, str norm_over, str outside, bool clamp_noise, "
+    "SymInt step, SymInt chain_offset, Tensor?[] observed, str norm_over, str outside, bool clamp_noise, bool score, "
     "str backend) -> Tensor[]"
 )
 
@@ -161,7 +162,7 @@ _SCHEMA: Final = (
 def _run(
     x: list[Tensor], grad: list[Tensor], numbers: list[float], tensors: list[Tensor | None], *, phase: str, seed: int,
     step: int, chain_offset: int, observed: list[Tensor | None], norm_over: NormOver, outside: Outside,
-    clamp_noise: bool, backend: str,
+    clamp_noise: bool, score: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """The op: constants in rows of ``FIELDS`` per tensor, a NaN number for one that is absent or a tensor."""
     values = [number if value is None else value for number, value in zip(numbers, tensors, strict=True)]
@@ -170,7 +171,8 @@ def _run(
     params = [StepParams(**dict(zip(FIELDS, row, strict=True))) for row in rows]  # pyright: ignore[reportArgumentType]
     options = StepOptions(
         seed=seed, streams=tuple(range(len(x))), noisy=(True,) * len(x), chain_offset=chain_offset,
-        norm_over=norm_over, outside=outside, clamp_noise=clamp_noise, observed=tuple(observed),
+        norm_over=norm_over, outside=outside, clamp_noise=clamp_noise, score=score,
+        observed=tuple(observed),
     )  # fmt: skip
     with torch.no_grad():
         x = [t.clone(memory_format=torch.contiguous_format) for t in x]
@@ -212,6 +214,7 @@ def langevin_step(
     high: Constant | None = None,
     outside: Outside = "clamp",
     clamp_noise: bool = False,
+    score: bool = False,
     observed: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
@@ -227,7 +230,7 @@ def langevin_step(
             half-step ``x + noise_scale xi`` that comes before the gradient; ``clamp_noise`` then clamps to the bounds.
         seed, step, chain_offset: where in the noise this step lies (:mod:`mmebm.noise`).
         noise_at: "after" adds the noise to the drift; "before" leaves it out of the drift (it is in the half-step).
-        grad_clip, grad_norm_clip, norm_over, max_update, prior_std, low, high, outside: see the rule.
+        grad_clip, grad_norm_clip, norm_over, max_update, prior_std, low, high, outside, score: see the rule.
         observed: per tensor ``None`` or a boolean mask that broadcasts: these elements keep their value.
         backend: see :func:`stepper`.
 
@@ -282,7 +285,7 @@ def langevin_step(
         [v if isinstance(v, Tensor) else None for v in values],
         phase="perturb" if grad is None else "step" if noise_at == "after" else "drift", seed=seed, step=step,
         chain_offset=chain_offset, observed=masks, norm_over=norm_over, outside=outside, clamp_noise=clamp_noise,
-        backend=backend,
+        score=score, backend=backend,
     )  # fmt: skip
 
 

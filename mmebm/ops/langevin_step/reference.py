@@ -3,6 +3,7 @@
 For every tensor, with the noise ``xi`` given (``None``: no noise in this step):
 
     g = clip(g)                  by value, then by the l2 norm of the chain (or of the whole tensor)
+    g = -g                       where ``score``: the gradient is that of a log density
     g = g + x / prior_std^2
     d = -step_size g + noise_scale xi
     d = clamp(d, -max_update, max_update)
@@ -96,6 +97,7 @@ def langevin_step(
     *,
     norm_over: NormOver = "chain",
     outside: Outside = "clamp",
+    score: bool = False,
     observed: Sequence[Tensor | None] | None = None,
     thresholds: Sequence[Tensor | None] | None = None,
     stats: bool = False,
@@ -107,6 +109,7 @@ def langevin_step(
         params: one :class:`StepParams` per tensor.
         norm_over: whether ``grad_norm_clip`` limits each chain's norm or the whole tensor's.
         outside: what happens at the bounds; "reject" keeps the whole chain, all its tensors, where it was.
+        score: whether ``grad`` is d log p / dx, and not dE/dx.
         observed: per tensor ``None`` or a boolean mask that broadcasts: these elements keep their value.
         thresholds: per tensor ``None`` or the stochastic-rounding thresholds of a 16-bit tensor.
         stats: whether to return :class:`StepStats`.
@@ -126,6 +129,8 @@ def langevin_step(
             if changed is not None:
                 changed = changed | (factor < 1)
             g = g * factor
+        if score:
+            g = -g
         if p.prior_std is not None:
             g = g + wide / p.prior_std**2
         d = -p.step_size * g

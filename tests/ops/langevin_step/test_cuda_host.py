@@ -602,8 +602,8 @@ def test_stepper_names_what_is_wrong(seed: int) -> None:
 def test_binding_refuses_what_would_crash() -> None:
     cuda = native.cuda()
     with pytest.raises(ValueError):
-        cuda.LangevinStep(-1, 0, False, False, False)
-    step = cuda.LangevinStep(2, 0, False, False, False)
+        cuda.LangevinStep(-1, 0, 0)
+    step = cuda.LangevinStep(2, 0, 0)
     step.add(3, 0, True, 0, 0, False)
     address = torch.zeros(8).data_ptr()
     for call in (
@@ -620,7 +620,7 @@ def test_binding_refuses_what_would_crash() -> None:
     with pytest.raises(TypeError):
         step.host_perturb([1.5], 0, 0, 0, 0)
     step.set(0, 3, 1, 1.0, 0)
-    long = cuda.LangevinStep(2, 0, False, False, False)
+    long = cuda.LangevinStep(2, 0, 0)
     long.add(10**5, 0, True, 0, 0, False)
     long.set(0, 3, 1, 1.0, 0)
     assert long.scratch_bytes(False) > 0 == step.scratch_bytes(False)
@@ -637,7 +637,7 @@ def test_asking_for_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     # the launch of a device that is not there is an error, not a crash
     if native.cuda().device_count()[0] == 0:
         assert native.cuda().prepare_langevin_step(0) != 0
-        step = native.cuda().LangevinStep(3, 0, False, False, False)
+        step = native.cuda().LangevinStep(3, 0, 0)
         step.add(4, 0, True, 0, 0, False)
         assert step.perturb([x[0].data_ptr()], 0, 0, 0, 0, 0, 0) != 0
 
@@ -676,3 +676,30 @@ def test_auto_takes_cuda_only_where_triton_does_not(monkeypatch: pytest.MonkeyPa
     for backend, word in (("triton", "it is not installed"), ("cuda", "nor is this")):
         with pytest.raises(native.BackendError, match=f"{backend}: langevin_step: {word}"):
             op.stepper(backend, state, options)
+
+
+SCORES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "every limit": {"grad_clip": 0.9, "grad_norm_clip": 3.0, "max_update": 0.25, "low": -1.2, "high": 1.1},
+    "prior": {"prior_std": 0.7},
+    "per chain": {"step_size": torch.tensor([[0.1], [0.2], [0.3]]), "prior_std": torch.tensor([[0.5], [2.0], [1.0]])},
+}
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_is_the_gradient_with_the_other_sign(name: str, stats: bool, seed: int) -> None:
+    """Bit for bit, as a change of sign is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = [torch.randn(3, 70, generator=generator)], [torch.randn(3, 70, generator=generator)]
+    params = [replace(StepParams(0.1, 0.3), **SCORES[name])]
+    options = make_options(x, seed)
+    out = []
+    for score, g in ((False, grad), (True, [-g for g in grad])):
+        state = [t.clone() for t in x]
+        stepper = HostStepper(replace(options, score=score), state)
+        out.append(stepper.step(state, g, params, 3, with_noise=True, stats=stats))
+    (a, a_stats), (b, b_stats) = out
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], x[0])
+    if a_stats is not None and b_stats is not None:
+        assert torch.equal(a_stats.clipped, b_stats.clipped) and torch.equal(a_stats.grad_norm, b_stats.grad_norm)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mmebm
 from mmebm import native, noise
 from mmebm.ops.common.params import StepParams, StepStats
 from mmebm.ops.langevin_step import op, reference
@@ -86,7 +87,7 @@ def truth(
         return reference.perturb(wide, drawn, exact, clamp_noise=options.clamp_noise, observed=observed), None
     return reference.langevin_step(
         wide, [g.double() for g in grad], drawn, exact, norm_over=options.norm_over, outside=options.outside,
-        observed=observed, stats=stats,
+        score=options.score, observed=observed, stats=stats,
     )  # fmt: skip
 
 
@@ -787,8 +788,8 @@ def test_stepper_names_what_is_wrong(seed: int) -> None:
 def test_binding_refuses_what_would_crash() -> None:
     cpu = native.cpu()
     with pytest.raises(ValueError):
-        cpu.LangevinStep(-1, 0, False, False, False, "auto")
-    step = cpu.LangevinStep(2, 0, False, False, False, "auto")
+        cpu.LangevinStep(-1, 0, 0, "auto")
+    step = cpu.LangevinStep(2, 0, 0, "auto")
     step.add(3, 0, True, 0, 0)
     for call in (
         lambda: step.add(-1, 0, True, 0, 0), lambda: step.add(1, 0, True, 3, 0), lambda: step.set(1, 0, 1, 0.0, 0),
@@ -917,3 +918,69 @@ def test_entry_names_what_is_wrong(seed: int) -> None:
         call = {"x": x, "grad": grad, **settings, **changes}
         with pytest.raises(error, match=name):
             op.langevin_step(call.pop("x"), call.pop("grad"), **call)
+
+
+SCORES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "every limit": {"grad_clip": 0.9, "grad_norm_clip": 3.0, "max_update": 0.25, "low": -1.2, "high": 1.1},
+    "prior": {"prior_std": 0.7},
+    "per chain": {"step_size": torch.tensor([[0.1], [0.2], [0.3]]), "prior_std": torch.tensor([[0.5], [2.0], [1.0]])},
+    "per element": {"step_size": torch.linspace(0.1, 0.2, 70), "prior_std": torch.linspace(0.5, 2, 210).view(3, 70)},
+}
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_is_the_gradient_with_the_other_sign(name: str, stats: bool, isa: str, seed: int) -> None:
+    """Bit for bit, as a change of sign is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = [torch.randn(3, 70, generator=generator)], [torch.randn(3, 70, generator=generator)]
+    params = [replace(StepParams(0.1, 0.3), **SCORES[name])]
+    options = make_options(x, seed)
+    out = []
+    for score, g in ((False, grad), (True, [-g for g in grad])):
+        state = [t.clone() for t in x]
+        stepper = op.CppStepper(replace(options, score=score), state)
+        out.append(stepper.step(state, g, params, 3, with_noise=True, stats=stats))
+    (a, a_stats), (b, b_stats) = out
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], x[0])
+    if a_stats is not None and b_stats is not None:
+        assert torch.equal(a_stats.clipped, b_stats.clipped) and torch.equal(a_stats.grad_norm, b_stats.grad_norm)
+
+
+# parts of a channel, of a chain, several chains a tile; one position; more channels than positions
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (2, 16, 40, 40), (5, 2, 1, 1), (2, 70, 3, 3), (2, 3, 64, 33)])
+@pytest.mark.parametrize("name", ["plain", "every limit", "per element", "perturb", "observed"])
+def test_channels_last_is_taken_as_it_is(name: str, shape: tuple[int, ...], isa: str, seed: int) -> None:
+    """The same numbers bit for bit, in the memory that the state had."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    options = make_options([x], seed)
+    params = StepParams(0.1, 0.3, low=-1.0, high=1.0)
+    if name == "every limit":
+        params = StepParams(0.1, 0.3, **SCORES[name])
+    if name == "per element":
+        params = StepParams(torch.rand(shape, generator=generator), torch.rand(shape, generator=generator))
+    if name == "observed":
+        options = replace(options, observed=(torch.rand(shape, generator=generator) < 0.5,))
+    last = {"memory_format": torch.channels_last}
+    for stats in (False, True):
+        ours, expected = x.clone(**last), x.clone()
+        for state, g in ((expected, grad), (ours, grad.clone(**last))):
+            stepper = op.CppStepper(options, [state])
+            if name == "perturb":
+                out = stepper.perturb([state], [params], 3)
+            else:
+                out, _ = stepper.step([state], [g], [params], 3, with_noise=True, stats=stats)
+                out, _ = stepper.step(out, [grad], [params], 4, with_noise=False, stats=stats)
+            assert out[0] is state
+        assert ours.is_contiguous(**last) and torch.equal(ours, expected)
+
+
+def test_channels_last_chain_keeps_its_order() -> None:
+    x = torch.rand(4, 3, 6, 5)
+    energy = lambda x: x.square().sum((1, 2, 3)) + x.sin().sum((1, 2, 3))
+    run = lambda x: mmebm.Langevin(0.1, bounds=(0, 1)).sample(energy, x, 5, seed=1)
+    out = run(x.contiguous(memory_format=torch.channels_last))
+    assert out.state.is_contiguous(memory_format=torch.channels_last) and out.info["backend"] == "cpp"
+    assert torch.equal(out.state, run(x).state)

@@ -238,3 +238,10 @@ def test_shapes_without_elements(shape: tuple[int, ...]) -> None:
     assert out[0].shape == shape and stats is not None
     assert all(t.shape == shape[:1] for t in (stats.grad_norm, stats.displacement, stats.clipped, stats.nonfinite))
     assert reference.per_chain(x).shape[0] == shape[0] and reference.per_chain(x).dim() == 2
+
+
+def test_a_score_counts_with_the_other_sign_and_the_prior_does_not() -> None:
+    x, score = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 0.25]])
+    (y,), _ = langevin_step([x], [score], [None], [StepParams(0.1, 0.0, prior_std=2.0)], score=True)
+    # by hand: x + a (score - x / 4)
+    torch.testing.assert_close(y, torch.tensor([[2.0, -0.95]]), rtol=0, atol=1e-7)

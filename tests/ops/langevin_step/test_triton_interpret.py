@@ -244,6 +244,18 @@ def test_each_option(name: str, stats: bool, seed: int) -> None:
     check(state(SHAPES, generator), state(SHAPES, generator), params, options(len(SHAPES)), stats=stats)
 
 
+@pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
+@pytest.mark.parametrize("name", ["plain", "prior_std", "all"])
+def test_a_score_is_the_gradient_with_the_other_sign(name: str, stats: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = state(SHAPES, generator), state(SHAPES, generator)
+    params = [dataclasses.replace(PLAIN, **ONE_OPTION[name])] * len(SHAPES)
+    a = check(x, [-g for g in grad], params, options(len(SHAPES), score=True), stats=stats)
+    b = check(x, grad, params, options(len(SHAPES)), stats=stats)
+    for one, other in zip(a, b, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("outside", ["clamp", "reject"])
 @pytest.mark.parametrize("norm_over", ["chain", "tensor"])
 @pytest.mark.parametrize("splits", [None, 3])
