@@ -147,7 +147,7 @@ FAULTS: dict[str, tuple[Callable[[str], Tensor], str, Callable[[Any], int]]] = {
     "langevin_mlp": (_chain, "langevin_mlp", lambda a: a[0]["out"]),
     "mlp_energy": (_energy, "mlp_energy", lambda a: a[0]["gradient"]),
     "residual": (_likelihood, "residual", lambda a: a[2]),
-    "net_energy": (_net_gradient, "net_energy", lambda a: a[0]["gradient"]),
+    "net_energy": (_net_gradient, "net_energy", lambda a: a[0]["energy"]),
     "langevin_net": (_net_chain, "langevin_net", lambda a: a[0]["out"]),
 }
 MORE = {

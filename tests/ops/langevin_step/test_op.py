@@ -862,7 +862,7 @@ def test_opcheck(seed: int) -> None:
             torch.ops.mmebm.langevin_step.default, (x, [] if phase == "perturb" else grad, numbers, tensors),
             {
                 "phase": phase, "seed": seed, "step": 3, "chain_offset": 0, "observed": [None, torch.arange(10) < 3],
-                "norm_over": "chain", "outside": "clamp", "clamp_noise": False, "backend": "auto",
+                "norm_over": "chain", "outside": "clamp", "clamp_noise": False, "score": False, "backend": "auto",
             },
         )  # fmt: skip
 
