@@ -6,7 +6,6 @@ streams, masks, pointers) is resolved at construction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol
 
@@ -153,22 +152,22 @@ def stepper(
 
 
 _SCHEMA: Final = (
-    "langevin_step(Tensor[] x, Tensor[] grad, float[] numbers, Tensor?[] tensors, *, str phase, SymInt seed, "
-    "SymInt step, SymInt chain_offset, Tensor?[] observed, str norm_over, str outside, bool clamp_noise, bool score, "
-    "str backend) -> Tensor[]"
+    "langevin_step(Tensor[] x, Tensor[] grad, float[] numbers, Tensor?[] tensors, int[] present, *, str phase, "
+    "SymInt seed, SymInt step, SymInt chain_offset, Tensor?[] observed, str norm_over, str outside, bool clamp_noise, "
+    "bool score, str backend) -> Tensor[]"
 )
 
 
 def _run(
-    x: list[Tensor], grad: list[Tensor], numbers: list[float], tensors: list[Tensor | None], *, phase: str, seed: int,
-    step: int, chain_offset: int, observed: list[Tensor | None], norm_over: NormOver, outside: Outside,
-    clamp_noise: bool, score: bool, backend: str,
+    x: list[Tensor], grad: list[Tensor], numbers: list[float], tensors: list[Tensor | None], present: list[int], *,
+    phase: str, seed: int, step: int, chain_offset: int, observed: list[Tensor | None], norm_over: NormOver,
+    outside: Outside, clamp_noise: bool, score: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """The op: constants in rows of ``FIELDS`` per tensor, a NaN number for one that is absent or a tensor."""
-    values = [number if value is None else value for number, value in zip(numbers, tensors, strict=True)]
-    constants = [None if isinstance(value, float) and value != value else value for value in values]
-    rows = [constants[i : i + len(FIELDS)] for i in range(0, len(constants), len(FIELDS))]
-    params = [StepParams(**dict(zip(FIELDS, row, strict=True))) for row in rows]  # pyright: ignore[reportArgumentType]
+    """The op: constants in rows of ``FIELDS`` per tensor of the state, as numbers or tensors; ``present`` has bit f of
+    a row set where field f is given."""
+    values = iter(number if value is None else value for number, value in zip(numbers, tensors, strict=True))
+    rows = [[(name, next(values), bits >> f & 1) for f, name in enumerate(FIELDS)] for bits in present]
+    params = [StepParams(**{name: value for name, value, given in row if given}) for row in rows]
     options = StepOptions(
         seed=seed, streams=tuple(range(len(x))), noisy=(True,) * len(x), chain_offset=chain_offset,
         norm_over=norm_over, outside=outside, clamp_noise=clamp_noise, score=score,
@@ -281,8 +280,9 @@ def langevin_step(
     values = [column[i] for i in range(len(x)) for column in columns]
     return torch.ops.mmebm.langevin_step(
         [t.detach() for t in x], [g.detach() for g in gradients],
-        [v if isinstance(v, float) else math.nan for v in values],
+        [v if isinstance(v, float) else 0.0 for v in values],
         [v if isinstance(v, Tensor) else None for v in values],
+        [sum(1 << f for f, column in enumerate(columns) if column[i] is not None) for i in range(len(x))],
         phase="perturb" if grad is None else "step" if noise_at == "after" else "drift", seed=seed, step=step,
         chain_offset=chain_offset, observed=masks, norm_over=norm_over, outside=outside, clamp_noise=clamp_noise,
         score=score, backend=backend,

@@ -52,7 +52,7 @@ def _check_classes(i: int, prediction: Tensor, target: Tensor, mask: Tensor | No
 
 
 _SCHEMA: Final = (
-    "residual(Tensor[] predictions, Tensor[] targets, str likelihood, float[] numbers, Tensor?[] tensors, "
+    "residual(Tensor[] predictions, Tensor[] targets, str[] likelihood, float[] numbers, Tensor?[] tensors, "
     "Tensor?[] observed, bool gradients, str backend) -> (Tensor, Tensor[])"
 )
 
@@ -64,10 +64,10 @@ def _unpack(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple
 
 
 def _op(
-    predictions: list[Tensor], targets: list[Tensor], likelihood: str, numbers: list[float],
+    predictions: list[Tensor], targets: list[Tensor], likelihood: list[str], numbers: list[float],
     tensors: list[Tensor | None], observed: list[Tensor | None], gradients: bool, backend: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    kinds: list[Any] = likelihood.split(",")
+    kinds: list[Any] = likelihood
     scale, weight = _unpack(numbers, tensors)
     with torch.no_grad():
         for i, kind in enumerate(kinds):
@@ -87,7 +87,7 @@ def _op(
 
 
 def _fake(
-    predictions: list[Tensor], targets: list[Tensor], likelihood: str, numbers: list[float],
+    predictions: list[Tensor], targets: list[Tensor], likelihood: list[str], numbers: list[float],
     tensors: list[Tensor | None], observed: list[Tensor | None], gradients: bool, backend: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     wide = any(y.dtype == torch.float64 for y in predictions)
@@ -121,7 +121,7 @@ def _backward(ctx: Any, d_value: Tensor | None, d_grads: list[Tensor | None] | N
             # aliases, so that the graph ends here and, with create_graph, goes on into the predictions
             leaves = [y.view_as(y) if y.requires_grad else y.detach().requires_grad_() for y in predictions]
             _, again = reference.residual(
-                leaves, targets, likelihood=ctx.likelihood.split(","), scale=scale, weight=weight,
+                leaves, targets, likelihood=ctx.likelihood, scale=scale, weight=weight,
                 observed=optional[2 * n :],
             )  # fmt: skip
             second = torch.autograd.grad(
@@ -283,7 +283,7 @@ def _call(
         _check_modality(i, y, target, kind, chains, device)
     factors = [*_values("scale", scale, chains, len(ys), ys[0]), *_values("weight", weight, chains, len(ys), ys[0])]
     settings = (
-        ",".join(kinds), [f if isinstance(f, float) else math.nan for f in factors],
+        kinds, [f if isinstance(f, float) else math.nan for f in factors],
         [f if isinstance(f, Tensor) else None for f in factors], _masks(observed, ts),
     )  # fmt: skip
     if gradients is None:

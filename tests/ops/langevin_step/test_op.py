@@ -854,12 +854,12 @@ def test_entry_takes_any_layout_and_dtype(seed: int) -> None:
 
 def test_opcheck(seed: int) -> None:
     x, grad, _ = entry_case(seed)
-    numbers = [0.1, 0.05, math.nan, 1.0, math.nan, math.nan, -1.0, 1.0] * 2
+    numbers, present = [0.1, 0.05, 0.0, 1.0, 0.0, 0.0, -1.0, 1.0] * 2, [0b11001011] * 2
     tensors: list[Tensor | None] = [None] * 16
     tensors[8] = torch.rand(4, 1)
     for phase in ("step", "drift", "perturb"):
         torch.library.opcheck(
-            torch.ops.mmebm.langevin_step.default, (x, [] if phase == "perturb" else grad, numbers, tensors),
+            torch.ops.mmebm.langevin_step.default, (x, [] if phase == "perturb" else grad, numbers, tensors, present),
             {
                 "phase": phase, "seed": seed, "step": 3, "chain_offset": 0, "observed": [None, torch.arange(10) < 3],
                 "norm_over": "chain", "outside": "clamp", "clamp_noise": False, "score": False, "backend": "auto",

@@ -366,7 +366,7 @@ def test_opcheck(seed: int) -> None:
     for predictions in (ys, [y.detach().float().requires_grad_() for y in ys]):
         for gradients in (True, False):
             given = predictions if gradients else [y.detach() for y in predictions]
-            arguments = (given, ts, ",".join(settings["likelihood"]), numbers, tensors, settings["observed"])
+            arguments = (given, ts, settings["likelihood"], numbers, tensors, settings["observed"])
             torch.library.opcheck(torch.ops.mmebm.residual.default, (*arguments, gradients, "auto"))
 
 
