@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mmebm import noise
+from mmebm.ops import langevin_step as op
 from mmebm.ops.common.params import StepParams, StepStats
-from mmebm.ops.langevin_step import op
 from mmebm.samplers import Langevin, Samples, langevin
 from mmebm.samplers.schedules import linear, table
 
