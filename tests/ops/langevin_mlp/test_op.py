@@ -537,34 +537,39 @@ def test_refusals(seed: int, draw: Any) -> None:
 
 def test_binding_checks_sizes(seed: int, draw: Any) -> None:
     extension, x = native.cpu(), draw.normal(3, 4)
-    w, out = draw.normal(1, 4), torch.zeros(3, 4)
-    good = (0, ((w.data_ptr(), 0, 4, 1),), 0, 0.0, 1.0)
-    table = torch.zeros(1, 1, 8, 1)
-
-    def call(terms: list, tensors: list, rows: int = 1, columns: int = 1, stride: int = 0) -> None:
-        extension.langevin_mlp(
-            x.data_ptr(), 3, 4, terms, tensors, table.data_ptr(), rows, columns, 0, stride, 1, 0, 0, 0, False, False,
-            out.data_ptr(), 0, 0, 0, 1, "auto",
-        )  # fmt: skip
-
-    tensor = (4, 0, True, True, 3)
-    call([good], [tensor])
+    w, out, table = draw.normal(1, 4), torch.zeros(3, 4), torch.zeros(1, 1, 8, 1)
+    layer = {"weight": w.data_ptr(), "bias": 0, "inputs": 4, "outputs": 1}
+    good = {"kind": "scalar", "layers": [layer], "activation": 0, "slope": 0.0, "weight": 1.0}
+    tensor = {"width": 4, "stream": 0, "noisy": True, "moving": True, "present": 3}
+    job = {
+        "x": x.data_ptr(), "chains": 3, "inputs": 4, "threads": 1, "isa": "auto", "tensors": [tensor],
+        "constants": table.data_ptr(), "rows": 1, "columns": 1, "observed": 0, "observed_stride": 0, "steps": 1,
+        "seed": 0, "first_step": 0, "chain_offset": 0, "noise_before": False, "clamp_noise": False,
+        "out": out.data_ptr(), "energy": 0, "grad_norm": 0, "frozen": 0,
+    }  # fmt: skip
+    extension.langevin_mlp(job, [good])
     assert torch.equal(out, x)
-    for terms in (
-        [], [(3,)], [(0, ((w.data_ptr(), 0, 5, 1),), 0, 0.0, 1.0)], [(0, (), 0, 0.0, 1.0)], [(*good[:2], 7, 0.0, 1.0)],
-        [(0, ((0, 0, 4, 1),), 0, 0.0, 1.0)], [(0, ((w.data_ptr(), 0, 4, 2),), 0, 0.0, 1.0)], [(2, 0, w.data_ptr())],
-        [(1, *good[1:], 1.0, False, False, w.data_ptr(), w.data_ptr(), 2)],
+    residual = {"kind": "residual", "scale": 1.0, "laplace": False, "tanh": False, "target": w.data_ptr()}
+    for term in (
+        {"kind": "cubic"}, {"layers": [{**layer, "inputs": 5}]}, {"layers": []}, {"activation": 7},
+        {"layers": [{**layer, "weight": 0}]}, {"layers": [{**layer, "outputs": 2}]},
+        {"kind": "quadratic", "mean": 0, "precision": w.data_ptr()},
+        {**residual, "observed": w.data_ptr(), "observed_stride": 2},
     ):  # fmt: skip
         with pytest.raises(ValueError):
-            call(terms, [tensor])
-    with pytest.raises(IndexError):
-        call([good[:3]], [tensor])
-    for tensors in ([], [(5, *tensor[1:])], [(-1, *tensor[1:]), (5, *tensor[1:])], [(3, *tensor[1:])]):
+            extension.langevin_mlp(job, [{**good, **term}])
+    with pytest.raises(ValueError):
+        extension.langevin_mlp(job, [])
+    for wrong in (
+        {"tensors": []}, {"tensors": [{**tensor, "width": 5}]}, {"tensors": [{**tensor, "width": 3}]},
+        {"tensors": [{**tensor, "width": -1}, {**tensor, "width": 5}]}, {"rows": 0}, {"columns": 2},
+        {"observed_stride": 3}, {"x": 0}, {"out": 0}, {"constants": 0}, {"chains": -1}, {"inputs": 0}, {"steps": -1},
+    ):  # fmt: skip
         with pytest.raises(ValueError):
-            call([good], tensors)
-    for wrong in ({"rows": 0}, {"columns": 2}, {"stride": 3}):
-        with pytest.raises(ValueError):
-            call([good], [tensor], **wrong)
+            extension.langevin_mlp({**job, **wrong}, [good])
+    for name in ("seed", "steps", "tensors"):
+        with pytest.raises((KeyError, ValueError)):
+            extension.langevin_mlp({k: v for k, v in job.items() if k != name}, [good])
 
 
 # -- the functional entry
