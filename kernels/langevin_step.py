@@ -71,8 +71,15 @@ __all__ = ["TritonStepper", "supports"]
 # scale always are, so that Triton sees nothing special in the word's value.
 _COUNT: Final = tl.constexpr(len(FIELDS))
 (
-    _STEP_SIZE, _NOISE_SCALE, _GRAD_CLIP, _NORM_CLIP, _MAX_UPDATE, _PRIOR_STD, _LOWER, _UPPER,
-) = map(tl.constexpr, range(len(FIELDS)))  # fmt: skip
+    _STEP_SIZE,
+    _NOISE_SCALE,
+    _GRAD_CLIP,
+    _NORM_CLIP,
+    _MAX_UPDATE,
+    _PRIOR_STD,
+    _LOWER,
+    _UPPER,
+) = map(tl.constexpr, range(len(FIELDS)))
 _NORM: Final = tl.constexpr(1 << FIELDS.index("grad_norm_clip"))
 _PRIOR: Final = tl.constexpr(1 << FIELDS.index("prior_std"))
 _LOW: Final = tl.constexpr(1 << FIELDS.index("low"))
@@ -87,8 +94,13 @@ _TENSOR: Final = tl.constexpr(14)  # bit 14 + k: parameter k is a tensor
 _ROWS: Final = tl.constexpr(22)  # bit 22 + k: with one value per chain
 # of a parameter that is absent: the one that changes nothing
 _NEUTRAL: Final = {
-    "grad_clip": inf, "grad_norm_clip": inf, "max_update": inf, "prior_std": inf, "low": -inf, "high": inf,
-}  # fmt: skip
+    "grad_clip": inf,
+    "grad_norm_clip": inf,
+    "max_update": inf,
+    "prior_std": inf,
+    "low": -inf,
+    "high": inf,
+}
 
 # What a launch of the chain kernel does
 _CHECK: Final = tl.constexpr(1)  # pass 0: does the proposal stay inside?
@@ -100,10 +112,28 @@ _FINISH: Final = tl.constexpr(32)  # this program has the whole sums: take their
 
 # Arguments whose value must not compile anything anew; a declared type alone still does for 1 and multiples of 16
 _SCALARS: Final = (
-    "seed", "seed_at", "step", "step_at", "offset", "purpose", "chains", "span_log2", "tensors", "todo", "splits",
-    "norms_at", "norm_parts", "norm_row_stride", "norm_tensor_stride", "outside_at", "floats_at", "counts_at",
-    "column0", "columns", "out_at",
-)  # fmt: skip
+    "seed",
+    "seed_at",
+    "step",
+    "step_at",
+    "offset",
+    "purpose",
+    "chains",
+    "span_log2",
+    "tensors",
+    "todo",
+    "splits",
+    "norms_at",
+    "norm_parts",
+    "norm_row_stride",
+    "norm_tensor_stride",
+    "outside_at",
+    "floats_at",
+    "counts_at",
+    "column0",
+    "columns",
+    "out_at",
+)
 
 _PARTS: Final = tl.constexpr(64)  # at most so many splits of a chain
 _WIDTHS: Final = {"map": (1, 2, 8), "chain": (1, 8)}  # lengths of the tuples, so also tensors per launch
@@ -212,9 +242,26 @@ def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr
 
 @triton.jit
 def _propose(
-    x_stored, g_stored, factor, t, fs, vs, meta, chain, ok, group, offset, step, stream, k0, k1,
-    T: tl.constexpr, VECTOR: tl.constexpr, NORMED: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
+    x_stored,
+    g_stored,
+    factor,
+    t,
+    fs,
+    vs,
+    meta,
+    chain,
+    ok,
+    group,
+    offset,
+    step,
+    stream,
+    k0,
+    k1,
+    T: tl.constexpr,
+    VECTOR: tl.constexpr,
+    NORMED: tl.constexpr,
+    G: tl.constexpr,
+):
     """x + d, before the bounds, and where a clip changed something. ``factor`` is the norm clip's (NORMED)."""
     # The noise first: it needs most registers, and nothing but what was loaded has to be kept meanwhile
     xi = tl.zeros(x_stored.shape, tl.float32)
@@ -254,9 +301,23 @@ def _observed(mask_address, n, meta, chain, left, group, G: tl.constexpr):
 
 @triton.jit
 def _finish(
-    y, x_stored, mask_address, n, meta, chain, left, group, offset, step, stream, purpose, k0, k1,
-    DTYPE: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
+    y,
+    x_stored,
+    mask_address,
+    n,
+    meta,
+    chain,
+    left,
+    group,
+    offset,
+    step,
+    stream,
+    purpose,
+    k0,
+    k1,
+    DTYPE: tl.constexpr,
+    G: tl.constexpr,
+):
     """y as it is stored: rounded, and the old value where observed."""
     if DTYPE == tl.float32:
         out = y
@@ -272,11 +333,29 @@ def _finish(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _map_kernel(
-    xs, gs, ms, ns, metas, streams, fs, vs,
-    seed: tl.int64, seed_at: tl.int64, step: tl.int64, step_at: tl.int64, offset: tl.int64,
-    purpose: tl.int32, chains: tl.int32, span_log2: tl.int32,
-    DTYPE: tl.constexpr, GDTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
+    xs,
+    gs,
+    ms,
+    ns,
+    metas,
+    streams,
+    fs,
+    vs,
+    seed: tl.int64,
+    seed_at: tl.int64,
+    step: tl.int64,
+    step_at: tl.int64,
+    offset: tl.int64,
+    purpose: tl.int32,
+    chains: tl.int32,
+    span_log2: tl.int32,
+    DTYPE: tl.constexpr,
+    GDTYPE: tl.constexpr,
+    T: tl.constexpr,
+    VECTOR: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+):
     """Each program: 2^span_log2 consecutive groups of one tensor. Nothing is summed."""
     # the tensor, and the first tile of it in the grid
     pid = tl.program_id(0)
@@ -312,9 +391,26 @@ def _map_kernel(
         if (meta & _GRAD) != 0:
             g_stored = _load(g_at, place, left, meta, GDTYPE, G)
         y, _changed = _propose(
-            x_stored, g_stored, 1.0, t, fs, vs, meta, chain, ok, group, offset, step_word, stream, k0, k1,
-            T, VECTOR, False, G,
-        )  # fmt: skip
+            x_stored,
+            g_stored,
+            1.0,
+            t,
+            fs,
+            vs,
+            meta,
+            chain,
+            ok,
+            group,
+            offset,
+            step_word,
+            stream,
+            k0,
+            k1,
+            T,
+            VECTOR,
+            False,
+            G,
+        )
         y = _bounds(y, t, fs, vs, meta, chain, ok, T, VECTOR)
         out = _finish(
             y, x_stored, m_at, n, meta, chain, left, group, offset, step_word, stream, purpose, k0, k1, DTYPE, G
@@ -346,9 +442,24 @@ def _spread(v, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _sum_of_squares(
-    g_at, n, t, fs, vs, meta, chain, ok, col, first, last,
-    GDTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
+    g_at,
+    n,
+    t,
+    fs,
+    vs,
+    meta,
+    chain,
+    ok,
+    col,
+    first,
+    last,
+    GDTYPE: tl.constexpr,
+    T: tl.constexpr,
+    VECTOR: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    G: tl.constexpr,
+):
     """Of the gradient after the clip by value, over tiles [first, last) of each chain: (R,)."""
     total = tl.zeros([R * C], tl.float32)
     for norm_tile in range(first, last):
@@ -375,9 +486,20 @@ def _partial_sums(address, row, row_ok, parts, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _norm_kernel(
-    gs, ns, metas, fs, vs, out_at: tl.int64, chains: tl.int32, splits: tl.int32, tensors: tl.int32,
-    GDTYPE: tl.constexpr, T: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
+    gs,
+    ns,
+    metas,
+    fs,
+    vs,
+    out_at: tl.int64,
+    chains: tl.int32,
+    splits: tl.int32,
+    tensors: tl.int32,
+    GDTYPE: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    G: tl.constexpr,
+):
     """Each program: one split of one chain, all tensors; partial sums of squares to out (tensors, chains, splits)."""
     pid = tl.program_id(0)
     row, split = pid // splits, pid % splits
@@ -391,22 +513,64 @@ def _norm_kernel(
         share = tl.cdiv(tiles, splits)
         first = split * share
         total = _sum_of_squares(
-            _select(t, gs, 0, 1, T) >> 1, n, t, fs, vs, meta, chain, ok, col, first, tl.minimum(first + share, tiles),
-            GDTYPE, T, True, 1, C, G,
-        )  # fmt: skip
+            _select(t, gs, 0, 1, T) >> 1,
+            n,
+            t,
+            fs,
+            vs,
+            meta,
+            chain,
+            ok,
+            col,
+            first,
+            tl.minimum(first + share, tiles),
+            GDTYPE,
+            T,
+            True,
+            1,
+            C,
+            G,
+        )
         place = (t * chains + row).to(tl.int64) * splits + split
         tl.store(out_at.to(tl.int64).to(tl.pointer_type(tl.float32)) + place + tl.arange(0, 1), total)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _chain_kernel(
-    xs, gs, ms, ns, metas, streams, fs, vs,
-    seed: tl.int64, seed_at: tl.int64, step: tl.int64, step_at: tl.int64, offset: tl.int64,
-    purpose: tl.int32, chains: tl.int32, tensors: tl.int32, todo: tl.int32, splits: tl.int32,
-    norms_at: tl.int64, norm_parts: tl.int32, norm_row_stride: tl.int32, norm_tensor_stride: tl.int64,
-    outside_at: tl.int64, floats_at: tl.int64, counts_at: tl.int64, column0: tl.int32, columns: tl.int32,
-    DTYPE: tl.constexpr, GDTYPE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
+    xs,
+    gs,
+    ms,
+    ns,
+    metas,
+    streams,
+    fs,
+    vs,
+    seed: tl.int64,
+    seed_at: tl.int64,
+    step: tl.int64,
+    step_at: tl.int64,
+    offset: tl.int64,
+    purpose: tl.int32,
+    chains: tl.int32,
+    tensors: tl.int32,
+    todo: tl.int32,
+    splits: tl.int32,
+    norms_at: tl.int64,
+    norm_parts: tl.int32,
+    norm_row_stride: tl.int32,
+    norm_tensor_stride: tl.int64,
+    outside_at: tl.int64,
+    floats_at: tl.int64,
+    counts_at: tl.int64,
+    column0: tl.int32,
+    columns: tl.int32,
+    DTYPE: tl.constexpr,
+    GDTYPE: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    G: tl.constexpr,
+):
     """Each program: one split of R chains, all tensors (see the module docstring; ``todo`` holds the bits above).
 
     Memory that programs share, each may be absent: norms (tensors, chains or 1, norm_parts); outside (chains, columns),
@@ -478,9 +642,26 @@ def _chain_kernel(
                     g = g_stored.to(tl.float32)
                     grad2 += tl.sum(_squares(g), axis=1)
                 y, changed = _propose(
-                    x_stored, g_stored, factor[:, None], t, fs, vs, meta, chain, ok, group, offset, step_word, stream,
-                    k0, k1, T, True, True, G,
-                )  # fmt: skip
+                    x_stored,
+                    g_stored,
+                    factor[:, None],
+                    t,
+                    fs,
+                    vs,
+                    meta,
+                    chain,
+                    ok,
+                    group,
+                    offset,
+                    step_word,
+                    stream,
+                    k0,
+                    k1,
+                    T,
+                    True,
+                    True,
+                    G,
+                )
                 if counting:
                     clipped += tl.sum(tl.where(valid, changed, 0), axis=1)
                 if turn == 0:
@@ -495,9 +676,23 @@ def _chain_kernel(
                     if (todo & _REJECT) == 0:
                         y = _bounds(y, t, fs, vs, meta, chain, ok, T, True)
                     out = _finish(
-                        y, x_stored, m_at, n, meta, chain, left, group, offset, step_word, stream, purpose, k0, k1,
-                        DTYPE, G,
-                    )  # fmt: skip
+                        y,
+                        x_stored,
+                        m_at,
+                        n,
+                        meta,
+                        chain,
+                        left,
+                        group,
+                        offset,
+                        step_word,
+                        stream,
+                        purpose,
+                        k0,
+                        k1,
+                        DTYPE,
+                        G,
+                    )
                     out = tl.where(keeps[:, None], x_stored, out)
                     _store(x_at, place, out, left, meta, DTYPE, G)
                     if counting:
@@ -722,17 +917,24 @@ class TritonStepper:
         return packed
 
     def _batches(
-        self, kernel: str, x: Sequence[Tensor], grad: Sequence[Tensor] | None, params: Sequence[StepParams], keep: int,
+        self,
+        kernel: str,
+        x: Sequence[Tensor],
+        grad: Sequence[Tensor] | None,
+        params: Sequence[StepParams],
+        keep: int,
         noisy: bool,
-    ) -> list[_Batch]:  # fmt: skip
+    ) -> list[_Batch]:
         """The launches' tensors and tuples. ``keep``: the options of params that count here."""
         # Addresses repeat from step to step with a caching allocator, and the tuples take longer to make than to find
         key = (
-            kernel, keep, noisy,
+            kernel,
+            keep,
+            noisy,
             tuple([(xi.data_ptr(), xi.shape, xi.dtype) for xi in x]),
             None if grad is None else tuple([(gi.data_ptr(), gi.dtype) for gi in grad]),
             tuple([id(p) for p in params]),
-        )  # fmt: skip
+        )
         found = self._made.get(key)
         if found is not None:
             return found[0]
@@ -755,9 +957,17 @@ class TritonStepper:
         return out
 
     def _batch(
-        self, members: list[int], width: int, dtype: torch.dtype, grad_dtype: torch.dtype, x: Sequence[Tensor],
-        grad: Sequence[Tensor] | None, params: Sequence[StepParams], keep: int, noisy: bool,
-    ) -> _Batch:  # fmt: skip
+        self,
+        members: list[int],
+        width: int,
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        x: Sequence[Tensor],
+        grad: Sequence[Tensor] | None,
+        params: Sequence[StepParams],
+        keep: int,
+        noisy: bool,
+    ) -> _Batch:
         xs, gs, ms, ns, metas, streams, floats, addresses = [], [], [], [], [], [], [], []
         vector = False
         for i in members:
@@ -804,9 +1014,15 @@ class TritonStepper:
             floats.extend((0.0,) * len(FIELDS))
             addresses.extend(_NO_ADDRESS)
         arguments = {
-            "xs": tuple(xs), "gs": tuple(gs), "ms": tuple(ms), "ns": tuple(ns), "metas": tuple(metas),
-            "streams": tuple(streams), "fs": tuple(floats), "vs": tuple(addresses),
-        }  # fmt: skip
+            "xs": tuple(xs),
+            "gs": tuple(gs),
+            "ms": tuple(ms),
+            "ns": tuple(ns),
+            "metas": tuple(metas),
+            "streams": tuple(streams),
+            "fs": tuple(floats),
+            "vs": tuple(addresses),
+        }
         return _Batch(members, width, dtype, grad_dtype, arguments, metas, floats, vector)
 
     # -- launches
@@ -821,11 +1037,20 @@ class TritonStepper:
         step_value, step_at, alive = self._number(step, device, "step")
         per_vector = 16 // batch.dtype.itemsize
         return {
-            "seed": self._seed[0], "seed_at": self._seed[1], "step": step_value, "step_at": step_at,
-            "offset": self.options.chain_offset, "purpose": purpose, "chains": x[0].shape[0],
-            "DTYPE": _DTYPES[batch.dtype], "GDTYPE": _DTYPES[batch.grad_dtype], "T": batch.width, "G": per_vector,
-            "num_warps": _WARPS, "enable_fp_fusion": True,
-        }, alive  # fmt: skip
+            "seed": self._seed[0],
+            "seed_at": self._seed[1],
+            "step": step_value,
+            "step_at": step_at,
+            "offset": self.options.chain_offset,
+            "purpose": purpose,
+            "chains": x[0].shape[0],
+            "DTYPE": _DTYPES[batch.dtype],
+            "GDTYPE": _DTYPES[batch.grad_dtype],
+            "T": batch.width,
+            "G": per_vector,
+            "num_warps": _WARPS,
+            "enable_fp_fusion": True,
+        }, alive
 
     def _map(self, batch: _Batch, x: Sequence[Tensor], step: int | Tensor, purpose: int) -> None:
         common, _alive = self._common(batch, step, purpose, x)
@@ -860,16 +1085,26 @@ class TritonStepper:
         sums = torch.empty((tensors, chains, splits), dtype=torch.float32, device=x[0].device)
         _norm_kernel[(chains * splits,)](
             **{name: batch.arguments[name] for name in ("gs", "ns", "metas", "fs", "vs")},
-            out_at=sums.data_ptr(), chains=chains, splits=splits, tensors=tensors,
-            GDTYPE=common["GDTYPE"], T=batch.width, C=block, G=common["G"], num_warps=_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+            out_at=sums.data_ptr(),
+            chains=chains,
+            splits=splits,
+            tensors=tensors,
+            GDTYPE=common["GDTYPE"],
+            T=batch.width,
+            C=block,
+            G=common["G"],
+            num_warps=_WARPS,
+            enable_fp_fusion=True,
+        )
         if whole:
             sums = sums.sum(dim=(1, 2))
             return sums, {"norms_at": sums.data_ptr(), "norm_parts": 1, "norm_row_stride": 0, "norm_tensor_stride": 1}
         return sums, {
-            "norms_at": sums.data_ptr(), "norm_parts": splits, "norm_row_stride": splits,
+            "norms_at": sums.data_ptr(),
+            "norm_parts": splits,
+            "norm_row_stride": splits,
             "norm_tensor_stride": chains * splits,
-        }  # fmt: skip
+        }
 
     def _chain(
         self, batches: Sequence[_Batch], x: Sequence[Tensor], step: int | Tensor, stats: bool, reject: bool
@@ -881,13 +1116,21 @@ class TritonStepper:
             rows, width, splits = self._shape(batch, x, common["G"])
             norms, norm_arguments = self._norms(batch, x, common, width, splits)
             alive.extend((kept, norms))
-            launches.append((
-                (-(-chains // rows) * splits,),
-                {
-                    **batch.arguments, **common, **norm_arguments, "tensors": len(batch.members), "splits": splits,
-                    "column0": columns, "R": rows, "C": width,
-                },
-            ))  # fmt: skip
+            launches.append(
+                (
+                    (-(-chains // rows) * splits,),
+                    {
+                        **batch.arguments,
+                        **common,
+                        **norm_arguments,
+                        "tensors": len(batch.members),
+                        "splits": splits,
+                        "column0": columns,
+                        "R": rows,
+                        "C": width,
+                    },
+                )
+            )
             columns += splits
         outside = floats = counts = None
         if stats:
@@ -954,9 +1197,15 @@ class TritonStepper:
         return out
 
     def step(
-        self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
-        with_noise: bool, stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+        self,
+        x: list[Tensor],
+        grad: Sequence[Tensor],
+        params: Sequence[StepParams],
+        step: int | Tensor,
+        *,
+        with_noise: bool,
+        stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:
         """The whole update, in place."""
         out = self._prepare(x, params)
         gradients = []

@@ -37,9 +37,18 @@ _MOST: Final = 1 << 31  # Philox calls
 
 @triton.jit(do_not_specialize=("seed", "step", "stream", "first", "calls", "numel", "total"))
 def _noise_kernel(
-    out, seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, calls: tl.int64, numel: tl.int64,
-    total: tl.int64, KIND: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    out,
+    seed: tl.int64,
+    step: tl.int64,
+    stream: tl.int64,
+    first: tl.int64,
+    calls: tl.int64,
+    numel: tl.int64,
+    total: tl.int64,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Element 4 b + i of row c is number i of the call with the counter (b, first + c, step, stream)."""
     call = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     row, block = call // calls, call % calls
@@ -85,9 +94,19 @@ def _launch(out: Tensor, kind: int, seed: int, step: int, stream: int, chain_off
     seed = seed - (1 << 64) if seed >= 1 << 63 else seed  # the signed number of the same bits
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
         _noise_kernel[(triton.cdiv(total, _LANES),)](
-            out, seed, step, stream, chain_offset, calls, numel, total, KIND=kind, WHOLE=numel % 4 == 0, LANES=_LANES,
+            out,
+            seed,
+            step,
+            stream,
+            chain_offset,
+            calls,
+            numel,
+            total,
+            KIND=kind,
+            WHOLE=numel % 4 == 0,
+            LANES=_LANES,
             num_warps=_WARPS,
-        )  # fmt: skip
+        )
 
 
 def fill_words(out: Tensor, *, seed: int, step: int, stream: int, chain_offset: int) -> None:

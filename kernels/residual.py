@@ -97,9 +97,19 @@ def _elements(
 
 @triton.jit
 def _classes(
-    y, t, mask, g, n, classes, chain, weight,
-    MASK: tl.constexpr, GRAD: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
+    y,
+    t,
+    mask,
+    g,
+    n,
+    classes,
+    chain,
+    weight,
+    MASK: tl.constexpr,
+    GRAD: tl.constexpr,
+    BK: tl.constexpr,
+    BP: tl.constexpr,
+):
     """The weighted cross-entropies of one chain, tiles of BK classes and BP positions."""
     lanes = tl.zeros([BP], tl.float32)
     base = y + chain * n * classes
@@ -141,10 +151,28 @@ def _classes(
 
 @triton.jit
 def _residual_kernel(
-    ys, ts, ms, gs, scales, weights, scale_numbers, weight_numbers, sizes, classes, value,
-    KINDS: tl.constexpr, MASKS: tl.constexpr, SCALES: tl.constexpr, WEIGHTS: tl.constexpr, BKS: tl.constexpr,
-    BPS: tl.constexpr, T: tl.constexpr, ADD: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    ys,
+    ts,
+    ms,
+    gs,
+    scales,
+    weights,
+    scale_numbers,
+    weight_numbers,
+    sizes,
+    classes,
+    value,
+    KINDS: tl.constexpr,
+    MASKS: tl.constexpr,
+    SCALES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BKS: tl.constexpr,
+    BPS: tl.constexpr,
+    T: tl.constexpr,
+    ADD: tl.constexpr,
+    GRAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
     chain = tl.program_id(0).to(tl.int64)
     out = 0.0
     if ADD:
@@ -188,10 +216,14 @@ def _tile(classes: int, positions: int) -> tuple[int, int]:
 
 
 def residual(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihood: Sequence[str],
-    scale: Sequence[float | Tensor], weight: Sequence[float | Tensor], observed: Sequence[Tensor | None],
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    likelihood: Sequence[str],
+    scale: Sequence[float | Tensor],
+    weight: Sequence[float | Tensor],
+    observed: Sequence[Tensor | None],
     gradients: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:
     """Value and gradients as :func:`mmebm.ops.residual.reference.residual`; the arguments are checked by the op."""
     chains, device = predictions[0].shape[0], predictions[0].device
     value = torch.zeros(chains, device=device)
@@ -218,21 +250,53 @@ def residual(
             numbers.append(0.0 if given else factor)
             tensors.append(factor.contiguous() if given else value)
         # what is absent is a tensor that is not read
-        rows.append((
-            y, target.contiguous(), y if mask is None else mask, grads[i] if gradients else y, *tensors, *numbers,
-            size, classes, _KINDS[kind], form, *forms, *_tile(classes, size),
-        ))  # fmt: skip
+        rows.append(
+            (
+                y,
+                target.contiguous(),
+                y if mask is None else mask,
+                grads[i] if gradients else y,
+                *tensors,
+                *numbers,
+                size,
+                classes,
+                _KINDS[kind],
+                form,
+                *forms,
+                *_tile(classes, size),
+            )
+        )
     if chains == 0:
         return value, grads
     names = (
-        "ys", "ts", "ms", "gs", "scales", "weights", "scale_numbers", "weight_numbers", "sizes", "classes",
-        "KINDS", "MASKS", "SCALES", "WEIGHTS", "BKS", "BPS",
-    )  # fmt: skip
+        "ys",
+        "ts",
+        "ms",
+        "gs",
+        "scales",
+        "weights",
+        "scale_numbers",
+        "weight_numbers",
+        "sizes",
+        "classes",
+        "KINDS",
+        "MASKS",
+        "SCALES",
+        "WEIGHTS",
+        "BKS",
+        "BPS",
+    )
     for first in range(0, len(rows), _MOST):
         part = rows[first : first + _MOST]
         columns = dict(zip(names, zip(*part, strict=True), strict=True))
         _residual_kernel[(chains,)](
-            **columns, value=value, T=len(part), ADD=first > 0, GRAD=gradients, TILE=_TILE, num_warps=_WARPS,
+            **columns,
+            value=value,
+            T=len(part),
+            ADD=first > 0,
+            GRAD=gradients,
+            TILE=_TILE,
+            num_warps=_WARPS,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
     return value, grads

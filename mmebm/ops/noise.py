@@ -68,9 +68,15 @@ def _at(seed: int | Tensor, step: int | Tensor, stream: int, chain_offset: int) 
 
 
 def normal(
-    shape: Sequence[int], *, seed: int | Tensor, step: int | Tensor = 0, stream: int = 0, chain_offset: int = 0,
-    dtype: torch.dtype = torch.float32, device: torch.device = _CPU,
-) -> Tensor:  # fmt: skip
+    shape: Sequence[int],
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    stream: int = 0,
+    chain_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
+) -> Tensor:
     """:func:`mmebm.noise.normal`."""
     if dtype == torch.float32 and len(shape) and math.prod(shape):
         module = _module(device, seed, step)
@@ -84,9 +90,15 @@ def normal(
 
 
 def uniform(
-    shape: Sequence[int], *, seed: int | Tensor, step: int | Tensor = 0, stream: int = noise.INITIAL << 24,
-    chain_offset: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = _CPU,
-) -> Tensor:  # fmt: skip
+    shape: Sequence[int],
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    stream: int = noise.INITIAL << 24,
+    chain_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
+) -> Tensor:
     """:func:`mmebm.noise.uniform`, bit for bit."""
     if dtype in (torch.float32, torch.float64) and len(shape) and math.prod(shape):
         module = _module(device, seed, step)
@@ -100,9 +112,15 @@ def uniform(
 
 
 def words(
-    chains: int, blocks: int, *, seed: int | Tensor, step: int | Tensor = 0, stream: int = 0, chain_offset: int = 0,
+    chains: int,
+    blocks: int,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    stream: int = 0,
+    chain_offset: int = 0,
     device: torch.device = _CPU,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """:func:`mmebm.noise.words`, bit for bit."""
     if chains * blocks:
         module = _module(device, seed, step)

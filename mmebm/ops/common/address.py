@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
-    "MOST_CHAINS", "Addresses", "address", "known_addresses", "obstacle", "plain", "readable", "require_dense",
-    "same_memory", "step_addresses", "surroundings", "wrapped",
-]  # fmt: skip
+    "MOST_CHAINS",
+    "Addresses",
+    "address",
+    "known_addresses",
+    "obstacle",
+    "plain",
+    "readable",
+    "require_dense",
+    "same_memory",
+    "step_addresses",
+    "surroundings",
+    "wrapped",
+]
 
 _PLAIN: Final = (Tensor, nn.Parameter)
 _NO_DISPATCH: Final = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
@@ -153,9 +163,14 @@ def address(name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> i
     """
     try:
         if (
-            type(t) in _PLAIN and t.dtype is dtype and t.layout is torch.strided and not t.is_nested
-            and t.device == device and t.is_contiguous() and not t.is_neg()
-        ):  # fmt: skip
+            type(t) in _PLAIN
+            and t.dtype is dtype
+            and t.layout is torch.strided
+            and not t.is_nested
+            and t.device == device
+            and t.is_contiguous()
+            and not t.is_neg()
+        ):
             size, place = t.nbytes, t.data_ptr()
             if size == 0 or (place and t.untyped_storage().nbytes() >= size + t.storage_offset() * t.itemsize):
                 return place
@@ -190,10 +205,16 @@ class Addresses:
 
 
 def step_addresses(
-    x: Sequence[Tensor], grad: Sequence[Tensor], params: Sequence[Any], known: Sequence[Tensor],
-    settled: Sequence[Any], dtypes: Sequence[torch.dtype], shapes: Sequence[torch.Size], sizes: Sequence[int],
+    x: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    params: Sequence[Any],
+    known: Sequence[Tensor],
+    settled: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[torch.Size],
+    sizes: Sequence[int],
     orders: Sequence[torch.memory_format] | None = None,
-) -> tuple[list[int], list[int]] | None:  # fmt: skip
+) -> tuple[list[int], list[int]] | None:
     """The addresses of ``x`` and ``grad`` on the CPU, or ``None`` where one of them or ``params`` wants a closer look.
 
     ``x`` and ``params`` must be the objects ``known`` and ``settled`` of the last step; a gradient is a new tensor at
@@ -206,10 +227,17 @@ def step_addresses(
             t = x[i]
             dense = g.is_contiguous() if orders is None else g.is_contiguous(memory_format=orders[i])
             if (
-                t is not known[i] or params[i] is not settled[i] or type(g) is not Tensor or g.dtype is not dtypes[i]
-                or not dense or not g.is_cpu or g.shape != shapes[i] or g.is_neg()
-                or g.untyped_storage().nbytes() < sizes[i] or g.storage_offset()
-            ):  # fmt: skip
+                t is not known[i]
+                or params[i] is not settled[i]
+                or type(g) is not Tensor
+                or g.dtype is not dtypes[i]
+                or not dense
+                or not g.is_cpu
+                or g.shape != shapes[i]
+                or g.is_neg()
+                or g.untyped_storage().nbytes() < sizes[i]
+                or g.storage_offset()
+            ):
                 return None
             places.append(t.data_ptr())
             gradients.append(g.data_ptr())

@@ -97,9 +97,17 @@ class Dynamics:
     """
 
     def __init__(
-        self, x: Sequence[Tensor], *, indices: Sequence[int], masks: Sequence[bool | Tensor], seed: int,
-        chain_offset: int, alive: Tensor, keeps: bool, freeze: bool,
-    ) -> None:  # fmt: skip
+        self,
+        x: Sequence[Tensor],
+        *,
+        indices: Sequence[int],
+        masks: Sequence[bool | Tensor],
+        seed: int,
+        chain_offset: int,
+        alive: Tensor,
+        keeps: bool,
+        freeze: bool,
+    ) -> None:
         self.x = [t.contiguous() for t in x]
         self.shapes = [t.shape for t in self.x]
         self.chains = self.x[0].shape[0]
@@ -121,9 +129,15 @@ class Dynamics:
         )
         for i, (t, index) in enumerate(zip(self.x, indices, strict=True)):
             self._op.add(
-                math.prod(t.shape[1:]), index, _address(self._masks[i]), _address(t), _address(self.y[i]),
-                _address(self.v[i]), _address(self._before[i]) if keeps else 0, _address(self.g[i]) if keeps else 0,
-            )  # fmt: skip
+                math.prod(t.shape[1:]),
+                index,
+                _address(self._masks[i]),
+                _address(t),
+                _address(self.y[i]),
+                _address(self.v[i]),
+                _address(self._before[i]) if keeps else 0,
+                _address(self.g[i]) if keeps else 0,
+            )
 
     @property
     def _threads(self) -> int:
@@ -200,9 +214,16 @@ class Proposals:
     """
 
     def __init__(
-        self, shapes: Sequence[torch.Size], masks: Sequence[Tensor | None], *, seed: int, stream: int,
-        chain_offset: int, keep: bool, rows_per_chain: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        shapes: Sequence[torch.Size],
+        masks: Sequence[Tensor | None],
+        *,
+        seed: int,
+        stream: int,
+        chain_offset: int,
+        keep: bool,
+        rows_per_chain: int = 1,
+    ) -> None:
         rows = self.rows = shapes[0][0]
         self.shapes = shapes
         self.prob = torch.zeros(rows, dtype=torch.float32, device="cpu")
@@ -252,9 +273,15 @@ class Proposals:
         self._op.outputs(_address(self.prob), _address(self.accepted), _address(alive))
 
     def decide(
-        self, x: Sequence[Tensor], y: Sequence[Tensor], grad_x: Sequence[Tensor], grad_y: Sequence[Tensor],
-        energy: Tensor, new_energy: Tensor, step: int,
-    ) -> None:  # fmt: skip
+        self,
+        x: Sequence[Tensor],
+        y: Sequence[Tensor],
+        grad_x: Sequence[Tensor],
+        grad_y: Sequence[Tensor],
+        energy: Tensor,
+        new_energy: Tensor,
+        step: int,
+    ) -> None:
         """The decision, in ``prob`` and ``accepted``. ``x``, ``y``, ``grad_x`` and ``energy`` are the caller's own,
         float32 and contiguous; what the energy returned may be anything."""
         grad_y, new_energy = _floats(grad_y, self.shapes), energies(new_energy, self.rows)
@@ -264,9 +291,21 @@ class Proposals:
 
 
 def exchange(
-    tensors: Sequence[Tensor], *, rungs: int, seed: int, step: int, stream: int, chain_offset: int, inverse: Tensor,
-    energy: Tensor, alive: Tensor, origin: Tensor, prob: Tensor, prob_sum: Tensor, side: int,
-) -> None:  # fmt: skip
+    tensors: Sequence[Tensor],
+    *,
+    rungs: int,
+    seed: int,
+    step: int,
+    stream: int,
+    chain_offset: int,
+    inverse: Tensor,
+    energy: Tensor,
+    alive: Tensor,
+    origin: Tensor,
+    prob: Tensor,
+    prob_sum: Tensor,
+    side: int,
+) -> None:
     """Exchanges neighbours (side, side + 1), ... of a ladder in place: rows of ``tensors`` and what there is per row.
 
     Args:
@@ -277,10 +316,22 @@ def exchange(
     """
     chains = energy.shape[0] // rungs
     native.cpu().exchange(
-        [_address(t) for t in tensors], [math.prod(t.shape[1:]) for t in tensors], chains, rungs, seed & (1 << 64) - 1,
-        step & 0xFFFFFFFF, stream, chain_offset & 0xFFFFFFFF, _address(inverse), _address(energy), _address(alive),
-        _address(origin), _address(prob), _address(prob_sum), side,
-    )  # fmt: skip
+        [_address(t) for t in tensors],
+        [math.prod(t.shape[1:]) for t in tensors],
+        chains,
+        rungs,
+        seed & (1 << 64) - 1,
+        step & 0xFFFFFFFF,
+        stream,
+        chain_offset & 0xFFFFFFFF,
+        _address(inverse),
+        _address(energy),
+        _address(alive),
+        _address(origin),
+        _address(prob),
+        _address(prob_sum),
+        side,
+    )
 
 
 def finite_rows_(alive: Tensor, values: Tensor) -> Tensor:

@@ -70,9 +70,13 @@ def supports_options(chain: MlpChain, x: Tensor) -> str | None:
     if sum(chain.widths) != inputs or min(chain.widths) < 0:
         return f"the widths {chain.widths} do not sum to the {inputs} inputs"
     if (
-        table.dim() != 4 or table.dtype != torch.float32 or plain_on_cpu("constants", table) is not None
-        or table.shape[0] == 0 or table.shape[1:3] != (tensors, len(FIELDS)) or table.shape[3] not in (1, chains)
-    ):  # fmt: skip
+        table.dim() != 4
+        or table.dtype != torch.float32
+        or plain_on_cpu("constants", table) is not None
+        or table.shape[0] == 0
+        or table.shape[1:3] != (tensors, len(FIELDS))
+        or table.shape[3] not in (1, chains)
+    ):
         return f"the constants are {table.dtype} {tuple(table.shape)} on {table.device}"
     if bool(table.isnan().any()):
         for name in _LIMITS:
@@ -80,9 +84,10 @@ def supports_options(chain: MlpChain, x: Tensor) -> str | None:
             if bool(table[:, :, FIELDS.index(name)].isnan().any()):
                 return f"{name} holds NaN"
     if mask is not None and (
-        mask.dtype != torch.uint8 or plain_on_cpu("observed", mask) is not None
+        mask.dtype != torch.uint8
+        or plain_on_cpu("observed", mask) is not None
         or mask.shape not in ((chains, inputs), (1, inputs))
-    ):  # fmt: skip
+    ):
         return f"observed is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
     return None
 
@@ -212,6 +217,13 @@ def run(
 ) -> MlpResult:
     """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
     return call_chain(
-        "langevin_mlp", chain, x, lambda addresses: _described(chain.terms, x, addresses), steps, first_step,
-        energy=energy, grad_norm=grad_norm, reason=supports(chain, x),
-    )  # fmt: skip
+        "langevin_mlp",
+        chain,
+        x,
+        lambda addresses: _described(chain.terms, x, addresses),
+        steps,
+        first_step,
+        energy=energy,
+        grad_norm=grad_norm,
+        reason=supports(chain, x),
+    )

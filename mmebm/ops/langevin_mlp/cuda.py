@@ -64,14 +64,19 @@ def _reason(chain: MlpChain, x: Tensor) -> str | None:
     if sum(chain.widths) != inputs or min(chain.widths) < 0:
         return f"the widths {chain.widths} do not sum to the {inputs} inputs"
     if (
-        table.dim() != 4 or table.dtype != torch.float32 or _plain("constants", table, x.device) is not None
-        or table.shape[0] == 0 or table.shape[1:3] != (tensors, len(FIELDS)) or table.shape[3] not in (1, chains)
-    ):  # fmt: skip
+        table.dim() != 4
+        or table.dtype != torch.float32
+        or _plain("constants", table, x.device) is not None
+        or table.shape[0] == 0
+        or table.shape[1:3] != (tensors, len(FIELDS))
+        or table.shape[3] not in (1, chains)
+    ):
         return f"the constants are {table.dtype} {tuple(table.shape)} on {table.device}"
     if mask is not None and (
-        mask.dtype != torch.uint8 or _plain("observed", mask, x.device) is not None
+        mask.dtype != torch.uint8
+        or _plain("observed", mask, x.device) is not None
         or mask.shape not in ((chains, inputs), (1, inputs))
-    ):  # fmt: skip
+    ):
         return f"observed is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
     if isinstance(chain.seed, Tensor) and chain.seed.device not in (x.device, torch.device("cpu")):
         return f"the seed is on {chain.seed.device}, the state on {x.device}"
@@ -113,10 +118,18 @@ def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[t
             out.append((0, *common))
             continue
         mask = term.observed
-        out.append((
-            1, *common, float(term.scale), term.likelihood == "laplace", bool(term.tanh), at("target", term.target),
-            at("observed", mask, torch.bool), mask is not None and mask.shape[0] > 1,
-        ))  # fmt: skip
+        out.append(
+            (
+                1,
+                *common,
+                float(term.scale),
+                term.likelihood == "laplace",
+                bool(term.tanh),
+                at("target", term.target),
+                at("observed", mask, torch.bool),
+                mask is not None and mask.shape[0] > 1,
+            )
+        )
     return out
 
 
@@ -172,13 +185,27 @@ def run(
         )
     ]
     arguments = (
-        addresses("x", x, torch.float32), chains, inputs, _described(chain.terms, x, addresses), tensors,
-        addresses("constants", chain.constants, torch.float32), chain.constants.shape[0], chain.constants.shape[3],
-        addresses("observed", mask, torch.uint8), mask is not None and mask.shape[0] > 1,
-        steps, *_number("seed", chain.seed, addresses), *_number("first_step", first_step, addresses),
-        chain.chain_offset & noise.MASK32, chain.noise_at == "before", chain.clamp_noise,
-        addresses.output("out", out), addresses.output("energy", energies), addresses.output("grad_norm", norms),
-        addresses.output("frozen", frozen), _PRECISIONS[chain.precision],
-    )  # fmt: skip
+        addresses("x", x, torch.float32),
+        chains,
+        inputs,
+        _described(chain.terms, x, addresses),
+        tensors,
+        addresses("constants", chain.constants, torch.float32),
+        chain.constants.shape[0],
+        chain.constants.shape[3],
+        addresses("observed", mask, torch.uint8),
+        mask is not None and mask.shape[0] > 1,
+        steps,
+        *_number("seed", chain.seed, addresses),
+        *_number("first_step", first_step, addresses),
+        chain.chain_offset & noise.MASK32,
+        chain.noise_at == "before",
+        chain.clamp_noise,
+        addresses.output("out", out),
+        addresses.output("energy", energies),
+        addresses.output("grad_norm", norms),
+        addresses.output("frozen", frozen),
+        _PRECISIONS[chain.precision],
+    )
     _launch(x, arguments)
     return MlpResult(out, energies, norms, frozen)

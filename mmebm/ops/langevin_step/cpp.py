@@ -97,9 +97,15 @@ class CppStepper(NativeStepper):
         return x
 
     def step(
-        self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
-        with_noise: bool, stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+        self,
+        x: list[Tensor],
+        grad: Sequence[Tensor],
+        params: Sequence[StepParams],
+        step: int | Tensor,
+        *,
+        with_noise: bool,
+        stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:
         # A step over a few thousand elements takes 3 us in C++: this function counts. What is as it was in the last
         # step needs no look; a gradient is a new tensor each time.
         known, settled = self._x, self._params

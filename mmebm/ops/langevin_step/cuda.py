@@ -130,9 +130,15 @@ class CudaStepper(NativeStepper):
         return x
 
     def step(
-        self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
-        with_noise: bool, stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+        self,
+        x: list[Tensor],
+        grad: Sequence[Tensor],
+        params: Sequence[StepParams],
+        step: int | Tensor,
+        *,
+        with_noise: bool,
+        stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:
         x = self._prepare(x, params)
         if len(grad) != len(x):
             raise ValueError(f"x, grad and params must have {len(x)} entries, got {len(x)}, {len(grad)}, {len(params)}")
@@ -142,8 +148,16 @@ class CudaStepper(NativeStepper):
         scratch = torch.empty(size, dtype=torch.uint8, device=self._device) if size else None
         found, places = stats_and_addresses(x[0].shape[0], self._device) if stats else (None, [0, 0, 0, 0])
         self._call(
-            "step", known_addresses(x), known_addresses(gradients), *self._seed[:2], word, place, with_noise,
-            0 if scratch is None else address("the scratch", scratch, self._device, torch.uint8), places[0], places[2],
-        )  # fmt: skip
+            "step",
+            known_addresses(x),
+            known_addresses(gradients),
+            *self._seed[:2],
+            word,
+            place,
+            with_noise,
+            0 if scratch is None else address("the scratch", scratch, self._device, torch.uint8),
+            places[0],
+            places[2],
+        )
         self._written(x)
         return x, found

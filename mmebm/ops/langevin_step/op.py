@@ -34,9 +34,15 @@ class Stepper(Protocol):
         ...
 
     def step(
-        self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
-        with_noise: bool, stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+        self,
+        x: list[Tensor],
+        grad: Sequence[Tensor],
+        params: Sequence[StepParams],
+        step: int | Tensor,
+        *,
+        with_noise: bool,
+        stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:
         """The whole update; ``with_noise=False`` where the noise was added before the gradient."""
         ...
 
@@ -62,10 +68,17 @@ class TorchStepper:
                 draw = torch.randn(xi.shape, dtype=xi.dtype, device=xi.device, generator=o.generator)
                 out.append(draw.to(dtype))
             else:
-                out.append(noise.normal(
-                    xi.shape, seed=o.seed, step=step, stream=noise.stream(index, noise.DRIFT),
-                    chain_offset=o.chain_offset, dtype=dtype, device=xi.device,
-                ))  # fmt: skip
+                out.append(
+                    noise.normal(
+                        xi.shape,
+                        seed=o.seed,
+                        step=step,
+                        stream=noise.stream(index, noise.DRIFT),
+                        chain_offset=o.chain_offset,
+                        dtype=dtype,
+                        device=xi.device,
+                    )
+                )
         return out
 
     def thresholds(self, x: Sequence[Tensor], step: int | Tensor, purpose: int) -> list[Tensor | None]:
@@ -76,30 +89,51 @@ class TorchStepper:
             return [None] * len(x)
         return [
             noise.rounding_fraction(
-                xi.shape, seed=o.seed, step=step, stream=noise.stream(index, purpose), chain_offset=o.chain_offset,
+                xi.shape,
+                seed=o.seed,
+                step=step,
+                stream=noise.stream(index, purpose),
+                chain_offset=o.chain_offset,
                 device=xi.device,
             )
             if xi.dtype in (torch.float16, torch.bfloat16)
             else None
             for xi, index in zip(x, o.streams, strict=True)
-        ]  # fmt: skip
+        ]
 
     def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
         return reference.perturb(
-            x, self._noise(x, step), params, clamp_noise=self.options.clamp_noise, observed=self.options.observed,
+            x,
+            self._noise(x, step),
+            params,
+            clamp_noise=self.options.clamp_noise,
+            observed=self.options.observed,
             thresholds=self.thresholds(x, step, noise.PERTURB_ROUNDING),
-        )  # fmt: skip
+        )
 
     def step(
-        self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
-        with_noise: bool, stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+        self,
+        x: list[Tensor],
+        grad: Sequence[Tensor],
+        params: Sequence[StepParams],
+        step: int | Tensor,
+        *,
+        with_noise: bool,
+        stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:
         drawn = self._noise(x, step) if with_noise else [None] * len(x)
         return reference.langevin_step(
-            x, grad, drawn, params, norm_over=self.options.norm_over, outside=self.options.outside,
-            score=self.options.score, observed=self.options.observed,
-            thresholds=self.thresholds(x, step, noise.ROUNDING), stats=stats,
-        )  # fmt: skip
+            x,
+            grad,
+            drawn,
+            params,
+            norm_over=self.options.norm_over,
+            outside=self.options.outside,
+            score=self.options.score,
+            observed=self.options.observed,
+            thresholds=self.thresholds(x, step, noise.ROUNDING),
+            stats=stats,
+        )
 
 
 def make(backend: str, module: Any, options: StepOptions, x: Sequence[Tensor]) -> Stepper:
@@ -159,20 +193,39 @@ _SCHEMA: Final = (
 
 
 def _run(
-    x: list[Tensor], grad: list[Tensor], numbers: list[float], tensors: list[Tensor | None], present: list[int], *,
-    phase: str, seed: int, step: int, chain_offset: int, observed: list[Tensor | None], norm_over: NormOver,
-    outside: Outside, clamp_noise: bool, score: bool, backend: str,
-) -> list[Tensor]:  # fmt: skip
+    x: list[Tensor],
+    grad: list[Tensor],
+    numbers: list[float],
+    tensors: list[Tensor | None],
+    present: list[int],
+    *,
+    phase: str,
+    seed: int,
+    step: int,
+    chain_offset: int,
+    observed: list[Tensor | None],
+    norm_over: NormOver,
+    outside: Outside,
+    clamp_noise: bool,
+    score: bool,
+    backend: str,
+) -> list[Tensor]:
     """The op: constants in rows of ``FIELDS`` per tensor of the state, as numbers or tensors; ``present`` has bit f of
     a row set where field f is given."""
     values = iter(number if value is None else value for number, value in zip(numbers, tensors, strict=True))
     rows = [[(name, next(values), bits >> f & 1) for f, name in enumerate(FIELDS)] for bits in present]
     params = [StepParams(**{name: value for name, value, given in row if given}) for row in rows]
     options = StepOptions(
-        seed=seed, streams=tuple(range(len(x))), noisy=(True,) * len(x), chain_offset=chain_offset,
-        norm_over=norm_over, outside=outside, clamp_noise=clamp_noise, score=score,
+        seed=seed,
+        streams=tuple(range(len(x))),
+        noisy=(True,) * len(x),
+        chain_offset=chain_offset,
+        norm_over=norm_over,
+        outside=outside,
+        clamp_noise=clamp_noise,
+        score=score,
         observed=tuple(observed),
-    )  # fmt: skip
+    )
     with torch.no_grad():
         x = [t.clone(memory_format=torch.contiguous_format) for t in x]
         chosen, _ = stepper(backend, x, options, params)
@@ -279,14 +332,22 @@ def langevin_step(
             raise ValueError(f"{name} must be given for every tensor, got None")
     values = [column[i] for i in range(len(x)) for column in columns]
     return torch.ops.mmebm.langevin_step(
-        [t.detach() for t in x], [g.detach() for g in gradients],
+        [t.detach() for t in x],
+        [g.detach() for g in gradients],
         [v if isinstance(v, float) else 0.0 for v in values],
         [v if isinstance(v, Tensor) else None for v in values],
         [sum(1 << f for f, column in enumerate(columns) if column[i] is not None) for i in range(len(x))],
-        phase="perturb" if grad is None else "step" if noise_at == "after" else "drift", seed=seed, step=step,
-        chain_offset=chain_offset, observed=masks, norm_over=norm_over, outside=outside, clamp_noise=clamp_noise,
-        score=score, backend=backend,
-    )  # fmt: skip
+        phase="perturb" if grad is None else "step" if noise_at == "after" else "drift",
+        seed=seed,
+        step=step,
+        chain_offset=chain_offset,
+        observed=masks,
+        norm_over=norm_over,
+        outside=outside,
+        clamp_noise=clamp_noise,
+        score=score,
+        backend=backend,
+    )
 
 
 def _tensors(name: str, value: Sequence[Tensor]) -> list[Tensor]:

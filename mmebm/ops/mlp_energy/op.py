@@ -68,9 +68,15 @@ def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple
         outputs = [(o, d) for o, d in ((energy, d_energy), (grad, d_grad)) if d is not None and o.requires_grad]
         found: list[Tensor | None] = [None] * len(wanted)
         if wanted and outputs:
-            found = list(torch.autograd.grad(
-                [o for o, _ in outputs], wanted, [d for _, d in outputs], create_graph=create_graph, allow_unused=True
-            ))  # fmt: skip
+            found = list(
+                torch.autograd.grad(
+                    [o for o, _ in outputs],
+                    wanted,
+                    [d for _, d in outputs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
     each = iter(found)
     grads = [next(each) if t.requires_grad else None for t in leaves]
     rest_grads = iter(grads[1:])

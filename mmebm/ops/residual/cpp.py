@@ -41,10 +41,14 @@ def supports(predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihoo
 
 
 def residual(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihood: Sequence[str],
-    scale: Sequence[float | Tensor], weight: Sequence[float | Tensor], observed: Sequence[Tensor | None],
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    likelihood: Sequence[str],
+    scale: Sequence[float | Tensor],
+    weight: Sequence[float | Tensor],
+    observed: Sequence[Tensor | None],
     gradients: bool,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:
     """Value and gradients as :func:`mmebm.ops.residual.reference.residual`; the arguments are checked by the op."""
     chains, device = predictions[0].shape[0], predictions[0].device
     grads = [torch.empty(y.shape, dtype=y.dtype, device=device) for y in predictions] if gradients else []
@@ -67,16 +71,29 @@ def residual(
         rows = mask is not None and mask.dim() == target.dim() and mask.shape[0] != 1
         if mask is not None:
             mask = mask.expand(target.shape if rows else (1, *target.shape[1:]))
-        modalities.append((
-            number, math.prod(target.shape[1:]), classes, _STORAGE[y.dtype], _STORAGE.get(target.dtype, 0),
-            addresses(f"predictions[{i}]", y, y.dtype), addresses(f"targets[{i}]", target, target.dtype),
-            addresses(f"observed[{i}]", mask, torch.bool), int(rows), *factor(f"scale[{i}]", scale[i]),
-            *factor(f"weight[{i}]", weight[i]), addresses.output("a gradient", grads[i]) if gradients else 0,
-        ))  # fmt: skip
+        modalities.append(
+            (
+                number,
+                math.prod(target.shape[1:]),
+                classes,
+                _STORAGE[y.dtype],
+                _STORAGE.get(target.dtype, 0),
+                addresses(f"predictions[{i}]", y, y.dtype),
+                addresses(f"targets[{i}]", target, target.dtype),
+                addresses(f"observed[{i}]", mask, torch.bool),
+                int(rows),
+                *factor(f"scale[{i}]", scale[i]),
+                *factor(f"weight[{i}]", weight[i]),
+                addresses.output("a gradient", grads[i]) if gradients else 0,
+            )
+        )
     value = torch.empty(chains, dtype=torch.float32, device=device)
     small = sum(y.numel() for y in predictions) < _SMALL
     native.cpu().residual(
-        modalities, chains, addresses.output("value", value), 1 if small else torch.get_num_threads(),
+        modalities,
+        chains,
+        addresses.output("value", value),
+        1 if small else torch.get_num_threads(),
         dispatch.isa(),
-    )  # fmt: skip
+    )
     return value, grads

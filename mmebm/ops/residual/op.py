@@ -64,9 +64,15 @@ def _unpack(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple
 
 
 def _op(
-    predictions: list[Tensor], targets: list[Tensor], likelihood: list[str], numbers: list[float],
-    tensors: list[Tensor | None], observed: list[Tensor | None], gradients: bool, backend: str,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    predictions: list[Tensor],
+    targets: list[Tensor],
+    likelihood: list[str],
+    numbers: list[float],
+    tensors: list[Tensor | None],
+    observed: list[Tensor | None],
+    gradients: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
     kinds: list[Any] = likelihood
     scale, weight = _unpack(numbers, tensors)
     with torch.no_grad():
@@ -87,9 +93,15 @@ def _op(
 
 
 def _fake(
-    predictions: list[Tensor], targets: list[Tensor], likelihood: list[str], numbers: list[float],
-    tensors: list[Tensor | None], observed: list[Tensor | None], gradients: bool, backend: str,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    predictions: list[Tensor],
+    targets: list[Tensor],
+    likelihood: list[str],
+    numbers: list[float],
+    tensors: list[Tensor | None],
+    observed: list[Tensor | None],
+    gradients: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
     wide = any(y.dtype == torch.float64 for y in predictions)
     value = predictions[0].new_empty(predictions[0].shape[0], dtype=torch.float64 if wide else torch.float32)
     return value, [y.new_empty(y.shape) for y in predictions] if gradients else []
@@ -121,13 +133,20 @@ def _backward(ctx: Any, d_value: Tensor | None, d_grads: list[Tensor | None] | N
             # aliases, so that the graph ends here and, with create_graph, goes on into the predictions
             leaves = [y.view_as(y) if y.requires_grad else y.detach().requires_grad_() for y in predictions]
             _, again = reference.residual(
-                leaves, targets, likelihood=ctx.likelihood, scale=scale, weight=weight,
+                leaves,
+                targets,
+                likelihood=ctx.likelihood,
+                scale=scale,
+                weight=weight,
                 observed=optional[2 * n :],
-            )  # fmt: skip
+            )
             second = torch.autograd.grad(
-                [g for g, d in zip(again, d_grads, strict=True) if d is not None], leaves,
-                [d for d in d_grads if d is not None], create_graph=create_graph, allow_unused=True,
-            )  # fmt: skip
+                [g for g, d in zip(again, d_grads, strict=True) if d is not None],
+                leaves,
+                [d for d in d_grads if d is not None],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         found = [a if b is None else b if a is None else a + b for a, b in zip(found, second, strict=True)]
     # torch wants a list back where it was given one of nothing but tensors, else None
     parts = ctx.present[: 2 * n], ctx.present[2 * n :]
@@ -259,9 +278,15 @@ def _masks(observed: Any, targets: list[Tensor]) -> list[Tensor | None]:
 
 
 def _call(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], likelihood: str | Sequence[str], scale: Value,
-    weight: Value, observed: Sequence[Tensor | None] | None, backend: str, gradients: bool | None,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    likelihood: str | Sequence[str],
+    scale: Value,
+    weight: Value,
+    observed: Sequence[Tensor | None] | None,
+    backend: str,
+    gradients: bool | None,
+) -> tuple[Tensor, list[Tensor]]:
     ys, ts = _list("predictions", predictions), _list("targets", targets)
     if len(ys) == 0 or len(ts) != len(ys):
         raise ValueError(
@@ -283,9 +308,11 @@ def _call(
         _check_modality(i, y, target, kind, chains, device)
     factors = [*_values("scale", scale, chains, len(ys), ys[0]), *_values("weight", weight, chains, len(ys), ys[0])]
     settings = (
-        kinds, [f if isinstance(f, float) else math.nan for f in factors],
-        [f if isinstance(f, Tensor) else None for f in factors], _masks(observed, ts),
-    )  # fmt: skip
+        kinds,
+        [f if isinstance(f, float) else math.nan for f in factors],
+        [f if isinstance(f, Tensor) else None for f in factors],
+        _masks(observed, ts),
+    )
     if gradients is None:
         gradients = torch.is_grad_enabled() and any(y.requires_grad for y in ys)
         if gradients and not torch.compiler.is_compiling():
