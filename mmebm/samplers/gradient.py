@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmebm.ops.common.layout import per_chain
 from mmebm.samplers.autograd_remedies import Remedies
+from mmebm.samplers.chain import Problem
 from mmebm.state import Key, Structure, like_state
 
 # not public: without it the public function serves
@@ -51,6 +52,14 @@ class Target:
     log_prob: bool = False
     score: bool = False
     remedies: Remedies = field(default_factory=Remedies)
+
+    @classmethod
+    def of(cls, p: Problem, *, masked: bool = False) -> Target:
+        """The energy of a problem; ``masked``: with no gradient where observed."""
+        masks = p.masks if masked else [False] * len(p.masks)
+        return cls(
+            p.energy, p.calls, p.keys, p.build, p.moving, masks, log_prob=p.sampler.log_prob, score=p.sampler.score
+        )
 
     @property
     def varies(self) -> bool:

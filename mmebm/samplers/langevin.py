@@ -8,46 +8,28 @@ the user says and gets. How the chain runs: in one call (:mod:`mmebm.samplers.wh
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mmebm import noise
 from mmebm.ops.common.params import NormOver, Outside, Rng
 from mmebm.ops.langevin_mlp import Precision
 from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
-from mmebm.samplers.arguments import (
-    NONFINITE,
-    NonFinite,
-    Samples,
-    calls_of,
-    check_arguments,
-    check_record,
-    check_writable,
-    choice,
-    counter,
-    finite_chains,
-    leaves,
-    report_nonfinite,
-)
-from mmebm.samplers.autograd_remedies import Remedies
-from mmebm.samplers.chain import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
+from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, join
+from mmebm.samplers.driver import Carry, S, Sampler
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.separable import check_separable
+from mmebm.samplers.settings import BOUND, NUMBERS, check_numbers, choice, langevin_rows, leaves
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
-from mmebm.state import State, check_setting, flag, flatten, integer, like_state, observed_masks, per_key
+from mmebm.state import State, check_setting, flag, integer, per_key
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]
-
-S = TypeVar("S")  # the state's structure
-
-RECORDS = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -58,7 +40,7 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Langevin:
+class Langevin(Sampler):
     """An immutable description of Langevin dynamics; :meth:`sample` runs it.
 
     Every number may be a float, a tensor that broadcasts (a 1-D tensor of length chains means one value per chain), a
@@ -100,6 +82,9 @@ class Langevin:
         TypeError, ValueError: naming the argument, the value and what would do.
     """
 
+    records: ClassVar = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
+    takes_16_bits: ClassVar = True
+
     step_size: Any
     noise_scale: Any = None
     temperature: Any = 1.0
@@ -127,38 +112,25 @@ class Langevin:
     on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
-        for name in ("clamp_noise", "log_prob", "score"):
-            flag(name, getattr(self, name))
+        self._check_options()
+        flag("clamp_noise", self.clamp_noise)
         choice("noise_at", self.noise_at, ("after", "before"))
         choice("norm_over", self.norm_over, ("chain", "tensor"))
         choice("bounds_at", self.bounds_at, ("step", "end"))
         choice("outside", self.outside, ("clamp", "reject"))
         choice("accept", self.accept, (None, "descent", "metropolis"))
-        choice("mode", self.mode, ("eval", "train", "keep"))
         choice("rng", self.rng, ("philox", "torch"))
         choice("precision", self.precision, get_args(Precision))
         choice("capture", self.capture, ("auto", True, False))
         if not isinstance(self.backend, str):
             raise TypeError(f'backend must be "auto" or a backend\'s name, got {self.backend!r:.80}')
-        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
-        for name in ("step_size", "temperature"):
-            value = getattr(self, name)
-            if value is None or (isinstance(value, Mapping) and any(leaf is None for leaf in value.values())):
-                raise TypeError(
-                    f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}"
-                )
-        for name, allowed in NUMBERS.items():
-            for label, leaf in leaves(name, getattr(self, name)):
-                if not callable(leaf):
-                    check_setting(label, leaf, **allowed)
+        check_numbers(self, NUMBERS, required=("step_size", "temperature"))
         plain = isinstance(self.temperature, (int, float)) and self.temperature == 1.0
         if self.noise_scale is not None and not plain:
             raise ValueError(
                 "give noise_scale or temperature, not both: noise_scale is the noise's standard deviation; "
                 f"got {self.noise_scale!r} and {self.temperature!r}"
             )
-        if self.log_prob and self.score:
-            raise ValueError("give log_prob=True or score=True, not both")
         for label, pair in leaves("bounds", self.bounds):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"{label} must be (low, high), or a mapping to such pairs, got {pair!r:.80}")
@@ -280,140 +252,80 @@ class Langevin:
             BackendError: where an explicit backend cannot run this chain.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
         """
-        if not callable(energy):
-            raise TypeError(f"energy must be callable, got {type(energy).__name__}")
-        keys, tensors, build = flatten(state)
-        chains, device = tensors[0].shape[0], tensors[0].device
-        steps = integer("steps", steps, 0)
-        thin = None if thin is None else integer("thin", thin, 1)
         chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
-        chain_offset = integer("chain_offset", chain_offset, 0, 2**32 - chains + 1)
-        first_step = counter("first_step", first_step, 0, 2**32 - steps + 1, device)
-        wanted = 0 if differentiable is None or differentiable is False else differentiable
-        last = steps if wanted is True else integer("differentiable", wanted, 0)
-        if last and (inplace or chunk_size is not None):
+        if differentiable not in (None, False, 0) and (inplace or chunk_size is not None):
             raise ValueError(f"differentiable goes without inplace and chunk_size, got {differentiable!r}")
-        check_arguments(args, kwargs)
-        check_record(record, RECORDS)
-        flag("offload", offload)
-        flag("inplace", inplace)
-        if "energy" in record and self.score:
-            raise ValueError('record="energy" needs an energy; with score=True there is none')
-        if "accepted" in record and self.accept is None:
-            raise ValueError('record="accepted" needs accept="metropolis" or "descent"')
-        if offload and thin is None:
-            raise ValueError("offload moves the trajectory: it needs thin")
-        if self.accept == "metropolis" and any(widen(t[:0]).dtype != t.dtype for t in tensors):
-            raise ValueError('accept="metropolis" needs float32 or float64: a step rounded to 16 bits is no Gaussian')
-        if inplace:
-            check_writable(keys, tensors)
         if self.rng == "torch" and (chain_offset or chunk_size is not None):
             raise ValueError('chain_offset and chunk_size need rng="philox": torch\'s noise depends on the batch')
         if chunk_size is not None and self.norm_over == "tensor" and self.grad_norm_clip is not None:
             raise ValueError('chunk_size cannot go with norm_over="tensor": its norm runs over all chains')
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("give seed or generator, not both")
-            seed = counter("seed", seed, -(2**63), 2**64, device)
-        given_seed = seed
-        if self.rng == "torch":
-            if isinstance(seed, Tensor):
-                raise TypeError('seed must be an int with rng="torch", got a tensor')
-            if generator is not None and generator.device.type != device.type:
-                raise ValueError(f'rng="torch" draws on {device}, but the generator is on {generator.device}')
-            if seed is not None:
-                generator = torch.Generator(device).manual_seed(seed)
-            seed = 0
-        elif seed is None:
-            seed = given_seed = noise.draw_seed(generator)
+        return self._sample(
+            energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
+            generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
+            offload=offload, inplace=inplace, chunk_size=chunk_size, differentiable=differentiable,
+        )  # fmt: skip
 
-        masks = observed_masks(observed, keys, tensors)
-        groups = blocks_of(blocks, keys, masks)
-        # leaving inference mode, so that autograd works; what was made in it is copied, as autograd cannot save it
-        with torch.inference_mode(False), torch.set_grad_enabled(last > 0):
-            params, noisy = params_of(self, keys, tensors, first_step, steps)
-            calls = calls_of(tuple(args), dict(kwargs or {}), first_step, steps)
-            problem = Problem(
-                energy=energy, calls=calls, keys=keys, build=build, steps=steps, blocks=groups, masks=masks,
-                params=params, ends=[], project=per_key("project", self.project, keys, required=False), noisy=noisy,
-                seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step,
-                record=tuple(record), thin=thin, offload=bool(offload), differentiable=min(last, steps),
-            )  # fmt: skip
-            if self.bounds_at == "end":
-                free = params.map(lambda name, value: None if name in ("low", "high") else value)
-                problem = dataclasses.replace(problem, params=free, ends=params[-1] if steps else [])
-            if chunk_size is None or chains <= chunk_size:
-                result = self._run(problem, tensors)
-            else:
-                check_separable(self, problem, tensors, chunk_size)
-                rows = [slice(start, start + chunk_size) for start in range(0, chains, chunk_size)]
-                result = join([self._run(cut(problem, chains, part), [t[part] for t in tensors]) for part in rows])
-            out, trace, trajectory, broken, info = result
-            if offload and device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-            if self.finish is not None:
-                out = self._finished(problem, out)
-            report_nonfinite(self.on_nonfinite, broken, steps)
-        if inplace:
-            with torch.no_grad():
-                for given, new in zip(tensors, out, strict=True):
-                    given.copy_(new)
-            out = tensors
-        info = {
-            "seed": given_seed, "steps": steps, "first_step": first_step, "next_step": first_step + steps,
-            "nonfinite": broken, **info,
-        }  # fmt: skip
-        return Samples(build(out), trace, None if thin is None else build(trajectory), info)
+    def init(
+        self,
+        state: State,
+        *,
+        carried: Mapping[str, Any] | None = None,
+        observed: Any = None,
+        blocks: Sequence[Any] | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        chain_offset: int = 0,
+        first_step: int | Tensor = 0,
+    ) -> Carry:
+        """What the first :meth:`step` from ``state`` is given: as :meth:`Sampler.init`, with ``blocks`` of
+        :meth:`sample`."""
+        return self._start(
+            state, carried, observed=observed, blocks=blocks, seed=seed, generator=generator,
+            chain_offset=chain_offset, first_step=first_step,
+        )  # fmt: skip
 
-    def _run(self, p: Problem, tensors: list[Tensor]) -> Any:
-        modules = modules_of(p.energy, *p.calls[0])
-        with torch.no_grad(), sampling(modules, self.mode):
-            whole = whole_chain.run(self, p, [t.detach() for t in tensors])
-        if isinstance(whole, Run):
-            return self._finish(p, whole.state, whole.trace, whole.trajectory, whole.frozen, {
-                "backend": whole.backend, "op": whole.op, "reason": whole.reason
-            })  # fmt: skip
-        captured = capture.run(self, p, [t.detach() for t in tensors], functools.partial(langevin_steps.run, self))
-        if isinstance(captured, str):
-            op_name, ran = "langevin_step", langevin_steps.run(self, p, tensors)
-            reason = f"{ran.reason}; a step at a time: {whole}; not captured: {captured}"
+    def _without_steps(self) -> str | None:
+        return 'bounds_at="end", as it is in no chain\'s end' if self.bounds_at == "end" else super()._without_steps()
+
+    def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
+        if "accepted" in p.record and self.accept is None:
+            raise ValueError('record="accepted" needs accept="metropolis" or "descent"')
+        if self.accept == "metropolis" and any(widen(t[:0]).dtype != t.dtype for t in tensors):
+            raise ValueError('accept="metropolis" needs float32 or float64: a step rounded to 16 bits is no Gaussian')
+        params, noisy = langevin_rows(self, p.keys, tensors, p.first_step, p.steps)
+        ends = params[-1] if self.bounds_at == "end" and p.steps else []
+        if self.bounds_at == "end":
+            params = params.map(lambda name, value: None if name in ("low", "high") else value)
+        project = per_key("project", self.project, p.keys, required=False)
+        p = dataclasses.replace(p, params=params, noisy=noisy, project=project)
+        chains, size = tensors[0].shape[0], p.chunk_size
+        if size is None or chains <= size:
+            run = _one_run(p, tensors)
         else:
-            op_name, ran = "langevin_graph", captured
-            reason = f"{ran.reason}; not a fused call: {whole}"
-        info: dict[str, Any] = {"backend": ran.backend, "op": op_name, "reason": reason}
-        if ran.never_accepted is not None:
-            info["never_accepted"] = ran.never_accepted
-        return self._finish(p, ran.state, ran.trace, ran.trajectory, ran.frozen, info)
+            check_separable(p, tensors, size)
+            rows = [slice(start, start + size) for start in range(0, chains, size)]
+            run = join([_one_run(cut(p, chains, part), [t[part] for t in tensors]) for part in rows])
+        if not ends:
+            return run
+        return dataclasses.replace(
+            run, state=[clamp_at_end(end, mask, t) for end, mask, t in zip(ends, p.masks, run.state, strict=True)]
+        )
 
-    def _finished(self, p: Problem, x: list[Tensor]) -> list[Tensor]:
-        """``finish`` of the final state, observed elements as they were."""
-        assert self.finish is not None
-        # on always, as for a score: the function may take a gradient itself
-        with torch.enable_grad(), sampling(modules_of(self.finish), self.mode, once=not p.differentiable):
-            # copies, as the function may work in place
-            value = Remedies()(self.finish, p.build([t.clone() for t in x]))
-        out = like_state(value, p.keys, x, name="finish")
-        if not p.differentiable:
-            out = [t.detach() for t in out]
-        pairs = zip(x, out, p.masks, strict=True)
-        return [t if mask is True else torch.where(mask, t, y) if mask is not False else y for t, y, mask in pairs]
 
-    @staticmethod
-    def _finish(
-        p: Problem, x: list[Tensor], trace: dict[str, Tensor], kept: list[Tensor], frozen: Tensor | None,
-        info: dict[str, Any],
-    ) -> Any:  # fmt: skip
-        """What is left after the last step: bounds at the end, which chains are broken."""
-        if p.ends:
-            x = [clamp_at_end(p, i, t) for i, t in enumerate(x)]
-        if not p.differentiable:
-            x = [t.detach() for t in x]
-        broken = ~finite_chains([t.detach() for t in x], x[0].shape[0], x[0].device)
-        if frozen is not None:
-            broken = broken | frozen
-        return x, trace, kept, broken, info
+def _one_run(p: Problem, tensors: list[Tensor]) -> Run:
+    """In one call, as a CUDA graph or a step at a time, and why."""
+    detached = [t.detach() for t in tensors]
+    with torch.no_grad(), sampling(modules_of(p.energy, *p.calls[0]), p.sampler.mode):
+        whole = whole_chain.run(p, detached)
+    if isinstance(whole, Run):
+        return whole
+    captured = capture.run(p, detached, langevin_steps.run)
+    if isinstance(captured, str):
+        out = langevin_steps.run(p, tensors)
+        reason = f"{out.info['reason']}; a step at a time: {whole}; not captured: {captured}"
+        return dataclasses.replace(out, info={**out.info, "reason": reason})
+    reason = f"{captured.info['reason']}; not a fused call: {whole}"
+    return dataclasses.replace(captured, info={**captured.info, "op": "langevin_graph", "reason": reason})
 
 
 def MALA(step_size: Any, temperature: Any = 1.0, **options: Any) -> Langevin:
@@ -504,9 +416,8 @@ def langevin(
         on_nonfinite=on_nonfinite,
     )  # fmt: skip
     out = sampler.sample(
-        energy, state, steps,  # pyright: ignore[reportArgumentType]
-        args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed, generator=generator,
-        chain_offset=chain_offset, first_step=first_step, inplace=inplace, chunk_size=chunk_size,
+        energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
+        generator=generator, chain_offset=chain_offset, first_step=first_step, inplace=inplace, chunk_size=chunk_size,
         differentiable=differentiable,
     )  # fmt: skip
     return out.state
