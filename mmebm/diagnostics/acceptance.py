@@ -78,7 +78,9 @@ def mala_acceptance(
             f"temperature must be a number or one per chain ({chains},), got shape {tuple(target_temperature.shape)}"
         )
     if isinstance(target_temperature, Tensor):
-        target_temperature = target_temperature.to(device, torch.float64).reshape(-1)
+        t = target_temperature.to(device, torch.float64).reshape(-1)
+    else:
+        t = float(target_temperature)
     after = step.sample(
         energy, state, 1, args=args, kwargs=kwargs, observed=observed, seed=p.seed, chain_offset=p.chain_offset,
         first_step=p.first_step,
@@ -95,6 +97,6 @@ def mala_acceptance(
         ratio = log_ratio(
             [x[i] for i in p.moving], [y[i] for i in p.moving], g, g_new,
             one_per_chain("mala_acceptance", e), one_per_chain("mala_acceptance", e_new),
-            [params[i] for i in p.moving], [p.mask(i) for i in p.moving], target_temperature, sampler.norm_over,
+            [params[i] for i in p.moving], [p.mask(i) for i in p.moving], t, sampler.norm_over,
         )  # fmt: skip
         return torch.nan_to_num(ratio.clamp(max=0.0).exp(), nan=0.0, posinf=0.0).to(x[0].dtype)

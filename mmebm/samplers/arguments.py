@@ -25,7 +25,8 @@ def check_arguments(args: Any, kwargs: Any) -> None:
 
 def check_record(record: Any, records: Sequence[str]) -> None:
     """Raises a ValueError where ``record`` is no collection of names among ``records``."""
-    if not isinstance(record, (list, tuple, Set)) or any(name not in records for name in record):
+    names: Any = record if isinstance(record, (list, tuple, Set)) else [None]
+    if any(name not in records for name in names):
         raise ValueError(f"record must be a collection of {list(records)}, got {record!r:.80}")
 
 
@@ -78,11 +79,10 @@ def blocks_of(blocks: Any, keys: tuple[Key, ...], masks: list[bool | Tensor]) ->
     moving = [i for i in range(len(keys)) if masks[i] is not True]
     if blocks is None:
         return [moving] if moving else []
-    if not isinstance(blocks, (list, tuple)) or not all(
-        isinstance(item, (str, int, list, tuple, Set)) for item in blocks
-    ):
+    items: list[Any] = list(blocks) if isinstance(blocks, (list, tuple)) else [None]
+    if not all(isinstance(item, (str, int, list, tuple, Set)) for item in items):
         raise TypeError(f"blocks must be a list of keys or of collections of keys, got {blocks!r:.80}")
-    groups = [[item] if isinstance(item, (str, int)) else list(item) for item in blocks]
+    groups: list[list[Any]] = [[item] if isinstance(item, (str, int)) else list(item) for item in items]
     named = [key for group in groups for key in group]
     if len(named) != len(keys) or any(key not in named for key in keys):
         raise ValueError(f"blocks must hold each of {list(keys)} exactly once, got {groups}")
@@ -114,7 +114,7 @@ def parts_like(name: str, value: Any, p: Problem, tensors: Sequence[Tensor], run
 def resolve(
     sampler: Any, energy: Any, state: State, steps: int, *, args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None, observed: Any = None, blocks: Any = None, seed: int | Tensor | None = None,
-    generator: torch.Generator | None = None, chain_offset: int = 0, first_step: int | Tensor = 0,
+    generator: Any = None, chain_offset: int = 0, first_step: int | Tensor = 0,
     record: Collection[str] = (), thin: int | None = None, offload: bool = False, inplace: bool = False,
     chunk_size: int | None = None, differentiable: int | bool | None = None, carried: Mapping[str, Any] | None = None,
 ) -> tuple[Problem, list[Tensor], int | Tensor | None]:  # fmt: skip

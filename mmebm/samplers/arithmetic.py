@@ -61,5 +61,6 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map_tensors(part, function) for part in value)
     if type(value) is dict:
-        return {name: map_tensors(part, function) for name, part in value.items()}
+        entries: dict[Any, Any] = value
+        return {name: map_tensors(part, function) for name, part in entries.items()}
     return value

@@ -51,10 +51,10 @@ class Problem:
     thin: int | None
     offload: bool
     differentiable: int
-    carried: Mapping[str, Any] = field(default_factory=dict)
+    carried: Mapping[str, Any] = field(default_factory=dict[str, Any])
     params: Sequence[Any] = ()
-    project: list[Callable[[Tensor], Tensor] | None] = field(default_factory=list)
-    noisy: list[bool] = field(default_factory=list)
+    project: list[Callable[[Tensor], Tensor] | None] = field(default_factory=list[Any])
+    noisy: list[bool] = field(default_factory=list[bool])
     chunk_size: int | None = None
 
     @property
@@ -94,7 +94,7 @@ class Run:
     trajectory: list[Tensor]
     broken: Tensor
     info: dict[str, Any]
-    carried: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Run:
         """With ``function`` of every tensor that is handed out."""

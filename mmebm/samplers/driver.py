@@ -197,13 +197,17 @@ class Carry:
         seed: of the noise; with ``rng="torch"`` that of ``generator``, or None.
         generator: with ``rng="torch"`` what draws the noise (this one does move on), or None: torch's own.
         carried: the sampler's own: velocities, a warm-up, a ladder; and the energy and gradient at the state.
+
+    Example:
+        >>> mmebm.Langevin(0.1).init(torch.zeros(8, 2), seed=3)
+        <Carry: next step 0, seed 3, with nothing else>
     """
 
     next_step: int | Tensor
     seed: int | Tensor | None
     generator: torch.Generator | None
     options: Mapping[str, Any]
-    carried: Mapping[str, Any] = field(default_factory=dict)
+    carried: Mapping[str, Any] = field(default_factory=dict[str, Any])
     place: _Place | None = None
 
     def __repr__(self) -> str:
@@ -315,6 +319,12 @@ class Sampler:
 
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
+
+        Example:
+            >>> sampler, energy, x = mmebm.Underdamped(0.1), lambda x: x.square().sum(1), torch.zeros(100, 2)
+            >>> out = sampler.sample(energy, x, 50, seed=0)
+            >>> carry = sampler.init(out.state, carried=out.info, seed=0, first_step=50)
+            >>> x, carry, info = sampler.step(energy, out.state, carry)
         """
         return self._start(
             state, carried, observed=observed, seed=seed, generator=generator, chain_offset=chain_offset,
@@ -322,7 +332,7 @@ class Sampler:
         )  # fmt: skip
 
     def _start(self, state: State, carried: Mapping[str, Any] | None = None, **arguments: Any) -> Carry:
-        p, _, seed = resolve(self, lambda x: x, state, 0, **arguments)
+        p, _, seed = resolve(self, flatten, state, 0, **arguments)
         given = {name: value for name, value in (carried or {}).items() if name in self.carries and value is not None}
         options = {name: value for name, value in arguments.items() if name in ("observed", "blocks", "chain_offset")}
         return Carry(p.first_step, seed, p.generator if self.rng == "torch" else None, options, given)
@@ -365,7 +375,7 @@ class Sampler:
             >>> carry.next_step
             10
         """
-        if not isinstance(carry, Carry):
+        if not isinstance(carry, Carry):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"carry must be what init or the last step returned, got {type(carry).__name__}")
         option = self._without_steps()
         if option is not None:

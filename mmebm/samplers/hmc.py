@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,24 +19,32 @@ from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.driver import Sampler, Steps
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import HMCOptions, Setting
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, choice, rows_of
 from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, check_setting, integer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NUMBERS: Numbers = {"step_size": {}, "temperature": {"strict": True}, "mass": {"strict": True}}
 
 
 @dataclass(frozen=True)
 class HMC(Sampler):
-    """An immutable description of Hamiltonian Monte Carlo; :meth:`sample` runs it.
+    """An immutable description of Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011); :meth:`sample` runs it.
 
     A step draws velocities from N(0, T / m), follows the Hamiltonian E(x) + sum of m v^2 / 2, over all elements of all
-    tensors, for ``leapfrog_steps`` leapfrog steps, and accepts each chain's end with probability
-    min(1, exp(-(change of the Hamiltonian) / T)). It takes one gradient per leapfrog step. The stationary law is the
-    target's, whatever the step size. A trajectory that overflows, or ends where the energy or its gradient is inf or
-    NaN, is rejected. A chain that is at such a place itself is reported in ``info["nonfinite"]`` and takes no part in
-    the warm-up; from an energy of +inf it moves to any finite one, from NaN nowhere.
+    tensors, for ``leapfrog_steps`` leapfrog steps
+
+        v <- v - (h / 2) dE/dx / m;  x <- x + h v;  v <- v - (h / 2) dE/dx / m
+
+    and accepts each chain's end with probability min(1, exp(-(change of the Hamiltonian) / T)). It takes one gradient
+    per leapfrog step. The stationary law is the target's, whatever the step size. A trajectory that overflows, or
+    ends where the energy or its gradient is inf or NaN, is rejected. A chain that is at such a place itself is
+    reported in ``info["nonfinite"]`` and takes no part in the warm-up; from an energy of +inf it moves to any finite
+    one, from NaN nowhere.
 
     ``step_size``, ``mass`` and ``temperature`` may each be a float, a tensor that broadcasts (a 1-D tensor of length
     chains means one value per chain), or a function of the step; the first two also a mapping from the state's keys.
@@ -44,10 +52,13 @@ class HMC(Sampler):
     Args:
         step_size: of a leapfrog step, a time; stable below 2 / sqrt(curvature / m).
         leapfrog_steps: per trajectory. 1 is Metropolis-adjusted Langevin with step_size h^2 / (2 m).
-        mass: ``m``, of each element.
         temperature: of the target exp(-E / T); a number, or one per chain.
         adapt: number of warm-up steps (those of index below ``adapt``) in which dual averaging moves a factor of all
             step sizes towards ``target_accept``; it is fixed afterwards. Samples of the warm-up are not the target's.
+            Hoffman and Gelman, JMLR 2014, section 3.2.
+
+    Other args:
+        mass: ``m``, of each element.
         target_accept: the mean acceptance probability that the warm-up aims at.
         adapt_over: a factor for each "chain", or one for "all" chains of the call, which settles sooner, but lets a
             chain depend on the batch it is in.
@@ -58,15 +69,21 @@ class HMC(Sampler):
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> sampler = mmebm.HMC(step_size=0.1, leapfrog_steps=5, adapt=50)
+        >>> out = sampler.sample(lambda x: 0.5 * x.square().sum(1), torch.zeros(1000, 2), 100, seed=0)
+        >>> bool((out.state.var(0) - 1).abs().max() < 0.2), out.info["acceptance"].shape
+        (True, torch.Size([1000]))
     """
 
     records: ClassVar = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
     carries: ClassVar = ("adaptation",)
 
-    step_size: Any
+    step_size: Setting
     leapfrog_steps: int = 10
-    mass: Any = 1.0
-    temperature: Any = 1.0
+    mass: Setting = 1.0
+    temperature: Setting = 1.0
     adapt: int = 0
     target_accept: float = 0.8
     adapt_over: Literal["chain", "all"] = "chain"
@@ -87,8 +104,13 @@ class HMC(Sampler):
         if isinstance(self.target_accept, Tensor) or self.target_accept >= 1:
             raise ValueError(f"target_accept must be a number between 0 and 1, got {self.target_accept!r}")
 
-    def replace(self, **changes: Any) -> HMC:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[HMCOptions]) -> HMC:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.HMC(0.1).replace(adapt=100).adapt
+            100
+        """
         return replace(self, **changes)
 
     @opaque
@@ -127,6 +149,15 @@ class HMC(Sampler):
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
+
+        Example:
+            >>> energy, x = lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2)
+            >>> first = mmebm.HMC(0.1, adapt=20).sample(energy, x, 10, seed=0)
+            >>> then = mmebm.HMC(0.1, adapt=20).sample(
+            ...     energy, first.state, 10, seed=0, first_step=10, adaptation=first.info["adaptation"]
+            ... )
+            >>> bool((then.state == mmebm.HMC(0.1, adapt=20).sample(energy, x, 20, seed=0).state).all())
+            True
         """
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"adaptation": adaptation},

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,11 +23,15 @@ from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
 from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, join
 from mmebm.samplers.driver import Carry, S, Sampler
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import Bounds, LangevinKeywords, LangevinOptions, Project, Setting
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.separable import check_separable
 from mmebm.samplers.settings import BOUND, NUMBERS, check_numbers, choice, langevin_rows, leaves
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
 from mmebm.state import State, check_setting, flag, integer, per_key
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]
 
@@ -35,13 +39,27 @@ __all__ = ["MALA", "Langevin", "Samples", "langevin"]
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """``function`` of a setting's value: of each entry of a mapping, of a schedule's value at each step."""
     if isinstance(value, Mapping):
-        return {key: _map(leaf, function) for key, leaf in value.items()}
-    return (lambda k: function(value(k))) if callable(value) else function(value)
+        entries: Mapping[Any, Any] = value
+        return {key: _map(leaf, function) for key, leaf in entries.items()}
+    if not callable(value):
+        return function(value)
+
+    def at(k: int) -> Any:
+        return function(value(k))
+
+    return at
 
 
 @dataclass(frozen=True)
 class Langevin(Sampler):
     """An immutable description of Langevin dynamics; :meth:`sample` runs it.
+
+        x <- x - a g(x) + s xi,    g = dE/dx,  xi ~ N(0, 1) for each element
+
+    with the stationary law exp(-E / T), T = s^2 / (2a), for small steps (Parisi 1981; Roberts and Tweedie, Bernoulli
+    1996; without bias as :func:`MALA`). In full, a step is
+
+        g = clip(dE/dx) + x / prior_std^2;  x <- bounds(x + clamp(-a g + s xi, +-max_update))
 
     Every number may be a float, a tensor that broadcasts (a 1-D tensor of length chains means one value per chain), a
     mapping from the state's keys (names of a dict, indices of a list) to such values, or a function of the step
@@ -51,13 +69,17 @@ class Langevin(Sampler):
         step_size: ``a``, literally the coefficient of the gradient.
         noise_scale: ``s``, literally the standard deviation of the noise; ``None`` means sqrt(2 step_size temperature).
         temperature: of the target exp(-E / temperature), where ``noise_scale`` is None.
+        bounds: (low, high), each as above or None.
+        log_prob: the callable returns log p (or f = -E) instead of E.
+
+    Other args:
         noise_at: "after" the gradient (Langevin), or "before" it (IGEBM and its relatives).
         clamp_noise: with ``noise_at="before"``, clamp to the bounds before the gradient is taken too.
         grad_clip: limit of each element of the gradient.
-        grad_norm_clip: limit of the gradient's l2 norm, of each chain or of the whole tensor (``norm_over``).
+        grad_norm_clip: limit of the gradient's l2 norm.
+        norm_over: of each "chain", or of the whole "tensor".
         max_update: limit of each element of the update, noise included.
         prior_std: adds x / prior_std^2 to the gradient, the drift of a Gaussian prior or reference N(0, prior_std^2).
-        bounds: (low, high), each as above or None.
         bounds_at: at every "step" or only at the "end" (the states of the trajectory are then without bounds).
         outside: at the bounds "clamp", or "reject": a chain with an element outside stays where it was.
         project: a function (or one per key) applied to a tensor after its update, e.g. onto a sphere.
@@ -65,7 +87,6 @@ class Langevin(Sampler):
             a rescaling); after the bounds at the end, without effect on the trajectory and on observed elements.
         accept: None, "descent": a chain moves only where its energy fell, or "metropolis": the step is a proposal
             (MALA), so that the chain's law is exp(-E / T) exactly, T = s^2 / (2a), which all tensors must share.
-        log_prob: the callable returns log p (or f = -E) instead of E.
         score: the callable returns the score d log p / dx, in the state's structure.
         mode: modules found in the energy run in "eval" or "train" mode or as they are ("keep"); restored afterwards.
         rng: "philox", noise that depends on (seed, chain, step, tensor, element) only, or "torch", ``torch.randn`` per
@@ -80,26 +101,31 @@ class Langevin(Sampler):
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> sampler = mmebm.Langevin(step_size={"image": 0.5, "text": 0.01}, bounds={"image": (0, 1)})
+        >>> sampler.replace(noise_scale=0.5).implied_temperature["image"]
+        0.25
     """
 
     records: ClassVar = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
     takes_16_bits: ClassVar = True
 
-    step_size: Any
-    noise_scale: Any = None
-    temperature: Any = 1.0
+    step_size: Setting
+    noise_scale: Setting | None = None
+    temperature: Setting = 1.0
     _: dataclasses.KW_ONLY
     noise_at: Literal["after", "before"] = "after"
     clamp_noise: bool = False
-    grad_clip: Any = None
-    grad_norm_clip: Any = None
+    grad_clip: Setting | None = None
+    grad_norm_clip: Setting | None = None
     norm_over: NormOver = "chain"
-    max_update: Any = None
-    prior_std: Any = None
-    bounds: Any = None
+    max_update: Setting | None = None
+    prior_std: Setting | None = None
+    bounds: Bounds | None = None
     bounds_at: Literal["step", "end"] = "step"
     outside: Outside = "clamp"
-    project: Any = None
+    project: Project | None = None
     finish: Callable[[Any], Any] | None = None
     accept: Literal["descent", "metropolis"] | None = None
     log_prob: bool = False
@@ -122,7 +148,7 @@ class Langevin(Sampler):
         choice("rng", self.rng, ("philox", "torch"))
         choice("precision", self.precision, get_args(Precision))
         choice("capture", self.capture, ("auto", True, False))
-        if not isinstance(self.backend, str):
+        if not isinstance(self.backend, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f'backend must be "auto" or a backend\'s name, got {self.backend!r:.80}')
         check_numbers(self, NUMBERS, required=("step_size", "temperature"))
         plain = isinstance(self.temperature, (int, float)) and self.temperature == 1.0
@@ -132,9 +158,9 @@ class Langevin(Sampler):
                 f"got {self.noise_scale!r} and {self.temperature!r}"
             )
         for label, pair in leaves("bounds", self.bounds):
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            if not isinstance(pair, (tuple, list)) or len(list[Any](pair)) != 2:
                 raise ValueError(f"{label} must be (low, high), or a mapping to such pairs, got {pair!r:.80}")
-            fixed = [end for end in pair if end is not None and not callable(end)]
+            fixed: list[Any] = [end for end in pair if end is not None and not callable(end)]
             for end in fixed:
                 check_setting(label, end, **BOUND)
             if len(fixed) == 2 and not any(isinstance(end, Tensor) for end in fixed) and fixed[0] > fixed[1]:
@@ -155,25 +181,51 @@ class Langevin(Sampler):
                 raise TypeError(f"{label} must be a function of a tensor, or a mapping to such, got {item!r:.80}")
 
     @classmethod
-    def from_sgld(cls, scale: Any, **options: Any) -> Langevin:
+    def from_sgld(
+        cls,
+        scale: Setting,
+        *,
+        accept: Literal["descent", "metropolis"] | None = None,
+        **options: Unpack[LangevinKeywords],
+    ) -> Langevin:
         """The convention x <- x - s^2/2 dE/dx + s xi: step_size = s^2 / 2, noise_scale = s; temperature 1.
 
         Args:
             scale: ``s``, whatever a setting may be: a number, a tensor, a mapping or a function of the step.
+
+        Other args:
+            accept, options: as :class:`Langevin` describes them; ``temperature`` is not among them.
+
+        Raises:
+            TypeError, ValueError: as :class:`Langevin`.
+
+        Example:
+            >>> mmebm.Langevin.from_sgld(0.2).implied_temperature
+            1.0
         """
         for label, leaf in leaves("scale", scale):
             if not callable(leaf):
                 check_setting(label, leaf)
-        return cls(_map(scale, lambda s: s**2 / 2), scale, **options)
+        return cls(_map(scale, lambda s: s**2 / 2), scale, accept=accept, **options)
 
-    def replace(self, **changes: Any) -> Langevin:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[LangevinOptions]) -> Langevin:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.Langevin(0.1).replace(step_size=0.2).step_size
+            0.2
+        """
         return dataclasses.replace(self, **changes)
 
     @property
     def implied_temperature(self) -> Any:
         """s^2 / (2a): the chain's stationary law is close to exp(-E / T). A mapping where the settings are mappings;
-        the value at step 0 where they are schedules; inf for step_size 0 with noise."""
+        the value at step 0 where they are schedules; inf for step_size 0 with noise.
+
+        Example:
+            >>> mmebm.Langevin(step_size=10.0, noise_scale=0.005).implied_temperature  # gradient descent, nearly
+            1.25e-06
+        """
 
         def temperature(a: Any, s: Any, t: Any) -> Any:
             a, s, t = (v(0) if callable(v) else v for v in (a, s, t))
@@ -183,12 +235,12 @@ class Langevin(Sampler):
                 return s**2 / (2 * a)
             return s**2 / (2 * a) if a else (math.inf if s else 0.0)
 
-        parts = (self.step_size, self.noise_scale, self.temperature)
-        keys = [key for part in parts if isinstance(part, Mapping) for key in part]
+        parts: list[Any] = [self.step_size, self.noise_scale, self.temperature]
+        keys: list[Any] = [key for part in parts if isinstance(part, Mapping) for key in part]
         if not keys:
             return temperature(*parts)
         return {
-            key: temperature(*(part.get(key) if isinstance(part, Mapping) else part for part in parts))
+            key: temperature(*(dict[Any, Any](part).get(key) if isinstance(part, Mapping) else part for part in parts))
             for key in dict.fromkeys(keys)
         }
 
@@ -221,13 +273,15 @@ class Langevin(Sampler):
                 with a leading chain dimension, or a scalar; the gradient is that of its sum.
             state: a tensor (chains, ...), or a list, tuple or dict of such tensors. Left as it is, unless ``inplace``.
             steps: number of updates; 0 returns a copy.
-            args, kwargs: what else the energy is given; a :class:`~mmebm.samplers.schedules.Schedule` among them stands
-                for its value at each step.
-            observed: what keeps its value: a collection of keys, a mapping from key to a boolean mask, or one mask.
-            blocks: keys, or collections of keys, updated in turn within a step, each with its own gradient; together
-                they hold every key once.
             seed: 64-bit int, or a 1-element int64 tensor on the state's device; None draws one from ``generator`` or,
                 without one, from torch's global CPU generator.
+            observed: what keeps its value: a collection of keys, a mapping from key to a boolean mask, or one mask.
+            args, kwargs: what else the energy is given; a :class:`~mmebm.samplers.schedules.Schedule` among them stands
+                for its value at each step.
+
+        Other args:
+            blocks: keys, or collections of keys, updated in turn within a step, each with its own gradient; together
+                they hold every key once.
             generator: a ``torch.Generator``; with ``rng="torch"`` it draws the noise itself.
             chain_offset: global index of the first chain: rows [o, o+n) alone equal those of the whole run.
             first_step: index of the first step, so that K1 steps and then K2 with ``first_step=K1`` equal K1 + K2.
@@ -251,6 +305,13 @@ class Langevin(Sampler):
             TypeError, ValueError: naming the argument, the value and what would do.
             BackendError: where an explicit backend cannot run this chain.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
+
+        Example:
+            >>> state = {"x": torch.zeros(8, 2), "y": torch.ones(8, 3)}
+            >>> energy = lambda s: (s["x"] ** 2).sum(1) + (s["x"][:, :1] - s["y"]).square().sum(1)
+            >>> out = mmebm.Langevin(0.1).sample(energy, state, 20, observed={"y"}, seed=0, record=("energy",), thin=10)
+            >>> out.trace["energy"].shape, out.trajectory["x"].shape, bool((out.state["y"] == 1).all())
+            (torch.Size([20, 8]), torch.Size([2, 8, 2]), True)
         """
         chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
         if differentiable not in (None, False, 0) and (inplace or chunk_size is not None):
@@ -277,8 +338,19 @@ class Langevin(Sampler):
         chain_offset: int = 0,
         first_step: int | Tensor = 0,
     ) -> Carry:
-        """What the first :meth:`step` from ``state`` is given: as :meth:`Sampler.init`, with ``blocks`` of
-        :meth:`sample`."""
+        """What the first :meth:`step` from ``state`` is given.
+
+        Args:
+            seed, observed, blocks, generator, chain_offset, first_step: as in :meth:`sample`.
+            carried: nothing of this sampler's; there for all to be called alike.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the value and what would do.
+
+        Example:
+            >>> sampler, x = mmebm.Langevin(0.1), torch.zeros(100, 2)
+            >>> x, carry, info = sampler.step(lambda x: x.square().sum(1), x, sampler.init(x, seed=0))
+        """
         return self._start(
             state, carried, observed=observed, blocks=blocks, seed=seed, generator=generator,
             chain_offset=chain_offset, first_step=first_step,
@@ -293,7 +365,7 @@ class Langevin(Sampler):
         if self.accept == "metropolis" and any(widen(t[:0]).dtype != t.dtype for t in tensors):
             raise ValueError('accept="metropolis" needs float32 or float64: a step rounded to 16 bits is no Gaussian')
         params, noisy = langevin_rows(self, p.keys, tensors, p.first_step, p.steps)
-        ends = params[-1] if self.bounds_at == "end" and p.steps else []
+        ends: list[Any] = params[-1] if self.bounds_at == "end" and p.steps else []
         if self.bounds_at == "end":
             params = params.map(lambda name, value: None if name in ("low", "high") else value)
         project = per_key("project", self.project, p.keys, required=False)
@@ -328,17 +400,39 @@ def _one_run(p: Problem, tensors: list[Tensor]) -> Run:
     return dataclasses.replace(captured, info={**captured.info, "op": "langevin_graph", "reason": reason})
 
 
-def MALA(step_size: Any, temperature: Any = 1.0, **options: Any) -> Langevin:
-    """Langevin with a Metropolis-Hastings test after each step, exact for exp(-E / temperature): one gradient a step.
+def MALA(
+    step_size: Setting,
+    temperature: Setting = 1.0,
+    *,
+    noise_scale: Setting | None = None,
+    **options: Unpack[LangevinKeywords],
+) -> Langevin:
+    """The Metropolis-adjusted Langevin algorithm (Roberts and Tweedie, Bernoulli 1996): a :class:`Langevin` whose step
+
+        y = x - a dE/dx + sqrt(2 a T) xi
+
+    is a proposal, which a chain takes with probability min(1, exp((E(x) - E(y)) / T) q(x | y) / q(y | x)), q the normal
+    density of the proposal. The stationary law is exp(-E / T) for every step size. One gradient a step.
 
     Args:
-        step_size: ``a`` of the proposal x - a dE/dx + sqrt(2 a temperature) xi.
-        options: any keyword of :class:`Langevin` that keeps the step reversible.
+        step_size: ``a``. About 0.57 of the proposals should be accepted (Roberts and Rosenthal 1998); see
+            ``record=("accepted",)`` of :meth:`Langevin.sample`.
+        temperature: ``T``.
+
+    Other args:
+        noise_scale: the noise's standard deviation ``s`` in place of a temperature: T = s^2 / (2a).
+        options: any keyword of :class:`Langevin` that leaves the step reversible; not bounds at every step, max_update
+            or project.
 
     Raises:
         TypeError, ValueError: as :class:`Langevin`.
+
+    Example:
+        >>> x = mmebm.MALA(0.5).sample(lambda x: 0.5 * x.square().sum(1), torch.zeros(1000, 2), 100, seed=0).state
+        >>> bool((x.var(0) - 1).abs().max() < 0.2)
+        True
     """
-    return Langevin(step_size, temperature=temperature, accept="metropolis", **options)
+    return Langevin(step_size, noise_scale, temperature, accept="metropolis", **options)
 
 
 @opaque
@@ -347,20 +441,20 @@ def langevin(
     state: S,
     steps: int,
     *,
-    step_size: Any,
-    noise_scale: Any = None,
-    temperature: Any = 1.0,
+    step_size: Setting,
+    noise_scale: Setting | None = None,
+    temperature: Setting = 1.0,
     noise_at: Literal["after", "before"] = "after",
     clamp_noise: bool = False,
-    grad_clip: Any = None,
-    grad_norm_clip: Any = None,
+    grad_clip: Setting | None = None,
+    grad_norm_clip: Setting | None = None,
     norm_over: NormOver = "chain",
-    max_update: Any = None,
-    prior_std: Any = None,
-    bounds: Any = None,
+    max_update: Setting | None = None,
+    prior_std: Setting | None = None,
+    bounds: Bounds | None = None,
     bounds_at: Literal["step", "end"] = "step",
     outside: Outside = "clamp",
-    project: Any = None,
+    project: Project | None = None,
     finish: Callable[[Any], Any] | None = None,
     accept: Literal["descent", "metropolis"] | None = None,
     log_prob: bool = False,
@@ -404,7 +498,7 @@ def langevin(
         TypeError, ValueError: naming the argument, the value and what would do.
 
     Example:
-        >>> x = langevin(lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2), 50, step_size=0.1, seed=0)
+        >>> x = mmebm.langevin(lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2), 50, step_size=0.1, seed=0)
         >>> x.shape
         torch.Size([100, 2])
     """

@@ -205,7 +205,7 @@ class LangevinSteps(Steps):
             return y
         mask = self.problem.mask(i)
         # a copy where something of y must stay, as the function may work in place
-        out = function(y if mask is None else y.clone())
+        out: Any = function(y if mask is None else y.clone())
         if not isinstance(out, Tensor) or out.shape != y.shape or out.dtype != y.dtype:
             raise ValueError(f"project must return a tensor of shape {tuple(y.shape)} and {y.dtype}, got {out!r:.80}")
         if mask is not None:

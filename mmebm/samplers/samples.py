@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +28,10 @@ class Samples:
             "langevin_step" for a step at a time) and the reason for both, and ``nonfinite``, a boolean (chains,)
             tensor: chains whose state, energy or gradient was not finite (see :data:`NONFINITE`). Samplers that accept
             or reject say in ``never_accepted`` which chains did not move once.
+
+    Example:
+        >>> mmebm.Langevin(0.1).sample(lambda x: x.square().sum(1), torch.zeros(8, 2), 20, thin=5).trajectory.shape
+        torch.Size([4, 8, 2])
     """
 
     state: Any
@@ -63,8 +67,10 @@ class Samples:
                 ``thin`` that is not the chain's.
 
         Example:
-            >>> tree = sampler.sample(energy, x0, 1000, thin=10).to_arviz(burn_in=20)
-            >>> tree["posterior"]["x"].mean(("chain", "draw"))
+            >>> energy, x0 = lambda x: 0.5 * x.square().sum(1), torch.zeros(4, 2)
+            >>> tree = mmebm.MALA(0.5).sample(energy, x0, 1000, thin=10).to_arviz(burn_in=20)
+            >>> tree["posterior"]["x"].shape
+            (4, 80, 2)
         """
         try:
             from arviz_base import from_dict  # pyright: ignore[reportMissingImports]
@@ -102,9 +108,10 @@ def _shapes(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {_shapes(part)}" for name, part in value.items()) + "}"
+        entries: Mapping[Any, Any] = value
+        return "{" + ", ".join(f"{name}: {_shapes(part)}" for name, part in entries.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_shapes, value)) + "]"
+        return "[" + ", ".join(map(_shapes, list[Any](value))) + "]"
     return type(value).__name__
 
 
@@ -127,7 +134,7 @@ def report_nonfinite(on_nonfinite: str, broken: Tensor, steps: int) -> None:
         )
     # reading it elsewhere would wait for the device
     if on_nonfinite == "warn" and broken.is_cpu and bool(broken.any()):
-        level, frame = 2, sys._getframe(1)
+        level, frame = 1, inspect.currentframe()
         while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("mmebm", "torch"):
             level, frame = level + 1, frame.f_back
         warnings.warn(

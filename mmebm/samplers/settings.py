@@ -46,7 +46,8 @@ def leaves(name: str, value: Any) -> list[tuple[str, Any]]:
     """What a setting holds, with a name for messages: each entry of a mapping, or itself; None is left out."""
     if not isinstance(value, Mapping):
         return [] if value is None else [(name, value)]
-    return [(f"{name}[{key!r}]", leaf) for key, leaf in value.items() if leaf is not None]
+    entries: Mapping[Any, Any] = value
+    return [(f"{name}[{key!r}]", leaf) for key, leaf in entries.items() if leaf is not None]
 
 
 def check_numbers(sampler: Any, numbers: Numbers, required: Sequence[str] | None = None) -> None:
@@ -60,7 +61,7 @@ def check_numbers(sampler: Any, numbers: Numbers, required: Sequence[str] | None
     """
     for name, allowed in numbers.items():
         value = getattr(sampler, name)
-        given = value.values() if isinstance(value, Mapping) else [value]
+        given: list[Any] = list(value.values()) if isinstance(value, Mapping) else [value]
         if (required is None or name in required) and any(leaf is None for leaf in given):
             raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}")
         for label, leaf in leaves(name, value):
@@ -94,7 +95,7 @@ def at_steps(
     Raises:
         TypeError, ValueError: naming the setting and the step.
     """
-    values = setting.values_at(first, steps) if isinstance(setting, Schedule) else None
+    values: Sequence[Any] | None = setting.values_at(first, steps) if isinstance(setting, Schedule) else None
     if values is None:
         values = [setting(k) for k in range(first, first + steps)]
     if not isinstance(values, StepNumbers) and set(map(type, values)) == {float}:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -26,15 +26,20 @@ from mmebm.samplers.driver import Sampler, Steps
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import TemperingOptions
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.settings import choice, leaves
 from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, check_setting, integer, per_key
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @dataclass(frozen=True)
 class ParallelTempering(Sampler):
-    """An immutable description of parallel tempering with Langevin steps; :meth:`sample` runs it.
+    """An immutable description of parallel tempering with Langevin steps (Swendsen and Wang, Physical Review Letters
+    1986; Geyer 1991); :meth:`sample` runs it.
 
     Every chain has a replica at each of R temperatures. A step moves all replicas of all chains, with one call of the
     energy on (chains * R, ...) rows and one gradient, by x - a dE/dx + sqrt(2 a T) xi, and then tries to exchange
@@ -46,6 +51,8 @@ class ParallelTempering(Sampler):
             temperature, or a mapping from the state's keys to such.
         temperatures: R increasing numbers, of the targets exp(-E / T); the first is the one that is wanted. Neighbours
             must be close: exchanges are rare once T_r+1 / T_r - 1 is above about sqrt(2 / elements).
+
+    Other args:
         swap_every: try exchanges after every so many steps.
         accept: "metropolis", so that every temperature has its exact law, or None, Langevin steps with their bias.
         log_prob: the callable returns log p instead of E.
@@ -55,12 +62,19 @@ class ParallelTempering(Sampler):
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> two_modes = lambda x: 4 * (x.square() - 1).square().sum(1)
+        >>> sampler = mmebm.ParallelTempering(step_size=0.02, temperatures=[1.0, 2.0, 4.0, 8.0])
+        >>> x = sampler.sample(two_modes, torch.ones(200, 1), 500, seed=0).state
+        >>> bool(0.3 < (x < 0).double().mean() < 0.7)  # all of them started in the other one
+        True
     """
 
     records: ClassVar = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")
     carries: ClassVar = ("ladder",)
 
-    step_size: Any
+    step_size: SupportsFloat | Sequence[float] | Mapping[Any, Any]
     temperatures: Sequence[float]
     _: dataclasses.KW_ONLY
     swap_every: int = 1
@@ -87,8 +101,13 @@ class ParallelTempering(Sampler):
         for label, leaf in leaves("step_size", self.step_size) or [("step_size", None)]:
             self._rungs(label, leaf)
 
-    def replace(self, **changes: Any) -> ParallelTempering:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[TemperingOptions]) -> ParallelTempering:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.ParallelTempering(0.1, [1.0, 2.0]).replace(swap_every=5).swap_every
+            5
+        """
         return dataclasses.replace(self, **changes)
 
     def _rungs(self, label: str, value: Any) -> float | Tensor:
@@ -99,11 +118,12 @@ class ParallelTempering(Sampler):
         if not isinstance(value, (list, tuple, Tensor)):
             check_setting(label, value, strict=True)
             return float(value)
-        for item in [value] if isinstance(value, Tensor) else value:
+        items: list[Any] = [value] if isinstance(value, Tensor) else list(value)
+        for item in items:
             check_setting(label, item, strict=True)
-        out = value
+        out: Any = value
         if not isinstance(out, Tensor):
-            out = torch.tensor([float(item) for item in value], dtype=torch.float64, device="cpu")
+            out = torch.tensor([float(item) for item in items], dtype=torch.float64, device="cpu")
         if out.shape != (len(self.temperatures),):
             raise ValueError(
                 f"{label} must be a number or one per temperature ({len(self.temperatures)},), got shape "
@@ -152,6 +172,12 @@ class ParallelTempering(Sampler):
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
             FloatingPointError: with ``on_nonfinite="raise"``, where a replica ended non-finite.
+
+        Example:
+            >>> sampler, energy = mmebm.ParallelTempering(0.1, [1.0, 2.0]), lambda x: 0.5 * x.square().sum(1)
+            >>> out = sampler.sample(energy, torch.zeros(100, 2), 50, seed=0)
+            >>> out.info["swap_acceptance"].shape, out.info["ladder"].shape
+            (torch.Size([100, 1]), torch.Size([100, 2, 2]))
         """
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"ladder": ladder}, seed=seed,
@@ -165,7 +191,7 @@ class ParallelTempering(Sampler):
         chains, device = tensors[0].shape[0], tensors[0].device
         sizes = per_key("step_size", self.step_size, p.keys, required=True)
         temperatures = torch.tensor(self.temperatures, dtype=tensors[0].dtype, device=device).repeat(chains)
-        params = []
+        params: list[StepParams] = []
         for i, t in enumerate(tensors):
             size = self._rungs("step_size", sizes[i])
             if isinstance(size, Tensor):
@@ -358,7 +384,10 @@ class _CppLadders(_Ladders):
         self.old = [x[i].contiguous() for i in p.moving]
         self.new = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self.old]
         # a chain's replicas are one long chain of the step, so that the noise is as in _normals
-        by_chain = lambda t: t.reshape(chains, rungs, *t.shape[1:])
+
+        def by_chain(t: Tensor) -> Tensor:
+            return t.reshape(chains, rungs, *t.shape[1:])
+
         self.views = [by_chain(t) for t in self.new]
         self.constants = [
             StepParams(*(by_chain(v) if isinstance(v, Tensor) and v.dim() else v for v in (c.step_size, c.noise_scale)))

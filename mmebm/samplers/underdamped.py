@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,14 @@ from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.driver import Sampler, Steps
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import Setting, UnderdampedOptions
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, rows_of
 from mmebm.samplers.user_modules import Mode
 from mmebm.state import State
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NUMBERS: Numbers = {"step_size": {}, "friction": {}, "temperature": {}, "mass": {"strict": True}}
 
@@ -39,7 +43,8 @@ class Underdamped(Sampler):
         x <- x + (h / 2) v
         v <- v - (h / 2) g(x) / m
 
-    with one gradient: the last one is the next step's first. On a quadratic energy the stationary law of x is exact for
+    (BAOAB: Leimkuhler and Matthews, Applied Mathematics Research eXpress 2013), xi standard normal, with one gradient:
+    the last one is the next step's first. On a quadratic energy the stationary law of x is exact for
     every stable step, h sqrt(curvature / m) < 2; that of v is not. Friction 0 is leapfrog without noise.
 
     Every number may be a float, a tensor that broadcasts (a 1-D tensor of length chains means one value per chain), a
@@ -50,6 +55,8 @@ class Underdamped(Sampler):
         step_size: ``h``, a time. In the limit of high friction it does what Langevin's step_size h^2 / (2 m) does.
         friction: ``c``, per unit of time.
         temperature: of the target exp(-E / T).
+
+    Other args:
         mass: ``m``, of each element.
         log_prob: the callable returns log p instead of E.
         score: the callable returns the score d log p / dx, in the state's structure.
@@ -59,15 +66,21 @@ class Underdamped(Sampler):
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> sampler = mmebm.Underdamped(step_size=0.5, friction=1.0)
+        >>> x = sampler.sample(lambda x: 0.5 * x.square().sum(1), torch.zeros(1000, 2), 100, seed=0).state
+        >>> bool((x.var(0) - 1).abs().max() < 0.2)
+        True
     """
 
     records: ClassVar = ("energy", "grad_norm", "kinetic")
     carries: ClassVar = ("velocity",)
 
-    step_size: Any
-    friction: Any = 1.0
-    temperature: Any = 1.0
-    mass: Any = 1.0
+    step_size: Setting
+    friction: Setting = 1.0
+    temperature: Setting = 1.0
+    mass: Setting = 1.0
     log_prob: bool = False
     score: bool = False
     mode: Mode = "eval"
@@ -77,8 +90,13 @@ class Underdamped(Sampler):
         self._check_options()
         check_numbers(self, _NUMBERS)
 
-    def replace(self, **changes: Any) -> Underdamped:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[UnderdampedOptions]) -> Underdamped:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.Underdamped(0.1).replace(friction=2.0).friction
+            2.0
+        """
         return replace(self, **changes)
 
     @opaque
@@ -115,6 +133,15 @@ class Underdamped(Sampler):
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
+
+        Example:
+            >>> energy, x, sampler = lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2), mmebm.Underdamped(0.2)
+            >>> first = sampler.sample(energy, x, 10, seed=0)
+            >>> then = sampler.sample(
+            ...     energy, first.state, 10, seed=0, first_step=10, velocity=first.info["velocity"]
+            ... )
+            >>> bool((then.state == sampler.sample(energy, x, 20, seed=0).state).all())
+            True
         """
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"velocity": velocity},

@@ -168,7 +168,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     # that is, in their energy or gradient
     broken = torch.zeros(chains, dtype=torch.bool, device=device) if alive is None else ~alive
     frozen = None if alive is None or sampler.on_nonfinite != "freeze" else broken.clone()
-    traces, kept = {name: [] for name in p.record}, []
+    traces: dict[str, list[Tensor]] = {name: [] for name in p.record}
+    kept: list[Tensor] = []
     start = 0
     while start < p.steps:
         stop = min(p.steps, start + max(1, _TRACE // chains), (start // p.thin + 1) * p.thin if p.thin else p.steps)
@@ -196,7 +197,7 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     if reason is not None:
         return reason
     empty = torch.zeros(0, chains, dtype=torch.float32, device=device)
-    trajectory = []
+    trajectory: list[Tensor] = []
     if p.thin:
         home = "cpu" if p.offload else device
         rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)

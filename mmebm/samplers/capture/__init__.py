@@ -365,10 +365,20 @@ def run(p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
 
 
 def clear() -> None:
-    """Drops every graph and its memory (``torch.cuda.empty_cache()`` then gives it back to the device)."""
+    """Drops every graph and its memory (``torch.cuda.empty_cache()`` then gives it back to the device).
+
+    Example:
+        >>> mmebm.capture.clear()
+    """
     _engine.clear()
 
 
 def graphs() -> list[GraphInfo]:
-    """The graphs in the cache, the least recently used first."""
+    """The graphs in the cache, the least recently used first.
+
+    Example:
+        >>> mmebm.capture.clear()
+        >>> mmebm.capture.graphs()
+        []
+    """
     return _engine.graphs()

@@ -45,7 +45,7 @@ class Call:
     def __init__(self, p: Problem, tensors: list[Tensor]) -> None:
         sampler, self.problem, self.device = p.sampler, p, tensors[0].device
         self.rebuild, parts, fixed = parts_of(p.energy)
-        self.tree = {"state": tensors, "calls": p.calls, "parts": parts, "masks": p.masks}
+        self.tree: dict[str, Any] = {"state": tensors, "calls": p.calls, "parts": parts, "masks": p.masks}
         self.numbers: dict[torch.dtype, list[float]] = {}
         # the ratio of Metropolis takes the temperature in double precision, which a number is and a tensor is not
         self.static = () if sampler.accept == "metropolis" else _STATIC
