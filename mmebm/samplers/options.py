@@ -10,8 +10,8 @@ from typing import Any, Literal, SupportsFloat, TypeAlias, TypedDict, Union
 
 from torch import Tensor
 
+from mmebm.ops.common.params import NormOver, Outside, Rng
 from mmebm.ops.langevin_mlp import Precision
-from mmebm.ops.params import NormOver, Outside, Rng
 from mmebm.samplers.samples import NonFinite
 from mmebm.samplers.user_modules import Mode
 
