@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from mmebm import noise
 from mmebm.samplers.arithmetic import map_tensors
 from mmebm.samplers.chain import Problem
 from mmebm.samplers.schedules import Schedule
+from mmebm.samplers.settings import is_sequence
 from mmebm.state import Key, State, check_apart, flag, flatten, integer, observed_masks
 
 
@@ -25,8 +26,8 @@ def check_arguments(args: Any, kwargs: Any) -> None:
 
 def check_record(record: Any, records: Sequence[str]) -> None:
     """Raises a ValueError where ``record`` is no collection of names among ``records``."""
-    names: Any = record if isinstance(record, (list, tuple, Set)) else [None]
-    if any(name not in records for name in names):
+    given = cast("Collection[Any]", record if isinstance(record, (list, tuple, Set)) else [None])
+    if any(name not in records for name in given):
         raise ValueError(f"record must be a collection of {list(records)}, got {record!r:.80}")
 
 
@@ -79,7 +80,7 @@ def blocks_of(blocks: Any, keys: tuple[Key, ...], masks: list[bool | Tensor]) ->
     moving = [i for i in range(len(keys)) if masks[i] is not True]
     if blocks is None:
         return [moving] if moving else []
-    items: list[Any] = list(blocks) if isinstance(blocks, (list, tuple)) else [None]
+    items = blocks if is_sequence(blocks) else [None]
     if not all(isinstance(item, (str, int, list, tuple, Set)) for item in items):
         raise TypeError(f"blocks must be a list of keys or of collections of keys, got {blocks!r:.80}")
     groups: list[list[Any]] = [[item] if isinstance(item, (str, int)) else list(item) for item in items]
@@ -145,6 +146,9 @@ def resolve(
         raise ValueError('record="energy" needs an energy; with score=True there is none')
     if offload and thin is None:
         raise ValueError("offload moves the trajectory: it needs thin")
+    chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
+    if last and (inplace or chunk_size is not None):
+        raise ValueError(f"differentiable goes without inplace and chunk_size, got {differentiable!r}")
     if inplace:
         check_writable(keys, tensors)
     if generator is not None and not isinstance(generator, torch.Generator):

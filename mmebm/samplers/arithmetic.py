@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,6 +61,6 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map_tensors(part, function) for part in value)
     if type(value) is dict:
-        entries: dict[Any, Any] = value
+        entries = cast("dict[Any, Any]", value)
         return {name: map_tensors(part, function) for name, part in entries.items()}
     return value

@@ -159,7 +159,7 @@ class Target:
         with torch.enable_grad():
             total = self._call(every, k).sum()
             grads = torch.autograd.grad(total, every, allow_unused=True) if total.requires_grad else ()
-        return any(g is not None for g in grads)
+        return any(g is not None for g in grads)  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def one_per_chain(name: str, energy: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import HMCOptions, Setting
 from mmebm.samplers.samples import NonFinite, Samples
-from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, choice, rows_of
+from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, choice, is_mapping, rows_of
 from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, check_setting, integer
 
@@ -97,7 +97,7 @@ class HMC(Sampler):
         integer("leapfrog_steps", self.leapfrog_steps, 1)
         integer("adapt", self.adapt, 0)
         check_numbers(self, _NUMBERS)
-        if isinstance(self.temperature, Mapping):
+        if is_mapping(self.temperature):
             raise TypeError(f"temperature must be a number or one per chain, as all tensors are accepted together, got "
                             f"{self.temperature!r}")  # fmt: skip
         check_setting("target_accept", self.target_accept, strict=True)

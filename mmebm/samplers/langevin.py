@@ -26,9 +26,18 @@ from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import Bounds, LangevinKeywords, LangevinOptions, Project, Setting
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.separable import check_separable
-from mmebm.samplers.settings import BOUND, NUMBERS, check_numbers, choice, langevin_rows, leaves
+from mmebm.samplers.settings import (
+    BOUND,
+    NUMBERS,
+    check_numbers,
+    choice,
+    is_mapping,
+    is_sequence,
+    langevin_rows,
+    leaves,
+)
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
-from mmebm.state import State, check_setting, flag, integer, per_key
+from mmebm.state import State, check_setting, flag, per_key
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,9 +47,8 @@ __all__ = ["MALA", "Langevin", "Samples", "langevin"]
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """``function`` of a setting's value: of each entry of a mapping, of a schedule's value at each step."""
-    if isinstance(value, Mapping):
-        entries: Mapping[Any, Any] = value
-        return {key: _map(leaf, function) for key, leaf in entries.items()}
+    if is_mapping(value):
+        return {key: _map(leaf, function) for key, leaf in value.items()}
     if not callable(value):
         return function(value)
 
@@ -158,9 +166,9 @@ class Langevin(Sampler):
                 f"got {self.noise_scale!r} and {self.temperature!r}"
             )
         for label, pair in leaves("bounds", self.bounds):
-            if not isinstance(pair, (tuple, list)) or len(list[Any](pair)) != 2:
+            if not is_sequence(pair) or len(pair) != 2:
                 raise ValueError(f"{label} must be (low, high), or a mapping to such pairs, got {pair!r:.80}")
-            fixed: list[Any] = [end for end in pair if end is not None and not callable(end)]
+            fixed = [end for end in pair if end is not None and not callable(end)]
             for end in fixed:
                 check_setting(label, end, **BOUND)
             if len(fixed) == 2 and not any(isinstance(end, Tensor) for end in fixed) and fixed[0] > fixed[1]:
@@ -236,11 +244,11 @@ class Langevin(Sampler):
             return s**2 / (2 * a) if a else (math.inf if s else 0.0)
 
         parts: list[Any] = [self.step_size, self.noise_scale, self.temperature]
-        keys: list[Any] = [key for part in parts if isinstance(part, Mapping) for key in part]
+        keys = [key for part in parts if is_mapping(part) for key in part]
         if not keys:
             return temperature(*parts)
         return {
-            key: temperature(*(dict[Any, Any](part).get(key) if isinstance(part, Mapping) else part for part in parts))
+            key: temperature(*(part.get(key) if is_mapping(part) else part for part in parts))
             for key in dict.fromkeys(keys)
         }
 
@@ -313,13 +321,6 @@ class Langevin(Sampler):
             >>> out.trace["energy"].shape, out.trajectory["x"].shape, bool((out.state["y"] == 1).all())
             (torch.Size([20, 8]), torch.Size([2, 8, 2]), True)
         """
-        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
-        if differentiable not in (None, False, 0) and (inplace or chunk_size is not None):
-            raise ValueError(f"differentiable goes without inplace and chunk_size, got {differentiable!r}")
-        if self.rng == "torch" and (chain_offset or chunk_size is not None):
-            raise ValueError('chain_offset and chunk_size need rng="philox": torch\'s noise depends on the batch')
-        if chunk_size is not None and self.norm_over == "tensor" and self.grad_norm_clip is not None:
-            raise ValueError('chunk_size cannot go with norm_over="tensor": its norm runs over all chains')
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
             generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
@@ -364,6 +365,10 @@ class Langevin(Sampler):
             raise ValueError('record="accepted" needs accept="metropolis" or "descent"')
         if self.accept == "metropolis" and any(widen(t[:0]).dtype != t.dtype for t in tensors):
             raise ValueError('accept="metropolis" needs float32 or float64: a step rounded to 16 bits is no Gaussian')
+        if self.rng == "torch" and (p.chain_offset or p.chunk_size is not None):
+            raise ValueError('chain_offset and chunk_size need rng="philox": torch\'s noise depends on the batch')
+        if p.chunk_size is not None and self.norm_over == "tensor" and self.grad_norm_clip is not None:
+            raise ValueError('chunk_size cannot go with norm_over="tensor": its norm runs over all chains')
         params, noisy = langevin_rows(self, p.keys, tensors, p.first_step, p.steps)
         ends: list[Any] = params[-1] if self.bounds_at == "end" and p.steps else []
         if self.bounds_at == "end":

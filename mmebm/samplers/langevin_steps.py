@@ -164,7 +164,8 @@ class LangevinSteps(Steps):
         if stats is not None:
             if self.measures:
                 moved = [per_chain(widen(t.detach()) - widen(o.detach())) for t, o in zip(y, old, strict=True)]
-                stats = dataclasses.replace(stats, displacement=torch.cat(moved, dim=1).norm(dim=1))
+                apart: Any = torch.cat(moved, dim=1)
+                stats = dataclasses.replace(stats, displacement=apart.norm(dim=1))
             for name in ("grad_norm", "displacement"):
                 part = getattr(stats, name).detach()
                 totals[name] = torch.hypot(totals[name], part) if name in totals else part

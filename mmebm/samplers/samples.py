@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mmebm.samplers.settings import is_mapping, is_sequence
 from mmebm.state import flatten
 
 
@@ -107,11 +107,10 @@ class Samples:
 def _shapes(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        entries: Mapping[Any, Any] = value
-        return "{" + ", ".join(f"{name}: {_shapes(part)}" for name, part in entries.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_shapes, list[Any](value))) + "]"
+    if is_mapping(value):
+        return "{" + ", ".join(f"{name}: {_shapes(part)}" for name, part in value.items()) + "}"
+    if is_sequence(value):
+        return "[" + ", ".join(map(_shapes, value)) + "]"
     return type(value).__name__
 
 

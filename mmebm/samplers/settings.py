@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ BOUND: dict[str, Any] = {"low": -math.inf}
 FLAT = 1e150
 
 
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Whether ``value`` is a mapping, of whatever."""
+    return isinstance(value, Mapping)
+
+
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether ``value`` is a list or tuple, of whatever."""
+    return isinstance(value, (list, tuple))
+
+
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raises a ValueError where ``value`` is not among those allowed."""
     # by type too: 1 is no True, and an array compares with anything
@@ -44,10 +54,9 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 def leaves(name: str, value: Any) -> list[tuple[str, Any]]:
     """What a setting holds, with a name for messages: each entry of a mapping, or itself; None is left out."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         return [] if value is None else [(name, value)]
-    entries: Mapping[Any, Any] = value
-    return [(f"{name}[{key!r}]", leaf) for key, leaf in entries.items() if leaf is not None]
+    return [(f"{name}[{key!r}]", leaf) for key, leaf in value.items() if leaf is not None]
 
 
 def check_numbers(sampler: Any, numbers: Numbers, required: Sequence[str] | None = None) -> None:
@@ -61,7 +70,7 @@ def check_numbers(sampler: Any, numbers: Numbers, required: Sequence[str] | None
     """
     for name, allowed in numbers.items():
         value = getattr(sampler, name)
-        given: list[Any] = list(value.values()) if isinstance(value, Mapping) else [value]
+        given = list(value.values()) if is_mapping(value) else [value]
         if (required is None or name in required) and any(leaf is None for leaf in given):
             raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}")
         for label, leaf in leaves(name, value):
@@ -95,7 +104,7 @@ def at_steps(
     Raises:
         TypeError, ValueError: naming the setting and the step.
     """
-    values: Sequence[Any] | None = setting.values_at(first, steps) if isinstance(setting, Schedule) else None
+    values = cast("Sequence[Any]", setting.values_at(first, steps)) if isinstance(setting, Schedule) else None
     if values is None:
         values = [setting(k) for k in range(first, first + steps)]
     if not isinstance(values, StepNumbers) and set(map(type, values)) == {float}:

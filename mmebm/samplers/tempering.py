@@ -28,7 +28,7 @@ from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import TemperingOptions
 from mmebm.samplers.samples import NonFinite, Samples
-from mmebm.samplers.settings import choice, leaves
+from mmebm.samplers.settings import choice, is_sequence, leaves
 from mmebm.samplers.user_modules import Mode
 from mmebm.state import State, check_setting, integer, per_key
 
@@ -115,14 +115,15 @@ class ParallelTempering(Sampler):
         if isinstance(value, Tensor) and value.dim() == 0:
             check_setting(label, value, strict=True)
             return value.reshape(1).expand(len(self.temperatures))
-        if not isinstance(value, (list, tuple, Tensor)):
+        if not isinstance(value, Tensor) and not is_sequence(value):
             check_setting(label, value, strict=True)
             return float(value)
-        items: list[Any] = [value] if isinstance(value, Tensor) else list(value)
+        items: Sequence[Any] = [value] if isinstance(value, Tensor) else value
         for item in items:
             check_setting(label, item, strict=True)
-        out: Any = value
-        if not isinstance(out, Tensor):
+        if isinstance(value, Tensor):
+            out = value
+        else:
             out = torch.tensor([float(item) for item in items], dtype=torch.float64, device="cpu")
         if out.shape != (len(self.temperatures),):
             raise ValueError(
@@ -236,6 +237,12 @@ class _Ladders(Steps):
         accept_sum, swap_sum: the probabilities summed, (chains, R) and (chains, R - 1); tried: exchanges by side.
         ever: bool (chains, R), where any move was accepted. origin: int64 (chains, R), which replica is there.
     """
+
+    energy: Tensor
+    g: list[Tensor]
+    living: Tensor
+    ever: Tensor
+    origin: Tensor
 
     def __init__(self, p: Problem, rows: Problem, target: Target, x: list[Tensor], params: list[StepParams]) -> None:
         super().__init__(p, x)
@@ -376,6 +383,10 @@ class _Ladders(Steps):
 
 class _CppLadders(_Ladders):
     """The same in C++: the Langevin step, the Metropolis test and the exchange are a call each."""
+
+    old: list[Tensor]
+    new: list[Tensor]
+    views: list[Tensor]
 
     def __init__(self, p: Problem, rows: Problem, target: Target, x: list[Tensor], params: list[StepParams]) -> None:
         super().__init__(p, rows, target, x, params)
