@@ -80,10 +80,9 @@ def blocks_of(blocks: Any, keys: tuple[Key, ...], masks: list[bool | Tensor]) ->
     moving = [i for i in range(len(keys)) if masks[i] is not True]
     if blocks is None:
         return [moving] if moving else []
-    items = blocks if is_sequence(blocks) else [None]
-    if not all(isinstance(item, (str, int, list, tuple, Set)) for item in items):
+    if not is_sequence(blocks) or not all(isinstance(item, (str, int, list, tuple, Set)) for item in blocks):
         raise TypeError(f"blocks must be a list of keys or of collections of keys, got {blocks!r:.80}")
-    groups: list[list[Any]] = [[item] if isinstance(item, (str, int)) else list(item) for item in items]
+    groups: list[list[Any]] = [[item] if isinstance(item, (str, int)) else list(item) for item in blocks]
     named = [key for group in groups for key in group]
     if len(named) != len(keys) or any(key not in named for key in keys):
         raise ValueError(f"blocks must hold each of {list(keys)} exactly once, got {groups}")

@@ -222,12 +222,13 @@ class Sampler:
     Attributes:
         records: what its steps can record.
         carries: what ``init`` takes for the chain to go on from.
-        takes_16_bits: whether states of float16 and bfloat16 are taken.
+        takes_16_bits, takes_blocks: whether states of float16 and bfloat16 are taken, and updates in turn.
     """
 
     records: ClassVar[tuple[str, ...]] = ()
     carries: ClassVar[tuple[str, ...]] = ()
     takes_16_bits: ClassVar[bool] = False
+    takes_blocks: ClassVar[bool] = False
 
     # options of all, or with the value that they have in samplers without them
     mode: Mode = "eval"
@@ -305,6 +306,7 @@ class Sampler:
         *,
         carried: Mapping[str, Any] | None = None,
         observed: Any = None,
+        blocks: Sequence[Any] | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         chain_offset: int = 0,
@@ -315,7 +317,7 @@ class Sampler:
         Args:
             carried: what the chain goes on from besides the state, by its name in ``sample``: Underdamped's "velocity",
                 HMC's "adaptation", the "ladder" of parallel tempering. ``out.info`` of ``sample`` holds it.
-            observed, seed, generator, chain_offset, first_step: as in ``sample``.
+            observed, blocks, seed, generator, chain_offset, first_step: as in ``sample``; blocks are Langevin's.
 
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
@@ -326,15 +328,13 @@ class Sampler:
             >>> carry = sampler.init(out.state, carried=out.info, seed=0, first_step=50)
             >>> x, carry, info = sampler.step(energy, out.state, carry)
         """
-        return self._start(
-            state, carried, observed=observed, seed=seed, generator=generator, chain_offset=chain_offset,
-            first_step=first_step,
-        )  # fmt: skip
-
-    def _start(self, state: State, carried: Mapping[str, Any] | None = None, **arguments: Any) -> Carry:
-        p, _, seed = resolve(self, flatten, state, 0, **arguments)
+        if blocks is not None and not self.takes_blocks:
+            raise ValueError(
+                f"blocks are Langevin's: a step of {type(self).__name__} moves all tensors, got {blocks!r:.80}"
+            )
         given = {name: value for name, value in (carried or {}).items() if name in self.carries and value is not None}
-        options = {name: value for name, value in arguments.items() if name in ("observed", "blocks", "chain_offset")}
+        options = {"observed": observed, "blocks": blocks, "chain_offset": chain_offset}
+        p, _, seed = resolve(self, flatten, state, 0, seed=seed, generator=generator, first_step=first_step, **options)
         return Carry(p.first_step, seed, p.generator if self.rng == "torch" else None, options, given)
 
     @opaque

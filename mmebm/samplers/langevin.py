@@ -21,7 +21,7 @@ from mmebm.ops.langevin_mlp import Precision
 from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
 from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, join
-from mmebm.samplers.driver import Carry, S, Sampler
+from mmebm.samplers.driver import S, Sampler
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import Bounds, LangevinKeywords, LangevinOptions, Project, Setting
 from mmebm.samplers.samples import NonFinite, Samples
@@ -118,6 +118,7 @@ class Langevin(Sampler):
 
     records: ClassVar = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
     takes_16_bits: ClassVar = True
+    takes_blocks: ClassVar = True
 
     step_size: Setting
     noise_scale: Setting | None = None
@@ -325,36 +326,6 @@ class Langevin(Sampler):
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
             generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
             offload=offload, inplace=inplace, chunk_size=chunk_size, differentiable=differentiable,
-        )  # fmt: skip
-
-    def init(
-        self,
-        state: State,
-        *,
-        carried: Mapping[str, Any] | None = None,
-        observed: Any = None,
-        blocks: Sequence[Any] | None = None,
-        seed: int | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        chain_offset: int = 0,
-        first_step: int | Tensor = 0,
-    ) -> Carry:
-        """What the first :meth:`step` from ``state`` is given.
-
-        Args:
-            seed, observed, blocks, generator, chain_offset, first_step: as in :meth:`sample`.
-            carried: nothing of this sampler's; there for all to be called alike.
-
-        Raises:
-            TypeError, ValueError: naming the argument, the value and what would do.
-
-        Example:
-            >>> sampler, x = mmebm.Langevin(0.1), torch.zeros(100, 2)
-            >>> x, carry, info = sampler.step(lambda x: x.square().sum(1), x, sampler.init(x, seed=0))
-        """
-        return self._start(
-            state, carried, observed=observed, blocks=blocks, seed=seed, generator=generator,
-            chain_offset=chain_offset, first_step=first_step,
         )  # fmt: skip
 
     def _without_steps(self) -> str | None:

@@ -260,10 +260,8 @@ class _Ladders(Steps):
         if "replica" in p.carried:
             self.origin = p.carried["replica"].clone()
         self.shapes = {
-            "ladder_energy": (rungs,),
-            "accept_prob": (rungs,),
+            **dict.fromkeys(("ladder_energy", "accept_prob", "replica"), (rungs,)),
             "swap_prob": (rungs - 1,),
-            "replica": (rungs,),
         }
 
     def restart(self, energy: Tensor, g: list[Tensor], living: Tensor | None = None) -> None:

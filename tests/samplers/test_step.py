@@ -164,6 +164,8 @@ def test_what_a_step_refuses(seed: int) -> None:
     ):
         with pytest.raises(ValueError, match=f"step goes without {what}"):
             sampler.step(energy, x, sampler.init(x, seed=seed))
+    with pytest.raises(ValueError, match="blocks are Langevin's"):
+        HMC(0.1).init(x, blocks=[0])
     with pytest.raises(ValueError, match="observed"):
         Langevin(0.1).init(x, observed={"image"})
     with pytest.raises(FloatingPointError):
