@@ -333,7 +333,7 @@ class Sampler:
                 f"blocks are Langevin's: a step of {type(self).__name__} moves all tensors, got {blocks!r:.80}"
             )
         given = {name: value for name, value in (carried or {}).items() if name in self.carries and value is not None}
-        options = {"observed": observed, "blocks": blocks, "chain_offset": chain_offset}
+        options: dict[str, Any] = {"observed": observed, "blocks": blocks, "chain_offset": chain_offset}
         p, _, seed = resolve(self, flatten, state, 0, seed=seed, generator=generator, first_step=first_step, **options)
         return Carry(p.first_step, seed, p.generator if self.rng == "torch" else None, options, given)
 

@@ -16,6 +16,10 @@ def energy(x: Tensor) -> Tensor:
     return x.square().sum(1)
 
 
+def joint(state: dict[str, Tensor]) -> Tensor:
+    return state["a"].sum(1)
+
+
 x = torch.zeros(3, 2)
 
 mmebm.langevin(energy, x, 3, step_size=0.1, temprature=2.0)  # pyright: ignore[reportCallIssue]
@@ -34,11 +38,12 @@ sampler = mmebm.Langevin(0.1)
 sampler.replace(stepsize=0.2)  # pyright: ignore[reportCallIssue]
 sampler.sample(energy, x, 3, sead=0)  # pyright: ignore[reportCallIssue]
 mmebm.HMC(0.1).replace(warmup=3)  # pyright: ignore[reportCallIssue]
-carry = sampler.init(x, sead=0)  # pyright: ignore[reportCallIssue]
-sampler.step(energy, x, carry, thin=2)  # pyright: ignore[reportCallIssue]
+sampler.init(x, sead=0)  # pyright: ignore[reportCallIssue]
+sampler.step(energy, x, sampler.init(x), thin=2)  # pyright: ignore[reportCallIssue]
 
 # and these are none; the state keeps its type
-chains: dict[str, Tensor] = mmebm.langevin(lambda s: s["a"].sum(1), {"a": x}, 3, step_size={"a": 0.1}, seed=0)
+chains: dict[str, Tensor] = mmebm.langevin(joint, {"a": x}, 3, step_size={"a": 0.1}, seed=0)
+carry = sampler.init(x, seed=0)
 after, carry, info = sampler.replace(temperature=lambda k: 1.0 / (k + 1), grad_clip=x).step(energy, x, carry)
 shape: torch.Size = after.shape
 mmebm.presets.igebm(bounds=(None, 1.0), capture=False)
