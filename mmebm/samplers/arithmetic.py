@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import per_chain
 from mmebm.ops.dynamics import finite_rows_
-from mmebm.ops.langevin_step.reference import per_chain
 from mmebm.samplers.settings import Value
 
 

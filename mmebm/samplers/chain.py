@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import StepParams, StepRows
-from mmebm.ops.langevin_step.reference import clamp, widen
+from mmebm.ops.langevin_step.reference import clamp
 from mmebm.samplers.arithmetic import map_tensors
 from mmebm.state import Key, Structure
 

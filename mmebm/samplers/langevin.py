@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import NormOver, Outside, Rng
 from mmebm.ops.langevin_mlp import Precision
-from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
 from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, join
 from mmebm.samplers.driver import S, Sampler

@@ -12,9 +12,9 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops import dynamics
 from mmebm.ops import noise as drawn
+from mmebm.ops.common.layout import per_chain, widen
 from mmebm.ops.common.params import StepParams
 from mmebm.ops.langevin_step import op
-from mmebm.ops.langevin_step.reference import per_chain, widen
 from mmebm.samplers import driver, metropolis
 from mmebm.samplers.arithmetic import finite_chains, masked, where
 from mmebm.samplers.chain import Problem, Run

@@ -10,8 +10,8 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import StepNumbers, StepRows, varies
-from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers.schedules import Schedule
 from mmebm.state import Key, broadcast, check_range, check_setting, per_key
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import StepParams
-from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers.arithmetic import map_tensors
 from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.samplers.chain import Problem
