@@ -122,6 +122,16 @@ class ReplayBuffer:
         True
     """
 
+    capacity: int
+    classes: int | None
+    init: Callable[..., Any]
+    transform: Callable[[Any, torch.Generator], Any] | None
+    reinit: float | Callable[[int], float]
+    dequantise: bool
+    device: torch.device
+    seed: int
+    iteration: int
+
     def __init__(
         self,
         capacity: int,

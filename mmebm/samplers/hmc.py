@@ -77,8 +77,8 @@ class HMC(Sampler):
         (True, torch.Size([1000]))
     """
 
-    records: ClassVar = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
-    carries: ClassVar = ("adaptation",)
+    records: ClassVar[tuple[str, ...]] = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
+    carries: ClassVar[tuple[str, ...]] = ("adaptation",)
 
     step_size: Setting
     leapfrog_steps: int = 10

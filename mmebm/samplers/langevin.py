@@ -116,9 +116,9 @@ class Langevin(Sampler):
         0.25
     """
 
-    records: ClassVar = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
-    takes_16_bits: ClassVar = True
-    takes_blocks: ClassVar = True
+    records: ClassVar[tuple[str, ...]] = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
+    takes_16_bits: ClassVar[bool] = True
+    takes_blocks: ClassVar[bool] = True
 
     step_size: Setting
     noise_scale: Setting | None = None

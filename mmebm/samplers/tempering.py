@@ -71,8 +71,8 @@ class ParallelTempering(Sampler):
         True
     """
 
-    records: ClassVar = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")
-    carries: ClassVar = ("ladder",)
+    records: ClassVar[tuple[str, ...]] = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")
+    carries: ClassVar[tuple[str, ...]] = ("ladder",)
 
     step_size: SupportsFloat | Sequence[float] | Mapping[Any, Any]
     temperatures: Sequence[float]

@@ -74,8 +74,8 @@ class Underdamped(Sampler):
         True
     """
 
-    records: ClassVar = ("energy", "grad_norm", "kinetic")
-    carries: ClassVar = ("velocity",)
+    records: ClassVar[tuple[str, ...]] = ("energy", "grad_norm", "kinetic")
+    carries: ClassVar[tuple[str, ...]] = ("velocity",)
 
     step_size: Setting
     friction: Setting = 1.0
