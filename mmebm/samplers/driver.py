@@ -290,14 +290,8 @@ class Sampler:
                 for given, new in zip(tensors, x, strict=True):
                     given.copy_(new)
             x = tensors
-        info = {
-            "seed": seed,
-            "steps": p.steps,
-            "first_step": p.first_step,
-            "next_step": p.first_step + p.steps,
-            "nonfinite": broken,
-            **run.info,
-        }
+        place = {"seed": seed, "steps": p.steps, "first_step": p.first_step, "next_step": p.first_step + p.steps}
+        info = {**place, "nonfinite": broken, **run.info}
         return Samples(p.build(x), run.trace, None if p.thin is None else p.build(run.trajectory), info)
 
     def init(
