@@ -51,6 +51,10 @@ def backends() -> dict[str, Backend]:
     """Every backend by name, in the order "torch", "cpp", "triton", "cuda", with the reason.
 
     Looks at the machine as it is now; imports the extensions, not triton.
+
+    Example:
+        >>> mmebm.backends()["torch"].available
+        True
     """
     return {
         "torch": Backend(True, f"torch {torch.__version__}, the reference: any device, any dtype"),

@@ -10,13 +10,17 @@ docs/replace-your-loop.md compares them and lists the traps.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mmebm.samplers.langevin import Langevin
+from mmebm.samplers.options import LangevinKeywords, LangevinOptions, Setting
 from mmebm.samplers.schedules import geometric, linear, polynomial, table
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "coopnets", "dual_mcmc_data", "dual_mcmc_latent", "ebm_anatomy", "energy_matching", "hat_ebm", "ibc", "igebm",
@@ -25,11 +29,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _made(changes: Mapping[str, Any], **published: Any) -> Langevin:
-    return Langevin(**{**published, **changes})
+def _made(changes: LangevinKeywords, **published: Unpack[LangevinOptions]) -> Langevin:
+    options: dict[str, Any] = {**published, **changes}
+    return Langevin(**options)
 
 
-def _sgld(changes: Mapping[str, Any], scale: Any, **published: Any) -> Langevin:
+def _sgld(changes: LangevinOptions, scale: Setting, **published: Unpack[LangevinKeywords]) -> Langevin:
     """a = s^2 / 2, whatever of it is changed afterwards."""
     return Langevin.from_sgld(scale, **published).replace(**changes)
 
@@ -37,7 +42,7 @@ def _sgld(changes: Mapping[str, Any], scale: Any, **published: Any) -> Langevin:
 # -- of data, decoupled step and noise: gradient descent with a little noise
 
 
-def jem(**changes: Any) -> Langevin:
+def jem(**changes: Unpack[LangevinOptions]) -> Langevin:
     """JEM (Grathwohl et al. 2020, wgrathwohl/JEM): a 1, s 0.01, T 5e-5. Steps 20.
 
     The network gives f = -E: the log-sum-exp of the logits, or one logit for a class (``args=(labels,)``). Start: a
@@ -46,7 +51,7 @@ def jem(**changes: Any) -> Langevin:
     return _made(changes, step_size=1.0, noise_scale=0.01, log_prob=True)
 
 
-def short_run(**changes: Any) -> Langevin:
+def short_run(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Short-run MCMC (Nijkamp et al. 2019, enijkamp/short_run): the update of :func:`jem`, T 5e-5. Steps 100.
 
     The network gives f = -E. Start: U(-1, 1) every time, no buffer; the chain is the generator, not its stationary law.
@@ -54,7 +59,7 @@ def short_run(**changes: Any) -> Langevin:
     return jem(**changes)
 
 
-def sada_jem(**changes: Any) -> Langevin:
+def sada_jem(**changes: Unpack[LangevinOptions]) -> Langevin:
     """SADA-JEM (sndnyang/SADAJEM): a 1, no noise, gradient in +-1, images in [-1, 1], T 0. Steps 10 (readme: 5).
 
     The network gives f = -E. Batch norm is in train mode while the chain runs, so that modules stay as they are
@@ -63,7 +68,7 @@ def sada_jem(**changes: Any) -> Langevin:
     return _made(changes, step_size=1.0, noise_scale=0.0, grad_clip=1.0, bounds=(-1.0, 1.0), log_prob=True, mode="keep")
 
 
-def igebm(**changes: Any) -> Langevin:
+def igebm(**changes: Unpack[LangevinOptions]) -> Langevin:
     """IGEBM (Du and Mordatch 2019; rosinality/igebm-pytorch): noise 0.005 before the gradient, then 10 times the
     gradient in +-0.01, clamp to [0, 1]. T 1.25e-6. Steps 60.
 
@@ -73,7 +78,7 @@ def igebm(**changes: Any) -> Langevin:
     return _made(changes, step_size=10.0, noise_scale=0.005, noise_at="before", grad_clip=0.01, bounds=(0.0, 1.0))
 
 
-def uva(**changes: Any) -> Langevin:
+def uva(**changes: Unpack[LangevinOptions]) -> Langevin:
     """UvA deep learning tutorial 8: :func:`igebm` on [-1, 1] with gradients in +-0.03 and a clamp after the noise too.
     T 1.25e-6. Steps 60 in training, 256 to draw.
 
@@ -85,7 +90,7 @@ def uva(**changes: Any) -> Langevin:
     )  # fmt: skip
 
 
-def improved_cd(steps: int | None = None, **changes: Any) -> Langevin:
+def improved_cd(steps: int | None = None, **changes: Unpack[LangevinOptions]) -> Langevin:
     """Improved contrastive divergence (Du et al. 2021, yilundu/improved_contrastive_divergence): a 100, noise 0.001
     before the gradient, clamp to [0, 1]. T 5e-9. Steps 40.
 
@@ -100,7 +105,7 @@ def improved_cd(steps: int | None = None, **changes: Any) -> Langevin:
     return _made(changes, step_size=100.0, noise_scale=fall, noise_at="before", bounds=(0.0, 1.0))
 
 
-def ebm_anatomy(**changes: Any) -> Langevin:
+def ebm_anatomy(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Anatomy of MCMC learning (Nijkamp et al. 2020, point0bar1/ebm-anatomy): a 1, s 0.01, T 5e-5. Steps 150.
 
     The network gives E; the paper's own form is exp(-E / T) with these a and s. Start: U(-1, 1), data with noise of
@@ -109,7 +114,7 @@ def ebm_anatomy(**changes: Any) -> Langevin:
     return _made(changes, step_size=1.0, noise_scale=0.01)
 
 
-def dual_mcmc_data(**changes: Any) -> Langevin:
+def dual_mcmc_data(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Dual-MCMC teaching (Cui and Han 2023, jcui1224/dual-MCMC), images: a 0.5^2 / 2, s 0.001, T 4e-6. Steps 30.
 
     The network gives E. Start: the generator's samples. Their spectral norm goes on iterating along the chain: that is
@@ -118,7 +123,7 @@ def dual_mcmc_data(**changes: Any) -> Langevin:
     return _made(changes, step_size=0.5**2 / 2, noise_scale=0.001)
 
 
-def lsd(steps: int = 100, **changes: Any) -> Langevin:
+def lsd(steps: int = 100, **changes: Unpack[LangevinOptions]) -> Langevin:
     """LSD (Grathwohl et al. 2020, wgrathwohl/LSD): the step falls from 1 to 0.01 in equal ratios, s 0.01. T 5e-5 at the
     start, 5e-3 at the end. Steps 100; that code's logarithmic steps are 50 whatever it is asked for.
 
@@ -128,7 +133,7 @@ def lsd(steps: int = 100, **changes: Any) -> Langevin:
     return _made(changes, step_size=geometric(1.0, 0.01, steps), noise_scale=0.01, log_prob=True)
 
 
-def coopnets(**changes: Any) -> Langevin:
+def coopnets(**changes: Unpack[LangevinOptions]) -> Langevin:
     """CoopNets (Xie et al. 2018, jianwen-xie/CoopNets), descriptor: s 0.002, a s^2 / 2, reference N(0, 0.016^2), T 1.
     Steps 15.
 
@@ -141,7 +146,7 @@ def coopnets(**changes: Any) -> Langevin:
 # -- of latent variables, tied: T 1
 
 
-def latent_ebm_prior(**changes: Any) -> Langevin:
+def latent_ebm_prior(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Latent-space EBM prior (Pang et al. 2020, bpucla/latent-space-EBM-prior): s 0.4, a s^2 / 2, N(0, 1), T 1.
     Steps 60.
 
@@ -150,7 +155,7 @@ def latent_ebm_prior(**changes: Any) -> Langevin:
     return _sgld(changes, 0.4, prior_std=1.0)
 
 
-def latent_ebm_posterior(**changes: Any) -> Langevin:
+def latent_ebm_posterior(**changes: Unpack[LangevinOptions]) -> Langevin:
     """The same paper's posterior chain: s 0.1, a s^2 / 2, N(0, 1), T 1. Steps 20.
 
     The energy is one sum, E(z) + |x - G(z)|^2 / (2 0.3^2), with the images as ``args=(x,)``: one backward, where that
@@ -159,7 +164,7 @@ def latent_ebm_posterior(**changes: Any) -> Langevin:
     return _sgld(changes, 0.1, prior_std=1.0)
 
 
-def dual_mcmc_latent(**changes: Any) -> Langevin:
+def dual_mcmc_latent(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Dual-MCMC teaching, latents: s 0.1, a s^2 / 2, N(0, 1), T 1. Steps 10.
 
     The energy is |x - G(z)|^2 / 0.3^2, without the 1/2 of a Gaussian: its deviation is 0.3 / sqrt(2). Start: the
@@ -168,7 +173,7 @@ def dual_mcmc_latent(**changes: Any) -> Langevin:
     return latent_ebm_posterior(**changes)
 
 
-def vaebm(**changes: Any) -> Langevin:
+def vaebm(**changes: Unpack[LangevinOptions]) -> Langevin:
     """VAEBM (Xiao et al. 2021, NVlabs/VAEBM): eta 8e-5 (CIFAR-10), a eta / 2, s sqrt(eta), T 1. Steps 10, 16 to draw.
 
     The state is one flat list, eps_x and each group of eps_z, with one joint gradient; the energy holds the Gaussians.
@@ -178,7 +183,7 @@ def vaebm(**changes: Any) -> Langevin:
     return _made(changes, step_size=8e-5 / 2)
 
 
-def hat_ebm(**changes: Any) -> Langevin:
+def hat_ebm(**changes: Unpack[LangevinOptions]) -> Langevin:
     """HAT-EBM (Hill et al. 2022, point0bar1/hat-ebm, cifar10_refine): latents ``"z"`` with s 5e-3 and residual images
     ``"r"`` with s 1e-4, a s^2 / 2, the residual gradient's norm limited to 2.5, T 1. Steps 250.
 
@@ -188,7 +193,7 @@ def hat_ebm(**changes: Any) -> Langevin:
     return _sgld(changes, {"z": 5e-3, "r": 1e-4}, grad_norm_clip={"r": 2.5})
 
 
-def masked_multimodal(**changes: Any) -> Langevin:
+def masked_multimodal(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Energy-based multimodal diffusion with a GNN-MRF (foubari/Energy-Based-Multimodal-Diffusion-with-GNN-MRF):
     a 0.01, s sqrt(2a), gradient in +-1, T 1. Steps 20, 50 to draw.
 
@@ -205,7 +210,7 @@ def _divided(by: Any, x: Tensor) -> Tensor:
     return x / (by.reshape(-1, *[1] * (x.dim() - 1)) if isinstance(by, Tensor) and by.dim() else by)
 
 
-def recovery_likelihood(scale: Any, alpha: Any = None, **changes: Any) -> Langevin:
+def recovery_likelihood(scale: Any, alpha: Any = None, **changes: Unpack[LangevinOptions]) -> Langevin:
     """Diffusion recovery likelihood (Gao et al. 2021, ruiqigao/recovery_likelihood): a scale^2 / 2, s scale, a number
     for each chain by its noise level, T 1. Steps 30.
 
@@ -220,7 +225,10 @@ def recovery_likelihood(scale: Any, alpha: Any = None, **changes: Any) -> Langev
 
 
 def ncsn(
-    sigmas: Sequence[float] | None = None, steps_each: int = 100, epsilon: float = 2e-5, **changes: Any
+    sigmas: Sequence[float] | None = None,
+    steps_each: int = 100,
+    epsilon: float = 2e-5,
+    **changes: Unpack[LangevinOptions],
 ) -> Langevin:
     """NCSN (Song and Ermon 2019, ermongroup/ncsn): a = epsilon (sigma / sigma_last)^2, s sqrt(2a), T 1. Steps 100 for
     each of ten levels in equal ratios from 1 to 0.01.
@@ -240,7 +248,7 @@ def levels(sigmas: Sequence[float] | None = None, steps_each: int = 100) -> tabl
     return table([sigma for sigma in sigmas for _ in range(steps_each)])
 
 
-def ibc(low: Any, high: Any, steps: int = 100, **changes: Any) -> Langevin:
+def ibc(low: Any, high: Any, steps: int = 100, **changes: Unpack[LangevinOptions]) -> Langevin:
     """Implicit behavioural cloning (Florence et al. 2021, google-research/ibc): eta falls from 0.1 to 1e-5 as a square,
     a eta / 2, s eta; the update, noise included, is limited to a tenth of half the box. T eta. Steps 100 in its
     configurations, 25 in its code.
@@ -259,7 +267,7 @@ def _to_sphere(z: Tensor) -> Tensor:
     return z / z.flatten(1).norm(dim=1).reshape(-1, *[1] * (z.dim() - 1))
 
 
-def nae(**changes: Any) -> Langevin:
+def nae(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Normalised autoencoder (Yoon et al. 2021, swyoon/normalized-autoencoders, MNIST), latents: a 0.2, s 0.05, each
     step back to the unit sphere. T 6.25e-3. Steps 10.
 
@@ -274,7 +282,7 @@ def _annealed(noise: float, k: int) -> float:
     return noise / max(k, 1)
 
 
-def nae_data(**changes: Any) -> Langevin:
+def nae_data(**changes: Unpack[LangevinOptions]) -> Langevin:
     """Normalised autoencoder, images: a 10, s 0.05 / max(k, 1), gradient norm 0.01, clamp to [0, 1]. T 1.25e-4 at the
     start. Steps 50.
 
@@ -286,7 +294,7 @@ def nae_data(**changes: Any) -> Langevin:
     )
 
 
-def energy_matching(epsilon: Any = 0.01, **changes: Any) -> Langevin:
+def energy_matching(epsilon: Any = 0.01, **changes: Unpack[LangevinOptions]) -> Langevin:
     """Energy matching (Balcerak et al. 2025, m1balcerak/EnergyMatching): a 0.01, s sqrt(2 a epsilon), clamp to [-1, 1]
     at the end. T epsilon. Steps by its settings, 200 for proteins.
 
@@ -298,7 +306,7 @@ def energy_matching(epsilon: Any = 0.01, **changes: Any) -> Langevin:
     return _made(changes, step_size=0.01, temperature=epsilon, bounds=(-1.0, 1.0), bounds_at="end")
 
 
-def ired(step_size: Any, limit: Any, **changes: Any) -> Langevin:
+def ired(step_size: Any, limit: Any, **changes: Unpack[LangevinKeywords]) -> Langevin:
     """IRED (Du et al. 2024, yilundu/ired_code_release): gradient descent, a step taken only where the energy falls, in
     +-limit. T 0. Steps 5 for each noise level, 20 for sudoku.
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmebm.samplers.arguments import resolve, running
-from mmebm.samplers.chain import params_of
-from mmebm.samplers.gradient import one_per_chain
+from mmebm.samplers.arguments import parts_like, resolve
+from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.langevin import Langevin
 from mmebm.samplers.metropolis import log_ratio, refusal
+from mmebm.samplers.settings import langevin_rows
+from mmebm.samplers.user_modules import modules_of, sampling
 from mmebm.state import State, check_setting
 
 
@@ -64,34 +65,38 @@ def mala_acceptance(
             f"{target_temperature!r:.80}"
         )
     check_setting("temperature", target_temperature, strict=True)
-    call = resolve(
-        energy, state, 1, args=args, kwargs=kwargs, observed=observed, seed=seed, generator=generator,
-        chain_offset=chain_offset, first_step=first_step, record=(), records=(), thin=None, inplace=False,
+    step = sampler.replace(accept=None, on_nonfinite="ignore")
+    p, tensors, _ = resolve(
+        step.replace(rng="philox"), energy, state, 1, args=args, kwargs=kwargs, observed=observed, seed=seed,
+        generator=generator, chain_offset=chain_offset, first_step=first_step,
     )  # fmt: skip
-    if isinstance(target_temperature, Tensor) and target_temperature.numel() not in (1, call.chains):
+    chains, device = tensors[0].shape[0], tensors[0].device
+    if any(t.dtype not in (torch.float32, torch.float64) for t in tensors):
+        raise TypeError(f"state must be float32 or float64, got {[t.dtype for t in tensors]}")
+    if isinstance(target_temperature, Tensor) and target_temperature.numel() not in (1, chains):
         raise ValueError(
-            f"temperature must be a number or one per chain ({call.chains},), got shape "
-            f"{tuple(target_temperature.shape)}"
+            f"temperature must be a number or one per chain ({chains},), got shape {tuple(target_temperature.shape)}"
         )
     if isinstance(target_temperature, Tensor):
-        target_temperature = target_temperature.to(call.device, torch.float64).reshape(-1)
-    step = sampler.replace(accept=None, on_nonfinite="ignore")
+        t = target_temperature.to(device, torch.float64).reshape(-1)
+    else:
+        t = float(target_temperature)
     after = step.sample(
-        energy, state, 1, args=args, kwargs=kwargs, observed=observed, seed=call.seed, chain_offset=call.chain_offset,
-        first_step=call.first_step,
+        energy, state, 1, args=args, kwargs=kwargs, observed=observed, seed=p.seed, chain_offset=p.chain_offset,
+        first_step=p.first_step,
     ).state  # fmt: skip
-    with running(call, sampler.mode, log_prob=sampler.log_prob) as target:
-        if not call.chains:
-            return torch.ones(0, dtype=call.tensors[0].dtype, device=call.device)
-        params = params_of(step, call.keys, call.tensors, call.first_step, 1)[0][0]
-        x = [t.detach().clone() for t in call.tensors]
-        y = [part.clone() for part in call.parts("state", after)]
+    modules = modules_of(energy, *p.calls[0])
+    with torch.inference_mode(False), torch.no_grad(), sampling(modules, sampler.mode):
+        if not chains:
+            return torch.ones(0, dtype=tensors[0].dtype, device=device)
+        target = Target.of(p, masked=True)
+        params = langevin_rows(step, p.keys, tensors, p.first_step, 1)[0][0]
+        x = [t.detach().clone() for t in tensors]
+        y = [part.clone() for part in parts_like("state", after, p, tensors)]
         (e, g), (e_new, g_new) = target(x, 0), target(y, 0)
         ratio = log_ratio(
-            [x[i] for i in call.moving], [y[i] for i in call.moving], g, g_new,
+            [x[i] for i in p.moving], [y[i] for i in p.moving], g, g_new,
             one_per_chain("mala_acceptance", e), one_per_chain("mala_acceptance", e_new),
-            [params[i] for i in call.moving],
-            [mask if isinstance(mask := call.masks[i], Tensor) else None for i in call.moving],
-            target_temperature, sampler.norm_over,
+            [params[i] for i in p.moving], [p.mask(i) for i in p.moving], t, sampler.norm_over,
         )  # fmt: skip
         return torch.nan_to_num(ratio.clamp(max=0.0).exp(), nan=0.0, posinf=0.0).to(x[0].dtype)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mmebm.samplers.arithmetic import map_tensors
+
 # Functions that write to arguments of theirs without a name that says so, and operators that write to their first.
 _RUNNING = ("batch_norm", "instance_norm")
 _WRITES = ("__setitem__", *(f"__i{name}__" for name in (
@@ -33,20 +35,17 @@ class _Copies(TorchFunctionMode):
         """The copy that operations are to see, or None where they may see ``value``."""
         raise NotImplementedError
 
+    def _copied(self, value: Tensor) -> Tensor:
+        if id(value) in self.copies:
+            return self.copies[id(value)][1]
+        copy = self._needed(value)
+        if copy is None:
+            return value
+        self.copies[id(value)] = value, copy
+        return copy
+
     def _copy(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) in self.copies:
-                return self.copies[id(value)][1]
-            copy = self._needed(value)
-            if copy is None:
-                return value
-            self.copies[id(value)] = value, copy
-            return copy
-        if type(value) in (list, tuple):
-            return type(value)(self._copy(part) for part in value)
-        if type(value) is dict:
-            return {name: self._copy(part) for name, part in value.items()}
-        return value
+        return map_tensors(value, self._copied)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

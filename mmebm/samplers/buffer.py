@@ -112,7 +112,25 @@ class ReplayBuffer:
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> buffer = mmebm.ReplayBuffer(100, mmebm.initial.uniform((2,), -1, 1), reinit=0.05, seed=0)
+        >>> x, handle = buffer.draw(16)
+        >>> x = mmebm.langevin(lambda x: x.square().sum(1), x, 10, step_size=0.1, seed=1)
+        >>> buffer.write(handle, x)
+        >>> bool((buffer.states(handle.slots[-1:]) == x[-1:]).all())
+        True
     """
+
+    capacity: int
+    classes: int | None
+    init: Callable[..., Any]
+    transform: Callable[[Any, torch.Generator], Any] | None
+    reinit: float | Callable[[int], float]
+    dequantise: bool
+    device: torch.device
+    seed: int
+    iteration: int
 
     def __init__(
         self,

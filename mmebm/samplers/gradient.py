@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmebm.ops.common.layout import per_chain
 from mmebm.samplers.autograd_remedies import Remedies
+from mmebm.samplers.chain import Problem
 from mmebm.state import Key, Structure, like_state
 
 # not public: without it the public function serves
@@ -53,6 +54,15 @@ class Target:
     score: bool = False
     downhill: bool = True
     remedies: Remedies = field(default_factory=Remedies)
+
+    @classmethod
+    def of(cls, p: Problem, *, masked: bool = False, downhill: bool = True) -> Target:
+        """The energy of a problem; ``masked``: with no gradient where observed."""
+        masks = p.masks if masked else [False] * len(p.masks)
+        return cls(
+            p.energy, p.calls, p.keys, p.build, p.moving, masks, log_prob=p.sampler.log_prob, score=p.sampler.score,
+            downhill=downhill,
+        )  # fmt: skip
 
     @property
     def varies(self) -> bool:
@@ -155,7 +165,7 @@ class Target:
         with torch.enable_grad():
             total = self._call(every, k).sum()
             grads = torch.autograd.grad(total, every, allow_unused=True) if total.requires_grad else ()
-        return any(g is not None for g in grads)
+        return any(g is not None for g in grads)  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def one_per_chain(name: str, energy: Tensor | None) -> Tensor:

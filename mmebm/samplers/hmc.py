@@ -5,52 +5,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mmebm import noise
-from mmebm.ops.dynamics import Dynamics, reason
+from mmebm.ops.dynamics import Dynamics
 from mmebm.ops.noise import plain
-from mmebm.samplers.arguments import (
-    NONFINITE,
-    Call,
-    NonFinite,
-    Numbers,
-    Recorder,
-    Samples,
-    check_numbers,
-    check_quotients,
-    choice,
-    finite_chains,
-    per_chain_shape,
-    resolve,
-    running,
-    settings,
-    sqrt,
-    total,
-    where,
-)
+from mmebm.samplers import driver
+from mmebm.samplers.arithmetic import finite_chains, per_chain_shape, sqrt, total, where
+from mmebm.samplers.chain import Problem, Run
+from mmebm.samplers.driver import Sampler, Steps
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import HMCOptions, Setting
+from mmebm.samplers.samples import NonFinite, Samples
+from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, choice, is_mapping, rows_of
 from mmebm.samplers.user_modules import Mode
-from mmebm.state import State, check_setting, flag, integer
+from mmebm.state import State, check_setting, integer
 
-RECORDS = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _NUMBERS: Numbers = {"step_size": {}, "temperature": {"strict": True}, "mass": {"strict": True}}
 
 
 @dataclass(frozen=True)
-class HMC:
-    """An immutable description of Hamiltonian Monte Carlo; :meth:`sample` runs it.
+class HMC(Sampler):
+    """An immutable description of Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011); :meth:`sample` runs it.
 
     A step draws velocities from N(0, T / m), follows the Hamiltonian E(x) + sum of m v^2 / 2, over all elements of all
-    tensors, for ``leapfrog_steps`` leapfrog steps, and accepts each chain's end with probability
-    min(1, exp(-(change of the Hamiltonian) / T)). It takes one gradient per leapfrog step. The stationary law is the
-    target's, whatever the step size. A trajectory that overflows, or ends where the energy or its gradient is inf or
-    NaN, is rejected. A chain that is at such a place itself is reported in ``info["nonfinite"]`` and takes no part in
-    the warm-up; from an energy of +inf it moves to any finite one, from NaN nowhere.
+    tensors, for ``leapfrog_steps`` leapfrog steps
+
+        v <- v - (h / 2) dE/dx / m;  x <- x + h v;  v <- v - (h / 2) dE/dx / m
+
+    and accepts each chain's end with probability min(1, exp(-(change of the Hamiltonian) / T)). It takes one gradient
+    per leapfrog step. The stationary law is the target's, whatever the step size. A trajectory that overflows, or
+    ends where the energy or its gradient is inf or NaN, is rejected. A chain that is at such a place itself is
+    reported in ``info["nonfinite"]`` and takes no part in the warm-up; from an energy of +inf it moves to any finite
+    one, from NaN nowhere.
 
     ``step_size``, ``mass`` and ``temperature`` may each be a float, a tensor that broadcasts (a 1-D tensor of length
     chains means one value per chain), or a function of the step; the first two also a mapping from the state's keys.
@@ -58,10 +52,13 @@ class HMC:
     Args:
         step_size: of a leapfrog step, a time; stable below 2 / sqrt(curvature / m).
         leapfrog_steps: per trajectory. 1 is Metropolis-adjusted Langevin with step_size h^2 / (2 m).
-        mass: ``m``, of each element.
         temperature: of the target exp(-E / T); a number, or one per chain.
         adapt: number of warm-up steps (those of index below ``adapt``) in which dual averaging moves a factor of all
             step sizes towards ``target_accept``; it is fixed afterwards. Samples of the warm-up are not the target's.
+            Hoffman and Gelman, JMLR 2014, section 3.2.
+
+    Other args:
+        mass: ``m``, of each element.
         target_accept: the mean acceptance probability that the warm-up aims at.
         adapt_over: a factor for each "chain", or one for "all" chains of the call, which settles sooner, but lets a
             chain depend on the batch it is in.
@@ -72,12 +69,21 @@ class HMC:
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> sampler = mmebm.HMC(step_size=0.1, leapfrog_steps=5, adapt=50)
+        >>> out = sampler.sample(lambda x: 0.5 * x.square().sum(1), torch.zeros(1000, 2), 100, seed=0)
+        >>> bool((out.state.var(0) - 1).abs().max() < 0.2), out.info["acceptance"].shape
+        (True, torch.Size([1000]))
     """
 
-    step_size: Any
+    records: ClassVar[tuple[str, ...]] = ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
+    carries: ClassVar[tuple[str, ...]] = ("adaptation",)
+
+    step_size: Setting
     leapfrog_steps: int = 10
-    mass: Any = 1.0
-    temperature: Any = 1.0
+    mass: Setting = 1.0
+    temperature: Setting = 1.0
     adapt: int = 0
     target_accept: float = 0.8
     adapt_over: Literal["chain", "all"] = "chain"
@@ -86,22 +92,25 @@ class HMC:
     on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
-        choice("mode", self.mode, ("eval", "train", "keep"))
-        flag("log_prob", self.log_prob)
-        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
+        self._check_options()
         choice("adapt_over", self.adapt_over, ("chain", "all"))
         integer("leapfrog_steps", self.leapfrog_steps, 1)
         integer("adapt", self.adapt, 0)
         check_numbers(self, _NUMBERS)
-        if isinstance(self.temperature, Mapping):
+        if is_mapping(self.temperature):
             raise TypeError(f"temperature must be a number or one per chain, as all tensors are accepted together, got "
                             f"{self.temperature!r}")  # fmt: skip
         check_setting("target_accept", self.target_accept, strict=True)
         if isinstance(self.target_accept, Tensor) or self.target_accept >= 1:
             raise ValueError(f"target_accept must be a number between 0 and 1, got {self.target_accept!r}")
 
-    def replace(self, **changes: Any) -> HMC:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[HMCOptions]) -> HMC:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.HMC(0.1).replace(adapt=100).adapt
+            100
+        """
         return replace(self, **changes)
 
     @opaque
@@ -140,105 +149,93 @@ class HMC:
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
+
+        Example:
+            >>> energy, x = lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2)
+            >>> first = mmebm.HMC(0.1, adapt=20).sample(energy, x, 10, seed=0)
+            >>> then = mmebm.HMC(0.1, adapt=20).sample(
+            ...     energy, first.state, 10, seed=0, first_step=10, adaptation=first.info["adaptation"]
+            ... )
+            >>> bool((then.state == mmebm.HMC(0.1, adapt=20).sample(energy, x, 20, seed=0).state).all())
+            True
         """
-        call = resolve(
-            energy, state, steps, args=args, kwargs=kwargs, observed=observed, seed=seed, generator=generator,
-            chain_offset=chain_offset, first_step=first_step, record=record, records=RECORDS, thin=thin,
+        return self._sample(
+            energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"adaptation": adaptation},
+            seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
             inplace=inplace,
         )  # fmt: skip
-        recorder = Recorder(call)
-        with running(call, self.mode, log_prob=self.log_prob) as target:
-            rows = settings(self, _NUMBERS, call)
-            for row in rows:
-                _check_per_chain(row["temperature"][0], call.chains)
-                for i in call.moving:
-                    check_quotients(row["step_size"][i], row["temperature"][i], row["mass"][i], call.tensors[i].dtype)
-            warmup = _Adaptation.start(self, call, adaptation)
-            x = [t.detach().clone() for t in call.tensors]
-            zero = torch.zeros(call.chains, dtype=x[0].dtype, device=call.device)
-            moves: _Trajectories | _CppTrajectories | None = None
-            # a network need not take an empty batch
-            for k in range(call.steps if call.chains else 0):
-                if moves is None or target.varies:
-                    e, g = target(x if moves is None else moves.x, k)
-                    e = one_per_chain("HMC", e)
-                    if moves is None:
-                        moves = _trajectories(self, call, target, x, e)
-                    moves.restart(e, g)
-                recorded = {"energy": moves.energy} if "energy" in call.record else {}
-                scale = warmup.scale if warmup else None
-                what = moves.step(rows[min(k, len(rows) - 1)], scale, k)
-                if call.record:
-                    what["step_scale"] = torch.ones_like(zero) if scale is None else scale
-                    recorder.add(**recorded, **{name: what[name].clone() for name in call.record if name in what})
-                if warmup and warmup.update(what["accept_prob"], moves.living):
-                    moves.forget()
-                recorder.keep(k, moves.x)
-            never, living = zero.bool(), ~zero.bool()
-            if moves is not None:
-                x, never, living = moves.x, ~moves.ever, moves.living & moves.alive
-            info: dict[str, Any] = {
-                "acceptance": zero * math.nan if moves is None or not moves.counted else moves.acceptance(zero.dtype),
-                "step_scale": warmup.scale if warmup else torch.ones_like(zero),
-                "never_accepted": never,
-            }
-            if warmup:
-                info["adaptation"] = warmup.state()
-            return recorder.samples(x, self.on_nonfinite, broken=~living, **info)
+
+    def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
+        rows = rows_of(self, _NUMBERS, p.keys, tensors, p.first_step, p.steps)
+        for row in rows:
+            _check_per_chain(row["temperature"][0], tensors[0].shape[0])
+            for i in p.moving:
+                check_quotients(row["step_size"][i], row["temperature"][i], row["mass"][i], tensors[i].dtype)
+        return driver.loop(init, replace(p, params=rows), tensors)
 
 
-def _trajectories(
-    sampler: HMC, call: Call, target: Target, x: list[Tensor], energy: Tensor
-) -> _Trajectories | _CppTrajectories:
-    """What runs the steps: C++ where it takes the state and float32 energies, else PyTorch."""
-    moving = [x[i] for i in call.moving]
-    if moving and energy.dtype is torch.float32 and reason(moving, call.seed, call.first_step) is None:
-        return _CppTrajectories(sampler, call, target, x)
-    return _Trajectories(sampler, call, target, x)
+def init(p: Problem, x: list[Tensor]) -> Steps:
+    """The chain from ``x``: in C++ where that takes the state and float32 energies, else in PyTorch."""
+    target, e, g = driver.start(p, x)
+    e = one_per_chain("HMC", e)
+    chain = (_CppTrajectories if driver.in_cpp(p, x, e) else _Trajectories)(p, target, x)
+    chain.restart(e, g)
+    return chain
 
 
-class _Trajectories:
+class _Trajectories(Steps):
     """The steps in PyTorch.
 
     Attributes:
-        x, energy: the state, and its energy (chains,).
+        energy, g: at the state, (chains,) and of the tensors that move.
         living: bool (chains,), where state, energy and gradient are finite now. alive: where they were at every
             gradient, with ``on_nonfinite="freeze"``; else True.
-        ever: bool (chains,), who moved at all. counted: steps since the last :meth:`forget`.
+        ever: bool (chains,), who moved at all. counted: steps since the warm-up.
     """
 
-    def __init__(self, sampler: HMC, call: Call, target: Target, x: list[Tensor]) -> None:
-        self.sampler, self.call, self.target, self.x = sampler, call, target, x
+    def __init__(self, p: Problem, target: Target, x: list[Tensor]) -> None:
+        super().__init__(p, x)
+        self.target = target
+        self.warmup = _Adaptation.start(p, x[0])
         self.counted = 0
-        self.prob_sum = torch.zeros(call.chains, dtype=x[0].dtype, device=call.device)
-        self.ever = torch.zeros(call.chains, dtype=torch.bool, device=call.device)
-        self.alive = ~self.ever
-        self.freeze = sampler.on_nonfinite == "freeze"
+        self.prob_sum = torch.zeros(self.chains, dtype=x[0].dtype, device=self.device)
+        self.ever = torch.zeros(self.chains, dtype=torch.bool, device=self.device)
+        self.alive = p.carried["alive"].clone() if "alive" in p.carried else ~self.ever
 
     def restart(self, energy: Tensor, g: list[Tensor]) -> None:
         """``energy`` and gradient at the state."""
         self.energy, self.g = energy, g
-        parts = [self.x[i] for i in self.call.moving]
-        self.living = finite_chains([*parts, energy.detach(), *g], self.call.chains, self.call.device)
+        parts = [self.x[i] for i in self.problem.moving]
+        self.living = finite_chains([*parts, energy.detach(), *g], self.chains, self.device)
         if self.freeze:
-            self.alive = self.alive & self.living
+            self.alive.logical_and_(self.living)
 
-    def forget(self) -> None:
-        """After the warm-up's steps: the mean acceptance is that of the steps to come."""
-        self.prob_sum, self.counted = torch.zeros_like(self.prob_sum), 0
+    def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
+        p = self.problem
+        if k and self.target.varies:
+            e, g = self.target(self.x, k)
+            self.restart(one_per_chain("HMC", e), g)
+        scale = self.warmup.scale if self.warmup else None
+        before = {"energy": self.energy.clone()} if "energy" in p.record else {}
+        out = self.move(p.row(k), scale, k)
+        self.counted += 1
+        if p.record:
+            before["step_scale"] = torch.ones_like(self.prob_sum, dtype=self.x[0].dtype) if scale is None else scale
+        if self.warmup and self.warmup.update(out["accept_prob"], self.living):
+            # the mean acceptance is that of the steps after the warm-up
+            self.prob_sum.zero_()
+            self.counted = 0
+        return {**out, **before}
 
-    def acceptance(self, dtype: torch.dtype) -> Tensor:
-        return (self.prob_sum / self.counted).to(dtype)
-
-    def step(self, row: dict[str, list[Any]], scale: Tensor | None, k: int) -> dict[str, Tensor]:
+    def move(self, row: dict[str, list[Any]], scale: Tensor | None, k: int) -> dict[str, Tensor]:
         """One trajectory; what may be recorded."""
-        call, x, e, g = self.call, self.x, self.energy, self.g
-        moving = call.moving
+        x, e, g = self.x, self.energy, self.g
+        moving = self.problem.moving
         h, mass, temperature = ([row[name][i] for i in moving] for name in ("step_size", "mass", "temperature"))
         if scale is not None:
             h = [size * per_chain_shape(scale, x[i]) for size, i in zip(h, moving)]
-        v = [call.normals(i, k, noise.MOMENTUM) * sqrt(t / m) for i, t, m in zip(moving, temperature, mass)]
-        y, w, e_new, p = leapfrog(self.target, k, x, v, g, h, mass, self.sampler.leapfrog_steps)
+        v = [self.normals(i, k, noise.MOMENTUM) * sqrt(t / m) for i, t, m in zip(moving, temperature, mass)]
+        y, w, e_new, p = leapfrog(self.target, k, x, v, g, h, mass, self.problem.sampler.leapfrog_steps)
         e_new = one_per_chain("HMC", e_new)
         # the change of m v^2 / 2, element by element: the two sums' own rounding would be large for a large state
         error = total([0.5 * m * (b - a) * (b + a) for m, a, b in zip(mass, v, w)], e_new - e) + (e_new - e)
@@ -246,64 +243,65 @@ class _Trajectories:
         ratio = -error / (t.reshape(-1) if isinstance(t, Tensor) else t)
         # NaN, the end of a broken trajectory, is never accepted; nor is an energy of -inf, or a gradient that leads out
         accept_prob = torch.nan_to_num(ratio.clamp(max=0.0).exp(), nan=0.0)
-        allowed = finite_chains([e_new, *(y[i] for i in moving), *p], call.chains, call.device) & self.alive
+        allowed = finite_chains([e_new, *(y[i] for i in moving), *p], self.chains, self.device) & self.alive
         accept_prob = torch.where(allowed, accept_prob, 0.0)
-        accept = call.uniforms(1, k, noise.ACCEPT).squeeze(1) < accept_prob
+        accept = self.uniforms(1, k, noise.ACCEPT).squeeze(1) < accept_prob
         self.x, self.energy, self.g = where(accept, y, x), torch.where(accept, e_new, e), where(accept, p, g)
         self.ever, self.living = self.ever | accept, self.living | accept
-        self.prob_sum, self.counted = self.prob_sum + accept_prob, self.counted + 1
+        self.prob_sum = self.prob_sum + accept_prob
         return {"accept_prob": accept_prob, "accepted": accept.to(e.dtype), "energy_error": error}
+
+    def broken(self) -> Tensor:
+        return ~(self.living & self.alive)
+
+    def info(self) -> dict[str, Any]:
+        one = torch.ones(self.chains, dtype=self.x[0].dtype, device=self.device)
+        out = {
+            "acceptance": (self.prob_sum / self.counted).to(one.dtype) if self.counted else one * math.nan,
+            "step_scale": self.warmup.scale if self.warmup else one,
+            "never_accepted": ~self.ever if self.problem.steps else self.ever,
+        }
+        return {**out, "adaptation": self.warmup.state()} if self.warmup else out
+
+    def carried(self) -> dict[str, Any]:
+        out = {"energy": self.energy, "gradient": self.g, "alive": self.alive}
+        return {**out, "adaptation": self.warmup.state()} if self.warmup else out
 
 
 class _CppTrajectories(_Trajectories):
     """The same in C++: a call for each piece of a trajectory between two gradients."""
 
-    def __init__(self, sampler: HMC, call: Call, target: Target, x: list[Tensor]) -> None:
-        super().__init__(sampler, call, target, x)
+    def __init__(self, p: Problem, target: Target, x: list[Tensor]) -> None:
+        super().__init__(p, target, x)
         self.op = Dynamics(
-            [x[i] for i in call.moving], indices=call.moving, masks=[call.masks[i] for i in call.moving],
-            seed=plain(call.seed), chain_offset=call.chain_offset, alive=self.alive, keeps=True, freeze=self.freeze,
+            [x[i] for i in p.moving], indices=p.moving, masks=[p.masks[i] for i in p.moving], seed=plain(p.seed),
+            chain_offset=p.chain_offset, alive=self.alive, keeps=True, freeze=self.freeze,
         )  # fmt: skip
-        self.first = plain(call.first_step)
+        self.first = plain(p.first_step)
         self.y = list(x)
-        for i, t, to in zip(call.moving, self.op.x, self.op.y):
+        for i, t, to in zip(p.moving, self.op.x, self.op.y):
             self.x[i], self.y[i] = t, to
         self.prob_sum = self.prob_sum.double()
         self.out = {
-            name: torch.zeros(call.chains, dtype=torch.float32, device=call.device)
+            name: torch.zeros(self.chains, dtype=torch.float32, device=self.device)
             for name in ("accept_prob", "accepted", "energy_error")
         }
-        self._energy = torch.zeros_like(self.out["accepted"])
-        self.op.set_energy(self._energy)
+        self.energy, self.g = torch.zeros_like(self.out["accepted"]), self.op.g
+        self.op.set_energy(self.energy)
         prob, accepted, error = self.out.values()
         self.op.set_outputs(prob, accepted, error, self.prob_sum, self.ever)
         self._row: dict[str, list[Any]] | None = None
 
-    @property
-    def energy(self) -> Tensor:
-        return self._energy.clone()
-
-    @energy.setter
-    def energy(self, value: Tensor) -> None:
-        self._energy.copy_(value)
-
     def restart(self, energy: Tensor, g: list[Tensor]) -> None:
-        self.energy = energy
-        self.living = finite_chains([*self.op.x, energy.detach(), *g], self.call.chains, self.call.device)
-        self._all_live = bool(self.living.all())
-        if self.freeze:
-            self.alive.logical_and_(self.living)
-        for own, given in zip(self.op.g, g, strict=True):
+        for own, given in zip((self.energy, *self.g), (energy, *g), strict=True):
             own.copy_(given)
+        super().restart(self.energy, self.g)
+        self._all_live = bool(self.living.all())
 
-    def forget(self) -> None:
-        self.prob_sum.zero_()
-        self.counted = 0
-
-    def step(self, row: dict[str, list[Any]], scale: Tensor | None, k: int) -> dict[str, Tensor]:
-        op, call = self.op, self.call
+    def move(self, row: dict[str, list[Any]], scale: Tensor | None, k: int) -> dict[str, Tensor]:
+        op = self.op
         if scale is not None or row is not self._row:
-            for n, i in enumerate(call.moving):
+            for n, i in enumerate(self.problem.moving):
                 h, m, t = (row[name][i] for name in ("step_size", "mass", "temperature"))
                 if row is not self._row:
                     op.set(n, thermal=sqrt(t / m), mass=m)
@@ -314,11 +312,10 @@ class _CppTrajectories(_Trajectories):
                 op.set_temperature(row["temperature"][0])
             self._row = row
         op.hmc_start(self.first + k)
-        for _ in range(self.sampler.leapfrog_steps - 1):
+        for _ in range(self.problem.sampler.leapfrog_steps - 1):
             op.leap(self.target(self.y, k)[1])
         e_new, g = self.target(self.y, k)
         op.hmc_end(g, one_per_chain("HMC", e_new), self.first + k)
-        self.counted += 1
         if not self._all_live:
             self.living = self.living | (self.out["accepted"] > 0)
         return self.out
@@ -366,28 +363,27 @@ class _Adaptation:
         self.log_scale, self.mean_log_scale, self.shortfall = (state[name] for name in self.STATE)
 
     @classmethod
-    def start(cls, sampler: HMC, call: Call, given: Mapping[str, Tensor] | None) -> _Adaptation | None:
+    def start(cls, p: Problem, like: Tensor) -> _Adaptation | None:
+        sampler, first, given = p.sampler, p.first_step, p.carried.get("adaptation")
         if not sampler.adapt:
             if given is not None:
                 raise ValueError("adaptation needs a sampler with adapt above 0, got adapt=0")
             return None
-        first = call.first_step
         if isinstance(first, Tensor):
             raise ValueError("first_step must be an int with adapt, got a tensor")
-        like = call.tensors[0]
+        chains = like.shape[0]
         if given is None:
             if first:
                 raise ValueError(
                     f'first_step={first} with adapt={sampler.adapt} needs adaptation=out.info["adaptation"] of the run '
                     "before it"
                 )
-            zero = torch.zeros(call.chains, dtype=like.dtype, device=like.device)
-            return cls(sampler, 0, dict.fromkeys(cls.STATE, zero))
+            return cls(sampler, 0, dict.fromkeys(cls.STATE, torch.zeros(chains, dtype=like.dtype, device=like.device)))
         for name in cls.STATE:
             value = given.get(name)
-            if not isinstance(value, Tensor) or value.shape != (call.chains,) or value.device != like.device:
+            if not isinstance(value, Tensor) or value.shape != (chains,) or value.device != like.device:
                 raise ValueError(
-                    f"adaptation[{name!r}] must be a tensor ({call.chains},) on {like.device}, got {value!r:.80}"
+                    f"adaptation[{name!r}] must be a tensor ({chains},) on {like.device}, got {value!r:.80}"
                 )
         return cls(sampler, first, {name: given[name].to(like.dtype) for name in cls.STATE})
 

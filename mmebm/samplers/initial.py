@@ -42,7 +42,15 @@ def _draw(
 
 
 def uniform(shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Initial:
-    """Uniform in [low, high)."""
+    """Uniform in [low, high), of ``shape``, the sizes of one chain.
+
+    Raises:
+        ValueError: for another shape, or bounds that are not finite or in order.
+
+    Example:
+        >>> mmebm.initial.uniform((1, 28, 28), -1, 1)(16, torch.Generator().manual_seed(0)).shape
+        torch.Size([16, 1, 28, 28])
+    """
     size = _shape(shape)
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"low and high must be finite with low <= high, got {low!r} and {high!r}")
@@ -56,7 +64,15 @@ def _uniform(
 
 
 def normal(shape: Sequence[int], std: float = 1.0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Initial:
-    """Normal with one mean and standard deviation."""
+    """Normal with one mean and standard deviation, of ``shape``, the sizes of one chain.
+
+    Raises:
+        TypeError, ValueError: for another shape, or a standard deviation below 0.
+
+    Example:
+        >>> mmebm.initial.normal((2,), std=0.1)(16, torch.Generator().manual_seed(0)).shape
+        torch.Size([16, 2])
+    """
     size = _shape(shape)
     check_setting("std", std)
     return partial(_normal, size, std, mean, dtype)
@@ -73,6 +89,12 @@ def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
 
     Raises:
         ValueError: for no examples, labels of another length, or a class below the largest without an example.
+
+    Example:
+        >>> examples, labels = torch.arange(6.0).reshape(6, 1), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> start = mmebm.initial.data(examples, labels)
+        >>> bool((start(4, torch.Generator().manual_seed(0), torch.ones(4, dtype=torch.int64)) >= 3).all())
+        True
     """
     if len(examples) == 0:
         raise ValueError(f"examples must hold at least one row, got shape {tuple(examples.shape)}")
@@ -114,6 +136,12 @@ def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full"
 
     Raises:
         ValueError: for another ``covariance``, or labels as in :func:`data`.
+
+    Example:
+        >>> examples, labels = torch.randn(20, 3), torch.arange(20) % 2
+        >>> start = mmebm.initial.class_gaussian(examples, labels)
+        >>> start(4, torch.Generator().manual_seed(0), torch.zeros(4, dtype=torch.int64)).shape
+        torch.Size([4, 3])
     """
     if covariance not in ("full", "diagonal"):
         raise ValueError(f'covariance must be "full" or "diagonal", got {covariance!r}')
@@ -154,7 +182,16 @@ def _class_normal(
 
 
 def generated(generator_net: Callable[[Any], Any], latent: Initial) -> Initial:
-    """What a generator makes of latents: ``generator_net(latent(n, generator))``, without its graph."""
+    """What a generator makes of latents: ``generator_net(latent(n, generator))``, without its graph.
+
+    Raises:
+        TypeError: where either is no function.
+
+    Example:
+        >>> start = mmebm.initial.generated(torch.nn.Linear(2, 5), mmebm.initial.normal((2,)))
+        >>> start(4, torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 5])
+    """
     if not callable(generator_net) or not callable(latent):
         raise TypeError("generator_net and latent must be functions")
     return partial(_generated, generator_net, latent)
@@ -166,7 +203,16 @@ def _generated(generator_net: Callable[[Any], Any], latent: Initial, n: int, gen
 
 
 def each(parts: Mapping[str, Initial]) -> Initial:
-    """A dict state, each tensor from its own initialiser (none of them by class)."""
+    """A dict state, each tensor from its own initialiser (none of them by class).
+
+    Raises:
+        TypeError: where ``parts`` is no mapping from name to initialiser.
+
+    Example:
+        >>> start = mmebm.initial.each({"x": mmebm.initial.normal((2,)), "y": mmebm.initial.uniform((3,))})
+        >>> {name: tuple(t.shape) for name, t in start(4, torch.Generator().manual_seed(0)).items()}
+        {'x': (4, 2), 'y': (4, 3)}
+    """
     if not isinstance(parts, Mapping) or not parts or not all(callable(part) for part in parts.values()):
         raise TypeError(f"parts must be a mapping from name to initialiser, got {parts!r:.80}")
     return partial(_each, dict(parts))

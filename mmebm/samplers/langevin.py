@@ -8,58 +8,66 @@ the user says and gets. How the chain runs: in one call (:mod:`mmebm.samplers.wh
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mmebm import noise
+from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import NormOver, Outside, Rng
 from mmebm.ops.langevin_mlp import Precision
-from mmebm.ops.langevin_step.reference import widen
 from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
-from mmebm.samplers.arguments import (
-    NONFINITE,
-    NonFinite,
-    Samples,
-    calls_of,
-    check_arguments,
-    check_record,
-    check_writable,
-    choice,
-    counter,
-    finite_chains,
-    leaves,
-    report_nonfinite,
-)
-from mmebm.samplers.autograd_remedies import Remedies
-from mmebm.samplers.chain import BOUND, NUMBERS, Problem, Run, blocks_of, clamp_at_end, cut, join, params_of
+from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, join
+from mmebm.samplers.driver import S, Sampler
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import Bounds, LangevinKeywords, LangevinOptions, Project, Setting
+from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.separable import check_separable
+from mmebm.samplers.settings import (
+    BOUND,
+    NUMBERS,
+    check_numbers,
+    choice,
+    is_mapping,
+    is_sequence,
+    langevin_rows,
+    leaves,
+)
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
-from mmebm.state import State, check_setting, flag, flatten, integer, like_state, observed_masks, per_key
+from mmebm.state import State, check_setting, flag, per_key
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["MALA", "Langevin", "Samples", "langevin"]
-
-S = TypeVar("S")  # the state's structure
-
-RECORDS = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """``function`` of a setting's value: of each entry of a mapping, of a schedule's value at each step."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {key: _map(leaf, function) for key, leaf in value.items()}
-    return (lambda k: function(value(k))) if callable(value) else function(value)
+    if not callable(value):
+        return function(value)
+
+    def at(k: int) -> Any:
+        return function(value(k))
+
+    return at
 
 
 @dataclass(frozen=True)
-class Langevin:
+class Langevin(Sampler):
     """An immutable description of Langevin dynamics; :meth:`sample` runs it.
+
+        x <- x - a g(x) + s xi,    g = dE/dx,  xi ~ N(0, 1) for each element
+
+    with the stationary law exp(-E / T), T = s^2 / (2a), for small steps (Parisi 1981; Roberts and Tweedie, Bernoulli
+    1996; without bias as :func:`MALA`). In full, a step is
+
+        g = clip(dE/dx) + x / prior_std^2;  x <- bounds(x + clamp(-a g + s xi, +-max_update))
 
     Every number may be a float, a tensor that broadcasts (a 1-D tensor of length chains means one value per chain), a
     mapping from the state's keys (names of a dict, indices of a list) to such values, or a function of the step
@@ -69,13 +77,17 @@ class Langevin:
         step_size: ``a``, literally the coefficient of the gradient.
         noise_scale: ``s``, literally the standard deviation of the noise; ``None`` means sqrt(2 step_size temperature).
         temperature: of the target exp(-E / temperature), where ``noise_scale`` is None.
+        bounds: (low, high), each as above or None.
+        log_prob: the callable returns log p (or f = -E) instead of E.
+
+    Other args:
         noise_at: "after" the gradient (Langevin), or "before" it (IGEBM and its relatives).
         clamp_noise: with ``noise_at="before"``, clamp to the bounds before the gradient is taken too.
         grad_clip: limit of each element of the gradient.
-        grad_norm_clip: limit of the gradient's l2 norm, of each chain or of the whole tensor (``norm_over``).
+        grad_norm_clip: limit of the gradient's l2 norm.
+        norm_over: of each "chain", or of the whole "tensor".
         max_update: limit of each element of the update, noise included.
         prior_std: adds x / prior_std^2 to the gradient, the drift of a Gaussian prior or reference N(0, prior_std^2).
-        bounds: (low, high), each as above or None.
         bounds_at: at every "step" or only at the "end" (the states of the trajectory are then without bounds).
         outside: at the bounds "clamp", or "reject": a chain with an element outside stays where it was.
         project: a function (or one per key) applied to a tensor after its update, e.g. onto a sphere.
@@ -83,7 +95,6 @@ class Langevin:
             a rescaling); after the bounds at the end, without effect on the trajectory and on observed elements.
         accept: None, "descent": a chain moves only where its energy fell, or "metropolis": the step is a proposal
             (MALA), so that the chain's law is exp(-E / T) exactly, T = s^2 / (2a), which all tensors must share.
-        log_prob: the callable returns log p (or f = -E) instead of E.
         score: the callable returns the score d log p / dx, in the state's structure.
         mode: modules found in the energy run in "eval" or "train" mode or as they are ("keep"); restored afterwards.
         rng: "philox", noise that depends on (seed, chain, step, tensor, element) only, or "torch", ``torch.randn`` per
@@ -98,23 +109,32 @@ class Langevin:
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> sampler = mmebm.Langevin(step_size={"image": 0.5, "text": 0.01}, bounds={"image": (0, 1)})
+        >>> sampler.replace(noise_scale=0.5).implied_temperature["image"]
+        0.25
     """
 
-    step_size: Any
-    noise_scale: Any = None
-    temperature: Any = 1.0
+    records: ClassVar[tuple[str, ...]] = ("energy", "grad_norm", "displacement", "clipped", "nonfinite", "accepted")
+    takes_16_bits: ClassVar[bool] = True
+    takes_blocks: ClassVar[bool] = True
+
+    step_size: Setting
+    noise_scale: Setting | None = None
+    temperature: Setting = 1.0
     _: dataclasses.KW_ONLY
     noise_at: Literal["after", "before"] = "after"
     clamp_noise: bool = False
-    grad_clip: Any = None
-    grad_norm_clip: Any = None
+    grad_clip: Setting | None = None
+    grad_norm_clip: Setting | None = None
     norm_over: NormOver = "chain"
-    max_update: Any = None
-    prior_std: Any = None
-    bounds: Any = None
+    max_update: Setting | None = None
+    prior_std: Setting | None = None
+    bounds: Bounds | None = None
     bounds_at: Literal["step", "end"] = "step"
     outside: Outside = "clamp"
-    project: Any = None
+    project: Project | None = None
     finish: Callable[[Any], Any] | None = None
     accept: Literal["descent", "metropolis"] | None = None
     log_prob: bool = False
@@ -127,40 +147,27 @@ class Langevin:
     on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
-        for name in ("clamp_noise", "log_prob", "score"):
-            flag(name, getattr(self, name))
+        self._check_options()
+        flag("clamp_noise", self.clamp_noise)
         choice("noise_at", self.noise_at, ("after", "before"))
         choice("norm_over", self.norm_over, ("chain", "tensor"))
         choice("bounds_at", self.bounds_at, ("step", "end"))
         choice("outside", self.outside, ("clamp", "reject"))
         choice("accept", self.accept, (None, "descent", "metropolis"))
-        choice("mode", self.mode, ("eval", "train", "keep"))
         choice("rng", self.rng, ("philox", "torch"))
         choice("precision", self.precision, get_args(Precision))
         choice("capture", self.capture, ("auto", True, False))
-        if not isinstance(self.backend, str):
+        if not isinstance(self.backend, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f'backend must be "auto" or a backend\'s name, got {self.backend!r:.80}')
-        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
-        for name in ("step_size", "temperature"):
-            value = getattr(self, name)
-            if value is None or (isinstance(value, Mapping) and any(leaf is None for leaf in value.values())):
-                raise TypeError(
-                    f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}"
-                )
-        for name, allowed in NUMBERS.items():
-            for label, leaf in leaves(name, getattr(self, name)):
-                if not callable(leaf):
-                    check_setting(label, leaf, **allowed)
+        check_numbers(self, NUMBERS, required=("step_size", "temperature"))
         plain = isinstance(self.temperature, (int, float)) and self.temperature == 1.0
         if self.noise_scale is not None and not plain:
             raise ValueError(
                 "give noise_scale or temperature, not both: noise_scale is the noise's standard deviation; "
                 f"got {self.noise_scale!r} and {self.temperature!r}"
             )
-        if self.log_prob and self.score:
-            raise ValueError("give log_prob=True or score=True, not both")
         for label, pair in leaves("bounds", self.bounds):
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            if not is_sequence(pair) or len(pair) != 2:
                 raise ValueError(f"{label} must be (low, high), or a mapping to such pairs, got {pair!r:.80}")
             fixed = [end for end in pair if end is not None and not callable(end)]
             for end in fixed:
@@ -183,25 +190,51 @@ class Langevin:
                 raise TypeError(f"{label} must be a function of a tensor, or a mapping to such, got {item!r:.80}")
 
     @classmethod
-    def from_sgld(cls, scale: Any, **options: Any) -> Langevin:
+    def from_sgld(
+        cls,
+        scale: Setting,
+        *,
+        accept: Literal["descent", "metropolis"] | None = None,
+        **options: Unpack[LangevinKeywords],
+    ) -> Langevin:
         """The convention x <- x - s^2/2 dE/dx + s xi: step_size = s^2 / 2, noise_scale = s; temperature 1.
 
         Args:
             scale: ``s``, whatever a setting may be: a number, a tensor, a mapping or a function of the step.
+
+        Other args:
+            accept, options: as :class:`Langevin` describes them; ``temperature`` is not among them.
+
+        Raises:
+            TypeError, ValueError: as :class:`Langevin`.
+
+        Example:
+            >>> mmebm.Langevin.from_sgld(0.2).implied_temperature
+            1.0
         """
         for label, leaf in leaves("scale", scale):
             if not callable(leaf):
                 check_setting(label, leaf)
-        return cls(_map(scale, lambda s: s**2 / 2), scale, **options)
+        return cls(_map(scale, lambda s: s**2 / 2), scale, accept=accept, **options)
 
-    def replace(self, **changes: Any) -> Langevin:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[LangevinOptions]) -> Langevin:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.Langevin(0.1).replace(step_size=0.2).step_size
+            0.2
+        """
         return dataclasses.replace(self, **changes)
 
     @property
     def implied_temperature(self) -> Any:
         """s^2 / (2a): the chain's stationary law is close to exp(-E / T). A mapping where the settings are mappings;
-        the value at step 0 where they are schedules; inf for step_size 0 with noise."""
+        the value at step 0 where they are schedules; inf for step_size 0 with noise.
+
+        Example:
+            >>> mmebm.Langevin(step_size=10.0, noise_scale=0.005).implied_temperature  # gradient descent, nearly
+            1.25e-06
+        """
 
         def temperature(a: Any, s: Any, t: Any) -> Any:
             a, s, t = (v(0) if callable(v) else v for v in (a, s, t))
@@ -211,12 +244,12 @@ class Langevin:
                 return s**2 / (2 * a)
             return s**2 / (2 * a) if a else (math.inf if s else 0.0)
 
-        parts = (self.step_size, self.noise_scale, self.temperature)
-        keys = [key for part in parts if isinstance(part, Mapping) for key in part]
+        parts: list[Any] = [self.step_size, self.noise_scale, self.temperature]
+        keys = [key for part in parts if is_mapping(part) for key in part]
         if not keys:
             return temperature(*parts)
         return {
-            key: temperature(*(part.get(key) if isinstance(part, Mapping) else part for part in parts))
+            key: temperature(*(part.get(key) if is_mapping(part) else part for part in parts))
             for key in dict.fromkeys(keys)
         }
 
@@ -249,13 +282,15 @@ class Langevin:
                 with a leading chain dimension, or a scalar; the gradient is that of its sum.
             state: a tensor (chains, ...), or a list, tuple or dict of such tensors. Left as it is, unless ``inplace``.
             steps: number of updates; 0 returns a copy.
-            args, kwargs: what else the energy is given; a :class:`~mmebm.samplers.schedules.Schedule` among them stands
-                for its value at each step.
-            observed: what keeps its value: a collection of keys, a mapping from key to a boolean mask, or one mask.
-            blocks: keys, or collections of keys, updated in turn within a step, each with its own gradient; together
-                they hold every key once.
             seed: 64-bit int, or a 1-element int64 tensor on the state's device; None draws one from ``generator`` or,
                 without one, from torch's global CPU generator.
+            observed: what keeps its value: a collection of keys, a mapping from key to a boolean mask, or one mask.
+            args, kwargs: what else the energy is given; a :class:`~mmebm.samplers.schedules.Schedule` among them stands
+                for its value at each step.
+
+        Other args:
+            blocks: keys, or collections of keys, updated in turn within a step, each with its own gradient; together
+                they hold every key once.
             generator: a ``torch.Generator``; with ``rng="torch"`` it draws the noise itself.
             chain_offset: global index of the first chain: rows [o, o+n) alone equal those of the whole run.
             first_step: index of the first step, so that K1 steps and then K2 with ``first_step=K1`` equal K1 + K2.
@@ -279,154 +314,101 @@ class Langevin:
             TypeError, ValueError: naming the argument, the value and what would do.
             BackendError: where an explicit backend cannot run this chain.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
+
+        Example:
+            >>> state = {"x": torch.zeros(8, 2), "y": torch.ones(8, 3)}
+            >>> energy = lambda s: (s["x"] ** 2).sum(1) + (s["x"][:, :1] - s["y"]).square().sum(1)
+            >>> out = mmebm.Langevin(0.1).sample(energy, state, 20, observed={"y"}, seed=0, record=("energy",), thin=10)
+            >>> out.trace["energy"].shape, out.trajectory["x"].shape, bool((out.state["y"] == 1).all())
+            (torch.Size([20, 8]), torch.Size([2, 8, 2]), True)
         """
-        if not callable(energy):
-            raise TypeError(f"energy must be callable, got {type(energy).__name__}")
-        keys, tensors, build = flatten(state)
-        chains, device = tensors[0].shape[0], tensors[0].device
-        steps = integer("steps", steps, 0)
-        thin = None if thin is None else integer("thin", thin, 1)
-        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
-        chain_offset = integer("chain_offset", chain_offset, 0, 2**32 - chains + 1)
-        first_step = counter("first_step", first_step, 0, 2**32 - steps + 1, device)
-        wanted = 0 if differentiable is None or differentiable is False else differentiable
-        last = steps if wanted is True else integer("differentiable", wanted, 0)
-        if last and (inplace or chunk_size is not None):
-            raise ValueError(f"differentiable goes without inplace and chunk_size, got {differentiable!r}")
-        check_arguments(args, kwargs)
-        check_record(record, RECORDS)
-        flag("offload", offload)
-        flag("inplace", inplace)
-        if "energy" in record and self.score:
-            raise ValueError('record="energy" needs an energy; with score=True there is none')
-        if "accepted" in record and self.accept is None:
+        return self._sample(
+            energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
+            generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
+            offload=offload, inplace=inplace, chunk_size=chunk_size, differentiable=differentiable,
+        )  # fmt: skip
+
+    def _without_steps(self) -> str | None:
+        return 'bounds_at="end", as it is in no chain\'s end' if self.bounds_at == "end" else super()._without_steps()
+
+    def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
+        if "accepted" in p.record and self.accept is None:
             raise ValueError('record="accepted" needs accept="metropolis" or "descent"')
-        if offload and thin is None:
-            raise ValueError("offload moves the trajectory: it needs thin")
         if self.accept == "metropolis" and any(widen(t[:0]).dtype != t.dtype for t in tensors):
             raise ValueError('accept="metropolis" needs float32 or float64: a step rounded to 16 bits is no Gaussian')
-        if inplace:
-            check_writable(keys, tensors)
-        if self.rng == "torch" and (chain_offset or chunk_size is not None):
+        if self.rng == "torch" and (p.chain_offset or p.chunk_size is not None):
             raise ValueError('chain_offset and chunk_size need rng="philox": torch\'s noise depends on the batch')
-        if chunk_size is not None and self.norm_over == "tensor" and self.grad_norm_clip is not None:
+        if p.chunk_size is not None and self.norm_over == "tensor" and self.grad_norm_clip is not None:
             raise ValueError('chunk_size cannot go with norm_over="tensor": its norm runs over all chains')
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("give seed or generator, not both")
-            seed = counter("seed", seed, -(2**63), 2**64, device)
-        given_seed = seed
-        if self.rng == "torch":
-            if isinstance(seed, Tensor):
-                raise TypeError('seed must be an int with rng="torch", got a tensor')
-            if generator is not None and generator.device.type != device.type:
-                raise ValueError(f'rng="torch" draws on {device}, but the generator is on {generator.device}')
-            if seed is not None:
-                generator = torch.Generator(device).manual_seed(seed)
-            seed = 0
-        elif seed is None:
-            seed = given_seed = noise.draw_seed(generator)
-
-        masks = observed_masks(observed, keys, tensors)
-        groups = blocks_of(blocks, keys, masks)
-        # leaving inference mode, so that autograd works; what was made in it is copied, as autograd cannot save it
-        with torch.inference_mode(False), torch.set_grad_enabled(last > 0):
-            params, noisy = params_of(self, keys, tensors, first_step, steps)
-            calls = calls_of(tuple(args), dict(kwargs or {}), first_step, steps)
-            problem = Problem(
-                energy=energy, calls=calls, keys=keys, build=build, steps=steps, blocks=groups, masks=masks,
-                params=params, ends=[], project=per_key("project", self.project, keys, required=False), noisy=noisy,
-                seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step,
-                record=tuple(record), thin=thin, offload=bool(offload), differentiable=min(last, steps),
-            )  # fmt: skip
-            if self.bounds_at == "end":
-                free = params.map(lambda name, value: None if name in ("low", "high") else value)
-                problem = dataclasses.replace(problem, params=free, ends=params[-1] if steps else [])
-            if chunk_size is None or chains <= chunk_size:
-                result = self._run(problem, tensors)
-            else:
-                check_separable(self, problem, tensors, chunk_size)
-                rows = [slice(start, start + chunk_size) for start in range(0, chains, chunk_size)]
-                result = join([self._run(cut(problem, chains, part), [t[part] for t in tensors]) for part in rows])
-            out, trace, trajectory, broken, info = result
-            if offload and device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-            if self.finish is not None:
-                out = self._finished(problem, out)
-            report_nonfinite(self.on_nonfinite, broken, steps)
-        if inplace:
-            with torch.no_grad():
-                for given, new in zip(tensors, out, strict=True):
-                    given.copy_(new)
-            out = tensors
-        info = {
-            "seed": given_seed, "steps": steps, "first_step": first_step, "next_step": first_step + steps,
-            "nonfinite": broken, **info,
-        }  # fmt: skip
-        return Samples(build(out), trace, None if thin is None else build(trajectory), info)
-
-    def _run(self, p: Problem, tensors: list[Tensor]) -> Any:
-        modules = modules_of(p.energy, *p.calls[0])
-        with torch.no_grad(), sampling(modules, self.mode):
-            whole = whole_chain.run(self, p, [t.detach() for t in tensors])
-        if isinstance(whole, Run):
-            return self._finish(p, whole.state, whole.trace, whole.trajectory, whole.frozen, {
-                "backend": whole.backend, "op": whole.op, "reason": whole.reason
-            })  # fmt: skip
-        captured = capture.run(self, p, [t.detach() for t in tensors], functools.partial(langevin_steps.run, self))
-        if isinstance(captured, str):
-            op_name, ran = "langevin_step", langevin_steps.run(self, p, tensors)
-            reason = f"{ran.reason}; a step at a time: {whole}; not captured: {captured}"
+        params, noisy = langevin_rows(self, p.keys, tensors, p.first_step, p.steps)
+        ends: list[Any] = params[-1] if self.bounds_at == "end" and p.steps else []
+        if self.bounds_at == "end":
+            params = params.map(lambda name, value: None if name in ("low", "high") else value)
+        project = per_key("project", self.project, p.keys, required=False)
+        p = dataclasses.replace(p, params=params, noisy=noisy, project=project)
+        chains, size = tensors[0].shape[0], p.chunk_size
+        if size is None or chains <= size:
+            run = _one_run(p, tensors)
         else:
-            op_name, ran = "langevin_graph", captured
-            reason = f"{ran.reason}; not a fused call: {whole}"
-        info: dict[str, Any] = {"backend": ran.backend, "op": op_name, "reason": reason}
-        if ran.never_accepted is not None:
-            info["never_accepted"] = ran.never_accepted
-        return self._finish(p, ran.state, ran.trace, ran.trajectory, ran.frozen, info)
-
-    def _finished(self, p: Problem, x: list[Tensor]) -> list[Tensor]:
-        """``finish`` of the final state, observed elements as they were."""
-        assert self.finish is not None
-        # on always, as for a score: the function may take a gradient itself
-        with torch.enable_grad(), sampling(modules_of(self.finish), self.mode, once=not p.differentiable):
-            # copies, as the function may work in place
-            value = Remedies()(self.finish, p.build([t.clone() for t in x]))
-        out = like_state(value, p.keys, x, name="finish")
-        if not p.differentiable:
-            out = [t.detach() for t in out]
-        pairs = zip(x, out, p.masks, strict=True)
-        return [t if mask is True else torch.where(mask, t, y) if mask is not False else y for t, y, mask in pairs]
-
-    @staticmethod
-    def _finish(
-        p: Problem, x: list[Tensor], trace: dict[str, Tensor], kept: list[Tensor], frozen: Tensor | None,
-        info: dict[str, Any],
-    ) -> Any:  # fmt: skip
-        """What is left after the last step: bounds at the end, which chains are broken."""
-        if p.ends:
-            x = [clamp_at_end(p, i, t) for i, t in enumerate(x)]
-        if not p.differentiable:
-            x = [t.detach() for t in x]
-        broken = ~finite_chains([t.detach() for t in x], x[0].shape[0], x[0].device)
-        if frozen is not None:
-            broken = broken | frozen
-        return x, trace, kept, broken, info
+            check_separable(p, tensors, size)
+            rows = [slice(start, start + size) for start in range(0, chains, size)]
+            run = join([_one_run(cut(p, chains, part), [t[part] for t in tensors]) for part in rows])
+        if not ends:
+            return run
+        return dataclasses.replace(
+            run, state=[clamp_at_end(end, mask, t) for end, mask, t in zip(ends, p.masks, run.state, strict=True)]
+        )
 
 
-def MALA(step_size: Any, temperature: Any = 1.0, **options: Any) -> Langevin:
-    """Langevin with a Metropolis-Hastings test after each step, exact for exp(-E / temperature): one gradient a step.
+def _one_run(p: Problem, tensors: list[Tensor]) -> Run:
+    """In one call, as a CUDA graph or a step at a time, and why."""
+    detached = [t.detach() for t in tensors]
+    with torch.no_grad(), sampling(modules_of(p.energy, *p.calls[0]), p.sampler.mode):
+        whole = whole_chain.run(p, detached)
+    if isinstance(whole, Run):
+        return whole
+    captured = capture.run(p, detached, langevin_steps.run)
+    if isinstance(captured, str):
+        out = langevin_steps.run(p, tensors)
+        reason = f"{out.info['reason']}; a step at a time: {whole}; not captured: {captured}"
+        return dataclasses.replace(out, info={**out.info, "reason": reason})
+    reason = f"{captured.info['reason']}; not a fused call: {whole}"
+    return dataclasses.replace(captured, info={**captured.info, "op": "langevin_graph", "reason": reason})
+
+
+def MALA(
+    step_size: Setting,
+    temperature: Setting = 1.0,
+    *,
+    noise_scale: Setting | None = None,
+    **options: Unpack[LangevinKeywords],
+) -> Langevin:
+    """The Metropolis-adjusted Langevin algorithm (Roberts and Tweedie, Bernoulli 1996): a :class:`Langevin` whose step
+
+        y = x - a dE/dx + sqrt(2 a T) xi
+
+    is a proposal, which a chain takes with probability min(1, exp((E(x) - E(y)) / T) q(x | y) / q(y | x)), q the normal
+    density of the proposal. The stationary law is exp(-E / T) for every step size. One gradient a step.
 
     Args:
-        step_size: ``a`` of the proposal x - a dE/dx + sqrt(2 a temperature) xi.
-        options: any keyword of :class:`Langevin` that keeps the step reversible.
+        step_size: ``a``. About 0.57 of the proposals should be accepted (Roberts and Rosenthal 1998); see
+            ``record=("accepted",)`` of :meth:`Langevin.sample`.
+        temperature: ``T``.
+
+    Other args:
+        noise_scale: the noise's standard deviation ``s`` in place of a temperature: T = s^2 / (2a).
+        options: any keyword of :class:`Langevin` that leaves the step reversible; not bounds at every step, max_update
+            or project.
 
     Raises:
         TypeError, ValueError: as :class:`Langevin`.
+
+    Example:
+        >>> x = mmebm.MALA(0.5).sample(lambda x: 0.5 * x.square().sum(1), torch.zeros(1000, 2), 100, seed=0).state
+        >>> bool((x.var(0) - 1).abs().max() < 0.2)
+        True
     """
-    return Langevin(step_size, temperature=temperature, accept="metropolis", **options)
+    return Langevin(step_size, noise_scale, temperature, accept="metropolis", **options)
 
 
 @opaque
@@ -435,20 +417,20 @@ def langevin(
     state: S,
     steps: int,
     *,
-    step_size: Any,
-    noise_scale: Any = None,
-    temperature: Any = 1.0,
+    step_size: Setting,
+    noise_scale: Setting | None = None,
+    temperature: Setting = 1.0,
     noise_at: Literal["after", "before"] = "after",
     clamp_noise: bool = False,
-    grad_clip: Any = None,
-    grad_norm_clip: Any = None,
+    grad_clip: Setting | None = None,
+    grad_norm_clip: Setting | None = None,
     norm_over: NormOver = "chain",
-    max_update: Any = None,
-    prior_std: Any = None,
-    bounds: Any = None,
+    max_update: Setting | None = None,
+    prior_std: Setting | None = None,
+    bounds: Bounds | None = None,
     bounds_at: Literal["step", "end"] = "step",
     outside: Outside = "clamp",
-    project: Any = None,
+    project: Project | None = None,
     finish: Callable[[Any], Any] | None = None,
     accept: Literal["descent", "metropolis"] | None = None,
     log_prob: bool = False,
@@ -492,7 +474,7 @@ def langevin(
         TypeError, ValueError: naming the argument, the value and what would do.
 
     Example:
-        >>> x = langevin(lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2), 50, step_size=0.1, seed=0)
+        >>> x = mmebm.langevin(lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2), 50, step_size=0.1, seed=0)
         >>> x.shape
         torch.Size([100, 2])
     """
@@ -504,9 +486,8 @@ def langevin(
         on_nonfinite=on_nonfinite,
     )  # fmt: skip
     out = sampler.sample(
-        energy, state, steps,  # pyright: ignore[reportArgumentType]
-        args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed, generator=generator,
-        chain_offset=chain_offset, first_step=first_step, inplace=inplace, chunk_size=chunk_size,
+        energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
+        generator=generator, chain_offset=chain_offset, first_step=first_step, inplace=inplace, chunk_size=chunk_size,
         differentiable=differentiable,
     )  # fmt: skip
     return out.state

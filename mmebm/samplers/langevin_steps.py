@@ -1,10 +1,10 @@
-"""The chain a step at a time: the gradient of the user's energy, one fused update, and what options ask for between."""
+"""Langevin's step: the gradient of the user's energy, one fused update, and what options ask for between."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,54 +13,29 @@ from mmebm import noise
 from mmebm.ops import dynamics
 from mmebm.ops import langevin_step as op
 from mmebm.ops import noise as drawn
+from mmebm.ops.common.layout import per_chain, widen
 from mmebm.ops.common.params import StepParams
-from mmebm.ops.langevin_step.reference import per_chain, widen
-from mmebm.samplers import metropolis
-from mmebm.samplers.arguments import finite_chains, where
+from mmebm.samplers import driver, metropolis
+from mmebm.samplers.arithmetic import finite_chains, masked, where
 from mmebm.samplers.chain import Problem, Run
+from mmebm.samplers.driver import Steps
 from mmebm.samplers.gradient import Target, one_per_chain
-from mmebm.samplers.user_modules import modules_of, sampling
-
-if TYPE_CHECKING:
-    from mmebm.samplers.langevin import Langevin
 
 
-def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run:
-    """The loop, from ``tensors``, which stay as they are."""
-    chains, device = tensors[0].shape[0], tensors[0].device
-    modules = modules_of(p.energy, *p.calls[0])
-    plain = p.steps - p.differentiable
-    # with all steps differentiable, the graph reaches back to the given state
-    x = [t.clone() if p.differentiable and not plain else t.detach().clone() for t in tensors]
-    loop = Loop(sampler, p, x)
-    # a network need not take an empty batch
-    steps = range(p.steps if chains else 0)
-    with torch.no_grad(), sampling(modules, sampler.mode):
-        for k in steps[:plain]:
-            x = loop.step(k, x)
-    if p.differentiable:
-        loop.cached = None  # has no graph
-        with torch.enable_grad(), sampling(modules, sampler.mode, once=False):
-            for k in steps[plain:]:
-                x = loop.step(k, x, create_graph=True)
-    empty = torch.zeros(p.steps, chains, dtype=torch.float32, device=device)
-    trace = {name: torch.stack(rows) if rows else empty for name, rows in loop.trace.items()}
-    never = None if loop.ever is None else ~loop.ever
-    return Run(x, trace, loop.kept, ~loop.alive, loop.backend, loop.reason, never_accepted=never)
+def run(p: Problem, tensors: list[Tensor]) -> Run:
+    """The chain a step at a time, from ``tensors``, which stay as they are."""
+    return driver.loop(LangevinSteps, p, tensors)
 
 
-class Loop:
-    """The steps of one run: holds what goes along the chain (records, frozen chains, the cached energy)."""
+class LangevinSteps(Steps):
+    """The steps of one run: holds what goes along the chain (frozen chains, the cached energy)."""
 
-    def __init__(self, sampler: Langevin, problem: Problem, tensors: list[Tensor]) -> None:
-        p = problem
-        self.sampler, self.problem = sampler, problem
+    def __init__(self, p: Problem, tensors: list[Tensor]) -> None:
+        super().__init__(p, tensors)
+        sampler = self.sampler = p.sampler
         # the update takes the sign of a log density's gradient; the Metropolis test wants dE/dx
         score = (sampler.log_prob or sampler.score) and sampler.accept is None
-        self.target = Target(
-            p.energy, p.calls, p.keys, p.build, (), [False] * len(tensors), log_prob=sampler.log_prob,
-            score=sampler.score, downhill=not score,
-        )  # fmt: skip
+        self.target = Target.of(p, downhill=not score)
         self.params = [[[row[i] for i in group] for group in p.blocks] for row in p.params]
         self.steppers: list[op.Stepper] = []
         self.references: list[op.Stepper] = []
@@ -69,7 +44,7 @@ class Loop:
             options = op.StepOptions(
                 seed=p.seed, streams=tuple(group), noisy=tuple(p.noisy[i] for i in group), chain_offset=p.chain_offset,
                 norm_over=sampler.norm_over, outside=sampler.outside, clamp_noise=sampler.clamp_noise,
-                score=score, observed=tuple(self._mask(i) for i in group), rng=sampler.rng, generator=p.generator,
+                score=score, observed=tuple(p.mask(i) for i in group), rng=sampler.rng, generator=p.generator,
             )  # fmt: skip
             chosen, self.reason = op.stepper(
                 sampler.backend, [tensors[i].detach() for i in group], options, [p.params[0][i] for i in group]
@@ -77,22 +52,14 @@ class Loop:
             self.backend = chosen.name
             self.steppers.append(chosen)
             self.references.append(chosen if chosen.name == "torch" else op.TorchStepper(options))
-        chains, device = tensors[0].shape[0], tensors[0].device
-        self.trace: dict[str, list[Tensor]] = {name: [] for name in p.record}
-        self.kept: list[Tensor] = []
-        if p.thin:
-            # pinned, so that the copies do not hold up the steps
-            home: dict[str, Any] = {"device": "cpu", "pin_memory": device.type == "cuda"} if p.offload else {}
-            self.kept = [torch.empty(p.steps // p.thin, *t.shape, dtype=t.dtype, **{"device": device, **home})
-                         for t in tensors]  # fmt: skip
         # where state, energy and gradient were finite so far; with `accept`, unless frozen, where they are now
-        self.alive = torch.ones(chains, dtype=torch.bool, device=device)
-        self.freeze = sampler.on_nonfinite == "freeze"
+        every = torch.ones(self.chains, dtype=torch.bool, device=self.device)
+        self.alive = p.carried["alive"].clone() if "alive" in p.carried else every
         # who was accepted at all
         self.ever = torch.zeros_like(self.alive) if sampler.accept is not None else None
         # the accepted point's energy and gradients (by tensor) are the next update's: one gradient per update
         self.cached: tuple[Tensor | None, dict[int, Tensor]] | None = None
-        self.moving = [i for group in p.blocks for i in group]
+        self.moving = p.moving
         self.reuses = sampler.accept is not None and len(p.calls) == 1
         self.temperatures: list[float | Tensor] = []
         if sampler.accept == "metropolis" and self.moving:
@@ -112,6 +79,12 @@ class Loop:
         self.keeps_old = sampler.accept is not None or self.freeze or self.measures
         self.test = self._test(tensors)
         self.olds: list[Tensor] = []
+        self.differentiates = False
+        if self.reuses and "gradient" in p.carried:
+            # copies, as those of chains that are accepted are written over
+            self.cached = p.carried["energy"].clone(), {i: g.clone() for i, g in p.carried["gradient"].items()}
+            if self.test is not None and self.freeze:
+                self.test.set_alive(self.alive)
 
     def _test(self, tensors: list[Tensor]) -> dynamics.Proposals | None:
         """The Metropolis test in C++, or None where it runs in PyTorch."""
@@ -128,31 +101,32 @@ class Loop:
         if not all(dynamics.Proposals.takes(row[0], mine) for row in self.params):
             return None
         return dynamics.Proposals(
-            [t.shape for t in mine], [self._mask(i) for i in group], seed=drawn.plain(p.seed),
+            [t.shape for t in mine], [p.mask(i) for i in group], seed=drawn.plain(p.seed),
             stream=noise.stream(group[0], noise.ACCEPT), chain_offset=p.chain_offset, keep=self.reuses,
         )  # fmt: skip
 
-    def _mask(self, i: int) -> Tensor | None:
-        mask = self.problem.masks[i]
-        return mask if isinstance(mask, Tensor) else None
-
-    def step(self, k: int, x: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-        """Step ``k`` of this run; a new list."""
-        p = self.problem
-        x = list(x)
+    def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
+        p, x = self.problem, list(self.x)
+        if create_graph and not self.differentiates:
+            self.differentiates, self.cached = True, None  # what is cached has no graph
         totals: dict[str, Tensor] = {}
-        if not p.blocks and "energy" in self.trace:
+        if not p.blocks and "energy" in p.record:
             totals["energy"] = self.target.value(x, k)
         for b in range(len(p.blocks)):
             self._update(b, k, x, totals, create_graph)
-        for name, rows in self.trace.items():
-            rows.append(
-                totals[name] if name in totals else torch.zeros(x[0].shape[0], dtype=torch.float32, device=x[0].device)
-            )
-        if p.thin and (k + 1) % p.thin == 0:
-            for rows, t in zip(self.kept, x, strict=True):
-                rows[(k + 1) // p.thin - 1].copy_(t.detach(), non_blocking=p.offload)
-        return x
+        self.x = x
+        return totals
+
+    def broken(self) -> Tensor:
+        return ~self.alive
+
+    def info(self) -> dict[str, Any]:
+        moved = {} if self.ever is None else {"never_accepted": ~self.ever}
+        return {"backend": self.backend, "op": "langevin_step", "reason": self.reason, **moved}
+
+    def carried(self) -> dict[str, Any]:
+        energy, slopes = self.cached or (None, None)
+        return {"alive": self.alive} if slopes is None else {"alive": self.alive, "energy": energy, "gradient": slopes}
 
     def _update(self, b: int, k: int, x: list[Tensor], totals: dict[str, Tensor], create_graph: bool) -> None:
         """One block's update, written into the list ``x``."""
@@ -177,22 +151,23 @@ class Loop:
                 dynamics.finite_rows_(self.alive, t.detach())
             y = where(self.alive, y, old)
         if self.sampler.accept is not None:
-            if self.test is not None and "energy" in self.trace and energy is not None:
+            if self.test is not None and "energy" in p.record and energy is not None:
                 energy = energy.clone()  # accepted ones are written over it
             moved, y = self._accept(b, k, x, old, y, energy, slopes, create_graph)
             assert self.ever is not None
             self.ever.logical_or_(moved)
-            if "accepted" in self.trace:
+            if "accepted" in p.record:
                 totals["accepted"] = totals.get("accepted", 0) + moved.to(torch.float32) / len(p.blocks)
         for i, t in zip(group, y, strict=True):
             x[i] = t
-        if energy is not None and "energy" in self.trace:
+        if energy is not None and "energy" in p.record:
             # blocks: the energy at the step's first gradient
             totals.setdefault("energy", energy)
         if stats is not None:
             if self.measures:
                 moved = [per_chain(widen(t.detach()) - widen(o.detach())) for t, o in zip(y, old, strict=True)]
-                stats = dataclasses.replace(stats, displacement=torch.cat(moved, dim=1).norm(dim=1))
+                apart: Any = torch.cat(moved, dim=1)
+                stats = dataclasses.replace(stats, displacement=apart.norm(dim=1))
             for name in ("grad_norm", "displacement"):
                 part = getattr(stats, name).detach()
                 totals[name] = torch.hypot(totals[name], part) if name in totals else part
@@ -225,19 +200,15 @@ class Loop:
 
     def _moving(self, group: list[int], parts: Sequence[Tensor]) -> list[Tensor]:
         """One tensor for each of the block's, 0 where observed: what is there does not move the chain."""
-        masks = [self._mask(i) for i in group]
-        return [
-            t.detach() if mask is None else t.detach().masked_fill(mask, 0.0)
-            for t, mask in zip(parts, masks, strict=True)
-        ]
+        return [masked(self.problem.mask(i), t.detach()) for i, t in zip(group, parts, strict=True)]
 
     def _project(self, i: int, y: Tensor) -> Tensor:
         function = self.problem.project[i]
         if function is None:
             return y
-        mask = self._mask(i)
+        mask = self.problem.mask(i)
         # a copy where something of y must stay, as the function may work in place
-        out = function(y if mask is None else y.clone())
+        out: Any = function(y if mask is None else y.clone())
         if not isinstance(out, Tensor) or out.shape != y.shape or out.dtype != y.dtype:
             raise ValueError(f"project must return a tensor of shape {tuple(y.shape)} and {y.dtype}, got {out!r:.80}")
         if mask is not None:
@@ -274,10 +245,9 @@ class Loop:
         if self.sampler.accept == "descent":
             moved = new_energy < energy
         else:
-            ratio = metropolis.log_ratio(
-                old, y, [slopes[i] for i in group], ends, energy, new_energy, params, [self._mask(i) for i in group],
-                self.temperatures[min(k, len(self.temperatures) - 1)], self.sampler.norm_over,
-            )  # fmt: skip
+            starts, masks = [slopes[i] for i in group], [self.problem.mask(i) for i in group]
+            t, norm_over = self._temperature(k), self.sampler.norm_over
+            ratio = metropolis.log_ratio(old, y, starts, ends, energy, new_energy, params, masks, t, norm_over)
             moved = self._uniform(b, k, ratio) < ratio.exp()
         # a broken proposal is never accepted, nor does a frozen chain move
         parts = [new_energy.detach(), *self._moving(group, y), *self._moving(group, ends)]
@@ -304,7 +274,7 @@ class Loop:
                 self.test.set_alive(self.alive)
         elif self.cached[0] is not None:
             energy = self.cached[0]
-        self.test.set(params, y, self.temperatures[min(k, len(self.temperatures) - 1)])
+        self.test.set(params, y, self._temperature(k))
         self.test.decide(old, y, starts, ends, energy, new_energy, drawn.plain(self.problem.first_step) + k)
         moved = self.test.accepted
         if not self.freeze:
@@ -313,13 +283,14 @@ class Loop:
             self.cached = energy, dict(zip(slopes, starts, strict=True))
         return moved
 
+    def _temperature(self, k: int) -> float | Tensor:
+        return self.temperatures[min(k, len(self.temperatures) - 1)]
+
     def _uniform(self, b: int, k: int, like: Tensor) -> Tensor:
         """The numbers in [0, 1) that decide about block ``b`` in step ``k``, one per chain."""
         p = self.problem
         if self.sampler.rng == "torch":
             return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=p.generator)
         draw = noise if isinstance(p.seed, Tensor) or isinstance(p.first_step, Tensor) else drawn
-        return draw.uniform(
-            like.shape, seed=p.seed, step=p.first_step + k, stream=noise.stream(p.blocks[b][0], noise.ACCEPT),
-            chain_offset=p.chain_offset, dtype=like.dtype, device=like.device,
-        )  # fmt: skip
+        place = p.draw(k, noise.stream(p.blocks[b][0], noise.ACCEPT))
+        return draw.uniform(like.shape, **place, dtype=like.dtype, device=like.device)

@@ -27,8 +27,9 @@ def rank_offset(chains: int, group: Any = None) -> int:
         TypeError, ValueError: where ``chains`` is no int of at least 0.
 
     Example:
+        >>> x = torch.zeros(8, 2)
         >>> offset = mmebm.rank_offset(len(x))
-        >>> x = mmebm.langevin(energy, x, 60, step_size=1e-2, seed=step, chain_offset=offset)
+        >>> x = mmebm.langevin(lambda x: x.square().sum(1), x, 60, step_size=1e-2, seed=0, chain_offset=offset)
     """
     chains = integer("chains", chains, 0)
     if not (dist.is_available() and dist.is_initialized()):

@@ -21,7 +21,15 @@ __all__ = ["Schedule", "geometric", "linear", "polynomial", "table"]
 
 
 class Schedule(ABC):
-    """A function of the global step."""
+    """A function of the global step. Yours may be any callable; one that derives from this class may also stand among
+    the energy's arguments.
+
+    Example:
+        >>> class Halved(mmebm.schedules.Schedule):
+        ...     def __call__(self, k):
+        ...         return 0.1 * 0.5**k
+        >>> x = mmebm.langevin(lambda x: x.square().sum(1), torch.zeros(4, 2), 10, step_size=Halved())
+    """
 
     @abstractmethod
     def __call__(self, k: int) -> float | Tensor:
@@ -39,7 +47,7 @@ class _Ramp(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps must be an int of at least 1, got {self.steps!r}")
 
     def _fraction(self, k: int) -> float:
@@ -57,7 +65,12 @@ class _Ramp(Schedule):
 # Lower case: they are called like the functions they stand for.
 @dataclass(frozen=True)
 class linear(_Ramp):
-    """From ``start`` to ``end`` in equal differences."""
+    """From ``start`` to ``end`` in equal differences.
+
+    Example:
+        >>> [mmebm.schedules.linear(1.0, 0.0, 5)(k) for k in range(6)]
+        [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
 
     def __call__(self, k: int) -> float:
         return self.start + (self.end - self.start) * self._fraction(k)
@@ -71,7 +84,12 @@ class linear(_Ramp):
 
 @dataclass(frozen=True)
 class geometric(_Ramp):
-    """From ``start`` to ``end`` in equal ratios; both positive."""
+    """From ``start`` to ``end`` in equal ratios; both positive.
+
+    Example:
+        >>> [mmebm.schedules.geometric(1.0, 0.25, 3)(k) for k in range(3)]
+        [1.0, 0.5, 0.25]
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,12 +104,17 @@ class geometric(_Ramp):
         if fractions is None:
             return super().values_at(first, steps)
         start, ratio = self.start, self.end / self.start
-        return [start * ratio**f for f in fractions.tolist()]
+        return [start * ratio**f for f in StepNumbers(fractions)]
 
 
 @dataclass(frozen=True)
 class polynomial(_Ramp):
-    """``end + (start - end) (1 - k / (steps - 1))^power``, with a positive power."""
+    """``end + (start - end) (1 - k / (steps - 1))^power``, with a positive power.
+
+    Example:
+        >>> [mmebm.schedules.polynomial(1.0, 0.0, 3)(k) for k in range(3)]
+        [1.0, 0.25, 0.0]
+    """
 
     power: float = 2.0
 
@@ -108,12 +131,17 @@ class polynomial(_Ramp):
         if fractions is None:
             return super().values_at(first, steps)
         end, difference, power = self.end, self.start - self.end, self.power
-        return [end + difference * (1.0 - f) ** power for f in fractions.tolist()]
+        return [end + difference * (1.0 - f) ** power for f in StepNumbers(fractions)]
 
 
 @dataclass(frozen=True, eq=False)
 class table(Schedule):
-    """``values[k]``; the last one after its end. Rows of a tensor may hold one value per chain."""
+    """``values[k]``; the last one after its end. Rows of a tensor may hold one value per chain.
+
+    Example:
+        >>> [mmebm.schedules.table([0.1, 0.05])(k) for k in range(3)]
+        [0.1, 0.05, 0.05]
+    """
 
     values: Sequence[float] | Tensor
 

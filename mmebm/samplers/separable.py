@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from torch import Tensor
 from mmebm.samplers.chain import Problem, cut
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.user_modules import modules_of, sampling
-
-if TYPE_CHECKING:
-    from mmebm.samplers.langevin import Langevin
 
 # Of a gradient's norm. A mean over two chains is off by one half; two evaluations in bfloat16 differ by some 1e-2.
 DIFFERENT = 0.1
@@ -32,13 +28,8 @@ def _same_random(device: torch.device) -> Iterator[None]:
         random.setstate(state)
 
 
-def _gradient(sampler: Langevin, p: Problem, x: list[Tensor], rows: slice) -> list[Tensor]:
-    part = cut(p, x[0].shape[0], rows)
-    moving = [i for block in p.blocks for i in block]
-    target = Target(
-        part.energy, part.calls, p.keys, p.build, moving, [False] * len(x), log_prob=sampler.log_prob,
-        score=sampler.score,
-    )  # fmt: skip
+def _gradient(p: Problem, x: list[Tensor], rows: slice) -> list[Tensor]:
+    target = Target.of(cut(p, x[0].shape[0], rows))
     return target([t[rows] for t in x], 0, energy=False)[1]
 
 
@@ -46,7 +37,7 @@ def _size(parts: list[Tensor]) -> float:
     return sum(float(part.double().square().sum()) for part in parts) ** 0.5
 
 
-def check_separable(sampler: Langevin, p: Problem, tensors: list[Tensor], chunk_size: int) -> None:
+def check_separable(p: Problem, tensors: list[Tensor], chunk_size: int) -> None:
     """Evaluates the energy on the first two chains together and each alone, near where they start.
 
     Nothing is said of an energy that is random, writes to buffers (batch norm in train mode, which is meant to couple
@@ -56,7 +47,7 @@ def check_separable(sampler: Langevin, p: Problem, tensors: list[Tensor], chunk_
         ValueError: where the gradients differ, as those of a mean over the chains do.
     """
     modules = modules_of(p.energy, *p.calls[0])
-    with torch.no_grad(), _same_random(tensors[0].device), sampling(modules, sampler.mode):
+    with torch.no_grad(), _same_random(tensors[0].device), sampling(modules, p.sampler.mode):
         # buffers in train mode would be written to: batch statistics, power iterations
         if not p.blocks or any(m.training and m._buffers for root in modules for m in root.modules()):
             return
@@ -71,7 +62,7 @@ def check_separable(sampler: Langevin, p: Problem, tensors: list[Tensor], chunk_
             x[i][:2] += noise
         try:
             both, first, again, second = (
-                _gradient(sampler, p, x, rows) for rows in (slice(0, 2), slice(0, 1), slice(0, 1), slice(1, 2))
+                _gradient(p, x, rows) for rows in (slice(0, 2), slice(0, 1), slice(0, 1), slice(1, 2))
             )
         except Exception:  # where it is wrong, the chain itself will say so
             return

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -15,36 +15,31 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops import noise as drawn
 from mmebm.ops.common.params import StepOptions, StepParams
-from mmebm.ops.dynamics import Proposals, energies, exchange, reason
+from mmebm.ops.dynamics import Proposals, energies, exchange
 from mmebm.ops.langevin_step import CppStepper
 from mmebm.ops.noise import plain
-from mmebm.samplers.arguments import (
-    NONFINITE,
-    Call,
-    NonFinite,
-    Recorder,
-    Samples,
-    choice,
-    finite_chains,
-    leaves,
-    map_tensors,
-    per_chain_shape,
-    resolve,
-    running,
-    where,
-)
+from mmebm.samplers import driver
+from mmebm.samplers.arguments import parts_like
+from mmebm.samplers.arithmetic import finite_chains, map_tensors, masked, per_chain_shape, where
+from mmebm.samplers.chain import Problem, Run
+from mmebm.samplers.driver import Sampler, Steps
 from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import TemperingOptions
+from mmebm.samplers.samples import NonFinite, Samples
+from mmebm.samplers.settings import choice, is_sequence, leaves
 from mmebm.samplers.user_modules import Mode
-from mmebm.state import State, check_setting, flag, flatten, integer, per_key
+from mmebm.state import State, check_setting, integer, per_key
 
-RECORDS = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
-class ParallelTempering:
-    """An immutable description of parallel tempering with Langevin steps; :meth:`sample` runs it.
+class ParallelTempering(Sampler):
+    """An immutable description of parallel tempering with Langevin steps (Swendsen and Wang, Physical Review Letters
+    1986; Geyer 1991); :meth:`sample` runs it.
 
     Every chain has a replica at each of R temperatures. A step moves all replicas of all chains, with one call of the
     energy on (chains * R, ...) rows and one gradient, by x - a dE/dx + sqrt(2 a T) xi, and then tries to exchange
@@ -56,6 +51,8 @@ class ParallelTempering:
             temperature, or a mapping from the state's keys to such.
         temperatures: R increasing numbers, of the targets exp(-E / T); the first is the one that is wanted. Neighbours
             must be close: exchanges are rare once T_r+1 / T_r - 1 is above about sqrt(2 / elements).
+
+    Other args:
         swap_every: try exchanges after every so many steps.
         accept: "metropolis", so that every temperature has its exact law, or None, Langevin steps with their bias.
         log_prob: the callable returns log p instead of E.
@@ -65,9 +62,19 @@ class ParallelTempering:
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> two_modes = lambda x: 4 * (x.square() - 1).square().sum(1)
+        >>> sampler = mmebm.ParallelTempering(step_size=0.02, temperatures=[1.0, 2.0, 4.0, 8.0])
+        >>> x = sampler.sample(two_modes, torch.ones(200, 1), 500, seed=0).state
+        >>> bool(0.3 < (x < 0).double().mean() < 0.7)  # all of them started in the other one
+        True
     """
 
-    step_size: Any
+    records: ClassVar[tuple[str, ...]] = ("energy", "ladder_energy", "accept_prob", "swap_prob", "replica")
+    carries: ClassVar[tuple[str, ...]] = ("ladder",)
+
+    step_size: SupportsFloat | Sequence[float] | Mapping[Any, Any]
     temperatures: Sequence[float]
     _: dataclasses.KW_ONLY
     swap_every: int = 1
@@ -77,9 +84,7 @@ class ParallelTempering:
     on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
-        choice("mode", self.mode, ("eval", "train", "keep"))
-        flag("log_prob", self.log_prob)
-        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
+        self._check_options()
         choice("accept", self.accept, ("metropolis", None))
         integer("swap_every", self.swap_every, 1)
         given = self.temperatures
@@ -96,8 +101,13 @@ class ParallelTempering:
         for label, leaf in leaves("step_size", self.step_size) or [("step_size", None)]:
             self._rungs(label, leaf)
 
-    def replace(self, **changes: Any) -> ParallelTempering:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[TemperingOptions]) -> ParallelTempering:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.ParallelTempering(0.1, [1.0, 2.0]).replace(swap_every=5).swap_every
+            5
+        """
         return dataclasses.replace(self, **changes)
 
     def _rungs(self, label: str, value: Any) -> float | Tensor:
@@ -105,14 +115,16 @@ class ParallelTempering:
         if isinstance(value, Tensor) and value.dim() == 0:
             check_setting(label, value, strict=True)
             return value.reshape(1).expand(len(self.temperatures))
-        if not isinstance(value, (list, tuple, Tensor)):
+        if not isinstance(value, Tensor) and not is_sequence(value):
             check_setting(label, value, strict=True)
             return float(value)
-        for item in [value] if isinstance(value, Tensor) else value:
+        items: Sequence[Any] = [value] if isinstance(value, Tensor) else value
+        for item in items:
             check_setting(label, item, strict=True)
-        out = value
-        if not isinstance(out, Tensor):
-            out = torch.tensor([float(item) for item in value], dtype=torch.float64, device="cpu")
+        if isinstance(value, Tensor):
+            out = value
+        else:
+            out = torch.tensor([float(item) for item in items], dtype=torch.float64, device="cpu")
         if out.shape != (len(self.temperatures),):
             raise ValueError(
                 f"{label} must be a number or one per temperature ({len(self.temperatures)},), got shape "
@@ -161,108 +173,62 @@ class ParallelTempering:
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
             FloatingPointError: with ``on_nonfinite="raise"``, where a replica ended non-finite.
+
+        Example:
+            >>> sampler, energy = mmebm.ParallelTempering(0.1, [1.0, 2.0]), lambda x: 0.5 * x.square().sum(1)
+            >>> out = sampler.sample(energy, torch.zeros(100, 2), 50, seed=0)
+            >>> out.info["swap_acceptance"].shape, out.info["ladder"].shape
+            (torch.Size([100, 1]), torch.Size([100, 2, 2]))
         """
-        call = resolve(
-            energy, state, steps, args=args, kwargs=kwargs, observed=observed, seed=seed, generator=generator,
-            chain_offset=chain_offset, first_step=first_step, record=record, records=RECORDS, thin=thin,
+        return self._sample(
+            energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"ladder": ladder}, seed=seed,
+            generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
             inplace=inplace,
         )  # fmt: skip
-        first = call.first_step
-        if isinstance(first, Tensor):
+
+    def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
+        if isinstance(p.first_step, Tensor):
             raise ValueError("first_step must be an int, as it says which neighbours are next, got a tensor")
-        rungs, chains, device = len(self.temperatures), call.chains, call.device
-        sizes = per_key("step_size", self.step_size, call.keys, required=True)
-
-        def repeat(t: Tensor) -> Tensor:
-            return t.repeat_interleave(rungs, 0) if t.dim() and t.shape[0] == chains else t
-
-        recorder = Recorder(call, {
-            "ladder_energy": (rungs,), "accept_prob": (rungs,), "swap_prob": (rungs - 1,), "replica": (rungs,),
-        })  # fmt: skip
-        # what the energy sees: chains * rungs rows
-        rows = dataclasses.replace(
-            call, tensors=self._rows(call, ladder),
-            masks=[mask if isinstance(mask, bool) else repeat(mask) for mask in call.masks],
-        )  # fmt: skip
-        with running(rows, self.mode, log_prob=self.log_prob, each=lambda pair: map_tensors(pair, repeat)) as target:
-            x = [t.detach().clone() for t in rows.tensors]
-            wide = x[0].dtype
-            temperatures = torch.tensor(self.temperatures, dtype=wide, device=device)
-            per_row = temperatures.repeat(chains)
-            params = []
-            for i in call.moving:
-                size = self._rungs("step_size", sizes[i])
-                if isinstance(size, Tensor):
-                    size = per_chain_shape(size.to(device, x[i].dtype).repeat(chains), x[i])
-                params.append(StepParams(size, (2 * size * per_chain_shape(per_row, x[i])).sqrt()))
-            masks = [mask if isinstance(mask := rows.masks[i], Tensor) else None for i in call.moving]
-            moves: _Ladders | None = None
-            # a network need not take an empty batch
-            for k in range(call.steps if chains else 0):
-                if moves is None or target.varies:
-                    e, g = target(x if moves is None else moves.x, k)
-                    e = one_per_chain("ParallelTempering", e)
-                    if moves is None:
-                        moving = [x[i] for i in call.moving]
-                        fast = (
-                            moving and e.dtype is torch.float32 and reason(moving, call.seed, call.first_step) is None
-                            and Proposals.takes(params, moving)
-                        )  # fmt: skip
-                        make = _CppLadders if fast else _Ladders
-                        moves = make(self, call, target, x, params, masks, temperatures)
-                    moves.restart(e, g)
-                before = moves.energy.reshape(chains, rungs)
-                if call.record:
-                    before = before.clone()
-                    recorder.add(energy=before[:, 0], ladder_energy=before)
-                accept_prob = moves.move(k)
-                count, due = divmod(first + k + 1, self.swap_every)
-                swap_prob = moves.exchange((count - 1) % 2, k) if not due and rungs > 1 else None
-                if call.record:
-                    tried = torch.full_like(moves.swap_sum, math.nan) if swap_prob is None else swap_prob.clone()
-                    recorder.add(accept_prob=accept_prob.clone(), swap_prob=tried, replica=moves.origin.clone())
-                if call.thin and (k + 1) % call.thin == 0:
-                    recorder.keep(k, self._cold(call, moves.x))
-            accept_sum = torch.zeros(chains, rungs, dtype=wide, device=device)
-            swap_sum = torch.zeros(chains, max(rungs - 1, 0), dtype=wide, device=device)
-            ever = living = torch.ones(chains, rungs, dtype=torch.bool, device=device)
-            if moves is not None:
-                x, accept_sum, swap_sum, ever = moves.x, moves.accept_sum, moves.swap_sum, moves.ever
-                living = moves.living.reshape(chains, rungs)
-                for side in (0, 1):
-                    # NaN where nothing was tried
-                    swap_sum[:, side::2] /= moves.tried[side] or math.nan
-            else:
-                swap_sum = swap_sum * math.nan
-            broken = ~(living & finite_chains(x, chains * rungs, device).reshape(chains, rungs)).all(1)
-            return recorder.samples(
-                self._cold(call, x), self.on_nonfinite, broken=broken,
-                ladder=call.build([t.reshape(chains, rungs, *t.shape[1:]) for t in x]),
-                acceptance=accept_sum / (call.steps or math.nan), swap_acceptance=swap_sum, never_accepted=~ever,
-            )  # fmt: skip
-
-    def _rows(self, call: Call, ladder: Any) -> list[Tensor]:
-        """Where the replicas start, (chains * R, ...)."""
-        rungs = len(self.temperatures)
-        if ladder is None:
-            return [t.detach().repeat_interleave(rungs, 0) for t in call.tensors]
-        keys, parts, _ = flatten(ladder, "ladder")
-        if keys != call.keys:
-            raise ValueError(f"ladder must have the state's keys {list(call.keys)}, got {list(keys)}")
-        for key, part, t in zip(keys, parts, call.tensors):
-            wanted = (call.chains, rungs, *t.shape[1:])
-            if part.shape != wanted or part.dtype != t.dtype or part.device != t.device:
-                raise ValueError(
-                    f"ladder[{key!r}] must be {wanted}, {t.dtype}, {t.device}, got {tuple(part.shape)}, {part.dtype}, "
-                    f"{part.device}"
-                )
-        return [part.detach().flatten(0, 1) for part in parts]
-
-    def _cold(self, call: Call, x: list[Tensor]) -> list[Tensor]:
-        return [t.reshape(call.chains, len(self.temperatures), *t.shape[1:])[:, 0].clone() for t in x]
+        chains, device = tensors[0].shape[0], tensors[0].device
+        sizes = per_key("step_size", self.step_size, p.keys, required=True)
+        temperatures = torch.tensor(self.temperatures, dtype=tensors[0].dtype, device=device).repeat(chains)
+        params: list[StepParams] = []
+        for i, t in enumerate(tensors):
+            size = self._rungs("step_size", sizes[i])
+            if isinstance(size, Tensor):
+                size = per_chain_shape(size.to(device, t.dtype).repeat(chains), t)
+            params.append(StepParams(size, (2 * size * per_chain_shape(temperatures, t)).sqrt()))
+        return driver.loop(init, dataclasses.replace(p, params=[params]), tensors)
 
 
-class _Ladders:
+def init(p: Problem, x: list[Tensor]) -> Steps:
+    """The ladders from ``x``: in C++ where that takes the state and float32 energies, else in PyTorch."""
+    rungs, chains = len(p.sampler.temperatures), x[0].shape[0]
+
+    def repeat(t: Tensor) -> Tensor:
+        return t.repeat_interleave(rungs, 0) if t.dim() and t.shape[0] == chains else t
+
+    # what the energy sees: chains * rungs rows
+    rows = dataclasses.replace(
+        p,
+        calls=[map_tensors(call, repeat) for call in p.calls],
+        masks=[mask if isinstance(mask, bool) else repeat(mask) for mask in p.masks],
+    )
+    ladder = p.carried.get("ladder")
+    if ladder is None:
+        replicas = [t.repeat_interleave(rungs, 0) for t in x]
+    else:
+        replicas = [part.detach().flatten(0, 1).clone() for part in parts_like("ladder", ladder, p, x, rungs)]
+    target, e, g = driver.start(rows, replicas)
+    e = one_per_chain("ParallelTempering", e)
+    moving, params = [replicas[i] for i in p.moving], [p.row(0)[i] for i in p.moving]
+    fast = driver.in_cpp(p, replicas, e) and Proposals.takes(params, moving)
+    chain = (_CppLadders if fast else _Ladders)(p, rows, target, replicas, params)
+    chain.restart(e, g, p.carried.get("living"))
+    return chain
+
+
+class _Ladders(Steps):
     """Moves and exchanges in PyTorch.
 
     Attributes:
@@ -272,39 +238,95 @@ class _Ladders:
         ever: bool (chains, R), where any move was accepted. origin: int64 (chains, R), which replica is there.
     """
 
-    def __init__(
-        self, sampler: ParallelTempering, call: Call, target: Target, x: list[Tensor], params: list[StepParams],
-        masks: list[Tensor | None], temperatures: Tensor,
-    ) -> None:  # fmt: skip
-        self.sampler, self.call, self.target, self.x, self.params, self.masks = sampler, call, target, x, params, masks
-        rungs, chains, device = len(temperatures), call.chains, call.device
-        self.rungs = rungs
+    energy: Tensor
+    g: list[Tensor]
+    living: Tensor
+    ever: Tensor
+    origin: Tensor
+
+    def __init__(self, p: Problem, rows: Problem, target: Target, x: list[Tensor], params: list[StepParams]) -> None:
+        super().__init__(p, x)
+        self.target, self.params, self.masks = target, params, [rows.mask(i) for i in p.moving]
+        rungs = self.rungs = len(p.sampler.temperatures)
+        chains = self.chains = x[0].shape[0] // rungs
+        temperatures = torch.tensor(p.sampler.temperatures, dtype=x[0].dtype, device=self.device)
         self.inverse = 1.0 / temperatures
         self.per_row = temperatures.repeat(chains)
-        self.accept_sum = torch.zeros(chains, rungs, dtype=temperatures.dtype, device=device)
-        self.swap_sum = torch.zeros(chains, rungs - 1, dtype=temperatures.dtype, device=device)
+        self.accept_sum = torch.zeros(chains, rungs, dtype=temperatures.dtype, device=self.device)
+        self.swap_sum = torch.zeros(chains, rungs - 1, dtype=temperatures.dtype, device=self.device)
         self.tried = [0, 0]
-        self.ever = torch.zeros(chains, rungs, dtype=torch.bool, device=device)
-        self.origin = torch.arange(rungs, dtype=torch.int64, device=device).repeat(chains, 1)
-        self.freeze = sampler.on_nonfinite == "freeze"
+        self.ever = torch.zeros(chains, rungs, dtype=torch.bool, device=self.device)
+        self.origin = torch.arange(rungs, dtype=torch.int64, device=self.device).repeat(chains, 1)
+        if "replica" in p.carried:
+            self.origin = p.carried["replica"].clone()
+        self.shapes = {
+            **dict.fromkeys(("ladder_energy", "accept_prob", "replica"), (rungs,)),
+            "swap_prob": (rungs - 1,),
+        }
 
-    def restart(self, energy: Tensor, g: list[Tensor]) -> None:
-        """``energy`` and gradient at the replicas."""
+    def restart(self, energy: Tensor, g: list[Tensor], living: Tensor | None = None) -> None:
+        """``energy`` and gradient at the replicas; ``living``, where it is known."""
         self.energy, self.g = energy, g
-        parts = [self.x[i] for i in self.call.moving]
-        self.living = finite_chains([*parts, energy, *g], len(energy), self.call.device)
+        parts = [self.x[i] for i in self.problem.moving]
+        known = None if living is None else living.clone()
+        self.living = finite_chains([*parts, energy, *g], len(energy), self.device) if known is None else known
+
+    def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
+        p = self.problem
+        if k and self.target.varies:
+            e, g = self.target(self.x, k)
+            self.restart(one_per_chain("ParallelTempering", e), g)
+        before = self.energy.reshape(self.chains, self.rungs).clone() if p.record else self.energy
+        accept_prob = self.move(k)
+        count, due = divmod(int(p.first_step) + k + 1, p.sampler.swap_every)
+        swap_prob = self.exchange((count - 1) % 2, k) if not due and self.rungs > 1 else None
+        if not p.record:
+            return {}
+        if swap_prob is None:
+            swap_prob = torch.full_like(self.swap_sum, math.nan)
+        return {
+            "energy": before[:, 0],
+            "ladder_energy": before,
+            "accept_prob": accept_prob,
+            "swap_prob": swap_prob,
+            "replica": self.origin,
+        }
+
+    def state(self) -> list[Tensor]:
+        return [t.reshape(self.chains, self.rungs, *t.shape[1:])[:, 0].clone() for t in self.x]
+
+    def broken(self) -> Tensor:
+        rows = self.living & finite_chains(self.x, len(self.living), self.device)
+        return ~rows.reshape(self.chains, self.rungs).all(1)
+
+    def info(self) -> dict[str, Any]:
+        p, swaps = self.problem, self.swap_sum.clone()
+        for side in (0, 1):
+            # NaN where nothing was tried
+            swaps[:, side::2] /= self.tried[side] or math.nan
+        return {
+            "ladder": p.build([t.reshape(self.chains, self.rungs, *t.shape[1:]) for t in self.x]),
+            "acceptance": self.accept_sum / (p.steps or math.nan),
+            "swap_acceptance": swaps,
+            "never_accepted": ~self.ever if p.steps else self.ever,
+        }
+
+    def carried(self) -> dict[str, Any]:
+        ladder = self.info()["ladder"]
+        out = {"energy": self.energy, "gradient": self.g, "living": self.living}
+        return {**out, "ladder": ladder, "replica": self.origin}
 
     def move(self, k: int) -> Tensor:
         """A Langevin step of all replicas; the probability of each, (chains, R)."""
-        call, x, e, g = self.call, self.x, self.energy, self.g
-        y = list(x)
-        for i, p, gradient in zip(call.moving, self.params, g):
+        x, e, g = self.x, self.energy, self.g
+        moving, y = self.problem.moving, list(x)
+        for i, p, gradient in zip(moving, self.params, g):
             y[i] = x[i] - p.step_size * gradient + p.noise_scale * self._normals(i, k)
         e_new, g_new = self.target(y, k)
         e_new = one_per_chain("ParallelTempering", e_new)
-        old, new = [x[i] for i in call.moving], [y[i] for i in call.moving]
-        sound = finite_chains([e_new, *new, *g_new], len(e), call.device)
-        if self.sampler.accept is None:
+        old, new = [x[i] for i in moving], [y[i] for i in moving]
+        sound = finite_chains([e_new, *new, *g_new], len(e), self.device)
+        if self.problem.sampler.accept is None:
             accept_prob = torch.ones_like(e)
             accept = self.living | (not self.freeze)
             self.living = sound & accept
@@ -317,7 +339,7 @@ class _Ladders:
             accept_prob = torch.nan_to_num(ratio.clamp(max=0.0).exp(), nan=0.0).to(self.accept_sum.dtype)
             allowed = sound & self.living if self.freeze else sound
             accept_prob = torch.where(allowed, accept_prob, 0.0)
-            accept = call.uniforms(self.rungs, k, noise.ACCEPT).reshape(-1) < accept_prob
+            accept = self.uniforms(self.rungs, k, noise.ACCEPT).reshape(-1) < accept_prob
             self.living = self.living | accept
         self.x, self.energy, self.g = where(accept, y, x), torch.where(accept, e_new, e), where(accept, g_new, g)
         accept_prob = accept_prob.reshape(-1, self.rungs)
@@ -327,7 +349,7 @@ class _Ladders:
 
     def exchange(self, side: int, k: int) -> Tensor:
         """Neighbours exchanged; the probability of each pair, (chains, R - 1), NaN where it was not tried."""
-        call, rungs = self.call, self.rungs
+        rungs = self.rungs
         swap_prob = torch.full_like(self.swap_sum, math.nan)
         energies, living = self.energy.reshape(-1, rungs), self.living.reshape(-1, rungs)
         lower, upper = slice(side, rungs - 1, 2), slice(side + 1, rungs, 2)
@@ -337,11 +359,11 @@ class _Ladders:
         swap_prob[:, lower] = prob
         self.swap_sum[:, lower] += prob
         self.tried[side] += 1
-        swapped = call.uniforms(rungs - 1, k, noise.SWAP)[:, lower] < prob
-        source = torch.arange(rungs, dtype=torch.int64, device=call.device).repeat(call.chains, 1)
+        swapped = self.uniforms(rungs - 1, k, noise.SWAP)[:, lower] < prob
+        source = torch.arange(rungs, dtype=torch.int64, device=self.device).repeat(self.chains, 1)
         source[:, lower] += swapped
         source[:, upper] -= swapped.long()
-        flat = (source + rungs * torch.arange(call.chains, dtype=torch.int64, device=call.device)[:, None]).reshape(-1)
+        flat = (source + rungs * torch.arange(self.chains, dtype=torch.int64, device=self.device)[:, None]).reshape(-1)
         self.x = [t.index_select(0, flat) for t in self.x]
         self.energy, self.g = self.energy.index_select(0, flat), [t.index_select(0, flat) for t in self.g]
         self.living, self.origin = self.living[flat], self.origin.gather(1, source)
@@ -350,72 +372,71 @@ class _Ladders:
     def _normals(self, i: int, k: int) -> Tensor:
         """Normals of the replicas of tensor ``i``, (chains * R, ...): a chain's elements are replica by replica, so
         that the first temperature has Langevin's noise and a longer ladder leaves the lower rungs theirs."""
-        call = self.call
-        t, mask = call.tensors[i], call.masks[i]
-        xi = drawn.normal(
-            (call.chains, self.rungs, *t.shape[1:]), seed=call.seed, step=call.first_step + k,
-            stream=noise.stream(i), chain_offset=call.chain_offset, dtype=t.dtype, device=t.device,
-        )  # fmt: skip
-        if isinstance(mask, Tensor):
-            xi = xi.masked_fill(mask.unsqueeze(1), 0.0)
-        return xi.flatten(0, 1)
+        p, t = self.problem, self.x[i]
+        shape = (self.chains, self.rungs, *t.shape[1:])
+        xi = drawn.normal(shape, **p.draw(k, noise.stream(i)), dtype=t.dtype, device=t.device)
+        mask = p.mask(i)
+        return masked(None if mask is None else mask.unsqueeze(1), xi).flatten(0, 1)
 
 
 class _CppLadders(_Ladders):
     """The same in C++: the Langevin step, the Metropolis test and the exchange are a call each."""
 
-    def __init__(
-        self, sampler: ParallelTempering, call: Call, target: Target, x: list[Tensor], params: list[StepParams],
-        masks: list[Tensor | None], temperatures: Tensor,
-    ) -> None:  # fmt: skip
-        super().__init__(sampler, call, target, x, params, masks, temperatures)
-        rungs, chains = self.rungs, call.chains
-        self.seed, self.first = plain(call.seed), plain(call.first_step)
-        self.old = [x[i].contiguous() for i in call.moving]
+    old: list[Tensor]
+    new: list[Tensor]
+    views: list[Tensor]
+
+    def __init__(self, p: Problem, rows: Problem, target: Target, x: list[Tensor], params: list[StepParams]) -> None:
+        super().__init__(p, rows, target, x, params)
+        rungs, chains = self.rungs, self.chains
+        self.seed, self.first = plain(p.seed), plain(p.first_step)
+        self.old = [x[i].contiguous() for i in p.moving]
         self.new = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self.old]
         # a chain's replicas are one long chain of the step, so that the noise is as in _normals
-        by_chain = lambda t: t.reshape(chains, rungs, *t.shape[1:])
+
+        def by_chain(t: Tensor) -> Tensor:
+            return t.reshape(chains, rungs, *t.shape[1:])
+
         self.views = [by_chain(t) for t in self.new]
         self.constants = [
-            StepParams(*(by_chain(v) if isinstance(v, Tensor) and v.dim() else v for v in (p.step_size, p.noise_scale)))
-            for p in params
+            StepParams(*(by_chain(v) if isinstance(v, Tensor) and v.dim() else v for v in (c.step_size, c.noise_scale)))
+            for c in params
         ]
         options = StepOptions(
-            seed=self.seed, streams=tuple(call.moving), noisy=(True,) * len(self.new), chain_offset=call.chain_offset,
-            observed=tuple(None if mask is None else by_chain(mask) for mask in masks),
+            seed=self.seed, streams=tuple(p.moving), noisy=(True,) * len(self.new), chain_offset=p.chain_offset,
+            observed=tuple(None if mask is None else by_chain(mask) for mask in self.masks),
         )  # fmt: skip
-        self.step = CppStepper(options, self.views)
+        self.stepper = CppStepper(options, self.views)
         shapes = [t.shape for t in self.old]
         self.test = Proposals(
-            shapes, masks, seed=self.seed, stream=noise.stream(0, noise.ACCEPT), chain_offset=call.chain_offset,
+            shapes, self.masks, seed=self.seed, stream=noise.stream(0, noise.ACCEPT), chain_offset=p.chain_offset,
             keep=True, rows_per_chain=rungs,
         )  # fmt: skip
         self.test.set(params, self.old, self.per_row)
         self.swap_prob = torch.zeros_like(self.swap_sum)
         self.all_live = True
 
-    def restart(self, energy: Tensor, g: list[Tensor]) -> None:
+    def restart(self, energy: Tensor, g: list[Tensor], living: Tensor | None = None) -> None:
         # accepted rows are written over them
-        super().restart(energies(energy, len(energy)).clone(), [t.contiguous().clone() for t in g])
+        super().restart(energies(energy, len(energy)).clone(), [t.contiguous().clone() for t in g], living)
         self.all_live = bool(self.living.all())
         if self.freeze:
             self.test.set_alive(self.living)
 
     def move(self, k: int) -> Tensor:
-        call = self.call
         for t, old in zip(self.new, self.old, strict=True):
             t.copy_(old)
         grads = [t.reshape(v.shape) for t, v in zip(self.g, self.views, strict=True)]
-        self.step.step(self.views, grads, self.constants, self.first + k, with_noise=True, stats=False)
+        self.stepper.step(self.views, grads, self.constants, self.first + k, with_noise=True, stats=False)
         y = list(self.x)
-        for i, t in zip(call.moving, self.new, strict=True):
+        for i, t in zip(self.problem.moving, self.new, strict=True):
             y[i] = t
         e_new, g_new = self.target(y, k)
         e_new = one_per_chain("ParallelTempering", e_new)
-        if self.sampler.accept is None:
+        if self.problem.sampler.accept is None:
             accept_prob = torch.ones_like(self.accept_sum)
             if self.freeze:
-                sound = finite_chains([e_new, *self.new, *g_new], len(e_new), call.device)
+                sound = finite_chains([e_new, *self.new, *g_new], len(e_new), self.device)
                 self.living = self.living & sound
                 self.new = [t.contiguous() for t in where(self.living, self.new, self.old)]
                 self.energy = torch.where(self.living, energies(e_new, len(e_new)), self.energy)
@@ -434,7 +455,7 @@ class _CppLadders(_Ladders):
         # the states before the step lie where the next one goes
         self.old, self.new = self.new, self.old
         self.views = [t.reshape(v.shape) for t, v in zip(self.new, self.views, strict=True)]
-        for i, t in zip(call.moving, self.old, strict=True):
+        for i, t in zip(self.problem.moving, self.old, strict=True):
             self.x[i] = t
         self.accept_sum += accept_prob
         return accept_prob
@@ -442,7 +463,7 @@ class _CppLadders(_Ladders):
     def exchange(self, side: int, k: int) -> Tensor:
         exchange(
             [*self.old, *self.g], rungs=self.rungs, seed=self.seed, step=self.first + k,
-            stream=noise.stream(0, noise.SWAP), chain_offset=self.call.chain_offset, inverse=self.inverse,
+            stream=noise.stream(0, noise.SWAP), chain_offset=self.problem.chain_offset, inverse=self.inverse,
             energy=self.energy, alive=self.living, origin=self.origin, prob=self.swap_prob, prob_sum=self.swap_sum,
             side=side,
         )  # fmt: skip

@@ -4,44 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mmebm import noise
-from mmebm.ops.dynamics import Dynamics, energies, finite_rows_, reason
+from mmebm.ops.dynamics import Dynamics, energies, finite_rows_
 from mmebm.ops.noise import plain
-from mmebm.samplers.arguments import (
-    NONFINITE,
-    Call,
-    NonFinite,
-    Numbers,
-    Recorder,
-    Samples,
-    check_numbers,
-    check_quotients,
-    choice,
-    exp,
-    finite_chains,
-    resolve,
-    running,
-    settings,
-    sqrt,
-    total,
-    where,
-)
+from mmebm.samplers import driver
+from mmebm.samplers.arguments import parts_like
+from mmebm.samplers.arithmetic import exp, masked, sqrt, total, where
+from mmebm.samplers.chain import Problem, Run
+from mmebm.samplers.driver import Sampler, Steps
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.opaque import opaque
+from mmebm.samplers.options import Setting, UnderdampedOptions
+from mmebm.samplers.samples import NonFinite, Samples
+from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, rows_of
 from mmebm.samplers.user_modules import Mode
-from mmebm.state import State, flag
+from mmebm.state import State
 
-RECORDS = ("energy", "grad_norm", "kinetic")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _NUMBERS: Numbers = {"step_size": {}, "friction": {}, "temperature": {}, "mass": {"strict": True}}
 
 
 @dataclass(frozen=True)
-class Underdamped:
+class Underdamped(Sampler):
     """An immutable description of underdamped Langevin dynamics; :meth:`sample` runs it.
 
     With h, friction c, temperature T and mass m, a step is
@@ -52,7 +43,8 @@ class Underdamped:
         x <- x + (h / 2) v
         v <- v - (h / 2) g(x) / m
 
-    with one gradient: the last one is the next step's first. On a quadratic energy the stationary law of x is exact for
+    (BAOAB: Leimkuhler and Matthews, Applied Mathematics Research eXpress 2013), xi standard normal, with one gradient:
+    the last one is the next step's first. On a quadratic energy the stationary law of x is exact for
     every stable step, h sqrt(curvature / m) < 2; that of v is not. Friction 0 is leapfrog without noise.
 
     Every number may be a float, a tensor that broadcasts (a 1-D tensor of length chains means one value per chain), a
@@ -63,6 +55,8 @@ class Underdamped:
         step_size: ``h``, a time. In the limit of high friction it does what Langevin's step_size h^2 / (2 m) does.
         friction: ``c``, per unit of time.
         temperature: of the target exp(-E / T).
+
+    Other args:
         mass: ``m``, of each element.
         log_prob: the callable returns log p instead of E.
         score: the callable returns the score d log p / dx, in the state's structure.
@@ -72,28 +66,37 @@ class Underdamped:
 
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
+
+    Example:
+        >>> sampler = mmebm.Underdamped(step_size=0.5, friction=1.0)
+        >>> x = sampler.sample(lambda x: 0.5 * x.square().sum(1), torch.zeros(1000, 2), 100, seed=0).state
+        >>> bool((x.var(0) - 1).abs().max() < 0.2)
+        True
     """
 
-    step_size: Any
-    friction: Any = 1.0
-    temperature: Any = 1.0
-    mass: Any = 1.0
+    records: ClassVar[tuple[str, ...]] = ("energy", "grad_norm", "kinetic")
+    carries: ClassVar[tuple[str, ...]] = ("velocity",)
+
+    step_size: Setting
+    friction: Setting = 1.0
+    temperature: Setting = 1.0
+    mass: Setting = 1.0
     log_prob: bool = False
     score: bool = False
     mode: Mode = "eval"
     on_nonfinite: NonFinite = "warn"
 
     def __post_init__(self) -> None:
-        choice("mode", self.mode, ("eval", "train", "keep"))
-        flag("log_prob", self.log_prob)
-        flag("score", self.score)
-        choice("on_nonfinite", self.on_nonfinite, NONFINITE)
+        self._check_options()
         check_numbers(self, _NUMBERS)
-        if self.log_prob and self.score:
-            raise ValueError("give log_prob=True or score=True, not both")
 
-    def replace(self, **changes: Any) -> Underdamped:
-        """A copy with some options changed."""
+    def replace(self, **changes: Unpack[UnderdampedOptions]) -> Underdamped:
+        """A copy with some options changed.
+
+        Example:
+            >>> mmebm.Underdamped(0.1).replace(friction=2.0).friction
+            2.0
+        """
         return replace(self, **changes)
 
     @opaque
@@ -130,94 +133,91 @@ class Underdamped:
         Raises:
             TypeError, ValueError: naming the argument, the value and what would do.
             FloatingPointError: with ``on_nonfinite="raise"``, where a chain ended non-finite.
+
+        Example:
+            >>> energy, x, sampler = lambda x: 0.5 * x.square().sum(1), torch.zeros(100, 2), mmebm.Underdamped(0.2)
+            >>> first = sampler.sample(energy, x, 10, seed=0)
+            >>> then = sampler.sample(
+            ...     energy, first.state, 10, seed=0, first_step=10, velocity=first.info["velocity"]
+            ... )
+            >>> bool((then.state == sampler.sample(energy, x, 20, seed=0).state).all())
+            True
         """
-        if self.score and "energy" in record:
-            raise ValueError('record="energy" needs an energy; with score=True there is none')
-        call = resolve(
-            energy, state, steps, args=args, kwargs=kwargs, observed=observed, seed=seed, generator=generator,
-            chain_offset=chain_offset, first_step=first_step, record=record, records=RECORDS, thin=thin,
+        return self._sample(
+            energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"velocity": velocity},
+            seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
             inplace=inplace,
         )  # fmt: skip
-        recorder = Recorder(call)
-        with running(call, self.mode, log_prob=self.log_prob, score=self.score) as target:
-            rows = settings(self, _NUMBERS, call)
-            constants = [_Constants.of(row, call.moving, call.tensors[0].dtype) for row in rows]
-            x = [t.detach().clone() for t in call.tensors]
-            if velocity is None:
-                v = [s * call.normals(i, 0, noise.MOMENTUM) for i, s in zip(call.moving, constants[0].thermal)]
-            else:
-                v = call.moving_parts("velocity", velocity)
-            moves: _Steps | _CppSteps | None = None
-            # a network need not take an empty batch
-            for k in range(call.steps if call.chains else 0):
-                if moves is None or target.varies:
-                    e, g = target(x if moves is None else moves.x, k)
-                    if moves is None:
-                        moves = _steps(self, call, target, x, v, e)
-                    moves.restart(e, g)
-                c = constants[min(k, len(constants) - 1)]
-                if call.record:
-                    zero = torch.zeros(call.chains, dtype=x[0].dtype, device=call.device)
-                    kinetic = total([0.5 * m * w * w for m, w in zip(c.mass, moves.v)], zero)
-                    slope = total([p * p for p in moves.g], zero).sqrt()
-                    # frozen chains keep theirs in place
-                    now = None if moves.energy is None else moves.energy.clone()
-                    recorder.add(energy=now, kinetic=kinetic, grad_norm=slope)
-                moves.step(c, k)
-                recorder.keep(k, moves.x)
-            broken = torch.zeros(call.chains, dtype=torch.bool, device=call.device)
-            if moves is not None:
-                x, v, broken = moves.x, moves.v, ~moves.alive
-            return recorder.samples(x, self.on_nonfinite, broken=broken, velocity=call.structure(v))
+
+    def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
+        rows = rows_of(self, _NUMBERS, p.keys, tensors, p.first_step, p.steps)
+        constants = [_Constants.of(row, p.moving, tensors[0].dtype) for row in rows]
+        return driver.loop(init, replace(p, params=constants), tensors)
 
 
-def _steps(
-    sampler: Underdamped, call: Call, target: Target, x: list[Tensor], v: list[Tensor], energy: Tensor | None
-) -> _Steps | _CppSteps:
-    """What runs the steps: C++ where it takes the state and float32 energies, else PyTorch."""
-    moving = [x[i] for i in call.moving]
-    known = energy is None or energy.dim() == 0 or energy.dtype is torch.float32
-    if moving and known and reason(moving, call.seed, call.first_step) is None:
-        return _CppSteps(sampler, call, target, x, v)
-    return _Steps(sampler, call, target, x, v)
+def init(p: Problem, x: list[Tensor]) -> Steps:
+    """The chain from ``x``: in C++ where that takes the state and float32 energies, else in PyTorch."""
+    target, e, g = driver.start(p, x)
+    chain = (_CppSteps if driver.in_cpp(p, x, e) else _Steps)(p, target, x)
+    chain.restart(e, g)
+    return chain
 
 
-class _Steps:
+class _Steps(Steps):
     """The steps in PyTorch.
 
     Attributes:
-        x, v: state, and velocities of the tensors that move. energy, g: at ``x``.
+        v: velocities of the tensors that move. energy, g: at the state.
         alive: bool (chains,), cleared where state, velocity, energy or gradient was not finite.
     """
 
-    def __init__(self, sampler: Underdamped, call: Call, target: Target, x: list[Tensor], v: list[Tensor]) -> None:
-        self.call, self.target, self.x, self.v = call, target, x, v
-        self.alive = torch.ones(call.chains, dtype=torch.bool, device=call.device)
-        self.freeze = sampler.on_nonfinite == "freeze"
-        self.energy: Tensor | None = None
-        self.g: list[Tensor] = []
+    def __init__(self, p: Problem, target: Target, x: list[Tensor]) -> None:
+        super().__init__(p, x)
+        self.target = target
+        given = p.carried.get("velocity")
+        if given is None:
+            self.v = [s * self.normals(i, 0, noise.MOMENTUM) for i, s in zip(p.moving, p.row(0).thermal)]
+        else:
+            parts = parts_like("velocity", given, p, x)
+            self.v = [masked(p.masks[i], parts[i].detach().clone()) for i in p.moving]
+        every = torch.ones(self.chains, dtype=torch.bool, device=self.device)
+        self.alive = p.carried["alive"].clone() if "alive" in p.carried else every
 
     def restart(self, energy: Tensor | None, g: list[Tensor]) -> None:
         """``energy`` and gradient at the state."""
         self.energy, self.g = energy, g
-        self._mark([*(self.x[i] for i in self.call.moving), *self.v, *g], energy)
+        self._mark([*(self.x[i] for i in self.problem.moving), *self.v, *g], energy)
 
     def _mark(self, parts: list[Tensor], energy: Tensor | None) -> None:
         # a scalar energy does not say which chain made it what it is
         each = [energy] if energy is not None and energy.dim() else []
-        self.alive = self.alive & finite_chains([*parts, *each], self.call.chains, self.call.device)
+        for part in (*parts, *each):
+            finite_rows_(self.alive, part)
 
-    def step(self, c: _Constants, k: int) -> None:
-        call = self.call
-        x, v = [self.x[i] for i in call.moving], self.v
+    def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
+        p = self.problem
+        if k and self.target.varies:
+            self.restart(*self.target(self.x, k))
+        c: _Constants = p.row(k)
+        out: dict[str, Tensor] = {}
+        if p.record:
+            zero = torch.zeros(self.chains, dtype=self.x[0].dtype, device=self.device)
+            out["kinetic"] = total([0.5 * m * w * w for m, w in zip(c.mass, self.v)], zero)
+            out["grad_norm"] = total([p * p for p in self.g], zero).sqrt()
+            if self.energy is not None:
+                out["energy"] = self.energy.clone()  # frozen chains keep theirs in place
+        self.move(c, k)
+        return out
+
+    def move(self, c: _Constants, k: int) -> None:
+        moving = self.problem.moving
+        x, v = [self.x[i] for i in moving], self.v
         w = [a - kick * p for a, kick, p in zip(v, c.kick, self.g)]
         y = [a + drift * b for a, drift, b in zip(x, c.drift, w)]
-        w = [
-            decay * a + s * call.normals(i, k, noise.DRIFT) for a, decay, s, i in zip(w, c.decay, c.noise, call.moving)
-        ]
+        w = [decay * a + s * self.normals(i, k, noise.DRIFT) for a, decay, s, i in zip(w, c.decay, c.noise, moving)]
         y = [a + drift * b for a, drift, b in zip(y, c.drift, w)]
         moved = list(self.x)
-        for i, t in zip(call.moving, y):
+        for i, t in zip(moving, y):
             moved[i] = t
         e_new, g_new = self.target(moved, k)
         w = [a - kick * p for a, kick, p in zip(w, c.kick, g_new)]
@@ -229,43 +229,49 @@ class _Steps:
                 e_new = torch.where(alive, e_new, self.energy)
         self.x, self.v, self.energy, self.g = moved, w, e_new, g_new
 
+    def broken(self) -> Tensor:
+        return ~self.alive
+
+    def info(self) -> dict[str, Any]:
+        # zeros for tensors that stay
+        full = [torch.zeros_like(t) for t in self.x]
+        for i, part in zip(self.problem.moving, self.v, strict=True):
+            full[i] = part
+        return {"velocity": self.problem.build(full)}
+
+    def carried(self) -> dict[str, Any]:
+        return {"energy": self.energy, "gradient": self.g, "alive": self.alive, **self.info()}
+
 
 class _CppSteps(_Steps):
     """The same in C++: a call before each gradient, and one after it."""
 
-    def __init__(self, sampler: Underdamped, call: Call, target: Target, x: list[Tensor], v: list[Tensor]) -> None:
-        super().__init__(sampler, call, target, x, v)
+    def __init__(self, p: Problem, target: Target, x: list[Tensor]) -> None:
+        super().__init__(p, target, x)
         self.op = Dynamics(
-            [x[i] for i in call.moving], indices=call.moving, masks=[call.masks[i] for i in call.moving],
-            seed=plain(call.seed), chain_offset=call.chain_offset, alive=self.alive, keeps=self.freeze,
-            freeze=self.freeze,
+            [x[i] for i in p.moving], indices=p.moving, masks=[p.masks[i] for i in p.moving], seed=plain(p.seed),
+            chain_offset=p.chain_offset, alive=self.alive, keeps=self.freeze, freeze=self.freeze,
         )  # fmt: skip
-        self.first = plain(call.first_step)
-        for own, given in zip(self.op.v, v, strict=True):
+        self.first = plain(p.first_step)
+        for own, given in zip(self.op.v, self.v, strict=True):
             own.copy_(given)
         self.v = self.op.v
         self.y = list(x)
-        for i, t, to in zip(call.moving, self.op.x, self.op.y):
+        for i, t, to in zip(p.moving, self.op.x, self.op.y):
             self.x[i], self.y[i] = t, to
         self._constants: _Constants | None = None
 
     def restart(self, energy: Tensor | None, g: list[Tensor]) -> None:
-        self._mark([*self.op.x, *self.v, *g], energy)
+        super().restart(energy, g)
         if self.freeze:
             for own, given in zip(self.op.g, g, strict=True):
                 own.copy_(given)
-            g = self.op.g
+            self.g = self.op.g
             if energy is not None and energy.dim():
-                energy = energies(energy, self.call.chains).clone()
-                self.op.set_energy(energy)
-        self.energy, self.g = energy, g
+                self.energy = energies(energy, self.chains).clone()
+                self.op.set_energy(self.energy)
 
-    def _mark(self, parts: list[Tensor], energy: Tensor | None) -> None:
-        each = [energy] if energy is not None and energy.dim() else []
-        for part in (*parts, *each):
-            finite_rows_(self.alive, part)
-
-    def step(self, c: _Constants, k: int) -> None:
+    def move(self, c: _Constants, k: int) -> None:
         if c is not self._constants:
             for n in range(len(self.op.x)):
                 self.op.set(n, kick=c.kick[n], drift=c.drift[n], decay=c.decay[n], noise=c.noise[n])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +26,14 @@ from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.verify import Check
 
-if TYPE_CHECKING:
-    from mmebm.samplers.langevin import Langevin
-
 RECORDS = ("energy", "grad_norm")
 # Steps of a call, times chains: energy and gradient norm of each are kept to see which chains broke.
 _TRACE = 1 << 22
 
 
-def _options_reason(sampler: Langevin, p: Problem, tensors: Sequence[Tensor]) -> str | None:
+def _options_reason(p: Problem, tensors: Sequence[Tensor]) -> str | None:
     """What the options ask for that only the loop does."""
+    sampler = p.sampler
     if sampler.backend == "torch":
         return "backend='torch' is the loop with autograd"
     if sampler.score:
@@ -89,11 +87,11 @@ class _Refusals:
 _refusals = _Refusals()
 
 
-def _understood(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
+def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
     """What the energy computes, or why neither op can say it."""
     args, kwargs = p.calls[0]
     try:
-        lowered = lower(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
+        lowered = lower(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=p.sampler.log_prob)
         wide = too_wide(lowered.terms)
         if wide is None:
             return lowered
@@ -108,7 +106,7 @@ def _understood(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Lowered
     if known is not None:
         return f"{reason}; nor a net: {known}"
     try:
-        traced = trace(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=sampler.log_prob)
+        traced = trace(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=p.sampler.log_prob)
         # without one the gradient is little of the time, and the loop's update is fused as it is
         if any(isinstance(node, (Conv, Linear)) for node in traced.net.nodes):
             return traced
@@ -119,17 +117,17 @@ def _understood(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Lowered
     return f"{reason}; nor a net: {why}"
 
 
-def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
+def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     """The chain from ``tensors``, which stay as they are, or the reason why it takes the loop."""
-    reason = _options_reason(sampler, p, tensors)
+    reason = _options_reason(p, tensors)
     if reason is not None:
         return reason
-    understood = _understood(sampler, p, tensors)
+    understood = _understood(p, tensors)
     if isinstance(understood, str):
         return understood
     if understood.scalar and "energy" in p.record:
         return "the energy returns a scalar, not one value per chain"
-    chains, device = tensors[0].shape[0], tensors[0].device
+    sampler, chains, device = p.sampler, tensors[0].shape[0], tensors[0].device
     moving = [i in p.blocks[0] for i in range(len(tensors))]
     table = mlp.constants_of(p.params, chains, torch.float32, device, moving)
     if isinstance(table, str):
@@ -157,9 +155,7 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     if module is None:
         return why
 
-    target = Target(
-        p.energy, p.calls, p.keys, p.build, (), [False] * len(tensors), log_prob=sampler.log_prob
-    )  # fmt: skip
+    target = Target.of(p)
     check = Check(target, understood, op.name_of(module))
     reason = check.before(tensors)
     if reason is not None:
@@ -168,8 +164,12 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     def apart(rows: Tensor) -> list[Tensor]:
         return [part.reshape(t.shape) for part, t in zip(rows.split(widths, dim=1), tensors, strict=True)]
 
-    broken = torch.zeros(chains, dtype=torch.bool, device=device)  # that is, in their energy or gradient
-    frozen, traces, kept = None, {name: [] for name in p.record}, []
+    alive: Tensor | None = p.carried.get("alive")
+    # that is, in their energy or gradient
+    broken = torch.zeros(chains, dtype=torch.bool, device=device) if alive is None else ~alive
+    frozen = None if alive is None or sampler.on_nonfinite != "freeze" else broken.clone()
+    traces: dict[str, list[Tensor]] = {name: [] for name in p.record}
+    kept: list[Tensor] = []
     start = 0
     while start < p.steps:
         stop = min(p.steps, start + max(1, _TRACE // chains), (start // p.thin + 1) * p.thin if p.thin else p.steps)
@@ -197,15 +197,15 @@ def run(sampler: Langevin, p: Problem, tensors: list[Tensor]) -> Run | str:
     if reason is not None:
         return reason
     empty = torch.zeros(0, chains, dtype=torch.float32, device=device)
-    trajectory = []
+    trajectory: list[Tensor] = []
     if p.thin:
         home = "cpu" if p.offload else device
         rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)
         trajectory = [
             part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
         ]
-    return Run(
-        state, {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}, trajectory,
-        broken if frozen is None else broken | frozen, op.name_of(module), why,
-        "langevin_net" if op is net else "langevin_mlp",
-    )  # fmt: skip
+    if frozen is not None:
+        broken = broken | frozen
+    info = {"backend": op.name_of(module), "op": "langevin_net" if op is net else "langevin_mlp", "reason": why}
+    trace = {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}
+    return Run(state, trace, trajectory, broken, info, {"alive": ~broken})

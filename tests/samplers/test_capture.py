@@ -825,7 +825,7 @@ def test_a_loop_that_does_not_repeat_itself(
 def test_distance() -> None:
     def run(*values: float, frozen: bool = False) -> capture.Run:
         t = torch.tensor(values)
-        return capture.Run([t], {"energy": t.clone()}, [], torch.tensor([frozen]), "torch", "")
+        return capture.Run([t], {"energy": t.clone()}, [], torch.tensor([frozen]), {"backend": "torch", "reason": ""})
 
     assert capture.distance(run(1.0, math.nan), run(1.0, math.nan)) == 0.0
     assert capture.distance(run(1.0, 4.0), run(1.0, 2.0)) == 1.0

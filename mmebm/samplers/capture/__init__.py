@@ -28,7 +28,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,16 +37,13 @@ from mmebm.native import BackendError
 from mmebm.samplers.capture.call import Call, Static
 from mmebm.samplers.capture.device import Backend, CannotCapture, CudaBackend, Graph, OnDevice, brief
 from mmebm.samplers.capture.trial import Kept, distance, same, uncached_autocast
+from mmebm.samplers.chain import Engine as Chain
 from mmebm.samplers.chain import Problem, Run
 from mmebm.state import integer
-
-if TYPE_CHECKING:
-    from mmebm.samplers.langevin import Langevin
 
 __all__ = ["GraphInfo", "cache_size", "clear", "graphs"]
 
 Capture = Literal["auto", True, False]
-Chain = Callable[[Problem, list[Tensor]], Run]
 
 # At most so many graphs are kept, the least recently used goes first; 0: none is captured. May be set.
 cache_size: int = 8
@@ -113,7 +110,7 @@ class Engine:
         self._dead: deque[tuple[Any, ...]] = deque()
         self._busy = threading.local()
 
-    def run(self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
+    def run(self, capture: Capture, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
         """The chain as a graph, or the reason why it takes the loop.
 
         Args:
@@ -123,12 +120,12 @@ class Engine:
         Raises:
             BackendError: with ``capture=True``, where there is a reason.
         """
-        out = self._run(capture, sampler, p, tensors, chain)
+        out = self._run(capture, p, tensors, chain)
         if isinstance(out, str) and capture is True:
             raise BackendError(f"capture=True: {out}")
         return out
 
-    def _options_reason(self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor]) -> str | None:
+    def _options_reason(self, capture: Capture, p: Problem, tensors: list[Tensor]) -> str | None:
         if capture is False:
             return "capture=False"
         reason = self.backend.unsupported(tensors[0].device)
@@ -136,8 +133,10 @@ class Engine:
             return reason
         if p.differentiable:
             return "differentiable steps need autograd"
-        if sampler.rng != "philox":
-            return f"rng={sampler.rng!r} draws on the host's order"
+        if p.sampler.rng != "philox":
+            return f"rng={p.sampler.rng!r} draws on the host's order"
+        if p.carried:
+            return "the chain goes on from a step before it"
         if p.offload:
             return "offload copies to the host between the steps"
         if not p.steps or not tensors[0].shape[0]:
@@ -148,14 +147,14 @@ class Engine:
             return "inside another capture"
         return None
 
-    def _run(self, capture: Capture, sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
-        reason = self._options_reason(capture, sampler, p, tensors)
+    def _run(self, capture: Capture, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
+        reason = self._options_reason(capture, p, tensors)
         if reason is not None:
             return reason
         with self._lock:
             self._bury()
         try:
-            call = Call(sampler, p, tensors)
+            call = Call(p, tensors)
             key, kind_key = call.keys()
             kind, full = hash(kind_key), hash(key)
         except Exception as error:  # objects that raise when they are looked at must not end a chain that would run
@@ -242,7 +241,7 @@ class Engine:
                 raise CannotCapture("the energy draws random numbers on the host")
             if reason is not None:
                 raise CannotCapture(reason)
-            after = Call(call.sampler, call.problem, call.tree["state"]).identity
+            after = Call(call.problem, call.tree["state"]).identity
             # an address may come back, an object does not
             held = zip(after.held, call.identity.held, strict=False)
             if after.full != call.identity.full or any(a is not b for a, b in held):
@@ -291,12 +290,7 @@ class Engine:
     def _outputs(self, entry: _Entry) -> Run:
         """Of one replay, as copies: the graph writes to its own again."""
         entry.graph.replay()
-        out: Run = entry.graph.outputs
-        copy = replace(
-            out, state=[t.clone() for t in out.state], trace={name: t.clone() for name, t in out.trace.items()},
-            trajectory=[t.clone() for t in out.trajectory], frozen=None if out.frozen is None else out.frozen.clone(),
-            never_accepted=None if out.never_accepted is None else out.never_accepted.clone(),
-        )  # fmt: skip
+        copy: Run = entry.graph.outputs.map(torch.clone)
         entry.graph.done()
         return copy
 
@@ -311,8 +305,8 @@ class Engine:
         self._used.note(entry.kind, self._used.get(entry.kind, _Used(captures=1)))
         self._used[entry.kind].replays += 1
         steps = call.problem.steps
-        reason = f"{out.reason}; captured: replay {entry.replays} of a graph of {steps} step{'s' * (steps != 1)}"
-        return replace(out, reason=reason)
+        reason = f"captured: replay {entry.replays} of a graph of {steps} step{'s' * (steps != 1)}"
+        return replace(out, info={**out.info, "reason": f"{out.info['reason']}; {reason}"})
 
     # -- eviction
 
@@ -365,16 +359,26 @@ class Engine:
 _engine = Engine(CudaBackend())
 
 
-def run(sampler: Langevin, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
+def run(p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
     """The chain as a graph, or the reason why it takes the loop; see :meth:`Engine.run`."""
-    return _engine.run(sampler.capture, sampler, p, tensors, chain)
+    return _engine.run(p.sampler.capture, p, tensors, chain)
 
 
 def clear() -> None:
-    """Drops every graph and its memory (``torch.cuda.empty_cache()`` then gives it back to the device)."""
+    """Drops every graph and its memory (``torch.cuda.empty_cache()`` then gives it back to the device).
+
+    Example:
+        >>> mmebm.capture.clear()
+    """
     _engine.clear()
 
 
 def graphs() -> list[GraphInfo]:
-    """The graphs in the cache, the least recently used first."""
+    """The graphs in the cache, the least recently used first.
+
+    Example:
+        >>> mmebm.capture.clear()
+        >>> mmebm.capture.graphs()
+        []
+    """
     return _engine.graphs()

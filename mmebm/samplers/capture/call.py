@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import StepParams
-from mmebm.ops.langevin_step.reference import widen
+from mmebm.samplers.arithmetic import map_tensors
 from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.samplers.chain import Problem
 
-if TYPE_CHECKING:
-    from mmebm.samplers.langevin import Langevin
-
 # Step sizes and noise scales are read from memory, so that another number is no other graph; the rest is baked in.
 _STATIC = ("step_size", "noise_scale")
-# Options of a sampler that Problem does not hold and that its loop reads.
+# Options of a sampler that its loop reads.
 _OPTIONS = ("noise_at", "clamp_noise", "norm_over", "outside", "accept", "log_prob", "score", "mode", "rng", "backend")
 _SETTINGS = [f.name for f in fields(StepParams)]
-
-
-def _tensors_in(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``function`` of every tensor in nested lists, tuples and dicts, as :meth:`Identity.input` walks them."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (list, tuple):
-        return type(value)(_tensors_in(part, function) for part in value)
-    if type(value) is dict:
-        return {name: _tensors_in(part, function) for name, part in value.items()}
-    return value
 
 
 def _tf32() -> tuple[Any, ...]:
@@ -56,10 +42,10 @@ def _numerics(device: torch.device) -> tuple[Any, ...]:
 class Call:
     """One call of a chain, taken apart: ``identity`` of what a graph has baked in, and the values that it has not."""
 
-    def __init__(self, sampler: Langevin, p: Problem, tensors: list[Tensor]) -> None:
-        self.sampler, self.problem, self.device = sampler, p, tensors[0].device
+    def __init__(self, p: Problem, tensors: list[Tensor]) -> None:
+        sampler, self.problem, self.device = p.sampler, p, tensors[0].device
         self.rebuild, parts, fixed = parts_of(p.energy)
-        self.tree = {"state": tensors, "calls": p.calls, "parts": parts, "masks": p.masks}
+        self.tree: dict[str, Any] = {"state": tensors, "calls": p.calls, "parts": parts, "masks": p.masks}
         self.numbers: dict[torch.dtype, list[float]] = {}
         # the ratio of Metropolis takes the temperature in double precision, which a number is and a tensor is not
         self.static = () if sampler.accept == "metropolis" else _STATIC
@@ -140,7 +126,7 @@ class Static:
         def mine(t: Tensor) -> Tensor:
             return place.get(id(t), t)
 
-        tree = _tensors_in(call.tree, mine)
+        tree = map_tensors(call.tree, mine)
         left = {dtype: iter(t.unbind()) for dtype, t in self.numbers.items()}
 
         def settings(dtype: torch.dtype, one: StepParams) -> StepParams:
@@ -157,7 +143,7 @@ class Static:
         p = call.problem
         rows = [[settings(dtype, one) for dtype, one in zip(call.dtypes, row, strict=True)] for row in p.params]
         p = replace(
-            p, energy=call.rebuild(tree["parts"]), calls=tree["calls"], masks=tree["masks"], params=rows, ends=[],
+            p, energy=call.rebuild(tree["parts"]), calls=tree["calls"], masks=tree["masks"], params=rows,
             seed=self.seed, first_step=self.first_step,
         )  # fmt: skip
         return p, tree["state"]

@@ -60,8 +60,7 @@ def distance(a: Run, b: Run) -> float:
     and the other is, or where decisions differ."""
     pairs = [*zip(a.state, b.state, strict=True), *zip(a.trajectory, b.trajectory, strict=True)]
     pairs += [(t, b.trace[name]) for name, t in a.trace.items()]
-    if a.frozen is not None and b.frozen is not None:
-        pairs.append((a.frozen, b.frozen))
+    pairs.append((a.broken, b.broken))
     worst = 0.0
     for x, y in pairs:
         x, y = x.detach(), y.detach()
