@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "box_muller", "join4", "join8", "key_words", "normals", "philox", "rounding_halves", "split4", "split8",
-    "stochastic_round",
+    "box_muller", "join4", "join8", "key_words", "normal_of", "normals", "philox", "rounding_halves", "split4",
+    "split8", "stochastic_round",
 ]  # fmt: skip
 
 
@@ -154,6 +154,16 @@ def normals(group, chain, step, stream, k0, k1, G: tl.constexpr):
         n0, n1, n2, n3 = box_muller(w0, w1, w2, w3)
         n4, n5, n6, n7 = box_muller(w4, w5, w6, w7)
         return join8(n0, n1, n2, n3, n4, n5, n6, n7)
+
+
+@triton.jit
+def normal_of(element, chain, step, stream, k0, k1):
+    """The normal of each ``element`` (uint32, any shape), where neighbours are not together: four calls for one."""
+    zero = element * 0
+    w0, w1, w2, w3 = philox(element >> 2, chain + zero, step + zero, stream + zero, k0, k1)
+    second = (element & 2) != 0
+    first, other = _polar(_radius(tl.where(second, w2, w0)), tl.where(second, w3, w1))
+    return tl.where((element & 1) != 0, other, first)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ class Op:
 
 
 _ALL: Final = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+_NET: Final = {"cpp": "mmebm.ops.net.cpp", "triton": "mmebm.ops.net.triton"}
 OPS: Final[dict[str, Op]] = {
     "noise": Op({"cpp": "mmebm.native", "triton": "mmebm.kernels.noise", "cuda": "mmebm.native"}, _ALL),
     "langevin_step": Op(
@@ -56,8 +57,8 @@ OPS: Final[dict[str, Op]] = {
         {"cpu": ("cpp",), "cuda": ("triton",)},
     ),
     "dynamics": Op({"cpp": "mmebm.ops.dynamics.cpp"}, {"cpu": ("cpp",)}),
-    "langevin_net": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
-    "net_energy": Op({"cpp": "mmebm.ops.net.cpp"}, {"cpu": ("cpp",)}),
+    "langevin_net": Op(_NET, {"cpu": ("cpp",), "cuda": ("triton",)}),
+    "net_energy": Op(_NET, {"cpu": ("cpp",), "cuda": ("triton",)}),
     # Triton's has not been timed on a GPU
     "residual": Op({"cpp": "mmebm.ops.residual.cpp", "triton": "mmebm.kernels.residual"}, {"cpu": ("cpp",)}),
 }  # fmt: skip

@@ -363,27 +363,31 @@ def _net_energy(module: ModuleType, backend: str, device: torch.device) -> Itera
 
 
 def _langevin_net(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+    """Two tensors, one with noise, with limits; and the state as one tensor, without: another kernel in Triton."""
     from mmebm.ops.langevin_mlp import op as mlp
     from mmebm.ops.net import op
 
     numbers = _Numbers(5)
     net, x = _net(numbers), _Numbers(6).normal(_CHAINS, 40)
-    params = [StepParams(0.001, 0.05, grad_norm_clip=4.0), StepParams(0.002, 0.1, grad_clip=2.0, low=-2.0)]
-    table = mlp.constants_of([params], _CHAINS, torch.float32, _CPU)
-    assert not isinstance(table, str), table
-    chain = op.NetChain(
-        net=net, widths=(30, 10), streams=(0, 3), noisy=(False, True), moving=(True, True), constants=table[0],
-        present=table[1], seed=_SEED, chain_offset=2**32 - 2, freeze=True,
-    )  # fmt: skip
-    ours = module.run(_on(chain, device), x.to(device), 2, 7, energy=True, grad_norm=True)
-    expected, exact = op.run(None, chain, x, 2, 7), op.run(None, _double(chain), x.double(), 2, 7)
-    for field in ("x", "energy", "grad_norm"):
-        a, b, c = (getattr(result, field) for result in (ours, expected, exact))
-        # 0.1: the noise scale, which moves energy and gradient by as much as they are steep
-        slack = 2 * NORMAL_TOLERANCE * 0.1 * (1.0 if field == "x" else float(c.abs().max()))
-        yield Comparison(field, a.cpu(), b, c, slack, NET_TOLERANCE)
-    assert expected.frozen is not None
-    yield Comparison("frozen", ours.frozen.cpu(), expected.frozen)
+    limited = [StepParams(0.001, 0.05, grad_norm_clip=4.0), StepParams(0.002, 0.1, grad_clip=2.0, low=-2.0)]
+    plain = [StepParams(0.001, 0.1)]
+    for name, widths, noisy, params in (("", (30, 10), (False, True), limited), ("plain: ", (40,), (True,), plain)):
+        table = mlp.constants_of([params], _CHAINS, torch.float32, _CPU)
+        assert not isinstance(table, str), table
+        chain = op.NetChain(
+            net=net, widths=widths, streams=(0, 3)[-len(widths) :], noisy=noisy, moving=(True,) * len(widths),
+            constants=table[0], present=table[1], seed=_SEED, chain_offset=2**32 - 2, freeze=params is limited,
+        )  # fmt: skip
+        ours = module.run(_on(chain, device), x.to(device), 2, 7, energy=True, grad_norm=True)
+        expected, exact = op.run(None, chain, x, 2, 7), op.run(None, _double(chain), x.double(), 2, 7)
+        for field in ("x", "energy", "grad_norm"):
+            a, b, c = (getattr(result, field) for result in (ours, expected, exact))
+            # 0.1: the noise scale, which moves energy and gradient by as much as they are steep
+            slack = 2 * NORMAL_TOLERANCE * 0.1 * (1.0 if field == "x" else float(c.abs().max()))
+            yield Comparison(f"{name}{field}", a.cpu(), b, c, slack, NET_TOLERANCE)
+        if chain.freeze:
+            assert expected.frozen is not None
+            yield Comparison("frozen", ours.frozen.cpu(), expected.frozen)
 
 
 def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:

@@ -17,6 +17,7 @@ from mmebm.energies.lower import CannotLower, Lowered, lower
 from mmebm.energies.trace import Traced, trace
 from mmebm.introspect import Memory
 from mmebm.native import BackendError
+from mmebm.ops import dispatch
 from mmebm.ops import langevin_mlp as mlp
 from mmebm.ops.common.layout import per_chain
 from mmebm.ops.net import op as net
@@ -63,12 +64,14 @@ class _Refusals:
 
     PERIOD = 32
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = False) -> None:
+        self._whole = whole  # whether the number of chains and the device count
         self._known: Memory[dict[str, Any]] = Memory(256)
 
     def _entry(self, energy: Any, tensors: Sequence[Tensor]) -> dict[str, Any]:
         what = energy.__code__ if isinstance(energy, types.FunctionType) else energy
-        rest = (type(energy), getattr(energy, "training", None), tuple(t.shape[1:] for t in tensors))
+        shapes = tuple((t.shape, t.device) if self._whole else t.shape[1:] for t in tensors)
+        rest = (type(energy), getattr(energy, "training", None), shapes)
         return self._known.get([what], rest, lambda: {"why": None, "chains": 0})
 
     def get(self, energy: Any, tensors: Sequence[Tensor]) -> str | None:
@@ -85,6 +88,20 @@ class _Refusals:
 
 
 _refusals = _Refusals()
+# nets that are faster otherwise, at these shapes: they would be traced for nothing
+_elsewhere = _Refusals(whole=True)
+
+
+def _net_missing(backend: str, device: torch.device) -> str | None:
+    """What nets of any layers need to be fused on ``device`` and have not, or None."""
+    if device.type == "cpu" and dispatch.requested(backend)[0] != "triton":
+        return None if native.loaded("cpp") else "need the C++ extension"
+    if device.type not in ("cpu", "cuda"):
+        return "are fused on the CPU and on CUDA only"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "are not traced inside a capture"
+    missing = dispatch.implementation("langevin_net", "triton")[1]
+    return None if missing is None else f"need Triton: {missing}"
 
 
 def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
@@ -98,10 +115,13 @@ def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
         reason = f"the energy has {wide}"
     except CannotLower as error:
         reason = f"the energy is not a sum of MLPs: {error}"
-    if tensors[0].device.type != "cpu":
-        return f"{reason}; nets of other layers are fused on the CPU only"
-    if not native.loaded("cpp"):
-        return f"{reason}; nets of other layers need the C++ extension"
+    missing = _net_missing(sampler.backend, tensors[0].device)
+    if missing is not None:
+        return f"{reason}; nets of other layers {missing}"
+    if dispatch.requested(sampler.backend)[0] == "auto":
+        better = _elsewhere.get(p.energy, tensors)
+        if better is not None:
+            return f"{reason}; as a net: {better}"
     known = _refusals.get(p.energy, tensors)
     if known is not None:
         return f"{reason}; nor a net: {known}"
@@ -153,6 +173,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     except BackendError as error:
         return str(error)
     if module is None:
+        if isinstance(understood, Traced) and device.type == "cuda":
+            _elsewhere.add(p.energy, tensors, why)
         return why
 
     target = Target.of(p)

@@ -6,6 +6,7 @@ A backend is a module with
     energy_and_gradient(net, x) -> (chains,), (chains, inputs)
     supports(chain, x) -> None, or the reason why not
     run(chain, x, steps, first_step, energy=, grad_norm=) -> MlpResult
+    slower(net, x, precision), optional -> why "auto" does better without it, or None
 
 as :mod:`mmebm.ops.langevin_mlp` has them for sums of MLPs; state, constants and results are the same.
 """
@@ -39,27 +40,32 @@ class NetChain(MlpChain):
     terms: tuple[Any, ...] = ()
 
 
-def _refusal(module: ModuleType, net: Net, chain: NetChain | None, x: Tensor) -> str | None:
-    """Why ``module`` does not take this net or chain, or ``None``."""
+def _refusal(module: ModuleType, net: Net, chain: NetChain | None, x: Tensor, backend: str) -> str | None:
+    """Why ``module`` does not take this net or chain, or is not to for ``backend`` "auto"; or ``None``."""
     if x.dtype != torch.float32 or any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors_of(net)):
         return "the state and the net are not all float32"
     for name, t in (("the state", x), *(("a tensor of the net", t) for t in tensors_of(net))):
         reason = obstacle(t)
         if reason is not None:
             return f"{name} is {reason}"
-    return module.supports_energy(net, x) if chain is None else module.supports(chain, x)
+    reason = module.supports_energy(net, x) if chain is None else module.supports(chain, x)
+    if reason is None and dispatch.requested(backend)[0] == "auto" and hasattr(module, "slower"):
+        reason = module.slower(net, x, "fp32" if chain is None else chain.precision)
+    return reason
 
 
 def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, str]:
     """The module that runs ``chain`` from the flat state ``x``, ``None`` for the reference, and the reason.
 
-    "auto" takes C++ on the CPU; see :func:`mmebm.ops.dispatch.choose`.
+    "auto" takes C++ on the CPU, and on a GPU Triton unless wide layers make cuDNN the better choice; see
+    :func:`mmebm.ops.dispatch.choose`.
 
     Raises:
         ValueError: for an unknown backend.
         BackendError: where a backend asked for by name does not take this chain.
     """
-    chosen = dispatch.choose("langevin_net", backend, x.device, lambda _, module: _refusal(module, chain.net, chain, x))
+    refusal = lambda _, module: _refusal(module, chain.net, chain, x, backend)
+    chosen = dispatch.choose("langevin_net", backend, x.device, refusal)
     return chosen.module, chosen.reason
 
 
@@ -97,7 +103,8 @@ def _autograd() -> Iterator[None]:
 def _op(x: Tensor, tensors: list[Tensor], net: str, backend: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         unpacked = unpack(net, tensors)
-        module = dispatch.choose("net_energy", backend, x.device, lambda _, m: _refusal(m, unpacked, None, x)).module
+        refusal = lambda _, m: _refusal(m, unpacked, None, x, backend)
+        module = dispatch.choose("net_energy", backend, x.device, refusal).module
         if module is None:
             with _autograd():
                 return reference.energy_and_gradient(x, unpacked)
@@ -155,7 +162,7 @@ def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, T
     Args:
         x: (chains, inputs), floating.
         net: see :mod:`mmebm.ops.net.graph`; :func:`mmebm.energies.trace.trace` makes one of an energy.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cpp" or "triton".
 
     Returns:
         (chains,) and (chains, inputs).
