@@ -115,10 +115,10 @@ def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
         reason = f"the energy has {wide}"
     except CannotLower as error:
         reason = f"the energy is not a sum of MLPs: {error}"
-    missing = _net_missing(sampler.backend, tensors[0].device)
+    missing = _net_missing(p.sampler.backend, tensors[0].device)
     if missing is not None:
         return f"{reason}; nets of other layers {missing}"
-    if dispatch.requested(sampler.backend)[0] == "auto":
+    if dispatch.requested(p.sampler.backend)[0] == "auto":
         better = _elsewhere.get(p.energy, tensors)
         if better is not None:
             return f"{reason}; as a net: {better}"
