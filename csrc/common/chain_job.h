@@ -24,7 +24,6 @@ struct ChainJob {
   uint64_t seed = 0;
   uint32_t first_step = 0, chain_offset = 0;
   bool noise_before = false, clamp_noise = false, freeze = false;
-  bool winograd = true;  // nets: convolutions may be taken in tiles, with other roundings
   const float* constants = nullptr;  // (rows, tensors, FIELDS, columns)
   int64_t constant_rows = 1, constant_columns = 1;
   const uint8_t* observed = nullptr;  // rows of inputs, or null

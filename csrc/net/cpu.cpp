@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -24,22 +25,28 @@ constexpr int64_t PART = 128;
 constexpr int64_t FIRST_LEVEL = 32 << 10;
 constexpr double SECOND_LEVEL = 50.0;
 
-// Channels, in and out together, from which on tiles of 2 x 2 pay. Effective rates of direct and of tiled layers there, in
-// products of the direct one a cycle: 61 and 53 at 16 and 16 channels, 68 and 73 at 16 and 32, 67 and 79 at 32 and 32, 71
-// and 112 at 64 and 64.
+// Channels, in and out together, from which on tiles of 2 x 2 pay. Rates of direct and of tiled layers there, in
+// operations of the direct one a cycle, AVX-512 on that processor: 58 and 52 at 16 and 16 channels, 58 and 64 at 16 and
+// 32, 67 and 79 at 32 and 32, 66 and 86 at 32 and 64, 71 and 112 at 64 and 64.
 constexpr int64_t WINOGRAD = 48;
 // Rows of a chunk of tiles at their 16 points: a quarter of that processor's second-level cache.
 constexpr int64_t CHUNK = 8192;
 
-struct Free {
-  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float[], Free>;
+// Zeros that begin a cache line. Of so much memory calloc() gives pages that are zero until they are written to.
+class Zeros {
+ public:
+  explicit Zeros(int64_t n) : memory_(calloc(static_cast<size_t>(n) + LINE, sizeof(float)), free) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  float* data() const {
+    const uintptr_t line = LINE * sizeof(float);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + line - 1) / line * line);
+  }
 
-Floats floats(int64_t n) {
-  void* p = ::operator new[](sizeof(float) * static_cast<size_t>(std::max<int64_t>(n, 1)), std::align_val_t(64));
-  return Floats(static_cast<float*>(p));
-}
+ private:
+  static constexpr size_t LINE = 64 / sizeof(float);
+  std::unique_ptr<void, void (*)(void*)> memory_;
+};
 
 [[noreturn]] void refuse(const char* what) { throw std::invalid_argument(what); }
 
@@ -315,7 +322,7 @@ class Planner {
   // that the products outweigh the transforms, sides of which the tiles waste little.
   bool winograd(size_t i) const {
     const Work& w = works_[i];
-    if (!job_.winograd || !w.spec || w.spec->kind != NetNodeKind::conv) return false;
+    if (!w.spec || w.spec->kind != NetNodeKind::conv || !w.spec->tiles) return false;
     const NetSpec& s = *w.spec;
     const Dims &in = works_[static_cast<size_t>(w.xs[0])].dims, &out = w.dims;
     const auto wasted = [](const Dims& d) {
@@ -493,8 +500,20 @@ class Planner {
     const NetSplit split = NetSplit::of(pass.outputs, pass.block_outputs);
     float* to = packed.data();
     for (int64_t i = 0, j = 0; i < split.parts; j += split.part(i), ++i) {
+      const int64_t count = split.part(i);
+      const float* from[16];
+      bool together = true;  // in memory
+      for (int64_t n = 0; n < count; ++n) {
+        from[n] = weight + outputs[static_cast<size_t>(j + n)];
+        together = together && from[n] == from[0] + n;
+      }
       for (const int64_t k : depth) {
-        for (int64_t n = 0; n < split.part(i); ++n) *to++ = weight[outputs[static_cast<size_t>(j + n)] + k];
+        if (together) {
+          memcpy(to, from[0] + k, sizeof(float) * static_cast<size_t>(count));
+        } else {
+          for (int64_t n = 0; n < count; ++n) to[n] = from[n][k];
+        }
+        to += count;
       }
     }
     pass.weight = own(numbers_, std::move(packed));
@@ -742,12 +761,17 @@ class Planner {
 
   // Rows that move along with each other become one run.
   NetRuns runs_of(const Sums& sums) {
-    std::vector<size_t> order(sums.rows.size());
-    for (size_t e = 0; e < order.size(); ++e) order[e] = e;
-    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return sums.rows[a] < sums.rows[b]; });
+    const auto [low, high] = std::minmax_element(sums.rows.begin(), sums.rows.end());
+    std::vector<int32_t> order(static_cast<size_t>(*high - *low + 1), -1);  // by rows, with gaps
+    for (size_t e = 0; e < sums.rows.size(); ++e) {
+      order[static_cast<size_t>(sums.rows[e] - *low)] = static_cast<int32_t>(e);
+    }
     std::vector<NetRun> runs;
     std::vector<NetTerm> terms;
-    for (const size_t e : order) {
+    terms.reserve(sums.terms.size());
+    for (const int32_t at : order) {
+      if (at < 0) continue;
+      const auto e = static_cast<size_t>(at);
       const NetTerm* own_terms = sums.terms.data() + sums.start[e];
       const int64_t count = sums.start[e + 1] - sums.start[e];
       bool along = !runs.empty() && runs.back().out + runs.back().count == sums.rows[e] && runs.back().terms == count;
@@ -800,6 +824,7 @@ class Planner {
     }
     std::vector<Link> links;
     const NetSpec* s = w.spec;
+    links.reserve(static_cast<size_t>(out.elements() * (w.relayout ? 1 : s->terms)));
     for (int64_t e = 0; e < out.elements(); ++e) {
       if (w.relayout) {
         links.push_back({e, e, 0, 1.0f});
@@ -1061,19 +1086,20 @@ void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threa
     size = std::max(size, planners.back().plan().rows * part.loops->lanes);
   }
   threads = static_cast<int>(std::min<int64_t>(threads, total));
-  const Floats arenas = floats(size * threads);
+  const Zeros arenas(size * threads);
   const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
-  std::vector<int64_t> last(static_cast<size_t>(threads), -1);  // the part that an arena was used for
+  std::vector<int64_t> last(static_cast<size_t>(threads), -1);  // the part that an arena was used for, -1: none
   for_each_tile(total, threads, [&](int64_t tile) {
     int slot = 0;
     while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
-    float* const arena = arenas.get() + slot * size;
+    float* const arena = arenas.data() + slot * size;
+    int64_t& before = last[static_cast<size_t>(slot)];
     size_t i = 0;
     for (; tile >= parts[i].count; ++i) tile -= parts[i].count;
-    if (last[static_cast<size_t>(slot)] != static_cast<int64_t>(i)) {  // else borders are as they were: zero
+    if (before >= 0 && before != static_cast<int64_t>(i)) {  // else borders are as they were: zero
       memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
-      last[static_cast<size_t>(slot)] = static_cast<int64_t>(i);
     }
+    before = static_cast<int64_t>(i);
     const NetLoops& loops = *parts[i].loops;
     loops.tile(job, planners[i].plan(), parts[i].first + tile * loops.lanes, arena);
     taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);
