@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -31,6 +31,8 @@ MOST: Final = 32
 
 @dataclass
 class _Kept:
+    """A net, without what would keep the energy's modules alive."""
+
     key: list[Any]
     references: list[weakref.ref[Any]]
     given: list[Tensor]
@@ -79,9 +81,10 @@ def trace(
         if kept is not None:
             _kept.move_to_end(place)
     if kept is not None and kept.key == key.full and all(reference() is not None for reference in kept.references):
-        if kept.traced.tape.static:
-            return kept.traced
-        return tracing.retrace(kept.traced, dict(zip(map(id, kept.given), key.inputs, strict=True)), log_prob)
+        same = replace(kept.traced, seen=seen)
+        if same.tape.static:
+            return same
+        return tracing.retrace(same, dict(zip(map(id, kept.given), key.inputs, strict=True)), log_prob)
     found = tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)
     weights = [t for n in found.net.nodes if isinstance(n, (Conv, Linear)) for t in (n.weight, n.bias) if t is not None]
     found.tape.tie(key.held, key.inputs, weights)
@@ -92,7 +95,7 @@ def trace(
                 references = [weakref.ref(item, lambda _: _kept.pop(place, None)) for item in key.watched]
             except TypeError:  # such an object may give its id to another one
                 return found
-            _kept[place] = _Kept(key.full, references, key.inputs, found)
+            _kept[place] = _Kept(key.full, references, key.inputs, replace(found, seen=()))
             while len(_kept) > MOST:
                 _kept.popitem(last=False)
     return found

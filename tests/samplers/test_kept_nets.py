@@ -46,6 +46,8 @@ def body(outputs: int = 4) -> nn.Sequential:
 class Net(nn.Module):
     """Reads a number, a buffer, a list and a mode of its own."""
 
+    switch: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.body, self.scale, self.kinds = body(), 1.0, ["silu"]

@@ -101,7 +101,12 @@ def retrace(traced: Traced, given: Mapping[int, Tensor], log_prob: bool = False)
     recorder = Recorder(tape.state[0].shape[0])
     with attempting(), torch.no_grad():
         _note_state(recorder, tape.state)
-        _, result = tape.replay(recorder, given)
+        try:
+            result = tape.replay(recorder, given)
+        except CannotLower:
+            raise
+        except Exception as error:
+            raise CannotLower(f"{type(error).__name__}: {error}"[:200]) from error
         return replace(traced, net=_net_of(recorder, result, log_prob)[0])
 
 

@@ -111,11 +111,10 @@ class Tape:
             elif read and step.name not in _LAYERS:
                 self.static = False
 
-    def replay(self, recorder: Recorder, given: Mapping[int, Tensor]) -> tuple[list[Tensor], Any]:
-        """Writes the call down once more. ``given``: tensors in the place of others, by their ids.
+    def replay(self, recorder: Recorder, given: Mapping[int, Tensor]) -> Any:
+        """Writes the call down once more, and returns what stands for the energy's result.
 
-        Returns:
-            what stands for the state and for the energy's result.
+        ``given``: tensors in the place of others, by their ids. :attr:`state` has been noted as the state before.
         """
         by = dict(given)
         for step in self._steps:
@@ -125,7 +124,7 @@ class Tape:
                 continue
             fresh = step.func(*args, **kwargs)
             by.update((id(old), new) for old, new in zip(tensors_in(step.result), tensors_in(fresh), strict=True))
-        return self._state, self._result
+        return self._result
 
     @property
     def state(self) -> list[Tensor]:
