@@ -495,7 +495,7 @@ class Planner {
     pass.outputs = static_cast<int64_t>(outputs.size());
     pass.depth = static_cast<int64_t>(depth.size());
     if (pass.positions == 0 || pass.outputs == 0) return;
-    choose_block(pass);
+    if (pass.block_positions == 0) choose_block(pass);
     std::vector<float> packed(static_cast<size_t>(pass.outputs * pass.depth));
     const NetSplit split = NetSplit::of(pass.outputs, pass.block_outputs);
     float* to = packed.data();
@@ -678,6 +678,8 @@ class Planner {
     for (int64_t f = 0; f < 16; ++f) {
       pass.in = w.scratch + f * w.in_point;
       add_pass(passes, pass, rows, points[static_cast<size_t>(f)].data(), outputs, rows, nullptr, {});
+      pass.block_positions = passes[0].block_positions;  // of all the same
+      pass.block_outputs = passes[0].block_outputs;
     }
     w.points = own(passes_, std::move(passes));
     return own(winograds_, std::vector<NetWinograd>{w});
@@ -942,6 +944,7 @@ class Planner {
     read.store = true;
     w.reads = {read};
     std::vector<Link> links;
+    links.reserve(static_cast<size_t>(out.elements()));
     for (int64_t e = 0; e < out.elements(); ++e) links.push_back({e, e, 0, 1.0f});
     connect_map(w, out, links, {state});
   }

@@ -43,7 +43,7 @@ struct NetPass {
   const NetSegment* segments = nullptr;
   const float* weight = nullptr;  // packed: block after block of outputs, each (depth, block)
   const float* bias = nullptr;    // (outputs,) or null
-  int32_t block_positions = 1, block_outputs = 1;  // at most, in registers
+  int32_t block_positions = 0, block_outputs = 0;  // at most, in registers
 };
 
 // A convolution of 3 x 3, stride 1, by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2016): 16 products for 4 outputs, in

@@ -22,11 +22,14 @@ from mmebm.energies import trace as tracing
 from mmebm.energies.trace import Traced
 from mmebm.ops.net.graph import Conv, Linear
 from mmebm.samplers.capture.key import Identity, parts_of
+from mmebm.samplers.user_modules import _library as in_library
 from mmebm.state import flatten
 
 __all__ = ["clear", "trace"]
 
 MOST: Final = 32
+# What a class may hold, besides numbers and tensors, on which code may branch
+_WORDS: Final = (str, list, tuple, dict, type(None))
 
 
 @dataclass
@@ -59,8 +62,13 @@ def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: 
         key.input(value)
     key.both(type(state), tuple(names), tuple((t.shape, t.dtype) for t in tensors))
     key.both(torch.get_default_dtype(), torch.is_inference_mode_enabled())
-    # code that was replaced under an object's hands
+    # code that was replaced under an object's hands, and what its class says in words
     key.both(tuple(type(item).forward if isinstance(item, nn.Module) else item for item in seen))
+    for kind in {type(item): None for item in seen if isinstance(item, nn.Module)}:
+        for owner in kind.__mro__:
+            if not in_library(owner):
+                fields = {n: v for n, v in vars(owner).items() if isinstance(v, _WORDS) and not n.startswith("__")}
+                key.add(fields)
     return key
 
 

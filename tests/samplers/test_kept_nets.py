@@ -62,6 +62,19 @@ class Net(nn.Module):
         return self.scale * h.flatten(1).sum(1)
 
 
+FACTOR = 1.0
+
+
+class Words(Net):
+    """Reads a word of its class, and a global number."""
+
+    kind = "sum"
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = FACTOR * self.body(x).flatten(1)
+        return h.sum(1) if self.kind == "sum" else h.square().sum(1)
+
+
 class Branch(Net):
     """A branch on the value of a buffer."""
 
@@ -118,6 +131,8 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "a layer's number": (Net, lambda e: setattr(e.body[2], "padding", (1, 1))),
     "a hook": (Net, _hook),
     "forward": (Net, _forward_replaced),
+    "a word of the class": (Words, lambda e: setattr(type(e), "kind", "sum" if e.kind == "mean" else "mean")),
+    "a global": (Words, lambda e: globals().update(FACTOR=2 * FACTOR)),
     "train mode": (Net, lambda e: e.train()),
     "a branch on a buffer": (Branch, lambda e: e.switch.neg_()),
 }

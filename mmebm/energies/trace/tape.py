@@ -66,7 +66,7 @@ class Tape:
         self.valid, self.static = True, False
         self._steps: list[Step] = []
         self._state: list[Tensor] = []
-        self._stubs: set[int] = set()
+        self._stubs: dict[int, Tensor] = {}  # held, so that no id is used twice
         self._result: Any = None
 
     def add(self, step: Step, changed: Sequence[Tensor]) -> None:
@@ -78,7 +78,7 @@ class Tape:
     def sealed(self, recorder: Recorder, state: Sequence[Tensor], result: Any) -> Tape:
         """The tape without the values that depend on the state: of those, shapes are enough."""
         stubs = {number: v.tensor.new_empty(()).expand(v.tensor.shape) for number, v in recorder.values.items()}
-        self._stubs = {id(stub) for stub in stubs.values()}
+        self._stubs = {id(stub): stub for stub in stubs.values()}
         self._state, self._result = _swapped(list(state), stubs), _swapped(result, stubs)
         self._steps = [
             step._replace(args=_swapped(step.args, stubs), kwargs=_swapped(step.kwargs, stubs),
