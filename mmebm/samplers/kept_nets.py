@@ -8,6 +8,7 @@ The values of weights and arguments are read again at each chain.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections import OrderedDict
@@ -63,7 +64,8 @@ def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: 
     key.both(type(state), tuple(names), tuple((t.shape, t.dtype) for t in tensors))
     key.both(torch.get_default_dtype(), torch.is_inference_mode_enabled())
     # code that was replaced under an object's hands, and what its class says in words
-    key.both(tuple(type(item).forward if isinstance(item, nn.Module) else item for item in seen))
+    for item in seen:
+        key.both(inspect.getattr_static(type(item), "forward", None) if isinstance(item, nn.Module) else item)
     for kind in {type(item): None for item in seen if isinstance(item, nn.Module)}:
         for owner in kind.__mro__:
             if not in_library(owner):
