@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from mmebm.energies import trace as tracing
 from mmebm.energies.trace import Traced
+from mmebm.introspect import in_library
 from mmebm.ops.net.graph import Conv, Linear
 from mmebm.samplers.capture.key import Identity, parts_of
-from mmebm.samplers.user_modules import _library as in_library
 from mmebm.state import flatten
 
 __all__ = ["clear", "trace"]
