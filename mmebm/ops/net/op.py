@@ -6,7 +6,7 @@ A backend is a module with
     energy_and_gradient(net, x) -> (chains,), (chains, inputs)
     supports(chain, x) -> None, or the reason why not
     run(chain, x, steps, first_step, energy=, grad_norm=) -> MlpResult
-    note(chain, x) -> None, or what to know of a chain that it takes
+    note(chain, x) -> None, or what to know of a chain that it takes; may be absent
 
 as :mod:`mmebm.ops.langevin_mlp` has them for sums of MLPs; state, constants and results are the same.
 """
@@ -61,7 +61,7 @@ def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, s
         BackendError: where a backend asked for by name does not take this chain.
     """
     chosen = dispatch.choose("langevin_net", backend, x.device, lambda _, module: _refusal(module, chain.net, chain, x))
-    note = None if chosen.module is None else chosen.module.note(chain, x)
+    note = chosen.module.note(chain, x) if hasattr(chosen.module, "note") else None
     return chosen.module, chosen.reason if note is None else f"{chosen.reason}; {note}"
 
 
