@@ -61,7 +61,8 @@ def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, s
         BackendError: where a backend asked for by name does not take this chain.
     """
     chosen = dispatch.choose("langevin_net", backend, x.device, lambda _, module: _refusal(module, chain.net, chain, x))
-    note = chosen.module.note(chain, x) if hasattr(chosen.module, "note") else None
+    say = getattr(chosen.module, "note", None)
+    note = None if say is None else say(chain, x)
     return chosen.module, chosen.reason if note is None else f"{chosen.reason}; {note}"
 
 
