@@ -4,9 +4,10 @@
     MMEBM_BENCH_THREADS=1 MMEBM_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ... (an AVX2 machine)
 
 Rows: the eager loop, the loop on a ``torch.compile``'d energy, ours, and JAX (``jit`` of a ``lax.scan``) where it is
-installed and the energy is written for it here. Ours is everything that a call costs: tracing, packing, verification
-when it is due. The gate before each measurement: a noiseless chain of 20 steps, in which x moves by a good part of its
-range, is within three times the error that PyTorch makes in float32 against float64.
+installed (``pip install -c constraints.txt jax``, in an environment of its own if need be) and the network is written
+for it here. Ours is everything that a call costs: the key of the kept net, packing, verification when it is due. The
+gate before each measurement: a noiseless chain of 20 steps, in which x moves by a good part of its range, is within
+three times the error that PyTorch makes in float32 against float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,35 +156,74 @@ def compiled(energy: Any, x: State, step: float, steps: int = STEPS, noise: floa
         pytest.skip(f"torch.compile cannot build this here: {error}")
 
 
-def _jax_chain(energy: nn.Sequential, x: State, step: float) -> Callable[[], Any]:
-    """The tutorial's energy in JAX: a jitted scan of the steps."""
-    jax = pytest.importorskip("jax")
+def _jax_function(module: Any, jax: Any) -> Callable[[Any], Any]:
+    """What a network of the workloads computes, in JAX; its parameters become constants of the program."""
     jnp, lax = jax.numpy, jax.lax
-    weights = [
-        (jnp.asarray(m.weight.detach().numpy()), jnp.asarray(m.bias.detach().numpy()), getattr(m, "padding", None))
-        for m in energy if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None
-    ]  # fmt: skip
+    array = lambda t: jnp.asarray(t.detach().numpy())
+    if isinstance(module, nn.Sequential):
+        layers = [_jax_function(layer, jax) for layer in module]
 
-    def value(x: Any) -> Any:
-        for i, (w, b, padding) in enumerate(weights):
-            if padding is None:
-                x = x.reshape(x.shape[0], -1) @ w.T + b
-            else:
-                pads = [(p, p) for p in padding]
-                x = lax.conv_general_dilated(x, w, (2, 2), pads) + b.reshape(1, -1, 1, 1)
-            x = jax.nn.silu(x) if i + 1 < len(weights) else x
-        return x.sum()
+        def chained(x: Any) -> Any:
+            for layer in layers:
+                x = layer(x)
+            return x
+
+        return chained
+    if isinstance(module, Block):
+        one, two, shortcut = (_jax_function(m, jax) for m in (module.one, module.two, module.shortcut))
+        act = lambda x: jax.nn.leaky_relu(x, 0.2)
+        pool = lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 1, 2, 2), (1, 1, 2, 2), "VALID") / 4
+        return lambda x: pool(act(two(act(one(x))) + shortcut(x)))
+    if isinstance(module, nn.Conv2d):
+        assert module.bias is not None
+        w, b, pads = array(module.weight), array(module.bias), [(int(p), int(p)) for p in module.padding]
+        stride = module.stride
+        return lambda x: lax.conv_general_dilated(x, w, stride, pads) + b.reshape(1, -1, 1, 1)
+    if isinstance(module, nn.Linear):
+        w, b = array(module.weight), array(module.bias)
+        return lambda x: x @ w.T + b
+    if isinstance(module, nn.LeakyReLU):
+        slope = module.negative_slope
+        return lambda x: jax.nn.leaky_relu(x, slope)
+    simple: dict[type, Callable[[Any], Any]] = {
+        nn.SiLU: jax.nn.silu, nn.Flatten: lambda x: x.reshape(x.shape[0], -1),
+        nn.AdaptiveAvgPool2d: lambda x: x.mean((2, 3), keepdims=True),
+    }  # fmt: skip
+    if type(module) not in simple:
+        pytest.skip(f"{type(module).__name__} is not written in JAX here")
+    return simple[type(module)]
+
+
+def _jax_energy(energy: nn.Module, jax: Any) -> Callable[[Any], Any]:
+    """Energy (chains, 1) of a state {name: array}."""
+    if isinstance(energy, OfOne):
+        function = _jax_function(energy.energy, jax)
+        return lambda x: function(x["x"])
+    if isinstance(energy, JointEnergy):
+        trunks = {name: _jax_function(trunk, jax) for name, trunk in energy.trunks.items()}
+        fusion = _jax_function(energy.fusion, jax)
+        return lambda x: fusion(jax.numpy.concatenate([trunk(x[name]) for name, trunk in trunks.items()], 1))
+    return pytest.skip(f"{type(energy).__name__} is not written in JAX here")
+
+
+def _jax_chain(energy: nn.Module, x: State, step: float, noise: float = NOISE) -> Callable[[], State]:
+    """The chain in JAX, as people write it: a jitted scan of the steps."""
+    jax = pytest.importorskip("jax")
+    jnp, value = jax.numpy, _jax_energy(energy, jax)
+    total = lambda x: value(x).sum()
 
     @jax.jit
     def chain(x: Any, key: Any) -> Any:
         def one(x: Any, key: Any) -> Any:
-            x = x - step * jax.grad(value)(x) + NOISE * jax.random.normal(key, x.shape)
-            return jnp.clip(x, *BOUNDS), None
+            grads = jax.grad(total)(x)
+            keys = dict(zip(x, jax.random.split(key, len(x)), strict=True))
+            move = lambda n, v: v - step * grads[n] + (noise * jax.random.normal(keys[n], v.shape) if noise else 0.0)
+            return {n: jnp.clip(move(n, v), *BOUNDS) for n, v in x.items()}, None
 
-        return lax.scan(one, x, jax.random.split(key, STEPS))[0]
+        return jax.lax.scan(one, x, jax.random.split(key, STEPS))[0]
 
-    start, key = jnp.asarray(x["x"].numpy()), jax.random.PRNGKey(0)
-    return lambda: chain(start, key).block_until_ready()
+    start, key = {n: jnp.asarray(t.numpy()) for n, t in x.items()}, jax.random.PRNGKey(0)
+    return lambda: jax.block_until_ready(chain(start, key))
 
 
 def flat(x: State) -> Tensor:
@@ -208,10 +249,11 @@ def test_net_chain(benchmark: Any, measure: Callable[..., None], workload: str, 
     leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
     grads = torch.autograd.grad(energy(leaves).sum(), list(leaves.values()))
     step = 0.03 / float(torch.cat([g.flatten() for g in grads]).abs().mean())
+    run: Callable[[], object]
     if implementation == "jax":
-        if workload != "tutorial's energy, (64, 1, 28, 28)":
-            pytest.skip("written in JAX is the tutorial's energy only")
-        run = _jax_chain(energy.energy, x, step)  # type: ignore[arg-type]
+        run = _jax_chain(energy, x, step)
+        silent = _jax_chain(energy, x, step, noise=0.0)
+        gate(lambda *_, **__: {n: torch.from_numpy(np.array(v)) for n, v in silent().items()}, energy, x, step)
     else:
         chain = {"eager": eager, "torch.compile'd energy": compiled, "mmebm": ours}[implementation]
         if chain is not eager:
@@ -222,4 +264,25 @@ def test_net_chain(benchmark: Any, measure: Callable[..., None], workload: str, 
 
     benchmark.group = f"{STEPS} steps, {workload}, {torch.get_num_threads()} threads"
     benchmark.extra_info.update(implementation=implementation, baseline=implementation == "eager")
+    measure(run)
+
+
+# Layers of a stack, whose forward pass and gradient are compared with a matrix product of as many operations
+LAYERS, SIDE, CHAINS = 4, 16, 64
+
+
+@pytest.mark.parametrize("implementation", ("torch.mm", "mmebm"))
+@pytest.mark.parametrize("channels", (12, 16, 32, 64))
+def test_layers_against_mm(benchmark: Any, measure: Callable[..., None], channels: int, implementation: str) -> None:
+    """To be at least 0.7 of torch's own matrix product on layers of 12 channels and more."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(LAYERS)]
+    energy = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * SIDE**2, 1)).requires_grad_(False)
+    x = torch.randn(CHAINS, channels, SIDE, SIDE)
+    products = STEPS * 2 * LAYERS * CHAINS * SIDE**2 * 9 * channels**2
+    n = 2048
+    a, b = torch.randn(n, n), torch.randn(round(products / n**2), n).T
+    run = {"torch.mm": lambda: a @ b, "mmebm": lambda: ours(OfOne(energy), {"x": x}, 1e-3)}[implementation]
+    benchmark.group = f"{STEPS} steps, {LAYERS} layers of {channels} channels, {torch.get_num_threads()} threads"
+    benchmark.extra_info.update(implementation=implementation, baseline=implementation == "torch.mm")
     measure(run)

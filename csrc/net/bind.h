@@ -51,6 +51,7 @@ inline NetSpec net_spec(const pybind11::dict& d) {
       pair("dilation", s.dilation);
       s.groups = py::cast<int64_t>(d["groups"]);
       s.transposed = py::cast<bool>(d["transposed"]);
+      s.tiles = py::cast<bool>(d["tiles"]);
       if (s.stride[0] < 1 || s.stride[1] < 1 || s.dilation[0] < 1 || s.dilation[1] < 1 || s.groups < 1 ||
           s.sizes[0] % s.groups != 0) {
         throw py::value_error("stride, dilation or groups is out of range");

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -19,15 +20,33 @@ namespace {
 // up to five times those of torch, which sums in 16 lanes (measured for langevin_mlp).
 constexpr int64_t PART = 128;
 
-struct Free {
-  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float[], Free>;
+// Bytes of a first-level cache, and bytes a cycle that come from the second: 49 and 51 where rows did not fit, measured
+// on one processor (Sapphire Rapids).
+constexpr int64_t FIRST_LEVEL = 32 << 10;
+constexpr double SECOND_LEVEL = 50.0;
 
-Floats floats(int64_t n) {
-  void* p = ::operator new[](sizeof(float) * static_cast<size_t>(std::max<int64_t>(n, 1)), std::align_val_t(64));
-  return Floats(static_cast<float*>(p));
-}
+// Channels, in and out together, from which on tiles of 2 x 2 pay. Rates of direct and of tiled layers there, in
+// operations of the direct one a cycle, AVX-512 on that processor: 58 and 52 at 16 and 16 channels, 58 and 64 at 16 and
+// 32, 67 and 79 at 32 and 32, 66 and 86 at 32 and 64, 71 and 112 at 64 and 64.
+constexpr int64_t WINOGRAD = 48;
+// Rows of a chunk of tiles at their 16 points: a quarter of that processor's second-level cache.
+constexpr int64_t CHUNK = 8192;
+
+// Zeros that begin a cache line. Of so much memory calloc() gives pages that are zero until they are written to.
+class Zeros {
+ public:
+  explicit Zeros(int64_t n) : memory_(calloc(static_cast<size_t>(n) + LINE, sizeof(float)), free) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  float* data() const {
+    const uintptr_t line = LINE * sizeof(float);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + line - 1) / line * line);
+  }
+
+ private:
+  static constexpr size_t LINE = 64 / sizeof(float);
+  std::unique_ptr<void, void (*)(void*)> memory_;
+};
 
 [[noreturn]] void refuse(const char* what) { throw std::invalid_argument(what); }
 
@@ -299,6 +318,23 @@ class Planner {
     return std::max<int64_t>({before, after, 0});
   }
 
+  // Whether a layer is taken in tiles of 2 x 2, the same for every instruction set: 3 x 3 of stride 1, channels enough
+  // that the products outweigh the transforms, sides of which the tiles waste little.
+  bool winograd(size_t i) const {
+    const Work& w = works_[i];
+    if (!w.spec || w.spec->kind != NetNodeKind::conv || !w.spec->tiles) return false;
+    const NetSpec& s = *w.spec;
+    const Dims &in = works_[static_cast<size_t>(w.xs[0])].dims, &out = w.dims;
+    const auto wasted = [](const Dims& d) {
+      return 5 * ((d.height + 1) / 2 * 2) * ((d.width + 1) / 2 * 2) > 6 * d.height * d.width;
+    };
+    bool fits = s.groups == 1 && in.channels + out.channels >= WINOGRAD && std::min(in.channels, out.channels) >= 12;
+    for (int axis = 0; axis < 2; ++axis) {
+      fits = fits && s.sizes[2 + axis] == 3 && s.stride[axis] == 1 && s.dilation[axis] == 1 && s.padding[axis] <= 2;
+    }
+    return fits && !wasted(in) && !wasted(out);
+  }
+
   void borders() {
     values_.resize(works_.size());
     for (size_t i = 0; i < works_.size(); ++i) {
@@ -318,8 +354,10 @@ class Planner {
                                               : direct_reach(outs, ins, kernel, stride, pad, dilation);
         const int64_t out_reach = s.transposed ? direct_reach(ins, outs, kernel, stride, pad, dilation)
                                                : scattered_reach(ins, outs, kernel, stride, pad, dilation);
-        in_border = std::max(in_border, in_reach);
-        out_border = std::max(out_border, out_reach);
+        // tiles of two outputs read one more at an odd end
+        const bool tiles = winograd(i);
+        in_border = std::max(in_border, in_reach + (tiles ? outs % 2 : 0));
+        out_border = std::max(out_border, out_reach + (tiles ? ins % 2 : 0));
       };
       reaches(0, in.height, out.height, in.border_y, out.border_y);
       reaches(1, in.width, out.width, in.border_x, out.border_x);
@@ -395,10 +433,35 @@ class Planner {
     return out;
   }
 
-  // The block of positions x outputs that costs least: products, loads and broadcasts two a cycle, the sums' latency.
+  // Rows that the first `count` positions of a pass read, each counted once.
+  static int64_t touched(const NetPass& pass, int64_t count) {
+    std::vector<std::pair<int64_t, int64_t>> spans;
+    for (int64_t p = 0; p < std::min(count, pass.positions); ++p) {
+      for (int64_t i = 0; i < pass.segment_count; ++i) {
+        const int64_t begin = pass.from[p] + pass.segments[i].offset;
+        spans.push_back({begin, begin + pass.segments[i].length});
+      }
+    }
+    std::sort(spans.begin(), spans.end());
+    int64_t rows = 0, end = INT64_MIN;
+    for (const auto& [from, to] : spans) {
+      rows += std::max<int64_t>(0, to - std::max(from, end));
+      end = std::max(end, to);
+    }
+    return rows;
+  }
+
+  // The block of positions x outputs that costs least: products, loads and broadcasts two a cycle, the sums' latency,
+  // and what comes from the second-level cache because it does not fit into the first.
   void choose_block(NetPass& pass) const {
+    const auto from_second = [](int64_t bytes, int64_t all) {
+      return all > FIRST_LEVEL ? static_cast<double>(bytes) / SECOND_LEVEL : 0.0;
+    };
+    const int64_t weights = pass.outputs * pass.depth * static_cast<int64_t>(sizeof(float));
     double least = 1e300;
     for (int32_t p = 1; p <= loops_.positions; ++p) {
+      const int64_t read = touched(pass, p) * loops_.lanes * static_cast<int64_t>(sizeof(float));
+      const double rows = from_second(read, read);
       for (int32_t j = 1; j <= loops_.outputs && p * j <= loops_.registers; ++j) {
         const NetSplit ps = NetSplit::of(pass.positions, p), js = NetSplit::of(pass.outputs, j);
         double cost = 0.0;
@@ -408,7 +471,9 @@ class Planner {
             const int64_t broad = big_j ? js.larger : js.parts - js.larger;
             const double np = static_cast<double>(ps.size + big_p), nj = static_cast<double>(js.size + big_j);
             const double row = std::max({np * nj / 2, (np + nj) / 2, 4.0});
-            cost += static_cast<double>(tall * broad) * (static_cast<double>(pass.depth) * row + 2 * np * nj + 16);
+            const double packed = from_second(weights * (js.size + big_j) / pass.outputs, weights);
+            cost += static_cast<double>(tall * broad) *
+                    (static_cast<double>(pass.depth) * row + 2 * np * nj + 16 + rows + packed);
           }
         }
         if (cost <= least) {  // of equal ones the one with more positions
@@ -430,13 +495,25 @@ class Planner {
     pass.outputs = static_cast<int64_t>(outputs.size());
     pass.depth = static_cast<int64_t>(depth.size());
     if (pass.positions == 0 || pass.outputs == 0) return;
-    choose_block(pass);
+    if (pass.block_positions == 0) choose_block(pass);
     std::vector<float> packed(static_cast<size_t>(pass.outputs * pass.depth));
     const NetSplit split = NetSplit::of(pass.outputs, pass.block_outputs);
     float* to = packed.data();
     for (int64_t i = 0, j = 0; i < split.parts; j += split.part(i), ++i) {
+      const int64_t count = split.part(i);
+      const float* from[16];
+      bool together = true;  // in memory
+      for (int64_t n = 0; n < count; ++n) {
+        from[n] = weight + outputs[static_cast<size_t>(j + n)];
+        together = together && from[n] == from[0] + n;
+      }
       for (const int64_t k : depth) {
-        for (int64_t n = 0; n < split.part(i); ++n) *to++ = weight[outputs[static_cast<size_t>(j + n)] + k];
+        if (together) {
+          memcpy(to, from[0] + k, sizeof(float) * static_cast<size_t>(count));
+        } else {
+          for (int64_t n = 0; n < count; ++n) to[n] = from[n][k];
+        }
+        to += count;
       }
     }
     pass.weight = own(numbers_, std::move(packed));
@@ -532,6 +609,82 @@ class Planner {
     }
   }
 
+  // out = a 3 x 3 convolution of `in`, its first row and column read at -before; weight of output j, input c, read in the
+  // order of the rows: at(j, c, y, x).
+  template <class At>
+  NetWinograd* tiled(const NetValue& in, int64_t in_rows, const NetValue& out, int64_t out_rows,
+                     const int64_t before[2], const float* bias, const At& at) {
+    NetWinograd w;
+    w.in = in_rows;
+    w.out = out_rows;
+    w.inputs = in.channels;
+    w.outputs = out.channels;
+    w.in_pitch = in.pitch();
+    w.in_step = in.channels;
+    w.out_pitch = out.pitch();
+    w.out_step = out.channels;
+    std::vector<int32_t> from, to;
+    std::vector<uint8_t> inside;
+    for (int64_t y = 0; y < out.height; y += 2) {
+      for (int64_t x = 0; x < out.width; x += 2) {
+        from.push_back(static_cast<int32_t>(in.at(y - before[0], x - before[1])));
+        to.push_back(static_cast<int32_t>(out.at(y, x)));
+        inside.push_back(static_cast<uint8_t>((x + 1 < out.width ? 1 : 0) + (y + 1 < out.height ? 2 : 0)));
+      }
+    }
+    w.tiles = static_cast<int64_t>(from.size());
+    w.from = own(positions_, std::move(from));
+    w.to = own(positions_, std::move(to));
+    w.inside = own(bytes_, std::move(inside));
+    w.chunk = std::clamp<int64_t>(CHUNK / (16 * (w.inputs + w.outputs)), 4, w.tiles < 4 ? 4 : w.tiles);
+    // an odd number of rows: the points of a tile must not all lie in one set of a cache
+    w.in_point = w.chunk * w.inputs | 1;
+    w.out_point = w.chunk * w.outputs | 1;
+    w.scratch = take(16 * (w.in_point + w.out_point));
+    if (bias) w.bias = own(numbers_, std::vector<float>(bias, bias + w.outputs));
+
+    // G g G^T of every kernel
+    static const double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+    std::vector<std::vector<float>> points(16, std::vector<float>(static_cast<size_t>(w.outputs * w.inputs)));
+    std::vector<int64_t> rows, outputs;
+    std::vector<int32_t> starts[2];
+    for (int64_t c = 0; c < w.inputs; ++c) rows.push_back(c);
+    for (int64_t j = 0; j < w.outputs; ++j) outputs.push_back(j * w.inputs);
+    for (int64_t t = 0; t < w.chunk; ++t) {
+      starts[0].push_back(static_cast<int32_t>(t * w.inputs));
+      starts[1].push_back(static_cast<int32_t>(t * w.outputs));
+    }
+    for (int64_t j = 0; j < w.outputs; ++j) {
+      for (int64_t c = 0; c < w.inputs; ++c) {
+        double half[4][3];
+        for (int u = 0; u < 4; ++u) {
+          for (int x = 0; x < 3; ++x) {
+            half[u][x] = 0;
+            for (int y = 0; y < 3; ++y) half[u][x] += G[u][y] * static_cast<double>(at(j, c, y, x));
+          }
+          for (int v = 0; v < 4; ++v) {
+            double sum = 0;
+            for (int x = 0; x < 3; ++x) sum += half[u][x] * G[v][x];
+            points[static_cast<size_t>(4 * u + v)][static_cast<size_t>(j * w.inputs + c)] = static_cast<float>(sum);
+          }
+        }
+      }
+    }
+    NetPass pass;
+    pass.positions = w.chunk;
+    pass.from = own(positions_, std::move(starts[0]));
+    pass.to = own(positions_, std::move(starts[1]));
+    std::vector<NetPass> passes;
+    for (int64_t f = 0; f < 16; ++f) {
+      pass.in = w.scratch + f * w.in_point;
+      add_pass(passes, pass, rows, points[static_cast<size_t>(f)].data(), outputs, rows, nullptr, {});
+      pass.block_positions = passes[0].block_positions;  // of all the same
+      pass.block_outputs = passes[0].block_outputs;
+    }
+    w.points = own(passes_, std::move(passes));
+    return own(winograds_, std::vector<NetWinograd>{w});
+  }
+
   // The rows inside a value's border, line by line, with the row-major element each holds.
   struct Line {
     int64_t row;
@@ -610,12 +763,17 @@ class Planner {
 
   // Rows that move along with each other become one run.
   NetRuns runs_of(const Sums& sums) {
-    std::vector<size_t> order(sums.rows.size());
-    for (size_t e = 0; e < order.size(); ++e) order[e] = e;
-    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return sums.rows[a] < sums.rows[b]; });
+    const auto [low, high] = std::minmax_element(sums.rows.begin(), sums.rows.end());
+    std::vector<int32_t> order(static_cast<size_t>(*high - *low + 1), -1);  // by rows, with gaps
+    for (size_t e = 0; e < sums.rows.size(); ++e) {
+      order[static_cast<size_t>(sums.rows[e] - *low)] = static_cast<int32_t>(e);
+    }
     std::vector<NetRun> runs;
     std::vector<NetTerm> terms;
-    for (const size_t e : order) {
+    terms.reserve(sums.terms.size());
+    for (const int32_t at : order) {
+      if (at < 0) continue;
+      const auto e = static_cast<size_t>(at);
       const NetTerm* own_terms = sums.terms.data() + sums.start[e];
       const int64_t count = sums.start[e + 1] - sums.start[e];
       bool along = !runs.empty() && runs.back().out + runs.back().count == sums.rows[e] && runs.back().terms == count;
@@ -668,6 +826,7 @@ class Planner {
     }
     std::vector<Link> links;
     const NetSpec* s = w.spec;
+    links.reserve(static_cast<size_t>(out.elements() * (w.relayout ? 1 : s->terms)));
     for (int64_t e = 0; e < out.elements(); ++e) {
       if (w.relayout) {
         links.push_back({e, e, 0, 1.0f});
@@ -785,6 +944,7 @@ class Planner {
     read.store = true;
     w.reads = {read};
     std::vector<Link> links;
+    links.reserve(static_cast<size_t>(out.elements()));
     for (int64_t e = 0; e < out.elements(); ++e) links.push_back({e, e, 0, 1.0f});
     connect_map(w, out, links, {state});
   }
@@ -793,7 +953,22 @@ class Planner {
     const NetSpec& s = *w.spec;
     const NetValue& in = values_[static_cast<size_t>(w.xs[0])];
     std::vector<NetPass> forward, backward;
-    if (s.kind == NetNodeKind::linear) {
+    if (winograd(static_cast<size_t>(&w - works_.data()))) {
+      // weight (a, b, kh, kw): sums over b, from left to right, or over a, from right to left
+      const auto over_b = [&](int64_t j, int64_t c, int y, int x) {
+        return s.weight[((j * s.sizes[1] + c) * 3 + y) * 3 + x];
+      };
+      const auto over_a = [&](int64_t j, int64_t c, int y, int x) {
+        return s.weight[((c * s.sizes[1] + j) * 3 + 2 - y) * 3 + 2 - x];
+      };
+      const int64_t direct[2] = {s.padding[0], s.padding[1]}, scattered[2] = {2 - s.padding[0], 2 - s.padding[1]};
+      w.node.forward_tiles = s.transposed ? tiled(in, in.value, out, out.value, scattered, s.bias, over_a)
+                                          : tiled(in, in.value, out, out.value, direct, s.bias, over_b);
+      if (w.reads[0].needed) {
+        w.node.backward_tiles = s.transposed ? tiled(out, out.grad, in, in.grad, direct, nullptr, over_b)
+                                             : tiled(out, out.grad, in, in.grad, scattered, nullptr, over_a);
+      }
+    } else if (s.kind == NetNodeKind::linear) {
       dense(s.weight, in.elements(), false, in, in.value, out, out.value, s.bias, forward);
       if (w.reads[0].needed) dense(s.weight, in.elements(), true, out, out.grad, in, in.grad, nullptr, backward);
     } else if (s.transposed) {
@@ -863,6 +1038,8 @@ class Planner {
   std::deque<std::vector<int32_t>> positions_;
   std::deque<std::vector<NetSegment>> segments_;
   std::deque<std::vector<NetPass>> passes_;
+  std::deque<std::vector<NetWinograd>> winograds_;
+  std::deque<std::vector<uint8_t>> bytes_;
   std::deque<std::vector<NetRun>> runs_;
   std::deque<std::vector<NetTerm>> terms_;
   std::deque<std::vector<NetRead>> reads_;
@@ -912,19 +1089,20 @@ void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threa
     size = std::max(size, planners.back().plan().rows * part.loops->lanes);
   }
   threads = static_cast<int>(std::min<int64_t>(threads, total));
-  const Floats arenas = floats(size * threads);
+  const Zeros arenas(size * threads);
   const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
-  std::vector<int64_t> last(static_cast<size_t>(threads), -1);  // the part that an arena was used for
+  std::vector<int64_t> last(static_cast<size_t>(threads), -1);  // the part that an arena was used for, -1: none
   for_each_tile(total, threads, [&](int64_t tile) {
     int slot = 0;
     while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
-    float* const arena = arenas.get() + slot * size;
+    float* const arena = arenas.data() + slot * size;
+    int64_t& before = last[static_cast<size_t>(slot)];
     size_t i = 0;
     for (; tile >= parts[i].count; ++i) tile -= parts[i].count;
-    if (last[static_cast<size_t>(slot)] != static_cast<int64_t>(i)) {  // else borders are as they were: zero
+    if (before >= 0 && before != static_cast<int64_t>(i)) {  // else borders are as they were: zero
       memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
-      last[static_cast<size_t>(slot)] = static_cast<int64_t>(i);
     }
+    before = static_cast<int64_t>(i);
     const NetLoops& loops = *parts[i].loops;
     loops.tile(job, planners[i].plan(), parts[i].first + tile * loops.lanes, arena);
     taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);

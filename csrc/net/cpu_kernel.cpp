@@ -149,6 +149,89 @@ void run_pass(const NetPass& pass, const float* arena, Into into, const After& a
   }
 }
 
+// ------------------------------------------------------------------------------------------------------------- Winograd
+
+// B^T d B of a tile of 4 x 4 positions, channel by channel.
+void to_points(const NetWinograd& w, const float* in, float* to) {
+  const int64_t point = w.in_point * W;
+  for (int64_t c = 0; c < w.inputs; ++c) {
+    F half[4][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      F d[4];
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) d[y] = load(in + (y * w.in_pitch + x * w.in_step + c) * W);
+      half[0][x] = sub(d[0], d[2]);
+      half[1][x] = add(d[1], d[2]);
+      half[2][x] = sub(d[2], d[1]);
+      half[3][x] = sub(d[1], d[3]);
+    }
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+      float* const at = to + 4 * y * point + c * W;
+      store(at, sub(half[y][0], half[y][2]));
+      store(at + point, add(half[y][1], half[y][2]));
+      store(at + 2 * point, sub(half[y][2], half[y][1]));
+      store(at + 3 * point, sub(half[y][1], half[y][3]));
+    }
+  }
+}
+
+// A^T m A: the outputs of a tile.
+void from_points(const NetWinograd& w, const float* from, const Into& into, int64_t to, int inside) {
+  for (int64_t j = 0; j < w.outputs; ++j) {
+    F half[2][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      F m[4];
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) m[y] = load(from + ((4 * y + x) * w.out_point + j) * W);
+      half[0][x] = add(add(m[0], m[1]), m[2]);
+      half[1][x] = sub(sub(m[1], m[2]), m[3]);
+    }
+    const F bias = setf(w.bias ? w.bias[j] : 0.0f);
+#pragma GCC unroll 2
+    for (int y = 0; y < 2; ++y) {
+      const F both[2] = {add(add(half[y][0], half[y][1]), half[y][2]), sub(sub(half[y][1], half[y][2]), half[y][3])};
+#pragma GCC unroll 2
+      for (int x = 0; x < 2; ++x) {
+        if ((x & ~inside) || (2 * y & ~inside)) continue;
+        const int64_t at = (to + y * w.out_pitch + x * w.out_step + j) * W;
+        F v = add(both[x], bias);
+        if (!into.store) v = add(load(into.out + at), v);
+        if (into.factor) v = mul(v, load(into.factor + at));
+        store(into.out + at, v);
+      }
+    }
+  }
+}
+
+// As run_pass.
+template <class After>
+void run_winograd(const NetWinograd& w, float* arena, const Into& into, const After& after) {
+  float* const ins = arena + w.scratch * W;
+  float* const outs = ins + 16 * w.in_point * W;
+  for (int64_t begin = 0; begin < w.tiles; begin += w.chunk) {
+    const int64_t count = w.tiles - begin < w.chunk ? w.tiles - begin : w.chunk;
+    for (int64_t t = 0; t < count; ++t) {
+      to_points(w, arena + (w.in + w.from[begin + t]) * W, ins + t * w.inputs * W);
+    }
+    for (int64_t f = 0; f < 16; ++f) {
+      NetPass pass = w.points[f];
+      pass.positions = count;
+      run_pass(pass, arena, {outs + f * w.out_point * W, nullptr, true}, [](int32_t) {});
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const int inside = w.inside[begin + t];
+      const int32_t to = w.to[begin + t];
+      from_points(w, outs + t * w.outputs * W, into, to, inside);
+      for (int y = 0; y <= inside >> 1; ++y) {
+        for (int x = 0; x <= (inside & 1); ++x) after(static_cast<int32_t>(to + y * w.out_pitch + x * w.out_step));
+      }
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------- elements
 
 // Calls body(row of a from its start, row of b, row of c, how many) for the rows inside the borders of values of one
@@ -353,16 +436,22 @@ struct Net {
       const NetNode& n = plan.nodes[k];
       const NetValue& out = value(n.out);
       if (n.kind == NetKind::product_sum) {
-        for (int64_t i = 0; i < n.forward_count; ++i) {
-          const NetPass& pass = n.forward[i];
-          float* const y = row(pass.out);
+        const auto layer = [&](int64_t rows, int64_t outputs, const auto& run) {
+          float* const y = row(rows);
           float* const slope = out.slope < 0 ? nullptr : y + (out.slope - out.value) * W;
-          const int64_t numbers = pass.outputs * W;
-          run_pass(pass, arena, {y, nullptr, !n.accumulate}, [&](int32_t at) {
+          run(Into{y, nullptr, !n.accumulate}, [&, y, slope](int32_t at) {
             if (n.activation < 0) return;
             float* const here = y + int64_t{at} * W;
-            activate(static_cast<Activation>(n.activation), n.slope, here, here, slope + int64_t{at} * W, numbers);
+            activate(static_cast<Activation>(n.activation), n.slope, here, here, slope + int64_t{at} * W, outputs * W);
           });
+        };
+        if (n.forward_tiles) {
+          const NetWinograd& w = *n.forward_tiles;
+          layer(w.out, w.outputs, [&](const Into& into, const auto& after) { run_winograd(w, arena, into, after); });
+        }
+        for (int64_t i = 0; i < n.forward_count; ++i) {
+          const NetPass& pass = n.forward[i];
+          layer(pass.out, pass.outputs, [&](const Into& to, const auto& after) { run_pass(pass, arena, to, after); });
         }
         continue;
       }
@@ -440,12 +529,13 @@ struct Net {
           const NetRead& read = n.reads[0];
           if (!read.needed) break;
           const NetValue& in = value(read.value);
-          for (int64_t i = 0; i < n.backward_count; ++i) {
-            const NetPass& pass = n.backward[i];
-            float* const to = row(pass.out);
-            const float* const factor = read.times ? to + (in.slope - in.grad) * W : nullptr;
-            run_pass(pass, arena, {to, factor, read.store}, [](int32_t) {});
-          }
+          const auto into = [&](int64_t rows) {
+            float* const to = row(rows);
+            return Into{to, read.times ? to + (in.slope - in.grad) * W : nullptr, read.store};
+          };
+          const auto nothing = [](int32_t) {};
+          if (n.backward_tiles) run_winograd(*n.backward_tiles, arena, into(n.backward_tiles->out), nothing);
+          for (int64_t i = 0; i < n.backward_count; ++i) run_pass(n.backward[i], arena, into(n.backward[i].out), nothing);
           break;
         }
         case NetKind::input:

@@ -43,7 +43,21 @@ struct NetPass {
   const NetSegment* segments = nullptr;
   const float* weight = nullptr;  // packed: block after block of outputs, each (depth, block)
   const float* bias = nullptr;    // (outputs,) or null
-  int32_t block_positions = 1, block_outputs = 1;  // at most, in registers
+  int32_t block_positions = 0, block_outputs = 0;  // at most, in registers
+};
+
+// A convolution of 3 x 3, stride 1, by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2016): 16 products for 4 outputs, in
+// the place of 36, at 16 points that are each a pass of their own over the tiles. Tiles are taken `chunk` at a time.
+struct NetWinograd {
+  const NetPass* points = nullptr;  // 16; positions and rows are those of one chunk in the scratch
+  int64_t in = 0, out = 0;          // rows in the arena that the tiles are counted from
+  const int32_t *from = nullptr, *to = nullptr;  // per tile: its first of 4 x 4 positions, and of 2 x 2
+  const uint8_t* inside = nullptr;               // per tile: bit 0, 1: there is a second column, row of outputs
+  int64_t tiles = 0, chunk = 1, inputs = 0, outputs = 0;
+  int64_t in_pitch = 0, in_step = 0, out_pitch = 0, out_step = 0;  // rows from a line, a position to the next
+  int64_t scratch = 0;  // rows: chunk tiles at 16 points, of the inputs and then of the outputs
+  int64_t in_point = 0, out_point = 0;  // rows there from a point to the next
+  const float* bias = nullptr;  // (outputs,) or null
 };
 
 // Rows out .. out + count - 1 are each the sum of `terms` rows times weights, all of them moving along.
@@ -92,6 +106,7 @@ struct NetNode {
   bool accumulate = false;  // the products are added to the value: a sum of layers needs no buffer for each
   const NetPass *forward = nullptr, *backward = nullptr;
   int64_t forward_count = 0, backward_count = 0;
+  const NetWinograd *forward_tiles = nullptr, *backward_tiles = nullptr;  // in the place of passes
   NetRuns runs;
   NetConstant scale, shift;
   // norm, logsumexp: groups of `length` rows of what is read, counted from its first

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmebm import native
 from mmebm.energies.lower import CannotLower, Lowered, lower
-from mmebm.energies.trace import Traced, trace
+from mmebm.energies.trace import Traced
 from mmebm.introspect import Memory
 from mmebm.native import BackendError
 from mmebm.ops import dispatch
@@ -25,6 +25,7 @@ from mmebm.ops.net.graph import Conv, Linear
 from mmebm.ops.terms import too_wide
 from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
+from mmebm.samplers.kept_nets import trace
 from mmebm.samplers.verify import Check
 
 RECORDS = ("energy", "grad_norm")

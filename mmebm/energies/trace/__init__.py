@@ -27,12 +27,13 @@ from mmebm.energies.lower import effects, inert
 from mmebm.energies.lower.attempt import CannotLower, attempt, attempting, refuse
 from mmebm.energies.trace.recorder import Recorder
 from mmebm.energies.trace.simplify import folded, pruned
+from mmebm.energies.trace.tape import Tape
 from mmebm.energies.trace.watch import Rewrite, Watch
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Net
 from mmebm.state import flatten
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "examined", "retrace", "trace"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Traced:
 
     net: Net
     scalar: bool
+    tape: Tape
     seen: tuple[Any, ...] = ()
 
     @property
@@ -69,13 +71,67 @@ def trace(
         CannotLower: naming what a net cannot say.
     """
     _, tensors, build = flatten(state)
+    seen = examined(energy, args, kwargs)
+    with attempting():
+        traced = _traced(energy, tensors, build, args, dict(kwargs or {}), log_prob)
+        return replace(traced, seen=seen)
+
+
+def examined(energy: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    """The modules and the code that ``energy`` consists of, where calling it has no effect besides its result.
+
+    Raises:
+        CannotLower: naming what may have one.
+    """
     with attempting() as noted:
         effects.refuse_watchers()
         if not all(inert(value) for value in (*args, *(kwargs or {}).values())):
             refuse("it is given arguments that are not plain data")
         effects.examine(energy, traced=True)
-        traced = _traced(energy, tensors, build, args, dict(kwargs or {}), log_prob)
-        return replace(traced, seen=tuple(noted.seen))
+        return tuple(noted.seen)
+
+
+def retrace(traced: Traced, given: Mapping[int, Tensor], log_prob: bool = False) -> Traced:
+    """What :func:`trace` would give where the energy did the same operations again; see :class:`.tape.Tape`.
+
+    Args:
+        given: tensors in the place of others that the energy was given, by their ids.
+    """
+    tape = traced.tape
+    recorder = Recorder(tape.state[0].shape[0])
+    with attempting(), torch.no_grad():
+        _note_state(recorder, tape.state)
+        try:
+            result = tape.replay(recorder, given)
+        except CannotLower:
+            raise
+        except Exception as error:
+            raise CannotLower(f"{type(error).__name__}: {error}"[:200]) from error
+        return replace(traced, net=_net_of(recorder, result, log_prob)[0])
+
+
+def _note_state(recorder: Recorder, tensors: Sequence[Tensor]) -> None:
+    start = 0
+    for t in tensors:
+        shape = tuple(t.shape[1:]) or (1,)
+        if math.prod(shape) == 0:
+            refuse("a tensor of the state has no elements")
+        recorder.keep(t, recorder.add(graph.Input(start, shape)))
+        start += math.prod(shape)
+
+
+def _net_of(recorder: Recorder, result: Any, log_prob: bool) -> tuple[Net, bool]:
+    """(the net, whether its energy is summed over the chains) of a call that gave ``result``."""
+    value = recorder.value(result)
+    if value is None:
+        refuse(f"it returns a {type(result).__name__} that does not come from the state")
+    if math.prod(recorder.shapes[value.node]) != 1 or (not value.total and result.numel() != recorder.chains):
+        refuse(f"it returns shape {tuple(result.shape)}")
+    last = value.node
+    if log_prob:
+        last = recorder.add(graph.Add((last,), (-1.0,)))
+    nodes = pruned(recorder.nodes, last)
+    return Net(tuple(pruned(folded(nodes), len(nodes) - 1))), value.total
 
 
 def _traced(
@@ -93,17 +149,12 @@ def _traced(
         refuse("the state has several dtypes")
     if torch.is_autocast_enabled(tensors[0].device.type):
         refuse("autocast is on")
-    recorder, start = Recorder(chains), 0
+    recorder, tape = Recorder(chains), Tape()
     with torch.no_grad():
         inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
-        for t in inputs:
-            shape = tuple(t.shape[1:]) or (1,)
-            if math.prod(shape) == 0:
-                refuse("a tensor of the state has no elements")
-            recorder.keep(t, recorder.add(graph.Input(start, shape)))
-            start += math.prod(shape)
+        _note_state(recorder, inputs)
         try:
-            with Rewrite(recorder.value), Watch(recorder):
+            with Rewrite(recorder.value, tape), Watch(recorder, tape):
                 result = energy(build(inputs), *args, **kwargs)
         except CannotLower:
             raise
@@ -112,13 +163,5 @@ def _traced(
             raise CannotLower(why[0]) from error
     if attempt().refusals:  # the energy went on after an exception
         refuse(attempt().refusals[0])
-    value = recorder.value(result)
-    if value is None:
-        refuse(f"it returns a {type(result).__name__} that does not come from the state")
-    if math.prod(recorder.shapes[value.node]) != 1 or (not value.total and result.numel() != chains):
-        refuse(f"it returns shape {tuple(result.shape)}")
-    last = value.node
-    if log_prob:
-        last = recorder.add(graph.Add((last,), (-1.0,)))
-    nodes = pruned(recorder.nodes, last)
-    return Traced(Net(tuple(pruned(folded(nodes), len(nodes) - 1))), value.total)
+    net, scalar = _net_of(recorder, result, log_prob)
+    return Traced(net, scalar, tape.sealed(recorder, inputs, result))

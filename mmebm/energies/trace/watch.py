@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmebm.energies.lower.attempt import refuse
 from mmebm.energies.trace import arithmetic, layers, moves  # noqa: F401 (their rules)
 from mmebm.energies.trace.recorder import RULES, Recorder
+from mmebm.energies.trace.tape import Step, Tape, tensors_in
 from mmebm.ops.net import graph
 
 # What reads no value of its argument
@@ -52,16 +53,18 @@ _LEAVES = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__)
 class Rewrite(TorchFunctionMode):
     """Two functions that torch takes apart in a way in which chains are no longer seen, in another way."""
 
-    def __init__(self, watched: Callable[[Any], Any]) -> None:
+    def __init__(self, watched: Callable[[Any], Any], tape: Tape) -> None:
         super().__init__()
-        self.watched = watched
+        self.watched, self.tape = watched, tape
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func in _LEAVES and args and self.watched(args[0]):
-            refuse(f"it takes a value of the state out of torch ({func.__name__})")
+        if func in _LEAVES and args:
+            if self.watched(args[0]):
+                refuse(f"it takes a value of the state out of torch ({func.__name__})")
+            self.tape.valid = False
         if func is F.pad:
             pad = args[1] if len(args) > 1 else given.get("pad", ())
             mode = args[2] if len(args) > 2 else given.get("mode", "constant")
@@ -85,25 +88,16 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in arguments or results of an operation: lists at most."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [t for part in value for t in _tensors(part)]
-    return [t for part in value.values() for t in _tensors(part)] if isinstance(value, dict) else []
-
-
 class Watch(TorchDispatchMode):
     """Runs every operation, and writes down those that read the state."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, tape: Tape) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.recorder, self.tape = recorder, tape
         self.own: dict[int, Tensor] = {}  # storages made during the call, kept
 
     def _own(self, result: Any) -> None:
-        for t in _tensors(result):
+        for t in tensors_in(result):
             self.own.setdefault(t.untyped_storage()._cdata, t)
 
     def _examine(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -114,7 +108,7 @@ class Watch(TorchDispatchMode):
             refuse("its batch norm is in train mode")
         changed = []
         for i, label in _written(func):
-            changed += _tensors(args[i] if i < len(args) else kwargs.get(label))
+            changed += tensors_in(args[i] if i < len(args) else kwargs.get(label))
         for t in changed:
             if t.untyped_storage()._cdata not in self.own:
                 refuse(f"it changes a tensor in place ({name})")
@@ -125,7 +119,7 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         given = dict(kwargs or {})
         r, name = self.recorder, func._schema.name.rpartition("::")[2]
-        flat = _tensors((args, given))
+        flat = tensors_in((args, given))
         values = [r.value(t) for t in flat]
         watched = any(value is not None for value in values) and name not in _SHAPES
         changed = self._examine(func, name, args, given)
@@ -146,48 +140,54 @@ class Watch(TorchDispatchMode):
                 refuse(f"it changes a view in place ({name})")
         result = func(*args, **given)
         self._own(result)
-        if watched and any(value is not None and value.total for value in values):
-            self._total(plain, result, args, given)
-        elif watched:
+        apply = None
+        if watched:
+            total = any(value is not None and value.total for value in values)
             # the rule of an operation in place, too: a tensor's node is still what it was
-            self._keep(RULES[plain](r, result, *args, **given), result)
+            apply = functools.partial(_written_total if total else _written_down, plain)
+            apply(r, result, args, given)
+        self.tape.add(Step(func, plain, args, given, result, apply), changed)
         return result
 
-    def _keep(self, nodes: Any, result: Any) -> None:
-        outputs = list(result) if isinstance(result, (list, tuple)) else [result]
-        for node, t in zip(nodes if isinstance(nodes, list) else [nodes], outputs, strict=True):
-            if node is None:
-                continue
-            total = isinstance(node, tuple)
-            self.recorder.keep(t, node[1] if isinstance(node, tuple) else node, total)
 
-    def _total(self, name: str, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """What may follow a sum over the chains: numbers times it, and sums of such."""
-        r, parts = self.recorder, [r for r in map(self.recorder.value, args[:2])]
-        if name in ("view", "reshape", "squeeze", "unsqueeze", "_unsafe_view", "alias", "detach", "clone") or (
-            name == "sum" and args[0].numel() == 1
-        ):
-            parts, factors = parts[:1], (1.0,)
-        elif name in ("neg", "mul", "div"):
-            number = -1.0 if name == "neg" else args[1]
-            if r.value(args[0]) is None and name == "mul":
-                parts, number = parts[::-1], args[0]
-            if r.value(number) is not None or (r.value(args[0]) is None and name == "div"):
-                refuse("it computes with sums over the chains")
-            parts, factors = parts[:1], (1.0 / float(number) if name == "div" else float(number),)
-        elif name in ("add", "sub"):
-            alpha = float(kwargs.get("alpha", 1.0))
-            factors = (1.0, alpha if name == "add" else -alpha)
-            if any(p is None for p in parts):  # a constant changes no gradient, but each chain's energy
-                number = args[1] if parts[0] is not None else args[0]
-                if float(number) != 0:
-                    refuse("it adds a constant to a sum over the chains")
-                factors = tuple(f for p, f in zip(parts, factors, strict=True) if p is not None)
-                parts = [p for p in parts if p is not None]
-        else:
-            refuse(f"it calls {name} on a sum over the chains")
-        found = [p for p in parts if p is not None]
-        if not found or not all(p.total for p in found):
-            refuse("it adds a sum over the chains to a value for each")
-        ones = [r.add(graph.View(p.node, (1,))) if r.shapes[p.node] != (1,) else p.node for p in found]
-        r.keep(result, r.add(graph.Add(tuple(ones), factors)), total=True)
+def _written_down(name: str, r: Recorder, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """By the rule of the operation ``name``."""
+    nodes = RULES[name](r, result, *args, **kwargs)
+    outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+    for node, t in zip(nodes if isinstance(nodes, list) else [nodes], outputs, strict=True):
+        if node is None:
+            continue
+        total = isinstance(node, tuple)
+        r.keep(t, node[1] if isinstance(node, tuple) else node, total)
+
+
+def _written_total(name: str, r: Recorder, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """What may follow a sum over the chains: numbers times it, and sums of such."""
+    parts = list(map(r.value, args[:2]))
+    if name in ("view", "reshape", "squeeze", "unsqueeze", "_unsafe_view", "alias", "detach", "clone") or (
+        name == "sum" and args[0].numel() == 1
+    ):
+        parts, factors = parts[:1], (1.0,)
+    elif name in ("neg", "mul", "div"):
+        number = -1.0 if name == "neg" else args[1]
+        if r.value(args[0]) is None and name == "mul":
+            parts, number = parts[::-1], args[0]
+        if r.value(number) is not None or (r.value(args[0]) is None and name == "div"):
+            refuse("it computes with sums over the chains")
+        parts, factors = parts[:1], (1.0 / float(number) if name == "div" else float(number),)
+    elif name in ("add", "sub"):
+        alpha = float(kwargs.get("alpha", 1.0))
+        factors = (1.0, alpha if name == "add" else -alpha)
+        if any(p is None for p in parts):  # a constant changes no gradient, but each chain's energy
+            number = args[1] if parts[0] is not None else args[0]
+            if float(number) != 0:
+                refuse("it adds a constant to a sum over the chains")
+            factors = tuple(f for p, f in zip(parts, factors, strict=True) if p is not None)
+            parts = [p for p in parts if p is not None]
+    else:
+        refuse(f"it calls {name} on a sum over the chains")
+    found = [p for p in parts if p is not None]
+    if not found or not all(p.total for p in found):
+        refuse("it adds a sum over the chains to a value for each")
+    ones = [r.add(graph.View(p.node, (1,))) if r.shapes[p.node] != (1,) else p.node for p in found]
+    r.keep(result, r.add(graph.Add(tuple(ones), factors)), total=True)

@@ -4,6 +4,9 @@ The instruction set is the best this processor has; ``MMEBM_CPU_ISA`` = ``baseli
 another. No result depends on the number of threads (``torch.get_num_threads()``) or on how a batch is split, and
 ``avx2`` and ``avx512`` agree bit for bit. Weights are read, and repacked, at each call. Up to W chains, 8 or 16, share
 the lanes of a vector, so that fewer cost as much as W, and a thread runs at least one such tile.
+
+Convolutions of 3 x 3 and stride 1 with enough channels take Winograd's form, with 16 products in the place of 36 and
+other roundings; under ``torch.use_deterministic_algorithms`` all are summed product by product.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmebm import native
+from mmebm.ops import dispatch
 from mmebm.ops.common.address import Addresses
 from mmebm.ops.langevin_mlp import MlpResult
 from mmebm.ops.langevin_mlp.cpp import call_chain, call_energy, plain_on_cpu, supports_options
@@ -84,6 +88,15 @@ def supports(chain: NetChain, x: Tensor) -> str | None:
     return supports_energy(chain.net, x) or supports_options(chain, x)
 
 
+def note(chain: NetChain, x: Tensor) -> str | None:
+    """What to know of a chain that :func:`run` takes, or ``None``."""
+    lanes = 4 if dispatch.isa() == "baseline" else 8
+    tiles, threads = -(-x.shape[0] // lanes), torch.get_num_threads()
+    if tiles >= threads:
+        return None
+    return f"{x.shape[0]} chains keep {tiles} of {threads} threads busy, {lanes} chains each"
+
+
 def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """A shape as (channels, height, width) with the same row-major order."""
     if len(shape) == 3:
@@ -97,7 +110,7 @@ def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]
     def address(t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
         return addresses("a tensor of the net", t, dtype)
 
-    out = []
+    out, tiles = [], not torch.are_deterministic_algorithms_enabled()
     for node, shape in zip(net.nodes, check_net(net, x.shape[0], x.shape[1], x.device), strict=True):
         d: dict[str, Any] = {"kind": _KINDS.index(type(node)), "xs": reads(node), "shape": _image(shape)}
         if isinstance(node, Input):
@@ -107,7 +120,7 @@ def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]
             if isinstance(node, Conv):
                 d.update(
                     sizes=tuple(node.weight.shape), stride=node.stride, padding=node.padding, dilation=node.dilation,
-                    groups=node.groups, transposed=node.transposed,
+                    groups=node.groups, transposed=node.transposed, tiles=tiles,
                 )  # fmt: skip
         elif isinstance(node, Activation):
             d.update(function=_FUNCTIONS.index(node.function), slope=float(node.slope))

@@ -7,6 +7,7 @@ A backend is a module with
     supports(chain, x) -> None, or the reason why not
     run(chain, x, steps, first_step, energy=, grad_norm=) -> MlpResult
     slower(net, x, precision), optional -> why "auto" does better without it, or None
+    note(chain, x) -> None, or what to know of a chain that it takes; may be absent
 
 as :mod:`mmebm.ops.langevin_mlp` has them for sums of MLPs; state, constants and results are the same.
 """
@@ -66,7 +67,9 @@ def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, s
     """
     refusal = lambda _, module: _refusal(module, chain.net, chain, x, backend)
     chosen = dispatch.choose("langevin_net", backend, x.device, refusal)
-    return chosen.module, chosen.reason
+    say = getattr(chosen.module, "note", None)
+    note = None if say is None else say(chain, x)
+    return chosen.module, chosen.reason if note is None else f"{chosen.reason}; {note}"
 
 
 def name_of(module: ModuleType) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from mmebm import native
 from mmebm.energies.trace import trace
@@ -107,6 +108,24 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv, circular": (lambda: nn.Conv2d(2, 3, 5, padding=2, padding_mode="circular"), (2, 5, 6)),
     "conv over the whole map": (lambda: nn.Conv2d(2, 3, (5, 6)), (2, 5, 6)),
     "conv of many channels": (lambda: nn.Conv2d(70, 33, 3, padding=1), (70, 3, 3)),
+    "tiles": (lambda: nn.Conv2d(24, 25, 3, padding=1), (24, 8, 6)),
+    "tiles, odd sides": (lambda: nn.Conv2d(28, 24, 3, padding=1), (28, 11, 13)),
+    "tiles, valid": (lambda: nn.Conv2d(24, 24, 3), (24, 8, 12)),
+    "tiles, padding 2": (lambda: nn.Conv2d(24, 24, 3, padding=(2, 1)), (24, 10, 10)),
+    "tiles, transposed": (lambda: nn.ConvTranspose2d(24, 25, 3, padding=1), (24, 8, 6)),
+    "tiles between layers": (
+        lambda: nn.Sequential(nn.Conv2d(2, 24, 3, padding=1), nn.SiLU(), Residual(24, 36), nn.Conv2d(36, 3, 3)),
+        (2, 12, 16),
+    ),
+    "hidden widths above 256": (
+        lambda: nn.Sequential(nn.Linear(12, 300), nn.SiLU(), nn.Linear(300, 270), nn.Tanh(), nn.Linear(270, 5)), (12,)
+    ),
+    "spectral and weight norm": (
+        lambda: nn.Sequential(
+            parametrizations.spectral_norm(nn.Conv2d(2, 5, 3)), nn.SiLU(),
+            parametrizations.weight_norm(nn.Conv2d(5, 3, 2)),
+        ), (2, 6, 7),
+    ),
     "conv1d": (lambda: nn.Conv1d(3, 5, 4, stride=2, padding=1), (3, 11)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1), (4, 5, 3)),
     "transposed, output padding": (
@@ -281,6 +300,14 @@ def residual_energy() -> nn.Sequential:
     )  # fmt: skip
 
 
+def tiled_energy() -> nn.Sequential:
+    """With convolutions that Winograd's tiles take, some of them over odd sides."""
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.SiLU(), nn.Conv2d(24, 24, 3, padding=1), nn.SiLU(), nn.Conv2d(24, 28, 2),
+        nn.SiLU(), nn.Conv2d(28, 24, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 1),
+    )  # fmt: skip
+
+
 def posterior(chains: int) -> Callable[[Tensor], Tensor]:
     generator = SharedGenerator({"a": (3, 13, 14)}, 8, net="conv", width=4).requires_grad_(False)
     target = torch.rand(chains, 3, 13, 14) * 2 - 1
@@ -297,6 +324,7 @@ ENERGIES: dict[str, tuple[Callable[[int], Any], tuple[tuple[int, ...], ...], flo
     ),
     "posterior": (posterior, ((8,),), 0.02),
     "classes": (lambda n: _classes(), ((3, 9, 9),), 0.02),
+    "tiles": (lambda n: tiled_energy(), ((3, 12, 12),), 0.02),
 }  # fmt: skip
 
 
@@ -449,6 +477,32 @@ def test_what_is_not_built_is_refused_by_its_name() -> None:
         op.net_energy(x, net)
     strange = Net((Input(0, (1,)), Activation(0, "softsign")))  # type: ignore[arg-type]
     assert cpp.supports_energy(strange, x) == "the function softsign is not built"
+
+
+def test_tiles_are_off_where_bits_matter(isa: str, torch_seed: int) -> None:
+    chain, x = make_chain("tiles", 9, torch_seed)
+    tiled = cpp.run(chain, x, 2, 0).x
+    torch.use_deterministic_algorithms(True)
+    try:
+        summed = cpp.run(chain, x, 2, 0).x
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not torch.equal(tiled, summed)
+    torch.testing.assert_close(tiled, summed, rtol=0, atol=1e-5)
+    plain, x = make_chain("tutorial", 9, torch_seed)
+    before = cpp.run(plain, x, 2, 0).x
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(cpp.run(plain, x, 2, 0).x, before)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_idle_threads_are_said(torch_seed: int) -> None:
+    chain, x = make_chain("tutorial", 9, torch_seed)
+    torch.set_num_threads(2)
+    assert op.room("cpp", chain, x)[1].count(";") == op.room("cpp", chain, x[:8])[1].count(";") - 1
+    assert "8 chains keep 1 of 2 threads busy" in op.room("cpp", chain, x[:8])[1]
 
 
 def test_refusals(torch_seed: int) -> None:

@@ -1,0 +1,132 @@
+"""The operations of one call of an energy, so that its net can be made again without the energy.
+
+A net holds the values of one call. Replayed, a tape computes again what does not read the state (a weight under
+spectral norm, a target with its sign turned) and applies the rules again to what does, at the values that the tensors
+have now. It is right for a call in which Python would ask for the same operations, which
+:mod:`mmebm.samplers.kept_nets` sees to; a call that read a value into Python, say, has a tape that is not to be
+replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmebm.energies.trace.recorder import Recorder
+
+# Operations that read values into Python, or whose result's shape depends on values
+_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+# What may have a constant of Python's as its argument
+_LITERALS = ("lift_fresh", "lift_fresh_copy")
+# Layers whose weights a net takes as they lie
+_LAYERS = ("convolution", "_convolution", "mm", "addmm", "mv")
+
+
+class Step(NamedTuple):
+    """``apply``: what writes down an operation that reads the state, as (recorder, result, args, kwargs)."""
+
+    func: Any
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    result: Any
+    apply: Callable[..., None] | None
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in arguments or results of an operation: lists at most."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for part in value for t in tensors_in(part)]
+    return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
+
+
+def _swapped(value: Any, by: Mapping[int, Tensor]) -> Any:
+    """``value`` with other tensors in the place of those in ``by``."""
+    if isinstance(value, Tensor):
+        return by.get(id(value), value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_swapped(part, by) for part in value])
+    return {name: _swapped(part, by) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+class Tape:
+    """Grows while the energy is called; :meth:`sealed` ends that.
+
+    Attributes:
+        valid: whether it may be replayed.
+        static: whether a replay gives the net that there is, since that reads all its numbers where they lie.
+    """
+
+    def __init__(self) -> None:
+        self.valid, self.static = True, False
+        self._steps: list[Step] = []
+        self._state: list[Tensor] = []
+        self._stubs: dict[int, Tensor] = {}  # held, so that no id is used twice
+        self._result: Any = None
+
+    def add(self, step: Step, changed: Sequence[Tensor]) -> None:
+        """Notes an operation that changed these tensors in place."""
+        if any(tag in step.func.tags for tag in _READS) or (changed and step.apply is None):
+            self.valid = False
+        self._steps.append(step)
+
+    def sealed(self, recorder: Recorder, state: Sequence[Tensor], result: Any) -> Tape:
+        """The tape without the values that depend on the state: of those, shapes are enough."""
+        stubs = {number: v.tensor.new_empty(()).expand(v.tensor.shape) for number, v in recorder.values.items()}
+        self._stubs = {id(stub): stub for stub in stubs.values()}
+        self._state, self._result = _swapped(list(state), stubs), _swapped(result, stubs)
+        self._steps = [
+            step._replace(args=_swapped(step.args, stubs), kwargs=_swapped(step.kwargs, stubs),
+                          result=_swapped(step.result, stubs))
+            for step in self._steps
+        ]  # fmt: skip
+        return self
+
+    def tie(self, held: Iterable[Tensor], given: Iterable[Tensor], net: Iterable[Tensor]) -> None:
+        """Settles :attr:`valid` and :attr:`static`.
+
+        Args:
+            held: the tensors that every call reads where they lie.
+            given: those that each call has of its own.
+            net: those of the net's layers.
+        """
+
+        def memory(tensors: Iterable[Tensor]) -> set[int]:
+            return {t.untyped_storage()._cdata for t in tensors}
+
+        places, inputs = memory(held), memory(given)
+        self.static = memory(net) <= places - inputs
+        made: set[int] = set()
+        for step in self._steps:
+            read = [t for t in tensors_in((step.args, step.kwargs)) if id(t) not in self._stubs]
+            if step.name not in _LITERALS and not memory(t for t in read if id(t) not in made) <= places | inputs:
+                self.valid = False
+            if step.apply is None:
+                made.update(id(t) for t in tensors_in(step.result))
+            elif read and step.name not in _LAYERS:
+                self.static = False
+
+    def replay(self, recorder: Recorder, given: Mapping[int, Tensor]) -> Any:
+        """Writes the call down once more, and returns what stands for the energy's result.
+
+        ``given``: tensors in the place of others, by their ids. :attr:`state` has been noted as the state before.
+        """
+        by = dict(given)
+        for step in self._steps:
+            args, kwargs = _swapped(step.args, by), _swapped(step.kwargs, by)
+            if step.apply is not None:
+                step.apply(recorder, step.result, args, kwargs)
+                continue
+            fresh = step.func(*args, **kwargs)
+            by.update((id(old), new) for old, new in zip(tensors_in(step.result), tensors_in(fresh), strict=True))
+        return self._result
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What stands for the state's tensors."""
+        return self._state

@@ -1,0 +1,111 @@
+"""Nets of energies, kept from one chain to the next.
+
+To trace an energy costs one evaluation of it and some milliseconds. What it does is written down on a tape
+(:mod:`mmebm.energies.trace.tape`), and the tape is good for as long as Python would do the same: the same code, modes,
+numbers and shapes, tensors at the same addresses, in all that the energy can see (:mod:`mmebm.samplers.capture.key`).
+The values of weights and arguments are read again at each chain.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from mmebm.energies import trace as tracing
+from mmebm.energies.trace import Traced
+from mmebm.introspect import in_library
+from mmebm.ops.net.graph import Conv, Linear
+from mmebm.samplers.capture.key import Identity, parts_of
+from mmebm.state import flatten
+
+__all__ = ["clear", "trace"]
+
+MOST: Final = 32
+# What a class may hold, besides numbers and tensors, on which code may branch
+_WORDS: Final = (str, list, tuple, dict, type(None))
+
+
+@dataclass
+class _Kept:
+    """A net, without what would keep the energy's modules alive."""
+
+    key: list[Any]
+    references: list[weakref.ref[Any]]
+    given: list[Tensor]
+    traced: Traced
+
+
+_kept: OrderedDict[Any, _Kept] = OrderedDict()
+_lock = threading.Lock()
+
+
+def clear() -> None:
+    """Forgets all nets."""
+    with _lock:
+        _kept.clear()
+
+
+def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: tuple[Any, ...]) -> Identity:
+    """What the operations of a call depend on."""
+    names, tensors, _ = flatten(state)
+    key = Identity(torch.device("cpu"), training=True)
+    _, parts, fixed = parts_of(energy)
+    key.add(fixed)
+    for value in (parts, tuple(args), kwargs):
+        key.input(value)
+    key.both(type(state), tuple(names), tuple((t.shape, t.dtype) for t in tensors))
+    key.both(torch.get_default_dtype(), torch.is_inference_mode_enabled())
+    # code that was replaced under an object's hands, and what its class says in words
+    for item in seen:
+        key.both(inspect.getattr_static(type(item), "forward", None) if isinstance(item, nn.Module) else item)
+    for kind in {type(item): None for item in seen if isinstance(item, nn.Module)}:
+        for owner in kind.__mro__:
+            if not in_library(owner):
+                fields = {n: v for n, v in vars(owner).items() if isinstance(v, _WORDS) and not n.startswith("__")}
+                key.add(fields)
+    return key
+
+
+def trace(
+    energy: Callable[..., Any], state: Any, *, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,
+    log_prob: bool = False,
+) -> Traced:  # fmt: skip
+    """As :func:`mmebm.energies.trace.trace`."""
+    kwargs = kwargs or {}
+    seen = tracing.examined(energy, args, kwargs)
+    key = _identity(energy, state, args, kwargs, seen)
+    key.both(log_prob)
+    if key.refusal is not None:
+        return tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)
+    place = tuple(id(item) for item in seen if isinstance(item, nn.Module)), tuple(key.kind)
+    with _lock:
+        kept = _kept.get(place)
+        if kept is not None:
+            _kept.move_to_end(place)
+    if kept is not None and kept.key == key.full and all(reference() is not None for reference in kept.references):
+        same = replace(kept.traced, seen=seen)
+        if same.tape.static:
+            return same
+        return tracing.retrace(same, dict(zip(map(id, kept.given), key.inputs, strict=True)), log_prob)
+    found = tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)
+    weights = [t for n in found.net.nodes if isinstance(n, (Conv, Linear)) for t in (n.weight, n.bias) if t is not None]
+    found.tape.tie(key.held, key.inputs, weights)
+    with _lock:
+        _kept.pop(place, None)
+        if found.tape.valid:
+            try:
+                references = [weakref.ref(item, lambda _: _kept.pop(place, None)) for item in key.watched]
+            except TypeError:  # such an object may give its id to another one
+                return found
+            _kept[place] = _Kept(key.full, references, key.inputs, replace(found, seen=()))
+            while len(_kept) > MOST:
+                _kept.popitem(last=False)
+    return found

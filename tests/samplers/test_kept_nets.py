@@ -1,0 +1,260 @@
+"""Nets that are kept from chain to chain are never those of another energy, and are kept where nothing changed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from mmebm import Langevin
+from mmebm.samplers import kept_nets
+from mmebm.state import flatten
+
+# As in test_net_chain.py: two fp32 chains whose sums run in another order
+CLOSE = 2e-5
+SHAPE = (3, 6, 5)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(need: Callable[[str], None], seed: int) -> None:
+    need("cpp")
+    torch.manual_seed(seed)
+    kept_nets.clear()
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The energies that were traced anew."""
+    calls: list[Any] = []
+    original = kept_nets.tracing.trace
+    monkeypatch.setattr(kept_nets.tracing, "trace", lambda e, *a, **k: calls.append(e) or original(e, *a, **k))
+    return calls
+
+
+def body(outputs: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, outputs, 3, padding=1), nn.SiLU(), nn.Conv2d(outputs, outputs, 3))
+
+
+class Net(nn.Module):
+    """Reads a number, a buffer, a list and a mode of its own."""
+
+    switch: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scale, self.kinds = body(), 1.0, ["silu"]
+        self.register_buffer("shift", torch.randn(4, 1, 1))
+        self.register_buffer("switch", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x) + self.shift
+        h = F.silu(h) if self.kinds[0] == "silu" else F.relu(h)
+        if self.training:
+            h = 2 * h
+        return self.scale * h.flatten(1).sum(1)
+
+
+FACTOR = 1.0
+
+
+class Words(Net):
+    """Reads a word of its class, and a global number."""
+
+    kind = "sum"
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = FACTOR * self.body(x).flatten(1)
+        return h.sum(1) if self.kind == "sum" else h.square().sum(1)
+
+
+class Branch(Net):
+    """A branch on the value of a buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).flatten(1)
+        return h.sum(1) if float(self.switch) > 0 else h.square().sum(1)
+
+
+class Changed(Net):
+    """Another ``forward`` for the class of an object."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).square().flatten(1).sum(1)
+
+
+def _forward_replaced(net: Any) -> None:
+    class Local(Net):
+        pass
+
+    net.__class__ = Local
+    Local.forward = Changed.forward  # type: ignore[method-assign]
+
+
+def _hook(net: Any) -> None:
+    net.body[0].register_forward_hook(lambda m, i, out: 2 * out)
+
+
+def _replaced(net: Any) -> None:
+    net.body[0].weight = nn.Parameter(torch.randn_like(net.body[0].weight))
+
+
+def _by_data(net: Any) -> None:
+    net.body[0].weight.data.mul_(-1.5)
+    net.shift.data = torch.randn_like(net.shift)
+
+
+def _in_place(net: Any) -> None:
+    with torch.no_grad():
+        for t in (*net.parameters(), net.shift):
+            t.add_(0.3 * torch.randn_like(t))
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "weights in place": (Net, _in_place),
+    "weights by .data": (Net, _by_data),
+    "a weight replaced": (Net, _replaced),
+    "weights assigned": (
+        Net,
+        lambda e: e.load_state_dict({k: torch.randn_like(v) for k, v in e.state_dict().items()}, assign=True),
+    ),
+    "a number": (Net, lambda e: setattr(e, "scale", -0.5)),
+    "an entry of a list": (Net, lambda e: e.kinds.__setitem__(0, "relu")),
+    "a layer": (Net, lambda e: e.body.__setitem__(1, nn.ReLU())),
+    "a layer's number": (Net, lambda e: setattr(e.body[2], "padding", (1, 1))),
+    "a hook": (Net, _hook),
+    "forward": (Net, _forward_replaced),
+    "a word of the class": (Words, lambda e: setattr(type(e), "kind", "sum" if e.kind == "mean" else "mean")),
+    "a global": (Words, lambda e: globals().update(FACTOR=2 * FACTOR)),
+    "train mode": (Net, lambda e: e.train()),
+    "a branch on a buffer": (Branch, lambda e: e.switch.neg_()),
+}
+
+
+def agrees(energy: Any, x: Any, **options: Any) -> Any:
+    """The chain by default is the loop's with autograd."""
+    ours = Langevin(0.02, 0.0, mode="keep").sample(energy, x, 2, seed=0, **options)
+    loop = Langevin(0.02, 0.0, mode="keep", backend="torch").sample(energy, x, 2, seed=0, **options)
+    for a, b in zip(flatten(ours.state)[1], flatten(loop.state)[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=CLOSE)
+    return ours
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_is_seen(change: str) -> None:
+    make, mutate = CHANGES[change]
+    energy, x = make().eval(), torch.randn(3, *SHAPE)
+    for _ in range(3):  # the second and third chain are not verified
+        before = agrees(energy, x)
+    assert before.info["op"] == "langevin_net", before.info["reason"]
+    mutate(energy)
+    for _ in range(2):
+        after = agrees(energy, x)
+    assert not torch.allclose(after.state, before.state, atol=1e-3), "the change changes nothing"
+
+
+def test_what_stays_is_kept(traced: list[Any]) -> None:
+    energy, x = Net().eval(), torch.randn(3, *SHAPE)
+    for _ in range(4):
+        agrees(energy, x)
+        _in_place(energy)
+    assert len(traced) == 1
+    agrees(energy, x[:2])
+    agrees(energy, torch.randn(3, 3, 8, 8))
+    assert len(traced) == 3  # other shapes are another net
+    agrees(energy, x)
+    assert len(traced) <= 4
+
+
+def test_a_function_made_anew(traced: list[Any]) -> None:
+    net, x = body(), torch.randn(3, *SHAPE)
+    for scale in (1.0, 1.0, 2.0):
+        agrees(lambda x, s=scale: s * net(x).flatten(1).sum(1), x)
+    assert len(traced) == 2
+
+
+def test_a_closure_that_is_mutated() -> None:
+    net, x, held = body(), torch.randn(3, *SHAPE), {"power": 1, "shift": torch.zeros(3, 4, 4, 3)}
+
+    def energy(x: Tensor) -> Tensor:
+        h = net(x) + held["shift"]
+        return (h if held["power"] == 1 else h * h).flatten(1).sum(1)
+
+    for _ in range(2):
+        agrees(energy, x)
+    held["power"] = 2
+    agrees(energy, x)
+    held["shift"] = torch.randn(3, 4, 4, 3)
+    agrees(energy, x)
+    held["shift"].add_(1.0)
+    assert agrees(energy, x).info["op"] == "langevin_net"
+
+
+def test_arguments_are_those_of_the_call(traced: list[Any]) -> None:
+    net, x = body(), torch.randn(3, *SHAPE)
+
+    def energy(x: Tensor, y: Tensor, weight: float) -> Tensor:
+        return weight * (net(x) - y).square().flatten(1).sum(1)
+
+    for _ in range(3):
+        agrees(energy, x, args=(torch.randn(3, 4, 4, 3), 0.1))
+    assert len(traced) == 1
+    agrees(energy, x, args=(torch.randn(3, 4, 4, 3), 0.2))
+    agrees(energy, x, args=(torch.randn(1, 4, 4, 3), 0.2))
+    assert len(traced) == 3
+
+
+def test_derived_weights(traced: list[Any]) -> None:
+    """Spectral and weight norm and a folded batch norm are computed again from what they come from."""
+    net = nn.Sequential(
+        parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.SiLU(), nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5),
+        nn.SiLU(), parametrizations.weight_norm(nn.Conv2d(5, 2, 2)),
+    )  # fmt: skip
+    energy = nn.Sequential(net, nn.Flatten(), nn.Linear(12, 1, bias=False)).eval()
+    x = torch.randn(3, *SHAPE)
+    for _ in range(3):
+        assert agrees(energy, x).info["op"] == "langevin_net"
+        with torch.no_grad():
+            for t in (*energy.parameters(), *energy.buffers()):
+                if t.is_floating_point():
+                    t.mul_(0.8).add_(0.1 * torch.rand_like(t))
+    assert len(traced) == 1
+
+
+def test_two_of_a_kind(traced: list[Any]) -> None:
+    first, second, x = Net().eval(), Net().eval(), torch.randn(3, *SHAPE)
+    for energy in (first, second, first, second):
+        agrees(energy, x)
+    assert len(traced) == 2
+
+
+def test_what_is_read_into_python_is_not_kept(traced: list[Any]) -> None:
+    energy, x = Branch().eval(), torch.randn(3, *SHAPE)
+    for _ in range(2):
+        agrees(energy, x)
+    assert len(traced) == 2
+
+
+def test_structures_of_the_state(traced: list[Any]) -> None:
+    net = body()
+    energy = lambda s: net(s["b"] if isinstance(s, dict) else s[0]).flatten(1).sum(1)
+    x = torch.randn(3, *SHAPE)
+    for state in ({"b": x}, [x], {"b": x}, {"b": x, "c": x}):
+        agrees(energy, state)
+    assert len(traced) == 3
+
+
+def test_weights_are_let_go() -> None:
+    energy, holder = Net().eval(), SimpleNamespace()
+    holder.weight = weakref.ref(energy.body[0].weight)
+    agrees(energy, torch.randn(3, *SHAPE))
+    del energy
+    gc.collect()
+    assert holder.weight() is None
