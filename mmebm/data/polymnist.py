@@ -379,7 +379,7 @@ def _find_layout(path: Path, split: Split) -> tuple[Path, str]:
     raise FileNotFoundError(
         f"no PolyMNIST {split} split: looked for m0/{{i}}.{{digit}}.png and for m0.pt in "
         f"{', '.join(map(str, folders))}. Unpack PolyMNIST.zip of https://zenodo.org/record/4899160 there, or load "
-        f"'polymnist-5k', which needs no download (pip install 'mmebm[train]')"
+        f"'polymnist-5k', which needs no download (pip install 'mmebm[digits]')"
     )
 
 

@@ -147,7 +147,7 @@ def latent_classification(
         from sklearn.linear_model import LogisticRegression
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "latent classification needs scikit-learn: pip install 'mmebm[train]'", name="sklearn"
+            "latent classification needs scikit-learn: pip install 'mmebm[digits]'", name="sklearn"
         ) from error
     names = [m.name for m in test.modalities]
     sizes = range(1, len(names) + 1) if sizes is None else sizes

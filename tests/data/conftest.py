@@ -20,7 +20,7 @@ MISSING = [name for name in ("mlxtend", "sklearn", "skimage", "PIL") if importli
 @pytest.fixture(scope="session")
 def packages() -> None:
     if MISSING:
-        pytest.skip(f"not installed: {', '.join(MISSING)} (pip install 'mmebm[train]')")
+        pytest.skip(f"not installed: {', '.join(MISSING)} (pip install 'mmebm[digits]')")
 
 
 @pytest.fixture(scope="session")

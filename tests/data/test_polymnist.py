@@ -262,7 +262,7 @@ def test_a_missing_folder_says_what_was_looked_for_and_where(tmp_path: Path) -> 
         with pytest.raises(FileNotFoundError) as caught:
             load("polymnist", "train", path=path)
         for part in (str(path / "train"), str(path / "MMNIST" / "train"), "m0.pt", "zenodo", "polymnist-5k",
-                     "pip install 'mmebm[train]'"):  # fmt: skip
+                     "pip install 'mmebm[digits]'"):  # fmt: skip
             assert part in str(caught.value)
     with pytest.raises(ValueError, match="give path="):
         load("polymnist", "train")
