@@ -26,6 +26,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build import build
@@ -195,7 +196,7 @@ class BuiltDistribution(Distribution):
 
 class Build(build):
     # build_ext runs also where it compiles nothing: it leaves the record
-    sub_commands = [(name, None if name == "build_ext" else needed) for name, needed in build.sub_commands]
+    sub_commands: ClassVar = [(name, None if name == "build_ext" else needed) for name, needed in build.sub_commands]
 
 
 class BuildExtensions(build_ext):

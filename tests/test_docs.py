@@ -1,14 +1,24 @@
-"""The Python blocks of the pages under docs/ run, one after the other, in one namespace per page."""
+"""The Python blocks of the pages under docs/ run, one after the other, in one namespace per page.
+
+The messages in troubleshooting.md are raised by the blocks beside them, and the API pages have all that is public.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+import mmebm
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page for page in DOCS.glob("*.md") if BLOCK.search(page.read_text()))
 
@@ -30,3 +40,68 @@ def test_whole_chain_is_one_call(need: Any, capsys: pytest.CaptureFixture[str]) 
     exec(block.group(1), {})
     said = re.search(r"# (langevin_mlp - .*)$", block.group(1), re.MULTILINE)
     assert said is not None and capsys.readouterr().out.strip() == said.group(1)
+
+
+# ### `message`, and the block that raises it, if there is one
+MESSAGE = re.compile(r"^### `([^\n]*)`\n\n(?:```python title=\"raises it\"\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+TROUBLES = [(m[1], m[2]) for m in MESSAGE.finditer((DOCS / "troubleshooting.md").read_text())]
+
+
+@pytest.mark.parametrize(("message", "code"), TROUBLES, ids=[message for message, _ in TROUBLES])
+def test_messages_are_those_that_are_raised(message: str, code: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if code is None:  # a machine without the package or the tool it speaks of: its words stand in the source
+        files = [ROOT / "setup.py", *(ROOT / "mmebm").rglob("*.py")]
+        # string literals that follow each other are one
+        source = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)
+        assert message in source
+        return
+    namespace: dict[str, Any] = {}
+    first = BLOCK.search((DOCS / "troubleshooting.md").read_text())
+    assert first is not None
+    exec(first.group(1), namespace)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            exec(code, namespace)
+        except Exception as error:
+            said = str(error)
+        else:
+            said = capsys.readouterr().out + "\n".join(str(warning.message) for warning in caught)
+    assert message in said, said
+
+
+def test_api_pages_have_every_public_name() -> None:
+    pages = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    described = set()
+    for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
+        try:
+            described.add(id(importlib.import_module(name)))
+        except ImportError:
+            if not module.startswith("mmebm.adapters"):  # they need the other library; the build of the site reads them
+                described.add(id(getattr(importlib.import_module(module), attribute)))
+    homes = ("mmebm", "mmebm.diagnostics", "mmebm.energies", "mmebm.training", "mmebm.data")
+    missing = []
+    for home in homes:
+        module = importlib.import_module(home)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.ismodule(value) or callable(value):
+                whole = inspect.ismodule(value) and any(
+                    line.startswith(f"::: {value.__name__}") for line in pages.splitlines()
+                )
+                if id(value) not in described and not whole:
+                    missing.append(f"{home}.{name}")
+    assert missing == []
+
+
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_were_executed_whole_and_in_order(path: Path) -> None:
+    """.ci/run executes them; here only that what is committed is the output of one execution, without an error."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert "/tmp/" not in path.read_text() and "/root" not in path.read_text()
