@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-import mmebm
-
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
