@@ -19,6 +19,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 log = get_plugin_logger("hooks")
 
+# <!-- include FILE NAME -->: what stands between <!-- NAME --> and <!-- /NAME --> there; without NAME all of it
+INCLUDE = re.compile(r"<!-- include (\S+)(?: (\S+))? -->")
 LINK = re.compile(r"\]\((?!#|[a-z]+:)([^)#\s]+)(#[^)]*)?\)")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`~?([^`]+)`")
 
@@ -57,13 +59,22 @@ def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, b
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links that leave docs/ go to the repository, where what they name must exist."""
+    """Includes parts of files above docs/. Links that leave docs/ go to the repository, where their file must exist."""
     folder = posixpath.dirname(page.file.src_uri)
+
+    def include(match: re.Match[str]) -> str:
+        text = (ROOT / match[1]).read_text(encoding="utf-8")
+        if match[2] is not None:
+            text = text.split(f"<!-- {match[2]} -->")[1].split(f"<!-- /{match[2]} -->")[0]
+        return LINK.sub(lambda link: f"]({posixpath.relpath(link[1], 'docs')}{link[2] or ''})", text).strip()
+
+    markdown = INCLUDE.sub(include, markdown)
 
     def link(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("docs", folder, match[1]))
         if target.startswith("docs/"):
-            return match[0]
+            page_of = match[0].replace(".ipynb", ".md")  # a notebook's page; the page itself links to the file
+            return match[0] if folder == "notebooks" else page_of
         if not (ROOT / target).exists():
             log.warning("%s links to %s, which does not exist", page.file.src_uri, target)
         return f"]({config.repo_url}/blob/main/{target}{match[2] or ''})"
