@@ -47,14 +47,19 @@ def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, b
                 parts.append(f"[This notebook]({stem}.ipynb), with the output of its last execution.")
         elif cell["cell_type"] == "code" and source:
             parts.append(f"```python\n{source}\n```")
+            printed = ""
+            shown: list[str] = []
             for output in cell["outputs"]:
                 data = output.get("data", {})
                 if picture := data.get("image/png"):
                     name = f"{stem}-{len(pictures)}.png"
                     pictures[name] = base64.b64decode("".join(picture))
-                    parts.append(f"![output of the code above]({name})")
-                elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
-                    parts.append(f"```{{ .text .output }}\n{text}\n```")
+                    shown.append(f"![output of the code above]({name})")
+                else:
+                    printed += "".join(output.get("text", data.get("text/plain", "")))
+            if text := printed.strip("\n"):
+                parts.append(f"```{{ .text .output }}\n{text}\n```")
+            parts += shown
     return "\n\n".join(parts) + "\n", pictures
 
 

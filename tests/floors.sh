@@ -37,14 +37,15 @@ done
 # shellcheck disable=SC1091
 . "$work/venv/bin/activate"
 pip install --quiet --upgrade pip
-git -C "$root" archive HEAD | tar -x -C "$work" --one-top-level=mmebm
-cd "$work/mmebm"
+mkdir "$work/tree"
+git -C "$root" archive HEAD | tar -x -C "$work/tree"
+cd "$work/tree"
 pip install --quiet "${requirements[@]}"
 # what is there already stays: --upgrade-strategy only-if-needed is pip's default
 MMEBM_BUILD_CUDA=0 pip install --quiet . 'pytest>=8' 'hypothesis>=6.100' "${requirements[@]}"
 rm -rf mmebm # the tests are to find what was installed
 # shellcheck disable=SC2086
-python -m pytest -q ${TESTS:-tests/test_noise.py tests/test_state.py tests/reference tests/samplers/test_langevin.py tests/samplers/test_published_loops.py}
+python -m pytest -q ${TESTS:-tests/test_noise.py tests/test_state.py tests/ops/langevin_step/test_reference.py tests/samplers/test_langevin.py tests/samplers/test_published_loops.py}
 python - <<'END'
 import platform, numpy, torch
 print(f"tested: Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}")
