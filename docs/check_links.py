@@ -1,6 +1,6 @@
 """Checks every link and picture inside a built site, anchors included, without a network.
 
-    mkdocs build --strict -d site && python docs/check_links.py site
+mkdocs build --strict -d site && python docs/check_links.py site
 """
 
 from __future__ import annotations

@@ -226,6 +226,22 @@ def test_importing_all_of_mmebm_loads_torch_and_numpy_only():
     assert run([sys.executable, "-c", code], ROOT, **hidden).stdout.splitlines()[-1] == "[]"
 
 
+def test_nothing_needs_a_unix_module_at_import():
+    """On Windows there are no fcntl, resource and the like, and no SIGUSR1."""
+    code = (
+        "import importlib, pkgutil, signal, sys, torch, numpy, mmebm\n"
+        "for name in ('fcntl', 'grp', 'pwd', 'resource', 'termios'): sys.modules[name] = None\n"
+        "del signal.SIGUSR1\n"
+        "names = [m.name for m in pkgutil.walk_packages(mmebm.__path__, 'mmebm.', lambda name: None)]\n"
+        # what needs another package: Triton, a compiled extension, the adapters' libraries
+        "skipped = ('mmebm.kernels', 'mmebm._', 'mmebm.adapters.')\n"
+        "names = [name for name in names if not name.startswith(skipped)]\n"
+        "for name in names: importlib.import_module(name)\n"
+        "print(len(names))"
+    )
+    assert int(run([sys.executable, "-c", code], ROOT, PYTHONPATH=str(ROOT)).stdout.split()[-1]) > 100
+
+
 OWN_DATA = """
 import pathlib, sys
 from importlib.machinery import PathFinder
