@@ -42,7 +42,7 @@ git -C "$root" archive HEAD | tar -x -C "$work/tree"
 cd "$work/tree"
 pip install --quiet "${requirements[@]}"
 # what is there already stays: --upgrade-strategy only-if-needed is pip's default
-MMEBM_BUILD_CUDA=0 pip install --quiet . 'pytest>=8' 'hypothesis>=6.100' "${requirements[@]}"
+MMEBM_BUILD_CUDA=0 pip install --quiet . 'pytest>=8' 'hypothesis>=6.100' scipy "${requirements[@]}"
 rm -rf mmebm # the tests are to find what was installed
 # shellcheck disable=SC2086
 python -m pytest -q ${TESTS:-tests/test_noise.py tests/test_state.py tests/ops/langevin_step/test_reference.py tests/samplers/test_langevin.py tests/samplers/test_published_loops.py}
