@@ -213,5 +213,5 @@ def test_bad_input_is_refused(call, message: str, make_set: MakeSet) -> None:
 
 def test_scikit_learn_is_asked_for_by_name(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn: pip install 'mmebm\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn: pip install 'mmebm\[digits\]'"):
         latent_classification(lambda x, s: x["vector"], make_set(), make_set())
