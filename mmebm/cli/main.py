@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="try two iterations of each stage, say what it "
                                                               "would take, and write nothing")  # fmt: skip
     train.add_argument("--print-config", nargs="?", const="json", choices=("json", "toml"),
-                       help="print the whole configuration, as --config reads it, and stop (default: json)")  # fmt: skip
+                       help="print the whole configuration, as --config reads it, and stop (as json)")  # fmt: skip
     _imports(train)
     device(train)
     add_fields(train)
