@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     def device(p: argparse.ArgumentParser) -> None:
         p.add_argument("--device", default="auto", help="auto (default: cuda if any), cpu, cuda, cuda:1, ...")
 
-    def of_run(p: argparse.ArgumentParser) -> None:
-        p.add_argument("run", help="the run's folder")
+    def of_run(p: argparse.ArgumentParser, nargs: str | None = None) -> None:
+        p.add_argument("run", nargs=nargs, help="the run's folder")
         p.add_argument("--data-path", help="folder of the data set, where it is no longer where it was")
         _imports(p)
 
@@ -166,9 +166,12 @@ def parser() -> argparse.ArgumentParser:
     more.add_argument("--latent", action="store_true", help="classes read off z, before and after the latent chain")
     more.add_argument("--likelihood", action="store_true", help="log p(X) of the generator, by annealing")
 
-    report = command("report", "a run on one HTML page", "Write report.html: numbers, pictures, configuration.")
-    of_run(report)
-    report.add_argument("--out", default=None, help="the file to write (default: report.html in the run's folder)")
+    report = command("report", "a run on one HTML page, or several compared",
+                     "Write report.html: a verdict, numbers, pictures, configuration. Of several runs: "
+                     "comparison.html.")  # fmt: skip
+    of_run(report, "+")
+    report.add_argument("--out", default=None, help="the file to write (default: report.html in the run's folder; of "
+                                                    "several runs comparison.html, here)")  # fmt: skip
     report.add_argument("--mixing", action="store_true", help="examine the mixing of both chains (minutes; kept)")
     report.add_argument("--chains", type=int, default=64, help="with --mixing: chains per start (default: 64)")
     report.add_argument("--long", type=int, default=2000, help="with --mixing: steps of the long chains")

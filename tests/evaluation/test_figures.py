@@ -16,6 +16,7 @@ from mmebm.evaluation.figures import (
     curves,
     interpolation_grid,
     lines,
+    overlay,
     revision_grid,
     sample_grid,
     sweep,
@@ -23,7 +24,7 @@ from mmebm.evaluation.figures import (
     trajectory_grid,
 )
 from mmebm.evaluation.figures.grids import BROKEN, CELL
-from mmebm.evaluation.figures.plots import ACCENT, COLOURS
+from mmebm.evaluation.figures.plots import ACCENT, COLOURS, _pieces
 from mmebm.evaluation.figures.style import DPI
 
 PIXEL = 1 / 255
@@ -200,6 +201,39 @@ def test_sweep_draws_against_steps_and_against_seconds(tmp_path: Path):
     short = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     one = read(sweep({"xk": short}, tmp_path / "s.png", quantities=["frechet"]))
     assert one.shape[:2] == pytest.approx((DPI * (1.95 + 0.25), DPI * (3.2 + 0.15)), abs=1)
+
+
+def test_each_dimension_of_a_vector_has_its_own_scale(tmp_path: Path):
+    from matplotlib import colormaps
+
+    values = np.array([[0.0, 100.0], [1.0, 101.0]], dtype=np.float32)
+    low, high = np.asarray(colormaps["cividis"]([0.0, 1.0]))[:, :3]
+    picture = read(sample_grid({"t": {"v": values[:1]}, "u": {"v": values[1:]}}, tmp_path / "v.png"))
+    # the first block is lowest in both dimensions, the second highest: a scale for all would show 100 and 101 alike
+    cell = 0.9 * CELL * 0.4 * CELL / CELL**2 * (CELL * DPI) ** 2  # a vector's cell, less its gaps
+    for colour in (low, high):
+        assert (np.abs(picture - colour).max(-1) < 2 * PIXEL).sum() == pytest.approx(cell, rel=0.1)
+
+
+def test_no_line_crosses_a_gap():
+    x = np.array([1, 2, 3, 4, 10, 11, 12, 12, 13, 14], dtype=float)
+    # a stretch without values, and a step back; a row at 2 belongs to the stage that ends there
+    assert [x[part].tolist() for part in _pieces(x)] == [[1, 2, 3, 4], [10, 11, 12], [12, 13, 14]]
+    assert [x[part].tolist() for part in _pieces(x, [0, 2])][:2] == [[1, 2], [3, 4]]
+    assert _pieces(x[:0]) == [] and _pieces(x[:1]) == [slice(0, 1)]
+
+
+def test_overlay_has_a_line_per_run(tmp_path: Path):
+    log = {"iteration": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.0]}
+    path = tmp_path / "o.png"
+    both = read(overlay({"a": log, "b": {**log, "loss": [1.0, 2.0, 3.0], "own": [1.0, 1.0, 1.0]}}, path))
+    for colour in COLOURS[:2]:
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        assert share_of(both, rgb) > 0
+    wide = read(overlay({"a": log, "b": {**log, "own": [1.0, 1.0, 1.0]}}, path, quantities=["loss", "own"]))
+    assert wide.shape[1] - both.shape[1] == pytest.approx(3.2 * DPI, abs=1)  # a panel more
+    with pytest.raises(ValueError, match="must have 'iteration', got"):
+        overlay({"a": {"loss": [1.0]}}, path)
 
 
 def test_curves_show_the_stages_that_a_quantity_has(tmp_path: Path):

@@ -11,9 +11,9 @@ from mmebm.evaluation.figures.grids import (
     sample_grid,
     trajectory_grid,
 )
-from mmebm.evaluation.figures.plots import curves, lines, sweep, traces
+from mmebm.evaluation.figures.plots import curves, lines, overlay, sweep, traces
 
 __all__ = [
-    "conditional_grid", "curves", "interpolation_grid", "lines", "revision_grid", "sample_grid", "sweep", "traces",
-    "trajectory_grid",
+    "conditional_grid", "curves", "interpolation_grid", "lines", "overlay", "revision_grid", "sample_grid", "sweep",
+    "traces", "trajectory_grid",
 ]  # fmt: skip
