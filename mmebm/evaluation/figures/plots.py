@@ -93,7 +93,7 @@ def _panel(
     # A logarithm has no place for zero and below: such points are gaps.
     seen = np.isfinite(values) & np.isfinite(at) & ((values > 0) | (not logarithmic))
     x, y = at[seen], values[seen]
-    _style(axes, name)
+    style_axes(axes, name)
     axes.locator_params(axis="x", nbins=5)
     if len(at) > 1 and at[0] < at[-1]:
         # Only the stages in which there is something to see: a short last one would be a spike at the edge.
@@ -374,7 +374,7 @@ def _multiples(
             axes.set_axis_off()
             continue
         part = parts[index]
-        _style(axes, part.title)
+        style_axes(axes, part.title)
         for line in part.series:
             colour = line.colour or colours.get(line.label, ACCENT)
             weight, alpha = (1.2, 1.0) if line.label else (0.8, 0.75)
@@ -417,7 +417,7 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _style(axes: Axes, title: str) -> None:
+def style_axes(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=9, fontweight="bold", color=INK, loc="left", pad=5)
     axes.tick_params(which="both", labelsize=7, colors=FAINT, length=2, width=0.6)
     for side, spine in axes.spines.items():
