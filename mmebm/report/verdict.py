@@ -186,8 +186,8 @@ def _opening(word: str, by: Mapping[str, Rule]) -> str:
         "copies": "The samples are close to copies of training tuples.",
         "not converged": f"Training had not converged when it ended: the reconstruction error {by['settled'].found} "
                          "over the last fifth of its stage. More iterations would improve it.",
-        "not judged": "Nothing says whether the modalities of a sample belong together: that needs labels and "
-                      "`mmebm evaluate`. Look at the samples beside their nearest training tuples.",
+        "not judged": "Nothing says whether the modalities of a sample belong together: that needs labels, and numbers "
+                      "by `mmebm evaluate`. The samples themselves must tell.",
         "good": "The samples are good: their modalities agree nearly as often as those of real tuples.",
         "fair": "The samples are fair: their modalities agree well beyond chance, and not as often as real ones.",
         "poor": "The samples are poor: their modalities agree too seldom.",
