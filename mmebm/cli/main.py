@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mmebm.cli.fields import add_fields, others
 from mmebm.cli.threads import settle
 from mmebm.plugins import import_modules
 
@@ -29,6 +30,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
+    top.add_argument(
+        "--print-completion", action=_Completion, choices=("bash", "fish", "powershell", "tcsh", "zsh"),
+        help="print a script for your shell that completes commands, options and their values (docs/command-line.md)",
+    )  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
@@ -37,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     def device(p: argparse.ArgumentParser) -> None:
         p.add_argument("--device", default="auto", help="auto (default: cuda if any), cpu, cuda, cuda:1, ...")
 
-    def of_run(p: argparse.ArgumentParser) -> None:
-        p.add_argument("run", help="the run's folder")
+    def of_run(p: argparse.ArgumentParser, nargs: str | None = None) -> None:
+        p.add_argument("run", nargs=nargs, help="the run's folder")
         p.add_argument("--data-path", help="folder of the data set, where it is no longer where it was")
         _imports(p)
 
@@ -54,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--force", action="store_true", help="write over what is there")
 
     train = command("train", "train a model and evaluate it", "Train, draw, evaluate.")
+    train.usage = "mmebm train [--preset PRESET | --config FILE | --resume RUN] [options] [--FIELD VALUE ...]"
     train.add_argument("--preset", default=None, help="demo (default), base, paper, polymnist-14, ...; or /VARIANT")
     train.add_argument("--config", metavar="FILE", help="settings that differ from a preset's, .toml or .json; its "
                                                         "field preset says which (default there: base)")  # fmt: skip
@@ -66,15 +72,17 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--init-from", metavar="RUN", help="begin with the networks of this run")
     train.add_argument("--seed", type=int, default=None, help="of weights, batches and noise (default: the preset's)")
     train.add_argument(
-        "--data", help="data set instead of the preset's: digits, polymnist-5k, folder, ... (docs/data.md)"
+        "--data",
+        "--data.name",
+        help="data set instead of the preset's: digits, polymnist-5k, folder, ... (docs/data.md)",
     )
-    train.add_argument("--data-path", help="folder of a data set on disk, e.g. with --data folder")
+    train.add_argument("--data-path", "--data.path", help="folder of a data set on disk, e.g. with --data folder")
     train.add_argument(
         "--threads", type=int, default=None, help="CPU threads (default: the cores that the process may use)"
     )
     train.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",
-        help="change one field of the configuration, e.g. --set data_chain.steps=60; --print-config shows them all",
+        help="change one field of the configuration, e.g. --set data_chain.steps=60: as --data-chain.steps 60",
     )  # fmt: skip
     train.add_argument("--logger", action="append", default=[], metavar="NAME", help="also send the log there: "
                        "tensorboard, wandb, mlflow, an entry point of mmebm.loggers, package.module:name")  # fmt: skip
@@ -82,9 +90,11 @@ def parser() -> argparse.ArgumentParser:
                        "an entry point of mmebm.callbacks, or package.module:name")  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="try two iterations of each stage, say what it "
                                                               "would take, and write nothing")  # fmt: skip
-    train.add_argument("--print-config", action="store_true", help="print the whole configuration as JSON, and stop")
+    train.add_argument("--print-config", nargs="?", const="json", choices=("json", "toml"),
+                       help="print the whole configuration, as --config reads it, and stop (as json)")  # fmt: skip
     _imports(train)
     device(train)
+    add_fields(train)
 
     ablate = command("ablate", "train variants of a preset with several seeds, into one table",
                      "Train variants of a preset with several seeds and write one table.")  # fmt: skip
@@ -100,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("--data", help="data set instead of the preset's")
     ablate.add_argument("--data-path", help="its folder")
     ablate.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
-    ablate.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train")
+    ablate.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train, and so are "
+                        "flags such as --data-chain.steps 60")  # fmt: skip
     _imports(ablate)
     device(ablate)
 
@@ -155,9 +166,12 @@ def parser() -> argparse.ArgumentParser:
     more.add_argument("--latent", action="store_true", help="classes read off z, before and after the latent chain")
     more.add_argument("--likelihood", action="store_true", help="log p(X) of the generator, by annealing")
 
-    report = command("report", "a run on one HTML page", "Write report.html: numbers, pictures, configuration.")
-    of_run(report)
-    report.add_argument("--out", default=None, help="the file to write (default: report.html in the run's folder)")
+    report = command("report", "a run on one HTML page, or several compared",
+                     "Write report.html: a verdict, numbers, pictures, configuration. Of several runs: "
+                     "comparison.html.")  # fmt: skip
+    of_run(report, "+")
+    report.add_argument("--out", default=None, help="the file to write (default: report.html in the run's folder; of "
+                                                    "several runs comparison.html, here)")  # fmt: skip
     report.add_argument("--mixing", action="store_true", help="examine the mixing of both chains (minutes; kept)")
     report.add_argument("--chains", type=int, default=64, help="with --mixing: chains per start (default: 64)")
     report.add_argument("--long", type=int, default=2000, help="with --mixing: steps of the long chains")
@@ -179,6 +193,29 @@ class _Version(argparse.Action):
 
         print(f"mmebm {__version__}")
         parser.exit()
+
+
+class _Completion(argparse.Action):
+    """Prints the script of a shell."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error("completion needs shtab: pip install 'mmebm[train]'")
+        for each in _parsers(parser):
+            for action in each._actions:
+                folder = action.dest in ("run", "runs", "resume", "init_from", "data_path", "source")
+                if folder or action.dest in ("out", "config", "given_file"):
+                    action.complete = shtab.DIRECTORY if folder else shtab.FILE  # pyright: ignore
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of all commands."""
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return list(commands.choices.values())
 
 
 def _output() -> argparse.ArgumentParser:
@@ -210,7 +247,13 @@ def _steps(text: str) -> int | str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, as ``mmebm --help`` lists them."""
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if hasattr(arguments, "set"):
+        named, rest = others(rest)
+        arguments.set += named
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.result = {}  # what the command has to say, for --json
     settle()
     try:

@@ -1,4 +1,4 @@
-"""``mmebm report``: the whole run on one HTML page."""
+"""``mmebm report``: a run on one HTML page, or several compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def report(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from mmebm.report import write_report
 
-    folder = Path(arguments.run)
+    if len(arguments.run) > 1:
+        return _compare(arguments)
+    folder = Path(arguments.run[0])
     if arguments.out is not None or folder.is_dir():
         check_writable(arguments.out or folder / "report.html")
     device, path = pick_device(arguments.device), arguments.data_path
@@ -29,6 +31,22 @@ def report(arguments: argparse.Namespace) -> int:
         run = run or Run(folder, device, data_path=path)
         mixing = examined(run, chains=arguments.chains, long=arguments.long, seed=arguments.seed)
     path = write_report(folder, run, mixing=mixing, seed=arguments.seed, out=arguments.out)
+    arguments.result = {"out": str(path)}
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from mmebm.report import write_comparison
+
+    if arguments.mixing or arguments.data_path is not None:
+        raise ValueError("--mixing and --data-path are for a report of one run")
+    out = arguments.out or "comparison.html"
+    check_writable(out)
+    device = pick_device(arguments.device)
+    folders = list(dict.fromkeys(Path(run) for run in arguments.run))
+    runs = {folder: Run(folder, device) if (folder / CHECKPOINT).is_file() else None for folder in folders}
+    path = write_comparison(runs, out, seed=arguments.seed)
     arguments.result = {"out": str(path)}
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     return 0

@@ -27,7 +27,7 @@ from mmebm.training.loggers import TensorBoard, logger
 from mmebm.training.networks import chain_reports
 from mmebm.training.reading import keep_codecs
 from mmebm.training.run import CHECKPOINT, LOG, Run, load_data
-from mmebm.training.settings import read_file
+from mmebm.training.settings import read_file, to_toml
 from mmebm.training.variants import without_data
 
 
@@ -143,7 +143,7 @@ def train(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         if arguments.print_config:
             arguments.result = json.loads(config.to_json())
-            print(config.to_json())
+            print(config.to_json() if arguments.print_config == "json" else to_toml(arguments.result))
             return 0
         if arguments.dry_run:
             arguments.result = dry_run(config, device)

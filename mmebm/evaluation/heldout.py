@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from mmebm.choices import Metric
 from mmebm.data.base import check_count
 from mmebm.evaluation.latent import System
 from mmebm.evaluation.likelihood import log_constant
@@ -31,8 +32,6 @@ __all__ = [
     "METRICS", "Metric", "comparable", "held_out", "importance_bound", "kernel_distances", "mean_of", "retrieval",
     "summary",
 ]  # fmt: skip
-
-Metric = Literal["bound", "mse", "cross_mse", "retrieval", "kernel"]
 
 # which end of each number of :func:`summary` is the good one
 METRICS: Final[dict[str, Literal["highest", "lowest"]]] = {

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmebm.models.nets import Net, decoder
+from mmebm.choices import Net
+from mmebm.models.nets import decoder
 from mmebm.ops.residual import residual
 
 Likelihood = Literal["gaussian", "laplace"]

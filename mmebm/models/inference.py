@@ -6,17 +6,17 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from mmebm.choices import Joint, Net
 from mmebm.models.generator import latent_columns, rows_with
-from mmebm.models.nets import Net, encoder
+from mmebm.models.nets import encoder
 from mmebm.ops.langevin_step.reference import widen
 
-Joint = Literal["mixture", "product", "product_without_prior", "mixture_of_products"]
-JOINTS: tuple[Joint, ...] = ("mixture", "product", "product_without_prior", "mixture_of_products")
+JOINTS: tuple[Joint, ...] = get_args(Joint)
 
 
 class Expert(NamedTuple):

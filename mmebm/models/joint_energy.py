@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmebm.models.nets import Net, encoder, is_image, mlp, spectral_norm
+from mmebm.choices import Net
+from mmebm.models.nets import encoder, is_image, mlp, spectral_norm
 
 
 class JointEnergy(nn.Module):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Net = Literal["mlp", "conv"]
-Activation = Literal["relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"]
+from mmebm.choices import Net
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Html", "details", "document", "element", "figure", "join", "number", "table", "tree"]
+__all__ = ["Best", "Html", "details", "document", "element", "figure", "join", "number", "table", "tree"]
 
 VOID: Final = ("img", "meta")
 # A list of numbers longer than this is told by its ends.
@@ -46,6 +46,11 @@ th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { font-weight: 600; color: var(--faint); }
 th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
 td { white-space: nowrap; }
+td.best { font-weight: 700; color: var(--accent); }
+dt { font-weight: 600; margin-top: .5rem; }
+dd { margin: 0 0 0 1.3rem; max-width: 46rem; }
+.verdict { max-width: 48rem; font-size: 1.02rem; }
+.verdict strong { color: var(--accent); }
 td.text { text-align: left; min-width: 12rem; max-width: 30rem; white-space: normal; overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tbody tr:hover { background: var(--shade); }
@@ -70,6 +75,12 @@ summary { cursor: pointer; color: var(--accent); font-size: .92rem; }
 
 class Html(str):
     """Markup, ready to be put into a page."""
+
+    __slots__ = ()
+
+
+class Best(str):
+    """A cell of a table that is marked as the best of its column."""
 
     __slots__ = ()
 
@@ -100,6 +111,8 @@ def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Html:
     """A table with a header row; the first column names the rows."""
 
     def cell(value: Any) -> Html:
+        if isinstance(value, Best):
+            return element("td", value, class_="best")
         text = isinstance(value, str) and not isinstance(value, Html) and len(value) > 32
         inner = value if isinstance(value, Html) else number(value)
         return element("td", inner, class_="text") if text else element("td", inner)

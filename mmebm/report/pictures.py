@@ -12,31 +12,48 @@ from torch import Tensor
 
 from mmebm.evaluation import figures
 from mmebm.evaluation.latent import interpolate, usable_rows
+from mmebm.evaluation.neighbours import Neighbours
 from mmebm.training.run import Run
 
-__all__ = ["completions", "interpolations", "revisions", "samples"]
+__all__ = ["compared", "completions", "interpolations", "revisions", "samples"]
 
 TITLES: Final = {
     "vae": "VAE after the warm-up", "frozen": "frozen: Langevin on the VAE held fixed", "x0": "x0: generator",
     "xk": "xk: after data-space Langevin",
 }  # fmt: skip
 COLUMNS: Final = 12
+COMPARED: Final = 256  # samples that are compared with training tuples
 FRAMES: Final = 16  # columns of a revision: every second of 30 steps, and the start
 
 
-def samples(run: Run, path: Path, *, seed: int = 0) -> Path:
-    """Joint samples at every point that the run has, the same seed in each."""
-    blocks = {}
+def samples(run: Run, path: Path, *, neighbours: Neighbours | None = None, seed: int = 0) -> Path:
+    """Joint samples at every point that the run has, the same seed in each; with ``neighbours`` also the nearest
+    training tuple of each of the last ones, and real tuples."""
+    blocks: dict[str, Any] = {}
+    x: Mapping[str, Tensor] = {}
     for point in run.points or ("vae",):
         x = run.sample(COLUMNS, point, seed=seed)
         blocks[TITLES.get(point, point)] = natural(run, x)
+    if neighbours is not None:
+        point = (run.points or ("vae",))[-1]
+        blocks[f"the nearest training tuple of each {point} above"] = natural(run, neighbours.nearest(x))
+        blocks["real tuples, not trained on"] = natural(run, _real(run, COLUMNS, seed))
     return figures.sample_grid(blocks, path, columns=COLUMNS)
 
 
-def revisions(run: Run, folder: Path, *, seed: int = 0, chains: int = 3) -> dict[str, tuple[Path, str]]:
+def compared(run: Run, neighbours: Neighbours, *, seed: int = 0) -> dict[str, Any]:
+    """Samples of the run's last point beside training tuples (:meth:`Neighbours.compare`)."""
+    x = run.sample(COMPARED, (run.points or ("vae",))[-1], seed=seed)
+    return neighbours.compare(x, _real(run, COMPARED, seed))
+
+
+def revisions(
+    run: Run, folder: Path, *, data: bool = True, seed: int = 0, chains: int = 3
+) -> dict[str, tuple[Path, str]]:
     """Both chains every second step up to 30 (or as many as trained, if more): name -> (picture, caption).
 
-    The latent chain is shown as what its z decodes to, started at q(z | X) and, the last one, at the prior.
+    The latent chain is shown as what its z decodes to, started at q(z | X) and, the last one, at the prior; it needs
+    the ``data``.
     """
     config, system = run.config, run.system
     found = {}
@@ -49,7 +66,7 @@ def revisions(run: Run, folder: Path, *, seed: int = 0, chains: int = 3) -> dict
         path = figures.revision_grid(strips, range(0, steps + 1, every), folder / "data-chain.png")
         found["Data chain"] = (path, f"x under the joint energy, all modalities at once."
                                      f"{_beyond(config.data_chain.steps, steps)}")  # fmt: skip
-    if config.latent_chain.steps and run.infers:
+    if data and config.latent_chain.steps and run.infers:
         steps, every = _frames(config.latent_chain.steps)
         x = _real(run, chains, seed)
         with torch.no_grad():
@@ -102,7 +119,7 @@ def interpolations(run: Run, path: Path, *, seed: int = 0, rows: int = 3, points
 
 def natural(run: Run, x: Mapping[str, Tensor]) -> dict[str, Any]:
     """Model space to what a figure takes, of the modalities that ``x`` holds."""
-    return {m.name: m.natural(x[m.name]) for m in run.dataset("test").modalities if m.name in x}
+    return {m.name: m.natural(x[m.name]) for m in run.modalities if m.name in x}
 
 
 def _real(run: Run, count: int, seed: int) -> dict[str, Tensor]:

@@ -17,10 +17,13 @@ from typing import Any, Final
 
 from mmebm import __version__
 from mmebm.evaluation import figures
+from mmebm.evaluation.neighbours import Neighbours
 from mmebm.files import write_atomically
 from mmebm.report import pictures
+from mmebm.report.glossary import glossary
 from mmebm.report.mixing import sentences
 from mmebm.report.page import Html, details, document, element, figure, join, number, table, tree
+from mmebm.report.verdict import Verdict, judge
 from mmebm.training.run import CHECKPOINT, Run
 
 __all__ = ["write_report"]
@@ -34,12 +37,20 @@ CONFIG: Final = "config.json"
 NAMES: Final = {
     "joint_coherence": "joint coherence", "chance_joint": "by chance", "pair_agreement": "pair agreement",
     "chance_pair": "by chance, pairs", "entropy": "lowest class entropy", "frechet": "Frechet distance",
+    "class_share_min": "rarest class", "class_share_max": "commonest class",
 }  # fmt: skip
 SHOWN: Final = {"classifiers", "floor", "points", "conditional", "settings", "seconds", "skipped", "sweep"}
 
 
+# Curves that are looked at when something else is wrong.
+SIDE: Final = {
+    "peak_memory_mib", "frozen_chains", "revision_mse", "latent_size", "latent_step", "generator_real",
+    "generator_revised", "inference_real", "inference_revised", "energy_real", "energy_revised", "gap_start",
+}  # fmt: skip
+
+
 @dataclass
-class _Folder:
+class Opened:
     """What is known of a run; ``missing`` grows while the page is written."""
 
     path: Path
@@ -51,6 +62,27 @@ class _Folder:
     drawings: Path
     seed: int
     missing: list[str] = field(default_factory=list)
+    neighbours: Neighbours | None = None  # None without the data too
+    compared: dict[str, Any] | None = None
+
+    @property
+    def iteration(self) -> int:
+        """How far training is."""
+        if self.run is not None:
+            return int(self.run.content["iteration"])
+        return max((row.get("iteration", 0) for row in self.log), default=0)
+
+    @property
+    def total(self) -> int:
+        """How far it was meant to go; 0 where that is not known."""
+        return sum(stage["iterations"] for stage in self.stages)
+
+    @property
+    def verdict(self) -> Verdict:
+        return judge(
+            iteration=self.iteration, total=self.total, metrics=self.metrics, mixing=self.mixing, log=self.log,
+            stages=self.stages, compared=self.compared,
+        )  # fmt: skip
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -80,24 +112,42 @@ def write_report(
         ImportError: without matplotlib.
     """
     folder = Path(folder)
-    if run is None and not any((folder / name).is_file() for name in (CONFIG, LOG, METRICS)):
-        raise FileNotFoundError(f"no run in {folder}: `mmebm train` leaves {CONFIG}, {LOG} and {CHECKPOINT} there")
     with tempfile.TemporaryDirectory() as drawings:
-        of = _Folder(
-            path=folder, run=run, info=_json(folder / CONFIG) or {}, log=_log(folder / LOG),
-            metrics=_json(folder / METRICS), drawings=Path(drawings), seed=seed,
-            mixing=dict(mixing) if mixing is not None else _json(folder / MIXING),
-        )  # fmt: skip
-        if run is not None:
-            of.info["config"] = json.loads(run.config.to_json())
-        text = _page(of)
+        text = _page(opened(folder, run, Path(drawings), mixing=mixing, seed=seed))
     path = Path(out) if out is not None else folder / "report.html"
     write_atomically(path, lambda file: file.write(text.encode()))
     return path
 
 
-def _page(of: _Folder) -> str:
-    sections: list[tuple[str, str, Callable[[_Folder], Html | None]]] = [
+def opened(
+    folder: Path, run: Run | None, drawings: Path, *, mixing: Mapping[str, Any] | None = None, seed: int = 0
+) -> Opened:
+    """What is known of a run, with its samples compared with its data where that can be read.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`write_report`.
+    """
+    if run is None and not any((folder / name).is_file() for name in (CONFIG, LOG, METRICS)):
+        raise FileNotFoundError(f"no run in {folder}: `mmebm train` leaves {CONFIG}, {LOG} and {CHECKPOINT} there")
+    of = Opened(
+        path=folder, run=run, info=_json(folder / CONFIG) or {}, log=_log(folder / LOG),
+        metrics=_json(folder / METRICS), drawings=drawings, seed=seed,
+        mixing=dict(mixing) if mixing is not None else _json(folder / MIXING),
+    )  # fmt: skip
+    if run is not None:
+        of.info["config"] = json.loads(run.config.to_json())
+        try:
+            run.dataset("test")
+            of.neighbours = Neighbours(run.dataset("train"), seed=seed)
+            of.compared = pictures.compared(run, of.neighbours, seed=seed)
+        except (OSError, ValueError, ImportError) as error:
+            of.missing.append(f"real tuples, nearest training tuples, the latent chain, completions and paths: the "
+                              f"data cannot be read ({error})")  # fmt: skip
+    return of
+
+
+def _page(of: Opened) -> str:
+    sections: list[tuple[str, str, Callable[[Opened], Html | None]]] = [
         ("numbers", "Numbers", _numbers),
         ("samples", "Samples", _samples),
         ("chains", "Chains, step by step", _revisions),
@@ -113,8 +163,10 @@ def _page(of: _Folder) -> str:
     ]
     _say_missing(of)
     written = [(name, heading, content) for name, heading, write in sections if (content := write(of)) is not None]
+    if (terms := glossary("".join(content for _, _, content in written))) is not None:
+        written.append(("glossary", "Glossary", terms))
     config = of.info.get("config", {})
-    lead = [element("p", _progress(of), class_="lead")]
+    lead = [element("p", _progress(of), class_="lead"), *_judged(of)]
     if of.missing:
         lead.append(element("div", "Not on this page:", element("ul", *(element("li", m) for m in of.missing)),
                             class_="note"))  # fmt: skip
@@ -123,19 +175,24 @@ def _page(of: _Folder) -> str:
     return document(title, join(*lead), written)
 
 
-def _progress(of: _Folder) -> str:
-    total = sum(stage["iterations"] for stage in of.stages)
-    if of.run is not None:
-        at = int(of.run.content["iteration"])
-    else:
-        at = max((row.get("iteration", 0) for row in of.log), default=0)
+def _progress(of: Opened) -> str:
+    at, total = of.iteration, of.total
     state = "finished" if total and at >= total else "not finished" if total else "unknown length"
     commit = f", commit {of.info['commit']}" if of.info.get("commit") else ""
     seed = f", seed {of.info['seed']}" if "seed" in of.info else ""
     return f"Iteration {at} of {total or '?'} ({state}){seed}{commit}"
 
 
-def _say_missing(of: _Folder) -> None:
+def _judged(of: Opened) -> list[Html]:
+    """The verdict, and the rules that it follows from."""
+    verdict = of.verdict
+    said = {None: "–", True: "yes", False: "no"}
+    rows = [(rule.name, rule.asks, rule.found, said[rule.holds]) for rule in verdict.rules]
+    text = element("p", element("strong", verdict.word.capitalize() + "."), " ", verdict.text, class_="verdict")
+    return [text, details("The rules of this verdict", table(("rule", "asks that", "found", "holds"), rows))]
+
+
+def _say_missing(of: Opened) -> None:
     if of.run is None:
         of.missing.append(f"every picture of samples: there is no {CHECKPOINT} yet")
     elif not of.run.joint_trained:
@@ -150,7 +207,7 @@ def _say_missing(of: _Folder) -> None:
         of.missing.append(f"whether the chains mix: `mmebm report {of.path} --mixing` finds out")
 
 
-def _numbers(of: _Folder) -> Html | None:
+def _numbers(of: Opened) -> Html | None:
     if of.metrics is None:
         return None
     m, parts = of.metrics, []
@@ -210,30 +267,34 @@ def _points(points: Mapping[str, Mapping[str, Any]], corner: str = "") -> Html:
     return table(head, rows)
 
 
-def _samples(of: _Folder) -> Html | None:
+def _samples(of: Opened) -> Html | None:
     if of.run is None:
         return None
-    path = pictures.samples(of.run, of.drawings / "samples.png", seed=of.seed)
+    path = pictures.samples(of.run, of.drawings / "samples.png", neighbours=of.neighbours, seed=of.seed)
     caption = "A column is one sample of the joint model; all points from one seed."
+    if of.neighbours is not None:
+        caption += f" Nearest of {len(of.neighbours.rows)} training tuples. Real tuples belong to no column."
+    if any(m.kind == "vector" for m in of.run.modalities):
+        caption += " Every dimension of a vector has a colour scale of its own, the same in the whole picture."
     return figure(path, "joint samples at each point", caption)
 
 
-def _revisions(of: _Folder) -> Html | None:
+def _revisions(of: Opened) -> Html | None:
     if of.run is None or not of.run.joint_trained:
         return None
-    drawn = pictures.revisions(of.run, of.drawings, seed=of.seed)
+    drawn = pictures.revisions(of.run, of.drawings, data=of.neighbours is not None, seed=of.seed)
     parts = [join(element("h3", name), figure(path, name, caption)) for name, (path, caption) in drawn.items()]
     return join(*parts) if parts else None
 
 
-def _conditional(of: _Folder) -> Html | None:
-    path = of.run and pictures.completions(of.run, of.drawings / "conditional.png", seed=of.seed)
+def _conditional(of: Opened) -> Html | None:
+    path = of.run and of.neighbours and pictures.completions(of.run, of.drawings / "conditional.png", seed=of.seed)
     caption = "Test tuples: what is given, and the others by each way to complete them. A column is one tuple."
     return figure(path, "completions", caption) if path else None
 
 
-def _paths(of: _Folder) -> Html | None:
-    path = of.run and pictures.interpolations(of.run, of.drawings / "paths.png", seed=of.seed)
+def _paths(of: Opened) -> Html | None:
+    path = of.run and of.neighbours and pictures.interpolations(of.run, of.drawings / "paths.png", seed=of.seed)
     caption = "Decoded on the way from one test tuple's latent to another's; the ends are reconstructions."
     return figure(path, "latent paths", caption) if path else None
 
@@ -247,7 +308,7 @@ def _rows(value: Any) -> dict[str, list[Mapping[str, Any]]]:
     }  # fmt: skip
 
 
-def _sweep(of: _Folder) -> Html | None:
+def _sweep(of: Opened) -> Html | None:
     series = _rows((of.metrics or {}).get("sweep"))
     if not series:
         return None
@@ -267,21 +328,37 @@ def _sweep(of: _Folder) -> Html | None:
     return join(*parts)
 
 
-def _training(of: _Folder) -> Html | None:
-    rows = [row for row in of.log if "rolled_back" not in row]
+def columns_of(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The numbers of a log by name, NaN where a row has none; nothing where no row has one."""
+    rows = [row for row in log if "rolled_back" not in row]
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
     if not names:
-        return None
+        return {}
     logged = {name: [row.get(name) for row in rows] for name in ("iteration", *names)}
-    columns = {
+    return {
         name: [float(v) if isinstance(v, (int, float)) else math.nan for v in values] for name, values in logged.items()
     }
+
+
+def _training(of: Opened) -> Html | None:
+    columns = columns_of(of.log)
+    if not columns:
+        return None
+    rows = [row for row in of.log if "rolled_back" not in row]
     begins, total = {}, 0
     for index, stage in enumerate(of.stages, start=1):
         begins[f"{index} {stage['kind']}"] = float(total)
         total += stage["iterations"]
-    path = figures.curves(columns, of.drawings / "curves.png", stages=begins)
-    parts = [figure(path, "training curves", "Each over the stages in which it is logged.")]
+    main = {name: values for name, values in columns.items() if name not in SIDE}
+    parts = []
+    caption = "Each over the stages in which it is logged; lines end where a stage does, and where nothing was logged."
+    if len(main) > 1:
+        path = figures.curves(main, of.drawings / "curves.png", stages=begins)
+        parts.append(figure(path, "training curves", caption))
+    side = {name: values for name, values in columns.items() if name in SIDE}
+    if side:
+        path = figures.curves({"iteration": columns["iteration"], **side}, of.drawings / "side.png", stages=begins)
+        parts.append(details(f"{len(side)} more curves", figure(path, "more training curves")))
     events = [(row.get("iteration"), f"rolled back: {row['rolled_back']}") for row in of.log if "rolled_back" in row]
     events += [(row.get("iteration"), f"warning: {row['alarm']}") for row in rows if "alarm" in row]
     if events:
@@ -289,7 +366,7 @@ def _training(of: _Folder) -> Html | None:
     return join(*parts)
 
 
-def _mixing(of: _Folder) -> Html | None:
+def _mixing(of: Opened) -> Html | None:
     if of.mixing is None:
         return None
     parts = []
@@ -305,7 +382,7 @@ def _mixing(of: _Folder) -> Html | None:
     return join(*parts)
 
 
-def _chain(of: _Folder, name: str, chain: Mapping[str, Any]) -> Html:
+def _chain(of: Opened, name: str, chain: Mapping[str, Any]) -> Html:
     curves, marks = chain["curves"], {"trained": chain["steps"]}
     parts: list[Any] = [element("ul", *(element("li", sentence) for sentence in sentences(chain)))]
     starts = chain["starts"]
@@ -363,7 +440,7 @@ def _horizon(label: str, horizon: Mapping[str, Any], *, several: bool) -> list[A
     return [element("h4", title), table(head, rows), element("p", text, class_="lead")]
 
 
-def _more(of: _Folder) -> Html | None:
+def _more(of: Opened) -> Html | None:
     """Every key of metrics.json that no other section knows."""
     rest = {key: value for key, value in (of.metrics or {}).items() if key not in SHOWN}
     sweep = (of.metrics or {}).get("sweep")
@@ -374,7 +451,7 @@ def _more(of: _Folder) -> Html | None:
     return join(*(join(element("h3", key), tree(value, 4)) for key, value in rest.items()))
 
 
-def _seconds(of: _Folder) -> Html | None:
+def _seconds(of: Opened) -> Html | None:
     parts = []
     if isinstance((of.metrics or {}).get("seconds"), Mapping):
         parts.append(tree((of.metrics or {})["seconds"]))
@@ -388,7 +465,7 @@ def _seconds(of: _Folder) -> Html | None:
     return join(*parts) if parts else None
 
 
-def _configuration(of: _Folder) -> Html | None:
+def _configuration(of: Opened) -> Html | None:
     parts = []
     if of.info.get("config"):
         parts.append(details("The whole configuration", tree(of.info["config"])))
@@ -397,7 +474,7 @@ def _configuration(of: _Folder) -> Html | None:
     return join(*parts) if parts else None
 
 
-def _versions(of: _Folder) -> Html:
+def _versions(of: Opened) -> Html:
     info = {key: value for key, value in of.info.items() if key not in ("config", "data", "presets")}
     parts = [tree({**info, "this page": f"mmebm {__version__}"})]
     if of.info.get("data"):

@@ -17,6 +17,7 @@ from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import StepParams, StepRows
 from mmebm.ops.langevin_step.reference import clamp
 from mmebm.samplers.arithmetic import map_tensors
+from mmebm.samplers.watch import Watch
 from mmebm.state import Key, Structure
 
 
@@ -32,6 +33,7 @@ class Problem:
         blocks: the indices of the tensors that move, in the blocks in which they do.
         carried: what the run before left, by the names of the sampler's engine; see :attr:`Run.carried`.
         params: the sampler's constants, of the tensors in the state's order.
+        watch: what looks at the chain while it runs, and may end it; None where nobody does.
         project, noisy, chunk_size: Langevin's functions of each tensor, who gets noise at all, and how many chains are
             run at a time.
     """
@@ -57,6 +59,7 @@ class Problem:
     project: list[Callable[[Tensor], Tensor] | None] = field(default_factory=list[Any])
     noisy: list[bool] = field(default_factory=list[bool])
     chunk_size: int | None = None
+    watch: Watch | None = None
 
     @property
     def moving(self) -> list[int]:

@@ -8,7 +8,7 @@ in one call stand beside it (:mod:`mmebm.samplers.whole_chain`, :mod:`mmebm.samp
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ from mmebm.samplers.samples import NONFINITE, NonFinite, Samples, report_nonfini
 from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.settings import choice
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
+from mmebm.samplers.watch import Callback, Watch
 from mmebm.state import State, flag, flatten, like_state
 
 S = TypeVar("S", bound=State)  # the state's structure
@@ -146,18 +147,25 @@ def loop(init: Callable[[Problem, list[Tensor]], Steps], p: Problem, tensors: li
     # with all steps differentiable, the graph reaches back to the given state
     x = [t.clone() if p.differentiable and not plain else t.detach().clone() for t in tensors]
     # a network need not take an empty batch
-    steps = range(p.steps if x[0].shape[0] else 0)
+    steps, taken = range(p.steps if x[0].shape[0] else 0), p.steps
     with torch.no_grad(), sampling(modules, p.sampler.mode):
         chain = init(p, x)
         for k in steps[:plain]:
             records.add(k, chain.step(k), chain)
+            if p.watch is not None and p.watch.due(k + 1) and p.watch(k + 1, [t.detach() for t in chain.state()]):
+                taken = k + 1
+                break
     if p.differentiable:
         with torch.enable_grad(), sampling(modules, p.sampler.mode, once=False):
             for k in steps[plain:]:
                 records.add(k, chain.step(k, create_graph=True), chain)
     with torch.no_grad():
         info, broken = chain.info(), chain.broken()
-    return Run(chain.state(), records.trace(chain), records.kept, broken, info, chain.carried())
+    if taken < p.steps:
+        info = {**info, "steps": taken}
+    trace = {name: rows[:taken] for name, rows in records.trace(chain).items()}
+    kept = [rows[: taken // p.thin] for rows in records.kept] if p.thin else []
+    return Run(chain.state(), trace, kept, broken, info, chain.carried())
 
 
 @dataclass(frozen=True)
@@ -281,16 +289,30 @@ class Sampler:
         pairs = zip(x, out, p.masks, strict=True)
         return [t if mask is True else torch.where(mask, t, y) if mask is not False else y for t, y, mask in pairs]
 
-    def _sample(self, energy: Any, state: State, steps: int, *, inplace: bool = False, **arguments: Any) -> Samples:
+    def _sample(
+        self, energy: Any, state: State, steps: int, *, inplace: bool = False, progress: bool = False,
+        callback: Callback | None = None, **arguments: Any,
+    ) -> Samples:  # fmt: skip
         """``sample``, with the arguments of :func:`mmebm.samplers.arguments.resolve`."""
         p, tensors, seed = resolve(self, energy, state, steps, inplace=inplace, **arguments)
-        x, broken, run = self._advance(p, tensors)
+        flag("progress", progress)
+        watch = None
+        if progress or callback is not None:
+            if p.differentiable or p.chunk_size is not None:
+                raise ValueError("progress and callback go without differentiable and chunk_size")
+            watch = Watch(p.steps, p.thin, p.build, callback, progress)
+        try:
+            x, broken, run = self._advance(replace(p, watch=watch), tensors)
+        finally:
+            if watch is not None:
+                watch.close()
+        taken = run.info.get("steps", p.steps)
         if inplace:
             with torch.no_grad():
                 for given, new in zip(tensors, x, strict=True):
                     given.copy_(new)
             x = tensors
-        place = {"seed": seed, "steps": p.steps, "first_step": p.first_step, "next_step": p.first_step + p.steps}
+        place = {"seed": seed, "steps": taken, "first_step": p.first_step, "next_step": p.first_step + taken}
         info = {**place, "nonfinite": broken, **run.info}
         return Samples(p.build(x), run.trace, None if p.thin is None else p.build(run.trajectory), info)
 

@@ -23,6 +23,7 @@ from mmebm.samplers.options import HMCOptions, Setting
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, choice, is_mapping, rows_of
 from mmebm.samplers.user_modules import Mode
+from mmebm.samplers.watch import Callback
 from mmebm.state import State, check_setting, integer
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ class HMC(Sampler):
         record: Collection[str] = (),
         thin: int | None = None,
         inplace: bool = False,
+        progress: bool = False,
+        callback: Callback | None = None,
     ) -> Samples:
         """Runs ``steps`` trajectories from ``state``. What is not named here is as in :meth:`mmebm.Langevin.sample`.
 
@@ -162,7 +165,7 @@ class HMC(Sampler):
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"adaptation": adaptation},
             seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
-            inplace=inplace,
+            inplace=inplace, progress=progress, callback=callback,
         )  # fmt: skip
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:

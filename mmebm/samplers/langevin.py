@@ -37,6 +37,7 @@ from mmebm.samplers.settings import (
     leaves,
 )
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
+from mmebm.samplers.watch import Callback
 from mmebm.state import State, check_setting, flag, per_key
 
 if TYPE_CHECKING:
@@ -274,6 +275,8 @@ class Langevin(Sampler):
         inplace: bool = False,
         chunk_size: int | None = None,
         differentiable: int | bool | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
     ) -> Samples:
         """Runs ``steps`` steps from ``state``.
 
@@ -306,6 +309,12 @@ class Langevin(Sampler):
                 tuples and dicts) whose first dimension is the number of chains are cut along. An energy that couples
                 the chains (a mean over them) has another gradient in chunks: a ValueError, where two chains show it.
             differentiable: keep the graph of the last k steps (True: all), with parameters and ``state`` as they are.
+            progress: say on standard error how far the chain is: one line in a terminal, elsewhere one now and then.
+            callback: called as ``callback(step, state)`` with the number of steps done and the state, after every
+                ``thin`` steps (without it a hundred times) and at the end; the state is the chain's own and must be
+                left as it is. True ends the chain there: ``info["steps"]`` says where. The numbers stay the same, and
+                a chain that is one fused call is run in pieces; where its check fails, the chain, and with it the
+                calls, begin again a step at a time.
 
         Returns:
             :class:`Samples`.
@@ -325,7 +334,8 @@ class Langevin(Sampler):
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
             generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
-            offload=offload, inplace=inplace, chunk_size=chunk_size, differentiable=differentiable,
+            offload=offload, inplace=inplace, chunk_size=chunk_size, differentiable=differentiable, progress=progress,
+            callback=callback,
         )  # fmt: skip
 
     def _without_steps(self) -> str | None:

@@ -30,6 +30,7 @@ from mmebm.samplers.options import TemperingOptions
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.settings import choice, is_sequence, leaves
 from mmebm.samplers.user_modules import Mode
+from mmebm.samplers.watch import Callback
 from mmebm.state import State, check_setting, integer, per_key
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ class ParallelTempering(Sampler):
         record: Collection[str] = (),
         thin: int | None = None,
         inplace: bool = False,
+        progress: bool = False,
+        callback: Callback | None = None,
     ) -> Samples:
         """Runs ``steps`` steps. What is not named here is as in :meth:`mmebm.Langevin.sample`.
 
@@ -183,7 +186,7 @@ class ParallelTempering(Sampler):
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"ladder": ladder}, seed=seed,
             generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
-            inplace=inplace,
+            inplace=inplace, progress=progress, callback=callback,
         )  # fmt: skip
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:

@@ -23,6 +23,7 @@ from mmebm.samplers.options import Setting, UnderdampedOptions
 from mmebm.samplers.samples import NonFinite, Samples
 from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, rows_of
 from mmebm.samplers.user_modules import Mode
+from mmebm.samplers.watch import Callback
 from mmebm.state import State
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class Underdamped(Sampler):
         record: Collection[str] = (),
         thin: int | None = None,
         inplace: bool = False,
+        progress: bool = False,
+        callback: Callback | None = None,
     ) -> Samples:
         """Runs ``steps`` steps from ``state``. What is not named here is as in :meth:`mmebm.Langevin.sample`.
 
@@ -146,7 +149,7 @@ class Underdamped(Sampler):
         return self._sample(
             energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"velocity": velocity},
             seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
-            inplace=inplace,
+            inplace=inplace, progress=progress, callback=callback,
         )  # fmt: skip
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:

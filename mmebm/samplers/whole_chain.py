@@ -196,6 +196,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     start = 0
     while start < p.steps:
         stop = min(p.steps, start + max(1, _TRACE // chains), (start // p.thin + 1) * p.thin if p.thin else p.steps)
+        if p.watch is not None:
+            stop = min(stop, (start // p.watch.every + 1) * p.watch.every)
         result = op.run(
             module, chain.rows(start, stop), x, stop - start, p.first_step + start, energy=True, grad_norm=True
         )
@@ -210,6 +212,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         if p.thin and stop % p.thin == 0:
             kept.append(x.cpu() if p.offload else x)
         start = stop
+        if p.watch is not None and p.watch.due(stop) and p.watch(stop, apart(x)):
+            break
     if frozen is not None and bool((broken & ~frozen).any()):
         return "a chain's energy or gradient was not finite at a finite state, where the loop freezes it"
     # a tensor that does not move is handed back as it came, whatever its bits
@@ -229,6 +233,9 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         ]
     if frozen is not None:
         broken = broken | frozen
-    info = {"backend": op.name_of(module), "op": "langevin_net" if op is net else "langevin_mlp", "reason": why}
+    name = "langevin_net" if op is net else "langevin_mlp"
+    info: dict[str, Any] = {"backend": op.name_of(module), "op": name, "reason": why}
+    if start < p.steps:
+        info["steps"] = start
     trace = {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}
     return Run(state, trace, trajectory, broken, info, {"alive": ~broken})

@@ -9,10 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from mmebm.evaluation.heldout import Metric
-from mmebm.models.inference import Joint
-from mmebm.models.nets import Activation, Net
-from mmebm.training.objectives import objective
+from mmebm.choices import Activation, Joint, Metric, Net
 from mmebm.training.settings import (
     Count,
     Decay,
@@ -221,6 +218,8 @@ class LossConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        from mmebm.training.objectives import objective  # which needs torch, and the types of the fields do not
+
         if isinstance(self.objective, str) and isinstance(self.objective_options, dict):
             try:
                 objective(self.objective, **self.objective_options)  # refuses an unknown name or option
@@ -503,7 +502,8 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
     """``config`` with dotted fields set from text, e.g. ``{"data_chain.steps": "60", "loss.elbo": "0"}``.
 
     Values are JSON where they parse, or as Python writes them, else strings; a stage is addressed by its position,
-    ``stages.0.iterations``; a field that is a dict itself takes new keys, ``data.options.copies``.
+    ``stages.0.iterations``; a field that is a dict itself takes new keys, ``data.options.copies``; a part that is None,
+    such as ``latent_prior``, begins with its defaults where a field of it is set.
 
     Raises:
         ValueError: for an unknown field, naming it and the fields there are; for a value that a field cannot have.
@@ -514,12 +514,28 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
         kind: Any = config
         *parents, last = dotted.split(".")
         for name in parents:
-            target, kind = _step_into(target, name, dotted), _part(kind, name)
+            below, part = _step_into(target, name, dotted), _part(kind, name)
+            if below is None and dataclasses.is_dataclass(kind):
+                below = target[name] = _defaults(kind_of(hints(type(kind))[name]))
+            # what is not there yet takes any key, and the check of the whole says which are none
+            target, kind = below, below if part is None and isinstance(below, dict) else part
         # a field that is a dict itself, such as data.options, takes keys that it does not have yet
         if not isinstance(kind, dict):
             _step_into(target, last, dotted)
         target[int(last) if isinstance(target, (list, tuple)) else last] = parse(text)
     return checked(Config, plain)
+
+
+def _defaults(kind: Any) -> dict[str, Any] | None:
+    """The fields of a dataclass that have defaults; None for any other type."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    made = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(kind)}  # fmt: skip
+    return {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in made.items() if value is not dataclasses.MISSING
+    }  # fmt: skip
 
 
 def merged(config: Config, changes: Mapping[str, Any]) -> Config:

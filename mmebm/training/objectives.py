@@ -20,8 +20,9 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from mmebm.choices import Joint
 from mmebm.models.generator import SharedGenerator
-from mmebm.models.inference import Expert, Joint, JointInference, pick
+from mmebm.models.inference import Expert, JointInference, pick
 from mmebm.state import Batch
 
 __all__ = [

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -246,7 +246,33 @@ def _toml(text: str) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    return tomllib.loads(text)
+    return _replaced(tomllib.loads(text), NULL, None)
+
+
+# TOML has no null: this text stands for it
+NULL: Final = "null"
+
+
+def _replaced(value: Any, old: Any, new: Any) -> Any:
+    """``value``, plain data, with ``new`` for ``old``."""
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, old, new) for item in value]
+    return new if value is old or (isinstance(old, str) and value == old) else value
+
+
+def to_toml(plain: Mapping[str, Any]) -> str:
+    """Settings as a .toml file, as :func:`read_file` reads them.
+
+    Raises:
+        ModuleNotFoundError: without tomli_w.
+    """
+    try:
+        import tomli_w
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("TOML is written by tomli_w: pip install 'mmebm[model]', or take json") from error
+    return tomli_w.dumps(_replaced(plain, None, NULL))
 
 
 def parse(text: str) -> Any:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
+import mmebm
 from mmebm.evaluation.figures import (
     conditional_grid,
     curves,
     interpolation_grid,
+    landscape,
     lines,
+    overlay,
     revision_grid,
     sample_grid,
     sweep,
+    trace,
     traces,
     trajectory_grid,
 )
 from mmebm.evaluation.figures.grids import BROKEN, CELL
-from mmebm.evaluation.figures.plots import ACCENT, COLOURS
+from mmebm.evaluation.figures.plots import ACCENT, COLOURS, _pieces
 from mmebm.evaluation.figures.style import DPI
 
 PIXEL = 1 / 255
@@ -202,6 +209,39 @@ def test_sweep_draws_against_steps_and_against_seconds(tmp_path: Path):
     assert one.shape[:2] == pytest.approx((DPI * (1.95 + 0.25), DPI * (3.2 + 0.15)), abs=1)
 
 
+def test_each_dimension_of_a_vector_has_its_own_scale(tmp_path: Path):
+    from matplotlib import colormaps
+
+    values = np.array([[0.0, 100.0], [1.0, 101.0]], dtype=np.float32)
+    low, high = np.asarray(colormaps["cividis"]([0.0, 1.0]))[:, :3]
+    picture = read(sample_grid({"t": {"v": values[:1]}, "u": {"v": values[1:]}}, tmp_path / "v.png"))
+    # the first block is lowest in both dimensions, the second highest: a scale for all would show 100 and 101 alike
+    cell = 0.9 * CELL * 0.4 * CELL / CELL**2 * (CELL * DPI) ** 2  # a vector's cell, less its gaps
+    for colour in (low, high):
+        assert (np.abs(picture - colour).max(-1) < 2 * PIXEL).sum() == pytest.approx(cell, rel=0.1)
+
+
+def test_no_line_crosses_a_gap():
+    x = np.array([1, 2, 3, 4, 10, 11, 12, 12, 13, 14], dtype=float)
+    # a stretch without values, and a step back; a row at 2 belongs to the stage that ends there
+    assert [x[part].tolist() for part in _pieces(x)] == [[1, 2, 3, 4], [10, 11, 12], [12, 13, 14]]
+    assert [x[part].tolist() for part in _pieces(x, [0, 2])][:2] == [[1, 2], [3, 4]]
+    assert _pieces(x[:0]) == [] and _pieces(x[:1]) == [slice(0, 1)]
+
+
+def test_overlay_has_a_line_per_run(tmp_path: Path):
+    log = {"iteration": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.0]}
+    path = tmp_path / "o.png"
+    both = read(overlay({"a": log, "b": {**log, "loss": [1.0, 2.0, 3.0], "own": [1.0, 1.0, 1.0]}}, path))
+    for colour in COLOURS[:2]:
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        assert share_of(both, rgb) > 0
+    wide = read(overlay({"a": log, "b": {**log, "own": [1.0, 1.0, 1.0]}}, path, quantities=["loss", "own"]))
+    assert wide.shape[1] - both.shape[1] == pytest.approx(3.2 * DPI, abs=1)  # a panel more
+    with pytest.raises(ValueError, match="must have 'iteration', got"):
+        overlay({"a": {"loss": [1.0]}}, path)
+
+
 def test_curves_show_the_stages_that_a_quantity_has(tmp_path: Path):
     """A quantity of the last tenth alone is drawn over its own stage, as wide as one of the whole."""
     n = 100
@@ -273,3 +313,74 @@ def test_bad_input_is_refused_by_name_and_value(call, message: str, tmp_path: Pa
     with pytest.raises(ValueError, match=message):
         call(tmp_path / "never.png")
     assert not list(tmp_path.iterdir())
+
+
+def chain_of(steps: int = 200, chains: int = 6):
+    sampler = mmebm.Langevin(0.1)
+    return sampler.sample(
+        lambda x: x["a"].square().sum(1) + x["b"].square().sum((1, 2)),
+        {"a": torch.zeros(chains, 3), "b": torch.zeros(chains, 2, 2)}, steps, record=("energy",), thin=2, seed=0,
+    )  # fmt: skip
+
+
+def titles(figure) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def test_trace_has_a_row_per_quantity(tmp_path: Path):
+    out = chain_of()
+    figure = trace(out, chains=2)
+    rows = [title.split("   ")[0] for title in titles(figure)[::3]]
+    assert rows == ["energy", "a[0]", "a[2]", "b[0, 0]", "b[1, 1]"]
+    left, ranks, correlation = figure.axes[3:6]
+    steps, values = left.lines[0].get_data()
+    # the first chain's first element, after steps 2, 4, ...
+    assert np.array_equal(steps, np.arange(2, 201, 2)) and np.array_equal(values, out.trajectory["a"][:, 0, 0].numpy())
+    assert len(left.lines) == 2
+    # of all 6 chains together the ranks are 0 to 599, each once: 20 bins of 30, of which two chains have some
+    counts = [patch.get_data().values for patch in ranks.patches]
+    assert [len(c) for c in counts] == [20, 20] and [c.sum() for c in counts] == [100, 100]
+    assert correlation.lines[0].get_ydata()[0] == pytest.approx(1)  # at lag 0, by definition
+    whole = trace(out, chains=6, quantities=["a"])
+    every = sum(patch.get_data().values for patch in whole.axes[1].patches)
+    assert (every == 30).all() and len(whole.axes) == 6
+    assert "ESS" in titles(whole)[0] and trace(out, tmp_path / "t.png") == tmp_path / "t.png"
+    later = trace(out, quantities=["energy"], burn_in=150).axes[0].lines[0].get_xdata()
+    assert later.tolist() == list(range(150, 200))
+
+
+def test_ranks_of_chains_that_differ_are_apart():
+    values = torch.cat([torch.zeros(100, 1), torch.ones(100, 1)], 1) + 0.1 * torch.rand(
+        100, 2, generator=torch.Generator().manual_seed(0)
+    )
+    out = dataclasses.replace(chain_of(4), trace={"e": values}, trajectory=None)
+    low, high = (patch.get_data().values for patch in trace(out).axes[1].patches)
+    assert (low[10:] == 0).all() and (high[:10] == 0).all()
+
+
+def test_landscape_shows_energy_and_samples(tmp_path: Path):
+    def energy(x):
+        return (x[:, 0] - 1).square() + x[:, 1].square()
+
+    out = mmebm.Langevin(0.05).sample(energy, torch.zeros(5, 2), 40, thin=4, seed=0)
+    axes = landscape(energy, out, bounds=(-1, 3, -2, 2), chains=2).axes[0]
+    dots, *ways = axes.lines
+    assert np.array_equal(np.stack(dots.get_data(), 1), out.trajectory.reshape(-1, 2).double().numpy())
+    assert len(ways) == 4 and np.array_equal(ways[0].get_xdata(), out.trajectory[:, 0, 0].double().numpy())
+    assert axes.get_xlim() == (-1, 3) and axes.get_ylim() == (-2, 2)
+    assert landscape(energy, out.state, tmp_path / "l.png") == tmp_path / "l.png"
+    assert len(landscape(energy).axes[0].lines[0].get_xdata()) == 0
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: trace(chain_of(), chains=0), "chains must be at least 1, got 0"),
+    (lambda: trace(chain_of(), quantities=["c"]), r"out must hold \['c'\]"),
+    (lambda: trace(chain_of(), burn_in=199), "of 4 steps at least after the burn-in"),
+    (lambda: landscape(lambda x: x, torch.zeros(3, 3)), r"states \(chains, 2\), got \(3, 3\)"),
+    (lambda: landscape(lambda x: x.sum(), torch.zeros(3, 2)), "one value for each of 40000 points"),
+    (lambda: landscape(lambda x: x.sum(1), bounds=(1, 0, 0, 1)), "left < right"),
+    (lambda: landscape(lambda x: x.sum(1) * math.nan), "finite somewhere"),
+])  # fmt: skip
+def test_chains_that_cannot_be_drawn_are_refused(call, message: str):
+    with pytest.raises(ValueError, match=message):
+        call()

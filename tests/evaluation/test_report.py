@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
 from mmebm import data
+from mmebm.cli.main import main
 from mmebm.cli.report import examined, report
 from mmebm.evaluation.classifiers import fit_classifiers
-from mmebm.report import write_report
+from mmebm.evaluation.neighbours import Neighbours
+from mmebm.report import pictures, write_comparison, write_report
+from mmebm.report.glossary import glossary
 from mmebm.report.mixing import sentences
 from mmebm.report.page import Html, document, element, number, table, tree
+from mmebm.report.verdict import judge
 from mmebm.training import Trainer, checkpoint, preset
 from mmebm.training.config import override
 from mmebm.training.run import CHECKPOINT, Run
@@ -142,6 +148,133 @@ def test_a_whole_run(folder: Path) -> None:
     assert "whether the chains mix" in page.text and "numbers: there is no" not in page.text
 
 
+def test_without_its_data_a_run_shows_what_it_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: Run, split: str) -> None:
+        raise FileNotFoundError("no folder 'mine' & more")
+
+    monkeypatch.setattr(Run, "dataset", gone)
+    page = Outline(write_report(folder, Run(folder)).read_text(encoding="utf-8"))
+    assert "the data cannot be read (no folder 'mine' & more)" in page.text
+    assert {"Samples", "Chains, step by step", "Data chain", "Glossary"} <= set(page.headings)
+    assert "Latent chain" not in page.headings and page.tags.count("img") == 3  # samples, the data chain, curves
+
+
+def test_samples_stand_beside_their_nearest_training_tuples(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, Any] = {}
+
+    def grid(blocks: dict[str, Any], path: Path, columns: int) -> Path:
+        shown.update(blocks)
+        return path
+
+    run = Run(folder)
+    monkeypatch.setattr(pictures.figures, "sample_grid", grid)
+    pictures.samples(run, tmp_path / "x.png", neighbours=Neighbours(run.dataset("train")))
+    titles = list(shown)
+    assert titles[-2:] == ["the nearest training tuple of each xk above", "real tuples, not trained on"]
+    nearest = shown[titles[-2]]["mnist"]
+    assert len(nearest) == len(shown[titles[0]]["mnist"]) == 12
+    natural = {m.name: m for m in run.modalities}["mnist"].natural
+    every = natural(torch.as_tensor(run.dataset("train").pools["mnist"][:])).reshape(-1, nearest[0].size)
+    gaps = np.abs(every[None] - nearest.reshape(12, 1, -1)).max(2).min(1)
+    assert gaps.max() < 1e-6  # each is a training image
+    reals = shown[titles[-1]]["mnist"].reshape(12, 1, -1)
+    assert np.abs(every[None] - reals).max(2).min(1).min() > 0.1  # and these are none
+
+
+def test_neighbours_tell_copies_and_a_collapse() -> None:
+    train, test = (data.load("digits", split, size=14) for split in ("train", "test"))
+    neighbours = Neighbours(train)
+    real = test.batch(torch.arange(200))
+    other = test.batch(torch.arange(200, 400))
+    # an independent sample of the same law: the ratio of two medians of 200 distances, whose spread is about a third
+    # of their mean, has a standard error of some 4 %; six of them
+    honest = neighbours.compare(other, real)
+    assert honest["nearest"] == pytest.approx(1, abs=0.24)
+    assert all(value == pytest.approx(1, abs=0.24) for value in honest["spread"].values())
+    copies = train.batch(neighbours.rows[:200])
+    assert neighbours.compare(copies, real)["nearest"] < 0.01
+    one = {name: value[:1].expand(200, *value.shape[1:]) for name, value in other.items()}
+    assert set(neighbours.compare(one, real)["spread"].values()) == {0.0}
+    again = neighbours.nearest(copies)
+    assert all(torch.equal(again[name], value) for name, value in copies.items())
+
+
+def test_runs_compared_on_a_page(trained: dict[str, Path], folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(trained["half"], tmp_path / "half"))
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["loss"]["elbo"] = 0.125
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps(config))
+    (bare / "metrics.json").write_text(json.dumps({"points": {"x0": point(0.5)}, "seconds": {"training": 90.0}}))
+    shutil.copy(folder / "log.jsonl", bare / "log.jsonl")
+    (folder / "metrics.json").write_text(json.dumps({
+        "points": {"xk": {**point(0.9), "frechet": 7.0}},
+        "conditional": {"C: B + data chain": {"by_given": {"1": 0.625}}}, "seconds": {"training": 60.0},
+    }))  # fmt: skip
+    runs = {folder: Run(folder), other: Run(other), bare: None}
+    path = write_comparison(runs, tmp_path / "all.html")
+    html = path.read_text(encoding="utf-8")
+    page = Outline(html)
+    assert page.headings[0] == "3 runs compared"
+    assert {"Verdicts", "Numbers", "Settings that differ", "Samples", "Training"} <= set(page.headings)
+    # coherence is better in one, the distance in the other; of equal entropies and shares none is
+    assert re.findall('class="best">([^<]*)<', html) == ["0.9 ± 0.011", "3.5"]
+    assert "loss.elbo" in page.words and "0.125" in page.words and "loss.beta" not in page.words
+    assert "bare: samples: there is no checkpoint" in page.text and "half: numbers: `mmebm evaluate" in page.text
+    assert page.tags.count("img") == 2 and all(link.startswith(("data:image/png", "#")) for link in page.links)
+    with pytest.raises(ValueError, match="at least two different runs"):
+        write_comparison({folder: None})
+    assert main(["report", str(bare), str(folder), "--out", str(tmp_path / "two.html"), "--device", "cpu"]) == 0
+    assert "2 runs compared" in (tmp_path / "two.html").read_text(encoding="utf-8")
+    assert main(["report", str(bare), str(folder), "--mixing"]) == 1
+
+
+ONE_CLASS = {"entropy": 0.2, "class_share_min": 0.0}
+EVEN = {"entropy": 0.99, "class_share_min": 0.07}
+FALLING = [{"iteration": i, "mse": 1.0 / i} for i in range(10, 101, 1)]
+FLAT = [{"iteration": i, "mse": 0.1 + 0.01 * (i % 2)} for i in range(10, 101, 1)]
+REAL = {**point(0.99), **EVEN}
+
+
+@pytest.mark.parametrize(("word", "has", "says"), [
+    ("good", {"metrics": {"points": {"x0": {**point(0.85), **EVEN}, "xk": {**point(0.95), **EVEN}}, "floor": REAL}},
+     "changes joint coherence by +10.0 ± 1.5 points"),
+    ("fair", {"metrics": {"points": {"x0": {**point(0.65), **EVEN}, "xk": {**point(0.66), **EVEN}}, "floor": REAL}},
+     "(less than two standard errors)"),
+    ("poor", {"metrics": {"points": {"xk": {**point(0.3), **EVEN}}, "floor": REAL}}, "agree too seldom"),
+    ("collapsed", {"metrics": {"points": {"xk": {**point(1.0), **ONE_CLASS}}, "floor": REAL}}, "have collapsed"),
+    ("collapsed", {"compared": {"nearest": 1.0, "spread": {"photo": 0.1, "table": 1.0}}}, "0.1 times as far"),
+    ("copies", {"compared": {"nearest": 0.1, "spread": {"photo": 1.0}}}, "close to copies"),
+    ("not converged", {"log": FALLING, "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}},
+     "had not converged when it ended: the reconstruction error fell by"),
+    ("good", {"log": FLAT, "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}}, "are good"),
+    ("not judged", {"metrics": {"points": {"xk": {"n": 100, "skipped": {"coherence": "no classifiers"}}}},
+                    "log": FLAT, "compared": {"nearest": 1.0, "spread": {"photo": 0.9}}}, "needs labels"),
+    ("not judged", {}, "needs labels"),
+    ("not finished", {"iteration": 50}, "iteration 50 of 100"),
+    ("good", {"metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}, "mixing": {"chains": {"data": {
+        "name": "data chain", "horizons": {"trained": {"summaries": {"energy": {"rhat": 2.5}}}}}}}},
+     "R-hat: data chain 2.50): it revises what it starts from"),
+    ("good", {"metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL},
+              "log": [*FLAT, {"iteration": 100, "rolled_back": "gap"}]}, "rolled back 1 times"),
+])  # fmt: skip
+def test_planted_runs_are_judged_as_planted(word: str, has: dict[str, Any], says: str) -> None:
+    verdict = judge(**{"iteration": 100, "total": 100, "stages": [{"iterations": 100}], **has})
+    assert verdict.word == word and says in verdict.text, verdict.text
+    # every rule states its limit, and what was not measured judges nothing
+    assert all(re.search(r"\d|last iteration", rule.asks) for rule in verdict.rules)
+    assert all((rule.found == "not measured") == (rule.holds is None) for rule in verdict.rules)
+
+
+def test_the_glossary_has_the_terms_of_the_page() -> None:
+    page = glossary("the R-hat of the data chain")
+    assert page is not None and Outline(page).tags.count("dt") == 2
+    assert glossary("nothing") is None
+
+
 def test_a_half_trained_run_says_what_is_missing(trained: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained["half"], tmp_path / "half"))
     with (folder / "log.jsonl").open("a") as file:
@@ -197,7 +330,7 @@ def test_the_command_writes_the_page(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(trained["whole"] / "log.jsonl", tmp_path / "log.jsonl")
-    given = {"run": str(tmp_path), "mixing": False, "chains": 16, "long": 12, "seed": 0, "device": "cpu", "out": None,
+    given = {"run": [str(tmp_path)], "mixing": False, "chains": 16, "long": 12, "seed": 0, "device": "cpu", "out": None,
              "data_path": None}  # fmt: skip
     assert report(argparse.Namespace(**given)) == 0
     assert "versions and commit" in (tmp_path / "report.html").read_text(encoding="utf-8")  # no config.json

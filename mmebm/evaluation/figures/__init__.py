@@ -4,6 +4,7 @@ Arrays in, one PNG out, written atomically, so that a figure that is being watch
 imported when a figure is drawn, without pyplot: no global state, no window, whatever backend the caller uses.
 """
 
+from mmebm.evaluation.figures.chains import landscape, trace
 from mmebm.evaluation.figures.grids import (
     conditional_grid,
     interpolation_grid,
@@ -11,9 +12,9 @@ from mmebm.evaluation.figures.grids import (
     sample_grid,
     trajectory_grid,
 )
-from mmebm.evaluation.figures.plots import curves, lines, sweep, traces
+from mmebm.evaluation.figures.plots import curves, lines, overlay, sweep, traces
 
 __all__ = [
-    "conditional_grid", "curves", "interpolation_grid", "lines", "revision_grid", "sample_grid", "sweep", "traces",
-    "trajectory_grid",
+    "conditional_grid", "curves", "interpolation_grid", "landscape", "lines", "overlay", "revision_grid", "sample_grid",
+    "sweep", "trace", "traces", "trajectory_grid",
 ]  # fmt: skip

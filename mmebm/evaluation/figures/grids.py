@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +23,8 @@ CELL: Final = 0.62  # inches
 TEXT_HEIGHT: Final = 0.5  # of a cell: a word needs less room than an image
 GAP: Final = 0.05  # of a cell, on each side
 
+Limit = tuple[np.ndarray, np.ndarray]  # the ends of the colour scale of each dimension of a vector
+
 
 def sample_grid(
     blocks: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike[str], *, columns: int = 10
@@ -32,8 +34,9 @@ def sample_grid(
     Args:
         blocks: title -> modality -> natural values, as ``Modality.natural`` gives them: images ``(n, C, H, W)`` in
             [0, 1] (one channel grey, three colour, others averaged to grey), strings ``(n,)``, vectors ``(n, D)``
-            (drawn as a strip of colours, one scale per row). Column ``i`` is row ``i`` of every modality. Values that
-            are inf or NaN are drawn in magenta.
+            (drawn as a strip of colours, each dimension on a scale of its own, from its lowest to its highest value in
+            the whole figure). Column ``i`` is row ``i`` of every modality. Values that are inf or NaN are drawn in
+            magenta.
         path: where to write the PNG.
         columns: the samples shown, at most; the first of each block.
 
@@ -164,7 +167,7 @@ def _grid(
     """Blocks below each other, in each the groups side by side; a row per modality, ``corner`` beside the labels."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    shapes: dict[str, dict[str, tuple[float, tuple[float, float]]]] = {}
+    shapes: dict[str, dict[str, float]] = {}
     spans: dict[str, list[int]] = {}
     for title, groups in blocks.items():
         spans[title] = []
@@ -177,9 +180,9 @@ def _grid(
         names = dict.fromkeys(name for group in groups for name in group.rows)
         shapes[title] = {}
         for name in names:
-            parts = [group.rows[name] for group in groups if name in group.rows]
-            limits = [_limit(values) for values in parts]
-            shapes[title][name] = _height(parts[0]), (min(low for low, _ in limits), max(high for _, high in limits))
+            shapes[title][name] = _height(next(group.rows[name] for group in groups if name in group.rows))
+
+    limits = _limits(group.rows for groups in blocks.values() for group in groups)
 
     between, foot = 0.35, 0.1  # of a cell, between groups; inches
     margin = _label_width([corner, *(name for rows in shapes.values() for name in rows)])
@@ -189,7 +192,7 @@ def _grid(
         for title, groups in blocks.items()
     }
     across = max(sum(w) + between * (len(w) - 1) for w in widths.values())
-    heights = {title: sum(height for height, _ in rows.values()) * CELL for title, rows in shapes.items()}
+    heights = {title: sum(rows.values()) * CELL for title, rows in shapes.items()}
     headed = {title: any(group.title or group.labels for group in groups) for title, groups in blocks.items()}
     header, second = 0.34, 0.2  # inches, of a block's title and of the line of labels below it
     width = margin + across * CELL + foot
@@ -205,13 +208,13 @@ def _grid(
         if corner and headed[title]:
             axes.text(-0.12, -0.08, corner, ha="right", va="bottom", fontsize=7.5, color=FAINT)
         y = 0.0
-        for name, (cell, limit) in shapes[title].items():
+        for name, cell in shapes[title].items():
             axes.text(-0.12, y + cell / 2, name, ha="right", va="center", fontsize=8.5, color=FAINT)
             x = 0.0
             for group, span, wide in zip(groups, spans[title], widths[title]):
                 values = group.rows.get(name, ())
                 for column in range(min(span, len(values))):
-                    _draw(axes, values[column], x + column, y, cell, limit)
+                    _draw(axes, values[column], x + column, y, cell, limits[name])
                 x += wide + between
             y += cell
         x = 0.0
@@ -260,7 +263,7 @@ def trajectory_grid(
 
     # A row holds images beside words, so every cell is a full one; words get the width they need.
     widths = {name: _word_width(values) if values.dtype.kind in "UO" else 1.0 for name, values in states.items()}
-    limits = {name: _limit(values.reshape(-1, *values.shape[2:])) for name, values in states.items()}
+    limits = _limits([{name: values.reshape(-1, *values.shape[2:]) for name, values in states.items()}])
     between = 0.35  # of a cell, between chains
     labels = [f"step {step}" for step in steps]
     margin, header, foot = _label_width(labels), 0.52, 0.1
@@ -285,9 +288,7 @@ def trajectory_grid(
     return write(figure, path)
 
 
-def _draw(
-    axes: Axes, value: Any, x: float, y: float, height: float, limit: tuple[float, float], width: float = 1.0
-) -> None:
+def _draw(axes: Axes, value: Any, x: float, y: float, height: float, limit: Limit | None, width: float = 1.0) -> None:
     """One sample of one modality into the cell whose upper left corner is ``(x, y)``."""
     if isinstance(value, str):
         from matplotlib.patches import FancyBboxPatch
@@ -330,11 +331,12 @@ def _fit_words(words: str, width: float, height: float) -> tuple[str, float]:
     return "\n".join(textwrap.wrap(words, letters, max_lines=lines, placeholder="...")), size
 
 
-def _picture(value: np.ndarray, limit: tuple[float, float]) -> np.ndarray:
+def _picture(value: np.ndarray, limit: Limit | None) -> np.ndarray:
     """``(H, W, 3)`` in [0, 1] from an image ``(C, H, W)`` or a vector ``(D,)``; BROKEN where inf or NaN."""
     if value.ndim == 1:
         from matplotlib import colormaps
 
+        assert limit is not None
         low, high = limit
         picture = np.asarray(colormaps["cividis"]((np.nan_to_num(value) - low) / (high - low)))[None, :, :3].copy()
         finite = np.isfinite(value)[None]
@@ -346,13 +348,25 @@ def _picture(value: np.ndarray, limit: tuple[float, float]) -> np.ndarray:
     return picture
 
 
-def _limit(values: np.ndarray) -> tuple[float, float]:
-    """The colour scale of a row of vectors; images and words have none."""
-    if values.dtype.kind in "UO" or values.ndim != 2 or not np.isfinite(values).any():
-        return (0.0, 1.0)
-    finite = values[np.isfinite(values)]
-    low, high = float(finite.min()), float(finite.max())
-    return (low, high) if high > low else (low, low + 1.0)
+def _limits(rows: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Limit | None]:
+    """By modality the lowest and the highest value of each dimension of its vectors; None for images and words."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for row in rows:
+        for name, values in row.items():
+            parts.setdefault(name, []).append(values)
+    return {name: _limit(values) for name, values in parts.items()}
+
+
+def _limit(parts: Sequence[np.ndarray]) -> Limit | None:
+    if any(values.dtype.kind in "UO" or values.ndim != 2 for values in parts):
+        return None
+    values = np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+    finite = np.isfinite(values)
+    low = np.where(finite, values, np.inf).min(0)
+    high = np.where(finite, values, -np.inf).max(0)
+    # of a dimension without a finite value, or of one value
+    low = np.where(np.isfinite(low), low, 0.0)
+    return low, np.where(high > low, high, low + 1.0)
 
 
 def _count(name: str, values: np.ndarray) -> int:

@@ -35,7 +35,7 @@ def curves(
 
     The faint line is what was logged, the strong one a running mean over a fortieth of the points with the most extreme
     1 % of the values clipped. Where that 1 % would flatten the rest, a panel leaves it out and says how many values lie
-    outside.
+    outside. No line crosses the begin of a stage, a stretch in which nothing was logged, or a step back.
 
     Args:
         log: quantity -> values, all of one length; NaN where nothing was logged. Quantities with no number are left
@@ -93,7 +93,7 @@ def _panel(
     # A logarithm has no place for zero and below: such points are gaps.
     seen = np.isfinite(values) & np.isfinite(at) & ((values > 0) | (not logarithmic))
     x, y = at[seen], values[seen]
-    _style(axes, name)
+    style_axes(axes, name)
     axes.locator_params(axis="x", nbins=5)
     if len(at) > 1 and at[0] < at[-1]:
         # Only the stages in which there is something to see: a short last one would be a spike at the edge.
@@ -118,12 +118,29 @@ def _panel(
         axes.text(0.99, 0.97, f"{outside} of {len(y)} values outside", transform=axes.transAxes, ha="right", va="top",
                   fontsize=6.5, color=FAINT)  # fmt: skip
     window = max(len(y) // 40, 1)
-    if window > 2:
-        axes.plot(x, y, color=ACCENT, linewidth=0.6, alpha=0.3)
-        # Clipped, or one spike would lift the mean of its whole window out of sight.
-        axes.plot(x, _running_mean(np.clip(y, low - pad, high + pad), window), color=ACCENT, linewidth=1.4)
-    else:
-        axes.plot(x, y, color=ACCENT, linewidth=1.3, marker="o" if len(y) < 30 else "", markersize=2.5)
+    for part in _pieces(x, list(stages.values())):
+        if window > 2:
+            axes.plot(x[part], y[part], color=ACCENT, linewidth=0.6, alpha=0.3)
+            # Clipped, or one spike would lift the mean of its whole window out of sight.
+            mean = _running_mean(np.clip(y[part], low - pad, high + pad), window)
+            axes.plot(x[part], mean, color=ACCENT, linewidth=1.4, marker="o" if len(mean) == 1 else "", markersize=2)
+        else:
+            dots = "o" if len(y) < 30 or len(y[part]) == 1 else ""
+            axes.plot(x[part], y[part], color=ACCENT, linewidth=1.3, marker=dots, markersize=2.5)
+
+
+def _pieces(x: np.ndarray, begins: Sequence[float] = ()) -> list[slice]:
+    """Where a line through points at ``x`` is whole: within a stage, with no gap of more than three times the usual
+    distance and no step back."""
+    if not len(x):
+        return []
+    steps = np.diff(x)
+    forward = steps[steps > 0]
+    usual = np.median(forward) if len(forward) else math.inf
+    # what is logged where the next stage begins belongs to the one that ends there
+    stage = np.searchsorted(np.asarray(begins, dtype=np.float64), x, side="left")
+    cuts = [int(i) + 1 for i in np.flatnonzero((np.diff(stage) != 0) | (steps > 3 * usual) | (steps <= 0))]
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(x)])]
 
 
 def _bands(axes: Axes, stages: Mapping[str, float]) -> None:
@@ -141,6 +158,55 @@ def _bands(axes: Axes, stages: Mapping[str, float]) -> None:
         axes.annotate(name, ((begin + end) / 2, 0.985), xycoords=axes.get_xaxis_transform(), ha="center", va="top",
                       fontsize=6.5, color=FAINT)  # fmt: skip
     axes.set_xlim(left, right)
+
+
+def overlay(
+    logs: Mapping[str, Mapping[str, Sequence[float]]],
+    path: str | os.PathLike[str],
+    *,
+    x: str = "iteration",
+    quantities: Sequence[str] | None = None,
+    columns: int = 3,
+) -> Path:
+    """Training curves of several runs, a panel per quantity, a coloured line per run: running means over a fortieth of
+    a run's points. No line crosses a stretch in which nothing was logged.
+
+    Args:
+        logs: run -> quantity -> values, all of a run of one length; NaN where nothing was logged.
+        path: where to write the PNG.
+        x: the key with the horizontal values, which every run has.
+        quantities: what to draw; unless given, all that at least two runs have, or that any has where none is shared.
+        columns: panels side by side.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: if there is nothing to draw, lengths of a run differ, or a run lacks ``x``.
+        ImportError: without matplotlib.
+    """
+    found: dict[str, list[_Line]] = {}
+    for run, log in logs.items():
+        if x not in log:
+            raise ValueError(f"logs[{run!r}] must have {x!r}, got {list(log)}")
+        at = _floats(log[x])
+        for name, values in log.items():
+            y = _floats(values)
+            if y.shape != at.shape:
+                raise ValueError(f"logs[{run!r}][{name!r}] must have {len(at)} values, as {x!r} has, got {len(y)}")
+            seen = np.isfinite(y)
+            if name == x or not seen.any():
+                continue
+            xs, ys = [], []
+            for part in _pieces(at[seen]):
+                xs += [at[seen][part], [math.nan]]
+                ys += [_running_mean(y[seen][part], max(int(seen.sum()) // 40, 1)), [math.nan]]
+            found.setdefault(name, []).append(_Line(run, np.concatenate(xs), np.concatenate(ys)))
+    shared = [name for name, several in found.items() if len(several) > 1] or list(found)
+    wanted = shared if quantities is None else [name for name in quantities if name in found]
+    if not wanted:
+        raise ValueError(f"logs must hold a quantity to draw, got {list(found)} and quantities={quantities}")
+    return _multiples("logs", [_Panel(name, x, found[name], False) for name in wanted], path, columns, {})
 
 
 def lines(
@@ -308,7 +374,7 @@ def _multiples(
             axes.set_axis_off()
             continue
         part = parts[index]
-        _style(axes, part.title)
+        style_axes(axes, part.title)
         for line in part.series:
             colour = line.colour or colours.get(line.label, ACCENT)
             weight, alpha = (1.2, 1.0) if line.label else (0.8, 0.75)
@@ -324,7 +390,7 @@ def _multiples(
             axes.minorticks_off()
         if len(every := np.concatenate([line.x for line in part.series])):
             axes.margins(x=0.02)
-            axes.set_xlim(left=min(every.min(), 0.0) if every.min() >= 0 else None)
+            axes.set_xlim(left=min(np.nanmin(every), 0.0) if np.nanmin(every) >= 0 else None)
         for name, position in marks.items():
             axes.axvline(position, color="#9aa7b6", linewidth=0.8, linestyle=(0, (3, 2)), zorder=0)
             axes.annotate(f" {name}", (position, 0.99), xycoords=axes.get_xaxis_transform(), va="top", fontsize=6.5,
@@ -351,7 +417,7 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _style(axes: Axes, title: str) -> None:
+def style_axes(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=9, fontweight="bold", color=INK, loc="left", pad=5)
     axes.tick_params(which="both", labelsize=7, colors=FAINT, length=2, width=0.6)
     for side, spine in axes.spines.items():

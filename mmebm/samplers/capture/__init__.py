@@ -131,6 +131,8 @@ class Engine:
         reason = self.backend.unsupported(tensors[0].device)
         if reason is not None:
             return reason
+        if p.watch is not None:
+            return "progress and callback look at the chain between its steps"
         if p.differentiable:
             return "differentiable steps need autograd"
         if p.sampler.rng != "philox":

@@ -1,0 +1,106 @@
+"""Progress and callbacks: called where they say, bits unchanged, and a chain that is ended there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mmebm
+
+STEPS = 12
+SAMPLERS = {
+    "langevin": mmebm.Langevin(0.05), "mala": mmebm.MALA(0.05), "hmc": mmebm.HMC(0.1, leapfrog_steps=2, adapt=5),
+    "underdamped": mmebm.Underdamped(0.1, friction=1.0), "tempering": mmebm.ParallelTempering(0.05, [1.0, 2.0]),
+}  # fmt: skip
+
+
+def quadratic(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (x - 1).square().sum(1)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(torch.as_tensor(a).nan_to_num(9e9), torch.as_tensor(b).nan_to_num(9e9))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("thin", [None, 1, 4])
+def test_a_watched_chain_is_the_same_chain(name: str, thin: int | None) -> None:
+    sampler, x = SAMPLERS[name], torch.zeros(4, 3)
+    options: dict[str, Any] = {"seed": 0, "thin": thin, "record": ("energy",)}
+    plain = sampler.sample(quadratic, x, STEPS, **options)
+    seen: list[tuple[int, torch.Tensor]] = []
+    out = sampler.sample(
+        quadratic, x, STEPS, callback=lambda step, state: seen.append((step, state.clone())), **options
+    )
+    every = thin or 1  # a hundred times would be less than once a step
+    assert [step for step, _ in seen] == list(range(every, STEPS + 1, every))
+    assert same(out.state, plain.state) and same(out.trace["energy"], plain.trace["energy"])
+    assert same(seen[-1][1], plain.state) and out.info["steps"] == STEPS
+    if thin:
+        assert all(same(state, kept) for (_, state), kept in zip(seen, plain.trajectory, strict=True))
+    for key in ("acceptance", "never_accepted", "velocity", "ladder"):
+        assert (key in plain.info) == (key in out.info) and same(plain.info.get(key, 0), out.info.get(key, 0))
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "fused"])
+def test_true_ends_the_chain_there(name: str) -> None:
+    sampler, energy = SAMPLERS.get(name, mmebm.Langevin(0.05)), mlp() if name == "fused" else quadratic
+    options: dict[str, Any] = {"seed": 0, "thin": 2, "record": ("energy",)}
+    x = torch.zeros(4, 3)
+    out = sampler.sample(energy, x, STEPS, callback=lambda step, state: step >= 6, **options)
+    short = sampler.sample(energy, x, 6, **options)
+    assert same(out.state, short.state) and same(out.trajectory, short.trajectory) and len(out.trajectory) == 3
+    assert same(out.trace["energy"], short.trace["energy"]) and len(out.trace["energy"]) == 6
+    assert out.info["steps"] == 6 and out.info["next_step"] == 6 and same(out.info["nonfinite"], torch.zeros(4) > 0)
+
+
+def test_a_fused_chain_stays_fused(need: Any) -> None:
+    need("cpp")
+    sampler, x, energy = mmebm.Langevin(0.05), torch.zeros(4, 3), mlp()
+    seen: list[int] = []
+    out = sampler.sample(energy, x, 1000, seed=0, callback=lambda step, state: seen.append(step))
+    assert out.info["op"] == "langevin_mlp" and seen == list(range(10, 1001, 10))
+    assert same(out.state, sampler.sample(energy, x, 1000, seed=0).state)
+
+
+def test_a_dict_is_seen_as_a_dict() -> None:
+    state = {"a": torch.zeros(4, 2), "b": torch.ones(4, 1)}
+    seen: list[Any] = []
+    mmebm.Langevin(0.1).sample(
+        lambda s: s["a"].square().sum(1) + s["b"].square().sum(1), state, 3, observed={"b"}, seed=0,
+        callback=lambda step, s: seen.append(s),
+    )  # fmt: skip
+    assert all(list(s) == ["a", "b"] and torch.equal(s["b"], state["b"]) for s in seen)
+
+
+def test_progress_is_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    mmebm.HMC(0.1).sample(quadratic, torch.zeros(4, 3), 300, seed=0, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "\r" not in err and err.splitlines()[-1].startswith("step 300 of 300 (100%), ")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with pytest.raises(ZeroDivisionError):
+        mmebm.Langevin(0.1).sample(
+            quadratic, torch.zeros(4, 3), 50, progress=True, callback=lambda step, state: 1 / (step < 20) < 0
+        )
+    mmebm.Langevin(0.1).sample(quadratic, torch.zeros(4, 3), 50, progress=True)
+    err = capsys.readouterr().err
+    assert err.startswith("\rstep") and err.endswith("\n")
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"callback": 3}, "callback must be a function of the number of steps and the state, got 3"),
+    ({"progress": "yes"}, "progress must be True or False"),
+    ({"progress": True, "differentiable": 1}, "progress and callback go without differentiable and chunk_size"),
+    ({"progress": True, "chunk_size": 2}, "progress and callback go without differentiable and chunk_size"),
+])  # fmt: skip
+def test_what_cannot_be_watched_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        mmebm.Langevin(0.1).sample(quadratic, torch.zeros(4, 3), 3, **options)
