@@ -238,7 +238,7 @@ def _residual(
     out: Any,
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
-    likelihood: str,
+    likelihood: Sequence[str],
     numbers: Sequence[float],
     tensors: Sequence[Tensor | None],
     observed: Sequence[Tensor | None],
@@ -247,9 +247,8 @@ def _residual(
     """This library's op :mod:`mmebm.ops.residual`."""
     n, parts = len(predictions), []
     given = [number if t is None else t for number, t in zip(numbers, tensors, strict=True)]
-    kinds = likelihood.split(",")
     for y, t, kind, scale, weight, mask in zip(
-        predictions, targets, kinds, given[:n], given[n:], observed, strict=True
+        predictions, targets, likelihood, given[:n], given[n:], observed, strict=True
     ):
         if kind not in ("gaussian", "laplace") or r.value(y) is None or any(map(r.value, (t, scale, weight, mask))):
             refuse(f"it takes a {kind} residual of something else than predictions")
