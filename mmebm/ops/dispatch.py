@@ -28,10 +28,11 @@ __all__ = ["NAMES", "OPS", "Choice", "Op", "choose", "implementation", "isa", "r
 @dataclass(frozen=True, slots=True)
 class Op:
     """``modules``: what implements the op, by backend; the reference is not among them. ``auto``: by type of device the
-    backends that "auto" tries, in order."""
+    backends that "auto" tries, in order. ``precisions``: that kernels on a GPU may be asked for, a parity case each."""
 
     modules: dict[str, str]
     auto: dict[str, tuple[str, ...]]
+    precisions: tuple[str, ...] = ("",)
 
 
 _ALL: Final = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
@@ -51,13 +52,14 @@ OPS: Final[dict[str, Op]] = {
             "cuda": "mmebm.ops.langevin_mlp.cuda",
         },
         _ALL,
+        ("fp32", "tf32x3", "bf16"),
     ),
     "mlp_energy": Op(
         {"cpp": "mmebm.ops.langevin_mlp.cpp", "triton": "mmebm.kernels.mlp_energy"},
         {"cpu": ("cpp",), "cuda": ("triton",)},
     ),
     "dynamics": Op({"cpp": "mmebm.ops.dynamics.cpp"}, {"cpu": ("cpp",)}),
-    "langevin_net": Op(_NET, {"cpu": ("cpp",), "cuda": ("triton",)}),
+    "langevin_net": Op(_NET, {"cpu": ("cpp",), "cuda": ("triton",)}, ("fp32", "tf32x3")),
     "net_energy": Op(_NET, {"cpu": ("cpp",), "cuda": ("triton",)}),
     # Triton's has not been timed on a GPU
     "residual": Op({"cpp": "mmebm.ops.residual.cpp", "triton": "mmebm.kernels.residual"}, {"cpu": ("cpp",)}),
@@ -119,23 +121,26 @@ def implementation(op: str, backend: str) -> tuple[ModuleType | None, str | None
 
 
 def _candidate(
-    op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None]
-) -> tuple[ModuleType | None, str | None]:
+    op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str
+) -> tuple[ModuleType | None, str | None]:  # fmt: skip
     from mmebm.ops import parity
 
     module, reason = implementation(op, backend)
     if module is not None:
-        reason = refusal(backend, module) or parity.failure(op, backend, device)
+        reason = refusal(backend, module) or parity.failure(op, backend, device, precision)
     return (None, reason) if reason is not None else (module, None)
 
 
-def choose(op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None]) -> Choice:
+def choose(
+    op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str = "",
+) -> Choice:  # fmt: skip
     """The implementation of ``op`` that runs on ``device``, and the reason for the choice.
 
     Args:
         op: a key of :data:`OPS`.
         backend: "auto", or one of :data:`NAMES`.
         refusal: of a backend and its module, why it does not take the arguments, or ``None``.
+        precision: one of the op's ``precisions``.
 
     Raises:
         ValueError: for an unknown backend.
@@ -145,13 +150,13 @@ def choose(op: str, backend: str, device: torch.device, refusal: Callable[[str, 
     if backend == "torch":
         return Choice("torch", None, why)
     if backend != "auto":
-        module, reason = _candidate(op, backend, device, refusal)
+        module, reason = _candidate(op, backend, device, refusal, precision)
         if reason is not None:
             raise BackendError(f"{backend}: {op}: {reason}")
         return Choice(backend, module, why)
     reasons = []
     for name in OPS[op].auto.get(device.type, ()):
-        module, reason = _candidate(op, name, device, refusal)
+        module, reason = _candidate(op, name, device, refusal, precision)
         if reason is None:
             but = f", and {'; '.join(reasons)}" if reasons else ""
             return Choice(name, module, f"auto: {name}, the state is on {device}{but}")

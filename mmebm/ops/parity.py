@@ -44,6 +44,10 @@ STEP_TOLERANCE: Final = 3e-7
 MLP_TOLERANCE: Final = 5e-7
 # Through a dozen layers and a norm, which subtracts a mean (7e-7 seen, 2026-11-29).
 NET_TOLERANCE: Final = 3e-6
+# The relative error of matrix products in these precisions, added to the above. Three tf32 products keep 22 bits of
+# each operand, and a kernel that added them up in one accumulator was 1.4e-6 off (2.1e-7 as it is). bf16 keeps 8 bits,
+# 2^-9 an operand; a gradient goes through some ten such products, the tests on a device allow 2e-2.
+PRECISION: Final = {"": 0.0, "fp32": 0.0, "tf32x3": 1e-6, "bf16": 2e-2}
 # Norms are sums of squares in another order.
 NORM_TOLERANCE: Final = 1e-5
 # Gradients of residual, relative to the largest: a rounded factor, residual and product (together 3 2^-24 = 1.8e-7;
@@ -286,18 +290,21 @@ def _chains(numbers: _Numbers, terms: tuple[Term, ...]) -> Iterator[tuple[str, A
     yield "noise first", chain((terms[0], terms[3]), (6,), [replace(bounded, grad_norm_clip=None)], **first), 1
 
 
-def _langevin_mlp(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+def _langevin_mlp(
+    module: ModuleType, backend: str, device: torch.device, precision: Any = "fp32"
+) -> Iterator[Comparison]:
     from mmebm.ops.langevin_mlp import op
 
     numbers = _Numbers(3)
     terms, x = tuple(_terms(numbers)), numbers.normal(_CHAINS, 6)
     for name, chain, steps in _chains(numbers, terms):
-        ours = module.run(_on(chain, device), x.to(device), steps, 7, energy=True, grad_norm=True)
+        there = replace(_on(chain, device), precision=precision)
+        ours = module.run(there, x.to(device), steps, 7, energy=True, grad_norm=True)
         expected, exact = op._reference(chain, x, steps, 7), op._reference(_double(chain), x.double(), steps, 7)
         for field in ("x", "energy", "grad_norm"):
             a, b, c = (getattr(result, field) for result in (ours, expected, exact))
             slack = steps * NORMAL_TOLERANCE * 0.1 if field == "x" else 0.0  # 0.1: the noise scale
-            yield Comparison(f"{name}: {field}", a.cpu(), b, c, slack, MLP_TOLERANCE)
+            yield Comparison(f"{name}: {field}", a.cpu(), b, c, slack, MLP_TOLERANCE + PRECISION[precision])
         if chain.freeze:
             assert expected.frozen is not None
             yield Comparison(f"{name}: frozen", ours.frozen.cpu(), expected.frozen)
@@ -362,7 +369,9 @@ def _net_energy(module: ModuleType, backend: str, device: torch.device) -> Itera
         yield Comparison(name, a.cpu(), b, c, 0.0, NET_TOLERANCE)
 
 
-def _langevin_net(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
+def _langevin_net(
+    module: ModuleType, backend: str, device: torch.device, precision: Any = "fp32"
+) -> Iterator[Comparison]:
     """Two tensors, one with noise, with limits; and the state as one tensor, without: another kernel in Triton."""
     from mmebm.ops.langevin_mlp import op as mlp
     from mmebm.ops.net import op
@@ -378,13 +387,14 @@ def _langevin_net(module: ModuleType, backend: str, device: torch.device) -> Ite
             net=net, widths=widths, streams=(0, 3)[-len(widths) :], noisy=noisy, moving=(True,) * len(widths),
             constants=table[0], present=table[1], seed=_SEED, chain_offset=2**32 - 2, freeze=params is limited,
         )  # fmt: skip
-        ours = module.run(_on(chain, device), x.to(device), 2, 7, energy=True, grad_norm=True)
+        there = replace(_on(chain, device), precision=precision)
+        ours = module.run(there, x.to(device), 2, 7, energy=True, grad_norm=True)
         expected, exact = op.run(None, chain, x, 2, 7), op.run(None, _double(chain), x.double(), 2, 7)
         for field in ("x", "energy", "grad_norm"):
             a, b, c = (getattr(result, field) for result in (ours, expected, exact))
             # 0.1: the noise scale, which moves energy and gradient by as much as they are steep
             slack = 2 * NORMAL_TOLERANCE * 0.1 * (1.0 if field == "x" else float(c.abs().max()))
-            yield Comparison(f"{name}{field}", a.cpu(), b, c, slack, NET_TOLERANCE)
+            yield Comparison(f"{name}{field}", a.cpu(), b, c, slack, NET_TOLERANCE + PRECISION[precision])
         if chain.freeze:
             assert expected.frozen is not None
             yield Comparison("frozen", ours.frozen.cpu(), expected.frozen)
@@ -501,7 +511,7 @@ def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterato
     yield Comparison("exchange: energy", energies, levels[order.reshape(-1)])
 
 
-CASES: Final[dict[str, Callable[[ModuleType, str, torch.device], Iterator[Comparison]]]] = {
+CASES: Final[dict[str, Callable[..., Iterator[Comparison]]]] = {
     "noise": _noise, "langevin_step": _langevin_step, "langevin_mlp": _langevin_mlp, "mlp_energy": _mlp_energy,
     "residual": _residual, "dynamics": _dynamics, "net_energy": _net_energy, "langevin_net": _langevin_net,
 }  # fmt: skip
@@ -533,6 +543,7 @@ def _judge(comparisons: Iterator[Comparison]) -> tuple[float, float, str | None]
 
 _lock = threading.Lock()
 _checking = threading.local()
+# by op, backend, device, and the instruction set of C++ or the precision of a GPU's matrix products
 _verdicts: dict[tuple[str, str, torch.device, str], Verdict] = {}
 
 
@@ -546,9 +557,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def check(op: str, backend: str, device: torch.device, isa: str = "auto") -> Verdict:
-    """Runs the case of ``op``, in a thread of its own. An implementation that raises has failed."""
+def check(op: str, backend: str, device: torch.device, isa: str = "auto", precision: str = "") -> Verdict:
+    """Runs the case of ``op``, in a thread of its own. An implementation that raises has failed.
+
+    Args:
+        isa: the instruction set, of C++.
+        precision: one of the op's (:data:`mmebm.ops.dispatch.OPS`), on a GPU.
+    """
     found: list[Verdict] = []
+    asked = (precision,) if precision else ()
 
     def run() -> None:
         _checking.now = True
@@ -558,7 +575,7 @@ def check(op: str, backend: str, device: torch.device, isa: str = "auto") -> Ver
             error, allowed = 0.0, 0.0
             if module is not None:
                 with torch.no_grad(), dispatch.using_isa(isa), _current(device):
-                    error, allowed, reason = _judge(CASES[op](module, backend, device))
+                    error, allowed, reason = _judge(CASES[op](module, backend, device, *asked))
         except Exception as raised:
             text = str(raised).strip().splitlines()
             place = traceback.extract_tb(raised.__traceback__)[-1]
@@ -576,15 +593,15 @@ def _current(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def failure(op: str, backend: str, device: torch.device) -> str | None:
+def failure(op: str, backend: str, device: torch.device, precision: str = "") -> str | None:
     """Why the implementation of ``op`` is not to be used on ``device``: ``None`` once it has passed.
 
     The first call runs the case; one that fails warns, once.
     """
     if getattr(_checking, "now", False):  # a case is what calls
         return None
-    isa = dispatch.isa() if backend == "cpp" else ""
-    key = (op, backend, device, isa)
+    isa, precision = (dispatch.isa(), "") if backend == "cpp" else ("auto", precision)
+    key = (op, backend, device, precision or isa)
     verdict = _verdicts.get(key)
     if verdict is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -595,7 +612,7 @@ def failure(op: str, backend: str, device: torch.device) -> str | None:
             verdict = _verdicts.get(key)
             new = verdict is None
             if verdict is None:
-                verdict = _verdicts[key] = check(op, backend, device, isa or "auto")
+                verdict = _verdicts[key] = check(op, backend, device, isa, precision)
         if new and verdict.reason is not None:
             warnings.warn(
                 f"mmebm: {backend} is not used for {op} on {device}: it failed its parity case ({verdict.reason}); "
@@ -611,7 +628,8 @@ def clear() -> None:
 
 
 def check_all() -> Iterator[tuple[str, str, torch.device, str, Verdict]]:
-    """(op, backend, device, instruction set, verdict) of every implementation that can run here, as they come."""
+    """(op, backend, device, instruction set or precision, verdict) of every implementation that can run here, as they
+    come."""
     from mmebm.backends import backends
 
     there = {name for name, backend in backends().items() if backend.available}
@@ -623,6 +641,9 @@ def check_all() -> Iterator[tuple[str, str, torch.device, str, Verdict]]:
             interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
             kind = "cpu" if backend == "cpp" or interpreted else "cuda"
             for device in devices:
-                if device.type == kind:
-                    for isa in native.cpu().isas() if backend == "cpp" else ("",):
-                        yield op, backend, device, isa, check(op, backend, device, isa or "auto")
+                if device.type == kind and backend == "cpp":
+                    for isa in native.cpu().isas():
+                        yield op, backend, device, isa, check(op, backend, device, isa)
+                elif device.type == kind:
+                    for precision in entry.precisions:
+                        yield op, backend, device, precision, check(op, backend, device, precision=precision)

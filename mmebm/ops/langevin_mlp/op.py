@@ -201,7 +201,8 @@ def room(backend: str, chain: MlpChain, x: Tensor) -> tuple[ModuleType | None, s
         ValueError: for an unknown backend.
         BackendError: where a backend asked for by name does not take this chain.
     """
-    chosen = dispatch.choose("langevin_mlp", backend, x.device, lambda _, module: _refusal(module, chain, x))
+    refusal = lambda _, module: _refusal(module, chain, x)
+    chosen = dispatch.choose("langevin_mlp", backend, x.device, refusal, chain.precision)
     return chosen.module, chosen.reason
 
 

@@ -66,7 +66,7 @@ def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, s
         BackendError: where a backend asked for by name does not take this chain.
     """
     refusal = lambda _, module: _refusal(module, chain.net, chain, x, backend)
-    chosen = dispatch.choose("langevin_net", backend, x.device, refusal)
+    chosen = dispatch.choose("langevin_net", backend, x.device, refusal, chain.precision)
     say = getattr(chosen.module, "note", None)
     note = None if say is None else say(chain, x)
     return chosen.module, chosen.reason if note is None else f"{chosen.reason}; {note}"

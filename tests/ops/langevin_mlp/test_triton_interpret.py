@@ -26,6 +26,7 @@ from triton.runtime import interpreter  # noqa: E402
 from mmebm.kernels import activations, mlp_energy  # noqa: E402
 from mmebm.kernels import langevin_mlp as room  # noqa: E402
 from mmebm.kernels.langevin_mlp import Tile  # noqa: E402
+from mmebm.ops import parity  # noqa: E402
 from mmebm.ops.common.params import StepParams  # noqa: E402
 from mmebm.ops.langevin_mlp import MlpChain, MlpResult, constants_of, langevin_mlp  # noqa: E402
 from mmebm.ops.langevin_mlp import run as run_in  # noqa: E402
@@ -532,3 +533,12 @@ def test_another_device_is_refused(seed: int) -> None:
     c = case(generator, [[PLAIN] * 3])
     reason = room.supports(c.chain, c.x.to("meta"))
     assert reason is not None and "meta" in reason
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32x3", "bf16"])
+def test_the_parity_case_of_each_precision(precision: str) -> None:
+    cpu = torch.device("cpu")
+    verdict = parity.check("langevin_mlp", "triton", cpu, precision=precision)
+    assert verdict.reason is None
+    # it did run in this precision
+    assert (verdict.error > 1e-4) == (precision == "bf16")
