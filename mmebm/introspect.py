@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import os
 import sys
-import sysconfig
 import threading
 import types
 import weakref
@@ -32,7 +32,7 @@ EMPTY: Final = object()
 _LEAVES = (str, bytes, int, float, complex, Tensor, torch.dtype, torch.device, type, types.ModuleType, type(None))
 # Nor in these libraries' objects that are no modules (optimizers, data loaders, loggers) and in their functions.
 _LIBRARIES = ("torch", "numpy", "logging", "threading", "_thread", "concurrent", "multiprocessing")
-_STANDARD = sysconfig.get_path("stdlib")
+_STANDARD = os.path.dirname(os.__file__)
 # What a class may hold for all of its objects
 _SHARED = (bool, int, float, Tensor, nn.Module)
 

@@ -103,8 +103,8 @@ def test_metadata_is_what_an_index_shows(wheel_path):
     train = {re.split(r"[ >=<\[;]", line)[0] for line in requires if 'extra == "train"' in line}
     model = {re.split(r"[ >=<\[;]", line)[0] for line in requires if 'extra == "model"' in line}
     assert base == {"torch", "numpy"}
-    assert train == {"mmebm", "matplotlib", "pillow", "tqdm"}
-    assert model == {"pydantic", "safetensors", "tomli"}
+    assert train == {"mmebm", "matplotlib", "pillow", "shtab", "tqdm"}
+    assert model == {"pydantic", "safetensors", "tomli", "tomli-w"}
 
 
 def test_citation_names_this_version():

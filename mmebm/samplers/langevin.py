@@ -462,6 +462,8 @@ def langevin(
     inplace: bool = False,
     chunk_size: int | None = None,
     differentiable: int | bool | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
 ) -> S:
     """Langevin dynamics in one call: state in, state out.
 
@@ -475,7 +477,7 @@ def langevin(
 
     Other args:
         noise_scale to on_nonfinite: as :class:`Langevin` describes them.
-        args to differentiable: as :meth:`Langevin.sample` does, which also has ``record``, ``thin`` and ``offload``.
+        args to callback: as :meth:`Langevin.sample` does, which also has ``record``, ``thin`` and ``offload``.
 
     Returns:
         The final state, in the structure that was given.
@@ -498,6 +500,6 @@ def langevin(
     out = sampler.sample(
         energy, state, steps, args=args, kwargs=kwargs, observed=observed, blocks=blocks, seed=seed,
         generator=generator, chain_offset=chain_offset, first_step=first_step, inplace=inplace, chunk_size=chunk_size,
-        differentiable=differentiable,
+        differentiable=differentiable, progress=progress, callback=callback,
     )  # fmt: skip
     return out.state

@@ -44,7 +44,10 @@ class Watch:
         return done % self.every == 0 or done == self.steps
 
     def __call__(self, done: int, x: list[Tensor]) -> bool:
-        ends = False if self.callback is None else bool(self.callback(done, self.build(x)))
+        ends = None if self.callback is None else self.callback(done, self.build(x))
+        if not isinstance(ends, (bool, type(None))):
+            raise TypeError(f"callback must return True, which ends the chain, False or None, got {ends!r:.80}")
+        ends = bool(ends)
         if self.progress:
             self._say(done, ends or done == self.steps)
         return ends

@@ -41,7 +41,7 @@ def test_a_missing_package_is_named_with_the_command(
     packages: None, monkeypatch: pytest.MonkeyPatch, name: str, package: str, distribution: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # how Python itself marks a package as not importable
-    message = rf"{package}/.*{distribution} is not installed.*pip install 'mmebm\[train\]'"
+    message = rf"{package}/.*{distribution} is not installed.*pip install 'mmebm\[digits\]'"
     with pytest.raises(ModuleNotFoundError, match=message):
         load(name, "test")
 

@@ -77,6 +77,8 @@ ALSO = {
     "low": ("bounds",), "args": ("argument", "energy"), "kwargs": ("argument", "energy"), "differentiable": (),
     "temperatures": ("step_size",), "norm_over": ("grad_norm_clip",),
 }  # fmt: skip
+# arguments that are functions of the user's, or given to them
+USERS = ("args", "kwargs", "project", "finish", "callback")
 # functions of the user's that raise, and numbers of steps that take too long
 FAILING = ("function of nothing", "module")
 SLOW = {("steps", "2**32"), ("steps", "2**70"), ("leapfrog_steps", "2**32"), ("leapfrog_steps", "2**70")}
@@ -106,7 +108,7 @@ def check(sampler: str, kind: str, name: str, label: str, **more: Any) -> None:
             warnings.simplefilter("ignore")
             SAMPLERS[sampler](**options).sample(energy, **call)
     except OURS as error:
-        if name in ("args", "kwargs", "project", "finish") or label in FAILING:
+        if name in USERS or label in FAILING:
             return  # the user's own function raised, or was given what it does not take
         text = str(error)
         assert any(word in text for word in (name, *ALSO.get(name, ()))), f"{type(error).__name__}: {text}"
@@ -141,7 +143,7 @@ def test_two_odd_values(data: st.DataObject) -> None:
         _, kind, name = data.draw(st.sampled_from(mine), label="argument")
         label = data.draw(st.sampled_from([o for o in ODD if (name, o) not in SLOW]), label="value")
         (options if kind == "option" else call)[name] = ODD[label]()
-        failing |= name in ("args", "kwargs", "project", "finish") or label in FAILING
+        failing |= name in USERS or label in FAILING
     names = (*options, *call)
     try:
         with warnings.catch_warnings():

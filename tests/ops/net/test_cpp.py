@@ -512,5 +512,5 @@ def test_refusals(torch_seed: int) -> None:
     assert "overlap" in str(cpp.supports_energy(replace(twice, nodes=twice.nodes[:3]), x))
     with pytest.raises(native.BackendError, match="constants"):
         cpp.run(replace(chain, constants=chain.constants.repeat(2, 1, 1, 1)), x, 3, 0)
-    with pytest.raises(native.BackendError, match="not built for triton"):
-        op.room("triton", chain, x)
+    with pytest.raises(native.BackendError, match="not built for cuda"):
+        op.room("cuda", chain, x)
