@@ -200,7 +200,10 @@ def baseline(objective: str) -> Callable[[Config], Config]:
 
 
 # How many modalities a data set has, for the size of MMVAE+'s latent.
-MODALITIES = {"digits": 3, "polymnist-5k": 5, "polymnist": 5}
+MODALITIES = {
+    "digits": 3, "polymnist-5k": 5, "polymnist": 5, "polyfashion": 5, "mnist-svhn-text": 3, "mnist-svhn": 2, "cub": 2,
+    "coco": 2,
+}  # fmt: skip
 
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "full": full, "paper": paper, "vae": vae, "abp": abp, "ebm": ebm, "coopnets": coopnets, "coop-vae": coop_vae,
