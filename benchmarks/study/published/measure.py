@@ -4,8 +4,8 @@
 
 Each set is written in its published layout, random images of the published sizes, and trained from there as `mmebm
 train --preset NAME --data-path FOLDER` does, two iterations a stage of which the second counts. Nothing is learned:
-these are times and memory. Operations are those of a joint iteration
-in plain PyTorch as torch.utils.flop_counter counts them, convolutions and matrices alone.
+these are times and memory. Operations are those of a joint iteration in which all learn, as torch.utils.flop_counter
+counts them: convolutions and matrices, backward passes and chains included, and a measurement of the latent step.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def operations(trainer: Trainer) -> float:
 
 def saved_bytes(trainer: Trainer) -> float:
     """What a warm-up iteration keeps for its backward pass, a tuple, without the weights."""
+    trainer = Trainer(trainer.config.replace(stages=(Stage("warmup", 1),)), trainer.data)
     weights = {p.untyped_storage().data_ptr() for p in trainer.system.parameters()}
     kept: dict[int, int] = {}
 
