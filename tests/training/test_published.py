@@ -61,6 +61,8 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_a_preset_trains_from_the_published_layout(name: str, measure: ModuleType, tmp_path: Path, seed: int) -> None:
+    for needed in {"polyfashion": ("skimage",), "mnist-svhn-text": ("scipy",)}.get(name, ()):
+        pytest.importorskip(needed, reason="the extra 'digits'")
     config = narrow(measure.prepared(name, tmp_path, n=24 if name == "polyfashion" else 8, seed=seed))
     data = load(config.data.name, "train", seed=config.data.seed, path=tmp_path, **config.data.options)
     assert {m.name: m.shape for m in data.modalities} == SHAPES[name]

@@ -3,9 +3,10 @@
     python benchmarks/study/published/measure.py polymnist cub-128 [--batch 8] [--precision fp32] [--json FILE]
 
 Each set is written in its published layout, random images of the published sizes, and trained from there as `mmebm
-train --preset NAME --data-path FOLDER` does, two iterations a stage of which the second counts. Nothing is learned:
-these are times and memory. Operations are those of a joint iteration in which all learn, as torch.utils.flop_counter
-counts them: convolutions and matrices, backward passes and chains included, and a measurement of the latent step.
+train --preset NAME --data-path FOLDER` does: two iterations of each kind of stage, of which the second counts. Nothing
+is learned: these are times and memory. Operations are those of a joint iteration in which all learn, as
+torch.utils.flop_counter counts them: convolutions and matrices, backward passes and chains included, and a measurement
+of the latent step.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ def measure(name: str, batch: int, precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = prepared(name, Path(folder))
         published = config.batch
-        stages = tuple(dataclasses.replace(stage, iterations=2) for stage in config.stages)
+        kinds = {stage.kind: dataclasses.replace(stage, iterations=2) for stage in config.stages[::-1]}
+        stages = tuple(kinds[kind] for kind in ("warmup", "prior", "joint"))
         config = config.replace(
             batch=batch, stages=stages, guard=dataclasses.replace(config.guard, every=1), precision=precision,
             channels_last=False,
@@ -171,7 +173,7 @@ def measure(name: str, batch: int, precision: str) -> dict[str, Any]:
             "preset": name, "batch": batch, "precision": precision,
             "parameters": {part: sum(p.numel() for p in getattr(trainer.system, part).parameters())
                            for part in ("generator", "inference", "energy", "prior")},
-            "seconds": {f"{i} {row['stage']}": round(row["seconds_per_iteration"], 3) for i, row in enumerate(rows, 1)},
+            "seconds": {row["stage"]: round(row["seconds_per_iteration"], 3) for row in rows},
             "peak_memory_mib": round(peak), "saved_mib_per_tuple": round(saved_bytes(trainer) / 2**20, 2),
             "gflop_per_tuple": round(count / 1e9, 1),
             "gpu_estimate_seconds": round(count * published / (PEAK * SHARE), 3), "gpu_estimate_batch": published,
