@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Net = Literal["mlp", "conv"]
+Net = Literal["mlp", "conv", "resnet"]
 Activation = Literal["relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"]
 Joint = Literal["mixture", "product", "product_without_prior", "mixture_of_products"]
 # What a validation picks the best checkpoint by (mmebm.evaluation.heldout)

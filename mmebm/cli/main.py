@@ -178,6 +178,16 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--seed", type=int, default=0, help="of the samples shown (default: 0)")
     device(report)
 
+    figure = command("figure", "one of the paper's figures, of runs",
+                     "Draw a figure of the paper. Of several runs: 1, coherence against distance; 2 and 3, the losses "
+                     "of energy and of generator. Of one: 4, both chains step by step; 5, 7 and 9, samples; 6, paths "
+                     "through the latent; 8 and 10, completions; A.1, classes read off z.")  # fmt: skip
+    figure.add_argument("figure", choices=("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "A.1"), help="its number")
+    of_run(figure, "+")
+    figure.add_argument("--out", default=None, help="the .png to write (default: figure-N.png, here)")
+    figure.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    device(figure)
+
     backends = command("backends", "what can run here, and why not", "Versions and backends.")
     backends.add_argument(
         "--check", action="store_true", help="compare every implementation of every op with the reference, a line each"

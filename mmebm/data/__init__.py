@@ -5,6 +5,7 @@
     views            six views of the same 2,000 digits: an image and five vectors       built in memory
     polymnist        the published PolyMNIST, or a set laid out like it                  read from ``path``
     polymnist-built  PolyMNIST's recipe over any idx files and photographs               read from ``path``
+    polyfashion      the same recipe over Fashion-MNIST                                  from a Debian package
     mnist-svhn       MNIST and SVHN, paired by class                                     read from ``path``
     mnist-svhn-text  the same with the digit's word in characters                        read from ``path``
     emoji-captions   emoji and their English names                                       from Debian packages
@@ -37,7 +38,7 @@ from mmebm.data.emoji import emoji_captions
 from mmebm.data.folder import folder
 from mmebm.data.mapped import as_set, from_dataset
 from mmebm.data.mnist_svhn import mnist_svhn, mnist_svhn_text
-from mmebm.data.polymnist import polymnist, polymnist_5k, polymnist_built
+from mmebm.data.polymnist import polyfashion, polymnist, polymnist_5k, polymnist_built
 from mmebm.data.stream import Prefetch, WorkerBatches
 from mmebm.data.views import views
 
@@ -49,6 +50,7 @@ DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
     "polymnist-5k": polymnist_5k,
     "polymnist": polymnist,
     "polymnist-built": polymnist_built,
+    "polyfashion": polyfashion,
     "mnist-svhn": mnist_svhn,
     "mnist-svhn-text": mnist_svhn_text,
     "views": views,

@@ -26,7 +26,9 @@ from mmebm.data.packages import DIGIT_WORDS, PHOTOGRAPHS, mnist, photograph
 from mmebm.data.pairing import SPLIT_SEED, below, choose, pair_by_class, random_words, split_by_class
 from mmebm.data.pools import ArrayPool, FilePool, average_areas, held, load_tensor
 
-__all__ = ["crop_corners", "difference", "invert", "polymnist", "polymnist_5k", "polymnist_built"]
+__all__ = [
+    "crop_corners", "difference", "invert", "polyfashion", "polymnist", "polymnist_5k", "polymnist_built",
+]  # fmt: skip
 
 SIDE: Final = 28
 THRESHOLD: Final = 128
@@ -35,6 +37,10 @@ THRESHOLD: Final = 128
 # strips, not one edge, so that the test crops show the same kinds of texture as the train crops.
 STRIPS: Final = 12
 STRIP_PERIOD: Final = 4
+
+# Where Debian's package dataset-fashion-mnist has its files, and the classes by their numbers.
+FASHION: Final = Path("/usr/share/datasets/fashion-mnist")
+FASHION_WORDS: Final = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
 MODALITY: Final = re.compile(r"m(0|[1-9]\d*)")
 LAYOUT: Final = "the tensor layout has m0.pt, m1.pt, ... and labels.pt"
@@ -219,21 +225,87 @@ def polymnist_built(
         raise ValueError(f"blend must be 'invert' or 'difference', got {blend!r}")
     if isinstance(classes, str) or len(classes) != 10 or len(set(classes)) != 10:
         raise ValueError(f"classes must be ten distinct names, got {classes!r}")
-    items, of_item, item_source = read_mnist(path, split)
+    return _built("polymnist-built", split, seed, Path(path), read_mnist(path, split), n, copies, blend, disjoint,
+                  classes, stream, backgrounds=backgrounds)  # fmt: skip
+
+
+def polyfashion(
+    split: Split,
+    *,
+    seed: int = 0,
+    path: str | os.PathLike[str] | None = None,
+    n: int | None = None,
+    copies: int = 1,
+    part: Literal["train", "validation"] = "train",
+    stream: bool = True,
+) -> MultimodalDataset:
+    """PolyMNIST's recipe over Fashion-MNIST: 60,000 and 10,000 clothes, blended by their absolute difference with the
+    five photographs of ``polymnist-5k`` (or those in ``path/backgrounds``).
+
+    No item and no pixel of a photograph is in both splits. Of the train items 5,000, 500 of each class and the same
+    under every seed, are the part "validation", and in no tuple of the part "train": settings are chosen on these.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        seed: of the crops, the pairing, and the choice of ``n`` tuples.
+        path: the folder of the idx files; by default where Debian's package dataset-fashion-mnist has them.
+        n: the number of tuples; by default each instance occurs once.
+        copies: crops for each item.
+        part: of the train split.
+        stream: as in :func:`polymnist_built`.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, TypeError, ValueError: as :func:`polymnist_built`.
+    """
+    if part not in ("train", "validation"):
+        raise ValueError(f"part must be 'train' or 'validation', got {part!r}")
+    if part == "validation" and split != "train":
+        raise ValueError("part='validation' is of the train split, got split='test'")
+    folder = FASHION if path is None else Path(path)
+    n, copies = None if n is None else check_count("n", n), check_count("copies", copies)
+    try:
+        items, of_item, source = read_mnist(folder, split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; Debian's package dataset-fashion-mnist has them") from error
+    if split == "train":
+        parts = split_by_class(of_item, "fashion-mnist", test_share=1 / 12)
+        chosen = parts["train" if part == "train" else "test"]
+        items, of_item = items[chosen], of_item[chosen]
+    return _built("polyfashion", split, seed, folder, (items, of_item, {**source, "part": part}), n, copies,
+                  "difference", True, FASHION_WORDS, stream)  # fmt: skip
+
+
+def _built(
+    name: str,
+    split: Split,
+    seed: int,
+    path: Path,
+    read: tuple[Bytes, Ints, dict[str, Any]],
+    n: int | None,
+    copies: int,
+    blend: Literal["invert", "difference"],
+    disjoint: bool,
+    classes: Sequence[str],
+    stream: bool,
+    *,
+    backgrounds: str | os.PathLike[str] | None = None,
+) -> MultimodalDataset:
+    """The recipe over items that were read: images, classes, and where they are from."""
+    items, of_item, item_source = read
     if items.shape[1:] != (SIDE, SIDE):
         raise ValueError(f"{item_source['file']} has items of {items.shape[1]}x{items.shape[2]}, "
                          f"{SIDE}x{SIDE} is needed")  # fmt: skip
-    photographs = _backgrounds(Path(path), backgrounds)
-    pools, of_instance = _crops("polymnist-built", split, seed, items, of_item, [pixels for pixels, _ in photographs],
+    photographs = _backgrounds(path, backgrounds)
+    pools, of_instance = _crops(name, split, seed, items, of_item, [pixels for pixels, _ in photographs],
                                 copies, BLENDS[blend], disjoint=disjoint, stream=stream)  # fmt: skip
     counts = np.bincount(of_instance, minlength=10).tolist() if n is None else None
     n = len(of_instance) if n is None else n
-    index, labels = pair_by_class({name: of_instance for name in pools}, classes, n, seed, "polymnist-built", split,
+    index, labels = pair_by_class({name: of_instance for name in pools}, classes, n, seed, name, split,
                                   counts=counts)  # fmt: skip
     sources = [item_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
     options = {"n": n, "copies": copies, "blend": blend, "disjoint": disjoint, "stream": stream}
     info = {"options": options, "sources": sources}
-    return _dataset("polymnist-built", split, seed, pools, of_instance, index, labels, info, tuple(classes))
+    return _dataset(name, split, seed, pools, of_instance, index, labels, info, tuple(classes))
 
 
 def _backgrounds(path: Path, folder: str | os.PathLike[str] | None) -> list[tuple[Bytes, dict[str, Any]]]:

@@ -16,7 +16,8 @@ class JointEnergy(nn.Module):
     """A trunk per modality, their features side by side, an MLP on top, one scalar per tuple.
 
     Vectors, and with ``net="mlp"`` everything, enter the fusion as they are: the whole energy is then one plain MLP on
-    the concatenated numbers. With ``net="conv"`` images get a convolutional trunk of ``features`` outputs.
+    the concatenated numbers. With ``net="conv"`` or "resnet" images get a convolutional trunk of ``features``
+    outputs.
 
     Args:
         shapes: modality name -> shape without the chain dimension. Any number of modalities, any shapes.
@@ -36,7 +37,7 @@ class JointEnergy(nn.Module):
         trunks: dict[str, nn.Module] = {}
         total = 0
         for name, shape in self.shapes.items():
-            conv = net == "conv" and is_image(shape)
+            conv = net != "mlp" and is_image(shape)
             trunks[name] = (
                 encoder(shape, features, net=net, width=trunk_width, depth=depth, act=act) if conv else nn.Flatten()
             )

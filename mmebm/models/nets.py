@@ -17,6 +17,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+# A "resnet" has so many times ``width`` channels where its map is smallest, and as many units for a vector.
+WIDEST = 8
+
+
 def activation(name: str) -> nn.Module:
     """A fresh activation module by name.
 
@@ -42,13 +46,57 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and min(shape[1:]) >= 4
 
 
+class Residual(nn.Module):
+    """shortcut(x) + 0.1 body(x): small at first, so that deep stacks without norms neither grow nor vanish.
+
+    Args:
+        body, shortcut: modules of the same output shape.
+    """
+
+    mmebm_pure = True
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + 0.1 * self.body(x)
+
+
+def _block(channels: int, out: int, act: str, *, up: bool) -> Residual:
+    """Two convolutions of 3x3, each after its activation, between which the map is doubled or halved."""
+    resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
+    middle = out if up else channels
+    first, second = nn.Conv2d(channels, middle, 3, padding=1), nn.Conv2d(middle, out, 3, padding=1)
+    before, after = ([resize], []) if up else ([], [resize])
+    # a map of positions and a 1x1 convolution commute: the shortcut is done where the map is small
+    across = nn.Conv2d(channels, out, 1)
+    return Residual(
+        nn.Sequential(activation(act), *before, first, activation(act), *after, second),
+        nn.Sequential(across, resize) if up else nn.Sequential(resize, across),
+    )
+
+
+def _channels(width: int, halvings: int) -> list[int]:
+    """Of a "resnet", from the full map to the smallest: doubled at each halving, up to eight times ``width``."""
+    return [width * min(2**i, WIDEST) for i in range(halvings + 1)]
+
+
 def _halvings(shape: Sequence[int], side: int) -> int:
     """How often an image is halved until its shorter side is at most ``side``; at least once."""
     return max(1, math.ceil(math.log2(min(shape[1:]) / side)))
 
 
 def encoder(shape: Sequence[int], out: int, *, net: Net, width: int, depth: int, act: str) -> nn.Sequential:
-    """(n, *shape) -> (n, out). "conv" halves images by strided convolutions; vectors get an MLP in both cases."""
+    """(n, *shape) -> (n, out). "conv" halves images by strided convolutions to a side of 4, "resnet" by residual blocks
+    to a side of 8, from ``width`` channels on; vectors get an MLP in all cases."""
+    if net == "resnet" and is_image(shape):
+        halvings = _halvings(shape, 8)
+        counts, side = _channels(width, halvings), [s >> halvings for s in shape[1:]]
+        blocks = [_block(a, b, act, up=False) for a, b in itertools.pairwise(counts)]
+        head = [activation(act), nn.Flatten(), nn.Linear(counts[-1] * math.prod(side), out)]
+        return nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1), *blocks, *head)
+    width = width * WIDEST if net == "resnet" else width
     if net == "conv" and is_image(shape):
         layers: list[nn.Module] = []
         channels, side = shape[0], list(shape[1:])
@@ -71,7 +119,15 @@ class _Crop(nn.Module):
 
 
 def decoder(latent: int, shape: Sequence[int], *, net: Net, width: int, depth: int, act: str) -> nn.Sequential:
-    """(n, latent) -> (n, *shape) in (-1, 1) (tanh)."""
+    """(n, latent) -> (n, *shape) in (-1, 1) (tanh): :func:`encoder` the other way round."""
+    if net == "resnet" and is_image(shape):
+        halvings = _halvings(shape, 8)
+        counts, side = _channels(width, halvings)[::-1], [-(-s // 2**halvings) for s in shape[1:]]
+        blocks = [_block(a, b, act, up=True) for a, b in itertools.pairwise(counts)]
+        first = [nn.Linear(latent, counts[0] * math.prod(side)), nn.Unflatten(1, (counts[0], *side))]
+        last = [activation(act), nn.Conv2d(width, shape[0], 3, padding=1), _Crop(*shape[1:]), nn.Tanh()]
+        return nn.Sequential(*first, *blocks, *last)
+    width = width * WIDEST if net == "resnet" else width
     if net == "conv" and is_image(shape):
         # small maps stop at a side of 7 or 8: most of the cost is there where the maps are large
         halvings = _halvings(shape, 8)

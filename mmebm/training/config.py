@@ -388,8 +388,8 @@ class Config(Settings):
     many parts whose gradients are averaged (less memory; in the joint stage the generator then is updated after the
     last part, and the chains of step 7 of the earlier ones start from it as it was).
 
-    ``ema``: the decay of an exponential moving average of all weights, once an iteration, which a run then samples with
-    (0: none). Training itself, chains included, uses the weights as they are.
+    ``ema``: the decay of an exponential moving average of all weights, once an iteration and begun anew in each stage,
+    which a run then samples with (0: none). Training itself, chains included, uses the weights as they are.
 
     For convolutional networks: ``precision="bf16"`` runs the energies of both chains and the losses under autocast (the
     chains' states, the updates and the weights stay float32; a chain that is one fused call is not affected), and

@@ -429,6 +429,8 @@ class Trainer:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 rows.append({**self._iterate(stage, k), "iteration": self.iteration})
             if self.averaged is not None:
+                if k == 0:  # what an earlier stage was after is no part of this one's mean
+                    self.averaged.n_averaged.zero_()
                 self.averaged.update_parameters(self.system)
             self.iteration += 1
             for callback in self.callbacks:

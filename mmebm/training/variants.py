@@ -157,6 +157,57 @@ def paper_hard(config: Config) -> Config:
     return paper(config).replace(shuffled_tuples=hard)
 
 
+def no_warmup(config: Config) -> Config:
+    """The paper's loop from the first iteration on: no VAE is trained beforehand."""
+    return _then_joint(config, _plain(config), (), lr=1.0)
+
+
+def staged(config: Config) -> Config:
+    """The VAE, then half of what is left for an energy on top of it, then all three networks together."""
+    plain, before = _plain(config), _warmup(config)
+    alone = Stage("joint", 0, lr=0.5, final_lr=0.3, train=("energy",))
+    left = budget(config) - sum(stage.iterations * cost(plain, stage) for stage in before)
+    alone = dataclasses.replace(alone, iterations=max(round(left / 2 / cost(plain, alone)), 0))
+    return _then_joint(config, plain, (*before, alone))
+
+
+def vae_prior(config: Config) -> Config:
+    """The VAE with the latent energy prior, and no energy on data: what the prior alone is worth."""
+    plain = _plain(config).replace(latent_prior=config.latent_prior or LatentPriorConfig())
+    own = [stage for stage in config.stages if stage.kind == "prior"]
+    prior = own[0] if own else Stage("prior", round(budget(config) / 5), final_lr=0.5)
+    first = (*_warmup(config), Stage("warmup", 0))[0]
+    left = budget(config) - prior.iterations * cost(plain, prior)
+    return plain.replace(stages=(dataclasses.replace(first, iterations=max(round(left), 0)), prior))
+
+
+def independent_inference(config: Config) -> Config:
+    """The paper's loop with experts that learn each for itself, none by its part of the mixture."""
+    return _with(paper(config), inference="per_expert")
+
+
+def noise_steps(steps: int) -> Callable[[Config], Config]:
+    """An energy alone, with so many steps of one size from noise (more steps take longer: iterations are alike)."""
+
+    def change(config: Config) -> Config:
+        alone = ebm(config)
+        chain = dataclasses.replace(alone.data_chain, steps=steps, step=config.data_chain.size(), travel=None)
+        return alone.replace(data_chain=chain)
+
+    change.__doc__ = f"An energy alone, {steps} steps from noise, of the preset's size."
+    return change
+
+
+def at_beta(name: str, beta: float) -> Callable[[Config], Config]:
+    """Another variant with this weight of the divergence."""
+
+    def change(config: Config) -> Config:
+        return _with(VARIANTS[name](config), beta=beta)
+
+    change.__doc__ = f"{name!r} with beta = {beta:g}."
+    return change
+
+
 def data_start(name: str) -> Callable[[Config], Config]:
     """The paper's loop with data chains that start elsewhere."""
 
@@ -200,11 +251,16 @@ def baseline(objective: str) -> Callable[[Config], Config]:
 
 
 # How many modalities a data set has, for the size of MMVAE+'s latent.
-MODALITIES = {"digits": 3, "polymnist-5k": 5, "polymnist": 5}
+MODALITIES = {
+    "digits": 3, "polymnist-5k": 5, "polymnist": 5, "polyfashion": 5, "mnist-svhn-text": 3, "mnist-svhn": 2, "cub": 2,
+    "coco": 2,
+}  # fmt: skip
 
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "full": full, "paper": paper, "vae": vae, "abp": abp, "ebm": ebm, "coopnets": coopnets, "coop-vae": coop_vae,
     "frozen": frozen,
+    "no-warmup": no_warmup, "staged": staged, "vae+prior": vae_prior, "independent-inference": independent_inference,
+    **{f"noise={steps}": noise_steps(steps) for steps in (10, 30, 60, 100)},
     "paper+elbo": paper_elbo, "paper+prior": paper_prior, "paper+shuffled": paper_shuffled, "paper+hard": paper_hard,
     **{f"start={name}": data_start(name)
        for name in ("noise", "data+noise", "buffer", "independent", "shuffled", "aggregated")},
@@ -212,11 +268,26 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     **{name: baseline(name) for name in ("mvae", "mmvae", "mopoe", "mvtcae", "mmvae+")},
 }  # fmt: skip
 
+# Three points a model on the plane of coherence and distance, as multimodal VAEs are compared.
+BETAS = (1.0, 2.5, 5.0)
+SWEPT = ("vae", "mmvae", "mopoe", "mvtcae", "paper", "full")
+VARIANTS |= {f"{name}@beta={beta:g}": at_beta(name, beta) for name in SWEPT for beta in BETAS}
+
 GRIDS: dict[str, tuple[str, ...]] = {
     "components": ("vae", "abp", "ebm", "coopnets", "coop-vae", "frozen", "paper", "full"),
     "levers": ("paper", "paper+elbo", "paper+prior", "paper+shuffled", "paper+hard", "start=aggregated", "full"),
     "starts": ("paper", *(name for name in VARIANTS if name.startswith(("start=", "latent=")))),
     "baselines": ("mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"),
+}
+# What a referee asks: does the result hang on the warm-up, on stages, on the prior; and the paper's figures 1, 2 and 3.
+GRIDS |= {
+    "circularity": ("paper", "no-warmup", "coopnets"),
+    "staging": ("frozen", "staged", "paper"),
+    "revision": ("vae", "vae+prior", "frozen", "paper", "paper+prior", "full"),
+    "betas": tuple(name for name in VARIANTS if "@" in name),
+    "generators": ("paper", "start=independent"),
+    "noise": tuple(name for name in VARIANTS if name.startswith("noise=")),
+    "inference": ("paper", "independent-inference"),
 }
 GRIDS["study"] = (*GRIDS["components"], *GRIDS["baselines"])
 

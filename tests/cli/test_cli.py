@@ -259,7 +259,7 @@ def test_a_folder_trains_one_run_at_a_time(
     (run / ".lock").unlink()
 
 
-@pytest.mark.parametrize("command", ["train", "ablate", "sample", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["train", "ablate", "sample", "evaluate", "report", "figure"])
 def test_a_result_that_cannot_be_written_is_found_before_the_work(
     command: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +281,7 @@ def test_a_result_that_cannot_be_written_is_found_before_the_work(
         "sample": [str(run), "--out", out, "--device", "cpu"],
         "evaluate": [str(tmp_path / "blocked"), "--device", "cpu"],
         "report": [str(run), "--out", out, "--device", "cpu"],
+        "figure": ["9", str(run), "--out", out + ".png", "--device", "cpu"],
     }  # fmt: skip
     assert main([command, *arguments[command]]) == 1
     error = capsys.readouterr().err

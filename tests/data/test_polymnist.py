@@ -16,7 +16,7 @@ import torch
 from mmebm.data import MultimodalDataset, load
 from mmebm.data.packages import PHOTOGRAPHS, mnist, photograph
 from mmebm.data.pairing import split_by_class
-from mmebm.data.polymnist import crop_corners, invert
+from mmebm.data.polymnist import CropPool, crop_corners, invert
 
 NAMES = ("0.3.png", "1.3.png", "0.7.png", "10.3.png", "2.7.png")
 ORDERED = [(3, 0), (3, 1), (3, 10), (7, 0), (7, 2)]  # (digit, i)
@@ -437,3 +437,37 @@ def test_a_photograph_too_small_is_refused(tmp_path: Path, write_mnist: Callable
     write_backgrounds(tmp_path / "backgrounds", seed, ((28, 28), (27, 90)))
     with pytest.raises(ValueError, match="27x90 is too small: 28x28"):
         load("polymnist-built", "test", path=tmp_path)
+
+
+def test_polyfashion_keeps_items_apart(tmp_path: Path, write_mnist: Callable[..., Any], packages: None) -> None:
+    """Train, validation and test: each item of the idx files in one of them, blended by the difference."""
+    images, _ = write_mnist(tmp_path, "train", 240)
+    others, _ = write_mnist(tmp_path, "test", 40)
+    parts = {part: load("polyfashion", "train", path=tmp_path, part=part) for part in ("train", "validation")}
+    parts["test"] = load("polyfashion", "test", path=tmp_path)
+    assert {name: len(data) for name, data in parts.items()} == {"train": 220, "validation": 20, "test": 40}
+    shown: dict[str, set[bytes]] = {}
+    for name, data in parts.items():
+        assert [m.shape for m in data.modalities] == [(3, 28, 28)] * 5
+        pools = [data.pools[m.name] for m in data.modalities]
+        assert all(isinstance(pool, CropPool) for pool in pools)
+        shown[name] = {item.tobytes() for pool in pools for item in pool.items}  # type: ignore[union-attr]
+    assert not shown["train"] & shown["validation"] and shown["test"] == {item.tobytes() for item in others}
+    assert shown["train"] | shown["validation"] == {item.tobytes() for item in images}
+    assert parts["validation"].labels.bincount().tolist() == [2] * 10  # a twelfth of 24 of each class
+    pool = parts["test"].pools["m1"]
+    assert isinstance(pool, CropPool)
+    crop = pool.background[pool.ys[7] : pool.ys[7] + 28, pool.xs[7] : pool.xs[7] + 28].astype(int)
+    pixels = np.rint(255 * parts["test"].modalities[1].natural(pool.gather(torch.tensor([7])))[0])
+    assert (pixels == abs(crop.transpose(2, 0, 1) - pool.items[7].astype(int))).all()
+    again = load("polyfashion", "train", path=tmp_path, seed=5)
+    assert {item.tobytes() for item in again.pools["m0"].items} == shown["train"]  # type: ignore[union-attr]
+
+
+def test_polyfashion_says_where_its_files_come_from(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="package dataset-fashion-mnist"):
+        load("polyfashion", "train", path=tmp_path)
+    with pytest.raises(ValueError, match="part must be 'train' or 'validation', got 'test'"):
+        load("polyfashion", "train", path=tmp_path, part="test")
+    with pytest.raises(ValueError, match="part='validation' is of the train split, got split='test'"):
+        load("polyfashion", "test", path=tmp_path, part="validation")

@@ -89,14 +89,15 @@ def test_published_energies(chains: int) -> None:
     agree(lambda x: logits(x)[:, 3] + (x**2).flatten(1).sum(1) / (2 * 0.01**2), x)
 
 
-def test_this_package(seed: int) -> None:
-    joint = JointEnergy({"a": (3, 28, 28), "b": (1, 13, 17), "w": (10,)}, net="conv", trunk_width=4).double()
+@pytest.mark.parametrize("net", ["conv", "resnet"])
+def test_this_package(seed: int, net: Any) -> None:
+    joint = JointEnergy({"a": (3, 28, 28), "b": (1, 13, 17), "w": (10,)}, net=net, trunk_width=4).double()
     agree(joint, {"w": images(3, 10), "a": images(3, 3, 28, 28), "b": images(3, 1, 13, 17)})
     shapes = {"a": (3, 28, 28), "w": (10,)}
     x = {"a": images(4, 3, 28, 28), "w": images(4, 10)}
     for likelihood in ("gaussian", "laplace"):
         weights = {"a": 0.5, "w": 3.0}
-        generator = SharedGenerator(shapes, 5, net="conv", width=4, likelihood=likelihood, weights=weights).double()
+        generator = SharedGenerator(shapes, 5, net=net, width=4, likelihood=likelihood, weights=weights).double()
         agree(lambda z, g=generator: g.negative_log_likelihood(x, z) + 0.5 * z.square().sum(1), images(4, 5))
         present = {"a": torch.tensor([True, False, True, True])}
         agree(lambda z, g=generator, p=present: g.negative_log_likelihood(x, z, p), images(4, 5))

@@ -24,6 +24,7 @@ from mmebm.evaluation.figures import (
     overlay,
     revision_grid,
     sample_grid,
+    scatter,
     sweep,
     trace,
     traces,
@@ -384,3 +385,14 @@ def test_landscape_shows_energy_and_samples(tmp_path: Path):
 def test_chains_that_cannot_be_drawn_are_refused(call, message: str):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_scatter_has_a_colour_for_each_model(tmp_path: Path):
+    one = {"left": {"vae": [(1.0, 0.2, "1"), (2.0, 0.4, "5")]}}
+    two = {"left": {**one["left"], "full": [(3.0, 0.9, "")]}, "right": {"full": [(3.0, 0.8, "")], "none": []}}
+    pictures = [read(scatter(panels, tmp_path / "s.png", x="distance", y="coherence")) for panels in (one, two)]
+    colours = [tuple(int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)) for c in COLOURS[:2]]
+    shares = [[share_of(picture, colour) for colour in colours] for picture in pictures]
+    assert shares[0][0] > 0 and shares[0][1] == 0 and min(shares[1]) > 0
+    with pytest.raises(ValueError, match="at least one point"):
+        scatter({"left": {"vae": []}}, tmp_path / "s.png", x="", y="")

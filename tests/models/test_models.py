@@ -15,7 +15,7 @@ from mmebm.samplers import Langevin
 from mmebm.training.system import Posterior
 
 SHAPES = {"grey": (1, 28, 28), "colour": (3, 14, 14), "vector": (7,)}
-NETS = ("mlp", "conv")
+NETS = ("mlp", "conv", "resnet")
 
 
 def batch(n: int, seed: int) -> dict[str, torch.Tensor]:

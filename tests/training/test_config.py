@@ -67,7 +67,7 @@ WRONG = {
     "data_chain.clamp=0": "data_chain.clamp must be true or false, got 0",
     "model.spectral=off": "model.spectral must be true or false",
     "loss.inference=per-expert": "loss.inference must be one of 'mixture', 'per_expert', got \"per-expert\"",
-    "model.net=resnet": "model.net must be one of 'mlp', 'conv', got \"resnet\"",
+    "model.net=unet": "model.net must be one of 'mlp', 'conv', 'resnet', got \"unet\"",
     "model.activation=swish": "model.activation must be one of 'relu'",
     "model.likelihood=normal": "model.likelihood must be one of 'gaussian', 'laplace'",
     "model.latent=0": "model.latent must be at least 1, got 0",
@@ -154,7 +154,7 @@ def test_all_errors_are_named_at_once_with_what_was_meant() -> None:
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: ModelConfig(net="resnet"), "net must be one of 'mlp', 'conv', got 'resnet'"),  # type: ignore
+    (lambda: ModelConfig(net="unet"), "net must be one of 'mlp', 'conv', 'resnet', got 'unet'"),  # type: ignore
     (lambda: LossConfig(inference="per-expert"), "inference must be one of .*mean 'per_expert'"),  # type: ignore
     (lambda: AdamConfig(lr=float("nan")), "lr must be at least 0, got nan"),
     (lambda: ChainConfig(step={"a": -1.0}), r"step\.a must be positive, got -1\.0"),

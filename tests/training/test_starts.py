@@ -287,8 +287,11 @@ def test_every_variant_trains(name: str, config: Config, data: MultimodalDataset
     assert all(torch.isfinite(torch.tensor(v)) for row in rows for v in row.values() if isinstance(v, float))
     learns = {"ebm": {"energy"}, "coopnets": {"energy", "generator"}, "frozen": {"energy", "generator", "inference"},
               "abp": {"generator", "inference"}, "full": {"energy", "generator", "inference", "prior"},
-              "paper+prior": {"energy", "generator", "inference", "prior"}}  # fmt: skip
+              "paper+prior": {"energy", "generator", "inference", "prior"},
+              "vae+prior": {"generator", "inference", "prior"},
+              **{f"noise={steps}": {"energy"} for steps in (10, 30, 60, 100)}}  # fmt: skip
     vae_only = {"vae", "mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"}
+    name = name.partition("@")[0]
     expected = {"generator", "inference"} if name in vae_only else {"energy", "generator", "inference"}
     assert moved(trainer) - {"latent_step"} == learns.get(name, expected)
 
@@ -313,6 +316,21 @@ def test_grids_name_variants_and_presets_take_them() -> None:
     assert override(config, {"start.data": "noise"}).start.data == "noise"
     with pytest.raises(ValueError, match=r"variant must be one of .*, got 'x'"):
         preset("demo/x")
+
+
+def test_grids_of_figures_change_what_they_say() -> None:
+    base = preset("demo")
+    assert preset("demo/mopoe@beta=2.5").loss == dataclasses.replace(preset("demo/mopoe").loss, beta=2.5)
+    chains = [preset(f"demo/{name}").data_chain for name in GRIDS["noise"]]
+    assert [chain.steps for chain in chains] == [10, 30, 60, 100]
+    assert {chain.size() for chain in chains} == {base.data_chain.size()}
+    assert [stage.kind for stage in preset("demo/no-warmup").stages] == ["joint"]
+    assert [stage.train for stage in preset("demo/staged").stages] == [None, ("energy",), None]
+    revised, vae = preset("demo/vae+prior"), preset("demo/vae")
+    assert [stage.kind for stage in revised.stages] == ["warmup", "prior"] and vae.latent_prior is None
+    assert revised.latent_prior == base.latent_prior
+    one, other = preset("demo/paper"), preset("demo/independent-inference")
+    assert other.replace(loss=one.loss, preset=one.preset) == one and other.loss.inference == "per_expert"
 
 
 def test_bad_settings_are_named() -> None:

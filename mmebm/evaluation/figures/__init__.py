@@ -12,9 +12,9 @@ from mmebm.evaluation.figures.grids import (
     sample_grid,
     trajectory_grid,
 )
-from mmebm.evaluation.figures.plots import curves, lines, overlay, sweep, traces
+from mmebm.evaluation.figures.plots import curves, lines, overlay, scatter, sweep, traces
 
 __all__ = [
     "conditional_grid", "curves", "interpolation_grid", "landscape", "lines", "overlay", "revision_grid", "sample_grid",
-    "sweep", "trace", "traces", "trajectory_grid",
+    "scatter", "sweep", "trace", "traces", "trajectory_grid",
 ]  # fmt: skip

@@ -334,6 +334,52 @@ def sweep(
     return _multiples("rows", parts, path, 2 if len(sides) > 1 else 3, {})
 
 
+def scatter(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]], path: str | os.PathLike[str], *, x: str,
+    y: str,
+) -> Path:  # fmt: skip
+    """Models as points on a plane, those of one model joined in their order.
+
+    Args:
+        panels: title -> model -> its points (x, y, what stands beside it).
+        path: where to write the PNG.
+        x, y: what the axes are.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+        ImportError: without matplotlib.
+    """
+    panels = {title: {name: of for name, of in models.items() if of} for title, models in panels.items()}
+    panels = {title: models for title, models in panels.items() if models}
+    if not panels:
+        raise ValueError("panels must hold at least one point, got none")
+    names = list(dict.fromkeys(name for models in panels.values() for name in models))
+    legend = 0.7 + 0.075 * max(map(len, names))  # inches
+    width = 4.0 * len(panels) + legend
+    figure, handles = new_figure(width, 3.4), {}
+    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, models) in zip(drawn, panels.items(), strict=True):
+        style_axes(axes, title)
+        for name, points in models.items():
+            k = names.index(name)
+            across, up, notes = zip(*points, strict=True)
+            style = {"color": COLOURS[k % len(COLOURS)], "marker": "osD^vP*"[k // len(COLOURS) % 7]}
+            handles[name] = axes.plot(across, up, markersize=5, linewidth=0.8, **style)[0]
+            for at, note in zip(zip(across, up, strict=True), notes, strict=True):
+                axes.annotate(note, at, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=FAINT)
+        axes.margins(0.12)
+        axes.set_xlabel(x, fontsize=8, color=FAINT)
+        axes.set_ylabel(y, fontsize=8, color=FAINT)
+    figure.legend(
+        [handles[name] for name in names], names, loc="center right", frameon=False, fontsize=8, labelcolor=INK
+    )
+    figure.tight_layout(pad=0.6, w_pad=1.4, rect=(0, 0, 1 - 1.5 / (4.4 * len(panels) + 1.6), 1))
+    return write(figure, path)
+
+
 @dataclass(frozen=True)
 class _Line:
     label: str

@@ -1,13 +1,14 @@
-"""Presets: one file each, a ``config()`` that returns the whole configuration; packages offer others by entry points
+"""Presets: functions that return the whole configuration; packages offer others by entry points
 (:mod:`mmebm.plugins`). "preset/variant" is a named change of one (:mod:`mmebm.training.variants`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from mmebm import plugins
 from mmebm.training.config import Config
-from mmebm.training.presets import base, demo, paper, polymnist_5k, polymnist_14
+from mmebm.training.presets import base, demo, paper, polymnist_5k, polymnist_14, published
 from mmebm.training.variants import variant
 
 PRESETS: dict[str, Callable[[], Config]] = {
@@ -16,6 +17,13 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "paper": paper.config,
     "polymnist-5k": polymnist_5k.config,
     "polymnist-14": polymnist_14.config,
+    "polymnist": published.polymnist,
+    "polyfashion": published.polyfashion,
+    "mnist-svhn-text": published.mnist_svhn_text,
+    "cub": published.cub,
+    "cub-128": partial(published.cub, 128),
+    "coco": published.coco,
+    "coco-128": partial(published.coco, 128),
 }
 
 
