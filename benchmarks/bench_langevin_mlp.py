@@ -130,9 +130,16 @@ def with_backend(backend: str) -> Callable[[Workload, Tensor, Sequence[Term]], R
 
         def run(scale: float) -> Tensor:
             return langevin_mlp(
-                [x], terms, steps=w.steps, step_size=STEP_SIZE, noise_scale=scale, seed=next(seeds),
-                prior_std=w.prior_std, backend=backend, **bounds,
-            ).x[0]  # fmt: skip
+                [x],
+                terms,
+                steps=w.steps,
+                step_size=STEP_SIZE,
+                noise_scale=scale,
+                seed=next(seeds),
+                prior_std=w.prior_std,
+                backend=backend,
+                **bounds,
+            ).x[0]
 
         try:
             run(0.0)
@@ -219,9 +226,12 @@ def torchebm(w: Workload, x: Tensor, terms: Sequence[Term]) -> Run:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Workload, Tensor, Sequence[Term]], Run]] = {
-    "eager": eager, "mmebm torch": with_backend("torch"), "mmebm cpp": with_backend("cpp"),
-    "jax, jitted scan": jax_scan, "torchebm": torchebm,
-}  # fmt: skip
+    "eager": eager,
+    "mmebm torch": with_backend("torch"),
+    "mmebm cpp": with_backend("cpp"),
+    "jax, jitted scan": jax_scan,
+    "torchebm": torchebm,
+}
 
 
 def gate(w: Workload, run: Run, x: Tensor, terms: Sequence[Term]) -> None:

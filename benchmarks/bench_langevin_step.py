@@ -272,9 +272,13 @@ Chainable = Callable[[Tensor], Tensor]
 class Energy(torch.nn.Sequential):
     def __init__(self, dim: int, width: int) -> None:
         super().__init__(
-            torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU(),
-            torch.nn.Linear(width, 1), torch.nn.Flatten(0),
-        )  # fmt: skip
+            torch.nn.Linear(dim, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, 1),
+            torch.nn.Flatten(0),
+        )
 
 
 def eager_chain(energy: Chainable, x: Tensor, steps: int, scale: float = NOISE_SCALE) -> Tensor:
@@ -319,8 +323,11 @@ def ebmkit_chain(energy: Chainable, x: Tensor, steps: int, scale: float = NOISE_
 
 
 WHOLE: dict[str, Callable[..., Tensor]] = {
-    "eager": eager_chain, "mmebm": mmebm_chain, "torchebm": torchebm_chain, "ebmkit": ebmkit_chain,
-}  # fmt: skip
+    "eager": eager_chain,
+    "mmebm": mmebm_chain,
+    "torchebm": torchebm_chain,
+    "ebmkit": ebmkit_chain,
+}
 
 
 def gate_chain(run: Callable[..., Tensor], chains: int, dim: int, width: int, steps: int) -> None:

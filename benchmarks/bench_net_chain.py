@@ -51,28 +51,50 @@ class Block(nn.Module):
 
 def residual_energy() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), Block(16, 16), Block(16, 32), Block(32, 64), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(64, 1),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        Block(16, 16),
+        Block(16, 32),
+        Block(32, 64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 1),
+    )
 
 
 def tutorial_energy() -> nn.Sequential:
     """That of a well-known tutorial on deep energy models."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 5, stride=2, padding=4), nn.SiLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.SiLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.SiLU(),
-        nn.Flatten(), nn.Linear(256, 64), nn.SiLU(), nn.Linear(64, 1),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 5, stride=2, padding=4),
+        nn.SiLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(256, 64),
+        nn.SiLU(),
+        nn.Linear(64, 1),
+    )
 
 
 def plain_energy(width: int, channels: int) -> nn.Sequential:
     """Convolutions without pooling, as of Nijkamp et al."""
     w = width
     return nn.Sequential(
-        nn.Conv2d(channels, w, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(w, 2 * w, 4, 2, 1), nn.LeakyReLU(0.2),
-        nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 1),
-    )  # fmt: skip
+        nn.Conv2d(channels, w, 3, 1, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(w, 2 * w, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * w, 4 * w, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(4 * w, 4 * w, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * w, 1),
+    )
 
 
 class OfOne(nn.Module):
@@ -186,9 +208,10 @@ def _jax_function(module: Any, jax: Any) -> Callable[[Any], Any]:
         slope = module.negative_slope
         return lambda x: jax.nn.leaky_relu(x, slope)
     simple: dict[type, Callable[[Any], Any]] = {
-        nn.SiLU: jax.nn.silu, nn.Flatten: lambda x: x.reshape(x.shape[0], -1),
+        nn.SiLU: jax.nn.silu,
+        nn.Flatten: lambda x: x.reshape(x.shape[0], -1),
         nn.AdaptiveAvgPool2d: lambda x: x.mean((2, 3), keepdims=True),
-    }  # fmt: skip
+    }
     if type(module) not in simple:
         pytest.skip(f"{type(module).__name__} is not written in JAX here")
     return simple[type(module)]

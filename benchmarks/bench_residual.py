@@ -86,9 +86,11 @@ def differentiated(work: Workload, ys: Sequence[Tensor], ts: Sequence[Tensor], m
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Out]] = {
-    "eager autograd": eager, "mmebm torch": fused("torch"), "mmebm cpp": fused("cpp"),
+    "eager autograd": eager,
+    "mmebm torch": fused("torch"),
+    "mmebm cpp": fused("cpp"),
     "mmebm cpp, through autograd": differentiated,
-}  # fmt: skip
+}
 COPY = "copy of as many bytes"
 
 

@@ -42,9 +42,15 @@ class HandWritten:
         self.clamp, self.prior_std = chain.clamp, prior_std
 
     def sample(
-        self, energy: Callable[..., Tensor], state: Any, steps: int, *, seed: int, observed: Any = None,
+        self,
+        energy: Callable[..., Tensor],
+        state: Any,
+        steps: int,
+        *,
+        seed: int,
+        observed: Any = None,
         chain_offset: int = 0,
-    ) -> Done:  # fmt: skip
+    ) -> Done:
         names = list(state) if isinstance(state, dict) else [None]
         x = [t.detach().clone() for t in (state.values() if isinstance(state, dict) else [state])]
         for _ in range(steps):
@@ -79,12 +85,7 @@ def settings(name: str) -> Config:
     if name == "polymnist-5k":
         # MLPs are timed with the demo
         conv = ModelConfig(
-            latent=64,
-            net="conv",
-            generator_width=16,
-            inference_width=16,
-            energy_trunk_width=16,
-            sigma=0.2,
+            latent=64, net="conv", generator_width=16, inference_width=16, energy_trunk_width=16, sigma=0.2
         )
         whole = whole.replace(model=conv, batch=128)
     return whole.replace(stages=(joint,))
@@ -98,11 +99,16 @@ def tuples(name: str) -> MultimodalDataset:
     rng = torch.Generator().manual_seed(0)
     labels = torch.zeros(n, dtype=torch.int64)
     return MultimodalDataset(
-        name="random", split="train", seed=0, modalities=tuple(Modality(m, (3, 28, 28), "image") for m in names),
-        classes=("one",), pools={m: 2 * torch.rand(n, 3, 28, 28, generator=rng) - 1 for m in names},
-        pool_labels=dict.fromkeys(names, labels), index=torch.arange(n)[:, None].expand(n, 5).contiguous(),
+        name="random",
+        split="train",
+        seed=0,
+        modalities=tuple(Modality(m, (3, 28, 28), "image") for m in names),
+        classes=("one",),
+        pools={m: 2 * torch.rand(n, 3, 28, 28, generator=rng) - 1 for m in names},
+        pool_labels=dict.fromkeys(names, labels),
+        index=torch.arange(n)[:, None].expand(n, 5).contiguous(),
         labels=labels,
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -121,9 +127,10 @@ def still(config: Config) -> Config:
     assert config.latent_prior is not None
     quiet = lambda chain: dataclasses.replace(chain, noise=0.0)
     return config.replace(
-        data_chain=quiet(config.data_chain), latent_chain=quiet(config.latent_chain),
+        data_chain=quiet(config.data_chain),
+        latent_chain=quiet(config.latent_chain),
         latent_prior=dataclasses.replace(config.latent_prior, chain=quiet(config.latent_prior.chain)),
-    )  # fmt: skip
+    )
 
 
 def gate(name: str, device: torch.device) -> None:

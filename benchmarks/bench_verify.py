@@ -50,13 +50,20 @@ def training(net: nn.Module, x: Tensor, steps: int, calls: int) -> Tensor:
 
 @pytest.mark.parametrize("verified", [False, True], ids=["trusted", "verified"])
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize(("what", "run", "calls"), [
-    ("first call", chains, 1), ("128 calls", chains, CALLS), ("training loop, 128 iterations", training, CALLS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "run", "calls"),
+    [("first call", chains, 1), ("128 calls", chains, CALLS), ("training loop, 128 iterations", training, CALLS)],
+)
 def test_verification(
-    benchmark: Any, measure: Callable[..., None], monkeypatch: pytest.MonkeyPatch, what: str,
-    run: Callable[..., Tensor], calls: int, name: str, verified: bool,
-) -> None:  # fmt: skip
+    benchmark: Any,
+    measure: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    run: Callable[..., Tensor],
+    calls: int,
+    name: str,
+    verified: bool,
+) -> None:
     inputs, hidden, steps = SIZES[name]
     x = torch.randn(100, inputs, generator=torch.Generator().manual_seed(1))
     compared: list[str] = []

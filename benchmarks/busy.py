@@ -46,8 +46,13 @@ def measured(way: dict[str, str], iterations: int, *, busy: bool) -> dict[str, f
     plain = {name: value for name, value in os.environ.items() if name not in names}
     other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
     try:
-        done = subprocess.run([sys.executable, "-c", CHILD, str(iterations)], env={**plain, **way}, check=True,
-                              stdout=subprocess.PIPE, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(iterations)],
+            env={**plain, **way},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     finally:
         if other is not None:
             other.kill()

@@ -292,8 +292,10 @@ class Chain:
 
     def measure(self, rounds: int) -> dict[str, object]:
         calls: dict[str, Callable[[], object]] = {
-            "by hand": self.by_hand, "loop": lambda: self.sampled(False), "captured": lambda: self.sampled(True),
-        }  # fmt: skip
+            "by hand": self.by_hand,
+            "loop": lambda: self.sampled(False),
+            "captured": lambda: self.sampled(True),
+        }
         start = time.perf_counter()
         replayed, wanted = self.sampled(True), self.sampled(False)
         torch.cuda.synchronize()
@@ -326,11 +328,18 @@ class LatentChain:
         assert not isinstance(table, str)
         self.problems = {
             precision: MlpChain(
-                terms=(Scalar(stack),), widths=(64,), streams=(0,), noisy=(True,), moving=(True,),
-                constants=table[0], present=table[1], seed=1, precision=precision,
+                terms=(Scalar(stack),),
+                widths=(64,),
+                streams=(0,),
+                noisy=(True,),
+                moving=(True,),
+                constants=table[0],
+                present=table[1],
+                seed=1,
+                precision=precision,
             )
             for precision in self.precisions
-        }  # fmt: skip
+        }
         self.x = torch.randn(100, 64, device=DEVICE)
         self.compiled = torch.compile(self.step, dynamic=False)
 
@@ -346,8 +355,9 @@ class LatentChain:
 
     def measure(self, rounds: int) -> dict[str, object]:
         calls: dict[str, Callable[[], torch.Tensor]] = {
-            "eager": lambda: self.loop(self.step), "torch.compile": lambda: self.loop(self.compiled),
-        }  # fmt: skip
+            "eager": lambda: self.loop(self.step),
+            "torch.compile": lambda: self.loop(self.compiled),
+        }
         found: dict[str, object] = {}
         wanted = run_in(None, self.problems["fp32"], self.x, 5, 0).x
         for precision, problem in self.problems.items():

@@ -103,7 +103,7 @@ def main() -> None:
         lambda: sampler.sample(energy, state, STEPS, observed={"mnist"}).state,
         lambda: by_hand(double, state64, "mnist"),
         lambda: ported.sample(double, state64, STEPS, observed={"mnist"}).state,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

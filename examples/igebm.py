@@ -44,9 +44,14 @@ def main() -> None:
 
     iterations = 20 if o.quick else 2000
     buffer = mmebm.ReplayBuffer(
-        10_000, initial.uniform((1, 14, 14)), policy="fifo", reinit=0.05, dtype=torch.uint8, value_range=(0, 1),
+        10_000,
+        initial.uniform((1, 14, 14)),
+        policy="fifo",
+        reinit=0.05,
+        dtype=torch.uint8,
+        value_range=(0, 1),
         seed=o.seed,
-    )  # fmt: skip
+    )
     optimiser = torch.optim.Adam(energy.parameters(), lr=1e-3, betas=(0.0, 0.999))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 1 - k / iterations)
     for k in range(iterations):
@@ -74,9 +79,11 @@ def main() -> None:
     double = copy.deepcopy(energy).double()
     ported = sampler.replace(rng="torch")
     compare(
-        lambda: by_hand(energy, start), lambda: sampler.sample(energy, start, STEPS).state,
-        lambda: by_hand(double, start.double()), lambda: ported.sample(double, start.double(), STEPS).state,
-    )  # fmt: skip
+        lambda: by_hand(energy, start),
+        lambda: sampler.sample(energy, start, STEPS).state,
+        lambda: by_hand(double, start.double()),
+        lambda: ported.sample(double, start.double(), STEPS).state,
+    )
 
 
 if __name__ == "__main__":

@@ -45,9 +45,7 @@ def main() -> None:
     o = options("JEM on 8x8 digits")
     x, y = digits("train", "optdigits")
     test_x, test_y = digits("test", "optdigits")
-    net = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 10)
-    )  # fmt: skip
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 10))
     f = LogSumExp(net)
     sampler = mmebm.Langevin(STEP_SIZE, NOISE, log_prob=True)
     print(f"JEM: {STEPS} steps of {STEP_SIZE} with noise {NOISE}, temperature {sampler.implied_temperature:.0e}")
@@ -85,9 +83,11 @@ def main() -> None:
     double = copy.deepcopy(f).double()
     ported = sampler.replace(rng="torch")
     compare(
-        lambda: by_hand(net, start), lambda: sampler.sample(f, start, STEPS).state,
-        lambda: by_hand(double.net, start.double()), lambda: ported.sample(double, start.double(), STEPS).state,
-    )  # fmt: skip
+        lambda: by_hand(net, start),
+        lambda: sampler.sample(f, start, STEPS).state,
+        lambda: by_hand(double.net, start.double()),
+        lambda: ported.sample(double, start.double(), STEPS).state,
+    )
 
 
 if __name__ == "__main__":

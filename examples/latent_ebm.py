@@ -55,7 +55,7 @@ def main() -> None:
     images = digits("train")[0].flatten(1)
     generator = nn.Sequential(
         nn.Linear(LATENT, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 196), nn.Tanh()
-    )  # fmt: skip
+    )
     energy = mmebm.energies.MLP(LATENT, (128, 128), "gelu")
     posterior = Posterior(energy, generator)
     prior_chain = mmebm.Langevin.from_sgld(PRIOR_SCALE, prior_std=1.0)
@@ -92,19 +92,18 @@ def main() -> None:
     p, x, z = Posterior(e, g), images[:128], torch.randn(128, LATENT)
     print("prior chain")
     compare(
-        lambda: prior_by_hand(energy, z), lambda: prior_chain.sample(energy, z, PRIOR_STEPS).state,
+        lambda: prior_by_hand(energy, z),
+        lambda: prior_chain.sample(energy, z, PRIOR_STEPS).state,
         lambda: prior_by_hand(e, z.double()),
         lambda: prior_chain.replace(rng="torch").sample(e, z.double(), PRIOR_STEPS).state,
-    )  # fmt: skip
+    )
     print("posterior chain")
     compare(
         lambda: posterior_by_hand(energy, generator, z, x),
         lambda: posterior_chain.sample(posterior, z, POSTERIOR_STEPS, args=(x,)).state,
         lambda: posterior_by_hand(e, g, z.double(), x.double()),
-        lambda: posterior_chain.replace(rng="torch").sample(
-            p, z.double(), POSTERIOR_STEPS, args=(x.double(),)
-        ).state,
-    )  # fmt: skip
+        lambda: posterior_chain.replace(rng="torch").sample(p, z.double(), POSTERIOR_STEPS, args=(x.double(),)).state,
+    )
 
 
 if __name__ == "__main__":

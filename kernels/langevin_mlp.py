@@ -111,11 +111,43 @@ _COLUMN_NOISY: Final = tl.constexpr(2)
 
 # Arguments whose value must not compile anything anew
 _SCALARS: Final = (
-    "x", "out", "target", "masks", "observed", "constants", "energy", "norms", "frozen",
-    "seed", "seed_at", "step", "step_at", "offset", "chains", "inputs", "columns16", "steps", "count", "tensors",
-    "tensors_at", "columns_at", "quads_at", "ld16", "x16", "c16", "n16", "g16", "factors_at", "target_stride",
-    "mask_stride", "observed_stride", "constant_step", "constant_width", "constant_chain", "todo",
-)  # fmt: skip
+    "x",
+    "out",
+    "target",
+    "masks",
+    "observed",
+    "constants",
+    "energy",
+    "norms",
+    "frozen",
+    "seed",
+    "seed_at",
+    "step",
+    "step_at",
+    "offset",
+    "chains",
+    "inputs",
+    "columns16",
+    "steps",
+    "count",
+    "tensors",
+    "tensors_at",
+    "columns_at",
+    "quads_at",
+    "ld16",
+    "x16",
+    "c16",
+    "n16",
+    "g16",
+    "factors_at",
+    "target_stride",
+    "mask_stride",
+    "observed_stride",
+    "constant_step",
+    "constant_width",
+    "constant_chain",
+    "todo",
+)
 
 UNIT: Final = 16  # offsets and widths are multiples of it, so that rows are read in whole vectors
 
@@ -269,9 +301,28 @@ def _deliver(out_row, own, table, columns_at, columns, at, inside, NB: tl.conste
 
 @triton.jit
 def _perturb(
-    own, table, observed, row, chain, chain_word, step_word, k0, k1, columns, x_at, c_at,
-    tensors_at, columns_at, quads_at, observed_stride, width, by_chain, todo, BM: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
+    own,
+    table,
+    observed,
+    row,
+    chain,
+    chain_word,
+    step_word,
+    k0,
+    k1,
+    columns,
+    x_at,
+    c_at,
+    tensors_at,
+    columns_at,
+    quads_at,
+    observed_stride,
+    width,
+    by_chain,
+    todo,
+    BM: tl.constexpr,
+    NB: tl.constexpr,
+):
     """Noise before the gradient, from x to c."""
     for c in range(0, columns, NB):
         col = c + tl.arange(0, NB)
@@ -290,10 +341,33 @@ def _perturb(
 
 @triton.jit
 def _update(
-    own, table, observed, row, chain, chain_word, step_word, k0, k1, columns, tensors, x_at, c_at, n_at, g_at,
-    factors_at, tensors_at, columns_at, quads_at, observed_stride, width, by_chain, todo, alive,
-    BM: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
+    own,
+    table,
+    observed,
+    row,
+    chain,
+    chain_word,
+    step_word,
+    k0,
+    k1,
+    columns,
+    tensors,
+    x_at,
+    c_at,
+    n_at,
+    g_at,
+    factors_at,
+    tensors_at,
+    columns_at,
+    quads_at,
+    observed_stride,
+    width,
+    by_chain,
+    todo,
+    alive,
+    BM: tl.constexpr,
+    NB: tl.constexpr,
+):
     """The rule, from c and the gradient to n, and for frozen chains back to x. Returns (squared norm, alive)."""
     # the factors of the norm clip, one for each tensor
     if (todo & _NORM) != 0:
@@ -354,15 +428,51 @@ def _update(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _chain_kernel(
-    x, out, w, v, target, masks, observed, constants, energy, norms, frozen, scratch, table,
-    seed: tl.int64, seed_at: tl.int64, step: tl.int64, step_at: tl.int64, offset: tl.int64,
-    chains: tl.int32, inputs: tl.int32, columns16: tl.int32, steps: tl.int32, count: tl.int32, tensors: tl.int32,
-    tensors_at: tl.int32, columns_at: tl.int32, quads_at: tl.int32,
-    ld16: tl.int32, x16: tl.int32, c16: tl.int32, n16: tl.int32, g16: tl.int32, factors_at: tl.int32,
-    target_stride: tl.int64, mask_stride: tl.int64, observed_stride: tl.int64,
-    constant_step: tl.int64, constant_width: tl.int32, constant_chain: tl.int32, todo: tl.int32,
-    BM: tl.constexpr, NB: tl.constexpr, KB: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    w,
+    v,
+    target,
+    masks,
+    observed,
+    constants,
+    energy,
+    norms,
+    frozen,
+    scratch,
+    table,
+    seed: tl.int64,
+    seed_at: tl.int64,
+    step: tl.int64,
+    step_at: tl.int64,
+    offset: tl.int64,
+    chains: tl.int32,
+    inputs: tl.int32,
+    columns16: tl.int32,
+    steps: tl.int32,
+    count: tl.int32,
+    tensors: tl.int32,
+    tensors_at: tl.int32,
+    columns_at: tl.int32,
+    quads_at: tl.int32,
+    ld16: tl.int32,
+    x16: tl.int32,
+    c16: tl.int32,
+    n16: tl.int32,
+    g16: tl.int32,
+    factors_at: tl.int32,
+    target_stride: tl.int64,
+    mask_stride: tl.int64,
+    observed_stride: tl.int64,
+    constant_step: tl.int64,
+    constant_width: tl.int32,
+    constant_chain: tl.int32,
+    todo: tl.int32,
+    BM: tl.constexpr,
+    NB: tl.constexpr,
+    KB: tl.constexpr,
+    MODE: tl.constexpr,
+):
     """All steps of BM chains, then of the next ones (see the module docstring)."""
     pid = tl.program_id(0)
     columns = columns16 * 16
@@ -384,9 +494,28 @@ def _chain_kernel(
             step_word = (first_step + k).to(tl.uint32)
             if (todo & _BEFORE) != 0:
                 _perturb(
-                    own, table, observed, row, chain, chain_word, step_word, k0, k1, columns, x_at, c_at,
-                    tensors_at, columns_at, quads_at, observed_stride, constant_width, constant_chain, todo, BM, NB,
-                )  # fmt: skip
+                    own,
+                    table,
+                    observed,
+                    row,
+                    chain,
+                    chain_word,
+                    step_word,
+                    k0,
+                    k1,
+                    columns,
+                    x_at,
+                    c_at,
+                    tensors_at,
+                    columns_at,
+                    quads_at,
+                    observed_stride,
+                    constant_width,
+                    constant_chain,
+                    todo,
+                    BM,
+                    NB,
+                )
 
             e = tl.zeros([BM], tl.float32)
             for i in range(count):
@@ -447,10 +576,33 @@ def _chain_kernel(
                 tl.store(energy + k * chains.to(tl.int64) + here, e, mask=inside)
             if (todo & _GRADIENT) == 0:
                 squares, alive = _update(
-                    own, table, observed, row, chain, chain_word, step_word, k0, k1, columns, tensors, x_at, c_at, n_at,
-                    g_at, factors_at, tensors_at, columns_at, quads_at, observed_stride, constant_width, constant_chain,
-                    todo, alive, BM, NB,
-                )  # fmt: skip
+                    own,
+                    table,
+                    observed,
+                    row,
+                    chain,
+                    chain_word,
+                    step_word,
+                    k0,
+                    k1,
+                    columns,
+                    tensors,
+                    x_at,
+                    c_at,
+                    n_at,
+                    g_at,
+                    factors_at,
+                    tensors_at,
+                    columns_at,
+                    quads_at,
+                    observed_stride,
+                    constant_width,
+                    constant_chain,
+                    todo,
+                    alive,
+                    BM,
+                    NB,
+                )
                 if (todo & _GRAD_NORM) != 0:
                     tl.store(norms + k * chains.to(tl.int64) + here, tl.sqrt_rn(squares), mask=inside)
 
@@ -596,8 +748,19 @@ def _operations(
     program: list[list[int]] = []
     target = 0
 
-    def add(kind: tl.constexpr, k: int, n: int, a: int, b: int, v: int, u: int, out: int, slope_at: int, flags: int,
-            *rest: int) -> None:  # fmt: skip
+    def add(
+        kind: tl.constexpr,
+        k: int,
+        n: int,
+        a: int,
+        b: int,
+        v: int,
+        u: int,
+        out: int,
+        slope_at: int,
+        flags: int,
+        *rest: int,
+    ) -> None:
         units = [k, n, a, b, v, u, out, slope_at]
         assert all(unit % UNIT == 0 for unit in units)
         word = [kind.value, *(unit // UNIT for unit in units), flags, *rest]
@@ -623,19 +786,57 @@ def _operations(
             layer = layers[i]
             if scalar and i == last:
                 head = layers[-1]
-                add(_HEAD, layer.inputs, layer.outputs, inputs_at, layer.forward, layer.bias, head.forward, values[i],
-                    0, act, *reals, 0, head.bias)  # fmt: skip
+                add(
+                    _HEAD,
+                    layer.inputs,
+                    layer.outputs,
+                    inputs_at,
+                    layer.forward,
+                    layer.bias,
+                    head.forward,
+                    values[i],
+                    0,
+                    act,
+                    *reals,
+                    0,
+                    head.bias,
+                )
             else:
-                add(_HIDDEN, layer.inputs, layer.outputs, inputs_at, layer.forward, layer.bias, 0, values[i], slopes[i],
-                    act, *reals)  # fmt: skip
+                add(
+                    _HIDDEN,
+                    layer.inputs,
+                    layer.outputs,
+                    inputs_at,
+                    layer.forward,
+                    layer.bias,
+                    0,
+                    values[i],
+                    slopes[i],
+                    act,
+                    *reals,
+                )
             inputs_at = values[i]
         if not scalar:
             scale, likelihood, squash, masked = rest
             layer = layers[-1]
             flags = _TANH_OUTPUT.value * squash | _LAPLACE.value * (likelihood == "laplace") | _MASKED.value * masked
             inverse = 1 / scale if likelihood == "laplace" else 1 / scale / scale  # scale**2 may be 0
-            add(_OUTPUT, layer.inputs, layer.outputs, inputs_at, layer.forward, layer.bias, 0, output_at, 0, flags,
-                *reals, _bits(inverse), 0, target)  # fmt: skip
+            add(
+                _OUTPUT,
+                layer.inputs,
+                layer.outputs,
+                inputs_at,
+                layer.forward,
+                layer.bias,
+                0,
+                output_at,
+                0,
+                flags,
+                *reals,
+                _bits(inverse),
+                0,
+                target,
+            )
             target += layer.outputs
             add(_BACK, layer.outputs, layer.inputs, output_at, layer.back, 0, 0, values[last], slopes[last], 0)
         for i in range(last, 0, -1):
@@ -648,9 +849,16 @@ def _operations(
 
 @lru_cache(maxsize=256)
 def _plan(
-    shapes: tuple[Any, ...], widths: tuple[int, ...], streams: tuple[int, ...], noisy: tuple[bool, ...],
-    moving: tuple[bool, ...], normed: tuple[bool, ...], freeze: bool, before: bool, tile: Tile,
-) -> Plan:  # fmt: skip
+    shapes: tuple[Any, ...],
+    widths: tuple[int, ...],
+    streams: tuple[int, ...],
+    noisy: tuple[bool, ...],
+    moving: tuple[bool, ...],
+    normed: tuple[bool, ...],
+    freeze: bool,
+    before: bool,
+    tile: Tile,
+) -> Plan:
     starts, end = [], 0
     for width in widths:
         starts.append(end)
@@ -687,15 +895,20 @@ def _plan(
     at |= {f"{name}16": slots[name] // UNIT for name in ("x", "c", "n", "g")}
     at |= {"factors_at": slots["factors"], "ld16": slots["end"] // UNIT}
     return Plan(
-        tile=tile, words=tuple(words), matrices=buffers.matrices, vectors=buffers.vectors, columns=columns,
-        sources=tuple(sources), scratch=slots["end"], count=len(program), layouts=tuple(layouts),
+        tile=tile,
+        words=tuple(words),
+        matrices=buffers.matrices,
+        vectors=buffers.vectors,
+        columns=columns,
+        sources=tuple(sources),
+        scratch=slots["end"],
+        count=len(program),
+        layouts=tuple(layouts),
         at=tuple(at.items()),
-    )  # fmt: skip
+    )
 
 
-_CODES_OF_PRECISION: Final = {
-    "fp32": "ieee", "tf32x3": "tf32x3", "bf16": "rounded" if _INTERPRETED else "bf16",
-}  # fmt: skip
+_CODES_OF_PRECISION: Final = {"fp32": "ieee", "tf32x3": "tf32x3", "bf16": "rounded" if _INTERPRETED else "bf16"}
 # By precision: few chains, and many. The tables of tests/ops/langevin_mlp/test_triton_compile.py say why these.
 TILES: Final = {
     "fp32": (Tile(8, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
@@ -826,16 +1039,42 @@ def _launch(
     target, masks, strides = _goals(plan, terms, v, chains)
     tiles = -(-chains // tile.chains)
     common = {
-        "x": x, "w": w, "v": v, "target": target, "masks": masks, "table": table, "chains": chains,
-        "inputs": x.shape[1], "columns16": plan.columns // UNIT, "steps": steps, "count": plan.count,
-        **strides, **dict(plan.at), "BM": tile.chains, "MODE": _CODES_OF_PRECISION[precision],
-        "num_warps": max(1, tile.warps * 32 // _WAVE), "num_stages": tile.stages, "enable_fp_fusion": True,
-    }  # fmt: skip
+        "x": x,
+        "w": w,
+        "v": v,
+        "target": target,
+        "masks": masks,
+        "table": table,
+        "chains": chains,
+        "inputs": x.shape[1],
+        "columns16": plan.columns // UNIT,
+        "steps": steps,
+        "count": plan.count,
+        **strides,
+        **dict(plan.at),
+        "BM": tile.chains,
+        "MODE": _CODES_OF_PRECISION[precision],
+        "num_warps": max(1, tile.warps * 32 // _WAVE),
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
     filled = {
-        "observed": masks.view(torch.uint8), "constants": v, "energy": v, "norms": v, "frozen": v.view(torch.uint8),
-        "seed": 0, "seed_at": 0, "step": 0, "step_at": 0, "offset": 0, "tensors": 0, "observed_stride": 0,
-        "constant_step": 0, "constant_width": 1, "constant_chain": 0,
-    } | arguments  # fmt: skip
+        "observed": masks.view(torch.uint8),
+        "constants": v,
+        "energy": v,
+        "norms": v,
+        "frozen": v.view(torch.uint8),
+        "seed": 0,
+        "seed_at": 0,
+        "step": 0,
+        "step_at": 0,
+        "offset": 0,
+        "tensors": 0,
+        "observed_stride": 0,
+        "constant_step": 0,
+        "constant_width": 1,
+        "constant_chain": 0,
+    } | arguments
     programs = _programs(tiles, device)
     scratch = torch.empty(programs * tile.chains * plan.scratch, dtype=torch.float32, device=device)
     _chain_kernel[(programs,)](**common, **filled, scratch=scratch, NB=tile.outputs, KB=tile.depth)
@@ -877,9 +1116,15 @@ def supports(chain: MlpChain, x: Tensor) -> str | None:
 
 
 def run(
-    chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False,
+    chain: MlpChain,
+    x: Tensor,
+    steps: int,
+    first_step: int | Tensor,
+    *,
+    energy: bool = False,
+    grad_norm: bool = False,
     tile: Tile | None = None,
-) -> MlpResult:  # fmt: skip
+) -> MlpResult:
     """``steps`` steps from the flat state ``x`` (chains, inputs), which stays as it is.
 
     ``tile`` replaces the choice of :func:`tile_of`; it changes nothing but the order of sums.
@@ -889,17 +1134,31 @@ def run(
     before = chain.noise_at == "before"
     norm_bit = 1 << FIELDS.index("grad_norm_clip")
     made = _plan(
-        tuple(_shape(term) for term in chain.terms), chain.widths, chain.streams, chain.noisy, chain.moving,
-        tuple(bool(word & norm_bit) for word in chain.present), chain.freeze, before,
+        tuple(_shape(term) for term in chain.terms),
+        chain.widths,
+        chain.streams,
+        chain.noisy,
+        chain.moving,
+        tuple(bool(word & norm_bit) for word in chain.present),
+        chain.freeze,
+        before,
         tile or tile_of(chains, chain.precision),
-    )  # fmt: skip
+    )
     todo = 0
     for bit, wanted in (
-        (_CLIP, chain.has("grad_clip")), (_NORM, chain.has("grad_norm_clip")), (_MAX, chain.has("max_update")),
-        (_PRIOR, chain.has("prior_precision")), (_BOUNDS, chain.has("low") or chain.has("high")), (_BEFORE, before),
-        (_CLAMP_NOISE, chain.clamp_noise), (_OBSERVED, chain.observed is not None), (_FREEZE, chain.freeze),
-        (_ENERGY, energy), (_GRAD_NORM, grad_norm), (_NOISY, any(chain.noisy)),
-    ):  # fmt: skip
+        (_CLIP, chain.has("grad_clip")),
+        (_NORM, chain.has("grad_norm_clip")),
+        (_MAX, chain.has("max_update")),
+        (_PRIOR, chain.has("prior_precision")),
+        (_BOUNDS, chain.has("low") or chain.has("high")),
+        (_BEFORE, before),
+        (_CLAMP_NOISE, chain.clamp_noise),
+        (_OBSERVED, chain.observed is not None),
+        (_FREEZE, chain.freeze),
+        (_ENERGY, energy),
+        (_GRAD_NORM, grad_norm),
+        (_NOISY, any(chain.noisy)),
+    ):
         todo |= bit.value * wanted
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments: dict[str, Any] = {"out": out, "offset": chain.chain_offset, "tensors": tensors, "todo": todo}
@@ -916,10 +1175,16 @@ def run(
     constants = chain.constants.contiguous()
     rows, _, fields, width = constants.shape
     arguments |= {
-        **records, "seed": seed, "seed_at": seed_at, "step": step, "step_at": step_at, "constants": constants,
-        "constant_step": 0 if rows == 1 else tensors * fields * width, "constant_width": width,
+        **records,
+        "seed": seed,
+        "seed_at": seed_at,
+        "step": step,
+        "step_at": step_at,
+        "constants": constants,
+        "constant_step": 0 if rows == 1 else tensors * fields * width,
+        "constant_width": width,
         "constant_chain": int(width > 1),
-    }  # fmt: skip
+    }
     if chain.observed is not None:
         observed = chain.observed.contiguous()
         arguments |= {"observed": observed, "observed_stride": observed.shape[1] if observed.shape[0] > 1 else 0}
@@ -938,9 +1203,16 @@ def gradient(terms: Sequence[Term], x: Tensor, *, tile: Tile | None = None) -> t
         return energy, out
     widths = (inputs,)
     made = _plan(
-        tuple(_shape(term) for term in terms), widths, (0,), (False,), (True,), (False,), False, False,
+        tuple(_shape(term) for term in terms),
+        widths,
+        (0,),
+        (False,),
+        (True,),
+        (False,),
+        False,
+        False,
         tile or tile_of(chains, "fp32"),
-    )  # fmt: skip
+    )
     arguments = {"out": out, "energy": energy, "todo": _GRADIENT.value | _ENERGY.value}
     with _guard(x.device):
         _launch(made, terms, x.contiguous(), "fp32", arguments, chains, 1)

@@ -70,16 +70,9 @@ __all__ = ["TritonStepper", "supports"]
 # Bits of a tensor's option word: bit k says that parameter k, in the order of StepParams, is given. Step size and noise
 # scale always are, so that Triton sees nothing special in the word's value.
 _COUNT: Final = tl.constexpr(len(FIELDS))
-(
-    _STEP_SIZE,
-    _NOISE_SCALE,
-    _GRAD_CLIP,
-    _NORM_CLIP,
-    _MAX_UPDATE,
-    _PRIOR_STD,
-    _LOWER,
-    _UPPER,
-) = map(tl.constexpr, range(len(FIELDS)))
+(_STEP_SIZE, _NOISE_SCALE, _GRAD_CLIP, _NORM_CLIP, _MAX_UPDATE, _PRIOR_STD, _LOWER, _UPPER) = map(
+    tl.constexpr, range(len(FIELDS))
+)
 _NORM: Final = tl.constexpr(1 << FIELDS.index("grad_norm_clip"))
 _PRIOR: Final = tl.constexpr(1 << FIELDS.index("prior_std"))
 _LOW: Final = tl.constexpr(1 << FIELDS.index("low"))

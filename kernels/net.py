@@ -53,9 +53,21 @@ from mmebm.kernels.langevin_mlp import (
 from mmebm.kernels.philox import key_words, normal_of, normals
 
 __all__ = [
-    "BLOCK", "DEPTH", "FORMS", "FUNCTIONS", "NONE", "TILES", "WARPS", "gather_kernel", "norm_kernel", "perturb_kernel",
-    "pointwise_kernel", "product_kernel", "rule_kernel", "scatter_kernel",
-]  # fmt: skip
+    "BLOCK",
+    "DEPTH",
+    "FORMS",
+    "FUNCTIONS",
+    "NONE",
+    "TILES",
+    "WARPS",
+    "gather_kernel",
+    "norm_kernel",
+    "perturb_kernel",
+    "pointwise_kernel",
+    "product_kernel",
+    "rule_kernel",
+    "scatter_kernel",
+]
 
 # The tiles of a product: (outputs, positions) by the number of outputs; the sum runs over DEPTH at a time. The tables
 # of tests/ops/net/test_triton_compile.py say why these.
@@ -158,17 +170,63 @@ def _new_state(x, g, noise, kept, row, tensor, chain, width, by_chain, todo):
 
 @_jit
 def product_kernel(
-    a, w, ld: tl.int32, chains: tl.int32,
-    in_at: tl.int32, out_at: tl.int32, slope_at: tl.int32, rest_at: tl.int32, w_at: tl.int32, bias_at: tl.int32,
-    N: tl.int32, R: tl.int32, wn: tl.int32, wr: tl.int32, wg: tl.int32, KH: tl.int32, KW: tl.int32,
-    IH: tl.int32, IW: tl.int32, OH: tl.int32, OW: tl.int32, SY: tl.int32, SX: tl.int32, PY: tl.int32, PX: tl.int32,
-    DY: tl.int32, DX: tl.int32, QY: tl.int32, QX: tl.int32, spread: tl.int32, tiles: tl.int32, classes: tl.int32,
-    function: tl.int32, alpha: tl.float32, rest_scale: tl.float32,
-    numbers, counts, constants, observed, partials, parts: tl.int32, x_at: tl.int32, start: tl.int32, tensor: tl.int32,
-    index: tl.int32, noisy: tl.int32, observed_stride: tl.int32, constant_step: tl.int32, constant_width: tl.int32,
-    constant_chain: tl.int32, todo: tl.int32,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, MODE: tl.constexpr, UPDATE: tl.constexpr,
-):  # fmt: skip
+    a,
+    w,
+    ld: tl.int32,
+    chains: tl.int32,
+    in_at: tl.int32,
+    out_at: tl.int32,
+    slope_at: tl.int32,
+    rest_at: tl.int32,
+    w_at: tl.int32,
+    bias_at: tl.int32,
+    N: tl.int32,
+    R: tl.int32,
+    wn: tl.int32,
+    wr: tl.int32,
+    wg: tl.int32,
+    KH: tl.int32,
+    KW: tl.int32,
+    IH: tl.int32,
+    IW: tl.int32,
+    OH: tl.int32,
+    OW: tl.int32,
+    SY: tl.int32,
+    SX: tl.int32,
+    PY: tl.int32,
+    PX: tl.int32,
+    DY: tl.int32,
+    DX: tl.int32,
+    QY: tl.int32,
+    QX: tl.int32,
+    spread: tl.int32,
+    tiles: tl.int32,
+    classes: tl.int32,
+    function: tl.int32,
+    alpha: tl.float32,
+    rest_scale: tl.float32,
+    numbers,
+    counts,
+    constants,
+    observed,
+    partials,
+    parts: tl.int32,
+    x_at: tl.int32,
+    start: tl.int32,
+    tensor: tl.int32,
+    index: tl.int32,
+    noisy: tl.int32,
+    observed_stride: tl.int32,
+    constant_step: tl.int32,
+    constant_width: tl.int32,
+    constant_chain: tl.int32,
+    todo: tl.int32,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    MODE: tl.constexpr,
+    UPDATE: tl.constexpr,
+):
     """One tile of BN outputs of a group and BM positions; grid ([chains *] classes * tiles, groups * blocks of N).
 
     Without UPDATE the positions of all chains are one range; with it a program has positions of one chain, and leaves
@@ -244,9 +302,10 @@ def product_kernel(
         value = tl.load(a + (inside[None, :] + (r * IH * IW)[:, None] + y * IW + x), mask=there, other=0.0)
         tap = (tap_y + j_y * apart_y) * KW + tap_x + j_x * apart_x
         weight = tl.load(
-            w + (w_at + group * wg + n[:, None] * wn + (r * wr + tap)[None, :]), mask=ok_n[:, None] & ok_k[None, :],
+            w + (w_at + group * wg + n[:, None] * wn + (r * wr + tap)[None, :]),
+            mask=ok_n[:, None] & ok_k[None, :],
             other=0.0,
-        )  # fmt: skip
+        )
         acc = _dot(weight, value, acc, MODE)
 
     channel = group * N + n
@@ -291,9 +350,20 @@ def product_kernel(
 
 @_jit
 def gather_kernel(
-    a, w, lists, ld: tl.int32, chains: tl.int32, n: tl.int32, k: tl.int32, list_at: tl.int32, weight_at: tl.int32,
-    out_at: tl.int32, lse: tl.int32, BO: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    a,
+    w,
+    lists,
+    ld: tl.int32,
+    chains: tl.int32,
+    n: tl.int32,
+    k: tl.int32,
+    list_at: tl.int32,
+    weight_at: tl.int32,
+    out_at: tl.int32,
+    lse: tl.int32,
+    BO: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out[i] = sum over k of weight[i, k] row[list[i, k]]; an entry of -1 is 0. With ``lse`` log sum exp of them."""
     index = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
     ok = index < chains.to(tl.int64) * n
@@ -332,10 +402,26 @@ def gather_kernel(
 
 @_jit
 def scatter_kernel(
-    a, w, lists, ld: tl.int32, chains: tl.int32, n: tl.int32, k: tl.int32, starts_at: tl.int32, list_at: tl.int32,
-    weight_at: tl.int32, in_at: tl.int32, out_at: tl.int32, rest_at: tl.int32, rest_scale: tl.float32,
-    slope_at: tl.int32, lse: tl.int32, u_at: tl.int32, v_at: tl.int32, B: tl.constexpr,
-):  # fmt: skip
+    a,
+    w,
+    lists,
+    ld: tl.int32,
+    chains: tl.int32,
+    n: tl.int32,
+    k: tl.int32,
+    starts_at: tl.int32,
+    list_at: tl.int32,
+    weight_at: tl.int32,
+    in_at: tl.int32,
+    out_at: tl.int32,
+    rest_at: tl.int32,
+    rest_scale: tl.float32,
+    slope_at: tl.int32,
+    lse: tl.int32,
+    u_at: tl.int32,
+    v_at: tl.int32,
+    B: tl.constexpr,
+):
     """The gradient of a gather in n of its elements: element j collects from entries starts[j] to starts[j + 1] of the
     sorted list, each a place i k + term of the forward list. ``lse``: exp(u[j] - v[i]) is the weight."""
     index = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
@@ -368,11 +454,28 @@ def scatter_kernel(
 
 @_jit
 def pointwise_kernel(
-    a, w, ld: tl.int32, chains: tl.int32, n: tl.int32, u_at: tl.int32, u_scale: tl.float32, v_at: tl.int32,
-    v_scale: tl.float32, times: tl.int32, scale_at: tl.int32, scale_stride: tl.int32, shift_at: tl.int32,
-    shift_stride: tl.int32, rest_at: tl.int32, rest_scale: tl.float32, function: tl.int32, alpha: tl.float32,
-    slope_at: tl.int32, out_at: tl.int32, B: tl.constexpr,
-):  # fmt: skip
+    a,
+    w,
+    ld: tl.int32,
+    chains: tl.int32,
+    n: tl.int32,
+    u_at: tl.int32,
+    u_scale: tl.float32,
+    v_at: tl.int32,
+    v_scale: tl.float32,
+    times: tl.int32,
+    scale_at: tl.int32,
+    scale_stride: tl.int32,
+    shift_at: tl.int32,
+    shift_stride: tl.int32,
+    rest_at: tl.int32,
+    rest_scale: tl.float32,
+    function: tl.int32,
+    alpha: tl.float32,
+    slope_at: tl.int32,
+    out_at: tl.int32,
+    B: tl.constexpr,
+):
     """out = f(u_scale u [+ v_scale v | * v] [* scale] [+ shift] [+ rest_scale rest]) [* slope].
 
     A ``function`` stores its slope. Scale and shift lie in the buffer of the net's tensors, one row for all chains
@@ -406,10 +509,22 @@ def pointwise_kernel(
 
 @_jit
 def norm_kernel(
-    a, ld: tl.int32, chains: tl.int32, in_at: tl.int32, out_at: tl.int32, rstd_at: tl.int32, value_at: tl.int32,
-    rest_at: tl.int32, rest_scale: tl.float32, slope_at: tl.int32, length: tl.int32, groups: tl.int32, eps: tl.float32,
-    backward: tl.int32, B: tl.constexpr,
-):  # fmt: skip
+    a,
+    ld: tl.int32,
+    chains: tl.int32,
+    in_at: tl.int32,
+    out_at: tl.int32,
+    rstd_at: tl.int32,
+    value_at: tl.int32,
+    rest_at: tl.int32,
+    rest_scale: tl.float32,
+    slope_at: tl.int32,
+    length: tl.int32,
+    groups: tl.int32,
+    eps: tl.float32,
+    backward: tl.int32,
+    B: tl.constexpr,
+):
     """y = (x - mean) rstd of one group of ``length`` elements, or back: d_x = rstd (d - mean(d) - y mean(d y))."""
     chain = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
@@ -478,10 +593,23 @@ def _kept_of_tile(observed, observed_stride, chain, at, ok, todo, B: tl.constexp
 
 @_jit
 def perturb_kernel(
-    a, table, numbers, counts, constants, observed, ld: tl.int32, x_at: tl.int32, c_at: tl.int32, tensors: tl.int32,
-    observed_stride: tl.int32, constant_step: tl.int32, constant_width: tl.int32, constant_chain: tl.int32,
-    todo: tl.int32, B: tl.constexpr,
-):  # fmt: skip
+    a,
+    table,
+    numbers,
+    counts,
+    constants,
+    observed,
+    ld: tl.int32,
+    x_at: tl.int32,
+    c_at: tl.int32,
+    tensors: tl.int32,
+    observed_stride: tl.int32,
+    constant_step: tl.int32,
+    constant_width: tl.int32,
+    constant_chain: tl.int32,
+    todo: tl.int32,
+    B: tl.constexpr,
+):
     """c = x + s xi, clamped where asked for; grid (chains, tiles of the widest tensor)."""
     chain = tl.program_id(0)
     row = a + chain.to(tl.int64) * ld
@@ -508,11 +636,33 @@ def perturb_kernel(
 
 @_jit
 def rule_kernel(
-    a, table, numbers, counts, constants, observed, partials, energy, norms, alive, ld: tl.int32, chains: tl.int32,
-    parts: tl.int32, x_at: tl.int32, c_at: tl.int32, n_at: tl.int32, g_at: tl.int32, energy_at: tl.int32,
-    tensors: tl.int32, updated: tl.int32, observed_stride: tl.int32, constant_step: tl.int32, constant_width: tl.int32,
-    constant_chain: tl.int32, todo: tl.int32, B: tl.constexpr,
-):  # fmt: skip
+    a,
+    table,
+    numbers,
+    counts,
+    constants,
+    observed,
+    partials,
+    energy,
+    norms,
+    alive,
+    ld: tl.int32,
+    chains: tl.int32,
+    parts: tl.int32,
+    x_at: tl.int32,
+    c_at: tl.int32,
+    n_at: tl.int32,
+    g_at: tl.int32,
+    energy_at: tl.int32,
+    tensors: tl.int32,
+    updated: tl.int32,
+    observed_stride: tl.int32,
+    constant_step: tl.int32,
+    constant_width: tl.int32,
+    constant_chain: tl.int32,
+    todo: tl.int32,
+    B: tl.constexpr,
+):
     """The end of a chain's step: a program has one chain, updates it unless ``updated``, writes the records and counts
     the step. The state that the gradient was taken at is at ``c_at``; the new one goes to ``n_at``, and with a freeze
     from there to ``x_at``, where it is finite."""

@@ -24,9 +24,18 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "box_muller", "join4", "join8", "key_words", "normal_of", "normals", "philox", "rounding_halves", "split4",
-    "split8", "stochastic_round",
-]  # fmt: skip
+    "box_muller",
+    "join4",
+    "join8",
+    "key_words",
+    "normal_of",
+    "normals",
+    "philox",
+    "rounding_halves",
+    "split4",
+    "split8",
+    "stochastic_round",
+]
 
 
 @triton.jit

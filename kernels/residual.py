@@ -97,18 +97,7 @@ def _elements(
 
 @triton.jit
 def _classes(
-    y,
-    t,
-    mask,
-    g,
-    n,
-    classes,
-    chain,
-    weight,
-    MASK: tl.constexpr,
-    GRAD: tl.constexpr,
-    BK: tl.constexpr,
-    BP: tl.constexpr,
+    y, t, mask, g, n, classes, chain, weight, MASK: tl.constexpr, GRAD: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr
 ):
     """The weighted cross-entropies of one chain, tiles of BK classes and BP positions."""
     lanes = tl.zeros([BP], tl.float32)

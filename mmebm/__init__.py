@@ -35,24 +35,70 @@ if TYPE_CHECKING:
     from mmebm.training.model import Model, from_pretrained, load
 
 __all__ = [
-    "HMC", "MALA", "BackendError", "Langevin", "Model", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped",
-    "__version__", "backends", "capture", "diagnostics", "from_pretrained", "initial", "langevin", "load", "noise",
-    "presets", "rank_offset", "schedules",
-]  # fmt: skip
+    "HMC",
+    "MALA",
+    "BackendError",
+    "Langevin",
+    "Model",
+    "ParallelTempering",
+    "ReplayBuffer",
+    "Samples",
+    "Underdamped",
+    "__version__",
+    "backends",
+    "capture",
+    "diagnostics",
+    "from_pretrained",
+    "initial",
+    "langevin",
+    "load",
+    "noise",
+    "presets",
+    "rank_offset",
+    "schedules",
+]
 
 # where each public name is; the others are modules of this package
 _HOME = {
     **dict.fromkeys(("BackendError", "backends"), "mmebm.backends"),
     **dict.fromkeys(("Model", "from_pretrained", "load"), "mmebm.training.model"),
     **dict.fromkeys(
-        ("HMC", "MALA", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped", "capture", "initial",
-         "langevin", "rank_offset", "schedules"), "mmebm.samplers",
+        (
+            "HMC",
+            "MALA",
+            "Langevin",
+            "ParallelTempering",
+            "ReplayBuffer",
+            "Samples",
+            "Underdamped",
+            "capture",
+            "initial",
+            "langevin",
+            "rank_offset",
+            "schedules",
+        ),
+        "mmebm.samplers",
     ),
-}  # fmt: skip
-_MODULES = frozenset((
-    "adapters", "data", "diagnostics", "energies", "evaluation", "models", "native", "noise", "ops", "presets",
-    "reference", "report", "samplers", "state", "training",
-))  # fmt: skip
+}
+_MODULES = frozenset(
+    (
+        "adapters",
+        "data",
+        "diagnostics",
+        "energies",
+        "evaluation",
+        "models",
+        "native",
+        "noise",
+        "ops",
+        "presets",
+        "reference",
+        "report",
+        "samplers",
+        "state",
+        "training",
+    )
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -22,8 +22,16 @@ from typing import Any, BinaryIO, Final
 
 import torch
 
-__all__ = ["FolderLock", "check_writable", "new_folder", "read_archive", "sealed", "unwritable", "write_archive",
-           "write_atomically"]  # fmt: skip
+__all__ = [
+    "FolderLock",
+    "check_writable",
+    "new_folder",
+    "read_archive",
+    "sealed",
+    "unwritable",
+    "write_archive",
+    "write_atomically",
+]
 
 TEMPORARY: Final = re.compile(r"\..+\.(?P<host>[\w-]+)-(?P<pid>\d+)-[0-9a-f]{16}\.tmp")
 # Where the process cannot be asked (another host's, or its number is in use again), a file so old is nobody's: a write
@@ -291,8 +299,9 @@ class FolderLock:
         if not _lock(handle):
             raise ValueError(f"{self.folder} is in use by {who}: wait for its end, or take another folder")
         if host and host != _host():
-            raise ValueError(f"{self.folder} is in use by {who}, or was when that ended: if it is gone, delete "
-                             f"{self.path}")  # fmt: skip
+            raise ValueError(
+                f"{self.folder} is in use by {who}, or was when that ended: if it is gone, delete {self.path}"
+            )
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
         os.write(handle, f"{_host()} {os.getpid()}".encode())

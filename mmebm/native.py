@@ -149,9 +149,11 @@ def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_off
     if out.requires_grad:
         raise ValueError("out must not require grad: it is overwritten")
     where = {
-        "seed": _word("seed", seed, -(2**63), 2**64), "step": _word("step", step, 0, 2**32),
-        "stream": _word("stream", stream, 0, 2**32), "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
-    }  # fmt: skip
+        "seed": _word("seed", seed, -(2**63), 2**64),
+        "step": _word("step", step, 0, 2**32),
+        "stream": _word("stream", stream, 0, 2**32),
+        "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
+    }
     backend = "cuda" if out.is_cuda else "cpp"
     _module(backend)  # raises where there is none
     reason = parity_failure("noise", backend, out.device)
@@ -180,9 +182,11 @@ def uniform_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_of
     if not isinstance(out, Tensor) or out.dtype not in (torch.float32, torch.float64) or out.dim() == 0:
         raise TypeError(f"out must be float32 or float64 (chains, ...), got {out!r:.80}")
     where = {
-        "seed": _word("seed", seed, -(2**63), 2**64), "step": _word("step", step, 0, 2**32),
-        "stream": _word("stream", stream, 0, 2**32), "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
-    }  # fmt: skip
+        "seed": _word("seed", seed, -(2**63), 2**64),
+        "step": _word("step", step, 0, 2**32),
+        "stream": _word("stream", stream, 0, 2**32),
+        "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
+    }
     address("out", out, torch.device("cpu"), out.dtype)  # raises what it has against it
     fill_uniform(out, **where)
     return out

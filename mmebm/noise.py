@@ -37,9 +37,22 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "ACCEPT", "DRIFT", "INITIAL", "MOMENTUM", "PERTURB_ROUNDING", "REINIT", "ROUNDING", "SWAP",
-    "draw_seed", "normal", "philox4x32", "rounding_fraction", "stream", "uniform", "words",
-]  # fmt: skip
+    "ACCEPT",
+    "DRIFT",
+    "INITIAL",
+    "MOMENTUM",
+    "PERTURB_ROUNDING",
+    "REINIT",
+    "ROUNDING",
+    "SWAP",
+    "draw_seed",
+    "normal",
+    "philox4x32",
+    "rounding_fraction",
+    "stream",
+    "uniform",
+    "words",
+]
 
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 WEYL: Final = (0x9E3779B9, 0xBB67AE85)

@@ -43,8 +43,9 @@ def import_modules(names: Iterable[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
                 raise  # the module is there, and what it imports is not
-            raise ModuleNotFoundError(f"there is no module {name!r}: it must be installed, or lie in the folder where "
-                                      "this runs") from error  # fmt: skip
+            raise ModuleNotFoundError(
+                f"there is no module {name!r}: it must be installed, or lie in the folder where this runs"
+            ) from error
 
 
 def by_path(path: str) -> Any:
@@ -93,6 +94,7 @@ def find(group: Group, name: str) -> Any:
         return by_path(name)
     found = offered(group, name)
     if found is None:
-        raise ValueError(f"{name!r} is none of mmebm.{group}, which are {names(group)}, and no import path "
-                         "'package.module:name'")  # fmt: skip
+        raise ValueError(
+            f"{name!r} is none of mmebm.{group}, which are {names(group)}, and no import path 'package.module:name'"
+        )
     return found

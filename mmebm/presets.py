@@ -23,10 +23,30 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
-    "coopnets", "dual_mcmc_data", "dual_mcmc_latent", "ebm_anatomy", "energy_matching", "hat_ebm", "ibc", "igebm",
-    "improved_cd", "ired", "jem", "latent_ebm_posterior", "latent_ebm_prior", "lsd", "masked_multimodal", "nae",
-    "nae_data", "ncsn", "recovery_likelihood", "sada_jem", "short_run", "uva", "vaebm",
-]  # fmt: skip
+    "coopnets",
+    "dual_mcmc_data",
+    "dual_mcmc_latent",
+    "ebm_anatomy",
+    "energy_matching",
+    "hat_ebm",
+    "ibc",
+    "igebm",
+    "improved_cd",
+    "ired",
+    "jem",
+    "latent_ebm_posterior",
+    "latent_ebm_prior",
+    "lsd",
+    "masked_multimodal",
+    "nae",
+    "nae_data",
+    "ncsn",
+    "recovery_likelihood",
+    "sada_jem",
+    "short_run",
+    "uva",
+    "vaebm",
+]
 
 
 def _made(changes: LangevinKeywords, **published: Unpack[LangevinOptions]) -> Langevin:
@@ -85,9 +105,15 @@ def uva(**changes: Unpack[LangevinOptions]) -> Langevin:
     The network gives f = -E. Start: a buffer of 8,192, 5 % anew from U(-1, 1).
     """
     return _made(
-        changes, step_size=10.0, noise_scale=0.005, noise_at="before", clamp_noise=True, grad_clip=0.03,
-        bounds=(-1.0, 1.0), log_prob=True,
-    )  # fmt: skip
+        changes,
+        step_size=10.0,
+        noise_scale=0.005,
+        noise_at="before",
+        clamp_noise=True,
+        grad_clip=0.03,
+        bounds=(-1.0, 1.0),
+        log_prob=True,
+    )
 
 
 def improved_cd(steps: int | None = None, **changes: Unpack[LangevinOptions]) -> Langevin:

@@ -22,10 +22,13 @@ DEFAULT_SEED = 0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--fuzz-examples", type=int, default=None, metavar="N",
+        "--fuzz-examples",
+        type=int,
+        default=None,
+        metavar="N",
         help="tests/fuzz: N fresh examples per test (--hypothesis-seed=S repeats them) instead of the few, always the "
         "same, that a plain run takes",
-    )  # fmt: skip
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

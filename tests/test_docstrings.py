@@ -42,9 +42,10 @@ def documented() -> Iterator[tuple[str, Any]]:
                 if base.__module__.startswith("mmebm"):
                     members = {part: value for part, value in vars(base).items() if part[0] != "_"}
                     yield from (
-                        (f"{name}.{part}", value) for part, value in members.items()
+                        (f"{name}.{part}", value)
+                        for part, value in members.items()
                         if inspect.isfunction(value) or isinstance(value, (property, classmethod))
-                    )  # fmt: skip
+                    )
 
 
 ITEMS = {name: item for name, item in documented()}

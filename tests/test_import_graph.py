@@ -100,17 +100,20 @@ def test_no_circle(graph: dict[str, set[str]]) -> None:
 def test_no_import_runs_up(graph: dict[str, set[str]]) -> None:
     up = [
         f"{name} imports {to}"
-        for name, targets in graph.items() for to in targets
+        for name, targets in graph.items()
+        for to in targets
         if room(name) in LEVEL and room(to) in LEVEL and LEVEL[room(to)] > LEVEL[room(name)]
-    ]  # fmt: skip
+    ]
     assert not up, "\n".join(sorted(up))
 
 
 def test_the_walk_sees_circles() -> None:
     files = {
-        "p": "", "p.a": "from p import b", "p.b": "def f():\n    import p.c",
+        "p": "",
+        "p.a": "from p import b",
+        "p.b": "def f():\n    import p.c",
         "p.c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import a\nelse:\n    import p.d",
         "p.d": "",
-    }  # fmt: skip
+    }
     assert circle(edges(files)) is None
     assert circle(edges({**files, "p.d": "from p.b import x"})) == ["p.b", "p.c", "p.d", "p.b"]

@@ -35,8 +35,12 @@ def main(source: str, target: str) -> None:
         if "xk" in at and "x0" in at:
             start = (at["x0"]["frechet"][0], at["x0"]["joint_coherence"][0])
             axes.annotate("", (x[0], y[0]), start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 0.8})
-    axes.set(xscale="log", ylim=(0, 1), xlabel="Frechet distance of the samples (classifier features)",
-             ylabel="joint coherence")  # fmt: skip
+    axes.set(
+        xscale="log",
+        ylim=(0, 1),
+        xlabel="Frechet distance of the samples (classifier features)",
+        ylabel="joint coherence",
+    )
     axes.set_title("Every variant's samples; an arrow is the data-space Langevin revision, x0 to xk", fontsize=10)
     axes.xaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50, 100]))
     axes.xaxis.set_major_formatter("{x:g}")

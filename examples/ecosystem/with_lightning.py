@@ -33,8 +33,11 @@ class EBM(lightning.LightningModule):
     def train_dataloader(self) -> Any:
         # Lightning's own sampler would shuffle, which one process alone does not
         share: Any = DistributedSampler(
-            self.examples, self.trainer.world_size, self.trainer.global_rank, shuffle=False  # pyright: ignore
-        )  # fmt: skip
+            self.examples,
+            self.trainer.world_size,
+            self.trainer.global_rank,
+            shuffle=False,  # pyright: ignore
+        )
         return DataLoader(self.examples, self.batch, sampler=share)  # pyright: ignore[reportArgumentType]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -45,12 +48,21 @@ def main() -> None:
     o = options(__doc__ or "")
     share = o.batch // o.processes
     model = EBM(data(o.batch * o.iterations), share)
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-                             "enable_model_summary": False}  # fmt: skip
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=o.processes, strategy="ddp" if o.processes > 1 else "auto", max_epochs=1,
-        num_sanity_val_steps=1, use_distributed_sampler=False, **quiet,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=o.processes,
+        strategy="ddp" if o.processes > 1 else "auto",
+        max_epochs=1,
+        num_sanity_val_steps=1,
+        use_distributed_sampler=False,
+        **quiet,
+    )
     trainer.fit(model, val_dataloaders=DataLoader(data(64), 64))  # pyright: ignore[reportArgumentType]
     if trainer.is_global_zero:
         print(f"{trainer.world_size} processes, {trainer.global_step} iterations")

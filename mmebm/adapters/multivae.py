@@ -78,12 +78,26 @@ class EBMSampler(BaseSampler):
         """The ends (n, latents) of chains that no other ``call``, and no other range of chains, has run."""
         c = self.sampler_config
         start = noise.normal(
-            (n, len(self._mean)), seed=c.seed, step=call, stream=noise.stream(0, noise.INITIAL),
-            chain_offset=first_chain, device=self.device,
-        )  # fmt: skip
-        return Langevin(c.step_size, prior_std=1.0).sample(
-            energy, start, c.steps, seed=c.seed, first_step=call * c.steps, chain_offset=first_chain, chunk_size=chunk
-        ).state  # fmt: skip
+            (n, len(self._mean)),
+            seed=c.seed,
+            step=call,
+            stream=noise.stream(0, noise.INITIAL),
+            chain_offset=first_chain,
+            device=self.device,
+        )
+        return (
+            Langevin(c.step_size, prior_std=1.0)
+            .sample(
+                energy,
+                start,
+                c.steps,
+                seed=c.seed,
+                first_step=call * c.steps,
+                chain_offset=first_chain,
+                chunk_size=chunk,
+            )
+            .state
+        )
 
     def fit(self, train_data: Any, **kwargs: Any) -> None:
         """Trains the energy on the latents of ``train_data``, a MultiVae data set.
@@ -162,10 +176,15 @@ class EBMSampler(BaseSampler):
         super().save(dir_path)
         if self.energy is not None:
             torch.save(
-                {"energy": self.energy.state_dict(), "mean": self._mean, "std": self._std, "sizes": self._sizes,
-                 "calls": self._calls},
+                {
+                    "energy": self.energy.state_dict(),
+                    "mean": self._mean,
+                    "std": self._std,
+                    "sizes": self._sizes,
+                    "calls": self._calls,
+                },
                 os.path.join(dir_path, "ebm_sampler.pt"),
-            )  # fmt: skip
+            )
 
     def load(self, dir_path: str) -> EBMSampler:
         """Reads what :meth:`save` wrote for a sampler with the same config; returns the sampler, fitted."""

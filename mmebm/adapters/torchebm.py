@@ -82,9 +82,18 @@ class LangevinDynamics(samplers.LangevinDynamics):
         states are held at once."""
         if not self._ours():
             return super().sample(
-                x, dim, n_steps, n_samples, thin, return_trajectory, return_diagnostics, reset_schedulers, y=y,
-                model_kwargs=model_kwargs, generator=generator,
-            )  # fmt: skip
+                x,
+                dim,
+                n_steps,
+                n_samples,
+                thin,
+                return_trajectory,
+                return_diagnostics,
+                reset_schedulers,
+                y=y,
+                model_kwargs=model_kwargs,
+                generator=generator,
+            )
         if thin < 1:
             raise ValueError(f"thin must be >= 1, got {thin!r}")
         if reset_schedulers:
@@ -94,14 +103,16 @@ class LangevinDynamics(samplers.LangevinDynamics):
         step_size, noise_scale = self._advance(n_steps)
         analytic = getattr(self.model, "gradient", None) if self._overrides_gradient() else None
         energy = self.model if analytic is None else lambda x: -self._model_gradient(x, given)
-        sampler = Langevin(
-            step_size, noise_scale, bounds=self.clamp, score=analytic is not None, **self._settings()
-        )  # fmt: skip
+        sampler = Langevin(step_size, noise_scale, bounds=self.clamp, score=analytic is not None, **self._settings())
         wants_states = return_trajectory or return_diagnostics
         out = sampler.sample(
-            energy, start, n_steps, kwargs=given if analytic is None else None, generator=generator,
+            energy,
+            start,
+            n_steps,
+            kwargs=given if analytic is None else None,
+            generator=generator,
             thin=thin if wants_states else None,
-        )  # fmt: skip
+        )
         result = out.trajectory.transpose(0, 1).contiguous() if return_trajectory else out.state
         return (result, self._diagnostics(out.trajectory, given)) if return_diagnostics else result
 

@@ -62,9 +62,14 @@ def _one(folder: Path, name: str, seed: int, judges: Path, arguments: argparse.N
         config = None
         if not (folder / CHECKPOINT).is_file():
             config = configure(
-                f"{arguments.preset}/{name}", data=arguments.data, data_path=arguments.data_path, seed=seed,
-                threads=arguments.threads, imports=arguments.imports, changes=arguments.set,
-            )  # fmt: skip
+                f"{arguments.preset}/{name}",
+                data=arguments.data,
+                data_path=arguments.data_path,
+                seed=seed,
+                threads=arguments.threads,
+                imports=arguments.imports,
+                changes=arguments.set,
+            )
             config = scaled(config, arguments.scale)
         with FolderLock(folder):
             if not fit(prepare(folder, device, config, threads=arguments.threads), folder):
@@ -91,9 +96,9 @@ def rows_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str
                 last = list(runs[0]["points"])[-1]
                 if point == ("vae" if mode.startswith("vae") else last):
                     for size in by["by_given"]:
-                        row[f"{mode}, {size} given"] = spread([
-                            run["conditional"][mode]["by_given"][size] for run in runs
-                        ])  # fmt: skip
+                        row[f"{mode}, {size} given"] = spread(
+                            [run["conditional"][mode]["by_given"][size] for run in runs]
+                        )
             row["seconds"] = spread([run["seconds"].get("training", math.nan) for run in runs])
             row["evaluations"] = spread([float(run["settings"]["evaluations"]) for run in runs])
             rows.append(row)
@@ -121,15 +126,41 @@ def table(rows: Sequence[Mapping[str, Any]], preset: str) -> str:
         return " / ".join(cell(value, 3) for value in found.values())
 
     sizes = sorted({key.rsplit(", ", 1)[1].split()[0] for row in rows for key in row if key.endswith(" given")})
-    header = ["variant", "point", "seeds", "joint coherence", "by chance", "least class share", "Frechet distance",
-              *(f"conditional, {size} given (A / B / C)" for size in sizes), "seconds",
-              "gradient evaluations, millions"]  # fmt: skip
-    lines = [f"Variants of `{preset}`: mean ± standard deviation over seeds.", "", "| " + " | ".join(header) + " |",
-             "|" + "---|" * len(header)]  # fmt: skip
+    header = [
+        "variant",
+        "point",
+        "seeds",
+        "joint coherence",
+        "by chance",
+        "least class share",
+        "Frechet distance",
+        *(f"conditional, {size} given (A / B / C)" for size in sizes),
+        "seconds",
+        "gradient evaluations, millions",
+    ]
+    lines = [
+        f"Variants of `{preset}`: mean ± standard deviation over seeds.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+    ]
     for row in rows:
-        lines.append("| " + " | ".join([
-            row["variant"], row["point"], str(row["seeds"]), cell(row["joint_coherence"], 3),
-            cell(row["chance_joint"], 3), cell(row["class_share_min"], 3), cell(row["frechet"], 1),
-            *(conditional(row, size) for size in sizes), cell(row["seconds"], 0), cell(row["evaluations"], 1, 1e-6),
-        ]) + " |")  # fmt: skip
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    row["variant"],
+                    row["point"],
+                    str(row["seeds"]),
+                    cell(row["joint_coherence"], 3),
+                    cell(row["chance_joint"], 3),
+                    cell(row["class_share_min"], 3),
+                    cell(row["frechet"], 1),
+                    *(conditional(row, size) for size in sizes),
+                    cell(row["seconds"], 0),
+                    cell(row["evaluations"], 1, 1e-6),
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines) + "\n"

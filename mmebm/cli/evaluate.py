@@ -20,8 +20,12 @@ from mmebm.training.fitting import CHECKPOINTS
 from mmebm.training.run import Run
 from mmebm.training.system import System
 
-TITLES = {"vae": "VAE only", "frozen": "frozen: Langevin on top of the VAE", "x0": "x0: generator",
-          "xk": "xk: after Langevin"}  # fmt: skip
+TITLES = {
+    "vae": "VAE only",
+    "frozen": "frozen: Langevin on top of the VAE",
+    "x0": "x0: generator",
+    "xk": "xk: after Langevin",
+}
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -44,8 +48,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         chains = {"frozen": run.frozen, "xk": run.system}
         more["sweep"] = {
             name: data_chain(system, n, seed=arguments.seed, start=run.start(n, seed=arguments.seed, system=system))
-            for name, system in chains.items() if system is not None and name in run.points
-        }  # fmt: skip
+            for name, system in chains.items()
+            if system is not None and name in run.points
+        }
     arguments.result = report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, own=judges, **more)
     return 0
 
@@ -82,9 +87,14 @@ def _classifiers(run: Run) -> Classifiers | None:
 
 
 def report(
-    run: Run, *, n: int = 2000, steps: int | None = None, seed: int = 0,
-    own: Mapping[str, Callable[..., Mapping[str, float]]] | None = None, **more: Any,
-) -> dict[str, Any]:  # fmt: skip
+    run: Run,
+    *,
+    n: int = 2000,
+    steps: int | None = None,
+    seed: int = 0,
+    own: Mapping[str, Callable[..., Mapping[str, float]]] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``own`` are
     functions of the samples of a point and of real tuples, ``{modality: natural values}`` both, that return numbers by
     name; ``more`` are options of :func:`mmebm.evaluation.evaluate.evaluate`."""
@@ -99,9 +109,16 @@ def report(
         seconds[point] = time.perf_counter() - started
     started = time.perf_counter()
     result = measure(
-        points, run.completions(steps), test, run.dataset("train"), judges, seed=seed,
-        heldout=_systems(run) if run.infers else None, validation=run.validation(), **more,
-    )  # fmt: skip
+        points,
+        run.completions(steps),
+        test,
+        run.dataset("train"),
+        judges,
+        seed=seed,
+        heldout=_systems(run) if run.infers else None,
+        validation=run.validation(),
+        **more,
+    )
     if own:
         names = {m.name: m for m in test.modalities}
         real = {name: names[name].natural(x) for name, x in run.real(n, split="test", seed=seed).items()}
@@ -109,7 +126,7 @@ def report(
         result["judges"] = {
             name: {point: {key: float(value) for key, value in judge(x, real).items()} for point, x in natural.items()}
             for name, judge in own.items()
-        }  # fmt: skip
+        }
     seconds["evaluation"] = time.perf_counter() - started
     if run.seconds_training is not None:
         seconds["training"] = run.seconds_training

@@ -84,9 +84,11 @@ def others(rest: Sequence[str]) -> tuple[list[str], list[str]]:
     ``--stages.0.iterations 100`` or ``--model.weights.word=6``, as FIELD=VALUE; and the words that remain."""
     found, left, words = [], [], iter(rest)
     tables = [
-        name for _, _, fields in sections() for name, hint in fields
+        name
+        for _, _, fields in sections()
+        for name, hint in fields
         if any(typing.get_origin(option) is dict for option in (hint, *typing.get_args(hint)))
-    ]  # fmt: skip
+    ]
     for word in words:
         flag, equals, value = word.partition("=")
         named = re.fullmatch(r"--\w[\w-]*(\.[\w-]+)+", flag)

@@ -134,9 +134,17 @@ def classes(run: Run, out: Path, seed: int) -> list[Path]:
 
 
 SEVERAL: dict[str, Callable[[Sequence[Path], Path], Path]] = {
-    "1": coherence_and_distance, "2": losses(("loss_energy", "gap")), "3": losses(("loss_generator", "mse")),
-}  # fmt: skip
+    "1": coherence_and_distance,
+    "2": losses(("loss_energy", "gap")),
+    "3": losses(("loss_generator", "mse")),
+}
 ONE: dict[str, Callable[[Run, Path, int], list[Path]]] = {
-    "4": chains, "5": samples, "6": paths, "7": samples, "8": completions, "9": samples, "10": completions,
+    "4": chains,
+    "5": samples,
+    "6": paths,
+    "7": samples,
+    "8": completions,
+    "9": samples,
+    "10": completions,
     "A.1": classes,
-}  # fmt: skip
+}

@@ -25,8 +25,9 @@ def init(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{taken[0]} is there already: --force writes it anew")
     if ready:
         if arguments.out is not None or arguments.size is not None:
-            raise ValueError(f"{source} holds arrays by split already, which are read where they are: leave out --out "
-                             "and --size")  # fmt: skip
+            raise ValueError(
+                f"{source} holds arrays by split already, which are read where they are: leave out --out and --size"
+            )
         arrays, classes = intake.splits_of(source), intake.named_classes(source)
     else:
         parts = intake.collect(source, arguments.size)

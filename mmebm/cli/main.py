@@ -26,14 +26,18 @@ STATUSES = """exit status:
 def parser() -> argparse.ArgumentParser:
     """The argument parser of all commands."""
     top = argparse.ArgumentParser(
-        prog="mmebm", description="Multimodal energy-based models with fused Langevin samplers.", epilog=STATUSES,
+        prog="mmebm",
+        description="Multimodal energy-based models with fused Langevin samplers.",
+        epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     top.add_argument(
-        "--print-completion", action=_Completion, choices=("bash", "fish", "powershell", "tcsh", "zsh"),
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "fish", "powershell", "tcsh", "zsh"),
         help="print a script for your shell that completes commands, options and their values (docs/command-line.md)",
-    )  # fmt: skip
+    )
     commands = top.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
@@ -47,11 +51,16 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--data-path", help="folder of the data set, where it is no longer where it was")
         _imports(p)
 
-    init = command("init", "look at data of your own, and write what train needs",
-                   "Reads photographs, tables, texts and arrays, says how, and writes meta.json and a configuration.",
-                   )  # fmt: skip
-    init.add_argument("source", help="a folder: arrays by split (docs/data.md), or for each modality a "
-                                     "subfolder of images, a .csv, .txt or .npy")  # fmt: skip
+    init = command(
+        "init",
+        "look at data of your own, and write what train needs",
+        "Reads photographs, tables, texts and arrays, says how, and writes meta.json and a configuration.",
+    )
+    init.add_argument(
+        "source",
+        help="a folder: arrays by split (docs/data.md), or for each modality a "
+        "subfolder of images, a .csv, .txt or .npy",
+    )
     init.add_argument("--out", help="where to write the arrays made of files (default: NAME-arrays, here)")
     init.add_argument("--size", type=int, help="side of square images (default: their own up to 64, else 32)")
     init.add_argument("--test", type=float, default=0.1, help="share of the tuples to test on (default: 0.1)")
@@ -61,8 +70,11 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", "train a model and evaluate it", "Train, draw, evaluate.")
     train.usage = "mmebm train [--preset PRESET | --config FILE | --resume RUN] [options] [--FIELD VALUE ...]"
     train.add_argument("--preset", default=None, help="demo (default), base, paper, polymnist-14, ...; or /VARIANT")
-    train.add_argument("--config", metavar="FILE", help="settings that differ from a preset's, .toml or .json; its "
-                                                        "field preset says which (default there: base)")  # fmt: skip
+    train.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings that differ from a preset's, .toml or .json; its field preset says which (default there: base)",
+    )
     train.add_argument("--name", help="folder below --runs; default: the preset's name, numbered if taken")
     train.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
@@ -81,28 +93,56 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=None, help="CPU threads (default: the cores that the process may use)"
     )
     train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
         help="change one field of the configuration, e.g. --set data_chain.steps=60: as --data-chain.steps 60",
-    )  # fmt: skip
-    train.add_argument("--logger", action="append", default=[], metavar="NAME", help="also send the log there: "
-                       "tensorboard, wandb, mlflow, an entry point of mmebm.loggers, package.module:name")  # fmt: skip
-    train.add_argument("--callback", action="append", default=[], metavar="NAME", help="what is called on the way: "
-                       "an entry point of mmebm.callbacks, or package.module:name")  # fmt: skip
-    train.add_argument("--dry-run", action="store_true", help="try two iterations of each stage, say what it "
-                                                              "would take, and write nothing")  # fmt: skip
-    train.add_argument("--print-config", nargs="?", const="json", choices=("json", "toml"),
-                       help="print the whole configuration, as --config reads it, and stop (as json)")  # fmt: skip
+    )
+    train.add_argument(
+        "--logger",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also send the log there: "
+        "tensorboard, wandb, mlflow, an entry point of mmebm.loggers, package.module:name",
+    )
+    train.add_argument(
+        "--callback",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what is called on the way: an entry point of mmebm.callbacks, or package.module:name",
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="try two iterations of each stage, say what it would take, and write nothing",
+    )
+    train.add_argument(
+        "--print-config",
+        nargs="?",
+        const="json",
+        choices=("json", "toml"),
+        help="print the whole configuration, as --config reads it, and stop (as json)",
+    )
     _imports(train)
     device(train)
     add_fields(train)
 
-    ablate = command("ablate", "train variants of a preset with several seeds, into one table",
-                     "Train variants of a preset with several seeds and write one table.")  # fmt: skip
+    ablate = command(
+        "ablate",
+        "train variants of a preset with several seeds, into one table",
+        "Train variants of a preset with several seeds and write one table.",
+    )
     ablate.add_argument("--preset", default="demo", help="what the variants change (default: demo)")
     ablate.add_argument(
-        "--variants", nargs="+", default=["components"], metavar="NAME",
+        "--variants",
+        nargs="+",
+        default=["components"],
+        metavar="NAME",
         help="variants or grids of them: components (default), levers, starts, baselines, study",
-    )  # fmt: skip
+    )
     ablate.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     ablate.add_argument("--out", default="runs/ablation", help="folder of the runs and the table")
     ablate.add_argument("--scale", type=float, default=1.0, help="times the iterations of every stage (default: 1)")
@@ -110,36 +150,52 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("--data", help="data set instead of the preset's")
     ablate.add_argument("--data-path", help="its folder")
     ablate.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
-    ablate.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in train, and so are "
-                        "flags such as --data-chain.steps 60")  # fmt: skip
+    ablate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="as in train, and so are flags such as --data-chain.steps 60",
+    )
     _imports(ablate)
     device(ablate)
 
     sample = command("sample", "draw samples from a run", "Draw into an .npz file, or a picture.")
     of_run(sample)
     sample.add_argument("--n", type=int, default=1000, help="number of tuples (default: 1000)")
-    sample.add_argument("--out", default="samples.npz", help="the .npz file to write (default: samples.npz), or "
-                                                             "a .png of the first samples")  # fmt: skip
     sample.add_argument(
-        "--point", default="xk", choices=("vae", "frozen", "x0", "xk"),
+        "--out",
+        default="samples.npz",
+        help="the .npz file to write (default: samples.npz), or a .png of the first samples",
+    )
+    sample.add_argument(
+        "--point",
+        default="xk",
+        choices=("vae", "frozen", "x0", "xk"),
         help="VAE after the warm-up; an energy's chain on top of it, where one was trained; generator; its revision by "
         "Langevin (default)",
-    )  # fmt: skip
-    sample.add_argument("--start", help="where the data chain starts, e.g. generator, noise, independent (default: as "
-                                        "trained)")  # fmt: skip
+    )
     sample.add_argument(
-        "--mode", default="data", choices=("decode", "latent", "data"),
+        "--start", help="where the data chain starts, e.g. generator, noise, independent (default: as trained)"
+    )
+    sample.add_argument(
+        "--mode",
+        default="data",
+        choices=("decode", "latent", "data"),
         help="with --given: decode the inferred z; revise it first; revise the missing modalities too (default)",
-    )  # fmt: skip
+    )
     sample.add_argument("--given", nargs="+", metavar="MODALITY", help="condition on these modalities of real tuples")
-    sample.add_argument("--given-file", metavar="FILE", help="condition on arrays of your own: an .npz file, one array "
-                                                             "per modality")  # fmt: skip
+    sample.add_argument(
+        "--given-file", metavar="FILE", help="condition on arrays of your own: an .npz file, one array per modality"
+    )
     sample.add_argument("--split", default="test", choices=("train", "test"), help="where --given takes them from")
     sample.add_argument(
-        "--steps", type=_steps, default=None,
+        "--steps",
+        type=_steps,
+        default=None,
         help="steps of the data chain (default: as configured for samples); auto: until the mean energy is that of "
         "real tuples",
-    )  # fmt: skip
+    )
     _prior_steps(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     device(sample)
@@ -156,32 +212,48 @@ def parser() -> argparse.ArgumentParser:
 
     more = evaluate.add_argument_group("more, each for its time")
     more.add_argument(
-        "--features", nargs="+", default=[], metavar="NETWORK",
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="NETWORK",
         help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your weights",
-    )  # fmt: skip
-    more.add_argument("--judge", action="append", default=[], metavar="NAME", help="measure by a function of your own: "
-                      "an entry point of mmebm.judges, or package.module:name")  # fmt: skip
+    )
+    more.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="measure by a function of your own: an entry point of mmebm.judges, or package.module:name",
+    )
     more.add_argument("--pairs", action="store_true", help="every modality from every single one, also itself")
     more.add_argument("--sweep", action="store_true", help="against the steps of the data chain: 0 to 100")
     more.add_argument("--latent", action="store_true", help="classes read off z, before and after the latent chain")
     more.add_argument("--likelihood", action="store_true", help="log p(X) of the generator, by annealing")
 
-    report = command("report", "a run on one HTML page, or several compared",
-                     "Write report.html: a verdict, numbers, pictures, configuration. Of several runs: "
-                     "comparison.html.")  # fmt: skip
+    report = command(
+        "report",
+        "a run on one HTML page, or several compared",
+        "Write report.html: a verdict, numbers, pictures, configuration. Of several runs: comparison.html.",
+    )
     of_run(report, "+")
-    report.add_argument("--out", default=None, help="the file to write (default: report.html in the run's folder; of "
-                                                    "several runs comparison.html, here)")  # fmt: skip
+    report.add_argument(
+        "--out",
+        default=None,
+        help="the file to write (default: report.html in the run's folder; of several runs comparison.html, here)",
+    )
     report.add_argument("--mixing", action="store_true", help="examine the mixing of both chains (minutes; kept)")
     report.add_argument("--chains", type=int, default=64, help="with --mixing: chains per start (default: 64)")
     report.add_argument("--long", type=int, default=2000, help="with --mixing: steps of the long chains")
     report.add_argument("--seed", type=int, default=0, help="of the samples shown (default: 0)")
     device(report)
 
-    figure = command("figure", "one of the paper's figures, of runs",
-                     "Draw a figure of the paper. Of several runs: 1, coherence against distance; 2 and 3, the losses "
-                     "of energy and of generator. Of one: 4, both chains step by step; 5, 7 and 9, samples; 6, paths "
-                     "through the latent; 8 and 10, completions; A.1, classes read off z.")  # fmt: skip
+    figure = command(
+        "figure",
+        "one of the paper's figures, of runs",
+        "Draw a figure of the paper. Of several runs: 1, coherence against distance; 2 and 3, the losses "
+        "of energy and of generator. Of one: 4, both chains step by step; 5, 7 and 9, samples; 6, paths "
+        "through the latent; 8 and 10, completions; A.1, classes read off z.",
+    )
     figure.add_argument("figure", choices=("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "A.1"), help="its number")
     of_run(figure, "+")
     figure.add_argument("--out", default=None, help="the .png to write (default: figure-N.png, here)")
@@ -239,16 +311,22 @@ def _output() -> argparse.ArgumentParser:
 
 def _imports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
         help="import this module first, from here or as installed: it may register data sets and presets",
-    )  # fmt: skip
+    )
 
 
 def _prior_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prior-steps", type=int, default=None,
+        "--prior-steps",
+        type=int,
+        default=None,
         help="steps of the latent prior's chain (default: as configured for samples)",
-    )  # fmt: skip
+    )
 
 
 def _steps(text: str) -> int | str:

@@ -11,9 +11,16 @@ from typing import Any
 from mmebm.training.config import Stage
 
 SHOWN = (
-    ("loss_elbo", "elbo"), ("loss_generator", "G"), ("loss_inference", "I"), ("loss_energy", "E"), ("gap", "gap"),
-    ("prior_gap", "prior gap"), ("mse", "mse"), ("valid_bound", "held-out bound"), ("seconds_per_iteration", "s/it"),
-)  # fmt: skip
+    ("loss_elbo", "elbo"),
+    ("loss_generator", "G"),
+    ("loss_inference", "I"),
+    ("loss_energy", "E"),
+    ("gap", "gap"),
+    ("prior_gap", "prior gap"),
+    ("mse", "mse"),
+    ("valid_bound", "held-out bound"),
+    ("seconds_per_iteration", "s/it"),
+)
 SECONDS = 20.0  # between two lines where there is no terminal
 
 
@@ -78,9 +85,11 @@ class Progress:
                 self.bar.close()
             self.stage = index
             self.bar = self.tqdm(
-                total=stage.iterations, desc=name, unit="it",
+                total=stage.iterations,
+                desc=name,
+                unit="it",
                 initial=max(left + 1 - max(row["iteration"] - self.iteration, 0), 0),
-            )  # fmt: skip
+            )
         self.iteration = row["iteration"]
         self.bar.set_postfix(values, refresh=False)
         self.bar.update(left + 1 - self.bar.n)

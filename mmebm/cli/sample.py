@@ -61,9 +61,11 @@ def sample(arguments: argparse.Namespace) -> int:
         real = data.batch(rows)
         data_steps = 0 if arguments.point == "x0" or arguments.mode != "data" else steps
         x = run.system.complete(
-            {name: real[name] for name in names if name in arguments.given}, seed=arguments.seed,
-            latent_steps=0 if arguments.mode == "decode" else None, data_steps=data_steps,
-        )  # fmt: skip
+            {name: real[name] for name in names if name in arguments.given},
+            seed=arguments.seed,
+            latent_steps=0 if arguments.mode == "decode" else None,
+            data_steps=data_steps,
+        )
         arrays["label"] = data.labels[rows].cpu().numpy()
     else:
         if steps == "auto":
@@ -74,11 +76,15 @@ def sample(arguments: argparse.Namespace) -> int:
     for modality in modalities:
         arrays[modality.name] = modality.natural(x[modality.name])
     info = {
-        **run.settings(steps), "seed": arguments.seed, "point": arguments.point,
-        "start": arguments.start, "given": arguments.given or [],
+        **run.settings(steps),
+        "seed": arguments.seed,
+        "point": arguments.point,
+        "start": arguments.start,
+        "given": arguments.given or [],
         "mode": arguments.mode if arguments.given else None,
-        "split": arguments.split if arguments.given else None, "seconds": seconds,
-    }  # fmt: skip
+        "split": arguments.split if arguments.given else None,
+        "seconds": seconds,
+    }
     _store(out, arrays, [m.name for m in modalities], info)
     arguments.result = {**info, "out": str(out)}
     return 0
@@ -96,9 +102,13 @@ def _complete(arguments: argparse.Namespace, out: Path) -> int:
     mode = "latent" if arguments.point == "x0" and arguments.mode == "data" else arguments.mode
     arrays = Model(run).complete(given, seed=arguments.seed, mode=mode, steps=arguments.steps)
     info = {
-        **run.settings(arguments.steps), "seed": arguments.seed, "given": sorted(given), "mode": mode,
-        "given_file": str(arguments.given_file), "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+        **run.settings(arguments.steps),
+        "seed": arguments.seed,
+        "given": sorted(given),
+        "mode": mode,
+        "given_file": str(arguments.given_file),
+        "seconds": time.perf_counter() - started,
+    }
     _store(out, arrays, list(arrays), info)
     arguments.result = {**info, "out": str(out)}
     return 0
@@ -112,8 +122,10 @@ def _given(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--given-file {file} must be an archive of numpy.savez, one array per modality, numbers or "
-                         f"fixed-width strings: {error}") from error  # fmt: skip
+        raise ValueError(
+            f"--given-file {file} must be an archive of numpy.savez, one array per modality, numbers or "
+            f"fixed-width strings: {error}"
+        ) from error
 
 
 def _store(out: Path, arrays: dict[str, Any], names: list[str], info: dict[str, Any]) -> None:

@@ -32,9 +32,16 @@ from mmebm.training.variants import without_data
 
 
 def configure(
-    name: str | None = None, *, file: str | None = None, data: str | None = None, data_path: str | None = None,
-    seed: int | None = None, threads: int | None = None, imports: Sequence[str] = (), changes: Sequence[str] = (),
-) -> Config:  # fmt: skip
+    name: str | None = None,
+    *,
+    file: str | None = None,
+    data: str | None = None,
+    data_path: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    imports: Sequence[str] = (),
+    changes: Sequence[str] = (),
+) -> Config:
     """The configuration of a preset with what a file and the command line change; ``changes`` are FIELD=VALUE.
 
     The preset is ``name``, or the one that the file names, or "base" for a file that names none, or "demo". For another
@@ -126,8 +133,7 @@ def train(arguments: argparse.Namespace) -> int:
     callbacks = [_callback(name) for name in arguments.callback]
     config = None
     if arguments.resume is not None:
-        only_new = ("preset", "config", "name", "seed", "data", "data_path", "print_config", "dry_run",
-                    "init_from")  # fmt: skip
+        only_new = ("preset", "config", "name", "seed", "data", "data_path", "print_config", "dry_run", "init_from")
         given = [f"--{name.replace('_', '-')}" for name in only_new if getattr(arguments, name)]
         if given or arguments.set:
             raise ValueError(f"--resume goes on with the stored configuration; leave out {', '.join(given) or '--set'}")
@@ -138,9 +144,15 @@ def train(arguments: argparse.Namespace) -> int:
         raise ValueError("--extend goes with --resume: a new run has its iterations in stages")
     else:
         config = configure(
-            arguments.preset, file=arguments.config, data=arguments.data, data_path=arguments.data_path,
-            seed=arguments.seed, threads=arguments.threads, imports=arguments.imports, changes=arguments.set,
-        )  # fmt: skip
+            arguments.preset,
+            file=arguments.config,
+            data=arguments.data,
+            data_path=arguments.data_path,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            imports=arguments.imports,
+            changes=arguments.set,
+        )
         if arguments.print_config:
             arguments.result = json.loads(config.to_json())
             print(config.to_json() if arguments.print_config == "json" else to_toml(arguments.result))
@@ -154,9 +166,13 @@ def train(arguments: argparse.Namespace) -> int:
         try:
             folder = processes.agree(lambda: stack.enter_context(claim))
             trainer = prepare(
-                folder, device, config, threads=arguments.threads, extend=arguments.extend or 0,
+                folder,
+                device,
+                config,
+                threads=arguments.threads,
+                extend=arguments.extend or 0,
                 init_from=arguments.init_from,
-            )  # fmt: skip
+            )
             trainer.callbacks += callbacks
             finished = fit(trainer, folder, quiet=arguments.quiet, loggers=loggers)
             if not processes.first:
@@ -164,8 +180,10 @@ def train(arguments: argparse.Namespace) -> int:
         finally:
             parallel.finish()
         if not finished:
-            print(f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume "
-                  f"{folder}")  # fmt: skip
+            print(
+                f"stopped at iteration {trainer.iteration} of {trainer.total}; go on with: mmebm train --resume "
+                f"{folder}"
+            )
             return 128 + trainer.stop
         arguments.result = {"run": str(folder), **report(Run(folder, device))}
     return 0
@@ -196,8 +214,10 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     for m in data.modalities:
         weight = model.weights.get(m.name, 1.0) if isinstance(model.weights, dict) else 1.0
         print(f"  {m.name}: {m.kind} {m.shape}, weight {weight:g} in the likelihood")
-    sizes = {name: sum(p.numel() for p in getattr(trainer.system, name).parameters())
-             for name in ("generator", "inference", "energy", "prior")}  # fmt: skip
+    sizes = {
+        name: sum(p.numel() for p in getattr(trainer.system, name).parameters())
+        for name in ("generator", "inference", "energy", "prior")
+    }
     print(
         f"  latent {model.latent}; parameters: {', '.join(f'{name} {size:,}' for name, size in sizes.items() if size)}"
     )
@@ -208,8 +228,10 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     total = 0.0
     for (number, stage), seconds in zip(stages, times, strict=True):
         total += seconds * stage.iterations
-        print(f"stage {number}, {stage.kind}: {stage.iterations} iterations of about {seconds:.3g} s, "
-              f"{seconds * stage.iterations / 60:.1f} minutes")  # fmt: skip
+        print(
+            f"stage {number}, {stage.kind}: {stage.iterations} iterations of about {seconds:.3g} s, "
+            f"{seconds * stage.iterations / 60:.1f} minutes"
+        )
     print(f"about {total / 60:.0f} minutes in all; nothing was written")
     return {"latent": model.latent, "weights": model.weights, "chains": reports, "seconds": total, "parameters": sizes}
 
@@ -220,9 +242,14 @@ def _use_threads(threads: int | None) -> None:
 
 
 def prepare(
-    folder: Path, device: torch.device, config: Config | None, *, threads: int | None = None, extend: int = 0,
+    folder: Path,
+    device: torch.device,
+    config: Config | None,
+    *,
+    threads: int | None = None,
+    extend: int = 0,
     init_from: Path | str | None = None,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """The trainer of a new run in ``folder``, or of the one that is there (``config=None``); writes config.json.
 
     Args:
@@ -258,14 +285,28 @@ def prepare(
     if trainer.processes.first:
         folder.mkdir(parents=True, exist_ok=True)
         keep_codecs(data.modalities, folder)
-        _write_text(folder / "config.json", json.dumps({
-            "config": json.loads(trainer.config.to_json()), "data": data.info, "seed": config.seed,
-            "device": str(device),
-            "versions": {"mmebm": __version__, "torch": torch.__version__}, "commit": _commit(),
-            "presets": sorted(PRESETS), "threads": torch.get_num_threads(), "processes": trainer.processes.world,
-        }, indent=2, default=str))  # fmt: skip
-        print(f"{folder}: {config.preset} on {data.name} ({len(data)} tuples), {device}, "
-              f"{trainer.total - trainer.iteration} iterations")  # fmt: skip
+        _write_text(
+            folder / "config.json",
+            json.dumps(
+                {
+                    "config": json.loads(trainer.config.to_json()),
+                    "data": data.info,
+                    "seed": config.seed,
+                    "device": str(device),
+                    "versions": {"mmebm": __version__, "torch": torch.__version__},
+                    "commit": _commit(),
+                    "presets": sorted(PRESETS),
+                    "threads": torch.get_num_threads(),
+                    "processes": trainer.processes.world,
+                },
+                indent=2,
+                default=str,
+            ),
+        )
+        print(
+            f"{folder}: {config.preset} on {data.name} ({len(data)} tuples), {device}, "
+            f"{trainer.total - trainer.iteration} iterations"
+        )
         for name, line in chain_reports(trainer.system).items():
             print(f"{name}: {line}")
     return trainer

@@ -42,8 +42,18 @@ from mmebm.data.polymnist import polyfashion, polymnist, polymnist_5k, polymnist
 from mmebm.data.stream import Prefetch, WorkerBatches
 from mmebm.data.views import views
 
-__all__ = ["DATASETS", "Modality", "MultimodalDataset", "Pool", "Prefetch", "Split", "TextCodec", "WorkerBatches",
-           "from_dataset", "load"]  # fmt: skip
+__all__ = [
+    "DATASETS",
+    "Modality",
+    "MultimodalDataset",
+    "Pool",
+    "Prefetch",
+    "Split",
+    "TextCodec",
+    "WorkerBatches",
+    "from_dataset",
+    "load",
+]
 
 DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
     "digits": digits,
@@ -84,8 +94,10 @@ def load(
     build = DATASETS.get(name) or (plugins.by_path(name) if ":" in name else plugins.offered("datasets", name))
     if build is None:
         known = [*DATASETS, *plugins.names("datasets")]
-        raise ValueError(f"unknown data set {name!r}, known are {', '.join(map(repr, known))}, and import paths "
-                         "'package.module:function'")  # fmt: skip
+        raise ValueError(
+            f"unknown data set {name!r}, known are {', '.join(map(repr, known))}, and import paths "
+            "'package.module:function'"
+        )
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     seed = check_count("seed", seed, least=0)

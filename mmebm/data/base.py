@@ -84,15 +84,18 @@ class Modality:
 
     def __post_init__(self) -> None:
         if self.kind not in ("image", "text", "vector", "caption"):
-            raise ValueError(f"modality {self.name!r}: kind must be 'image', 'text', 'vector' or 'caption', "
-                             f"got {self.kind!r}")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: kind must be 'image', 'text', 'vector' or 'caption', got {self.kind!r}"
+            )
         axes = 3 if self.kind == "image" else 1
         if len(self.shape) != axes or min(self.shape) < 1:
-            raise ValueError(f"modality {self.name!r}: kind {self.kind!r} needs {axes} positive sizes, "
-                             f"got {self.shape}")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: kind {self.kind!r} needs {axes} positive sizes, got {self.shape}"
+            )
         if self.kind == "text" and (len(self.words) != self.shape[0] or len(set(self.words)) != len(self.words)):
-            raise ValueError(f"modality {self.name!r}: shape {self.shape} needs {self.shape[0]} distinct words, "
-                             f"got {self.words}")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: shape {self.shape} needs {self.shape[0]} distinct words, got {self.words}"
+            )
         if self.kind != "text" and self.words:
             raise ValueError(f"modality {self.name!r}: words are for kind 'text', not {self.kind!r}")
         if self.kind != "caption" and self.codec is not None:
@@ -101,8 +104,10 @@ class Modality:
             if self.kind != "vector":
                 raise ValueError(f"modality {self.name!r}: centre and spread are for kind 'vector', not {self.kind!r}")
             if not len(self.centre) == len(self.spread) == self.shape[0]:
-                raise ValueError(f"modality {self.name!r}: shape {self.shape} needs {self.shape[0]} numbers each in "
-                                 f"centre and spread, got {len(self.centre)} and {len(self.spread)}")  # fmt: skip
+                raise ValueError(
+                    f"modality {self.name!r}: shape {self.shape} needs {self.shape[0]} numbers each in "
+                    f"centre and spread, got {len(self.centre)} and {len(self.spread)}"
+                )
             if not all(map(math.isfinite, self.centre)) or not all(math.isfinite(s) and s > 0 for s in self.spread):
                 raise ValueError(f"modality {self.name!r}: centre must be finite, and spread positive")
 
@@ -120,8 +125,10 @@ class Modality:
             ValueError: if the shape of ``x`` is another, or for captions without a codec.
         """
         if x.shape[1:] != self.shape or x.dim() != len(self.shape) + 1:
-            raise ValueError(f"modality {self.name!r}: x must have shape (n, {', '.join(map(str, self.shape))}), "
-                             f"got {tuple(x.shape)}")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: x must have shape (n, {', '.join(map(str, self.shape))}), "
+                f"got {tuple(x.shape)}"
+            )
         values = x.detach().to(device="cpu", dtype=torch.float32)
         if self.kind == "image":
             return ((values + 1) / 2).clamp_(0, 1).numpy()
@@ -154,11 +161,15 @@ class Modality:
             return self._encoded(self._strings(x))
         values = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
         if values.shape[1:] != self.shape or values.dim() != len(self.shape) + 1:
-            raise ValueError(f"modality {self.name!r}: x must have shape (n, {', '.join(map(str, self.shape))}), "
-                             f"got {tuple(values.shape)}")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: x must have shape (n, {', '.join(map(str, self.shape))}), "
+                f"got {tuple(values.shape)}"
+            )
         if self.kind == "vector" and self.centre:
-            return ((values.double() - torch.tensor(self.centre, dtype=torch.float64))
-                    / torch.tensor(self.spread, dtype=torch.float64)).to(torch.float32)  # fmt: skip
+            return (
+                (values.double() - torch.tensor(self.centre, dtype=torch.float64))
+                / torch.tensor(self.spread, dtype=torch.float64)
+            ).to(torch.float32)
         if self.kind == "vector":
             return values.to(torch.float32, copy=True)
         if values.dtype == torch.uint8:
@@ -168,29 +179,36 @@ class Modality:
             raise ValueError(f"modality {self.name!r}: images must be floating or uint8, got {values.dtype}")
         # Written so that NaN fails too.
         if values.numel() and not (values.amin() >= 0 and values.amax() <= 1):
-            raise ValueError(f"modality {self.name!r}: floating images must lie in [0, 1], "
-                             f"got [{values.amin():g}, {values.amax():g}]")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: floating images must lie in [0, 1], "
+                f"got [{values.amin():g}, {values.amax():g}]"
+            )
         return values.to(torch.float32, copy=True).mul_(2).sub_(1)
 
     def _strings(self, x: np.ndarray | Tensor | Sequence[str]) -> np.ndarray:
         strings = np.asarray(x)
         if strings.ndim != 1 or (len(strings) and strings.dtype.kind not in "UOT"):
             what = "words" if self.kind == "text" else "captions"
-            raise ValueError(f"modality {self.name!r}: x must be n {what}, got an array of shape {strings.shape} and "
-                             f"dtype {strings.dtype}")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: x must be n {what}, got an array of shape {strings.shape} and "
+                f"dtype {strings.dtype}"
+            )
         return strings
 
     def _needed_codec(self) -> TextCodec:
         if self.codec is None:
-            raise ValueError(f"modality {self.name!r}: captions need a codec between strings and codes, and this "
-                             "modality has none: build it with codec=, or load its set, which brings one")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: captions need a codec between strings and codes, and this "
+                "modality has none: build it with codec=, or load its set, which brings one"
+            )
         return self.codec
 
     def _encoded(self, x: np.ndarray) -> Tensor:
         codes = self._needed_codec().encode([str(text) for text in x]).detach()
         if codes.shape != (len(x), *self.shape):
-            raise ValueError(f"modality {self.name!r}: its codec must give codes {(len(x), *self.shape)}, "
-                             f"got {tuple(codes.shape)}")  # fmt: skip
+            raise ValueError(
+                f"modality {self.name!r}: its codec must give codes {(len(x), *self.shape)}, got {tuple(codes.shape)}"
+            )
         return codes.to(device="cpu", dtype=torch.float32, copy=True)
 
     def _codes(self, x: np.ndarray) -> Tensor:
@@ -251,30 +269,39 @@ class MultimodalDataset:
                 raise ValueError(f"{what} must have the modalities' names {names} in this order, got {list(mapping)}")
         n = len(self.labels)
         if self.index.shape != (n, len(names)) or self.labels.shape != (n,):
-            raise ValueError(f"index must be (n, {len(names)}) and labels (n,), got {tuple(self.index.shape)} and "
-                             f"{tuple(self.labels.shape)}")  # fmt: skip
+            raise ValueError(
+                f"index must be (n, {len(names)}) and labels (n,), got {tuple(self.index.shape)} and "
+                f"{tuple(self.labels.shape)}"
+            )
         for what, tensor in (("index", self.index), ("labels", self.labels), *self.pool_labels.items()):
             if tensor.dtype != torch.int64:
                 raise ValueError(f"{what} must be int64, got {tensor.dtype}")
         for what, labels in (("labels", self.labels), *self.pool_labels.items()):
             if len(labels) and not (labels.min() >= -1 and labels.max() < len(self.classes)):
                 of = "labels" if what == "labels" else f"labels of {what!r}"
-                raise ValueError(f"{of} must lie in [0, {len(self.classes)}), or be -1 for unlabelled, "
-                                 f"got [{int(labels.min())}, {int(labels.max())}]")  # fmt: skip
+                raise ValueError(
+                    f"{of} must lie in [0, {len(self.classes)}), or be -1 for unlabelled, "
+                    f"got [{int(labels.min())}, {int(labels.max())}]"
+                )
         if self.present is not None:
             if self.present.dtype != torch.bool or self.present.shape != self.index.shape:
-                raise ValueError(f"present must be bool {tuple(self.index.shape)}, got {self.present.dtype} "
-                                 f"{tuple(self.present.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"present must be bool {tuple(self.index.shape)}, got {self.present.dtype} "
+                    f"{tuple(self.present.shape)}"
+                )
             empty = (~self.present.any(1)).nonzero()
             if len(empty):
-                raise ValueError(f"{len(empty)} tuples have no modality at all, the first is tuple {int(empty[0])}: "
-                                 "leave them out")  # fmt: skip
+                raise ValueError(
+                    f"{len(empty)} tuples have no modality at all, the first is tuple {int(empty[0])}: leave them out"
+                )
         for column, modality in enumerate(self.modalities):
             pool, of_instance = self.pools[modality.name], self.pool_labels[modality.name]
             dtype = pool.dtype if isinstance(pool, Tensor) else torch.float32  # which a Pool promises
             if dtype != torch.float32 or tuple(pool.shape) != (len(of_instance), *modality.shape):
-                raise ValueError(f"pool {modality.name!r} must be float32 {(len(of_instance), *modality.shape)}, "
-                                 f"got {dtype} {tuple(pool.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"pool {modality.name!r} must be float32 {(len(of_instance), *modality.shape)}, "
+                    f"got {dtype} {tuple(pool.shape)}"
+                )
             rows = self.index[:, column]
             if n and not (rows.min() >= 0 and rows.max() < len(pool)):
                 raise ValueError(f"index of {modality.name!r} must lie in [0, {len(pool)})")
@@ -282,8 +309,10 @@ class MultimodalDataset:
             other = (theirs != self.labels) & (theirs >= 0) & (self.labels >= 0)
             wrong = (other if self.present is None else other & self.present[:, column]).nonzero()
             if len(wrong):
-                raise ValueError(f"{len(wrong)} tuples have an instance of another class in {modality.name!r}, "
-                                 f"the first is tuple {int(wrong[0])}")  # fmt: skip
+                raise ValueError(
+                    f"{len(wrong)} tuples have an instance of another class in {modality.name!r}, "
+                    f"the first is tuple {int(wrong[0])}"
+                )
 
     def __len__(self) -> int:
         """The number of tuples ``n``."""
@@ -356,8 +385,12 @@ class MultimodalDataset:
             TypeError, ValueError, IndexError: as :meth:`batch`.
         """
         rows = self._checked(rows, len(self))
-        return replace(self, index=self.index[rows], labels=self.labels[rows],
-                       present=None if self.present is None else self.present[rows])  # fmt: skip
+        return replace(
+            self,
+            index=self.index[rows],
+            labels=self.labels[rows],
+            present=None if self.present is None else self.present[rows],
+        )
 
     def to(self, device: torch.device | str) -> MultimodalDataset:
         """The same set with its tensors on ``device``; those already there are shared, not copied.

@@ -86,12 +86,15 @@ def caption_codec(
             try:
                 check_writable(path)
             except OSError as error:
-                raise ValueError(f"a text autoencoder must be fitted to the captions of {name!r}, which takes a while, "
-                                 f"and could not be kept: {error}. Set XDG_CACHE_HOME to a folder that can be written, "
-                                 "or give codec=") from error  # fmt: skip
+                raise ValueError(
+                    f"a text autoencoder must be fitted to the captions of {name!r}, which takes a while, "
+                    f"and could not be kept: {error}. Set XDG_CACHE_HOME to a folder that can be written, "
+                    "or give codec="
+                ) from error
             # A warning because it takes a while and there is nothing else to see
-            logger.warning("fitting a text autoencoder to the %d captions of %r, once; it is kept in %s",
-                           len(train), name, path)  # fmt: skip
+            logger.warning(
+                "fitting a text autoencoder to the %d captions of %r, once; it is kept in %s", len(train), name, path
+            )
             model = fit_text_autoencoder(train, seed=CODEC_SEED, log=logger.info, **settings)
             model.save(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -107,8 +110,9 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
 def image_files(folder: Path) -> list[str]:
     """Names of the images in ``folder``, sorted; hidden files are none (archives of macOS leave some)."""
     endings = (".jpg", ".jpeg", ".png")
-    return sorted(entry.name for entry in os.scandir(folder)
-                  if entry.name.lower().endswith(endings) and entry.name[0] != ".")  # fmt: skip
+    return sorted(
+        entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings) and entry.name[0] != "."
+    )
 
 
 def _resized(file: Path, size: int) -> NDArray[np.uint8]:
@@ -201,6 +205,12 @@ class ImageCaptions:
             pool_labels={"image": torch.from_numpy(self.labels[used]), "caption": labels},
             index=index,
             labels=labels,
-            info={"options": options, "seed": seed, "instances": {"image": len(used), "caption": len(rows)},
-                  "tuples": len(rows), "sources": self.sources, "codec": codec[1]},
-        )  # fmt: skip
+            info={
+                "options": options,
+                "seed": seed,
+                "instances": {"image": len(used), "caption": len(rows)},
+                "tuples": len(rows),
+                "sources": self.sources,
+                "codec": codec[1],
+            },
+        )

@@ -91,8 +91,10 @@ def _annotations(root: Path, split: Split, year: int) -> Path:
 def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     """Image number -> file name, and -> its captions, both in the order of the file's images."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: unpack annotations_trainval2017.zip (or 2014) of "
-                                "https://cocodataset.org there; 'emoji-captions' needs no download")  # fmt: skip
+        raise FileNotFoundError(
+            f"{file} is missing: unpack annotations_trainval2017.zip (or 2014) of "
+            "https://cocodataset.org there; 'emoji-captions' needs no download"
+        )
     content = read_json(file)
     for part in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
@@ -101,8 +103,9 @@ def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     for at, image in enumerate(content["images"]):
         number, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
         if not isinstance(number, int) or isinstance(number, bool) or not isinstance(name, str) or not name:
-            raise ValueError(f"{file}, images[{at}]: an image must have an integer 'id' and a string 'file_name', got "
-                             f"{image!r:.120}")  # fmt: skip
+            raise ValueError(
+                f"{file}, images[{at}]: an image must have an integer 'id' and a string 'file_name', got {image!r:.120}"
+            )
         names.append((number, name))
     skipped = Skipped()
     pairs, silent = [], set()
@@ -112,8 +115,10 @@ def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
             skipped.add("an annotation without an integer 'image_id' is left out", f"{file}, annotations[{at}]")
         elif not isinstance(caption, str) or not caption.strip():
             silent.add(number)
-            skipped.add("an annotation without a caption (a string, not empty) is left out",
-                        f"{file}, annotations[{at}], of image {number}")  # fmt: skip
+            skipped.add(
+                "an annotation without a caption (a string, not empty) is left out",
+                f"{file}, annotations[{at}], of image {number}",
+            )
         else:
             pairs.append((number, caption))
     of: dict[int, str] = {}

@@ -120,12 +120,16 @@ def _by_line(root: Path, split: Split) -> ImageCaptions:
         lines = [line for line in lines if line]  # empty lines between captions
     if len(lines) != needed:
         whole, over = divmod(len(lines), PER_IMAGE)
-        guess = (f"the text is off, it is no multiple of {PER_IMAGE}" if over else
-                 f"the text is whole, so look for {abs(whole - len(images))} images too "
-                 f"{'few' if whole > len(images) else 'many'} in {folder}")  # fmt: skip
+        guess = (
+            f"the text is off, it is no multiple of {PER_IMAGE}"
+            if over
+            else f"the text is whole, so look for {abs(whole - len(images))} images too "
+            f"{'few' if whole > len(images) else 'many'} in {folder}"
+        )
         blank = f", of them {len(empty)} empty (the first is line {empty[0]})" if empty else ""
-        raise ValueError(f"{text} has {len(lines)} captions{blank}, and the {len(images)} images in {folder} need "
-                         f"{needed}: {guess}")  # fmt: skip
+        raise ValueError(
+            f"{text} has {len(lines)} captions{blank}, and the {len(images)} images in {folder} need {needed}: {guess}"
+        )
     if empty:
         # in the place of a caption, or between two: either way every other keeps its image
         skipped.add("an empty line is no caption and left out", f"{text}, line {empty[0]}", len(empty))
@@ -135,17 +139,29 @@ def _by_line(root: Path, split: Split) -> ImageCaptions:
 
 
 def _captioned(
-    split: Split, images: list[Path], captions: list[list[str]], labels: list[int], classes: tuple[str, ...],
-    sources: list[dict[str, Any]], skipped: Skipped,
-) -> ImageCaptions:  # fmt: skip
+    split: Split,
+    images: list[Path],
+    captions: list[list[str]],
+    labels: list[int],
+    classes: tuple[str, ...],
+    sources: list[dict[str, Any]],
+    skipped: Skipped,
+) -> ImageCaptions:
     """The images with the captions that are not empty; those that have none are left out."""
     told = [[line for line in own if line] for own in captions]
     there = [at for at, own in enumerate(told) if own]
     for at in sorted(set(range(len(images))) - set(there)):
         skipped.add("an image without a caption is left out", str(images[at]))
     skipped.say()
-    return ImageCaptions("cub", split, [images[at] for at in there], [told[at] for at in there],
-                         np.array([labels[at] for at in there], dtype=np.int64), classes, sources)  # fmt: skip
+    return ImageCaptions(
+        "cub",
+        split,
+        [images[at] for at in there],
+        [told[at] for at in there],
+        np.array([labels[at] for at in there], dtype=np.int64),
+        classes,
+        sources,
+    )
 
 
 def _table(file: Path) -> dict[str, str]:
@@ -170,8 +186,10 @@ def _published(root: Path, split: Split) -> ImageCaptions:
     folders = (root / "text_c10", root.parent / "text_c10")
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"no captions: looked for {' and '.join(map(str, folders))}, with a file "
-                                "{NNN.Class}/{image}.txt for each image")  # fmt: skip
+        raise FileNotFoundError(
+            f"no captions: looked for {' and '.join(map(str, folders))}, with a file "
+            "{NNN.Class}/{image}.txt for each image"
+        )
     classes = tuple(sorted({name.split("/")[0] for name in names.values()}))
     number_of = {name: k for k, name in enumerate(classes)}
     chosen = [names[number] for number in names if (in_train[number] == "1") == (split == "train")]
@@ -186,8 +204,11 @@ def _published(root: Path, split: Split) -> ImageCaptions:
         file = folder / Path(name).with_suffix(".txt")
         captions.append(read_lines(file, skipped))
         if "" in captions[-1]:
-            skipped.add("an empty line is no caption and left out", f"{file}, line {captions[-1].index('') + 1}",
-                        captions[-1].count(""))  # fmt: skip
+            skipped.add(
+                "an empty line is no caption and left out",
+                f"{file}, line {captions[-1].index('') + 1}",
+                captions[-1].count(""),
+            )
     labels = [number_of[name.split("/")[0]] for name in chosen]
     sources = [{"what": "CUB", "folder": str(root), "layout": "CUB_200_2011", "text": str(folder)}]
     return _captioned(split, images, captions, labels, classes, sources, skipped)

@@ -88,14 +88,18 @@ def emoji_captions(
         split=split,
         images=modality.model(np.stack([drawn[emoji] for emoji in chosen])),
         captions=[[names[emoji]] for emoji in chosen],
-        labels=np.array([class_names.index(name) if (name := label_of[emoji]) else -1 for emoji in chosen],
-                        dtype=np.int64),
+        labels=np.array(
+            [class_names.index(name) if (name := label_of[emoji]) else -1 for emoji in chosen], dtype=np.int64
+        ),
         classes=class_names,
-        sources=[_source(root, FONT, "Apache-2.0 (images), OFL-1.1 (font)"),
-                 *(_source(root, f"{CLDR}/{file}", "Unicode-DFS-2016") for file in (*NAMES, LABELS))],
-    )  # fmt: skip
-    fitted = caption_codec("emoji", lambda: [names[emoji] for emoji in drawn if not in_test(emoji)], codec,
-                           dim=dim, **SETTINGS)  # fmt: skip
+        sources=[
+            _source(root, FONT, "Apache-2.0 (images), OFL-1.1 (font)"),
+            *(_source(root, f"{CLDR}/{file}", "Unicode-DFS-2016") for file in (*NAMES, LABELS)),
+        ],
+    )
+    fitted = caption_codec(
+        "emoji", lambda: [names[emoji] for emoji in drawn if not in_test(emoji)], codec, dim=dim, **SETTINGS
+    )
     options = {"n": n, "size": size, "classes": classes, "dim": dim}
     return found.dataset(fitted, seed=seed, size=size, take="all", n=n, stream=False, options=options)
 
@@ -135,15 +139,21 @@ def unicode_set(text: str) -> list[str]:
 def _file(root: Path, relative: str) -> Path:
     path = root / relative
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {APT}; or, without the rights to, apt-get download and "
-                                "dpkg-deb -x into a folder of your own, and path= that folder")  # fmt: skip
+        raise FileNotFoundError(
+            f"{path} is missing: {APT}; or, without the rights to, apt-get download and "
+            "dpkg-deb -x into a folder of your own, and path= that folder"
+        )
     return path
 
 
 def _source(root: Path, relative: str, licence: str) -> dict[str, Any]:
     path = root / relative
-    return {"what": "emoji", "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "licence": licence}  # fmt: skip
+    return {
+        "what": "emoji",
+        "file": str(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "licence": licence,
+    }
 
 
 def _names(root: Path) -> dict[str, str]:
@@ -154,8 +164,9 @@ def _names(root: Path) -> dict[str, str]:
         try:
             annotations = list(ElementTree.parse(path).iter("annotation"))
         except (ElementTree.ParseError, ValueError, LookupError) as error:
-            raise ValueError(f"{path} cannot be read as XML: {error}; apt-get install --reinstall "
-                             "unicode-cldr-core") from error  # fmt: skip
+            raise ValueError(
+                f"{path} cannot be read as XML: {error}; apt-get install --reinstall unicode-cldr-core"
+            ) from error
         for annotation in annotations:
             emoji, name = annotation.get("cp", ""), (annotation.text or "").strip()
             toned = any(ord(character) in SKIN_TONES for character in emoji)
@@ -197,8 +208,9 @@ def _draw(font_file: Path, emoji: list[str], size: int) -> dict[str, NDArray[np.
         # Its bytes: of a path that it cannot read, Pillow looks for the name elsewhere on the system
         font = ImageFont.truetype(io.BytesIO(font_file.read_bytes()), FONT_SIZE)
     except OSError as error:
-        raise ValueError(f"{font_file} cannot be read as a font: {error}; apt-get install --reinstall "
-                         "fonts-noto-color-emoji") from error  # fmt: skip
+        raise ValueError(
+            f"{font_file} cannot be read as a font: {error}; apt-get install --reinstall fonts-noto-color-emoji"
+        ) from error
     drawn: dict[str, NDArray[np.uint8]] = {}
     side = 0
     for one in emoji:

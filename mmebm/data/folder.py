@@ -29,8 +29,12 @@ __all__ = ["folder"]
 
 LABELS: Final = "labels"
 PRESENT: Final = "present"
-KEYS: Final = {"image": {"kind", "range", "layout"}, "vector": {"kind", "range"}, "text": {"kind", "words"},
-               "caption": {"kind"}}  # fmt: skip
+KEYS: Final = {
+    "image": {"kind", "range", "layout"},
+    "vector": {"kind", "range"},
+    "text": {"kind", "words"},
+    "caption": {"kind"},
+}
 
 
 def folder(
@@ -87,8 +91,10 @@ def folder(
     root = Path(path)
     arrays = _arrays(root, split)
     if arrays is None:
-        raise FileNotFoundError(f"no {split} split: looked for {root / split / '*.npy'} and {root / f'{split}.npz'}. "
-                                "Save each modality with numpy.save, one row for each tuple")  # fmt: skip
+        raise FileNotFoundError(
+            f"no {split} split: looked for {root / split / '*.npy'} and {root / f'{split}.npz'}. "
+            "Save each modality with numpy.save, one row for each tuple"
+        )
     other = _arrays(root, "test" if split == "train" else "train") or {}
     meta_file, meta = _meta(root)
     names = _names(arrays, meta, meta_file)
@@ -100,8 +106,10 @@ def folder(
     total = len(np.atleast_1d(arrays[names[0]].values))
     for array in arrays.values():
         if array.values.ndim < 1 or len(array.values) != total or not total:
-            raise ValueError(f"{array.source} has shape {array.values.shape}, and {arrays[names[0]].source} "
-                             f"{total} rows: every array needs one row for each tuple, at least one")  # fmt: skip
+            raise ValueError(
+                f"{array.source} has shape {array.values.shape}, and {arrays[names[0]].source} "
+                f"{total} rows: every array needs one row for each tuple, at least one"
+            )
     classes, labels = _labels(arrays, other, meta.get("classes"), meta_file)
     present = _present(arrays, names, total)
 
@@ -182,8 +190,10 @@ def _load(file: Path, mapped: Any) -> Any:
 
 
 def _unreadable(file: str, error: Exception) -> str:
-    return (f"{file} cannot be read as numbers or fixed-width strings ({error}): objects are not loaded, since that "
-            "would run code; save strings as numpy.array(list_of_str)")  # fmt: skip
+    return (
+        f"{file} cannot be read as numbers or fixed-width strings ({error}): objects are not loaded, since that "
+        "would run code; save strings as numpy.array(list_of_str)"
+    )
 
 
 def _meta(root: Path) -> tuple[Path, dict[str, Any]]:
@@ -192,8 +202,10 @@ def _meta(root: Path) -> tuple[Path, dict[str, Any]]:
         return file, {}
     meta = read_json(file)
     if not isinstance(meta, dict) or not meta.keys() <= {"classes", "modalities"}:
-        raise ValueError(f"{file} must be an object with 'classes' and 'modalities', either or none, got "
-                         f"{list(meta) if isinstance(meta, dict) else meta!r}")  # fmt: skip
+        raise ValueError(
+            f"{file} must be an object with 'classes' and 'modalities', either or none, got "
+            f"{list(meta) if isinstance(meta, dict) else meta!r}"
+        )
     modalities = meta.get("modalities", {})
     if not isinstance(modalities, dict) or not all(isinstance(settings, dict) for settings in modalities.values()):
         raise ValueError(f"{file}: 'modalities' must be {{name: {{\"kind\": ...}}}}, got {modalities!r}")
@@ -206,8 +218,11 @@ def _names(arrays: Mapping[str, _Array], meta: Mapping[str, Any], meta_file: Pat
     named = list(meta.get("modalities", {}))
     missing = sorted(set(named) - set(mine))
     if missing or not mine:
-        raise ValueError(f"{meta_file} names {missing}, and the arrays are {mine}" if missing else
-                         f"no modality beside {sorted(arrays)}")  # fmt: skip
+        raise ValueError(
+            f"{meta_file} names {missing}, and the arrays are {mine}"
+            if missing
+            else f"no modality beside {sorted(arrays)}"
+        )
     return named + [name for name in mine if name not in named]
 
 
@@ -226,13 +241,16 @@ def _labels(
         if found is None:
             continue
         if found.values.ndim != 1 or found.values.dtype.kind not in "iu" or found.values.min(initial=0) < -1:
-            raise ValueError(f"{found.source} must hold integers (n,) from 0, or -1 for unlabelled, got "
-                             f"{found.values.dtype} {found.values.shape}")  # fmt: skip
+            raise ValueError(
+                f"{found.source} must hold integers (n,) from 0, or -1 for unlabelled, got "
+                f"{found.values.dtype} {found.values.shape}"
+            )
         largest = max(largest, int(found.values.max(initial=-1)))
     classes = tuple(named) if _distinct(named) else tuple(map(str, range(largest + 1)))
     if largest >= len(classes):
-        raise ValueError(f"{array.source}, or that of the other split, has label {largest}; {meta_file} has "
-                         f"{len(classes)} classes")  # fmt: skip
+        raise ValueError(
+            f"{array.source}, or that of the other split, has label {largest}; {meta_file} has {len(classes)} classes"
+        )
     return classes, array.values.astype(np.int64)
 
 
@@ -242,8 +260,9 @@ def _present(arrays: Mapping[str, _Array], names: list[str], total: int) -> NDAr
     if strange:
         raise ValueError(f"{single[strange[0]].source} is of no modality; they are {names}")
     if PRESENT in arrays and single:
-        raise ValueError(f"{arrays[PRESENT].source} and {next(iter(single.values())).source} both say what is present: "
-                         "keep one")  # fmt: skip
+        raise ValueError(
+            f"{arrays[PRESENT].source} and {next(iter(single.values())).source} both say what is present: keep one"
+        )
     present = np.ones((total, len(names)), dtype=bool)
     for key, array in single.items() if single else ((PRESENT, arrays.get(PRESENT)),):
         if array is None:
@@ -257,14 +276,20 @@ def _present(arrays: Mapping[str, _Array], names: list[str], total: int) -> NDAr
             present[:, names.index(key.removesuffix(f".{PRESENT}"))] = array.values
     empty = np.flatnonzero(~present.any(axis=1))
     if len(empty):
-        raise ValueError(f"row {empty[0]} and {len(empty) - 1} others have no modality at all: leave them out of "
-                         f"{', '.join(arrays[name].source for name in names)}")  # fmt: skip
+        raise ValueError(
+            f"row {empty[0]} and {len(empty) - 1} others have no modality at all: leave them out of "
+            f"{', '.join(arrays[name].source for name in names)}"
+        )
     return present
 
 
 def _distinct(values: object) -> TypeGuard[list[str]]:
-    return (isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
-            and len(set(values)) == len(values))  # fmt: skip
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(isinstance(value, str) for value in values)
+        and len(set(values)) == len(values)
+    )
 
 
 def _codec(
@@ -294,8 +319,10 @@ def _pool(
     if kind not in KEYS:
         raise ValueError(f"{meta_file}: kind of {name!r} must be one of {list(KEYS)}, got {kind!r}")
     if not settings.keys() <= KEYS[kind]:
-        raise ValueError(f"{meta_file}: {name!r} has {sorted(settings.keys() - KEYS[kind])}; kind {kind!r} takes "
-                         f"{sorted(KEYS[kind])}")  # fmt: skip
+        raise ValueError(
+            f"{meta_file}: {name!r} has {sorted(settings.keys() - KEYS[kind])}; kind {kind!r} takes "
+            f"{sorted(KEYS[kind])}"
+        )
     if codec is not None and kind != "caption":
         raise ValueError(f"{name!r} is of kind {kind!r} and takes no codec")
     if kind in ("image", "text"):
@@ -332,8 +359,10 @@ def _range(name: str, given: object, meta_file: Path, size: int) -> tuple[NDArra
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ValueError("low must be below high")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{meta_file}: range of {name!r} must be [low, high], numbers or lists of {size}, low below "
-                         f"high, got {given!r}") from error  # fmt: skip
+        raise ValueError(
+            f"{meta_file}: range of {name!r} must be [low, high], numbers or lists of {size}, low below "
+            f"high, got {given!r}"
+        ) from error
     return low, high
 
 
@@ -361,8 +390,10 @@ def _image(name: str, array: _Array, settings: Mapping[str, Any], meta_file: Pat
         raise ValueError(f"{source} must be images (n, C, H, W) or (n, H, W), got shape {values.shape}")
     looks_last = values.ndim == 4 and values.shape[3] in (1, 3, 4) and values.shape[1] not in (1, 3, 4)
     if looks_last and "layout" not in settings:
-        raise ValueError(f"{source} has shape {values.shape}, which looks like (n, H, W, C): say \"layout\": "
-                         f"\"HWC\" or \"CHW\" of {name!r} in {meta_file}")  # fmt: skip
+        raise ValueError(
+            f'{source} has shape {values.shape}, which looks like (n, H, W, C): say "layout": '
+            f'"HWC" or "CHW" of {name!r} in {meta_file}'
+        )
     ends = None
     if "range" in settings:
         if values.dtype == np.uint8:
@@ -370,8 +401,9 @@ def _image(name: str, array: _Array, settings: Mapping[str, Any], meta_file: Pat
         low, high = _range(name, settings["range"], meta_file, 1)
         ends = (float(low[0]), float(high[0]))
     elif values.dtype != np.uint8 and values.dtype.kind != "f":
-        raise ValueError(f"{source} must be uint8 or floating in [0, 1], got {values.dtype}: say its \"range\" in "
-                         f"{meta_file}")  # fmt: skip
+        raise ValueError(
+            f'{source} must be uint8 or floating in [0, 1], got {values.dtype}: say its "range" in {meta_file}'
+        )
     if values.dtype.kind not in "fiu":
         raise ValueError(f"{source} must hold numbers, got {values.dtype}")
     prepare = _Pixels(layout == "HWC" and values.ndim == 4, ends)

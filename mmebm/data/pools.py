@@ -59,8 +59,9 @@ class ArrayPool:
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             row = int(chosen[int((~finite).nonzero()[0])])
-            raise ValueError(f"{self.source}: row {row} has values that are not finite; say that it is absent, or "
-                             "leave it out")  # fmt: skip
+            raise ValueError(
+                f"{self.source}: row {row} has values that are not finite; say that it is absent, or leave it out"
+            )
         return x
 
     def _model(self, rows: NDArray[np.int64]) -> Tensor:
@@ -102,8 +103,10 @@ class FilePool:
         files = [self.files[row] for row in rows.tolist()]
         for at, (file, pixels) in enumerate(zip(files, read_all(files, self._read), strict=True)):
             if pixels.shape != self.modality.shape:
-                raise ValueError(f"{file} has {_size(pixels.shape)}, others of {self.modality.name!r} have "
-                                 f"{_size(self.modality.shape)}: resize it")  # fmt: skip
+                raise ValueError(
+                    f"{file} has {_size(pixels.shape)}, others of {self.modality.name!r} have "
+                    f"{_size(self.modality.shape)}: resize it"
+                )
             try:
                 x[at] = self.modality.model(pixels[None])[0]
             except ValueError as error:
@@ -184,8 +187,12 @@ def dense(value: object, source: str) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{source} must hold one dense tensor, got {type(value).__name__}")
-    kinds = {"sparse": value.layout != torch.strided, "nested": value.is_nested, "quantised": value.is_quantized,
-             "without values (meta)": value.is_meta}  # fmt: skip
+    kinds = {
+        "sparse": value.layout != torch.strided,
+        "nested": value.is_nested,
+        "quantised": value.is_quantized,
+        "without values (meta)": value.is_meta,
+    }
     for kind, found in kinds.items():
         if found:
             raise ValueError(f"{source} must hold one dense tensor, got a tensor that is {kind}")

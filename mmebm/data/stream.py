@@ -121,12 +121,15 @@ class WorkerBatches:
         self._device = data.index.device
         pinned = self._device.type == "cuda"
         loader: DataLoader[Any] = DataLoader(
-            _Batches(data.to("cpu"), seed), batch_size=None, sampler=_Rows(rows),
-            num_workers=check_count("workers", workers), prefetch_factor=check_count("ahead", ahead),
+            _Batches(data.to("cpu"), seed),
+            batch_size=None,
+            sampler=_Rows(rows),
+            num_workers=check_count("workers", workers),
+            prefetch_factor=check_count("ahead", ahead),
             pin_memory=pinned,
             # what it draws for its workers must not be drawn from the generator of training
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        )
         self._batches: Iterator[Any] | None = iter(loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -76,8 +76,14 @@ class TextSettings:
         for name in ("dim", "least", "embedding", "hidden", "batch", "round", "rounds", "patience"):
             check_count(name, getattr(self, name))
         check_count("length", self.length, least=2)
-        ranges = {"noise": (0, 1), "word_dropout": (0, 1), "swap": (0, 1), "held_out": (0, 0.5), "cool_down": (0, 10),
-                  "learning_rate": (0, 1)}  # fmt: skip
+        ranges = {
+            "noise": (0, 1),
+            "word_dropout": (0, 1),
+            "swap": (0, 1),
+            "held_out": (0, 0.5),
+            "cool_down": (0, 10),
+            "learning_rate": (0, 1),
+        }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -173,8 +179,10 @@ class TextAutoencoder(nn.Module):
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts must be a sequence of strings, got {texts!r:.80}")
         device = self.bias.device
-        codes = [self.read(self.vocabulary.numbers(texts[at : at + CHUNK], self.settings.length).to(device)).cpu()
-                 for at in range(0, len(texts), CHUNK)]  # fmt: skip
+        codes = [
+            self.read(self.vocabulary.numbers(texts[at : at + CHUNK], self.settings.length).to(device)).cpu()
+            for at in range(0, len(texts), CHUNK)
+        ]
         return torch.cat([torch.empty(0, self.dim), *codes])
 
     @torch.no_grad()
@@ -191,8 +199,13 @@ class TextAutoencoder(nn.Module):
 
     def save(self, path: Path) -> None:
         """Writes the network, its vocabulary and settings to ``path``; the file appears whole or not at all."""
-        content = {"format": FORMAT, "words": list(self.vocabulary.words), "settings": asdict(self.settings),
-                   "info": self.info, "weights": {k: v.cpu() for k, v in self.state_dict().items()}}  # fmt: skip
+        content = {
+            "format": FORMAT,
+            "words": list(self.vocabulary.words),
+            "settings": asdict(self.settings),
+            "info": self.info,
+            "weights": {k: v.cpu() for k, v in self.state_dict().items()},
+        }
         write_archive(path, content)
 
     @classmethod
@@ -204,8 +217,10 @@ class TextAutoencoder(nn.Module):
             ValueError: if it is something else.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"no text autoencoder at {path}: TextAutoencoder.save writes one, and a caption "
-                                    "set that is loaded without codec= fits its own")  # fmt: skip
+            raise FileNotFoundError(
+                f"no text autoencoder at {path}: TextAutoencoder.save writes one, and a caption "
+                "set that is loaded without codec= fits its own"
+            )
         try:
             content, _ = read_archive(path)
             if content["format"] != FORMAT:
@@ -333,11 +348,16 @@ def _fit(
     model.cpu().eval().requires_grad_(False)
     at_end = reading_accuracy(model, [different[k] for k in order[-JUDGES:]])
     return {
-        "captions": len(different), "words": len(vocabulary), "rounds": rounds, "updates": train.count,
-        "held_out": len(judges), "held_out_words": result[0] if judges else None,
+        "captions": len(different),
+        "words": len(vocabulary),
+        "rounds": rounds,
+        "updates": train.count,
+        "held_out": len(judges),
+        "held_out_words": result[0] if judges else None,
         "held_out_captions": result[1] if judges else None,
-        "words_back": at_end[0], "captions_back": at_end[1],
-    }  # fmt: skip
+        "words_back": at_end[0],
+        "captions_back": at_end[1],
+    }
 
 
 class _Training:

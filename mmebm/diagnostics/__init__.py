@@ -5,5 +5,11 @@ from mmebm.diagnostics.chains import autocorrelation, autocorrelation_time, ess,
 from mmebm.diagnostics.curvature import curvature, largest_stable_step
 
 __all__ = [
-    "autocorrelation", "autocorrelation_time", "curvature", "ess", "largest_stable_step", "mala_acceptance", "rhat",
-]  # fmt: skip
+    "autocorrelation",
+    "autocorrelation_time",
+    "curvature",
+    "ess",
+    "largest_stable_step",
+    "mala_acceptance",
+    "rhat",
+]

@@ -67,9 +67,18 @@ def mala_acceptance(
     check_setting("temperature", target_temperature, strict=True)
     step = sampler.replace(accept=None, on_nonfinite="ignore")
     p, tensors, _ = resolve(
-        step.replace(rng="philox"), energy, state, 1, args=args, kwargs=kwargs, observed=observed, seed=seed,
-        generator=generator, chain_offset=chain_offset, first_step=first_step,
-    )  # fmt: skip
+        step.replace(rng="philox"),
+        energy,
+        state,
+        1,
+        args=args,
+        kwargs=kwargs,
+        observed=observed,
+        seed=seed,
+        generator=generator,
+        chain_offset=chain_offset,
+        first_step=first_step,
+    )
     chains, device = tensors[0].shape[0], tensors[0].device
     if any(t.dtype not in (torch.float32, torch.float64) for t in tensors):
         raise TypeError(f"state must be float32 or float64, got {[t.dtype for t in tensors]}")
@@ -82,9 +91,16 @@ def mala_acceptance(
     else:
         t = float(target_temperature)
     after = step.sample(
-        energy, state, 1, args=args, kwargs=kwargs, observed=observed, seed=p.seed, chain_offset=p.chain_offset,
+        energy,
+        state,
+        1,
+        args=args,
+        kwargs=kwargs,
+        observed=observed,
+        seed=p.seed,
+        chain_offset=p.chain_offset,
         first_step=p.first_step,
-    ).state  # fmt: skip
+    ).state
     modules = modules_of(energy, *p.calls[0])
     with torch.inference_mode(False), torch.no_grad(), sampling(modules, sampler.mode):
         if not chains:
@@ -95,8 +111,15 @@ def mala_acceptance(
         y = [part.clone() for part in parts_like("state", after, p, tensors)]
         (e, g), (e_new, g_new) = target(x, 0), target(y, 0)
         ratio = log_ratio(
-            [x[i] for i in p.moving], [y[i] for i in p.moving], g, g_new,
-            one_per_chain("mala_acceptance", e), one_per_chain("mala_acceptance", e_new),
-            [params[i] for i in p.moving], [p.mask(i) for i in p.moving], t, sampler.norm_over,
-        )  # fmt: skip
+            [x[i] for i in p.moving],
+            [y[i] for i in p.moving],
+            g,
+            g_new,
+            one_per_chain("mala_acceptance", e),
+            one_per_chain("mala_acceptance", e_new),
+            [params[i] for i in p.moving],
+            [p.mask(i) for i in p.moving],
+            t,
+            sampler.norm_over,
+        )
         return torch.nan_to_num(ratio.clamp(max=0.0).exp(), nan=0.0, posinf=0.0).to(x[0].dtype)

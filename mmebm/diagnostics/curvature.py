@@ -49,9 +49,13 @@ def curvature(
 
 
 def largest_stable_step(
-    energy: Callable[[Tensor], Any], x: Tensor, *, prior_std: float | None = None, iterations: int = 15,
+    energy: Callable[[Tensor], Any],
+    x: Tensor,
+    *,
+    prior_std: float | None = None,
+    iterations: int = 15,
     generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The ``s`` of x - (s^2/2) dE/dx at which each chain's stiffest direction stops being stable: 2 / sqrt(curvature).
 
     ``prior_std`` adds the curvature 1 / prior_std^2 of a Gaussian prior that the energy leaves to the sampler.

@@ -8,6 +8,4 @@ from mmebm.energies.lower import CannotLower, Lowered, Symbol, lower, residual
 from mmebm.energies.mlp import MLP
 from mmebm.energies.sums import Sum
 
-__all__ = [
-    "MLP", "CannotLower", "Gaussian", "GaussianMixture", "Lowered", "Sum", "Symbol", "lower", "residual",
-]  # fmt: skip
+__all__ = ["MLP", "CannotLower", "Gaussian", "GaussianMixture", "Lowered", "Sum", "Symbol", "lower", "residual"]

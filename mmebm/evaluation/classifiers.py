@@ -53,8 +53,12 @@ def image_network(shape: tuple[int, ...], classes: int) -> Network:
     layers: list[nn.Module] = []
     while not layers or min(height, width) > 4:
         out = WIDTHS[min(len(layers) // 4, len(WIDTHS) - 1)]
-        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
-                   nn.MaxPool2d(2, ceil_mode=True)]  # fmt: skip
+        layers += [
+            nn.Conv2d(channels, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.MaxPool2d(2, ceil_mode=True),
+        ]
         channels, height, width = out, -(-height // 2), -(-width // 2)
     layers += [nn.Flatten(), nn.Linear(channels * height * width, FEATURES), nn.BatchNorm1d(FEATURES), nn.ReLU()]
     return Network(nn.Sequential(*layers), classes)
@@ -62,8 +66,15 @@ def image_network(shape: tuple[int, ...], classes: int) -> Network:
 
 def vector_network(size: int, classes: int) -> Network:
     """Two hidden layers. The first normalisation only standardises: vectors come in whatever units the data has."""
-    layers = [nn.BatchNorm1d(size, affine=False), nn.Linear(size, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(),
-              nn.Linear(128, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), nn.ReLU()]  # fmt: skip
+    layers = [
+        nn.BatchNorm1d(size, affine=False),
+        nn.Linear(size, 128, bias=False),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Linear(128, FEATURES, bias=False),
+        nn.BatchNorm1d(FEATURES),
+        nn.ReLU(),
+    ]
     return Network(nn.Sequential(*layers), classes)
 
 
@@ -126,8 +137,10 @@ class Classifiers:
         self.modalities = modalities
         self.accuracy = dict(accuracy)
         self.device = torch.device(device)
-        self._networks = {name: None if net is None else net.to(self.device).eval().requires_grad_(False)
-                          for name, net in networks.items()}  # fmt: skip
+        self._networks = {
+            name: None if net is None else net.to(self.device).eval().requires_grad_(False)
+            for name, net in networks.items()
+        }
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -148,11 +161,14 @@ class Classifiers:
         Raises:
             ValueError: for an unknown modality, a wrong shape, different ``n``, or values that are inf or NaN.
         """
-        return torch.stack([
-            # Before clamping: two entries above 1 would become a tie.
-            x.to(self.device).argmax(1) if net is None else self._map(net, modality, x).argmax(1)
-            for modality, net, x in self._given(batch)
-        ], dim=1)  # fmt: skip
+        return torch.stack(
+            [
+                # Before clamping: two entries above 1 would become a tie.
+                x.to(self.device).argmax(1) if net is None else self._map(net, modality, x).argmax(1)
+                for modality, net, x in self._given(batch)
+            ],
+            dim=1,
+        )
 
     def features(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each judge sees in its modality: the layer before the head, the basis of the Frechet distances.
@@ -190,12 +206,16 @@ class Classifiers:
         return {
             "format": FORMAT,
             "classes": list(self.classes),
-            "modalities": [{"name": m.name, "shape": list(m.shape), "kind": m.kind, "words": list(m.words)}
-                           for m in self.modalities],
+            "modalities": [
+                {"name": m.name, "shape": list(m.shape), "kind": m.kind, "words": list(m.words)}
+                for m in self.modalities
+            ],
             "accuracy": dict(self.accuracy),
-            "networks": {name: None if net is None else {k: v.cpu() for k, v in net.state_dict().items()}
-                         for name, net in self._networks.items()},
-        }  # fmt: skip
+            "networks": {
+                name: None if net is None else {k: v.cpu() for k, v in net.state_dict().items()}
+                for name, net in self._networks.items()
+            },
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> Classifiers:
@@ -208,8 +228,9 @@ class Classifiers:
         if found != FORMAT:
             raise ValueError(f"state must be classifiers of format {FORMAT}, got {found!r}")
         classes = tuple(state["classes"])
-        modalities = tuple(Modality(m["name"], tuple(m["shape"]), m["kind"], tuple(m["words"]))
-                           for m in state["modalities"])  # fmt: skip
+        modalities = tuple(
+            Modality(m["name"], tuple(m["shape"]), m["kind"], tuple(m["words"])) for m in state["modalities"]
+        )
         networks = {modality.name: build(modality, classes) for modality in modalities}
         for name, network in networks.items():
             if network is not None:
@@ -233,8 +254,10 @@ class Classifiers:
                 continue
             x = batch[modality.name].detach()
             if x.dim() != len(modality.shape) + 1 or x.shape[1:] != modality.shape:
-                raise ValueError(f"batch[{modality.name!r}] must have shape (n, {', '.join(map(str, modality.shape))}),"
-                                 f" got {tuple(x.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"batch[{modality.name!r}] must have shape (n, {', '.join(map(str, modality.shape))}),"
+                    f" got {tuple(x.shape)}"
+                )
             # A network would judge NaN as some class, and a diverged chain would pass for a sample.
             bad = int((~x.isfinite()).flatten(1).any(1).sum())
             if bad:
@@ -287,8 +310,10 @@ def fit_classifiers(
     if train.modalities != test.modalities or train.classes != test.classes:
         raise ValueError(f"train and test must have the same modalities and classes, got {train!r} and {test!r}")
     if not train.classes:
-        raise ValueError(f"classifiers need classes, and {train.name!r} has none: evaluate it without them, by "
-                         "distances on features=")  # fmt: skip
+        raise ValueError(
+            f"classifiers need classes, and {train.name!r} has none: evaluate it without them, by "
+            "distances on features="
+        )
     networks: dict[str, Network | None] = {}
     # One seed for each modality, drawn in order: a modality appended later leaves the earlier ones as they are.
     seeds = torch.Generator().manual_seed(seed)
@@ -314,9 +339,10 @@ def fit_classifiers(
         share = torch.cat(right).double().mean().item()
         result.accuracy[modality.name] = share
         if progress is not None:
-            progress(f"classifier {modality.name}: test accuracy {share:.3f}, " + (
-                "by construction" if network is None else f"{batches} steps, {time.perf_counter() - start:.1f} s"
-            ))  # fmt: skip
+            progress(
+                f"classifier {modality.name}: test accuracy {share:.3f}, "
+                + ("by construction" if network is None else f"{batches} steps, {time.perf_counter() - start:.1f} s")
+            )
     return result
 
 
@@ -326,9 +352,14 @@ def _labelled(data: MultimodalDataset, name: str) -> Tensor:
 
 
 def fit(
-    network: Network, modality: Modality, data: MultimodalDataset, instances: Tensor, *, steps: int,
+    network: Network,
+    modality: Modality,
+    data: MultimodalDataset,
+    instances: Tensor,
+    *,
+    steps: int,
     generator: torch.Generator,
-) -> None:  # fmt: skip
+) -> None:
     """Trains ``network`` in place on ``instances``, rows of the modality's pool; ends in eval mode."""
     if len(instances) < 2:
         raise ValueError(f"train needs at least two instances of {modality.name!r}, got {len(instances)}")

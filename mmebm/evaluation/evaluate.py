@@ -64,9 +64,13 @@ class Reference:
     """
 
     def __init__(
-        self, real: Batch, modalities: Sequence[Any], classifiers: Classifiers | None, n_classes: int,
+        self,
+        real: Batch,
+        modalities: Sequence[Any],
+        classifiers: Classifiers | None,
+        n_classes: int,
         features: Sequence[FeatureExtractor] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         names = [extractor.name for extractor in features]
         if len(set(names)) < len(names) or OWN in names:
             raise ValueError(f"features must have distinct names, other than {OWN!r}, got {names}")
@@ -128,14 +132,18 @@ def _coherence(pred: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     if pred.shape[1] > 1:
         joint, chance = joint_coherence(pred), chance_agreement(pred, k)
         out = {
-            "joint_coherence": joint, "joint_coherence_error": binomial_error(joint, n),
-            "pair_agreement": pair_agreement(pred), "chance_joint": chance.joint, "chance_pair": chance.pair,
+            "joint_coherence": joint,
+            "joint_coherence_error": binomial_error(joint, n),
+            "pair_agreement": pair_agreement(pred),
+            "chance_joint": chance.joint,
+            "chance_pair": chance.pair,
             "joint_coherence_by_class": dict(zip(classes, agreement_by_class(pred, k).tolist(), strict=True)),
-        }  # fmt: skip
+        }
     return out | {
-        "class_share_min": balance.shares.min().item(), "class_share_max": balance.shares.max().item(),
+        "class_share_min": balance.shares.min().item(),
+        "class_share_max": balance.shares.max().item(),
         "entropy": balance.entropy.min().item(),
-    }  # fmt: skip
+    }
 
 
 def _network(by_modality: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -143,9 +151,11 @@ def _network(by_modality: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     frechet = {name: d["frechet"] for name, d in by_modality.items()}
     kernel = {name: d["kernel"] for name, d in by_modality.items() if "kernel" in d}
     return {
-        "frechet": _mean(frechet.values()), "frechet_by_modality": frechet,
-        "kernel": _mean(k["value"] for k in kernel.values()) if kernel else None, "kernel_by_modality": kernel,
-    }  # fmt: skip
+        "frechet": _mean(frechet.values()),
+        "frechet_by_modality": frechet,
+        "kernel": _mean(k["value"] for k in kernel.values()) if kernel else None,
+        "kernel_by_modality": kernel,
+    }
 
 
 def _mean(values: Any) -> float:
@@ -169,9 +179,14 @@ def evaluate_samples(
 
 
 def evaluate_conditional(
-    complete: Complete, test: MultimodalDataset, classifiers: Classifiers, *, rows: Tensor, seed: int,
+    complete: Complete,
+    test: MultimodalDataset,
+    classifiers: Classifiers,
+    *,
+    rows: Tensor,
+    seed: int,
     subsets_per_size: int | None = SUBSETS_PER_SIZE,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Conditional coherence by the number of given modalities, over every subset and every target outside it.
 
     Args:
@@ -231,9 +246,14 @@ def _predicted(
 
 
 def evaluate_pairs(
-    system: System, test: MultimodalDataset, reference: Reference, *, rows: Tensor, seed: int,
+    system: System,
+    test: MultimodalDataset,
+    reference: Reference,
+    *,
+    rows: Tensor,
+    seed: int,
     latent_steps: int | None = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Every modality decoded from every single one: MMVAE+'s protocol, with the source itself among the targets.
 
     From z ~ q(z | x_source), revised where ``latent_steps`` says so, all modalities are decoded, the source too: its
@@ -276,13 +296,19 @@ def evaluate_pairs(
     if reference.classifiers is None:
         out["skipped"] = {"coherence": NO_CLASSIFIERS}
     else:
-        out.update(coherence=coherence, coherence_mean=_pair_mean(coherence, self_too=False),
-                   coherence_mean_with_self=_pair_mean(coherence, self_too=True))  # fmt: skip
+        out.update(
+            coherence=coherence,
+            coherence_mean=_pair_mean(coherence, self_too=False),
+            coherence_mean_with_self=_pair_mean(coherence, self_too=True),
+        )
     out["distances"] = {
-        network: {"frechet": values, "frechet_mean": _pair_mean(values, self_too=False),
-                  "frechet_mean_with_self": _pair_mean(values, self_too=True)}
+        network: {
+            "frechet": values,
+            "frechet_mean": _pair_mean(values, self_too=False),
+            "frechet_mean_with_self": _pair_mean(values, self_too=True),
+        }
         for network, values in frechet.items()
-    }  # fmt: skip
+    }
     return out
 
 
@@ -424,13 +450,17 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [f"not measured: {what}: {why}" for what, why in result.get("skipped", {}).items()]
     if result["classifiers"]:
         accuracy = ", ".join(f"{name} {value:.3f}" for name, value in result["classifiers"].items())
-        lines += [f"classifiers, test accuracy: {accuracy}", "",
-                  f"{'samples':<22}{'joint':>14}{'chance':>8}{'classes':>14}{'Frechet':>9}"]  # fmt: skip
+        lines += [
+            f"classifiers, test accuracy: {accuracy}",
+            "",
+            f"{'samples':<22}{'joint':>14}{'chance':>8}{'classes':>14}{'Frechet':>9}",
+        ]
         for name, p in [*result["points"].items(), floor]:
             joint = (
                 f"{p['joint_coherence']:>7.3f} ±{p['joint_coherence_error']:.3f}{p['chance_joint']:>8.3f}"
-                if "joint_coherence" in p else " " * 22
-            )  # fmt: skip
+                if "joint_coherence" in p
+                else " " * 22
+            )
             balance = f"{p['class_share_min']:>7.3f}-{p['class_share_max']:.3f}"
             lines.append(f"{name:<22}{joint}{balance} {p['frechet']:>9.1f}")
     networks = list(result["floor"].get("features", {}))
@@ -443,8 +473,11 @@ def table(result: Mapping[str, Any]) -> str:
             columns = [f"{v['frechet']:>18.2f}{kernel:>18}" for v, kernel in zip(values, kernels, strict=True)]
             lines.append(f"{name:<22}" + "".join(columns))
     if "kernel" in result["floor"]:
-        lines += ["", f"{'kernel distance':<22}{'tuples':>16}" + "".join(
-            f"{name[:15]:>16}" for name in result["floor"]["kernel"]["by_modality"])]  # fmt: skip
+        lines += [
+            "",
+            f"{'kernel distance':<22}{'tuples':>16}"
+            + "".join(f"{name[:15]:>16}" for name in result["floor"]["kernel"]["by_modality"]),
+        ]
         for name, p in [*result["points"].items(), floor]:
             if "kernel" in p:
                 each = [p["kernel"]["joint"], *p["kernel"]["by_modality"].values()]
@@ -455,8 +488,10 @@ def table(result: Mapping[str, Any]) -> str:
             for split, h in sets.items():
                 cross = f"{mean_of(h['cross_mse']):>9.4f}" if "cross_mse" in h else f"{'':>9}"
                 found = f"{h['retrieval']['top']:>11.3f}{h['retrieval']['chance']:>8.3f}" if "retrieval" in h else ""
-                lines.append(f"{f'{name}, {split}':<22}{h['bound']:>12.1f} ±{h['bound_error']:<6.1f}"
-                             f"{mean_of(h['mse']):>9.4f}{cross}{found}")  # fmt: skip
+                lines.append(
+                    f"{f'{name}, {split}':<22}{h['bound']:>12.1f} ±{h['bound_error']:<6.1f}"
+                    f"{mean_of(h['mse']):>9.4f}{cross}{found}"
+                )
     if result["conditional"]:
         lines += ["", "conditional coherence by number of given modalities"]
         for name, c in result["conditional"].items():
@@ -467,8 +502,9 @@ def table(result: Mapping[str, Any]) -> str:
         for name, ways in result["pairs"].items():
             for way, p in ways.items():
                 if "coherence" in p:
-                    lines.append(f"{f'{name}, {way}':<34}{p['coherence_mean']:>7.3f} / "
-                                 f"{p['coherence_mean_with_self']:.3f}")  # fmt: skip
+                    lines.append(
+                        f"{f'{name}, {way}':<34}{p['coherence_mean']:>7.3f} / {p['coherence_mean_with_self']:.3f}"
+                    )
     if "latent" in result:
         lines += ["", "classes read off the latent by number of given modalities: q -> after the latent chain"]
         for name, conventions in result["latent"].items():
@@ -479,11 +515,16 @@ def table(result: Mapping[str, Any]) -> str:
     if "likelihood" in result:
         lines += ["", "log p(X) of the generator by annealed importance sampling, nats per tuple"]
         for name, r in result["likelihood"].items():
-            lines.append(f"{name:<22}{r['log_p']:>12.2f} ±{r['error_chains']:.2f} (chains) ±{r['error_tuples']:.2f} "
-                         f"(tuples); fewest effective chains {r['effective_min']:.1f}")  # fmt: skip
+            lines.append(
+                f"{name:<22}{r['log_p']:>12.2f} ±{r['error_chains']:.2f} (chains) ±{r['error_tuples']:.2f} "
+                f"(tuples); fewest effective chains {r['effective_min']:.1f}"
+            )
     for name, rows in result.get("sweep", {}).items():
-        lines += ["", f"{name}: metrics against steps of the data chain",
-                  f"{'steps':>6}{'seconds':>9}{'joint':>8}{'Frechet':>9}"]  # fmt: skip
+        lines += [
+            "",
+            f"{name}: metrics against steps of the data chain",
+            f"{'steps':>6}{'seconds':>9}{'joint':>8}{'Frechet':>9}",
+        ]
         for row in rows:
             joint = f"{row['joint_coherence']:>8.3f}" if "joint_coherence" in row else f"{'':>8}"
             frechet = f"{row['frechet']:>9.1f}" if "frechet" in row else f"{'':>9}"

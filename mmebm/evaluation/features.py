@@ -170,9 +170,14 @@ class Inception:
     """
 
     def __init__(
-        self, weights: str | os.PathLike[str], *, eight_bit: bool = True, batch: int = 50,
-        device: torch.device | str = "cpu", check: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        weights: str | os.PathLike[str],
+        *,
+        eight_bit: bool = True,
+        batch: int = 50,
+        device: torch.device | str = "cpu",
+        check: bool = True,
+    ) -> None:
         path = Path(weights)
         if not path.is_file():
             raise FileNotFoundError(
@@ -182,8 +187,10 @@ class Inception:
         if check:
             found = hashlib.sha256(path.read_bytes()).hexdigest()  # some 90 MB
             if not found.startswith(INCEPTION_SHA256):
-                raise ValueError(f"weights must be a file whose SHA-256 begins with {INCEPTION_SHA256}, got "
-                                 f"{found[:8]} for {str(path)!r}; check=False takes it, but gives no FID")  # fmt: skip
+                raise ValueError(
+                    f"weights must be a file whose SHA-256 begins with {INCEPTION_SHA256}, got "
+                    f"{found[:8]} for {str(path)!r}; check=False takes it, but gives no FID"
+                )
         self.eight_bit = bool(eight_bit)
         self.batch = check_count("batch", batch)
         self.device = torch.device(device)

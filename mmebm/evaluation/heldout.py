@@ -29,21 +29,33 @@ from mmebm.models.inference import Expert
 from mmebm.state import Batch
 
 __all__ = [
-    "METRICS", "Metric", "comparable", "held_out", "importance_bound", "kernel_distances", "mean_of", "retrieval",
+    "METRICS",
+    "Metric",
+    "comparable",
+    "held_out",
+    "importance_bound",
+    "kernel_distances",
+    "mean_of",
+    "retrieval",
     "summary",
-]  # fmt: skip
+]
 
 # which end of each number of :func:`summary` is the good one
 METRICS: Final[dict[str, Literal["highest", "lowest"]]] = {
-    "bound": "highest", "mse": "lowest", "cross_mse": "lowest", "retrieval": "highest", "kernel": "lowest",
-}  # fmt: skip
+    "bound": "highest",
+    "mse": "lowest",
+    "cross_mse": "lowest",
+    "retrieval": "highest",
+    "kernel": "lowest",
+}
 LEAST_ROWS: Final = 20  # for a kernel distance: ten parts of two
 TOP: Final = 5
 
 
 @torch.no_grad()
-def held_out(system: System, x: Batch, *, samples: Batch | None = None, infers: bool = True, importance: int = 16,
-             seed: int = 0) -> dict[str, Any]:  # fmt: skip
+def held_out(
+    system: System, x: Batch, *, samples: Batch | None = None, infers: bool = True, importance: int = 16, seed: int = 0
+) -> dict[str, Any]:
     """Every number of the top of this file that there is.
 
     Args:
@@ -155,9 +167,10 @@ def retrieval(system: System, x: Batch) -> dict[str, Any]:
             better = ((far < own) & ~same).sum(1) + 0.5 * ((far == own) & ~same).sum(1)
             ranks = 1 + better
             pairs[f"{given} -> {target}"] = {
-                "first": (ranks < 1.5).double().mean().item(), "top": (ranks < TOP + 0.5).double().mean().item(),
+                "first": (ranks < 1.5).double().mean().item(),
+                "top": (ranks < TOP + 0.5).double().mean().item(),
                 "median_rank": ranks.double().median().item(),
-            }  # fmt: skip
+            }
     top = math.fsum(pair["top"] for pair in pairs.values()) / len(pairs)
     return {"top": top, "chance": torch.cat(luck).mean().item(), "pairs": pairs}
 

@@ -20,9 +20,17 @@ from mmebm.evaluation.subsets import SUBSETS_PER_SIZE, subsets
 from mmebm.state import Batch
 
 __all__ = [
-    "Encode", "Encoders", "System", "encoders", "interpolate", "interpolate_prior", "latent_classification",
-    "latent_path", "latent_report", "usable_rows",
-]  # fmt: skip
+    "Encode",
+    "Encoders",
+    "System",
+    "encoders",
+    "interpolate",
+    "interpolate_prior",
+    "latent_classification",
+    "latent_path",
+    "latent_report",
+    "usable_rows",
+]
 
 # Some modalities of n tuples, and a seed, to codes (n, d).
 Encode = Callable[[Batch, int], Tensor]
@@ -106,8 +114,10 @@ def usable_rows(data: MultimodalDataset, *, labelled: bool) -> Tensor:
         good &= data.labels.cpu() >= 0
     rows = good.nonzero().flatten()
     if not len(rows):
-        raise ValueError(f"{data.name!r} {data.split} has no tuple with all modalities"
-                         f"{' and a class' if labelled else ''}, and this evaluation needs some")  # fmt: skip
+        raise ValueError(
+            f"{data.name!r} {data.split} has no tuple with all modalities"
+            f"{' and a class' if labelled else ''}, and this evaluation needs some"
+        )
     return rows
 
 
@@ -188,8 +198,10 @@ def _codes(
         if z.dim() != 2 or len(z) != len(chunk):
             raise ValueError(f"encode must give codes ({len(chunk)}, d), got {tuple(z.shape)}")
         if not z.isfinite().all():
-            raise ValueError(f"encode must give finite codes, got {int((~z.isfinite()).any(1).sum())} of {len(z)} rows "
-                             "with inf or NaN")  # fmt: skip
+            raise ValueError(
+                f"encode must give finite codes, got {int((~z.isfinite()).any(1).sum())} of {len(z)} rows "
+                "with inf or NaN"
+            )
         parts.append(z.detach().cpu())
     return torch.cat(parts).double().numpy(), data.labels.cpu()[rows].numpy()
 
@@ -257,9 +269,16 @@ def latent_path(a: Tensor, b: Tensor, steps: int, *, how: Literal["spherical", "
 
 @torch.no_grad()
 def interpolate(
-    system: System, x_a: Batch, x_b: Batch, steps: int = 8, *, how: Literal["spherical", "linear"] = "spherical",
-    seed: int = 0, latent_steps: int | None = None, data_steps: int | None = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+    system: System,
+    x_a: Batch,
+    x_b: Batch,
+    steps: int = 8,
+    *,
+    how: Literal["spherical", "linear"] = "spherical",
+    seed: int = 0,
+    latent_steps: int | None = None,
+    data_steps: int | None = 0,
+) -> dict[str, Tensor]:
     """Decoded rows from tuples ``x_a`` to tuples ``x_b``, through their latents.
 
     Each end is inferred (a sample of q) and revised by the latent chain on the modalities given; the ends shown are
@@ -290,9 +309,14 @@ def interpolate(
 
 @torch.no_grad()
 def interpolate_prior(
-    system: System, n: int, steps: int = 8, *, how: Literal["spherical", "linear"] = "spherical", seed: int = 0,
+    system: System,
+    n: int,
+    steps: int = 8,
+    *,
+    how: Literal["spherical", "linear"] = "spherical",
+    seed: int = 0,
     data_steps: int | None = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """``n`` decoded rows between pairs of draws from the prior; arguments and result as of :func:`interpolate`."""
     z = system.prior.draw(2 * check_count("n", n), seed=seed, device=system.device)
     return _decoded(system, latent_path(z[:n], z[n:], steps, how=how), seed, data_steps)

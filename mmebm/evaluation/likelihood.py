@@ -85,12 +85,17 @@ class Likelihood:
         chains = math.hypot(self.bootstrap.square().sum().sqrt().item() / n, self.log_z_error)
         tuples = self.log_p.std().item() / math.sqrt(n) if n > 1 else math.inf
         return {
-            "n": n, "log_p": self.log_p.mean().item(), "error_chains": chains,
+            "n": n,
+            "log_p": self.log_p.mean().item(),
+            "error_chains": chains,
             "error_tuples": tuples if math.isfinite(tuples) else 0.0,
-            "per_dimension": self.log_p.mean().item() / self.dimensions, "dimensions": self.dimensions,
-            "effective_min": self.effective.min().item(), "acceptance": self.acceptance, "log_z": self.log_z,
+            "per_dimension": self.log_p.mean().item() / self.dimensions,
+            "dimensions": self.dimensions,
+            "effective_min": self.effective.min().item(),
+            "acceptance": self.acceptance,
+            "log_z": self.log_z,
             "log_z_error": self.log_z_error,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -125,9 +130,17 @@ def temperatures(steps: int, power: float = 3.0) -> list[float]:
 
 @torch.no_grad()
 def log_likelihood(
-    generator: SharedGenerator, prior: nn.Module, x: Batch, *, chains: int = 16, steps: int = 500,
-    leapfrog_steps: int = 5, power: float = 3.0, batch: int = 1600, seed: int = 0,
-) -> Likelihood:  # fmt: skip
+    generator: SharedGenerator,
+    prior: nn.Module,
+    x: Batch,
+    *,
+    chains: int = 16,
+    steps: int = 500,
+    leapfrog_steps: int = 5,
+    power: float = 3.0,
+    batch: int = 1600,
+    seed: int = 0,
+) -> Likelihood:
     """log p(x) of each tuple under the generator and its prior.
 
     A pilot run with two chains per tuple finds each tuple's step sizes along the ladder; the measured run keeps them,
@@ -167,30 +180,59 @@ def log_likelihood(
     for start in range(0, n, per):
         rows = {name: value[start : start + per] for name, value in x.items()}
         energy = _Given(generator, prior, rows)
-        parts.append(_forward(energy, len(next(iter(rows.values()))), chains, settings, like=_like(generator),
-                              latent=generator.latent, first=start))  # fmt: skip
+        parts.append(
+            _forward(
+                energy,
+                len(next(iter(rows.values()))),
+                chains,
+                settings,
+                like=_like(generator),
+                latent=generator.latent,
+                first=start,
+            )
+        )
     weights = torch.cat([w for w, _ in parts])
     acceptance = sum(a * len(w) for w, a in parts) / n
     log_z = log_z_error = 0.0
     if not isinstance(prior, GaussianPrior):
         # one integral, so it can have many chains
         many = max(256, chains)
-        constants, _ = _forward(_Given(generator, prior, {}), 1, many, settings.again(), like=_like(generator),
-                                latent=generator.latent, first=0)  # fmt: skip
+        constants, _ = _forward(
+            _Given(generator, prior, {}),
+            1,
+            many,
+            settings.again(),
+            like=_like(generator),
+            latent=generator.latent,
+            first=0,
+        )
         log_z, log_z_error = _log_mean(constants).item(), _delta(constants).item()
     w = (weights - weights.amax(1, keepdim=True)).exp()
     return Likelihood(
-        log_p=_log_mean(weights) + constant - log_z, error=_delta(weights), bootstrap=_bootstrap(weights, seed),
-        effective=w.sum(1).square() / w.square().sum(1), acceptance=acceptance, log_z=log_z, log_z_error=log_z_error,
+        log_p=_log_mean(weights) + constant - log_z,
+        error=_delta(weights),
+        bootstrap=_bootstrap(weights, seed),
+        effective=w.sum(1).square() / w.square().sum(1),
+        acceptance=acceptance,
+        log_z=log_z,
+        log_z_error=log_z_error,
         dimensions=sum(math.prod(generator.shapes[name]) for name in x),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
 def likelihood_gap(
-    generator: SharedGenerator, prior: nn.Module, n: int = 50, *, names: Sequence[str] | None = None, chains: int = 16,
-    steps: int = 500, leapfrog_steps: int = 5, power: float = 3.0, seed: int = 0,
-) -> Gap:  # fmt: skip
+    generator: SharedGenerator,
+    prior: nn.Module,
+    n: int = 50,
+    *,
+    names: Sequence[str] | None = None,
+    chains: int = 16,
+    steps: int = 500,
+    leapfrog_steps: int = 5,
+    power: float = 3.0,
+    seed: int = 0,
+) -> Gap:
     """How far annealing is off, by tuples drawn from the generator, whose z is an exact draw of their posterior.
 
     From that z the ladder is gone backwards, which bounds log p(X) from above as the forward run does from below.
@@ -236,8 +278,9 @@ def log_constant(generator: SharedGenerator, names: Sequence[str] | Batch) -> fl
 def _scale(generator: SharedGenerator, name: str) -> float:
     weight = generator.weights[name]
     if not weight > 0:
-        raise ValueError(f"the weight of modality {name!r} must be positive to give a density, got {weight}: leave it "
-                         "out of x")  # fmt: skip
+        raise ValueError(
+            f"the weight of modality {name!r} must be positive to give a density, got {weight}: leave it out of x"
+        )
     return generator.sigma / (math.sqrt(weight) if generator.likelihood == "gaussian" else weight)
 
 
@@ -299,19 +342,36 @@ def _like(generator: nn.Module) -> Tensor:
 
 
 def _start(count: int, latent: int, like: Tensor, seed: int, offset: int) -> Tensor:
-    return noise.normal((count, latent), seed=seed, stream=noise.stream(0, noise.INITIAL), chain_offset=offset,
-                        dtype=like.dtype, device=like.device)  # fmt: skip
+    return noise.normal(
+        (count, latent),
+        seed=seed,
+        stream=noise.stream(0, noise.INITIAL),
+        chain_offset=offset,
+        dtype=like.dtype,
+        device=like.device,
+    )
 
 
-def _move(energy: _Tempered, z: Tensor, b: float, size: Tensor, t: int, settings: _Settings, seed: int,
-          offset: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _move(
+    energy: _Tempered, z: Tensor, b: float, size: Tensor, t: int, settings: _Settings, seed: int, offset: int
+) -> tuple[Tensor, Tensor]:
     """One transition that leaves the law of ``b`` as it is: z and the acceptance probabilities.
 
     Every chain draws its step between half and one and a half times ``size``: a trajectory of half a period returns to
     the mirror image of its start, where f is what it was, and a fixed length may hit just that.
     """
-    stretch = 0.5 + noise.uniform((len(z), 1), seed=seed, step=t, stream=noise.stream(1, noise.INITIAL),
-                                  chain_offset=offset, dtype=z.dtype, device=z.device)[:, 0]  # fmt: skip
+    stretch = (
+        0.5
+        + noise.uniform(
+            (len(z), 1),
+            seed=seed,
+            step=t,
+            stream=noise.stream(1, noise.INITIAL),
+            chain_offset=offset,
+            dtype=z.dtype,
+            device=z.device,
+        )[:, 0]
+    )
     out = HMC(size * stretch, settings.leapfrog_steps).sample(
         energy, z, 1, args=(b,), seed=seed, chain_offset=offset, first_step=t, record=("accept_prob",)
     )
@@ -334,9 +394,16 @@ def _pilot(given: _Given, n: int, settings: _Settings, like: Tensor, latent: int
 
 
 def _forward(
-    given: _Given, n: int, chains: int, settings: _Settings, *, like: Tensor, latent: int, first: int,
+    given: _Given,
+    n: int,
+    chains: int,
+    settings: _Settings,
+    *,
+    like: Tensor,
+    latent: int,
+    first: int,
     sizes: Tensor | None = None,
-) -> tuple[Tensor, float]:  # fmt: skip
+) -> tuple[Tensor, float]:
     """Log weights (n, chains) of the integral of N(z) exp(-f(z)), and the mean acceptance probability.
 
     ``first`` is the number of the first tuple: the noise of a chain depends on its tuple's number and its own.
@@ -385,7 +452,7 @@ def _bootstrap(weights: Tensor, seed: int) -> Tensor:
     """The standard deviation of the estimate over resamples of each tuple's chains: (n,)."""
     n, chains = weights.shape
     rng = torch.Generator().manual_seed(seed)
-    values = torch.stack([
-        _log_mean(weights.gather(1, torch.randint(chains, (n, chains), generator=rng))) for _ in range(BOOTSTRAP)
-    ])  # fmt: skip
+    values = torch.stack(
+        [_log_mean(weights.gather(1, torch.randint(chains, (n, chains), generator=rng))) for _ in range(BOOTSTRAP)]
+    )
     return values.std(0)

@@ -18,11 +18,21 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Agreement", "ClassBalance", "KernelDistance",
-    "agreement_by_class", "binomial_error", "chance_agreement", "class_accuracy", "class_balance",
-    "conditional_coherence", "frechet_distance", "gaussian_kernel_distance", "joint_coherence", "kernel_distance",
+    "Agreement",
+    "ClassBalance",
+    "KernelDistance",
+    "agreement_by_class",
+    "binomial_error",
+    "chance_agreement",
+    "class_accuracy",
+    "class_balance",
+    "conditional_coherence",
+    "frechet_distance",
+    "gaussian_kernel_distance",
+    "joint_coherence",
+    "kernel_distance",
     "pair_agreement",
-]  # fmt: skip
+]
 
 
 MEDIAN_ROWS = 500  # that the median distance is taken of
@@ -245,9 +255,13 @@ def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 10, seed: int = 0) -
 
 
 def gaussian_kernel_distance(
-    a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, bandwidths: Mapping[str, float] | None = None,
-    subsets: int = 10, seed: int = 0,
-) -> KernelDistance:  # fmt: skip
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    *,
+    bandwidths: Mapping[str, float] | None = None,
+    subsets: int = 10,
+    seed: int = 0,
+) -> KernelDistance:
     """Squared maximum mean discrepancy of whole tuples, without networks or labels: the kernel of a tuple is the
     product of a Gaussian kernel of each modality, so that it sees modalities that do not belong together.
 
@@ -338,8 +352,9 @@ def _right(pred_targets: Tensor, labels: Tensor) -> Tensor:
     """1 where the prediction is the label: float64 (n, T) on the CPU."""
     _check_predictions(pred_targets, "pred_targets", least=1)
     if labels.shape != pred_targets.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(pred_targets)},), as many as pred_targets, "
-                         f"got {tuple(labels.shape)}")  # fmt: skip
+        raise ValueError(
+            f"labels must have shape ({len(pred_targets)},), as many as pred_targets, got {tuple(labels.shape)}"
+        )
     return (pred_targets == labels.to(pred_targets.device)[:, None]).double().cpu()
 
 

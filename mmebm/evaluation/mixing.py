@@ -85,9 +85,13 @@ class Subject:
 
 
 def examine(
-    subject: Subject, *, long: int = 2000, points: int = 100, seed: int = 0,
+    subject: Subject,
+    *,
+    long: int = 2000,
+    points: int = 100,
+    seed: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Follows the chain from each of its starts for ``long`` steps and judges it at both lengths.
 
     The chain as it is used is the beginning of the long one: noise is a function of the step.
@@ -161,18 +165,32 @@ def examine(
         for name, end in (("trained", subject.steps), ("long", long))
     }
     return {
-        "name": subject.name, "steps": subject.steps, "long": long, "chains": n, "targets": subject.targets,
-        "starts": list(subject.starts), "horizons": horizons,
+        "name": subject.name,
+        "steps": subject.steps,
+        "long": long,
+        "chains": n,
+        "targets": subject.targets,
+        "starts": list(subject.starts),
+        "horizons": horizons,
         "change": _changes(subject, marks, names, followed[next(iter(subject.starts))]),
-        "step": {**step, "temperature": _temperature(subject.sampler)}, "floor": subject.floor, "broken": broken,
-        "seconds": seconds, "curves": curves, "traces": traces,
-    }  # fmt: skip
+        "step": {**step, "temperature": _temperature(subject.sampler)},
+        "floor": subject.floor,
+        "broken": broken,
+        "seconds": seconds,
+        "curves": curves,
+        "traces": traces,
+    }
 
 
 def mixing(
-    run: Run, classifiers: Classifiers | None = None, *, chains: int = 128, long: int = 2000, seed: int = 0,
+    run: Run,
+    classifiers: Classifiers | None = None,
+    *,
+    chains: int = 128,
+    long: int = 2000,
+    seed: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Examines both chains of a run.
 
     Args:
@@ -198,12 +216,14 @@ def mixing(
     if run.infers:
         both["latent"] = latent_subject(run, classifiers, tuples=chains // REPLICAS, seed=seed)
     return {
-        "settings": {**run.settings(), "seed": seed, "chains": chains, "long": long}, "thresholds": THRESHOLDS,
+        "settings": {**run.settings(), "seed": seed, "chains": chains, "long": long},
+        "thresholds": THRESHOLDS,
         "chains": {
             name: examine(c, long=max(long, c.steps), seed=seed, progress=progress)
-            for name, c in both.items() if c.steps
+            for name, c in both.items()
+            if c.steps
         },
-    }  # fmt: skip
+    }
 
 
 REPLICAS: Final = 8  # chains of one posterior from one initialiser
@@ -241,10 +261,17 @@ def data_subject(run: Run, classifiers: Classifiers | None = None, *, chains: in
 
     distance, floor = _distance(classifiers, real, test.batch(rows()))
     return Subject(
-        name="data chain", energy=system.energy, sampler=system.data_sampler, steps=run.config.data_chain.steps,
-        starts=starts, summaries=summaries, nominal=_nominal(classifiers), distance=distance, floor=floor,
+        name="data chain",
+        energy=system.energy,
+        sampler=system.data_sampler,
+        steps=run.config.data_chain.steps,
+        starts=starts,
+        summaries=summaries,
+        nominal=_nominal(classifiers),
+        distance=distance,
+        floor=floor,
         advance=lambda x, steps, **options: system.revise_data(x, steps=steps, **options),
-    )  # fmt: skip
+    )
 
 
 def latent_subject(
@@ -285,11 +312,16 @@ def latent_subject(
     settings, noise = run.settings(), run.config.latent_chain.noise
     step = settings["latent_step"]
     return Subject(
-        name="latent chain", energy=energy, steps=run.config.latent_chain.steps, starts=starts, summaries=summaries,
+        name="latent chain",
+        energy=energy,
+        steps=run.config.latent_chain.steps,
+        starts=starts,
+        summaries=summaries,
         sampler=Langevin(step**2 / 2, step if noise is None else noise, prior_std=1.0, on_nonfinite="freeze"),
-        nominal=_nominal(classifiers), targets=tuples,
+        nominal=_nominal(classifiers),
+        targets=tuples,
         advance=lambda z, steps, **options: system.revise_latent(z, x, steps=steps, **options),
-    )  # fmt: skip
+    )
 
 
 def _some(data: MultimodalDataset, count: int, rng: torch.Generator) -> Tensor:
@@ -392,8 +424,13 @@ def _horizon(subject: Subject, marks: Sequence[int], end: int, summaries: Mappin
     used = [i for i in even if marks[i] > end / 2]
     used = used if len(used) >= MIN_DRAWS else even[-MIN_DRAWS:]
     n = next(iter(summaries.values())).shape[2]
-    head = {"steps": end, "from_step": marks[used[0]], "every": stride, "draws": len(used),
-            "chains": n * len(subject.starts)}  # fmt: skip
+    head = {
+        "steps": end,
+        "from_step": marks[used[0]],
+        "every": stride,
+        "draws": len(used),
+        "chains": n * len(subject.starts),
+    }
     judged = {}
     for name, values in summaries.items():
         draws = values[used]
@@ -407,12 +444,13 @@ def _horizon(subject: Subject, marks: Sequence[int], end: int, summaries: Mappin
         # each chain about its own mean: what ess counts as correlation, chains that disagree, is R-hat's matter
         tau = autocorrelation_time(together - together.mean(0)) * stride
         judged[name] |= {
-            "rhat": _number(r.nanmedian()), "rhat_worst": _number(r.max()),
+            "rhat": _number(r.nanmedian()),
+            "rhat_worst": _number(r.max()),
             "rhat_within": dict(zip(subject.starts, _list(within), strict=True)),
             "ess_bulk": _number(ess(together, method="bulk").nanmedian()),
             "ess_tail": _number(ess(together, method="tail").nanmedian()),
             "autocorrelation_time": _number(tau.nanmedian()),
-        }  # fmt: skip
+        }
     kept = {name: _kept(subject, summaries[name][0], summaries[name][last]) for name in subject.nominal}
     return {**head, "summaries": judged, "kept": kept}
 
@@ -449,9 +487,16 @@ def _changes(subject: Subject, marks: Sequence[int], names: Sequence[str], rows:
 def _free(sampler: Langevin) -> Langevin:
     """The step without what confines it, which is then a Gaussian of the state."""
     return sampler.replace(
-        bounds=None, bounds_at="step", outside="clamp", clamp_noise=False, max_update=None, project=None, finish=None,
-        accept=None, on_nonfinite="ignore",
-    )  # fmt: skip
+        bounds=None,
+        bounds_at="step",
+        outside="clamp",
+        clamp_noise=False,
+        max_update=None,
+        project=None,
+        finish=None,
+        accept=None,
+        on_nonfinite="ignore",
+    )
 
 
 def _drift_and_noise(subject: Subject, state: State, seed: int, at: int) -> dict[str, dict[str, float | None]]:

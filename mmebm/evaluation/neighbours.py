@@ -41,8 +41,11 @@ class Neighbours:
         self._points = self._scaled(self.tuples)
 
     def _scaled(self, x: Batch) -> Tensor:
-        parts = [v / (2 * self.variance[name] * len(self.variance)).sqrt() for name, v in _flat(x).items()
-                 if self.variance[name] > 0]  # fmt: skip
+        parts = [
+            v / (2 * self.variance[name] * len(self.variance)).sqrt()
+            for name, v in _flat(x).items()
+            if self.variance[name] > 0
+        ]
         return torch.cat(parts, 1)
 
     def nearest(self, x: Batch) -> Batch:
@@ -64,9 +67,10 @@ class Neighbours:
         """
         distance = [torch.cdist(self._scaled(x), self._points).min(1).values.median() for x in (samples, real)]
         spread = {
-            name: float((_variance(x) / self.variance[name]).sqrt()) for name, x in _flat(samples).items()
+            name: float((_variance(x) / self.variance[name]).sqrt())
+            for name, x in _flat(samples).items()
             if self.variance[name] > 0
-        }  # fmt: skip
+        }
         return {"nearest": float(distance[0] / distance[1]) if distance[1] > 0 else None, "spread": spread}
 
 

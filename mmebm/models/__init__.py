@@ -6,6 +6,12 @@ from mmebm.models.joint_energy import JointEnergy
 from mmebm.models.latent_prior import GaussianPrior, LatentPrior, OwnPrior, standard_normal
 
 __all__ = [
-    "Expert", "GaussianPrior", "JointEnergy", "JointInference", "LatentPrior", "OwnPrior", "SharedGenerator",
+    "Expert",
+    "GaussianPrior",
+    "JointEnergy",
+    "JointInference",
+    "LatentPrior",
+    "OwnPrior",
+    "SharedGenerator",
     "standard_normal",
-]  # fmt: skip
+]

@@ -117,10 +117,20 @@ class SharedGenerator(nn.Module):
     mmebm_pure = True
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], latent: int, *, net: Net = "mlp", width: int = 256, depth: int = 2,
-        act: str = "silu", sigma: float = 0.5, likelihood: Likelihood = "gaussian",
-        weights: Mapping[str, float] | None = None, private: int = 0, decoders: Mapping[str, nn.Module] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        latent: int,
+        *,
+        net: Net = "mlp",
+        width: int = 256,
+        depth: int = 2,
+        act: str = "silu",
+        sigma: float = 0.5,
+        likelihood: Likelihood = "gaussian",
+        weights: Mapping[str, float] | None = None,
+        private: int = 0,
+        decoders: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         unknown = set(weights or {}) - set(shapes)
         if unknown:
@@ -132,11 +142,14 @@ class SharedGenerator(nn.Module):
         self.weights = {name: (weights or {}).get(name, 1.0) for name in shapes}
         self.private, self.columns = private, latent_columns(list(shapes), latent, private)
         own = dict(decoders or {})
-        self.decoders = nn.ModuleDict({
-            name: own[name] if name in own else
-            decoder(len(self.columns[name]), shape, net=net, width=width, depth=depth, act=act)
-            for name, shape in shapes.items()
-        })  # fmt: skip
+        self.decoders = nn.ModuleDict(
+            {
+                name: own[name]
+                if name in own
+                else decoder(len(self.columns[name]), shape, net=net, width=width, depth=depth, act=act)
+                for name, shape in shapes.items()
+            }
+        )
         if private:
             for name, decode in self.decoders.items():
                 if name in own:

@@ -119,10 +119,18 @@ class JointInference(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], latent: int, *, net: Net = "mlp", width: int = 256, depth: int = 2,
-        act: str = "silu", joint: Joint = "mixture", private: int = 0,
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        latent: int,
+        *,
+        net: Net = "mlp",
+        width: int = 256,
+        depth: int = 2,
+        act: str = "silu",
+        joint: Joint = "mixture",
+        private: int = 0,
         encoders: Mapping[str, nn.Module] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if joint not in JOINTS:
             raise ValueError(f"joint must be one of {', '.join(map(repr, JOINTS))}, got {joint!r}")
@@ -130,11 +138,14 @@ class JointInference(nn.Module):
         self.private, self.columns = private, latent_columns(list(shapes), latent, private)
         self.shared = latent - len(shapes) * private
         own = dict(encoders or {})
-        self.experts = nn.ModuleDict({
-            name: own[name] if name in own else
-            encoder(shape, 2 * len(self.columns[name]), net=net, width=width, depth=depth, act=act)
-            for name, shape in shapes.items()
-        })  # fmt: skip
+        self.experts = nn.ModuleDict(
+            {
+                name: own[name]
+                if name in own
+                else encoder(shape, 2 * len(self.columns[name]), net=net, width=width, depth=depth, act=act)
+                for name, shape in shapes.items()
+            }
+        )
         self.auxiliary = nn.Parameter(torch.zeros(len(shapes), private)) if private else None
         self.register_buffer("positions", torch.tensor(list(self.columns.values())), persistent=False)
 
@@ -225,9 +236,13 @@ class JointInference(nn.Module):
         return self.components(x, present=present)
 
     def sample(
-        self, x: Mapping[str, Tensor], generator: torch.Generator | None = None, *, joint: str | None = None,
+        self,
+        x: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+        *,
+        joint: str | None = None,
         present: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """One sample per row (n, latent), each row from a component picked uniformly of those that it has.
 
         Args:
@@ -241,9 +256,13 @@ class JointInference(nn.Module):
         return samples[chosen, torch.arange(samples.shape[1], device=samples.device)]
 
     def log_prob(
-        self, z: Tensor, x: Mapping[str, Tensor], *, per_expert: bool = False,
+        self,
+        z: Tensor,
+        x: Mapping[str, Tensor],
+        *,
+        per_expert: bool = False,
         present: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """log q(z | X), (n,); with ``per_expert`` its lower bound, the mean of the components' log densities."""
         components, weights = self.join(self.encode(x, present))
         parts = components.log_prob(z)

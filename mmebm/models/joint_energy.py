@@ -28,9 +28,18 @@ class JointEnergy(nn.Module):
     mmebm_pure = True
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], *, net: Net = "mlp", width: int = 256, depth: int = 2,
-        act: str = "silu", trunk_width: int = 16, features: int = 128, spectral: bool = False, scale: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        net: Net = "mlp",
+        width: int = 256,
+        depth: int = 2,
+        act: str = "silu",
+        trunk_width: int = 16,
+        features: int = 128,
+        spectral: bool = False,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.shapes = dict(shapes)
         self.scale = scale

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from mmebm.choices import Net
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus,
-    "tanh": nn.Tanh, "elu": nn.ELU,
-}  # fmt: skip
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+}
 
 
 # A "resnet" has so many times ``width`` channels where its map is smallest, and as many units for a vector.
@@ -134,8 +139,10 @@ def decoder(latent: int, shape: Sequence[int], *, net: Net, width: int, depth: i
         side = [-(-s // 2**halvings) for s in shape[1:]]
         channels = width * 2**halvings
         layers: list[nn.Module] = [
-            nn.Linear(latent, channels * math.prod(side)), activation(act), nn.Unflatten(1, (channels, *side)),
-        ]  # fmt: skip
+            nn.Linear(latent, channels * math.prod(side)),
+            activation(act),
+            nn.Unflatten(1, (channels, *side)),
+        ]
         for _ in range(halvings):
             layers += [nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1), activation(act)]
             channels //= 2

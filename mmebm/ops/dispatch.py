@@ -41,14 +41,16 @@ OPS: Final[dict[str, Op]] = {
     "noise": Op({"cpp": "mmebm.native", "triton": "mmebm.kernels.noise", "cuda": "mmebm.native"}, _ALL),
     "langevin_step": Op(
         {
-            "cpp": "mmebm.ops.langevin_step.cpp", "triton": "mmebm.kernels.langevin_step",
+            "cpp": "mmebm.ops.langevin_step.cpp",
+            "triton": "mmebm.kernels.langevin_step",
             "cuda": "mmebm.ops.langevin_step.cuda",
         },
         _ALL,
     ),
     "langevin_mlp": Op(
         {
-            "cpp": "mmebm.ops.langevin_mlp.cpp", "triton": "mmebm.kernels.langevin_mlp",
+            "cpp": "mmebm.ops.langevin_mlp.cpp",
+            "triton": "mmebm.kernels.langevin_mlp",
             "cuda": "mmebm.ops.langevin_mlp.cuda",
         },
         _ALL,
@@ -63,7 +65,7 @@ OPS: Final[dict[str, Op]] = {
     "net_energy": Op(_NET, {"cpu": ("cpp",), "cuda": ("triton",)}),
     # Triton's has not been timed on a GPU
     "residual": Op({"cpp": "mmebm.ops.residual.cpp", "triton": "mmebm.kernels.residual"}, {"cpu": ("cpp",)}),
-}  # fmt: skip
+}
 
 
 class Choice(NamedTuple):
@@ -122,7 +124,7 @@ def implementation(op: str, backend: str) -> tuple[ModuleType | None, str | None
 
 def _candidate(
     op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str
-) -> tuple[ModuleType | None, str | None]:  # fmt: skip
+) -> tuple[ModuleType | None, str | None]:
     from mmebm.ops import parity
 
     module, reason = implementation(op, backend)
@@ -132,8 +134,8 @@ def _candidate(
 
 
 def choose(
-    op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str = "",
-) -> Choice:  # fmt: skip
+    op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str = ""
+) -> Choice:
     """The implementation of ``op`` that runs on ``device``, and the reason for the choice.
 
     Args:

@@ -162,18 +162,25 @@ def _step_cases(numbers: _Numbers) -> list[_StepCase]:
     )
     return [
         _StepCase(
-            "all options", [normal(5, 67), normal(5, 3)], [bounded, StepParams(per_chain, 0.2)],
+            "all options",
+            [normal(5, 67), normal(5, 3)],
+            [bounded, StepParams(per_chain, 0.2)],
             replace(both, observed=(numbers.mask(5, 67), None)),
         ),
         _StepCase(
-            "noise first, reject", [normal(5, 21)], [StepParams(per_chain, 0.3, low=-2.1, high=2.1)],
-            replace(one, outside="reject", clamp_noise=True), first=True,
+            "noise first, reject",
+            [normal(5, 21)],
+            [StepParams(per_chain, 0.3, low=-2.1, high=2.1)],
+            replace(one, outside="reject", clamp_noise=True),
+            first=True,
         ),
         _StepCase(
-            "16 bits", [normal(5, 37).bfloat16(), normal(5, 19).half()], [StepParams(0.1, 0.1), StepParams(0.1, 0.1)],
+            "16 bits",
+            [normal(5, 37).bfloat16(), normal(5, 19).half()],
+            [StepParams(0.1, 0.1), StepParams(0.1, 0.1)],
             both,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _langevin_step(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
@@ -188,11 +195,16 @@ def _langevin_step(module: ModuleType, backend: str, device: torch.device) -> It
         # the reference's noise, drawn once for both precisions
         xi = [
             noise.normal(
-                t.shape, seed=_SEED, step=7, stream=i, chain_offset=options.chain_offset, dtype=torch.float64,
+                t.shape,
+                seed=_SEED,
+                step=7,
+                stream=i,
+                chain_offset=options.chain_offset,
+                dtype=torch.float64,
                 device=_CPU,
             )
             for t, i in zip(x, options.streams, strict=True)
-        ]  # fmt: skip
+        ]
         narrow: list[Any] = [t.float() for t in xi]
         wide: list[Any] = [*xi]
         thresholds = op.TorchStepper(options).thresholds(x, 7, noise.ROUNDING)
@@ -213,9 +225,11 @@ def _langevin_step(module: ModuleType, backend: str, device: torch.device) -> It
             yield from state("with its noise", there, before, exact)
             narrow = wide = [None] * len(x)
         settings = {
-            "norm_over": options.norm_over, "outside": options.outside, "observed": options.observed or None,
+            "norm_over": options.norm_over,
+            "outside": options.outside,
+            "observed": options.observed or None,
             "stats": True,
-        }  # fmt: skip
+        }
         after, counts = rule.langevin_step(before, grad, narrow, params, thresholds=thresholds, **settings)
         exact, norms = rule.langevin_step(exact, _double(grad), wide, _double(params), **settings)
         slopes, again = _on(grad, device), _on(there, device)
@@ -245,13 +259,17 @@ def _terms(numbers: _Numbers) -> list[Term]:
     return [
         Scalar(stack(6, 33, 17, 1), -0.7),
         Residual(
-            stack(6, 19, 5, activation="gelu"), normal(_CHAINS, 5), 0.8, tanh=True, weight=1.5,
+            stack(6, 19, 5, activation="gelu"),
+            normal(_CHAINS, 5),
+            0.8,
+            tanh=True,
+            weight=1.5,
             observed=numbers.mask(1, 5),
         ),
         Residual(stack(6, 18, 9, activation="softplus"), normal(_CHAINS, 9), 0.7, "laplace"),
         Quadratic(normal(6), normal(6).abs()),
         *(Scalar(stack(6, 9, 1, activation=name)) for name in ("tanh", "relu", "leaky_relu", "elu")),
-    ]  # fmt: skip
+    ]
 
 
 def _mlp_energy(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
@@ -280,9 +298,16 @@ def _chains(numbers: _Numbers, terms: tuple[Term, ...]) -> Iterator[tuple[str, A
         n = len(widths)
         # the last tensor alone gets noise: its stream is not its index, and its elements are not the first
         return op.MlpChain(
-            terms, widths, (0, 3)[-n:], (False, True)[-n:], (True,) * n, *table, seed=_SEED, chain_offset=2**32 - 2,
+            terms,
+            widths,
+            (0, 3)[-n:],
+            (False, True)[-n:],
+            (True,) * n,
+            *table,
+            seed=_SEED,
+            chain_offset=2**32 - 2,
             **changes,
-        )  # fmt: skip
+        )
 
     observed = numbers.mask(_CHAINS, 6).to(torch.uint8)
     yield "all options", chain(terms, (4, 2), [StepParams(0.02, 0.1), bounded], observed=observed), 2
@@ -346,16 +371,28 @@ def _net(numbers: _Numbers) -> Any:
 
     normal = numbers.normal
     crop = torch.arange(144, device=_CPU, dtype=torch.int64).reshape(3, 8, 6)[:, 1:].reshape(-1, 1)
-    return g.Net((
-        g.Input(0, (2, 5, 4)), g.Conv(0, normal(4, 2, 3, 3) / 3, normal(4), stride=(2, 2), padding=(1, 1)),
-        g.Norm(1, 2, 1e-5), g.Activation(2, "silu"), g.Conv(3, normal(4, 3, 4, 4) / 3, stride=(2, 2), transposed=True),
-        g.Map((4,), (3, 7, 6), crop), g.Activation(5, "tanh"), g.Linear(6, normal(6, 126) / 16, normal(6) / 2),
-        g.Affine(7, normal(1, 6)), g.Add((8,), (1.0,), normal(_CHAINS, 6) / 2), g.Product(9, 7), g.View(10, (2, 3)),
-        g.LogSumExp(11, (2,), torch.arange(6, device=_CPU, dtype=torch.int64).reshape(2, 3)),
-        g.Linear(10, normal(6, 6) / 4),
-        g.Linear(7, normal(6, 6) / 4), g.Add((13, 14), (1.0, 1.0)), g.Activation(15, "square"),
-        g.Map((12, 16), (1,), torch.arange(8, device=_CPU, dtype=torch.int64).reshape(1, 8), normal(1, 8)),
-    ))  # fmt: skip
+    return g.Net(
+        (
+            g.Input(0, (2, 5, 4)),
+            g.Conv(0, normal(4, 2, 3, 3) / 3, normal(4), stride=(2, 2), padding=(1, 1)),
+            g.Norm(1, 2, 1e-5),
+            g.Activation(2, "silu"),
+            g.Conv(3, normal(4, 3, 4, 4) / 3, stride=(2, 2), transposed=True),
+            g.Map((4,), (3, 7, 6), crop),
+            g.Activation(5, "tanh"),
+            g.Linear(6, normal(6, 126) / 16, normal(6) / 2),
+            g.Affine(7, normal(1, 6)),
+            g.Add((8,), (1.0,), normal(_CHAINS, 6) / 2),
+            g.Product(9, 7),
+            g.View(10, (2, 3)),
+            g.LogSumExp(11, (2,), torch.arange(6, device=_CPU, dtype=torch.int64).reshape(2, 3)),
+            g.Linear(10, normal(6, 6) / 4),
+            g.Linear(7, normal(6, 6) / 4),
+            g.Add((13, 14), (1.0, 1.0)),
+            g.Activation(15, "square"),
+            g.Map((12, 16), (1,), torch.arange(8, device=_CPU, dtype=torch.int64).reshape(1, 8), normal(1, 8)),
+        )
+    )
 
 
 def _net_energy(module: ModuleType, backend: str, device: torch.device) -> Iterator[Comparison]:
@@ -384,9 +421,17 @@ def _langevin_net(
         table = mlp.constants_of([params], _CHAINS, torch.float32, _CPU)
         assert not isinstance(table, str), table
         chain = op.NetChain(
-            net=net, widths=widths, streams=(0, 3)[-len(widths) :], noisy=noisy, moving=(True,) * len(widths),
-            constants=table[0], present=table[1], seed=_SEED, chain_offset=2**32 - 2, freeze=params is limited,
-        )  # fmt: skip
+            net=net,
+            widths=widths,
+            streams=(0, 3)[-len(widths) :],
+            noisy=noisy,
+            moving=(True,) * len(widths),
+            constants=table[0],
+            present=table[1],
+            seed=_SEED,
+            chain_offset=2**32 - 2,
+            freeze=params is limited,
+        )
         there = replace(_on(chain, device), precision=precision)
         ours = module.run(there, x.to(device), 2, 7, energy=True, grad_norm=True)
         expected, exact = op.run(None, chain, x, 2, 7), op.run(None, _double(chain), x.double(), 2, 7)
@@ -410,9 +455,14 @@ def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterato
 
     def normals(purpose: int) -> Tensor:
         return noise.normal(
-            x.shape, seed=_SEED, step=step, stream=noise.stream(2, purpose), chain_offset=offset, dtype=torch.float64,
+            x.shape,
+            seed=_SEED,
+            step=step,
+            stream=noise.stream(2, purpose),
+            chain_offset=offset,
+            dtype=torch.float64,
             device=_CPU,
-        )  # fmt: skip
+        )
 
     def uniforms(count: int, stream: int, rows: int = chains) -> Tensor:
         at = {"seed": _SEED, "step": step, "stream": stream, "chain_offset": offset}
@@ -424,9 +474,15 @@ def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterato
 
     def made(keeps: bool) -> Any:
         op = module.Dynamics(
-            [x.clone()], indices=[2], masks=[False], seed=_SEED, chain_offset=offset,
-            alive=torch.ones(chains, dtype=torch.bool, device=_CPU), keeps=keeps, freeze=False,
-        )  # fmt: skip
+            [x.clone()],
+            indices=[2],
+            masks=[False],
+            seed=_SEED,
+            chain_offset=offset,
+            alive=torch.ones(chains, dtype=torch.bool, device=_CPU),
+            keeps=keeps,
+            freeze=False,
+        )
         op.set(0, kick=h / mass, drift=h, decay=decay, noise=scale, thermal=scale, mass=mass)
         return op
 
@@ -499,9 +555,20 @@ def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterato
     chance, sums = (torch.zeros(2, rungs - 1, dtype=torch.float32, device=_CPU) for _ in range(2))
     moved, energies = ladder.clone(), levels.clone()
     module.exchange(
-        [moved], rungs=rungs, seed=_SEED, step=step, stream=9, chain_offset=offset, inverse=inverse, energy=energies,
-        alive=alive, origin=places, prob=chance, prob_sum=sums, side=1,
-    )  # fmt: skip
+        [moved],
+        rungs=rungs,
+        seed=_SEED,
+        step=step,
+        stream=9,
+        chain_offset=offset,
+        inverse=inverse,
+        energy=energies,
+        alive=alive,
+        origin=places,
+        prob=chance,
+        prob_sum=sums,
+        side=1,
+    )
     each = levels.reshape(2, rungs)
     prob = ((inverse[1] - inverse[2]) * (each[:, 1] - each[:, 2])).clamp(max=0).exp()
     yield Comparison("exchange: probability", chance[:, 1], prob, prob.double(), 0.0, STEP_TOLERANCE)
@@ -512,9 +579,15 @@ def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterato
 
 
 CASES: Final[dict[str, Callable[..., Iterator[Comparison]]]] = {
-    "noise": _noise, "langevin_step": _langevin_step, "langevin_mlp": _langevin_mlp, "mlp_energy": _mlp_energy,
-    "residual": _residual, "dynamics": _dynamics, "net_energy": _net_energy, "langevin_net": _langevin_net,
-}  # fmt: skip
+    "noise": _noise,
+    "langevin_step": _langevin_step,
+    "langevin_mlp": _langevin_mlp,
+    "mlp_energy": _mlp_energy,
+    "residual": _residual,
+    "dynamics": _dynamics,
+    "net_energy": _net_energy,
+    "langevin_net": _langevin_net,
+}
 
 
 # -- the verdict
@@ -616,8 +689,10 @@ def failure(op: str, backend: str, device: torch.device, precision: str = "") ->
         if new and verdict.reason is not None:
             warnings.warn(
                 f"mmebm: {backend} is not used for {op} on {device}: it failed its parity case ({verdict.reason}); "
-                "please report it with the output of `mmebm backends --check`", RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+                "please report it with the output of `mmebm backends --check`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return None if verdict.reason is None else f"it failed its parity case ({verdict.reason})"
 
 

@@ -45,8 +45,10 @@ def write_comparison(runs: Mapping[Path, Run | None], out: Path | str = "compari
         raise ValueError(f"a comparison needs at least two different runs, got {[str(path) for path in runs]}")
     with tempfile.TemporaryDirectory() as drawings:
         names = _names(list(runs))
-        of = {name: opened(path, run, Path(drawings), seed=seed)
-              for name, (path, run) in zip(names, runs.items(), strict=True)}  # fmt: skip
+        of = {
+            name: opened(path, run, Path(drawings), seed=seed)
+            for name, (path, run) in zip(names, runs.items(), strict=True)
+        }
         text = _page(of)
     path = Path(out)
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -63,22 +65,26 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _page(of: Mapping[str, Opened]) -> str:
     sections = [
-        ("verdicts", "Verdicts", _verdicts(of)), ("numbers", "Numbers", _numbers(of)),
-        ("settings", "Settings that differ", _settings(of)), ("samples", "Samples", _samples(of)),
+        ("verdicts", "Verdicts", _verdicts(of)),
+        ("numbers", "Numbers", _numbers(of)),
+        ("settings", "Settings that differ", _settings(of)),
+        ("samples", "Samples", _samples(of)),
         ("training", "Training", _training(of)),
-    ]  # fmt: skip
+    ]
     written = [(name, heading, content) for name, heading, content in sections if content is not None]
     if (terms := glossary("".join(content for _, _, content in written))) is not None:
         written.append(("glossary", "Glossary", terms))
     missing = [f"{name}: {what}" for name, each in of.items() for what in _missing(each)]
     data = {str(each.info.get("config", {}).get("data", {}).get("name", "?")) for each in of.values()}
     if len(data) > 1:
-        missing.append(f"a common data set: the runs are on {', '.join(sorted(data))}, and their numbers are not "
-                       "comparable")  # fmt: skip
+        missing.append(
+            f"a common data set: the runs are on {', '.join(sorted(data))}, and their numbers are not comparable"
+        )
     lead = [element("p", f"{', '.join(of)}; this page by mmebm {__version__}", class_="lead")]
     if missing:
-        lead.append(element("div", "Not on this page:", element("ul", *(element("li", m) for m in missing)),
-                            class_="note"))  # fmt: skip
+        lead.append(
+            element("div", "Not on this page:", element("ul", *(element("li", m) for m in missing)), class_="note")
+        )
     return document(f"{len(of)} runs compared", join(*lead), written)
 
 
@@ -134,10 +140,13 @@ def _numbers(of: Mapping[str, Opened]) -> Html | None:
             text = number(row.get(key)) + (f" ± {error:.2g}" if isinstance(error, float) and error > 0 else "")
             cells.append(Best(text) if name in best[key] else text)
         rows.append([name, point, *cells])
-    marked = ("Bold: the best of a column, and what lies within two standard errors of it where errors are known. A "
-              "difference between two runs is also one between two seeds.")  # fmt: skip
-    return join(table(["run", "point", *(NAMES.get(key, key) for key in keys)], rows),
-                element("p", marked, class_="lead"))  # fmt: skip
+    marked = (
+        "Bold: the best of a column, and what lies within two standard errors of it where errors are known. A "
+        "difference between two runs is also one between two seeds."
+    )
+    return join(
+        table(["run", "point", *(NAMES.get(key, key) for key in keys)], rows), element("p", marked, class_="lead")
+    )
 
 
 def _best(key: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
@@ -165,8 +174,9 @@ def _settings(of: Mapping[str, Opened]) -> Html | None:
     for key in keys:
         values = [fields.get(key, absent) for fields in flat.values()]
         if any(value != values[0] for value in values):
-            rows.append([key, *("–" if value is absent else "null" if value is None else str(value)
-                                for value in values)])  # fmt: skip
+            rows.append(
+                [key, *("–" if value is absent else "null" if value is None else str(value) for value in values)]
+            )
     if len(flat) < 2:
         return None
     return table(["field", *flat], rows) if rows else element("p", "None.", class_="lead")
@@ -197,8 +207,9 @@ def _samples(of: Mapping[str, Opened]) -> Html | None:
     for name, rows in blocks.items():
         groups.setdefault(f"{list(rows)} {shapes[name]}", {})[name] = rows
     for index, group in enumerate(groups.values()):
-        path = figures.sample_grid(group, next(iter(of.values())).drawings / f"samples-{index}.png",
-                                   columns=pictures.COLUMNS)  # fmt: skip
+        path = figures.sample_grid(
+            group, next(iter(of.values())).drawings / f"samples-{index}.png", columns=pictures.COLUMNS
+        )
         parts.append(figure(path, "samples of each run"))
     return join(*parts, element("p", "The last point of each run, all from one seed.", class_="lead"))
 

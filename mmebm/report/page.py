@@ -192,9 +192,11 @@ def document(title: str, lead: Any, parts: Sequence[tuple[str, str, Html]]) -> s
     links = element("nav", *(element("a", heading, href=f"#{name}") for name, heading, _ in parts))
     sections = [element("section", element("h2", heading), content, id=name) for name, heading, content in parts]
     head = element(
-        "head", element("meta", charset="utf-8"),
+        "head",
+        element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title), element("style", Html(STYLE)),
-    )  # fmt: skip
+        element("title", title),
+        element("style", Html(STYLE)),
+    )
     body = element("body", element("header", element("h1", title), lead), links, element("main", *sections))
     return "<!doctype html>\n" + element("html", head, "\n", body, lang="en") + "\n"

@@ -18,9 +18,11 @@ from mmebm.training.run import Run
 __all__ = ["compared", "completions", "interpolations", "revisions", "samples"]
 
 TITLES: Final = {
-    "vae": "VAE after the warm-up", "frozen": "frozen: Langevin on the VAE held fixed", "x0": "x0: generator",
+    "vae": "VAE after the warm-up",
+    "frozen": "frozen: Langevin on the VAE held fixed",
+    "x0": "x0: generator",
     "xk": "xk: after data-space Langevin",
-}  # fmt: skip
+}
 COLUMNS: Final = 12
 COMPARED: Final = 256  # samples that are compared with training tuples
 FRAMES: Final = 16  # columns of a revision: every second of 30 steps, and the start
@@ -64,8 +66,10 @@ def revisions(
         states = {name: torch.cat([x0[name][None], moved[name]]) for name in x0}
         strips = {f"chain {i + 1}": natural(run, {k: v[:, i] for k, v in states.items()}) for i in range(chains)}
         path = figures.revision_grid(strips, range(0, steps + 1, every), folder / "data-chain.png")
-        found["Data chain"] = (path, f"x under the joint energy, all modalities at once."
-                                     f"{_beyond(config.data_chain.steps, steps)}")  # fmt: skip
+        found["Data chain"] = (
+            path,
+            f"x under the joint energy, all modalities at once.{_beyond(config.data_chain.steps, steps)}",
+        )
     if data and config.latent_chain.steps and run.infers:
         steps, every = _frames(config.latent_chain.steps)
         x = _real(run, chains, seed)
@@ -82,8 +86,10 @@ def revisions(
             strips[title] = natural(run, {k: v.unflatten(0, shape)[:, i] for k, v in states.items()})
             inputs[title] = natural(run, {k: v[i : i + 1] for k, v in x.items()})
         path = figures.revision_grid(strips, range(0, steps + 1, every), folder / "latent-chain.png", observed=inputs)
-        found["Latent chain"] = (path, f"z given a test tuple, the last column, as decoded."
-                                       f"{_beyond(config.latent_chain.steps, steps)}")  # fmt: skip
+        found["Latent chain"] = (
+            path,
+            f"z given a test tuple, the last column, as decoded.{_beyond(config.latent_chain.steps, steps)}",
+        )
     return found
 
 

@@ -35,18 +35,33 @@ CONFIG: Final = "config.json"
 
 # Keys of a point's numbers as a reader knows them; all others keep their own name.
 NAMES: Final = {
-    "joint_coherence": "joint coherence", "chance_joint": "by chance", "pair_agreement": "pair agreement",
-    "chance_pair": "by chance, pairs", "entropy": "lowest class entropy", "frechet": "Frechet distance",
-    "class_share_min": "rarest class", "class_share_max": "commonest class",
-}  # fmt: skip
+    "joint_coherence": "joint coherence",
+    "chance_joint": "by chance",
+    "pair_agreement": "pair agreement",
+    "chance_pair": "by chance, pairs",
+    "entropy": "lowest class entropy",
+    "frechet": "Frechet distance",
+    "class_share_min": "rarest class",
+    "class_share_max": "commonest class",
+}
 SHOWN: Final = {"classifiers", "floor", "points", "conditional", "settings", "seconds", "skipped", "sweep"}
 
 
 # Curves that are looked at when something else is wrong.
 SIDE: Final = {
-    "peak_memory_mib", "frozen_chains", "revision_mse", "latent_size", "latent_step", "generator_real",
-    "generator_revised", "inference_real", "inference_revised", "energy_real", "energy_revised", "gap_start",
-}  # fmt: skip
+    "peak_memory_mib",
+    "frozen_chains",
+    "revision_mse",
+    "latent_size",
+    "latent_step",
+    "generator_real",
+    "generator_revised",
+    "inference_real",
+    "inference_revised",
+    "energy_real",
+    "energy_revised",
+    "gap_start",
+}
 
 
 @dataclass
@@ -80,9 +95,14 @@ class Opened:
     @property
     def verdict(self) -> Verdict:
         return judge(
-            iteration=self.iteration, total=self.total, metrics=self.metrics, mixing=self.mixing, log=self.log,
-            stages=self.stages, compared=self.compared,
-        )  # fmt: skip
+            iteration=self.iteration,
+            total=self.total,
+            metrics=self.metrics,
+            mixing=self.mixing,
+            log=self.log,
+            stages=self.stages,
+            compared=self.compared,
+        )
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -91,9 +111,13 @@ class Opened:
 
 
 def write_report(
-    folder: Path | str, run: Run | None = None, *, mixing: Mapping[str, Any] | None = None, seed: int = 0,
+    folder: Path | str,
+    run: Run | None = None,
+    *,
+    mixing: Mapping[str, Any] | None = None,
+    seed: int = 0,
     out: Path | str | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes the page of a run, whatever of it there is by now.
 
     Args:
@@ -130,10 +154,15 @@ def opened(
     if run is None and not any((folder / name).is_file() for name in (CONFIG, LOG, METRICS)):
         raise FileNotFoundError(f"no run in {folder}: `mmebm train` leaves {CONFIG}, {LOG} and {CHECKPOINT} there")
     of = Opened(
-        path=folder, run=run, info=_json(folder / CONFIG) or {}, log=_log(folder / LOG),
-        metrics=_json(folder / METRICS), drawings=drawings, seed=seed,
+        path=folder,
+        run=run,
+        info=_json(folder / CONFIG) or {},
+        log=_log(folder / LOG),
+        metrics=_json(folder / METRICS),
+        drawings=drawings,
+        seed=seed,
         mixing=dict(mixing) if mixing is not None else _json(folder / MIXING),
-    )  # fmt: skip
+    )
     if run is not None:
         of.info["config"] = json.loads(run.config.to_json())
         try:
@@ -141,8 +170,10 @@ def opened(
             of.neighbours = Neighbours(run.dataset("train"), seed=seed)
             of.compared = pictures.compared(run, of.neighbours, seed=seed)
         except (OSError, ValueError, ImportError) as error:
-            of.missing.append(f"real tuples, nearest training tuples, the latent chain, completions and paths: the "
-                              f"data cannot be read ({error})")  # fmt: skip
+            of.missing.append(
+                f"real tuples, nearest training tuples, the latent chain, completions and paths: the "
+                f"data cannot be read ({error})"
+            )
     return of
 
 
@@ -168,8 +199,9 @@ def _page(of: Opened) -> str:
     config = of.info.get("config", {})
     lead = [element("p", _progress(of), class_="lead"), *_judged(of)]
     if of.missing:
-        lead.append(element("div", "Not on this page:", element("ul", *(element("li", m) for m in of.missing)),
-                            class_="note"))  # fmt: skip
+        lead.append(
+            element("div", "Not on this page:", element("ul", *(element("li", m) for m in of.missing)), class_="note")
+        )
     name = of.path.resolve().name
     title = f"{name}: {config['preset']} on {config.get('data', {}).get('name', '?')}" if "preset" in config else name
     return document(title, join(*lead), written)
@@ -213,8 +245,13 @@ def _numbers(of: Opened) -> Html | None:
     m, parts = of.metrics, []
     settings = m.get("settings", {})
     if of.run is not None and settings.get("iteration", of.run.content["iteration"]) != of.run.content["iteration"]:
-        parts.append(element("p", f"Measured at iteration {settings['iteration']}; the checkpoint is at "
-                                  f"{of.run.content['iteration']}.", class_="note"))  # fmt: skip
+        parts.append(
+            element(
+                "p",
+                f"Measured at iteration {settings['iteration']}; the checkpoint is at {of.run.content['iteration']}.",
+                class_="note",
+            )
+        )
     points = {name: row for name, row in m.get("points", {}).items() if isinstance(row, Mapping)}
     if points:
         if isinstance(m.get("floor"), Mapping):
@@ -303,9 +340,10 @@ def _rows(value: Any) -> dict[str, list[Mapping[str, Any]]]:
     """The series of a sweep: name -> rows with "steps", whether there is one list or one for each point."""
     named = value if isinstance(value, Mapping) else {"": value}
     return {
-        str(name): rows for name, rows in named.items()
+        str(name): rows
+        for name, rows in named.items()
         if isinstance(rows, list) and rows and all(isinstance(row, Mapping) and "steps" in row for row in rows)
-    }  # fmt: skip
+    }
 
 
 def _sweep(of: Opened) -> Html | None:
@@ -372,8 +410,14 @@ def _mixing(of: Opened) -> Html | None:
     parts = []
     at = of.mixing.get("settings", {}).get("iteration")
     if of.run is not None and at is not None and at != of.run.content["iteration"]:
-        parts.append(element("p", f"Examined at iteration {at}; the checkpoint is at {of.run.content['iteration']}. "
-                                  f"--mixing examines it again.", class_="note"))  # fmt: skip
+        parts.append(
+            element(
+                "p",
+                f"Examined at iteration {at}; the checkpoint is at {of.run.content['iteration']}. "
+                f"--mixing examines it again.",
+                class_="note",
+            )
+        )
     for name, chain in of.mixing.get("chains", {}).items():
         parts += [element("h3", chain["name"].capitalize()), _chain(of, name, chain)]
     sources = {name: {k: v for k, v in row.items()} for name, row in of.mixing.get("thresholds", {}).items()}
@@ -391,9 +435,13 @@ def _chain(of: Opened, name: str, chain: Mapping[str, Any]) -> Html:
     shown = [q for q in followed if not q.startswith("class of ")]
     by = {kind: {q: {s: curves[kind][s][q] for s in starts} for q in shown} for kind in ("mean", "error")}
     path = figures.lines(
-        by["mean"], of.drawings / f"mixing-{name}.png", x=curves["step"], errors=by["error"], marks=marks,
+        by["mean"],
+        of.drawings / f"mixing-{name}.png",
+        x=curves["step"],
+        errors=by["error"],
+        marks=marks,
         logarithmic=True,
-    )  # fmt: skip
+    )
     caption = "Means over the chains of each initialiser, with two standard errors. Chains of one law must meet."
     parts.append(figure(path, f"{chain['name']}: summaries by step", caption))
     path = of.drawings / f"traces-{name}.png"
@@ -401,20 +449,29 @@ def _chain(of: Opened, name: str, chain: Mapping[str, Any]) -> Html:
     parts.append(figure(path, f"{chain['name']}: traces", "The energy of a few single chains, by initialiser."))
     if curves["distance"]:
         steps = sorted({step for rows in curves["distance"].values() for step, _ in rows})
-        rows = [[start, *(dict(map(tuple, curves["distance"][start])).get(step) for step in steps)] for start in starts
-                if start in curves["distance"]]  # fmt: skip
+        rows = [
+            [start, *(dict(map(tuple, curves["distance"][start])).get(step) for step in steps)]
+            for start in starts
+            if start in curves["distance"]
+        ]
         text = f"Of {chain['chains']} chains each, so biased upwards for all alike."
         if chain.get("floor") is not None:
             text += f" As many real tuples have {number(chain['floor'])}."
-        parts += [element("h4", "Frechet distance to real data, by step"), table(["", *steps], rows),
-                  element("p", text, class_="lead")]  # fmt: skip
+        parts += [
+            element("h4", "Frechet distance to real data, by step"),
+            table(["", *steps], rows),
+            element("p", text, class_="lead"),
+        ]
     for label, horizon in chain["horizons"].items():
         if label == "long" and horizon["steps"] == chain["steps"]:
             continue
         parts += _horizon(label, horizon, several=chain["targets"] > 1)
     rest = {key: chain[key] for key in ("step", "change", "broken") if key in chain}
-    kept = {f"{label}, {q}": {s: f"{number(row['kept'])} ({number(row['chance'])})" for s, row in rows.items()}
-            for label, horizon in chain["horizons"].items() for q, rows in horizon["kept"].items()}  # fmt: skip
+    kept = {
+        f"{label}, {q}": {s: f"{number(row['kept'])} ({number(row['chance'])})" for s, row in rows.items()}
+        for label, horizon in chain["horizons"].items()
+        for q, rows in horizon["kept"].items()
+    }
     if kept:
         parts.append(details("Chains that keep their class (by chance)", tree(kept)))
     parts.append(details("Noise, drift, acceptance and changes", tree(rest)))
@@ -423,20 +480,30 @@ def _chain(of: Opened, name: str, chain: Mapping[str, Any]) -> Html:
 
 def _horizon(label: str, horizon: Mapping[str, Any], *, several: bool) -> list[Any]:
     window = horizon["steps"] - horizon["from_step"]
-    head = ("", "R-hat", *(["worst law"] if several else []), "bulk ESS", "tail ESS", "autocorrelation time, steps",
-            "never changed")  # fmt: skip
+    head = (
+        "",
+        "R-hat",
+        *(["worst law"] if several else []),
+        "bulk ESS",
+        "tail ESS",
+        "autocorrelation time, steps",
+        "never changed",
+    )
     rows = []
     for name, row in horizon["summaries"].items():
         tau = row.get("autocorrelation_time")
         # a window of fewer than fifty autocorrelation times cannot tell how long they are
         tau = f"≥ {number(tau)}" if tau is not None and 50 * tau > window else tau
         worst = [row.get("rhat_worst")] if several else []
-        rows.append([name, row.get("rhat"), *worst, row.get("ess_bulk"), row.get("ess_tail"), tau,
-                     f"{row['unmoved']:.0%}"])  # fmt: skip
+        rows.append(
+            [name, row.get("rhat"), *worst, row.get("ess_bulk"), row.get("ess_tail"), tau, f"{row['unmoved']:.0%}"]
+        )
     title = f"After {horizon['steps']} steps ({'as trained' if label == 'trained' else 'beyond training'})"
-    text = (f"{horizon['chains']} chains of all initialisers, {horizon['draws']} draws each, from step "
-            f"{horizon['from_step']} on, every {horizon['every']}. Effective sizes mean nothing beside a high R-hat; a "
-            f"dash is an R-hat that is infinite, or of equal values.")  # fmt: skip
+    text = (
+        f"{horizon['chains']} chains of all initialisers, {horizon['draws']} draws each, from step "
+        f"{horizon['from_step']} on, every {horizon['every']}. Effective sizes mean nothing beside a high R-hat; a "
+        f"dash is an R-hat that is infinite, or of equal values."
+    )
     return [element("h4", title), table(head, rows), element("p", text, class_="lead")]
 
 

@@ -22,8 +22,12 @@ COPIES: Final = 0.5
 GOOD, FAIR = 0.8, 0.5  # of the way from chance to real tuples
 SETTLED: Final = 0.02
 RHAT: Final = 1.1
-POINTS: Final = {"vae": "the VAE", "frozen": "the frozen VAE's chain", "x0": "the generator",
-                 "xk": "data-space Langevin"}  # fmt: skip
+POINTS: Final = {
+    "vae": "the VAE",
+    "frozen": "the frozen VAE's chain",
+    "x0": "the generator",
+    "xk": "data-space Langevin",
+}
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,15 @@ class Verdict:
 
 
 def judge(
-    *, iteration: int, total: int, metrics: Mapping[str, Any] | None = None, mixing: Mapping[str, Any] | None = None,
-    log: Sequence[Mapping[str, Any]] = (), stages: Sequence[Mapping[str, Any]] = (),
+    *,
+    iteration: int,
+    total: int,
+    metrics: Mapping[str, Any] | None = None,
+    mixing: Mapping[str, Any] | None = None,
+    log: Sequence[Mapping[str, Any]] = (),
+    stages: Sequence[Mapping[str, Any]] = (),
     compared: Mapping[str, Any] | None = None,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """Judges a run by what its folder holds.
 
     Args:
@@ -77,17 +86,29 @@ def judge(
     ]
     by = {rule.name: rule for rule in rules}
     share = _share(row, real)
-    word = next((word for word, holds in (
-        ("not finished", not finished),
-        ("collapsed", by["classes"].holds is False or by["spread"].holds is False),
-        ("copies", by["copies"].holds is False),
-        ("not converged", by["settled"].holds is False),
-        ("not judged", share is None),
-        ("good", share is not None and share >= GOOD),
-        ("fair", share is not None and share >= FAIR),
-    ) if holds), "poor")  # fmt: skip
-    said = [_opening(word, by), _samples_said(last, row, real), _langevin_said(points), _compared_said(compared),
-            _mixing_said(by["mixing"])]  # fmt: skip
+    word = next(
+        (
+            word
+            for word, holds in (
+                ("not finished", not finished),
+                ("collapsed", by["classes"].holds is False or by["spread"].holds is False),
+                ("copies", by["copies"].holds is False),
+                ("not converged", by["settled"].holds is False),
+                ("not judged", share is None),
+                ("good", share is not None and share >= GOOD),
+                ("fair", share is not None and share >= FAIR),
+            )
+            if holds
+        ),
+        "poor",
+    )
+    said = [
+        _opening(word, by),
+        _samples_said(last, row, real),
+        _langevin_said(points),
+        _compared_said(compared),
+        _mixing_said(by["mixing"]),
+    ]
     events = sum("rolled_back" in entry for entry in log), sum("alarm" in entry for entry in log)
     if any(events):
         said.append(f"Training was rolled back {events[0]} times and warned {events[1]} times.")
@@ -107,8 +128,10 @@ def _share(row: Mapping[str, Any], real: Mapping[str, Any]) -> float | None:
 
 
 def _settled(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]) -> Rule:
-    asks = (f"the reconstruction error (mse) no longer falls: in the last fifth of the last stage that logs it, by "
-            f"less than {SETTLED:.0%} or two standard errors against the fifth before")  # fmt: skip
+    asks = (
+        f"the reconstruction error (mse) no longer falls: in the last fifth of the last stage that logs it, by "
+        f"less than {SETTLED:.0%} or two standard errors against the fifth before"
+    )
     rows = [entry for entry in log if _is_number(entry.get("mse"), entry.get("iteration"))]
     begins, at = [], 0
     for stage in stages:
@@ -129,8 +152,10 @@ def _settled(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any
 
 
 def _classes(row: Mapping[str, Any], real: Mapping[str, Any]) -> Rule:
-    asks = (f"the classes of the samples: their entropy is at least {EVEN:g} of that of real tuples, and the rarest "
-            f"has at least {RARE:g} of the share of the rarest real one")  # fmt: skip
+    asks = (
+        f"the classes of the samples: their entropy is at least {EVEN:g} of that of real tuples, and the rarest "
+        f"has at least {RARE:g} of the share of the rarest real one"
+    )
     entropy, least = row.get("entropy"), row.get("class_share_min")
     if not _is_number(entropy, least):
         return Rule("classes", asks)
@@ -151,16 +176,19 @@ def _spread(compared: Mapping[str, Any] | None) -> Rule:
 
 
 def _copies(compared: Mapping[str, Any] | None) -> Rule:
-    asks = (f"the nearest training tuple of a sample is at least {COPIES:g} times as far as that of a test tuple "
-            "(medians)")  # fmt: skip
+    asks = (
+        f"the nearest training tuple of a sample is at least {COPIES:g} times as far as that of a test tuple (medians)"
+    )
     if not compared or compared.get("nearest") is None:
         return Rule("copies", asks)
     return Rule("copies", asks, f"{number(compared['nearest'])} times as far", compared["nearest"] >= COPIES)
 
 
 def _coherence(row: Mapping[str, Any], real: Mapping[str, Any]) -> Rule:
-    asks = (f"joint coherence lies at least {GOOD:.0%} of the way from chance to real tuples: good; at least "
-            f"{FAIR:.0%}: fair")  # fmt: skip
+    asks = (
+        f"joint coherence lies at least {GOOD:.0%} of the way from chance to real tuples: good; at least "
+        f"{FAIR:.0%}: fair"
+    )
     share = _share(row, real)
     return Rule("coherence", asks) if share is None else Rule("coherence", asks, f"{share:.0%}", share >= GOOD)
 
@@ -175,8 +203,9 @@ def _mixes(mixing: Mapping[str, Any] | None) -> Rule:
             worst[chain["name"]] = max(numbers)
     if not worst:
         return Rule("mixing", asks)
-    return Rule("mixing", asks, ", ".join(f"{name} {value:.2f}" for name, value in worst.items()),
-                max(worst.values()) <= RHAT)  # fmt: skip
+    return Rule(
+        "mixing", asks, ", ".join(f"{name} {value:.2f}" for name, value in worst.items()), max(worst.values()) <= RHAT
+    )
 
 
 def _opening(word: str, by: Mapping[str, Rule]) -> str:
@@ -185,13 +214,13 @@ def _opening(word: str, by: Mapping[str, Rule]) -> str:
         "collapsed": "The samples have collapsed: some of what the data holds is missing from them or nearly so.",
         "copies": "The samples are close to copies of training tuples.",
         "not converged": f"Training had not converged when it ended: the reconstruction error {by['settled'].found} "
-                         "over the last fifth of its stage. More iterations would improve it.",
+        "over the last fifth of its stage. More iterations would improve it.",
         "not judged": "Nothing says whether the modalities of a sample belong together: that needs labels, and numbers "
-                      "by `mmebm evaluate`. The samples themselves must tell.",
+        "by `mmebm evaluate`. The samples themselves must tell.",
         "good": "The samples are good: their modalities agree nearly as often as those of real tuples.",
         "fair": "The samples are fair: their modalities agree well beyond chance, and not as often as real ones.",
         "poor": "The samples are poor: their modalities agree too seldom.",
-    }[word]  # fmt: skip
+    }[word]
 
 
 def _percent(value: float, error: Any = None) -> str:
@@ -234,13 +263,18 @@ def _compared_said(compared: Mapping[str, Any] | None) -> str:
         return ""
     name, least = min(compared["spread"].items(), key=lambda item: item[1])
     far = number(round(compared["nearest"], 2))
-    return (f"A sample is {far} times as far from its nearest training tuple as a test tuple is, and the samples "
-            f"spread {number(round(least, 2))} times as far as training tuples at least ({name}).")  # fmt: skip
+    return (
+        f"A sample is {far} times as far from its nearest training tuple as a test tuple is, and the samples "
+        f"spread {number(round(least, 2))} times as far as training tuples at least ({name})."
+    )
 
 
 def _mixing_said(rule: Rule) -> str:
     if rule.holds is None:
         return ""
-    return (f"The chains forget their start (R-hat: {rule.found})." if rule.holds else
-            f"Not every chain forgets its start within its trained steps (R-hat: {rule.found}): it revises what it "
-            "starts from.")  # fmt: skip
+    return (
+        f"The chains forget their start (R-hat: {rule.found})."
+        if rule.holds
+        else f"Not every chain forgets its start within its trained steps (R-hat: {rule.found}): it revises what it "
+        "starts from."
+    )

@@ -11,6 +11,17 @@ from mmebm.samplers.tempering import ParallelTempering
 from mmebm.samplers.underdamped import Underdamped
 
 __all__ = [
-    "HMC", "MALA", "Carry", "Langevin", "ParallelTempering", "ReplayBuffer", "Samples", "Underdamped", "capture",
-    "initial", "langevin", "rank_offset", "schedules",
-]  # fmt: skip
+    "HMC",
+    "MALA",
+    "Carry",
+    "Langevin",
+    "ParallelTempering",
+    "ReplayBuffer",
+    "Samples",
+    "Underdamped",
+    "capture",
+    "initial",
+    "langevin",
+    "rank_offset",
+    "schedules",
+]

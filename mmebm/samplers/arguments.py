@@ -112,12 +112,27 @@ def parts_like(name: str, value: Any, p: Problem, tensors: Sequence[Tensor], run
 
 
 def resolve(
-    sampler: Any, energy: Any, state: State, steps: int, *, args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None, observed: Any = None, blocks: Any = None, seed: int | Tensor | None = None,
-    generator: Any = None, chain_offset: int = 0, first_step: int | Tensor = 0,
-    record: Collection[str] = (), thin: int | None = None, offload: bool = False, inplace: bool = False,
-    chunk_size: int | None = None, differentiable: int | bool | None = None, carried: Mapping[str, Any] | None = None,
-) -> tuple[Problem, list[Tensor], int | Tensor | None]:  # fmt: skip
+    sampler: Any,
+    energy: Any,
+    state: State,
+    steps: int,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    observed: Any = None,
+    blocks: Any = None,
+    seed: int | Tensor | None = None,
+    generator: Any = None,
+    chain_offset: int = 0,
+    first_step: int | Tensor = 0,
+    record: Collection[str] = (),
+    thin: int | None = None,
+    offload: bool = False,
+    inplace: bool = False,
+    chunk_size: int | None = None,
+    differentiable: int | bool | None = None,
+    carried: Mapping[str, Any] | None = None,
+) -> tuple[Problem, list[Tensor], int | Tensor | None]:
     """The problem but for the sampler's constants, the state's tensors, and the seed to report.
 
     Raises:
@@ -173,9 +188,23 @@ def resolve(
     with torch.inference_mode(False), torch.set_grad_enabled(last > 0):
         calls = calls_of(tuple(args), dict(kwargs or {}), first_step, steps)
     problem = Problem(
-        sampler=sampler, energy=energy, calls=calls, keys=keys, build=build, steps=steps, blocks=groups, masks=masks,
-        seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step, record=tuple(record),
-        thin=thin, offload=bool(offload), differentiable=min(last, steps), carried=carried or {},
+        sampler=sampler,
+        energy=energy,
+        calls=calls,
+        keys=keys,
+        build=build,
+        steps=steps,
+        blocks=groups,
+        masks=masks,
+        seed=seed,
+        generator=generator,
+        chain_offset=chain_offset,
+        first_step=first_step,
+        record=tuple(record),
+        thin=thin,
+        offload=bool(offload),
+        differentiable=min(last, steps),
+        carried=carried or {},
         chunk_size=chunk_size,
-    )  # fmt: skip
+    )
     return problem, tensors, told

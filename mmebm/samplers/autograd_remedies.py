@@ -19,9 +19,27 @@ from mmebm.samplers.arithmetic import map_tensors
 
 # Functions that write to arguments of theirs without a name that says so, and operators that write to their first.
 _RUNNING = ("batch_norm", "instance_norm")
-_WRITES = ("__setitem__", *(f"__i{name}__" for name in (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul",
-)))  # fmt: skip
+_WRITES = (
+    "__setitem__",
+    *(
+        f"__i{name}__"
+        for name in (
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "and",
+            "or",
+            "xor",
+            "lshift",
+            "rshift",
+            "matmul",
+        )
+    ),
+)
 
 
 class _Copies(TorchFunctionMode):
@@ -81,8 +99,9 @@ class _ParameterCopies(_Copies):
 _WRITTEN = "modified by an inplace operation"
 # By what torch's error says.
 _REMEDIES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "nference tensor": _InferenceCopies, _WRITTEN: _ParameterCopies,
-}  # fmt: skip
+    "nference tensor": _InferenceCopies,
+    _WRITTEN: _ParameterCopies,
+}
 # Evaluations that another thread may spoil before weights are copied, which takes longer and TorchScript does not see.
 _SPOILT = 8
 

@@ -156,8 +156,10 @@ class ReplayBuffer:
                 f"capacity must be a multiple of classes, so that each has as many slots, got {capacity} and {classes}"
             )
         for name, value, allowed in (
-            ("policy", policy, _POLICIES), ("draw", draw, _DRAWS), ("storage", storage, _STORAGES)
-        ):  # fmt: skip
+            ("policy", policy, _POLICIES),
+            ("draw", draw, _DRAWS),
+            ("storage", storage, _STORAGES),
+        ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
         for name, value in (("init", init), ("transform", transform)):
@@ -400,9 +402,9 @@ class ReplayBuffer:
             tensors = self._made("state", state, n, self._keys)
             stored = self._encode(tensors)
             # as it is given and as it is stored: uint8 has no NaN, float16 overflows
-            finite = torch.stack([
-                part.isfinite().flatten(1).all(1).to(self._where) for part in (*tensors, *stored)
-            ]).all(0)  # fmt: skip
+            finite = torch.stack(
+                [part.isfinite().flatten(1).all(1).to(self._where) for part in (*tensors, *stored)]
+            ).all(0)
             slots, keep = handle.slots, finite
             if self.policy != "slots":
                 rank, count = self._rank(handle.labels, finite)
@@ -450,10 +452,15 @@ class ReplayBuffer:
 
     def _description(self) -> dict[str, Any]:
         return {
-            "capacity": self.capacity, "policy": self.policy, "draw": self.draws, "classes": self.classes,
-            "keys": list(self._keys), "shapes": self._shapes, "dtypes": [str(kind) for kind in self._dtypes],
+            "capacity": self.capacity,
+            "policy": self.policy,
+            "draw": self.draws,
+            "classes": self.classes,
+            "keys": list(self._keys),
+            "shapes": self._shapes,
+            "dtypes": [str(kind) for kind in self._dtypes],
             "ranges": self._ranges,
-        }  # fmt: skip
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the functions (initialiser, schedule, transform): tensors, copied, and plain values."""
@@ -489,8 +496,10 @@ class ReplayBuffer:
         data = state["data"]
         if not isinstance(data, (list, tuple)) or len(data) != len(self._data):
             raise ValueError(f"state['data'] must be {len(self._data)} tensors, got {data!r:.80}")
-        parts = {f"data of {key!r}": (saved, own[: self.capacity])
-                 for key, saved, own in zip(self._keys, data, self._data, strict=True)}  # fmt: skip
+        parts = {
+            f"data of {key!r}": (saved, own[: self.capacity])
+            for key, saved, own in zip(self._keys, data, self._data, strict=True)
+        }
         parts |= {"origin": (state["origin"], self._origin[: self.capacity])}
         parts |= {name: (state[name], own) for name, own in (("written", self._written), ("refused", self._refused))}
         for name, (saved, own) in parts.items():

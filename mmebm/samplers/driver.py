@@ -290,9 +290,16 @@ class Sampler:
         return [t if mask is True else torch.where(mask, t, y) if mask is not False else y for t, y, mask in pairs]
 
     def _sample(
-        self, energy: Any, state: State, steps: int, *, inplace: bool = False, progress: bool = False,
-        callback: Callback | None = None, **arguments: Any,
-    ) -> Samples:  # fmt: skip
+        self,
+        energy: Any,
+        state: State,
+        steps: int,
+        *,
+        inplace: bool = False,
+        progress: bool = False,
+        callback: Callback | None = None,
+        **arguments: Any,
+    ) -> Samples:
         """``sample``, with the arguments of :func:`mmebm.samplers.arguments.resolve`."""
         p, tensors, seed = resolve(self, energy, state, steps, inplace=inplace, **arguments)
         flag("progress", progress)
@@ -404,13 +411,26 @@ class Sampler:
                 carried.pop(name, None)
         own = {"generator": carry.generator} if self.rng == "torch" else {"seed": carry.seed}
         p, tensors, _ = resolve(
-            self, energy, state, 1, args=args, kwargs=kwargs, first_step=carry.next_step, record=record,
-            carried=carried, **own, **carry.options,
-        )  # fmt: skip
+            self,
+            energy,
+            state,
+            1,
+            args=args,
+            kwargs=kwargs,
+            first_step=carry.next_step,
+            record=record,
+            carried=carried,
+            **own,
+            **carry.options,
+        )
         x, broken, run = self._advance(p, tensors)
         recorded = {name: rows[0] for name, rows in run.trace.items()}
         after = Carry(
-            p.first_step + 1, carry.seed, carry.generator, carry.options, run.carried,
+            p.first_step + 1,
+            carry.seed,
+            carry.generator,
+            carry.options,
+            run.carried,
             _Place.of(energy, args, given, x) if "gradient" in run.carried else None,
-        )  # fmt: skip
+        )
         return p.build(x), after, {"nonfinite": broken, **run.info, "trace": recorded}

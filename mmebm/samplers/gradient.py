@@ -60,9 +60,16 @@ class Target:
         """The energy of a problem; ``masked``: with no gradient where observed."""
         masks = p.masks if masked else [False] * len(p.masks)
         return cls(
-            p.energy, p.calls, p.keys, p.build, p.moving, masks, log_prob=p.sampler.log_prob, score=p.sampler.score,
+            p.energy,
+            p.calls,
+            p.keys,
+            p.build,
+            p.moving,
+            masks,
+            log_prob=p.sampler.log_prob,
+            score=p.sampler.score,
             downhill=downhill,
-        )  # fmt: skip
+        )
 
     @property
     def varies(self) -> bool:
@@ -77,9 +84,14 @@ class Target:
         return -energy if self.log_prob else energy
 
     def __call__(
-        self, x: Sequence[Tensor], k: int, *, moving: Sequence[int] | None = None, create_graph: bool = False,
+        self,
+        x: Sequence[Tensor],
+        k: int,
+        *,
+        moving: Sequence[int] | None = None,
+        create_graph: bool = False,
         energy: bool = True,
-    ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+    ) -> tuple[Tensor | None, list[Tensor]]:
         """Energy and gradient at step ``k`` of the run.
 
         Args:

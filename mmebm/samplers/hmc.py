@@ -99,8 +99,10 @@ class HMC(Sampler):
         integer("adapt", self.adapt, 0)
         check_numbers(self, _NUMBERS)
         if is_mapping(self.temperature):
-            raise TypeError(f"temperature must be a number or one per chain, as all tensors are accepted together, got "
-                            f"{self.temperature!r}")  # fmt: skip
+            raise TypeError(
+                f"temperature must be a number or one per chain, as all tensors are accepted together, got "
+                f"{self.temperature!r}"
+            )
         check_setting("target_accept", self.target_accept, strict=True)
         if isinstance(self.target_accept, Tensor) or self.target_accept >= 1:
             raise ValueError(f"target_accept must be a number between 0 and 1, got {self.target_accept!r}")
@@ -163,10 +165,23 @@ class HMC(Sampler):
             True
         """
         return self._sample(
-            energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"adaptation": adaptation},
-            seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
-            inplace=inplace, progress=progress, callback=callback,
-        )  # fmt: skip
+            energy,
+            state,
+            steps,
+            args=args,
+            kwargs=kwargs,
+            observed=observed,
+            carried={"adaptation": adaptation},
+            seed=seed,
+            generator=generator,
+            chain_offset=chain_offset,
+            first_step=first_step,
+            record=record,
+            thin=thin,
+            inplace=inplace,
+            progress=progress,
+            callback=callback,
+        )
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         rows = rows_of(self, _NUMBERS, p.keys, tensors, p.first_step, p.steps)
@@ -277,9 +292,15 @@ class _CppTrajectories(_Trajectories):
     def __init__(self, p: Problem, target: Target, x: list[Tensor]) -> None:
         super().__init__(p, target, x)
         self.op = Dynamics(
-            [x[i] for i in p.moving], indices=p.moving, masks=[p.masks[i] for i in p.moving], seed=plain(p.seed),
-            chain_offset=p.chain_offset, alive=self.alive, keeps=True, freeze=self.freeze,
-        )  # fmt: skip
+            [x[i] for i in p.moving],
+            indices=p.moving,
+            masks=[p.masks[i] for i in p.moving],
+            seed=plain(p.seed),
+            chain_offset=p.chain_offset,
+            alive=self.alive,
+            keeps=True,
+            freeze=self.freeze,
+        )
         self.first = plain(p.first_step)
         self.y = list(x)
         for i, t, to in zip(p.moving, self.op.x, self.op.y):
@@ -325,9 +346,15 @@ class _CppTrajectories(_Trajectories):
 
 
 def leapfrog(
-    target: Target, k: int, x: list[Tensor], v: list[Tensor], g: list[Tensor], h: Sequence[Any], mass: Sequence[Any],
+    target: Target,
+    k: int,
+    x: list[Tensor],
+    v: list[Tensor],
+    g: list[Tensor],
+    h: Sequence[Any],
+    mass: Sequence[Any],
     steps: int,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None, list[Tensor]]:  # fmt: skip
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, list[Tensor]]:
     """``steps`` leapfrog steps from ``x``, of gradient ``g``, with velocities ``v``, each moving tensor with its own h.
 
     Returns:

@@ -31,9 +31,12 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _draw(
-    ours: Callable[..., Tensor], torchs: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype,
+    ours: Callable[..., Tensor],
+    torchs: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
     generator: torch.Generator,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     if generator.device.type != "cpu":
         return torchs(shape, generator=generator, device=generator.device, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -165,9 +168,14 @@ def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full"
 
 
 def _class_normal(
-    mean: Tensor, scale: Tensor, covariance: str, shape: Sequence[int], n: int, generator: torch.Generator,
+    mean: Tensor,
+    scale: Tensor,
+    covariance: str,
+    shape: Sequence[int],
+    n: int,
+    generator: torch.Generator,
     labels: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     device = generator.device
     xi = _draw(drawn.normal, torch.randn, (n, mean.shape[1]), mean.dtype, generator)
     spread = scale.to(device)

@@ -75,9 +75,13 @@ def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: 
 
 
 def trace(
-    energy: Callable[..., Any], state: Any, *, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,
+    energy: Callable[..., Any],
+    state: Any,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
     log_prob: bool = False,
-) -> Traced:  # fmt: skip
+) -> Traced:
     """As :func:`mmebm.energies.trace.trace`."""
     kwargs = kwargs or {}
     seen = tracing.examined(energy, args, kwargs)

@@ -42,10 +42,18 @@ class LangevinSteps(Steps):
         self.backend, self.reason = "torch", "nothing to update"
         for group in p.blocks:
             options = op.StepOptions(
-                seed=p.seed, streams=tuple(group), noisy=tuple(p.noisy[i] for i in group), chain_offset=p.chain_offset,
-                norm_over=sampler.norm_over, outside=sampler.outside, clamp_noise=sampler.clamp_noise,
-                score=score, observed=tuple(p.mask(i) for i in group), rng=sampler.rng, generator=p.generator,
-            )  # fmt: skip
+                seed=p.seed,
+                streams=tuple(group),
+                noisy=tuple(p.noisy[i] for i in group),
+                chain_offset=p.chain_offset,
+                norm_over=sampler.norm_over,
+                outside=sampler.outside,
+                clamp_noise=sampler.clamp_noise,
+                score=score,
+                observed=tuple(p.mask(i) for i in group),
+                rng=sampler.rng,
+                generator=p.generator,
+            )
             chosen, self.reason = op.stepper(
                 sampler.backend, [tensors[i].detach() for i in group], options, [p.params[0][i] for i in group]
             )
@@ -71,9 +79,16 @@ class LangevinSteps(Steps):
         self.stats = any(name not in ("energy", "accepted") for name in p.record)
         self.wants_energy = not sampler.score
         # what may make a finite update of a gradient that is not
-        self.hides = self.projects or sampler.outside == "reject" or any(
-            value is not None for row in p.params for c in row for value in (c.grad_clip, c.max_update, c.low, c.high)
-        )  # fmt: skip
+        self.hides = (
+            self.projects
+            or sampler.outside == "reject"
+            or any(
+                value is not None
+                for row in p.params
+                for c in row
+                for value in (c.grad_clip, c.max_update, c.low, c.high)
+            )
+        )
         revised = self.noise_first or self.projects or sampler.accept is not None or self.freeze
         self.measures = "displacement" in p.record and revised
         self.keeps_old = sampler.accept is not None or self.freeze or self.measures
@@ -101,9 +116,13 @@ class LangevinSteps(Steps):
         if not all(dynamics.Proposals.takes(row[0], mine) for row in self.params):
             return None
         return dynamics.Proposals(
-            [t.shape for t in mine], [p.mask(i) for i in group], seed=drawn.plain(p.seed),
-            stream=noise.stream(group[0], noise.ACCEPT), chain_offset=p.chain_offset, keep=self.reuses,
-        )  # fmt: skip
+            [t.shape for t in mine],
+            [p.mask(i) for i in group],
+            seed=drawn.plain(p.seed),
+            stream=noise.stream(group[0], noise.ACCEPT),
+            chain_offset=p.chain_offset,
+            keep=self.reuses,
+        )
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         p, x = self.problem, list(self.x)
@@ -227,9 +246,16 @@ class LangevinSteps(Steps):
         return energy, dict(zip(wanted, grads, strict=True))
 
     def _accept(
-        self, b: int, k: int, x: list[Tensor], old: list[Tensor], y: list[Tensor], energy: Tensor | None,
-        slopes: dict[int, Tensor], create_graph: bool,
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        self,
+        b: int,
+        k: int,
+        x: list[Tensor],
+        old: list[Tensor],
+        y: list[Tensor],
+        energy: Tensor | None,
+        slopes: dict[int, Tensor],
+        create_graph: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
         """The chains that move from ``old`` to ``y``, boolean (chains,), and the block's tensors then."""
         group = self.problem.blocks[b]
         energy = one_per_chain(f'accept="{self.sampler.accept}"', energy)
@@ -261,9 +287,16 @@ class LangevinSteps(Steps):
         return moved, where(moved, y, old)
 
     def _tested(
-        self, k: int, old: list[Tensor], y: list[Tensor], energy: Tensor, slopes: dict[int, Tensor],
-        new_energy: Tensor, ends: list[Tensor], params: list[StepParams],
-    ) -> Tensor:  # fmt: skip
+        self,
+        k: int,
+        old: list[Tensor],
+        y: list[Tensor],
+        energy: Tensor,
+        slopes: dict[int, Tensor],
+        new_energy: Tensor,
+        ends: list[Tensor],
+        params: list[StepParams],
+    ) -> Tensor:
         """The Metropolis test in C++: rejected chains of ``y`` are those of ``old`` again."""
         assert self.test is not None
         starts = list(slopes.values())

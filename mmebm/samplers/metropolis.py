@@ -104,10 +104,17 @@ def _drift(x: Tensor, g: Tensor, p: StepParams, norm_over: NormOver) -> Tensor:
 
 
 def log_ratio(
-    x: Sequence[Tensor], y: Sequence[Tensor], grad_x: Sequence[Tensor], grad_y: Sequence[Tensor], energy_x: Tensor,
-    energy_y: Tensor, params: Sequence[StepParams], masks: Sequence[Tensor | None], temperature: float | Tensor,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    grad_x: Sequence[Tensor],
+    grad_y: Sequence[Tensor],
+    energy_x: Tensor,
+    energy_y: Tensor,
+    params: Sequence[StepParams],
+    masks: Sequence[Tensor | None],
+    temperature: float | Tensor,
     norm_over: NormOver,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """``r`` of the module's docstring: float64 (chains,), NaN where the proposal or its energy is.
 
     |x - y + b(y)|^2 - |y - x + b(x)|^2 is summed as -(b(x) + b(y)) (2 (y - x) - (b(y) - b(x))): the two squares nearly

@@ -98,9 +98,10 @@ class Samples:
             "posterior": {"x" if bare else str(key): chains_first(t) for key, t in zip(keys, tensors, strict=True)}
         }
         by_chain = {
-            name: chains_first(values[every - 1 :: every][:states]) for name, values in self.trace.items()
+            name: chains_first(values[every - 1 :: every][:states])
+            for name, values in self.trace.items()
             if values.dim() == 2
-        }  # fmt: skip
+        }
         return from_dict({**groups, **({"sample_stats": by_chain} if by_chain else {})})
 
 
@@ -138,6 +139,7 @@ def report_nonfinite(on_nonfinite: str, broken: Tensor, steps: int) -> None:
             level, frame = level + 1, frame.f_back
         warnings.warn(
             "some chains have a state, energy or gradient that is inf or NaN, and cannot be trusted: see "
-            "info['nonfinite'] of sample, and on_nonfinite=\"freeze\", \"raise\" or \"ignore\"",
-            RuntimeWarning, stacklevel=level,
-        )  # fmt: skip
+            'info[\'nonfinite\'] of sample, and on_nonfinite="freeze", "raise" or "ignore"',
+            RuntimeWarning,
+            stacklevel=level,
+        )

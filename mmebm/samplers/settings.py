@@ -123,9 +123,14 @@ def at_steps(
 
 
 def _column(
-    label: str, setting: Any, first_step: int | Tensor, steps: int, allowed: Mapping[str, Any], required: bool,
+    label: str,
+    setting: Any,
+    first_step: int | Tensor,
+    steps: int,
+    allowed: Mapping[str, Any],
+    required: bool,
     value: Callable[[str, Any], Any],
-) -> Any:  # fmt: skip
+) -> Any:
     """``value(label, setting)``, of a function of the step a list of them, or of its :class:`StepNumbers`."""
     if not callable(setting):
         return value(label, setting)

@@ -184,10 +184,23 @@ class ParallelTempering(Sampler):
             (torch.Size([100, 1]), torch.Size([100, 2, 2]))
         """
         return self._sample(
-            energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"ladder": ladder}, seed=seed,
-            generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
-            inplace=inplace, progress=progress, callback=callback,
-        )  # fmt: skip
+            energy,
+            state,
+            steps,
+            args=args,
+            kwargs=kwargs,
+            observed=observed,
+            carried={"ladder": ladder},
+            seed=seed,
+            generator=generator,
+            chain_offset=chain_offset,
+            first_step=first_step,
+            record=record,
+            thin=thin,
+            inplace=inplace,
+            progress=progress,
+            callback=callback,
+        )
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         if isinstance(p.first_step, Tensor):
@@ -406,15 +419,23 @@ class _CppLadders(_Ladders):
             for c in params
         ]
         options = StepOptions(
-            seed=self.seed, streams=tuple(p.moving), noisy=(True,) * len(self.new), chain_offset=p.chain_offset,
+            seed=self.seed,
+            streams=tuple(p.moving),
+            noisy=(True,) * len(self.new),
+            chain_offset=p.chain_offset,
             observed=tuple(None if mask is None else by_chain(mask) for mask in self.masks),
-        )  # fmt: skip
+        )
         self.stepper = CppStepper(options, self.views)
         shapes = [t.shape for t in self.old]
         self.test = Proposals(
-            shapes, self.masks, seed=self.seed, stream=noise.stream(0, noise.ACCEPT), chain_offset=p.chain_offset,
-            keep=True, rows_per_chain=rungs,
-        )  # fmt: skip
+            shapes,
+            self.masks,
+            seed=self.seed,
+            stream=noise.stream(0, noise.ACCEPT),
+            chain_offset=p.chain_offset,
+            keep=True,
+            rows_per_chain=rungs,
+        )
         self.test.set(params, self.old, self.per_row)
         self.swap_prob = torch.zeros_like(self.swap_sum)
         self.all_live = True
@@ -465,10 +486,19 @@ class _CppLadders(_Ladders):
 
     def exchange(self, side: int, k: int) -> Tensor:
         exchange(
-            [*self.old, *self.g], rungs=self.rungs, seed=self.seed, step=self.first + k,
-            stream=noise.stream(0, noise.SWAP), chain_offset=self.problem.chain_offset, inverse=self.inverse,
-            energy=self.energy, alive=self.living, origin=self.origin, prob=self.swap_prob, prob_sum=self.swap_sum,
+            [*self.old, *self.g],
+            rungs=self.rungs,
+            seed=self.seed,
+            step=self.first + k,
+            stream=noise.stream(0, noise.SWAP),
+            chain_offset=self.problem.chain_offset,
+            inverse=self.inverse,
+            energy=self.energy,
+            alive=self.living,
+            origin=self.origin,
+            prob=self.swap_prob,
+            prob_sum=self.swap_sum,
             side=side,
-        )  # fmt: skip
+        )
         self.tried[side] += 1
         return self.swap_prob

@@ -147,10 +147,23 @@ class Underdamped(Sampler):
             True
         """
         return self._sample(
-            energy, state, steps, args=args, kwargs=kwargs, observed=observed, carried={"velocity": velocity},
-            seed=seed, generator=generator, chain_offset=chain_offset, first_step=first_step, record=record, thin=thin,
-            inplace=inplace, progress=progress, callback=callback,
-        )  # fmt: skip
+            energy,
+            state,
+            steps,
+            args=args,
+            kwargs=kwargs,
+            observed=observed,
+            carried={"velocity": velocity},
+            seed=seed,
+            generator=generator,
+            chain_offset=chain_offset,
+            first_step=first_step,
+            record=record,
+            thin=thin,
+            inplace=inplace,
+            progress=progress,
+            callback=callback,
+        )
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         rows = rows_of(self, _NUMBERS, p.keys, tensors, p.first_step, p.steps)
@@ -252,9 +265,15 @@ class _CppSteps(_Steps):
     def __init__(self, p: Problem, target: Target, x: list[Tensor]) -> None:
         super().__init__(p, target, x)
         self.op = Dynamics(
-            [x[i] for i in p.moving], indices=p.moving, masks=[p.masks[i] for i in p.moving], seed=plain(p.seed),
-            chain_offset=p.chain_offset, alive=self.alive, keeps=self.freeze, freeze=self.freeze,
-        )  # fmt: skip
+            [x[i] for i in p.moving],
+            indices=p.moving,
+            masks=[p.masks[i] for i in p.moving],
+            seed=plain(p.seed),
+            chain_offset=p.chain_offset,
+            alive=self.alive,
+            keeps=self.freeze,
+            freeze=self.freeze,
+        )
         self.first = plain(p.first_step)
         for own, given in zip(self.op.v, self.v, strict=True):
             own.copy_(given)

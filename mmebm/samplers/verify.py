@@ -147,10 +147,7 @@ def disagreement(
     apart = 1 + torch.arange(copies, device=x.device, dtype=x.dtype) * 2.0**-12
     many = (apart.view(-1, 1, 1) * x).flatten(0, 1)
     rows = torch.arange(x.shape[0], dtype=torch.int64, device=x.device).repeat(copies)
-    single, double = (
-        by_reference(many, of_chains(energy, rows)),
-        by_reference(many.double(), of_chains(wide, rows)),
-    )
+    single, double = (by_reference(many, of_chains(energy, rows)), by_reference(many.double(), of_chains(wide, rows)))
     # a saturated network's gradient is what is left of slopes that are rounded at the size of those at the origin
     origin = by_reference(torch.zeros_like(x, dtype=torch.float64), wide)
     counted = x.isfinite().all(1)

@@ -156,12 +156,20 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     flat = [per_chain(t) for t in tensors]
     widths = tuple(t.shape[1] for t in flat)
     options: dict[str, Any] = {
-        "widths": widths, "streams": tuple(range(len(tensors))), "noisy": tuple(p.noisy), "moving": tuple(moving),
-        "constants": table[0], "present": table[1],
+        "widths": widths,
+        "streams": tuple(range(len(tensors))),
+        "noisy": tuple(p.noisy),
+        "moving": tuple(moving),
+        "constants": table[0],
+        "present": table[1],
         "observed": mlp.flat_mask([mask if isinstance(mask, Tensor) else None for mask in p.masks], tensors),
-        "seed": p.seed, "chain_offset": p.chain_offset, "noise_at": sampler.noise_at,
-        "clamp_noise": sampler.clamp_noise, "freeze": sampler.on_nonfinite == "freeze", "precision": sampler.precision,
-    }  # fmt: skip
+        "seed": p.seed,
+        "chain_offset": p.chain_offset,
+        "noise_at": sampler.noise_at,
+        "clamp_noise": sampler.clamp_noise,
+        "freeze": sampler.on_nonfinite == "freeze",
+        "precision": sampler.precision,
+    }
     x = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat, dim=1)
     op: Any
     try:

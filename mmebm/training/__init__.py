@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "Callback", "Config", "System", "Trainer", "TrainingDiverged", "fit", "preset"]
 
 _HOME = {
-    "Callback": "callbacks", "Config": "config", "PRESETS": "presets", "fit": "fitting", "preset": "presets",
-    "System": "system", "Trainer": "trainer", "TrainingDiverged": "trainer",
-}  # fmt: skip
+    "Callback": "callbacks",
+    "Config": "config",
+    "PRESETS": "presets",
+    "fit": "fitting",
+    "preset": "presets",
+    "System": "system",
+    "Trainer": "trainer",
+    "TrainingDiverged": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -113,8 +113,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if written == FORMAT and not has_checksum:
         raise ValueError(f"{path} has lost its checksum: it was changed after it was written{_advice(path)}")
     if not has_checksum:
-        warnings.warn(f"{path} was written by an earlier version, without a checksum: it cannot be told whether it is "
-                      "damaged", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{path} was written by an earlier version, without a checksum: it cannot be told whether it is damaged",
+            stacklevel=2,
+        )
     wrong = _nonsense(content)
     if wrong:
         raise ValueError(f"{path} is not a checkpoint that training wrote: {wrong}{_advice(path)}")

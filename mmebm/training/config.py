@@ -29,13 +29,21 @@ from mmebm.training.settings import (
 DataStart = Literal["generator", "noise", "data+noise", "buffer", "independent", "shuffled", "aggregated"]
 DATA_STARTS: tuple[str, ...] = get_args(DataStart)
 LATENT_STARTS = (
-    "inference", "mixture", "product", "product_without_prior", "mixture_of_products", "prior", "persistent",
-)  # fmt: skip
+    "inference",
+    "mixture",
+    "product",
+    "product_without_prior",
+    "mixture_of_products",
+    "prior",
+    "persistent",
+)
 NETWORKS = ("generator", "inference", "energy", "prior")
 # Who learns in a stage that does not say.
 TAUGHT = {
-    "warmup": ("generator", "inference"), "prior": ("prior",), "joint": ("generator", "inference", "energy", "prior"),
-}  # fmt: skip
+    "warmup": ("generator", "inference"),
+    "prior": ("prior",),
+    "joint": ("generator", "inference", "energy", "prior"),
+}
 
 
 @dataclass(frozen=True)
@@ -304,8 +312,9 @@ class StartConfig(Settings):
 
 _RAMPS = {
     *(f"loss.{f.name}" for f in dataclasses.fields(LossConfig) if f.type == "Weight"),
-    "data_chain.steps", "latent_chain.steps",
-}  # fmt: skip
+    "data_chain.steps",
+    "latent_chain.steps",
+}
 
 
 @dataclass(frozen=True)
@@ -425,8 +434,10 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.checkpoint.best is not None and not self.validation.every:
-            raise ValueError(f"checkpoint.best={self.checkpoint.best!r} goes by the validation, and validation.every "
-                             "is 0: give it a number of iterations")  # fmt: skip
+            raise ValueError(
+                f"checkpoint.best={self.checkpoint.best!r} goes by the validation, and validation.every "
+                "is 0: give it a number of iterations"
+            )
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
         if not isinstance(self.channels_last, bool):
@@ -440,9 +451,10 @@ class Config(Settings):
         """The same with the chains that a run draws its samples with."""
         prior = self.latent_prior
         return self.replace(
-            data_chain=self.data_chain.for_samples(), latent_chain=self.latent_chain.for_samples(),
+            data_chain=self.data_chain.for_samples(),
+            latent_chain=self.latent_chain.for_samples(),
             latent_prior=prior and dataclasses.replace(prior, chain=prior.chain.for_samples()),
-        )  # fmt: skip
+        )
 
     def to_json(self) -> str:
         """The whole configuration as JSON."""
@@ -482,8 +494,10 @@ def fitted(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Config:
         weights = {name: round(math.sqrt(most / size), 3) for name, size in sizes.items()}
         model = dataclasses.replace(model, weights={name: weight for name, weight in weights.items() if weight != 1})
     elif unknown := sorted(set(model.weights) - set(shapes)):
-        raise ValueError(f"model.weights names {unknown}, but the modalities are {list(shapes)}: set model.weights for "
-                         "these, or \"auto\"")  # fmt: skip
+        raise ValueError(
+            f"model.weights names {unknown}, but the modalities are {list(shapes)}: set model.weights for "
+            'these, or "auto"'
+        )
     return config.replace(model=model)
 
 
@@ -530,12 +544,15 @@ def _defaults(kind: Any) -> dict[str, Any] | None:
     """The fields of a dataclass that have defaults; None for any other type."""
     if not dataclasses.is_dataclass(kind):
         return None
-    made = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            for f in dataclasses.fields(kind)}  # fmt: skip
+    made = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(kind)
+    }
     return {
         name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-        for name, value in made.items() if value is not dataclasses.MISSING
-    }  # fmt: skip
+        for name, value in made.items()
+        if value is not dataclasses.MISSING
+    }
 
 
 def merged(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -568,6 +585,11 @@ def _step_into(target: Any, name: str, dotted: str) -> Any:
         return target[name]
     if isinstance(target, (list, tuple)) and name.isdigit() and int(name) < len(target):
         return target[int(name)]
-    known = sorted(target) if isinstance(target, dict) else f"positions below {len(target)}" if isinstance(
-        target, (list, tuple)) else f"the parts of {target!r}, which has none"  # fmt: skip
+    known = (
+        sorted(target)
+        if isinstance(target, dict)
+        else f"positions below {len(target)}"
+        if isinstance(target, (list, tuple))
+        else f"the parts of {target!r}, which has none"
+    )
     raise ValueError(f"unknown field {dotted!r}: {name!r} is not among {known}")

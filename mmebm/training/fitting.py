@@ -30,9 +30,12 @@ COLUMNS = 12  # samples in a picture
 
 
 def fit(
-    trainer: Trainer, folder: Path | str, *, loggers: Sequence[Callable[..., Logger]] = (),
+    trainer: Trainer,
+    folder: Path | str,
+    *,
+    loggers: Sequence[Callable[..., Logger]] = (),
     show: Callable[[Row], Any] | None = None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Trains to the end, to Ctrl-C or to SIGTERM, saving before the first iteration, on the way as
     ``config.checkpoint`` says, at SIGUSR1 and at the end.
 

@@ -141,8 +141,11 @@ class MLflow(Started):
 
 
 LOGGERS: Final[dict[str, Callable[..., Logger]]] = {
-    "jsonl": JsonLines, "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow,
-}  # fmt: skip
+    "jsonl": JsonLines,
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
 
 
 def logger(name: str) -> Callable[..., Logger]:
@@ -174,15 +177,21 @@ def begun(makers: Iterable[Callable[..., Logger]], folder: Path, config: dict[st
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     """The values of a row but for its place: numbers, no flags."""
-    return {name: float(value) for name, value in row.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and name != "iteration"}  # fmt: skip
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "iteration"
+    }
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {path: value}
-    return {key: inner for name, part in value.items() for key, inner in
-            _flat(part, f"{path}.{name}" if path else str(name)).items()}  # fmt: skip
+    return {
+        key: inner
+        for name, part in value.items()
+        for key, inner in _flat(part, f"{path}.{name}" if path else str(name)).items()
+    }
 
 
 def _installed(name: str) -> Any:

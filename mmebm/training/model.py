@@ -61,9 +61,10 @@ class Model:
         self.points: tuple[str, ...] = run.points
         settings = {m["name"]: m["settings"] for m in run.content.get("data", {}).get("modalities", [])}
         self._ranges = {
-            name: tuple(map(float, settings[name]["range"])) for name, m in self.modalities.items()
+            name: tuple(map(float, settings[name]["range"]))
+            for name, m in self.modalities.items()
             if m.kind == "image" and "range" in settings.get(name, {})
-        }  # fmt: skip
+        }
 
     @property
     def device(self) -> torch.device:
@@ -274,10 +275,12 @@ class Model:
             {"snapshots": content["snapshots"], "starts": {"data": content["starts"]["data"]}}, "", tensors
         )
         described = {
-            "format": FORMAT, "mmebm": __version__, "config": json.loads(self.config.to_json()),
+            "format": FORMAT,
+            "mmebm": __version__,
+            "config": json.loads(self.config.to_json()),
             **{key: content[key] for key in ("data", "networks", "iteration", "evaluations") if key in content},
             **plain,
-        }  # fmt: skip
+        }
         if "data" not in described:
             described["data"] = describe(self._run.dataset("test"))
         data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
@@ -310,8 +313,10 @@ class Model:
     def _picture(self, path: Path) -> bool:
         from mmebm.evaluation import figures
 
-        x = {name: value.astype(np.float32) / 255 if value.dtype == np.uint8 else value
-             for name, value in self.sample(12).items()}  # fmt: skip
+        x = {
+            name: value.astype(np.float32) / 255 if value.dtype == np.uint8 else value
+            for name, value in self.sample(12).items()
+        }
         for name, (low, high) in self._ranges.items():
             x[name] = (x[name] - low) / (high - low)
         try:
@@ -333,9 +338,9 @@ class Model:
             f"({run.content['iteration']} iterations).",
             *(["![samples](samples.png)"] if picture else []),
             f"| modality | kind | shape |\n|---|---|---|\n{rows}",
-            "```python\nimport mmebm\n\nmodel = mmebm.from_pretrained(\"this folder\")\nmodel.sample(100)\n"
+            '```python\nimport mmebm\n\nmodel = mmebm.from_pretrained("this folder")\nmodel.sample(100)\n'
             f"model.complete({{{first!r}: model.sample(1)[{first!r}]}})\n```",
-        ]  # fmt: skip
+        ]
         metrics = run.folder / "metrics.json"
         if metrics.is_file():
             from mmebm.evaluation.evaluate import table
@@ -365,9 +370,13 @@ def load(run: Path | str, *, device: torch.device | str = "cpu", networks: Mappi
 
 
 def from_pretrained(
-    name: Path | str, *, device: torch.device | str = "cpu", networks: Mapping[str, Any] | None = None,
-    trust_code: bool = False, **options: Any,
-) -> Model:  # fmt: skip
+    name: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    networks: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
+    **options: Any,
+) -> Model:
     """The model of a folder that :meth:`Model.save_pretrained` wrote, or of the hub.
 
     Args:
@@ -407,10 +416,11 @@ def _from_folder(folder: Path, device: torch.device | str, networks: Mapping[str
         raise ValueError(f"{folder} is no model that save_pretrained wrote: {error}") from error
     rest = {key: _restored(described[key], tensors) for key in ("snapshots", "starts")}
     content = {
-        **{key: described[key] for key in ("data", "networks", "iteration", "evaluations") if key in described}, **rest,
+        **{key: described[key] for key in ("data", "networks", "iteration", "evaluations") if key in described},
+        **rest,
         "config": json.dumps(described["config"]),
         "system": {key: value for key, value in tensors.items() if not key.startswith(("/snapshots/", "/starts/"))},
-    }  # fmt: skip
+    }
     return Model(Run(folder, device, content=content, networks=networks))
 
 
@@ -435,8 +445,10 @@ def _as_rows(modality: Modality, value: Any) -> Array:
     if x.ndim == 4 and x.shape[1:] == last and x.shape[1:] != shape:
         x = x.transpose(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1:] != shape:
-        raise ValueError(f"modality {modality.name!r} is images (n, {', '.join(map(str, shape))}), got {x.shape}: "
-                         "bring yours to this size")  # fmt: skip
+        raise ValueError(
+            f"modality {modality.name!r} is images (n, {', '.join(map(str, shape))}), got {x.shape}: "
+            "bring yours to this size"
+        )
     return x
 
 

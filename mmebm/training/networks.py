@@ -95,8 +95,9 @@ def _make(where: str, spec: str | NetworkConfig, offer: Mapping[str, Any]) -> nn
         return kind(**arguments)
     except TypeError as error:
         said = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise TypeError(f"{where}: {spec.path}({said}) fails: {error}; its own arguments stand under {where}.arguments"
-                        ) from error  # fmt: skip
+        raise TypeError(
+            f"{where}: {spec.path}({said}) fails: {error}; its own arguments stand under {where}.arguments"
+        ) from error
 
 
 def check_shapes(system: System, own: Mapping[str, nn.Module]) -> None:
@@ -116,8 +117,14 @@ def check_shapes(system: System, own: Mapping[str, nn.Module]) -> None:
                 _forward(name, module, z, (2, *g.shapes[modality]), {"z": z})
             elif kind == "encoders":
                 columns = len(g.columns[modality])
-                _forward(name, module, x[modality], (2, 2 * columns), {modality: x[modality]},
-                         f": mean and log-variance of {columns} latents")  # fmt: skip
+                _forward(
+                    name,
+                    module,
+                    x[modality],
+                    (2, 2 * columns),
+                    {modality: x[modality]},
+                    f": mean and log-variance of {columns} latents",
+                )
             elif kind == "energy":
                 _forward(name, module, x, (2,), x)
             else:

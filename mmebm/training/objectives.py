@@ -26,18 +26,32 @@ from mmebm.models.inference import Expert, JointInference, pick
 from mmebm.state import Batch
 
 __all__ = [
-    "JOINT_OF", "OBJECTIVES", "Objective", "mmvae", "mmvae_plus", "mopoe", "mvae", "mvtcae", "objective",
+    "JOINT_OF",
+    "OBJECTIVES",
+    "Objective",
+    "mmvae",
+    "mmvae_plus",
+    "mopoe",
+    "mvae",
+    "mvtcae",
+    "objective",
     "single_expert",
-]  # fmt: skip
+]
 
 
 class Objective(Protocol):
     """What the trainer maximises over generator and inference."""
 
     def __call__(
-        self, generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, *, beta: float,
+        self,
+        generator: SharedGenerator,
+        inference: JointInference,
+        x: Batch,
+        rng: torch.Generator,
+        *,
+        beta: float,
         present: Batch | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """The bound of a batch.
 
         Args:
@@ -54,9 +68,14 @@ class Objective(Protocol):
 
 
 def single_expert(
-    generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, *, beta: float,
+    generator: SharedGenerator,
+    inference: JointInference,
+    x: Batch,
+    rng: torch.Generator,
+    *,
+    beta: float,
     present: Batch | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Each row encoded by one component c of the configured joint, picked uniformly; all its modalities decoded.
 
         E_{z ~ q_c} log p(X | z) - beta KL(q_c || N(0, I))
@@ -74,9 +93,15 @@ def single_expert(
 
 
 def mvae(
-    generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, *, beta: float,
-    present: Batch | None = None, subsets: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    generator: SharedGenerator,
+    inference: JointInference,
+    x: Batch,
+    rng: torch.Generator,
+    *,
+    beta: float,
+    present: Batch | None = None,
+    subsets: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Product of experts with sub-sampled training (Wu and Goodman, NeurIPS 2018).
 
         q(z | X_S) ~ N(z; 0, I) prod_{m in S} q_m(z | x_m)
@@ -108,9 +133,15 @@ def mvae(
 
 
 def mmvae(
-    generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, *, beta: float,
-    present: Batch | None = None, samples: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    generator: SharedGenerator,
+    inference: JointInference,
+    x: Batch,
+    rng: torch.Generator,
+    *,
+    beta: float,
+    present: Batch | None = None,
+    samples: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Mixture of experts, a stratum per expert (Shi et al., NeurIPS 2019; its looser bound).
 
         1/M sum_m E_{z_1..z_K ~ q_m} log 1/K sum_k p(X | z_k) (N(z_k; 0, I) / q(z_k | X))^beta,   q = 1/M sum_m q_m
@@ -127,9 +158,15 @@ def mmvae(
 
 
 def mmvae_plus(
-    generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, *, beta: float,
-    present: Batch | None = None, samples: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    generator: SharedGenerator,
+    inference: JointInference,
+    x: Batch,
+    rng: torch.Generator,
+    *,
+    beta: float,
+    present: Batch | None = None,
+    samples: int = 1,
+) -> tuple[Tensor, Tensor]:
     """:func:`mmvae` of u, with private latents (Palumbo, Daunhawer and Vogt, ICLR 2023).
 
         1/M sum_m E log p(x_m | u, w_m) prod_{n != m} p(x_n | u, w_n)
@@ -158,9 +195,14 @@ def mmvae_plus(
 
 
 def mopoe(
-    generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, *, beta: float,
+    generator: SharedGenerator,
+    inference: JointInference,
+    x: Batch,
+    rng: torch.Generator,
+    *,
+    beta: float,
     present: Batch | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Mixture of the products over all subsets (Sutter, Daunhawer and Vogt, ICLR 2021).
 
         q_S ~ N(z; 0, I) prod_{m in S} q_m(z | x_m);   mean over S of E_{q_S} log p(X | z) - beta KL(q_S || N(0, I))
@@ -178,9 +220,15 @@ def mopoe(
 
 
 def mvtcae(
-    generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, *, beta: float,
-    present: Batch | None = None, alpha: float = 5 / 6,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    generator: SharedGenerator,
+    inference: JointInference,
+    x: Batch,
+    rng: torch.Generator,
+    *,
+    beta: float,
+    present: Batch | None = None,
+    alpha: float = 5 / 6,
+) -> tuple[Tensor, Tensor]:
     """Total correlation: the joint posterior is also drawn to each expert (Hwang et al., NeurIPS 2021).
 
         E_q log p(X | z) - beta M / (M - alpha) ((1 - alpha) KL(q || N(0, I)) + alpha / M sum_m KL(q || q_m)),
@@ -216,9 +264,15 @@ def _negative_log_likelihood(generator: SharedGenerator, x: Batch, z: Tensor, me
 
 
 def _stratified(
-    generator: SharedGenerator, inference: JointInference, x: Batch, rng: torch.Generator, beta: float,
-    present: Batch | None, samples: int, auxiliary: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    generator: SharedGenerator,
+    inference: JointInference,
+    x: Batch,
+    rng: torch.Generator,
+    beta: float,
+    present: Batch | None,
+    samples: int,
+    auxiliary: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The mixture's bound over all of z, or, with the log-variances of r over z, over u (see :func:`mmvae_plus`)."""
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples!r}")
@@ -250,15 +304,23 @@ def _stratified(
 
 
 OBJECTIVES: Final[dict[str, Objective]] = {
-    "single_expert": single_expert, "mvae": mvae, "mmvae": mmvae, "mopoe": mopoe, "mvtcae": mvtcae,
+    "single_expert": single_expert,
+    "mvae": mvae,
+    "mmvae": mmvae,
+    "mopoe": mopoe,
+    "mvtcae": mvtcae,
     "mmvae+": mmvae_plus,
-}  # fmt: skip
+}
 
 # The joint posterior that an objective trains, so the one to infer and to evaluate with; None: any.
 JOINT_OF: Final[dict[str, Joint | None]] = {
-    "single_expert": None, "mvae": "product", "mmvae": "mixture", "mopoe": "mixture_of_products",
-    "mvtcae": "product_without_prior", "mmvae+": "mixture",
-}  # fmt: skip
+    "single_expert": None,
+    "mvae": "product",
+    "mmvae": "mixture",
+    "mopoe": "mixture_of_products",
+    "mvtcae": "product_without_prior",
+    "mmvae+": "mixture",
+}
 
 
 def objective(name: str, **options: Any) -> Objective:

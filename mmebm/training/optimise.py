@@ -28,9 +28,12 @@ class Optimiser:
         self.config, self.accumulate, self.processes = config, accumulate, processes or Processes()
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(
-            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+            self.parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
             fused=True,
-        )  # fmt: skip
+        )
         self._calls = 0
 
     def step(self, loss: Tensor, lr: float = 1.0) -> None:

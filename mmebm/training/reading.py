@@ -20,22 +20,38 @@ def describe(data: MultimodalDataset) -> Description:
     """What a checkpoint says of its data, plain values: the set's name, its classes, and of each modality the name,
     shape, kind, words and units, with the settings that its arrays are read with (``info["reading"]``)."""
     settings = data.info.get("reading", {})
-    return {"set": data.name, "classes": list(data.classes), "modalities": [
-        {"name": m.name, "shape": list(m.shape), "kind": m.kind, "words": list(m.words), "centre": list(m.centre),
-         "spread": list(m.spread), "settings": dict(settings.get(m.name, {}))}
-        for m in data.modalities
-    ]}  # fmt: skip
+    return {
+        "set": data.name,
+        "classes": list(data.classes),
+        "modalities": [
+            {
+                "name": m.name,
+                "shape": list(m.shape),
+                "kind": m.kind,
+                "words": list(m.words),
+                "centre": list(m.centre),
+                "spread": list(m.spread),
+                "settings": dict(settings.get(m.name, {})),
+            }
+            for m in data.modalities
+        ],
+    }
 
 
 def modalities_of(description: Mapping[str, Any], codecs: Mapping[str, TextCodec]) -> tuple[Modality, ...]:
     """The modalities that :func:`describe` wrote down, captions with their codec in ``codecs`` (by modality)."""
     return tuple(
         Modality(
-            m["name"], tuple(m["shape"]), m["kind"], tuple(m["words"]), codecs.get(m["name"]), tuple(m["centre"]),
+            m["name"],
+            tuple(m["shape"]),
+            m["kind"],
+            tuple(m["words"]),
+            codecs.get(m["name"]),
+            tuple(m["centre"]),
             tuple(m["spread"]),
         )
         for m in description["modalities"]
-    )  # fmt: skip
+    )
 
 
 def check_reading(description: Mapping[str, Any], data: MultimodalDataset) -> None:
@@ -48,16 +64,21 @@ def check_reading(description: Mapping[str, Any], data: MultimodalDataset) -> No
     then, now = ({m["name"]: m for m in of["modalities"]} for of in (description, here))
     advice = "make the data as it was (in a folder of arrays: meta.json), or train a new run on it"
     if list(then) != list(now):
-        raise ValueError(f"the run was trained on the modalities {list(then)}, and its data now has {list(now)}: "
-                         f"{advice}")  # fmt: skip
+        raise ValueError(
+            f"the run was trained on the modalities {list(then)}, and its data now has {list(now)}: {advice}"
+        )
     for name, old in then.items():
         for key, value in old.items():
             if now[name][key] != value:
-                raise ValueError(f"modality {name!r} was trained with {key} {_short(value)}, and the data is now read "
-                                 f"with {key} {_short(now[name][key])}: {advice}")  # fmt: skip
+                raise ValueError(
+                    f"modality {name!r} was trained with {key} {_short(value)}, and the data is now read "
+                    f"with {key} {_short(now[name][key])}: {advice}"
+                )
     if description["classes"] != here["classes"]:
-        raise ValueError(f"the run was trained with classes {_short(description['classes'])}, and the data now has "
-                         f"{_short(here['classes'])}: {advice}")  # fmt: skip
+        raise ValueError(
+            f"the run was trained with classes {_short(description['classes'])}, and the data now has "
+            f"{_short(here['classes'])}: {advice}"
+        )
 
 
 ROWS = 2000  # that are looked at before training
@@ -80,9 +101,9 @@ def check_range(data: MultimodalDataset, own: Sequence[str]) -> None:
         if share > OUTSIDE:
             raise ValueError(
                 f"modality {modality.name!r}: {100 * share:.0f} % of its values lie outside [-1, 1], where a decoder's "
-                f"lie (the largest is {most:.4g}): give its \"range\" in meta.json (`mmebm init` writes one), or "
+                f'lie (the largest is {most:.4g}): give its "range" in meta.json (`mmebm init` writes one), or '
                 "a decoder of your own"
-            )  # fmt: skip
+            )
 
 
 def _short(value: object) -> str:

@@ -56,10 +56,15 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path | str, device: torch.device | str = "cpu", *, prior_steps: int | None = None,
-        data_path: str | None = None, content: dict[str, Any] | None = None,
+        self,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        *,
+        prior_steps: int | None = None,
+        data_path: str | None = None,
+        content: dict[str, Any] | None = None,
         networks: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.networks = Path(folder), networks
         self.device = torch.device(device)
         self.content = checkpoint.load(self.folder / CHECKPOINT, self.device) if content is None else content
@@ -98,9 +103,11 @@ class Run:
         needed = self.content.get("networks", {})
         missing = {name: kind for name, kind in needed.items() if name not in given}
         if missing:
-            raise ValueError(f"this run was trained with networks given as objects: {missing}. Give them as networks=, "
-                             "made as they were then; or train with their import paths in the configuration, which are "
-                             "stored")  # fmt: skip
+            raise ValueError(
+                f"this run was trained with networks given as objects: {missing}. Give them as networks=, "
+                "made as they were then; or train with their import paths in the configuration, which are "
+                "stored"
+            )
         for name, net in given.items():
             if name not in needed:
                 raise ValueError(f"networks has {name!r}, and the run was trained with {sorted(needed) or 'none'}")
@@ -142,19 +149,21 @@ class Run:
         return any(
             network in (stage.train or TAUGHT[stage.kind])
             and (stage.kind != "joint" or self.config.loss.teaches(network))
-            for stage in self.config.stages if stage.iterations
-        )  # fmt: skip
+            for stage in self.config.stages
+            if stage.iterations
+        )
 
     @property
     def points(self) -> tuple[str, ...]:
         """Those of :data:`POINTS` that this run has."""
         stages = [stage for stage in self.config.stages if stage.iterations]
         has = {
-            "vae": any(stage.kind == "warmup" for stage in stages), "x0": self.joint_trained,
+            "vae": any(stage.kind == "warmup" for stage in stages),
+            "x0": self.joint_trained,
             "xk": self.joint_trained and self.revises,
             # where nothing learned after it, xk is this
             "frozen": self.frozen is not None and stages[-1].train != ("energy",),
-        }  # fmt: skip
+        }
         return tuple(point for point in POINTS if has[point])
 
     def log(self) -> list[dict[str, Any]]:
@@ -251,9 +260,11 @@ class Run:
         limit = 4 * max(self.config.data_chain.steps, 1) if limit is None else limit
         with torch.no_grad(), self.system.autocast():
             level = self.system.energy(self.real(1000)).mean()
-        energies = self.system.revise_data(
-            x, seed=seed, steps=limit, record=("energy",), chunk_size=CHUNK
-        ).trace["energy"].mean(1)  # fmt: skip
+        energies = (
+            self.system.revise_data(x, seed=seed, steps=limit, record=("energy",), chunk_size=CHUNK)
+            .trace["energy"]
+            .mean(1)
+        )
         reached = (energies <= level).nonzero()
         # the energy is recorded where the gradient is taken: entry k is that of x_k
         return int(reached[0]) if len(reached) else limit
@@ -291,14 +302,21 @@ class Run:
         c = self.system.config
         data_steps = c.data_chain.steps if steps is None else steps
         return {
-            "preset": c.preset, "iteration": self.content["iteration"], "evaluations": self.content["evaluations"],
-            "data_start": c.start.data, "latent_start": c.start.latent, "data_steps": data_steps,
-            "data_step": c.data_chain.size(), "data_noise": c.data_chain.noise,
+            "preset": c.preset,
+            "iteration": self.content["iteration"],
+            "evaluations": self.content["evaluations"],
+            "data_start": c.start.data,
+            "latent_start": c.start.latent,
+            "data_steps": data_steps,
+            "data_step": c.data_chain.size(),
+            "data_noise": c.data_chain.noise,
             "data_temperature": self.system.data_sampler.implied_temperature,
-            "latent_steps": c.latent_chain.steps, "latent_step": float(self.system.latent_step),
+            "latent_steps": c.latent_chain.steps,
+            "latent_step": float(self.system.latent_step),
             "prior_steps": self.system.prior.steps,
-            "backend": c.backend, "device": str(self.device),
-        }  # fmt: skip
+            "backend": c.backend,
+            "device": str(self.device),
+        }
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

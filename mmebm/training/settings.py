@@ -56,8 +56,11 @@ class Settings:
     whichever way the object is made; types are checked of the whole (:func:`checked`)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid", "strict": True, "allow_inf_nan": False, "revalidate_instances": "always",
-    }  # fmt: skip
+        "extra": "forbid",
+        "strict": True,
+        "allow_inf_nan": False,
+        "revalidate_instances": "always",
+    }
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
@@ -82,8 +85,12 @@ def _outside(name: str, hint: Any, value: Any) -> str:
             (f"{name} must {r}, got {value!r}" for r in inner[1:] if isinstance(r, Range) and value not in r), ""
         )
     if origin in (typing.Union, types.UnionType):
-        wrong = next(filter(None, (_outside(name, option, value) for option in inner if
-                                   typing.get_origin(option) is not Literal)), "")  # fmt: skip
+        wrong = next(
+            filter(
+                None, (_outside(name, option, value) for option in inner if typing.get_origin(option) is not Literal)
+            ),
+            "",
+        )
         return wrong.replace(", got", ", or None, got") if type(None) in inner and number else wrong
     if origin is Literal and isinstance(value, str) and value not in inner:
         return f"{name} must be {described(hint)}, got {value!r}{_meant(value, inner)}"
@@ -111,8 +118,13 @@ def described(hint: Any) -> str:
         return "a list" if inner[-1] is not ... else f"a list, each {described(inner[0])}"
     if dataclasses.is_dataclass(hint):
         return f"a table of {', '.join(field.name for field in dataclasses.fields(hint))}"
-    names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
-                             type(None): "null"}  # fmt: skip
+    names: dict[Any, str] = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        type(None): "null",
+    }
     return names.get(hint, str(hint))
 
 
@@ -162,8 +174,10 @@ def _line(kind: Any, value: Any, found: Any) -> tuple[str, str]:
     if found["type"] == "unexpected_keyword_argument":
         known, name = list(hints(kind_of(hint))), str(found["loc"][-1])
         where = f"{path}.{name}" if path else name
-        return where, (f"unknown field {where!r}{_meant(name, known)}; "
-                f"there {'are' if len(known) > 1 else 'is'} {', '.join(known)}")  # fmt: skip
+        return where, (
+            f"unknown field {where!r}{_meant(name, known)}; "
+            f"there {'are' if len(known) > 1 else 'is'} {', '.join(known)}"
+        )
     if found["type"] == "missing":
         return path, f"{path} is missing: {described(hint)}"
     if found["type"] == "tuple_type" and isinstance(at, list):

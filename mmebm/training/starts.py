@@ -96,11 +96,21 @@ class DataStarts:
             }
             return Start(s.decode(z), z)
         if name == "noise":
-            return Start({
-                m: 2 * drawn.uniform((n, *shape), seed=seed, stream=noise.stream(i, noise.INITIAL), chain_offset=offset,
-                                     device=s.device) - 1
-                for i, (m, shape) in enumerate(s.generator.shapes.items())
-            }, None)  # fmt: skip
+            return Start(
+                {
+                    m: 2
+                    * drawn.uniform(
+                        (n, *shape),
+                        seed=seed,
+                        stream=noise.stream(i, noise.INITIAL),
+                        chain_offset=offset,
+                        device=s.device,
+                    )
+                    - 1
+                    for i, (m, shape) in enumerate(s.generator.shapes.items())
+                },
+                None,
+            )
         if name == "buffer":
             state, handle = self.buffer.draw(n)
             return Start(dict(state), None, handle)
@@ -145,9 +155,14 @@ class LatentStarts:
 
     @torch.no_grad()
     def __call__(
-        self, x: Batch, rng: torch.Generator, *, rows: Tensor | None = None,
-        present: Mapping[str, Tensor] | None = None, name: str | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Batch,
+        rng: torch.Generator,
+        *,
+        rows: Tensor | None = None,
+        present: Mapping[str, Tensor] | None = None,
+        name: str | None = None,
+    ) -> Tensor:
         """One z (n, latent) per row of ``x``; ``rows`` are the tuples' numbers in the training set."""
         s, name = self.system, name or self.config.latent
         if name == "prior":
@@ -177,8 +192,10 @@ class LatentStarts:
         """
         if self.ends is not None and "ends" in state:
             if state["ends"].shape != self.ends.shape:
-                raise ValueError(f"the persistent latent chains are {tuple(state['ends'].shape)} there, "
-                                 f"{tuple(self.ends.shape)} here")  # fmt: skip
+                raise ValueError(
+                    f"the persistent latent chains are {tuple(state['ends'].shape)} there, "
+                    f"{tuple(self.ends.shape)} here"
+                )
             self.ends.copy_(state["ends"])
 
 

@@ -94,33 +94,62 @@ class System(nn.Module):
         self.config = config
         columns = latent_columns(list(shapes), latent, m.private)
         own = {**built(config, shapes, {name: len(of) for name, of in columns.items()}), **(networks or {})}
-        parts = {kind: {name: own[f"{kind}.{name}"] for name in shapes if f"{kind}.{name}" in own}
-                 for kind in ("encoders", "decoders")}  # fmt: skip
+        parts = {
+            kind: {name: own[f"{kind}.{name}"] for name in shapes if f"{kind}.{name}" in own}
+            for kind in ("encoders", "decoders")
+        }
         if "prior" in own and config.latent_prior is None:
             raise ValueError(
                 "a prior of your own needs latent_prior, which says how it is sampled and learns: it is None"
             )
-        self.energy = own["energy"] if "energy" in own else JointEnergy(
-            shapes, net=m.net, width=m.energy_width, depth=m.depth, act=m.activation,
-            trunk_width=m.energy_trunk_width, features=m.energy_features, spectral=m.spectral, scale=m.energy_scale,
-        )  # fmt: skip
+        self.energy = (
+            own["energy"]
+            if "energy" in own
+            else JointEnergy(
+                shapes,
+                net=m.net,
+                width=m.energy_width,
+                depth=m.depth,
+                act=m.activation,
+                trunk_width=m.energy_trunk_width,
+                features=m.energy_features,
+                spectral=m.spectral,
+                scale=m.energy_scale,
+            )
+        )
         self.generator = SharedGenerator(
-            shapes, latent, net=m.net, width=m.generator_width, depth=m.depth, act=m.activation, sigma=m.sigma,
-            likelihood=m.likelihood, weights=None if m.weights == "auto" else m.weights, private=m.private,
+            shapes,
+            latent,
+            net=m.net,
+            width=m.generator_width,
+            depth=m.depth,
+            act=m.activation,
+            sigma=m.sigma,
+            likelihood=m.likelihood,
+            weights=None if m.weights == "auto" else m.weights,
+            private=m.private,
             decoders=parts["decoders"],
-        )  # fmt: skip
+        )
         self.inference = JointInference(
-            shapes, latent, net=m.net, width=m.inference_width, depth=m.depth, act=m.activation, joint=m.inference,
-            private=m.private, encoders=parts["encoders"],
-        )  # fmt: skip
+            shapes,
+            latent,
+            net=m.net,
+            width=m.inference_width,
+            depth=m.depth,
+            act=m.activation,
+            joint=m.inference,
+            private=m.private,
+            encoders=parts["encoders"],
+        )
         self.prior: GaussianPrior | LatentPrior = GaussianPrior(latent)
         p = config.latent_prior
         if p is not None:
             chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
             self.prior = (
-                OwnPrior(latent, chain, p.chain.steps, own["prior"]) if "prior" in own else
-                LatentPrior(latent, chain, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
-            )  # fmt: skip
+                OwnPrior(latent, chain, p.chain.steps, own["prior"])
+                if "prior" in own
+                else LatentPrior(latent, chain, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
+            )
         start = 0.1 if config.latent_chain.step == "auto" else config.latent_chain.size()
         if not isinstance(start, (int, float)):
             raise ValueError(f"the latent chain takes one step, got {start!r}")
@@ -145,9 +174,14 @@ class System(nn.Module):
         return self.latent_step.device
 
     def revise_data(
-        self, x: Batch, *, seed: int, steps: int | None = None,
-        observed: Collection[str] | Mapping[str, Tensor] = (), **options: Any,
-    ) -> Samples:  # fmt: skip
+        self,
+        x: Batch,
+        *,
+        seed: int,
+        steps: int | None = None,
+        observed: Collection[str] | Mapping[str, Tensor] = (),
+        **options: Any,
+    ) -> Samples:
         """The data chain: all modalities at once on the joint energy, ``observed`` ones (or, by a boolean mask per
         modality, their elements) held."""
         steps = self.config.data_chain.steps if steps is None else steps
@@ -156,9 +190,15 @@ class System(nn.Module):
             return self.data_sampler.sample(self.energy, dict(x), steps, seed=seed, observed=held, **options)
 
     def revise_latent(
-        self, z: Tensor, x: Batch, *, seed: int, steps: int | None = None,
-        present: Mapping[str, Tensor] | None = None, **options: Any,
-    ) -> Samples:  # fmt: skip
+        self,
+        z: Tensor,
+        x: Batch,
+        *,
+        seed: int,
+        steps: int | None = None,
+        present: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> Samples:
         """The latent chain: z given the modalities that ``x`` holds (and each row has, by ``present``)."""
         chain = self.config.latent_chain
         sampler = sampler_of(chain, float(self.latent_step), self.config.backend, prior_std=1.0)
@@ -184,9 +224,13 @@ class System(nn.Module):
 
     @torch.no_grad()
     def measure_latent_step(
-        self, x: Batch, generator: torch.Generator | None = None, *, keep: float = 0.0,
+        self,
+        x: Batch,
+        generator: torch.Generator | None = None,
+        *,
+        keep: float = 0.0,
         present: Mapping[str, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Sets the latent step from the curvature of the posterior at inferred z (``step="auto"``).
 
         A low quantile of one batch is noisy: ``keep`` is the weight of the old step in the geometric mean of both.

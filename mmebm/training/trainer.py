@@ -82,10 +82,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, data: Any, device: torch.device | str = "cpu", *,
-        processes: Processes | None = None, networks: Mapping[str, Any] | None = None,
+        self,
+        config: Config,
+        data: Any,
+        device: torch.device | str = "cpu",
+        *,
+        processes: Processes | None = None,
+        networks: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         data = as_set(data)
         shapes = {m.name: m.shape for m in data.modalities}
         self.config, self.device = fitted(config.checked(), shapes), torch.device(device)
@@ -94,8 +99,10 @@ class Trainer:
         check_range(data, [name.partition(".")[2] for name in (*self.networks, *own_names(config.model))])
         self.processes = processes or Processes()
         if config.batch // config.accumulate < self.processes.world:
-            raise ValueError(f"batch={config.batch} in {config.accumulate} parts has no row for each of "
-                             f"{self.processes.world} processes")  # fmt: skip
+            raise ValueError(
+                f"batch={config.batch} in {config.accumulate} parts has no row for each of "
+                f"{self.processes.world} processes"
+            )
         self.callbacks = list(callbacks)
         self._whole, self._reading = data, describe(data)
         self._split(kept_back(config, data))
@@ -131,8 +138,10 @@ class Trainer:
         self.stop = 0
         self._begin(config.stages[0] if config.stages else Stage("warmup", 0), 0.0)
         self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
-            "warmup": self.warmup_step, "prior": self.prior_step, "joint": self.joint_step,
-        }  # fmt: skip
+            "warmup": self.warmup_step,
+            "prior": self.prior_step,
+            "joint": self.joint_step,
+        }
 
     # -- the steps -------------------------------------------------------------------------------------------------
 
@@ -245,9 +254,14 @@ class Trainer:
         return self.system.generator.squared_error(batch.x, z.detach(), present=batch.present).mean()
 
     def _teach_vae(
-        self, batch: Minibatch, z_k: Tensor | None, x_k: Batch | None, z_0: Latents | None, rng: torch.Generator,
+        self,
+        batch: Minibatch,
+        z_k: Tensor | None,
+        x_k: Batch | None,
+        z_0: Latents | None,
+        rng: torch.Generator,
         row: Row,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Steps 5 and 6: the likelihood of both pairs under generator and inference network, and what keeps the VAE."""
         s, loss, teach = self.system, self.loss, self.teach
         losses: Row = {}
@@ -274,8 +288,10 @@ class Trainer:
                     row[f"inference_{pair}"] = -log_q.detach()
             row.update({name: value.detach() for name, value in losses.items()})
             if {"generator", "inference"} & set(teach):
-                for name, weight, x, present in (("loss_elbo", loss.elbo, batch.x, batch.present),
-                                                 ("loss_elbo_revised", loss.elbo_revised, x_k, None)):  # fmt: skip
+                for name, weight, x, present in (
+                    ("loss_elbo", loss.elbo, batch.x, batch.present),
+                    ("loss_elbo_revised", loss.elbo_revised, x_k, None),
+                ):
                     if weight and x is not None:
                         bound = self._bound(x, rng, present)[0]
                         losses[name], row[name] = -weight * bound, -bound.detach()
@@ -339,8 +355,11 @@ class Trainer:
     def _rng(self, *, iteration: int | None = None, purpose: int = 0) -> torch.Generator:
         """The generator of an iteration (this one), on this process, for one purpose."""
         counter = (
-            self.iteration if iteration is None else iteration, self.guard.rollbacks, self.processes.rank, purpose,
-        )  # fmt: skip
+            self.iteration if iteration is None else iteration,
+            self.guard.rollbacks,
+            self.processes.rank,
+            purpose,
+        )
         key = (self.config.seed & noise.MASK32, (self.config.seed >> 32) & noise.MASK32)
         mixed = noise.philox4x32([torch.tensor(v) for v in counter], key)
         return torch.Generator(self.device).manual_seed(int(mixed[0]) << 31 ^ int(mixed[1]))
@@ -461,9 +480,11 @@ class Trainer:
                     values = [row[name] for row in numbers if name in row]
                     mean[name] = sum(values) / len(values)
                 mean.update(
-                    stage=stage.kind, iteration=self.iteration, seconds_per_iteration=seconds,
+                    stage=stage.kind,
+                    iteration=self.iteration,
+                    seconds_per_iteration=seconds,
                     evaluations=self.evaluations,
-                )  # fmt: skip
+                )
                 if due:
                     mean.update({f"valid_{name}": value for name, value in self.validate().items()})
                     if self._is_best(mean):
@@ -594,8 +615,9 @@ class Trainer:
         if self.averaged is not None:
             held |= {f"average of {name}": p for name, p in self.averaged.module.named_parameters()}
         for name, o in self.optimisers.items():
-            held |= {f"Adam's {key} of {name}": v for of in o.adam.state.values() for key, v in of.items()
-                     if key != "step"}  # fmt: skip
+            held |= {
+                f"Adam's {key} of {name}": v for of in o.adam.state.values() for key, v in of.items() if key != "step"
+            }
         largest = torch._foreach_norm([t.detach() for t in held.values() if t.numel()], torch.inf)
         wrong = [~n.isfinite() for n in largest]
         # a buffer may hold inf, as masks do
@@ -638,12 +660,18 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs: plain data and tensors."""
         return {
-            "format": checkpoint.FORMAT, "config": self.config.to_json(), "iteration": self.iteration,
-            "rollbacks": self.guard.rollbacks, "evaluations": self.evaluations, "snapshots": self.snapshots,
-            "data": self._reading, "networks": {name: class_name(net) for name, net in self.networks.items()},
-            "held": self.held, "best": self.best,
+            "format": checkpoint.FORMAT,
+            "config": self.config.to_json(),
+            "iteration": self.iteration,
+            "rollbacks": self.guard.rollbacks,
+            "evaluations": self.evaluations,
+            "snapshots": self.snapshots,
+            "data": self._reading,
+            "networks": {name: class_name(net) for name, net in self.networks.items()},
+            "held": self.held,
+            "best": self.best,
             **self._written(),
-        }  # fmt: skip
+        }
 
     def save(self, folder: Path | str) -> None:
         """Writes what :func:`mmebm.load` needs into ``folder``: the checkpoint, and the codecs of captions."""
@@ -664,8 +692,9 @@ class Trainer:
         for name in sorted(both):
             here, there = (tuple(of[name].shape) if name in of else "none" for of in (own, theirs))
             if here != there:
-                raise ValueError(f"its networks are others: {name} is {there} there and {here} here; `model` must be "
-                                 "as it was there")  # fmt: skip
+                raise ValueError(
+                    f"its networks are others: {name} is {there} there and {here} here; `model` must be as it was there"
+                )
         self.system.load_state_dict({**own, **{name: theirs[name] for name in both}})
         if self.averaged is not None:
             self.averaged.module.load_state_dict(self.system.state_dict())
@@ -680,8 +709,10 @@ class Trainer:
             check_reading(state["data"], self.data)
         held = state.get("held", self.held).cpu()
         if len(held) and int(held.max()) >= len(self._whole):
-            raise ValueError(f"it validates on tuple {int(held.max())}, and the data has {len(self._whole)}: give it "
-                             "the data as it was")  # fmt: skip
+            raise ValueError(
+                f"it validates on tuple {int(held.max())}, and the data has {len(self._whole)}: give it "
+                "the data as it was"
+            )
         if not torch.equal(held, self.held):
             self._split(held)
         if not 0 <= state["iteration"] <= self.total:
@@ -704,7 +735,8 @@ def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
     whole = usable_rows(data, labelled=False)
     count = min(max(round(v.share * len(whole)), 2), v.rows)
     if count >= len(data):
-        raise ValueError(f"the data has {len(data)} tuples, too few to keep some for a validation: set "
-                         "validation.every = 0")  # fmt: skip
+        raise ValueError(
+            f"the data has {len(data)} tuples, too few to keep some for a validation: set validation.every = 0"
+        )
     rng = torch.Generator().manual_seed(config.data.seed)
     return whole[torch.randperm(len(whole), generator=rng)[:count]].sort().values

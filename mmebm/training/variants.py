@@ -21,18 +21,41 @@ from mmebm.training.objectives import JOINT_OF
 # runs at a time on two cores.
 COSTS: dict[str, dict[str, float]] = {
     "demo": {
-        "posterior": 0.85, "revised": 0.2, "latent": 2.5, "prior": 0.8, "data": 1.65, "energy": 0.45,
-        "mvae": 1.8, "mmvae": 1.4, "mmvae+": 1.45,
+        "posterior": 0.85,
+        "revised": 0.2,
+        "latent": 2.5,
+        "prior": 0.8,
+        "data": 1.65,
+        "energy": 0.45,
+        "mvae": 1.8,
+        "mmvae": 1.4,
+        "mmvae+": 1.45,
     },
     "polymnist-14": {
-        "posterior": 2.3, "revised": 0.4, "latent": 1.9, "prior": 0.7, "data": 2.05, "energy": 0.7,
-        "mvae": 2.6, "mmvae": 2.05, "mopoe": 1.1, "mmvae+": 2.25,
+        "posterior": 2.3,
+        "revised": 0.4,
+        "latent": 1.9,
+        "prior": 0.7,
+        "data": 2.05,
+        "energy": 0.7,
+        "mvae": 2.6,
+        "mmvae": 2.05,
+        "mopoe": 1.1,
+        "mmvae+": 2.25,
     },
     "polymnist-5k": {
-        "posterior": 2.1, "revised": 0.85, "latent": 2.85, "prior": 0.4, "data": 3.15, "energy": 1.15,
-        "mvae": 3.8, "mmvae": 2.85, "mopoe": 1.05, "mmvae+": 2.9,
+        "posterior": 2.1,
+        "revised": 0.85,
+        "latent": 2.85,
+        "prior": 0.4,
+        "data": 3.15,
+        "energy": 1.15,
+        "mvae": 3.8,
+        "mmvae": 2.85,
+        "mopoe": 1.05,
+        "mmvae+": 2.9,
     },
-}  # fmt: skip
+}
 
 
 def _with(config: Config, **loss: Any) -> Config:
@@ -57,8 +80,11 @@ def cost(config: Config, stage: Stage) -> float:
     parts = {
         "posterior": any(map(loss.needs_posterior, vae)),
         "revised": bool(vae and (loss.generator_revised or loss.inference_revised)),
-        "latent": posterior, "prior": "prior" in teach, "data": energy + revised, "energy": energy,
-    }  # fmt: skip
+        "latent": posterior,
+        "prior": "prior" in teach,
+        "data": energy + revised,
+        "energy": energy,
+    }
     bounds = bool(vae) * (bool(loss.elbo) + bool(loss.elbo_revised))
     return bounds + sum(costs[name] * times for name, times in parts.items())
 
@@ -122,9 +148,13 @@ def coopnets(config: Config) -> Config:
 def coop_vae(config: Config) -> Config:
     """Energy and VAE, the VAE taught by revised samples only; no warm-up (Xie et al., 2021)."""
     plain = _with(
-        _plain(config), generator_real=0.0, generator_revised=0.0, inference_real=0.0, inference_revised=0.0,
+        _plain(config),
+        generator_real=0.0,
+        generator_revised=0.0,
+        inference_real=0.0,
+        inference_revised=0.0,
         elbo_revised=1.0,
-    )  # fmt: skip
+    )
     return _then_joint(config, plain, (), lr=1.0)
 
 
@@ -238,8 +268,9 @@ def baseline(objective: str) -> Callable[[Config], Config]:
             own = config.model.latent_size // 2
             modalities = config.data.options.get("modalities", MODALITIES.get(config.data.name))
             if modalities is None:
-                raise ValueError(f"mmvae+ needs the number of modalities of {config.data.name!r}: known are "
-                                 f"{sorted(MODALITIES)}")  # fmt: skip
+                raise ValueError(
+                    f"mmvae+ needs the number of modalities of {config.data.name!r}: known are {sorted(MODALITIES)}"
+                )
             model = dataclasses.replace(model, latent=config.model.latent_size - own + modalities * own, private=own)
         plain = _with(vae(config).replace(model=model), objective=objective)
         stage = plain.stages[0]
@@ -252,21 +283,41 @@ def baseline(objective: str) -> Callable[[Config], Config]:
 
 # How many modalities a data set has, for the size of MMVAE+'s latent.
 MODALITIES = {
-    "digits": 3, "polymnist-5k": 5, "polymnist": 5, "polyfashion": 5, "mnist-svhn-text": 3, "mnist-svhn": 2, "cub": 2,
+    "digits": 3,
+    "polymnist-5k": 5,
+    "polymnist": 5,
+    "polyfashion": 5,
+    "mnist-svhn-text": 3,
+    "mnist-svhn": 2,
+    "cub": 2,
     "coco": 2,
-}  # fmt: skip
+}
 
 VARIANTS: dict[str, Callable[[Config], Config]] = {
-    "full": full, "paper": paper, "vae": vae, "abp": abp, "ebm": ebm, "coopnets": coopnets, "coop-vae": coop_vae,
+    "full": full,
+    "paper": paper,
+    "vae": vae,
+    "abp": abp,
+    "ebm": ebm,
+    "coopnets": coopnets,
+    "coop-vae": coop_vae,
     "frozen": frozen,
-    "no-warmup": no_warmup, "staged": staged, "vae+prior": vae_prior, "independent-inference": independent_inference,
+    "no-warmup": no_warmup,
+    "staged": staged,
+    "vae+prior": vae_prior,
+    "independent-inference": independent_inference,
     **{f"noise={steps}": noise_steps(steps) for steps in (10, 30, 60, 100)},
-    "paper+elbo": paper_elbo, "paper+prior": paper_prior, "paper+shuffled": paper_shuffled, "paper+hard": paper_hard,
-    **{f"start={name}": data_start(name)
-       for name in ("noise", "data+noise", "buffer", "independent", "shuffled", "aggregated")},
+    "paper+elbo": paper_elbo,
+    "paper+prior": paper_prior,
+    "paper+shuffled": paper_shuffled,
+    "paper+hard": paper_hard,
+    **{
+        f"start={name}": data_start(name)
+        for name in ("noise", "data+noise", "buffer", "independent", "shuffled", "aggregated")
+    },
     **{f"latent={name}": latent_start(name) for name in ("product", "mixture_of_products", "prior", "persistent")},
     **{name: baseline(name) for name in ("mvae", "mmvae", "mopoe", "mvtcae", "mmvae+")},
-}  # fmt: skip
+}
 
 # Three points a model on the plane of coherence and distance, as multimodal VAEs are compared.
 BETAS = (1.0, 2.5, 5.0)
@@ -300,9 +351,11 @@ def scaled(config: Config, factor: float) -> Config:
     """
     if not factor > 0:
         raise ValueError(f"factor must be positive, got {factor!r}")
-    return config.replace(stages=tuple(
-        dataclasses.replace(stage, iterations=max(round(factor * stage.iterations), 1)) for stage in config.stages
-    ))  # fmt: skip
+    return config.replace(
+        stages=tuple(
+            dataclasses.replace(stage, iterations=max(round(factor * stage.iterations), 1)) for stage in config.stages
+        )
+    )
 
 
 def without_data(config: Config) -> Config:
@@ -317,7 +370,7 @@ def without_data(config: Config) -> Config:
         data=dataclasses.replace(config.data, options={}, path=None),
         model=dataclasses.replace(config.model, weights="auto", encoders={}, decoders={}),
         data_chain=plain(config.data_chain),
-    )  # fmt: skip
+    )
 
 
 def variant(config: Config, name: str) -> Config:

@@ -29,11 +29,14 @@ def runs(seed, options, call):
     return out
 
 
-@pytest.mark.parametrize("options", [
-    {"step_size": 0.1, "steps": 6},
-    {"step_size": 10.0, "steps": 5, "noise_scale": 0.005, "grad_clip": 0.01, "clamp": (-1, 1)},
-    {"step_size": 0.1, "steps": 3, "noise_scale": 0.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_size": 0.1, "steps": 6},
+        {"step_size": 10.0, "steps": 5, "noise_scale": 0.005, "grad_clip": 0.01, "clamp": (-1, 1)},
+        {"step_size": 0.1, "steps": 3, "noise_scale": 0.0},
+    ],
+)
 def test_same_numbers_as_its_own(options, seed):
     energy, x = network(seed), torch.randn(7, 3, dtype=torch.float64)
     before = x.clone()

@@ -21,9 +21,9 @@ from mmebm.adapters.multivae import EBMSampler, EBMSamplerConfig
 def model(several: bool = False) -> Any:
     dims = {"a": (3,), "b": (2,)}
     if several:
-        return MMVAEPlus(MMVAEPlusConfig(
-            n_modalities=2, latent_dim=2, input_dims=dims, modalities_specific_dim=1
-        )).cpu()  # fmt: skip
+        return MMVAEPlus(
+            MMVAEPlusConfig(n_modalities=2, latent_dim=2, input_dims=dims, modalities_specific_dim=1)
+        ).cpu()
     return MVAE(MVAEConfig(n_modalities=2, latent_dim=2, input_dims=dims)).cpu()
 
 

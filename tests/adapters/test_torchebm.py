@@ -57,19 +57,28 @@ def runs(theirs, ours, seed, **given):
     return [s.sample(x=start.clone(), generator=make(), **given) for s in (theirs, ours)]
 
 
-@pytest.mark.parametrize("given", [
-    {"n_steps": 7},
-    {"n_steps": 0},
-    {"n_steps": 7, "return_trajectory": True},
-    {"n_steps": 7, "return_trajectory": True, "thin": 3},
-    {"n_steps": 6, "return_diagnostics": True, "thin": 2},
-    {"n_steps": 6, "return_diagnostics": True, "return_trajectory": True},
-])  # fmt: skip
-@pytest.mark.parametrize("options", [
-    {"step_size": 0.05},
-    {"step_size": 0.05, "noise_scale": 0.3, "clamp": (-0.5, 0.7)},
-    {"step_size": lambda: LinearScheduler(0.1, 0.01, 5), "noise_scale": lambda: ExponentialDecayScheduler(1.0, 0.7)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n_steps": 7},
+        {"n_steps": 0},
+        {"n_steps": 7, "return_trajectory": True},
+        {"n_steps": 7, "return_trajectory": True, "thin": 3},
+        {"n_steps": 6, "return_diagnostics": True, "thin": 2},
+        {"n_steps": 6, "return_diagnostics": True, "return_trajectory": True},
+    ],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_size": 0.05},
+        {"step_size": 0.05, "noise_scale": 0.3, "clamp": (-0.5, 0.7)},
+        {
+            "step_size": lambda: LinearScheduler(0.1, 0.01, 5),
+            "noise_scale": lambda: ExponentialDecayScheduler(1.0, 0.7),
+        },
+    ],
+)
 def test_same_numbers_as_its_own(given, options, seed, monkeypatch):
     torch.manual_seed(seed)
     model = Conditional()
@@ -149,7 +158,7 @@ def test_start_and_signature(seed):
 def test_one_chain_has_no_variance(seed):
     _, diagnostics = LangevinDynamics(DoubleWellModel(), step_size=0.01).sample(
         dim=2, n_steps=4, return_diagnostics=True
-    )  # fmt: skip
+    )
     assert (diagnostics["var"] == 0).all() and diagnostics["mean"].shape == (4, 2)
 
 
@@ -172,9 +181,14 @@ def test_its_losses_take_it(persistent, seed):
         torch.manual_seed(seed)
         model = Conditional()
         loss_of = losses.ContrastiveDivergence(
-            model, kind(model, step_size=0.05, dtype=torch.float64), k_steps=4, persistent=persistent, buffer_size=64,
-            init_steps=2, dtype=torch.float64,
-        )  # fmt: skip
+            model,
+            kind(model, step_size=0.05, dtype=torch.float64),
+            k_steps=4,
+            persistent=persistent,
+            buffer_size=64,
+            init_steps=2,
+            dtype=torch.float64,
+        )
         data = torch.randn(16, 3, dtype=torch.float64)
         for _ in range(3):
             model.zero_grad()

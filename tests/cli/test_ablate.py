@@ -14,8 +14,22 @@ from mmebm.cli import ablate
 from mmebm.cli.main import main
 
 STAGES = json.dumps([{"kind": "warmup", "iterations": 16}, {"kind": "joint", "iterations": 4}])
-QUICK = ["--set", f"stages={STAGES}", "--set", "data_chain.steps=3", "--set", 'data.options={"size": 14, "n": 300}',
-         "--set", "batch=20", "--n", "200", "--threads", "1", "--device", "cpu"]  # fmt: skip
+QUICK = [
+    "--set",
+    f"stages={STAGES}",
+    "--set",
+    "data_chain.steps=3",
+    "--set",
+    'data.options={"size": 14, "n": 300}',
+    "--set",
+    "batch=20",
+    "--n",
+    "200",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def test_grid_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,9 +75,15 @@ def test_spread() -> None:
 
 def test_table_says_nothing_where_nothing_was_measured() -> None:
     row: dict[str, Any] = {
-        "variant": "ebm", "point": "xk", "seeds": 1, "joint_coherence": [0.5, None], "chance_joint": [0.01, None],
-        "class_share_min": [0.1, None], "frechet": [12.34, None], "seconds": [float("nan"), None],
+        "variant": "ebm",
+        "point": "xk",
+        "seeds": 1,
+        "joint_coherence": [0.5, None],
+        "chance_joint": [0.01, None],
+        "class_share_min": [0.1, None],
+        "frechet": [12.34, None],
+        "seconds": [float("nan"), None],
         "evaluations": [2.5e6, None],
-    }  # fmt: skip
+    }
     line = ablate.table([row], "demo").splitlines()[-1]
     assert line == "| ebm | xk | 1 | 0.500 | 0.010 | 0.100 | 12.3 |  | 2.5 |"

@@ -21,8 +21,15 @@ from mmebm.training import Trainer, checkpoint
 from mmebm.training.config import Stage, extended
 
 CPU = torch.device("cpu")
-BASE = ["model.generator_width=16", "model.inference_width=16", "model.energy_width=16", "data.options.n=200",
-        "data_chain.steps=2", "latent_prior=null", "guard.every=5"]  # fmt: skip
+BASE = [
+    "model.generator_width=16",
+    "model.inference_width=16",
+    "model.energy_width=16",
+    "data.options.n=200",
+    "data_chain.steps=2",
+    "latent_prior=null",
+    "guard.every=5",
+]
 
 
 def stages(*of: tuple[str, int]) -> str:
@@ -30,8 +37,22 @@ def stages(*of: tuple[str, int]) -> str:
 
 
 def begin(tmp_path: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mmebm", "train", "--runs", str(tmp_path), "--name", "r", "--device", "cpu",
-               "--threads", "1", "--set", stages(("warmup", 1_000_000))]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mmebm",
+        "train",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "r",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--set",
+        stages(("warmup", 1_000_000)),
+    ]
     for change in BASE:
         command += ["--set", change]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ})
@@ -119,12 +140,13 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
     wrong = {
         "--extend 5": "--extend goes with --resume",
         "--callback builtins:dict": "--callback builtins:dict must give a mmebm.training.Callback, got dict",
-        "--callback no": "'no' is none of mmebm.callbacks", "--logger no": "come with it are jsonl, tensorboard, wandb",
+        "--callback no": "'no' is none of mmebm.callbacks",
+        "--logger no": "come with it are jsonl, tensorboard, wandb",
         "--set checkpoint.best=bound": "goes by the validation, and validation.every is 0",
         "--resume x --init-from y": "leave out --init-from",
         "--resume x --extend 0": "--extend must be at least 1, got 0",
         "--init-from nowhere --set data.options.n=100": "no checkpoint at nowhere",
-    }  # fmt: skip
+    }
     for words, message in wrong.items():
         assert main(["train", "--runs", str(tmp_path), "--device", "cpu", *words.split()]) == 1
         assert message in capsys.readouterr().err

@@ -42,11 +42,38 @@ def test_a_run_keeps_its_codec(cub: Path, tmp_path: Path, capsys: pytest.Capture
         TextAutoencoder(Vocabulary.of(words), settings).eval().save(tmp_path / "fitted.pt")
     stages = json.dumps([{"kind": "warmup", "iterations": 5}, {"kind": "joint", "iterations": 2}])
     options = json.dumps({"size": 8, "dim": 8, "codec": str(tmp_path / "fitted.pt")})
-    assert main([
-        "train", "--preset", "paper", "--data", "cub", "--data-path", str(cub), "--runs", str(tmp_path), "--name", "r",
-        "--device", "cpu", "--threads", "1", "--set", f"stages={stages}", "--set", f"data.options={options}",
-        "--set", "model.weights={}", "--set", "batch=8", "--set", "data_chain.steps=2",
-    ]) == 0, capsys.readouterr().err  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                "--preset",
+                "paper",
+                "--data",
+                "cub",
+                "--data-path",
+                str(cub),
+                "--runs",
+                str(tmp_path),
+                "--name",
+                "r",
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+                "--set",
+                f"stages={stages}",
+                "--set",
+                f"data.options={options}",
+                "--set",
+                "model.weights={}",
+                "--set",
+                "batch=8",
+                "--set",
+                "data_chain.steps=2",
+            ]
+        )
+        == 0
+    ), capsys.readouterr().err
     kept = (tmp_path / "r" / "codec.pt").read_bytes()
     (tmp_path / "fitted.pt").unlink()
     assert main(["sample", str(tmp_path / "r"), "--n", "3", "--out", str(tmp_path / "s.npz"), "--device", "cpu"]) == 0

@@ -22,8 +22,18 @@ from mmebm.training import checkpoint
 from mmebm.training.run import Run
 
 STAGES = json.dumps([{"kind": kind, "iterations": n} for kind, n in (("warmup", 40), ("prior", 4), ("joint", 4))])
-QUICK = ["--set", f"stages={STAGES}", "--set", "data_chain.steps=4", "--set", "guard.every=4", "--threads", "1",
-         "--device", "cpu"]  # fmt: skip
+QUICK = [
+    "--set",
+    f"stages={STAGES}",
+    "--set",
+    "data_chain.steps=4",
+    "--set",
+    "guard.every=4",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -36,8 +46,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_leaves_everything(run: Path) -> None:
-    expected = {"config.json", "checkpoint.pt", "log.jsonl", "samples.png", "trajectory.png", "curves.png",
-                "metrics.json", "classifiers.pt"}  # fmt: skip
+    expected = {
+        "config.json",
+        "checkpoint.pt",
+        "log.jsonl",
+        "samples.png",
+        "trajectory.png",
+        "curves.png",
+        "metrics.json",
+        "classifiers.pt",
+    }
     assert expected <= {p.name for p in run.iterdir()}
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["preset"] == "demo" and config["versions"]["torch"] and "commit" in config
@@ -162,8 +180,12 @@ def test_starts_modes_and_automatic_steps(run: Path, tmp_path: Path) -> None:
     decoded, latent, data = (draw(f"{mode}.npz", *given, "--mode", mode)[0] for mode in ("decode", "latent", "data"))
     assert np.array_equal(decoded["word"], data["word"]) and np.array_equal(decoded["label"], data["label"])
     assert not np.array_equal(decoded["mnist"], latent["mnist"]) and not np.array_equal(latent["mnist"], data["mnist"])
-    for bad in (["--point", "frozen"], ["--start", "x"], ["--given", "word", "--start", "noise"],
-                ["--given", "word", "--steps", "auto"]):  # fmt: skip
+    for bad in (
+        ["--point", "frozen"],
+        ["--start", "x"],
+        ["--given", "word", "--start", "noise"],
+        ["--given", "word", "--steps", "auto"],
+    ):
         assert main(["sample", str(run), "--out", str(tmp_path / "x.npz"), "--device", "cpu", *bad]) == 1
     assert not (tmp_path / "x.npz").exists()
 
@@ -196,9 +218,12 @@ def test_resume_of_a_finished_run_evaluates_again(run: Path, capsys: pytest.Capt
     ],
 )
 def test_errors_are_one_line_and_status_one(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     error = capsys.readouterr().err
@@ -207,8 +232,11 @@ def test_errors_are_one_line_and_status_one(
 
 
 def test_wrong_sample_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options, message in ((["--n", "0"], "--n must be at least 1"), (["--given", "sound"], "['sound']"),
-                             (["--given", "word", "--point", "vae"], "--point x0 or xk")):  # fmt: skip
+    for options, message in (
+        (["--n", "0"], "--n must be at least 1"),
+        (["--given", "sound"], "['sound']"),
+        (["--given", "word", "--point", "vae"], "--point x0 or xk"),
+    ):
         assert main(["sample", str(run), "--device", "cpu", *options]) == 1
         assert message in capsys.readouterr().err
     assert main(["train", "--runs", str(run.parent), "--name", run.name]) == 1
@@ -224,8 +252,19 @@ def test_backends_prints_each_with_a_reason(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path: Path) -> None:
     stages = '[{"kind": "warmup", "iterations": 100000}]'
-    command = [sys.executable, "-m", "mmebm", "train", "--runs", str(tmp_path), "--name", "cut", *QUICK[2:],
-               "--set", f"stages={stages}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mmebm",
+        "train",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "cut",
+        *QUICK[2:],
+        "--set",
+        f"stages={stages}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ})
     log = tmp_path / "cut" / "log.jsonl"
     deadline = time.monotonic() + 120
@@ -268,8 +307,13 @@ def test_a_result_that_cannot_be_written_is_found_before_the_work(
     def work(*args: object, **options: object) -> None:
         raise AssertionError("the work has begun")
 
-    for name in ("mmebm.cli.train.load_data", "mmebm.cli.evaluate.fit_classifiers", "mmebm.cli.evaluate.measure",
-                 "mmebm.training.run.Run.sample", "mmebm.report.write_report"):  # fmt: skip
+    for name in (
+        "mmebm.cli.train.load_data",
+        "mmebm.cli.evaluate.fit_classifiers",
+        "mmebm.cli.evaluate.measure",
+        "mmebm.training.run.Run.sample",
+        "mmebm.report.write_report",
+    ):
         monkeypatch.setattr(name, work)
     (tmp_path / "file").write_text("in the way")
     out = str(tmp_path / "file" / "out")
@@ -277,12 +321,13 @@ def test_a_result_that_cannot_be_written_is_found_before_the_work(
     (tmp_path / "blocked" / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
     (tmp_path / "blocked" / "metrics.json").mkdir()
     arguments = {
-        "train": ["--runs", out, *QUICK], "ablate": ["--out", out, "--device", "cpu"],
+        "train": ["--runs", out, *QUICK],
+        "ablate": ["--out", out, "--device", "cpu"],
         "sample": [str(run), "--out", out, "--device", "cpu"],
         "evaluate": [str(tmp_path / "blocked"), "--device", "cpu"],
         "report": [str(run), "--out", out, "--device", "cpu"],
         "figure": ["9", str(run), "--out", out + ".png", "--device", "cpu"],
-    }  # fmt: skip
+    }
     assert main([command, *arguments[command]]) == 1
     error = capsys.readouterr().err
     assert "cannot be written" in error

@@ -60,11 +60,31 @@ def test_help_takes_less_than_half_a_second() -> None:
 
 def test_flags_set_fields(capsys: pytest.CaptureFixture[str]) -> None:
     config = printed(
-        capsys, "--preset", "paper", "--loss.elbo", "0.25", "--data_chain.steps", "7", "--model.net", "conv",
-        "--channels-last", "--model.spectral=false", "--stages.0.final-lr", "0.5", "--data.options.my-key=3",
-        "--model.weights", '{"word": 2}', "--batch", "64", "--set", "batch=32", "--latent-prior.width", "9",
-        "--latent-prior.chain.steps", "4",
-    )  # fmt: skip
+        capsys,
+        "--preset",
+        "paper",
+        "--loss.elbo",
+        "0.25",
+        "--data_chain.steps",
+        "7",
+        "--model.net",
+        "conv",
+        "--channels-last",
+        "--model.spectral=false",
+        "--stages.0.final-lr",
+        "0.5",
+        "--data.options.my-key=3",
+        "--model.weights",
+        '{"word": 2}',
+        "--batch",
+        "64",
+        "--set",
+        "batch=32",
+        "--latent-prior.width",
+        "9",
+        "--latent-prior.chain.steps",
+        "4",
+    )
     assert (config.loss.elbo, config.data_chain.steps, config.model.net) == (0.25, 7, "conv")
     assert config.channels_last and not config.model.spectral and config.model.weights == {"word": 2}
     assert config.stages[0].final_lr == 0.5 and config.data.options["my-key"] == 3
@@ -78,13 +98,17 @@ def test_flags_set_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "--data.name", "folder", "--data.path", "x").data.options == {}  # as --data does
 
 
-@pytest.mark.parametrize(("words", "status", "said"), [
-    (["--model.net", "resnet"], 2, "invalid choice: 'resnet'"),
-    (["--wrong", "3"], 2, "unrecognized arguments: --wrong 3"), (["stray"], 2, "unrecognized arguments: stray"),
-    (["--model.wrong", "3", "--print-config"], 1, "unknown field 'model.wrong'"),
-    (["--preset", "paper", "--latent-prior.widht", "3", "--print-config"], 1, "did you mean 'width'?"),
-    (["--data-chain.steps", "-1", "--print-config"], 1, "data_chain.steps must be at least 0, got -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--model.net", "resnet"], 2, "invalid choice: 'resnet'"),
+        (["--wrong", "3"], 2, "unrecognized arguments: --wrong 3"),
+        (["stray"], 2, "unrecognized arguments: stray"),
+        (["--model.wrong", "3", "--print-config"], 1, "unknown field 'model.wrong'"),
+        (["--preset", "paper", "--latent-prior.widht", "3", "--print-config"], 1, "did you mean 'width'?"),
+        (["--data-chain.steps", "-1", "--print-config"], 1, "data_chain.steps must be at least 0, got -1"),
+    ],
+)
 def test_wrong_flags(words: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         got: Any = main(["train", *words])
@@ -95,8 +119,9 @@ def test_wrong_flags(words: list[str], status: int, said: str, capsys: pytest.Ca
 
 def test_fields_are_told_from_other_words() -> None:
     assert others(["--a.b_c-d", "1", "--x", "2", "y", "--model.weights.my-word=3"]) == (
-        ["a.b_c_d=1", "model.weights.my-word=3"], ["--x", "2", "y"],
-    )  # fmt: skip
+        ["a.b_c_d=1", "model.weights.my-word=3"],
+        ["--x", "2", "y"],
+    )
     assert others(["--a.b"]) == ([], ["--a.b"])
     with pytest.raises(SystemExit):
         main(["evaluate", "run", "--model.net", "conv"])  # which has no configuration to change

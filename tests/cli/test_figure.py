@@ -16,8 +16,22 @@ from mmebm.cli.figure import coherence_and_distance
 from mmebm.cli.main import main
 
 STAGES = json.dumps([{"kind": kind, "iterations": n} for kind, n in (("warmup", 20), ("joint", 6))])
-QUICK = ["--set", f"stages={STAGES}", "--set", "data_chain.steps=3", "--set", "guard.every=2", "--set", "batch=20",
-         "--set", 'data.options={"size": 14, "n": 300}', "--threads", "1", "--device", "cpu"]  # fmt: skip
+QUICK = [
+    "--set",
+    f"stages={STAGES}",
+    "--set",
+    "data_chain.steps=3",
+    "--set",
+    "guard.every=2",
+    "--set",
+    "batch=20",
+    "--set",
+    'data.options={"size": 14, "n": 300}',
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +92,10 @@ def test_a_point_is_what_the_metrics_say(run: Path, tmp_path: Path, monkeypatch:
     seen = {}
     monkeypatch.setattr("mmebm.cli.figure.figures.scatter", lambda panels, out, **_: seen.update(panels) or out)
     coherence_and_distance(folders, tmp_path / "f.png")
-    assert seen == {"unconditional": {"demo/vae": [(10.0, 0.75, "1"), (50.0, 0.25, "5")]},
-                    "one modality given": {"demo/vae": [(10.0, 0.375, "1"), (50.0, 0.125, "5")]}}  # fmt: skip
+    assert seen == {
+        "unconditional": {"demo/vae": [(10.0, 0.75, "1"), (50.0, 0.25, "5")]},
+        "one modality given": {"demo/vae": [(10.0, 0.375, "1"), (50.0, 0.125, "5")]},
+    }
 
 
 def test_what_cannot_be_drawn_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

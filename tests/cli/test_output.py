@@ -17,8 +17,19 @@ from mmebm.training import preset
 from mmebm.training.config import Config, Stage
 
 STAGES = '[{"kind": "warmup", "iterations": 4}]'
-QUICK = ["train", "--preset", "paper", "--set", f"stages={STAGES}", "--set", "data.options.n=100", "--threads", "1",
-         "--device", "cpu"]  # fmt: skip
+QUICK = [
+    "train",
+    "--preset",
+    "paper",
+    "--set",
+    f"stages={STAGES}",
+    "--set",
+    "data.options.n=100",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sample", "--help"], ["--version"]])
@@ -58,10 +69,15 @@ def test_quiet_json_and_traceback(tmp_path: Path, monkeypatch: Any, capsys: pyte
         main(["sample", "nowhere", "--traceback"])
 
 
-@pytest.mark.parametrize("name, message", [
-    ("cuda:7", "--device cuda:7: torch sees"), ("tpu", "--device takes auto, cpu, cuda or cuda:N, got 'tpu'"),
-    ("meta", "--device takes auto, cpu, cuda or cuda:N, got 'meta'"), ("cuda:x", "--device takes auto"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("cuda:7", "--device cuda:7: torch sees"),
+        ("tpu", "--device takes auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ("meta", "--device takes auto, cpu, cuda or cuda:N, got 'meta'"),
+        ("cuda:x", "--device takes auto"),
+    ],
+)
 def test_devices(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "nowhere", "--device", name]) == 1
     assert message in capsys.readouterr().err
@@ -94,8 +110,10 @@ def test_the_printed_configuration_is_a_configuration_file(tmp_path: Path, capsy
 
 def test_toml_changes_what_it_names(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('batch = 50\n[data]\nname = "folder"\npath = "here"\n[loss]\nelbo = 0.5\n[[stages]]\n'
-                    'kind = "joint"\niterations = 3\ntrain = ["energy"]\n')  # fmt: skip
+    file.write_text(
+        'batch = 50\n[data]\nname = "folder"\npath = "here"\n[loss]\nelbo = 0.5\n[[stages]]\n'
+        'kind = "joint"\niterations = 3\ntrain = ["energy"]\n'
+    )
     config = configure(file=str(file), changes=["loss.elbo=0.25"], seed=4)
     base = preset("base")
     assert (config.batch, config.data.path, config.loss.elbo, config.seed) == (50, "here", 0.25, 4)
@@ -103,9 +121,12 @@ def test_toml_changes_what_it_names(tmp_path: Path) -> None:
     assert config.latent_prior == base.latent_prior and config.data.options == {} and config.model.latent == "auto"
     file.write_text('preset = "paper"\n')
     assert configure(file=str(file)) == preset("paper")
-    for text, message in (("batch = 0", "batch must be at least 1"), ("a =", "cannot be read"),
-                          ("[model]\nlatnt = 3", r"unknown field 'model\.latnt' \(did you mean 'latent'\?\)"),
-                          ("preset = 3", "preset must be a string")):  # fmt: skip
+    for text, message in (
+        ("batch = 0", "batch must be at least 1"),
+        ("a =", "cannot be read"),
+        ("[model]\nlatnt = 3", r"unknown field 'model\.latnt' \(did you mean 'latent'\?\)"),
+        ("preset = 3", "preset must be a string"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             configure(file=str(file))
@@ -133,8 +154,11 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys: pytest.Captu
     )
     # the first and the last of each stage; more only where twenty seconds have gone by
     assert [line.partition(",")[0] for line in lines[:-1]] == [
-        "warmup 1/2: 5 of 1000", "warmup 1/2: 1000 of 1000", "joint 2/2: 5 of 500", "joint 2/2: 500 of 500",
-    ]  # fmt: skip
+        "warmup 1/2: 5 of 1000",
+        "warmup 1/2: 1000 of 1000",
+        "joint 2/2: 5 of 500",
+        "joint 2/2: 500 of 500",
+    ]
     with Progress(stages, 0, quiet=True) as progress:
         progress.show({"iteration": 5, "loss_elbo": 1.0, "alarm": "unstable"})
     assert capsys.readouterr().err == "warning at iteration 5: unstable\n"

@@ -12,11 +12,17 @@ import pytest
 from mmebm.cli.threads import SPINS, cores, quota
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({"cpu.max": "150000 100000\n"}, 1.5), ({"cpu.max": "max 100000\n"}, None), ({"cpu.max": "rubbish"}, None),
-    ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
-    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None), ({}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "rubbish"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
 def test_a_containers_quota(files: dict[str, str], expected: float | None, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -33,14 +39,17 @@ def test_no_more_threads_than_the_quota_pays_for(monkeypatch: pytest.MonkeyPatch
         assert cores() == expected
 
 
-@pytest.mark.parametrize("given, expected", [
-    ({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, expected", [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "none")]
+)
 def test_spinning_is_bounded_before_torch_is_there(given: dict[str, str], expected: str) -> None:
     plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    code = ("import os, sys\nfrom mmebm.cli.main import main\nassert 'torch' not in sys.modules\n"
-            "main(['sample', 'nowhere', '--quiet'])\nassert 'torch' in sys.modules\n"
-            "print(os.environ.get('GOMP_SPINCOUNT', 'none'))")  # fmt: skip
-    ended = subprocess.run([sys.executable, "-c", code], env={**plain, **given}, capture_output=True, text=True,
-                           timeout=300, check=True)  # fmt: skip
+    code = (
+        "import os, sys\nfrom mmebm.cli.main import main\nassert 'torch' not in sys.modules\n"
+        "main(['sample', 'nowhere', '--quiet'])\nassert 'torch' in sys.modules\n"
+        "print(os.environ.get('GOMP_SPINCOUNT', 'none'))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env={**plain, **given}, capture_output=True, text=True, timeout=300, check=True
+    )
     assert ended.stdout.split()[-1] == expected, ended.stderr

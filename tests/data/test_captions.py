@@ -62,8 +62,10 @@ def numbers_of(data: MultimodalDataset) -> list[tuple[int, str]]:
     natural = image.natural(batch["image"])
     # JPEG of one colour is off by a few levels of 255; numbers are ten apart
     numbers = np.rint((natural[:, 0].mean(axis=(1, 2)) * 255 - 5) / 10).astype(int)
-    assert np.abs(natural.mean(axis=(2, 3)) * 255 - np.stack([10 * numbers + 5, 0 * numbers, 250 - 10 * numbers], 1)
-                  ).max() < 5  # fmt: skip
+    assert (
+        np.abs(natural.mean(axis=(2, 3)) * 255 - np.stack([10 * numbers + 5, 0 * numbers, 250 - 10 * numbers], 1)).max()
+        < 5
+    )
     return list(zip(numbers.tolist(), caption.natural(batch["caption"]).tolist(), strict=True))
 
 
@@ -137,8 +139,9 @@ SPECIES = {"train": {"002.Auk": 2, "001.Wren": 3}, "test": {"010.Owl": 2}}
 def write_cub(root: Path, per_image: int = 10) -> None:
     """Image k, counted in sorted order, has the captions "{split} {k} {0..9}."; files are written in another order."""
     for split, text in (("train", "text_trainvalclasses.txt"), ("test", "text_testclasses.txt")):
-        files = [root / split / name / f"b{k}.jpg" for name in sorted(SPECIES[split])
-                 for k in range(SPECIES[split][name])]  # fmt: skip
+        files = [
+            root / split / name / f"b{k}.jpg" for name in sorted(SPECIES[split]) for k in range(SPECIES[split][name])
+        ]
         for number, file in reversed(list(enumerate(files))):
             write_image(file, number)
         lines = [f"{split} {k} {j}." for k in range(len(files)) for j in range(per_image)]
@@ -187,8 +190,10 @@ def test_published_cub_is_paired_by_name(tmp_path: Path) -> None:
 
 def test_one_caption_is_drawn_for_each_image(tmp_path: Path) -> None:
     write_cub(tmp_path)
-    drawn = [numbers_of(cub("train", path=tmp_path, size=8, captions="one", codec=Numbers(), seed=seed))
-             for seed in (0, 0, *range(1, 9))]  # fmt: skip
+    drawn = [
+        numbers_of(cub("train", path=tmp_path, size=8, captions="one", codec=Numbers(), seed=seed))
+        for seed in (0, 0, *range(1, 9))
+    ]
     assert drawn[0] == drawn[1] and len({tuple(one) for one in drawn}) > 5
     for one in drawn:
         assert [number for number, _ in one] == [0, 1, 2, 3, 4]
@@ -253,9 +258,11 @@ def test_an_empty_line_moves_no_caption(tmp_path: Path, change: str) -> None:
     lines = text.read_text().split("\n")[:-1]
     gone = {"between": range(0), "one": range(12, 13), "all": range(10, 20)}[change]
     held = [line for at, line in enumerate(lines) if at not in gone]
-    lines = [*lines[:12], "", *lines[12:]] if change == "between" else [
-        "" if at in gone else line for at, line in enumerate(lines)
-    ]  # fmt: skip
+    lines = (
+        [*lines[:12], "", *lines[12:]]
+        if change == "between"
+        else ["" if at in gone else line for at, line in enumerate(lines)]
+    )
     text.write_text("\n".join(lines))
     with pytest.warns(UserWarning) as said:
         after = cub("train", path=tmp_path, size=8, codec=Numbers())
@@ -313,8 +320,9 @@ def write_coco(root: Path, year: int = 2014, below: str = "") -> None:
         names = {k: f"{prefix}{k:012d}.jpg" for k in (3, 1, 4, 2)}
         for k, name in names.items():
             write_image(root / below / f"{part}{year}" / name, k)
-        pairs = [{"image_id": k, "id": 10 * k + j, "caption": f"{part} {k} {j}.\n"}
-                 for k in names for j in range(2 + k % 2)]  # fmt: skip
+        pairs = [
+            {"image_id": k, "id": 10 * k + j, "caption": f"{part} {k} {j}.\n"} for k in names for j in range(2 + k % 2)
+        ]
         random.Random(0).shuffle(pairs)
         (root / "annotations").mkdir(exist_ok=True)
         images = [{"id": k, "file_name": name} for k, name in names.items()]
@@ -477,8 +485,9 @@ LABELS = "# labels.txt\n\n[😀-😆☺️] ;\tSmileys & People ; face-positive\
 
 def write_emoji(root: Path) -> None:
     folder = root / emoji_module.CLDR
-    animals = "".join(f'<annotation cp="{chr(code)}" type="tts">animal {code:x}</annotation>\n'
-                      for code in range(0x1F400, 0x1F420))  # fmt: skip
+    animals = "".join(
+        f'<annotation cp="{chr(code)}" type="tts">animal {code:x}</annotation>\n' for code in range(0x1F400, 0x1F420)
+    )
     for file, rows in ((emoji_module.NAMES[0], animals), (emoji_module.NAMES[1], "")):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         text = NAMES.replace("ROWS", rows) if rows else "<ldml><annotations/></ldml>"
@@ -568,8 +577,14 @@ def test_real_emoji_look_like_their_names() -> None:
         pytest.skip("Pillow cannot join code points here: libraqm or libfribidi is missing")
     names = emoji_module._names(Path("/"))
     emoji = {name: one for one, name in names.items()}
-    wanted = {"red heart": (1, 0, 0), "green heart": (0, 1, 0), "blue heart": (0, 0, 1), "red circle": (1, 0, 0),
-              "green square": (0, 1, 0), "blue square": (0, 0, 1)}  # fmt: skip
+    wanted = {
+        "red heart": (1, 0, 0),
+        "green heart": (0, 1, 0),
+        "blue heart": (0, 0, 1),
+        "red circle": (1, 0, 0),
+        "green square": (0, 1, 0),
+        "blue square": (0, 0, 1),
+    }
     joined = "woman astronaut"
     drawn = emoji_module._draw(Path("/") / emoji_module.FONT, [emoji[name] for name in (*wanted, joined)], 32)
     for name, channels in wanted.items():

@@ -199,7 +199,9 @@ def test_what_is_absent_is_zeros_in_a_batch_and_never_looked_at() -> None:
     assert batch["word"].tolist() == [[0, 0, 0], [-1, 1, -1], [-1, -1, 1]]
     there = data.presence(rows)
     assert there is not None and {k: v.tolist() for k, v in there.items()} == {
-        "point": [True, False, True], "word": [False, True, True]}  # fmt: skip
+        "point": [True, False, True],
+        "word": [False, True, True],
+    }
     assert small().presence(rows) is None
     with pytest.raises(IndexError):
         small().presence(torch.tensor([5]))

@@ -50,8 +50,11 @@ def test_rows_are_tuples_and_shapes_say_what_they_are(tmp_path: Path, seed: int,
     write(tmp_path, content, layout)
     data = load("folder", "train", path=tmp_path, stream=stream)
     assert [(m.name, m.kind, m.shape) for m in data.modalities] == [
-        ("photo", "image", (3, 4, 5)), ("scan", "image", (1, 4, 5)), ("sound", "vector", (7,)), ("word", "text", (3,)),
-    ]  # fmt: skip
+        ("photo", "image", (3, 4, 5)),
+        ("scan", "image", (1, 4, 5)),
+        ("sound", "vector", (7,)),
+        ("word", "text", (3,)),
+    ]
     assert data.classes == ("0", "1", "2") and data.labels.tolist() == [0, 1, 0, 2, 1, -1]
     rows = torch.tensor([4, 0, 5])
     assert np.array_equal(np.rint(natural(data, "photo", rows) * 255), content["photo"][rows])
@@ -80,10 +83,17 @@ def test_meta_orders_names_and_scales(tmp_path: Path, seed: int) -> None:
     content["scan"] = random.integers(-100, 301, (N, 4, 5)).astype(">i2")
     content["word"] = np.array([2, 0, 0, 1, 1, 2], dtype=np.int8)
     low, high = (content["sound"].min(0) - 1).tolist(), (content["sound"].max(0) + 2).tolist()
-    write(tmp_path, content, classes=["x", "y", "z", "never"], modalities={
-        "word": {"kind": "text", "words": ["no", "perhaps", "yes"]}, "sound": {"kind": "vector", "range": [low, high]},
-        "photo": {"layout": "HWC"}, "scan": {"kind": "image", "range": [-100, 300]},
-    })  # fmt: skip
+    write(
+        tmp_path,
+        content,
+        classes=["x", "y", "z", "never"],
+        modalities={
+            "word": {"kind": "text", "words": ["no", "perhaps", "yes"]},
+            "sound": {"kind": "vector", "range": [low, high]},
+            "photo": {"layout": "HWC"},
+            "scan": {"kind": "image", "range": [-100, 300]},
+        },
+    )
     data = load("folder", "train", path=tmp_path)
     assert [m.name for m in data.modalities] == ["word", "sound", "photo", "scan"]
     assert data.classes == ("x", "y", "z", "never") and data.modalities[2].shape == (3, 4, 5)
@@ -159,8 +169,9 @@ def test_captions_come_with_a_codec_or_as_codes(tmp_path: Path) -> None:
     data = load("folder", "train", path=tmp_path, codecs={"told": Length()})
     assert natural(data, "told", torch.tensor([1, 2])).tolist() == ["xxxx", ""]
     write(tmp_path, {"told": np.array([[0.3], [0.1], [0.0]])})
-    assert natural(load("folder", "train", path=tmp_path, codecs={"told": Length()}), "told",
-                   torch.tensor([0])).tolist() == ["xxx"]  # fmt: skip
+    assert natural(
+        load("folder", "train", path=tmp_path, codecs={"told": Length()}), "told", torch.tensor([0])
+    ).tolist() == ["xxx"]
     assert load("folder", "train", path=tmp_path).batch(torch.tensor([0]))["told"].tolist() == [[pytest.approx(0.3)]]
 
 
@@ -220,13 +231,13 @@ def kind(**settings: Any) -> dict[str, Any]:
         ({"a": np.zeros((3, 1, 8, 9), complex)}, {}, "complex"),
         ({"a": np.zeros((3, 1, 2, 2, 2))}, {}, r"must hold numbers \(n, D\)"),
         ({"a": np.zeros((3, 2), complex)}, {}, r"must hold numbers \(n, D\)"),
-        ({"a": np.arange(3)}, kind(kind="text"), 'list the "words" of \'a\''),
+        ({"a": np.arange(3)}, kind(kind="text"), "list the \"words\" of 'a'"),
         ({"a": np.arange(3)}, kind(words=["x", "x"]), "words of 'a' must be distinct"),
         ({"a": np.arange(3.0)}, kind(kind="text"), "strings or word numbers"),
         ({"a": np.array(["", ""])}, {}, "has no word"),
         ({"a": np.array([{}, {}], dtype=object)}, {}, r"a\.npy cannot be read .*objects are not loaded"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(
     tmp_path: Path, content: dict[str, np.ndarray], meta: dict[str, Any], message: str
 ) -> None:

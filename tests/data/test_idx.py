@@ -16,10 +16,17 @@ from mmebm.data.idx import read_idx, read_mnist
 Writer = Callable[..., Path]
 
 
-@pytest.mark.parametrize(("code", "letter", "values"), [
-    (0x08, "B", [0, 7, 255, 1, 2, 3]), (0x09, "b", [-128, 127, 0, 1, -1, 5]), (0x0B, "h", [-300, 300, 0, 1, 2, 3]),
-    (0x0C, "i", [-70000, 70000, 0, 1, 2, 3]), (0x0D, "f", [0.5, -2.0, 1e9, 0, 1, 2]), (0x0E, "d", [1e300, *[0.0] * 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "letter", "values"),
+    [
+        (0x08, "B", [0, 7, 255, 1, 2, 3]),
+        (0x09, "b", [-128, 127, 0, 1, -1, 5]),
+        (0x0B, "h", [-300, 300, 0, 1, 2, 3]),
+        (0x0C, "i", [-70000, 70000, 0, 1, 2, 3]),
+        (0x0D, "f", [0.5, -2.0, 1e9, 0, 1, 2]),
+        (0x0E, "d", [1e300, *[0.0] * 5]),
+    ],
+)
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_every_type_of_the_format(
     tmp_path: Path, code: int, letter: str, values: list[float], pack: Callable[[bytes], bytes]

@@ -36,8 +36,20 @@ def pixels(file: Path) -> np.ndarray:
     return out.transpose(1, 2, 0)
 
 
-@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("L", "png"), ("1", "png"), ("P", "png"), ("P", "gif"),
-                                          ("RGB", "bmp"), ("RGB", "ppm"), ("L", "tif"), ("RGB", "tif")])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [
+        ("RGB", "png"),
+        ("L", "png"),
+        ("1", "png"),
+        ("P", "png"),
+        ("P", "gif"),
+        ("RGB", "bmp"),
+        ("RGB", "ppm"),
+        ("L", "tif"),
+        ("RGB", "tif"),
+    ],
+)
 def test_lossless_modes_come_back_as_written(mode: str, suffix: str, tmp_path: Path) -> None:
     picture = Image.fromarray(colours()).convert(mode)
     expected = np.asarray(picture.convert("RGB"))
@@ -110,8 +122,9 @@ def test_sixteen_bit_colour_png_is_read_in_eight(tmp_path: Path) -> None:
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     header = struct.pack(">IIBBBBB", W, H, 16, 2, 0, 0, 0)
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
-                                     + chunk(b"IEND", b""))  # fmt: skip
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
     assert np.array_equal(pixels(tmp_path / "a.png"), colours())
 
 

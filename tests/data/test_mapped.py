@@ -26,12 +26,22 @@ class Items(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         self.reads.append(i)
         self.threads.add(threading.get_ident())
-        return {"photo": torch.full((3, 4, 5), i, dtype=torch.uint8), "sound": np.array([i / 100, -i / 100]),
-                "level": i / 100, "word": ("low", "high")[i % 2], "label": i % 2, **self.changes}  # fmt: skip
+        return {
+            "photo": torch.full((3, 4, 5), i, dtype=torch.uint8),
+            "sound": np.array([i / 100, -i / 100]),
+            "level": i / 100,
+            "word": ("low", "high")[i % 2],
+            "label": i % 2,
+            **self.changes,
+        }
 
 
-WORDS = (Modality("photo", (3, 4, 5), "image"), Modality("sound", (2,), "vector", centre=(0.1, 0.2), spread=(2.0, 4.0)),
-         Modality("level", (1,), "vector"), Modality("word", (2,), "text", ("low", "high")))  # fmt: skip
+WORDS = (
+    Modality("photo", (3, 4, 5), "image"),
+    Modality("sound", (2,), "vector", centre=(0.1, 0.2), spread=(2.0, 4.0)),
+    Modality("level", (1,), "vector"),
+    Modality("word", (2,), "text", ("low", "high")),
+)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -57,24 +67,35 @@ def test_modalities_follow_from_the_first_item() -> None:
 
     data = from_dataset(NoWord())
     assert [(m.name, m.kind, m.shape) for m in data.modalities] == [
-        ("photo", "image", (3, 4, 5)), ("sound", "vector", (2,)), ("level", "vector", (1,)),
-    ]  # fmt: skip
+        ("photo", "image", (3, 4, 5)),
+        ("sound", "vector", (2,)),
+        ("level", "vector", (1,)),
+    ]
     with pytest.raises(ValueError, match=r"'word' is a string: give modalities=, with Modality\('word'"):
         from_dataset(Items())
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: from_dataset(Items(0)), "dataset has no items"),
-    (lambda: from_dataset(iter([])), "must have __getitem__ and __len__"),
-    (lambda: from_dataset([torch.zeros(3)]), "must have dicts as items, got Tensor"),
-    (lambda: from_dataset([{"a": np.zeros((2, 2))}]), r"'a' of the first item must be an image \(C, H, W\) or numbers"),
-    (lambda: from_dataset(Items(), WORDS, workers=-1), "workers must be at least 0"),
-    (lambda: from_dataset(Items(label=5), WORDS, classes=("low", "high")), r"labels must lie in \[0, 2\)"),
-    (lambda: from_dataset([{"a": [1.0]}, {"b": [1.0]}]).batch(torch.tensor([1])), r"item 1 .* with 'a', got \['b'\]"),
-    (lambda: from_dataset([{"a": [1.0]}, {"a": [1.0, 2.0]}]).batch(torch.tensor([0, 1])), "items 0 to 1 .*'a': "),
-    (lambda: from_dataset([{"a": [1.0]}, {"a": [np.nan]}]).batch(torch.tensor([1])), "'a' holds a value that"),
-    (lambda: from_dataset(Items(word="mid"), WORDS).batch(torch.tensor([3])), r"'word': .*unknown words \['mid'\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: from_dataset(Items(0)), "dataset has no items"),
+        (lambda: from_dataset(iter([])), "must have __getitem__ and __len__"),
+        (lambda: from_dataset([torch.zeros(3)]), "must have dicts as items, got Tensor"),
+        (
+            lambda: from_dataset([{"a": np.zeros((2, 2))}]),
+            r"'a' of the first item must be an image \(C, H, W\) or numbers",
+        ),
+        (lambda: from_dataset(Items(), WORDS, workers=-1), "workers must be at least 0"),
+        (lambda: from_dataset(Items(label=5), WORDS, classes=("low", "high")), r"labels must lie in \[0, 2\)"),
+        (
+            lambda: from_dataset([{"a": [1.0]}, {"b": [1.0]}]).batch(torch.tensor([1])),
+            r"item 1 .* with 'a', got \['b'\]",
+        ),
+        (lambda: from_dataset([{"a": [1.0]}, {"a": [1.0, 2.0]}]).batch(torch.tensor([0, 1])), "items 0 to 1 .*'a': "),
+        (lambda: from_dataset([{"a": [1.0]}, {"a": [np.nan]}]).batch(torch.tensor([1])), "'a' holds a value that"),
+        (lambda: from_dataset(Items(word="mid"), WORDS).batch(torch.tensor([3])), r"'word': .*unknown words \['mid'\]"),
+    ],
+)
 def test_what_is_wrong_is_named(make: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make()
@@ -85,10 +106,13 @@ def test_a_trainer_takes_it() -> None:
     from mmebm.training.config import ChainConfig, Config, ModelConfig, Stage
 
     config = Config(
-        preset="test", model=ModelConfig(latent=2, generator_width=8, inference_width=8, energy_width=8), batch=10,
-        data_chain=ChainConfig(steps=2, step=0.1), latent_chain=ChainConfig(steps=2, step=0.1),
+        preset="test",
+        model=ModelConfig(latent=2, generator_width=8, inference_width=8, energy_width=8),
+        batch=10,
+        data_chain=ChainConfig(steps=2, step=0.1),
+        latent_chain=ChainConfig(steps=2, step=0.1),
         stages=(Stage("warmup", 3), Stage("joint", 2)),
-    )  # fmt: skip
+    )
     rows = [list(Trainer(config, from_dataset(Items(), WORDS, workers=workers)).run())[-1] for workers in (0, 2)]
     assert rows[0]["iteration"] == 5 and rows[0]["loss_generator"] == rows[1]["loss_generator"]
 

@@ -135,8 +135,12 @@ def test_character_codes_away_from_any_word() -> None:
     spelt = codes.reshape(3, 8, 27)[:1].clone()
     spelt[0, 5] = torch.nn.functional.one_hot(torch.tensor(ALPHABET.index("f")), 27).float()
     assert CODEC.decode(spelt.flatten(1)) == ["sefen"]
-    for texts, starts, message in ((["Seven"], None, r"\['S'\]"), (["seven"], [4], "does not fit into 8 places"),
-                                   (["nineteens"], None, "does not fit"), (["six"], [-1], "does not fit")):  # fmt: skip
+    for texts, starts, message in (
+        (["Seven"], None, r"\['S'\]"),
+        (["seven"], [4], "does not fit into 8 places"),
+        (["nineteens"], None, "does not fit"),
+        (["six"], [-1], "does not fit"),
+    ):
         with pytest.raises(ValueError, match=message):
             CODEC.encode(texts, starts)
     with pytest.raises(ValueError, match="alphabet must be"):
@@ -213,10 +217,15 @@ def test_broken_mat_files_are_named(tmp_path: Path, write_svhn: Writer) -> None:
             read_svhn(tmp_path, "train")
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"pairs": "all"}, ValueError, "pairs must be"), ({"multiplicity": 0}, ValueError, "multiplicity must be at least"),
-    ({"per_class": 1.5}, TypeError, "per_class must be an integer"), ({"text": "speech"}, ValueError, "text must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"pairs": "all"}, ValueError, "pairs must be"),
+        ({"multiplicity": 0}, ValueError, "multiplicity must be at least"),
+        ({"per_class": 1.5}, TypeError, "per_class must be an integer"),
+        ({"text": "speech"}, ValueError, "text must be"),
+    ],
+)
 def test_options_are_checked(tmp_path: Path, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load("mnist-svhn-text", "train", path=tmp_path, **options)

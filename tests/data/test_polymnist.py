@@ -261,8 +261,14 @@ def test_a_missing_folder_says_what_was_looked_for_and_where(tmp_path: Path) -> 
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(FileNotFoundError) as caught:
             load("polymnist", "train", path=path)
-        for part in (str(path / "train"), str(path / "MMNIST" / "train"), "m0.pt", "zenodo", "polymnist-5k",
-                     "pip install 'mmebm[digits]'"):  # fmt: skip
+        for part in (
+            str(path / "train"),
+            str(path / "MMNIST" / "train"),
+            "m0.pt",
+            "zenodo",
+            "polymnist-5k",
+            "pip install 'mmebm[digits]'",
+        ):
             assert part in str(caught.value)
     with pytest.raises(ValueError, match="give path="):
         load("polymnist", "train")
@@ -411,9 +417,12 @@ def test_options_of_the_built_set(tmp_path: Path, write_mnist: Callable[..., Any
     assert torch.bincount(data.labels, minlength=10).tolist() == [3] * 5 + [2] * 5
     assert json.loads(json.dumps(data.info)) == data.info
     for options, message in (
-        ({"blend": "add"}, "blend must be"), ({"classes": names[:9]}, "ten distinct names"), ({"copies": 0}, "copies"),
-        ({"disjoint": True}, "28x336 is the least"), ({"backgrounds": tmp_path / "none"}, None),
-    ):  # fmt: skip
+        ({"blend": "add"}, "blend must be"),
+        ({"classes": names[:9]}, "ten distinct names"),
+        ({"copies": 0}, "copies"),
+        ({"disjoint": True}, "28x336 is the least"),
+        ({"backgrounds": tmp_path / "none"}, None),
+    ):
         kind = ValueError if message else FileNotFoundError
         with pytest.raises(kind, match=message or r"no background photograph .* in .*none"):
             load("polymnist-built", "test", path=tmp_path, **{"backgrounds": photos, **options})

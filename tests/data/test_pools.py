@@ -62,8 +62,11 @@ def test_image_files(tmp_path: Path, seed: int) -> None:
     image.new("L", (6, 5)).save(files[0])
     files[1].write_bytes(files[1].read_bytes()[:60])
     files[2].unlink()
-    for row, message in ((0, r"0\.png has 5x6 pixels.*others of 'photo' have 6x5"), (1, r"1\.png cannot be read"),
-                         (2, r"2\.png is gone")):  # fmt: skip
+    for row, message in (
+        (0, r"0\.png has 5x6 pixels.*others of 'photo' have 6x5"),
+        (1, r"1\.png cannot be read"),
+        (2, r"2\.png is gone"),
+    ):
         with pytest.raises(ValueError, match=message):
             pool.gather(torch.tensor([3, row]))
     with pytest.raises(FileNotFoundError):

@@ -39,8 +39,17 @@ class Counting:
 
 def dataset(pool: Counting) -> MultimodalDataset:
     nobody = torch.full((pool.n,), -1)
-    return MultimodalDataset("counting", "train", 0, (Modality("x", (1,), "vector"),), (), {"x": pool}, {"x": nobody},
-                             torch.arange(pool.n)[:, None], nobody)  # fmt: skip
+    return MultimodalDataset(
+        "counting",
+        "train",
+        0,
+        (Modality("x", (1,), "vector"),),
+        (),
+        {"x": pool},
+        {"x": nobody},
+        torch.arange(pool.n)[:, None],
+        nobody,
+    )
 
 
 def eventually(condition) -> bool:

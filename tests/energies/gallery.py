@@ -731,8 +731,12 @@ def prelu(b: Build) -> Any:
 
 @awkward("activations with arguments: Softplus(beta=2), GELU(tanh), ELU(1.7), Softplus(threshold=1)")
 def activation_arguments(b: Build) -> Any:
-    nets = [b.mlp(act=lambda: nn.Softplus(beta=2)), b.mlp(act=lambda: nn.GELU("tanh")),
-            b.mlp(act=lambda: nn.ELU(1.7)), b.mlp(act=lambda: nn.Softplus(threshold=1))]  # fmt: skip
+    nets = [
+        b.mlp(act=lambda: nn.Softplus(beta=2)),
+        b.mlp(act=lambda: nn.GELU("tanh")),
+        b.mlp(act=lambda: nn.ELU(1.7)),
+        b.mlp(act=lambda: nn.Softplus(threshold=1)),
+    ]
     return lambda x: nets[0](x).squeeze(1) + nets[1](x).squeeze(1) + nets[2](x).squeeze(1) + nets[3](x).squeeze(1)
 
 

@@ -72,8 +72,12 @@ def by_hand(case: Case, dtype: torch.dtype, path: str, jitter: int | None = None
     masks = [False] * len(x)
     result = rule.Result([])
     for run in range(2):
-        given = {"seed": SEED, "masks": masks, "first_step": run * STEPS,
-                 "jitter": None if jitter is None else np.random.default_rng(jitter + run)}  # fmt: skip
+        given = {
+            "seed": SEED,
+            "masks": masks,
+            "first_step": run * STEPS,
+            "jitter": None if jitter is None else np.random.default_rng(jitter + run),
+        }
         with case.around():
             if path in LANGEVIN:
                 result = rule.langevin(energy, x, STEPS, setting, **given)

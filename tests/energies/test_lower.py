@@ -137,7 +137,7 @@ ENERGIES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "spectral norm": lambda: Normed(torch.nn.utils.parametrizations.spectral_norm).eval(),
     "weight norm": lambda: Normed(torch.nn.utils.parametrizations.weight_norm).eval(),
     "old spectral norm": lambda: Normed(torch.nn.utils.spectral_norm).eval(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ENERGIES)
@@ -145,9 +145,11 @@ def test_recognised(name: str) -> None:
     assert_same(ENERGIES[name](), torch.randn(5, 6))
 
 
-@pytest.mark.parametrize("activation", [
-    nn.ReLU(), nn.LeakyReLU(0.3), nn.SiLU(), nn.GELU(), nn.Softplus(), nn.Tanh(), nn.ELU(0.6)
-], ids=lambda m: type(m).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU(), nn.LeakyReLU(0.3), nn.SiLU(), nn.GELU(), nn.Softplus(), nn.Tanh(), nn.ELU(0.6)],
+    ids=lambda m: type(m).__name__,
+)
 def test_activations(activation: nn.Module) -> None:
     (term,) = assert_same(nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 1)), torch.randn(4, 6))
     assert isinstance(term, Scalar)
@@ -331,7 +333,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "fourth power": (lambda: lambda x: ((x**2) ** 2).sum(1), "powers"),
     "conv": (lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 1, 1), nn.Flatten()), "it holds a Conv2d"),
     "wrong width": (lambda: nn.Linear(5, 1), "takes 5 inputs"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -400,15 +402,18 @@ def test_gaussian_and_mixture_are_densities(seed: int) -> None:
     assert ((samples.mean(0) - centre).abs() < 5.7 * (variance / n).sqrt()).all()
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: Gaussian(0.0, -1.0), "std must be above 0"),
-    (lambda: Gaussian(torch.zeros(2, 2)), "mean must be"),
-    (lambda: GaussianMixture(torch.zeros(3)), "means must be"),
-    (lambda: GaussianMixture(torch.zeros(3, 2), weights=torch.tensor([1.0, 0.0, 1.0])), "weights must be"),
-    (lambda: MLP(3, (4,), "swish"), "activation must be one of"),  # pyright: ignore[reportArgumentType]
-    (lambda: MLP(0), "at least 1"),
-    (lambda: Sum(Plain(), weights=(1.0, 2.0)), "weights must be 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Gaussian(0.0, -1.0), "std must be above 0"),
+        (lambda: Gaussian(torch.zeros(2, 2)), "mean must be"),
+        (lambda: GaussianMixture(torch.zeros(3)), "means must be"),
+        (lambda: GaussianMixture(torch.zeros(3, 2), weights=torch.tensor([1.0, 0.0, 1.0])), "weights must be"),
+        (lambda: MLP(3, (4,), "swish"), "activation must be one of"),  # pyright: ignore[reportArgumentType]
+        (lambda: MLP(0), "at least 1"),
+        (lambda: Sum(Plain(), weights=(1.0, 2.0)), "weights must be 1"),
+    ],
+)
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

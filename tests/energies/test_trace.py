@@ -53,10 +53,19 @@ def tutorial() -> nn.Sequential:
     """The energy of a well-known tutorial on deep energy models."""
     c = 8
     return nn.Sequential(
-        nn.Conv2d(1, c, 5, stride=2, padding=4), nn.SiLU(), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.SiLU(),
-        nn.Conv2d(2 * c, 4 * c, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(4 * c, 4 * c, 3, stride=2, padding=1),
-        nn.SiLU(), nn.Flatten(), nn.Linear(16 * c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 1),
-    ).double()  # fmt: skip
+        nn.Conv2d(1, c, 5, stride=2, padding=4),
+        nn.SiLU(),
+        nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(2 * c, 4 * c, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(4 * c, 4 * c, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(16 * c, 4 * c),
+        nn.SiLU(),
+        nn.Linear(4 * c, 1),
+    ).double()
 
 
 class WideResNet(nn.Module):
@@ -113,10 +122,18 @@ def test_scalars_and_signs() -> None:
 
 
 def test_weights_are_those_of_the_call() -> None:
-    net = nn.Sequential(
-        torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)), nn.SiLU(),
-        torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.SiLU(), nn.Flatten(), nn.Linear(64, 1),
-    ).double().eval()  # fmt: skip
+    net = (
+        nn.Sequential(
+            torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)),
+            nn.SiLU(),
+            torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(64, 1),
+        )
+        .double()
+        .eval()
+    )
     x = images(2, 1, 8, 8)
     agree(net, x)
     with torch.no_grad():
@@ -159,7 +176,7 @@ REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "one chain's value": (lambda x: x[0].sum(), "chains"),
     "too many values": (lambda x: x.sum((2, 3)).repeat(1, 2), "returns shape"),
     "a constant": (lambda x: torch.zeros(len(x)), "does not come from the state"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSALS)

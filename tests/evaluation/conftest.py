@@ -25,25 +25,37 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def small_set(n: int = 120, split: Split = "train", seed: int = 0, classes: tuple[str, ...] = ("dark", "light"),
-              **options: Any) -> MultimodalDataset:  # fmt: skip
+def small_set(
+    n: int = 120, split: Split = "train", seed: int = 0, classes: tuple[str, ...] = ("dark", "light"), **options: Any
+) -> MultimodalDataset:
     """A grey image, a colour image and a vector, all told apart by their sign; unlabelled without classes."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.arange(n) % 2
     labels = hidden if classes else torch.full((n,), -1)
     sign = (2.0 * hidden - 1)[:, None]
-    modalities = (Modality("grey", (1, 8, 8), "image"), Modality("colour", (3, 8, 8), "image"),
-                  Modality("vector", (4,), "vector"))  # fmt: skip
+    modalities = (
+        Modality("grey", (1, 8, 8), "image"),
+        Modality("colour", (3, 8, 8), "image"),
+        Modality("vector", (4,), "vector"),
+    )
     pools = {
-        m.name: (0.6 * sign.reshape(n, *[1] * len(m.shape)) + 0.2 * torch.randn(n, *m.shape, generator=generator))
-        .clamp(-1, 1)
+        m.name: (
+            0.6 * sign.reshape(n, *[1] * len(m.shape)) + 0.2 * torch.randn(n, *m.shape, generator=generator)
+        ).clamp(-1, 1)
         for m in modalities
-    }  # fmt: skip
+    }
     return MultimodalDataset(
-        name="small", split=split, seed=seed, modalities=modalities, classes=classes, pools=pools,
-        pool_labels=dict.fromkeys(pools, labels), index=torch.arange(n)[:, None].expand(n, 3).contiguous(),
-        labels=labels, **options,
-    )  # fmt: skip
+        name="small",
+        split=split,
+        seed=seed,
+        modalities=modalities,
+        classes=classes,
+        pools=pools,
+        pool_labels=dict.fromkeys(pools, labels),
+        index=torch.arange(n)[:, None].expand(n, 3).contiguous(),
+        labels=labels,
+        **options,
+    )
 
 
 class SmallSystem:

@@ -26,12 +26,20 @@ def toy(n: int = 60, seed: int = 0, words: tuple[str, ...] = WORDS) -> Multimoda
     vector[:, 0] = (2 * labels - 1) * (1000 + 100 * vector[:, 0])
     names = ("image", "vector", "word")
     return MultimodalDataset(
-        name="toy", split="train", seed=seed, classes=WORDS,
-        modalities=(Modality("image", (2, 9, 12), "image"), Modality("vector", (3,), "vector"),
-                    Modality("word", (2,), "text", words)),
+        name="toy",
+        split="train",
+        seed=seed,
+        classes=WORDS,
+        modalities=(
+            Modality("image", (2, 9, 12), "image"),
+            Modality("vector", (3,), "vector"),
+            Modality("word", (2,), "text", words),
+        ),
         pools={"image": image, "vector": vector, "word": torch.eye(2)[labels] * 2 - 1},
-        pool_labels=dict.fromkeys(names, labels), index=torch.arange(n)[:, None].expand(n, 3), labels=labels,
-    )  # fmt: skip
+        pool_labels=dict.fromkeys(names, labels),
+        index=torch.arange(n)[:, None].expand(n, 3),
+        labels=labels,
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -55,8 +55,11 @@ def test_numbers_of_known_samples(
                 **given,
             },
         },
-        test, train, judges, conditional_rows=200,
-    )  # fmt: skip
+        test,
+        train,
+        judges,
+        conditional_rows=200,
+    )
     points, accuracy = result["points"], result["classifiers"]
     least = sum(accuracy.values()) - len(accuracy) + 1  # all judges right at once, at worst
     # 6 standard errors of a share of 600; the train digits are easier than the test digits of `accuracy`
@@ -96,9 +99,13 @@ def test_conditional_numbers_know_right_from_wrong(
 
     points = {"real": test.batch(torch.arange(300))}
     result = evaluate(
-        points, {"right": lambda g, s: with_word(0, g), "wrong": lambda g, s: with_word(1, g)}, test, train, judges,
+        points,
+        {"right": lambda g, s: with_word(0, g), "wrong": lambda g, s: with_word(1, g)},
+        test,
+        train,
+        judges,
         conditional_rows=100,
-    )  # fmt: skip
+    )
     right, wrong = (result["conditional"][name]["by_subset"]["word"] for name in ("right", "wrong"))
     # one instance per class stands for it, so a misjudged instance costs a whole class: at most two of ten
     assert min(right.values()) >= 0.7 and max(wrong.values()) <= 0.3

@@ -72,9 +72,13 @@ def test_micro_macro_and_classes(make_set: MakeSet) -> None:
     assert result["by_class"] == {size: {"dark": 1.0, "light": 0.0} for size in ("1", "2")}
     # what is given is among the completions, as it was, and must not be counted
     assert {given: set(targets) for given, targets in result["by_subset"].items()} == {
-        "grey": {"colour", "vector"}, "colour": {"grey", "vector"}, "vector": {"grey", "colour"},
-        "grey+colour": {"vector"}, "grey+vector": {"colour"}, "colour+vector": {"grey"},
-    }  # fmt: skip
+        "grey": {"colour", "vector"},
+        "colour": {"grey", "vector"},
+        "vector": {"grey", "colour"},
+        "grey+colour": {"vector"},
+        "grey+vector": {"colour"},
+        "colour+vector": {"grey"},
+    }
     dark = evaluate_conditional(complete, test, judges(test), rows=rows[:90], seed=0)
     assert dark["by_class"]["1"] == {"dark": 1.0, "light": None}
     assert json.loads(json.dumps(dark)) == dark
@@ -100,10 +104,16 @@ def test_six_modalities_have_their_subsets_drawn() -> None:
     labels = torch.arange(n) % 2
     pools = {name: (labels * 2.0 - 1)[:, None].repeat(1, 4) for name in names}
     test = MultimodalDataset(
-        name="six", split="test", seed=0, modalities=tuple(Modality(name, (4,), "vector") for name in names),
-        classes=Judges.classes, pools=pools, pool_labels=dict.fromkeys(names, labels),
-        index=torch.arange(n)[:, None].repeat(1, 6), labels=labels,
-    )  # fmt: skip
+        name="six",
+        split="test",
+        seed=0,
+        modalities=tuple(Modality(name, (4,), "vector") for name in names),
+        classes=Judges.classes,
+        pools=pools,
+        pool_labels=dict.fromkeys(names, labels),
+        index=torch.arange(n)[:, None].repeat(1, 6),
+        labels=labels,
+    )
     asked: list[tuple[str, ...]] = []
 
     def complete(given: Batch, seed: int) -> Batch:
@@ -113,9 +123,12 @@ def test_six_modalities_have_their_subsets_drawn() -> None:
     result = evaluate_conditional(complete, test, judges(test), rows=torch.arange(n), seed=3)
     assert len(asked) == len(set(asked)) == 6 + 10 + 10 + 10 + 6
     assert result["subsets"] == {
-        "1": {"used": 6, "of": 6}, "2": {"used": 10, "of": 15}, "3": {"used": 10, "of": 20},
-        "4": {"used": 10, "of": 15}, "5": {"used": 6, "of": 6},
-    }  # fmt: skip
+        "1": {"used": 6, "of": 6},
+        "2": {"used": 10, "of": 15},
+        "3": {"used": 10, "of": 20},
+        "4": {"used": 10, "of": 15},
+        "5": {"used": 6, "of": 6},
+    }
     assert result["by_given"] == dict.fromkeys("12345", 1.0)
     whole = evaluate_conditional(complete, test, judges(test), rows=torch.arange(n), seed=3, subsets_per_size=None)
     assert len(whole["by_subset"]) == 2**6 - 2
@@ -167,9 +180,10 @@ def test_pairs_without_and_with_the_source_itself(make_set: MakeSet) -> None:
     reference = Reference(test.batch(torch.arange(60)), test.modalities, judges(test), 2, [Mean()])
     result = evaluate_pairs(system, test, reference, rows=torch.arange(60), seed=0)
     assert result["coherence"] == {
-        "grey": {"grey": 1.0, "colour": 1.0, "vector": 0.0}, "colour": {"grey": 1.0, "colour": 1.0, "vector": 0.0},
+        "grey": {"grey": 1.0, "colour": 1.0, "vector": 0.0},
+        "colour": {"grey": 1.0, "colour": 1.0, "vector": 0.0},
         "vector": {"grey": 1.0, "colour": 1.0, "vector": 1.0},
-    }  # fmt: skip
+    }
     assert result["coherence_mean"] == pytest.approx(4 / 6)
     assert result["coherence_mean_with_self"] == pytest.approx(7 / 9)
     distances = result["distances"]["Mean"]
@@ -219,9 +233,15 @@ def test_everything_at_each_point_as_plain_data(system: Any, make_set: MakeSet, 
     systems = {"vae": system, "x0": system}
     elsewhere = data_chain(system, 50, seed=seed, start=points["x0"])
     full = measured(
-        features=[Mean()], pairs=systems, sweep={"xk": system, "frozen": elsewhere}, sweep_steps=(0, 2, 5),
-        latent=systems, likelihood=systems, likelihood_rows=3, likelihood_options={"chains": 4, "steps": 5},
-    )  # fmt: skip
+        features=[Mean()],
+        pairs=systems,
+        sweep={"xk": system, "frozen": elsewhere},
+        sweep_steps=(0, 2, 5),
+        latent=systems,
+        likelihood=systems,
+        likelihood_rows=3,
+        likelihood_options={"chains": 4, "steps": 5},
+    )
     assert json.loads(json.dumps(full, allow_nan=False)) == full
     assert set(full) - set(plain) == {"pairs", "sweep", "latent", "likelihood"}
     for name, values in plain["points"].items():  # what is added changes nothing of what was there
@@ -246,9 +266,18 @@ def test_everything_at_each_point_as_plain_data(system: Any, make_set: MakeSet, 
 def test_a_set_without_classes_says_what_is_left_out(system: Any, make_set: MakeSet, seed: int) -> None:
     test, train = make_set(60, "test", classes=()), make_set(60, classes=(), seed=1)
     result = evaluate(
-        {"x0": system.generate(50, seed=seed)}, {"decode": lambda given, own: given}, test, train, None, seed=seed,
-        features=[Mean()], pairs={"x0": system}, sweep={"x0": system}, sweep_steps=(0, 1), latent={"x0": system},
-    )  # fmt: skip
+        {"x0": system.generate(50, seed=seed)},
+        {"decode": lambda given, own: given},
+        test,
+        train,
+        None,
+        seed=seed,
+        features=[Mean()],
+        pairs={"x0": system},
+        sweep={"x0": system},
+        sweep_steps=(0, 1),
+        latent={"x0": system},
+    )
     assert set(result["skipped"]) == {"coherence", "conditional", "latent"}
     assert all("no classes" in why for why in result["skipped"].values())
     assert result["conditional"] == {} and "latent" not in result

@@ -127,8 +127,12 @@ class Mean:
 
 
 def test_only_images_have_features() -> None:
-    modalities = (Modality("a", (1, 4, 4), "image"), Modality("v", (3,), "vector"), Modality("b", (3, 2, 2), "image"),
-                  Modality("c", (5, 2, 2), "image"))  # fmt: skip
+    modalities = (
+        Modality("a", (1, 4, 4), "image"),
+        Modality("v", (3,), "vector"),
+        Modality("b", (3, 2, 2), "image"),
+        Modality("c", (5, 2, 2), "image"),
+    )
     batch = {m.name: torch.full((2, *m.shape), 0.5) for m in modalities}
     found = image_features(Mean(), batch, modalities)
     assert {name: f.tolist() for name, f in found.items()} == {"a": [[0.5] * 3] * 2, "b": [[0.5] * 3] * 2}

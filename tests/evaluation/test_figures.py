@@ -320,8 +320,12 @@ def chain_of(steps: int = 200, chains: int = 6):
     sampler = mmebm.Langevin(0.1)
     return sampler.sample(
         lambda x: x["a"].square().sum(1) + x["b"].square().sum((1, 2)),
-        {"a": torch.zeros(chains, 3), "b": torch.zeros(chains, 2, 2)}, steps, record=("energy",), thin=2, seed=0,
-    )  # fmt: skip
+        {"a": torch.zeros(chains, 3), "b": torch.zeros(chains, 2, 2)},
+        steps,
+        record=("energy",),
+        thin=2,
+        seed=0,
+    )
 
 
 def titles(figure) -> list[str]:
@@ -373,15 +377,18 @@ def test_landscape_shows_energy_and_samples(tmp_path: Path):
     assert len(landscape(energy).axes[0].lines[0].get_xdata()) == 0
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: trace(chain_of(), chains=0), "chains must be at least 1, got 0"),
-    (lambda: trace(chain_of(), quantities=["c"]), r"out must hold \['c'\]"),
-    (lambda: trace(chain_of(), burn_in=199), "of 4 steps at least after the burn-in"),
-    (lambda: landscape(lambda x: x, torch.zeros(3, 3)), r"states \(chains, 2\), got \(3, 3\)"),
-    (lambda: landscape(lambda x: x.sum(), torch.zeros(3, 2)), "one value for each of 40000 points"),
-    (lambda: landscape(lambda x: x.sum(1), bounds=(1, 0, 0, 1)), "left < right"),
-    (lambda: landscape(lambda x: x.sum(1) * math.nan), "finite somewhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: trace(chain_of(), chains=0), "chains must be at least 1, got 0"),
+        (lambda: trace(chain_of(), quantities=["c"]), r"out must hold \['c'\]"),
+        (lambda: trace(chain_of(), burn_in=199), "of 4 steps at least after the burn-in"),
+        (lambda: landscape(lambda x: x, torch.zeros(3, 3)), r"states \(chains, 2\), got \(3, 3\)"),
+        (lambda: landscape(lambda x: x.sum(), torch.zeros(3, 2)), "one value for each of 40000 points"),
+        (lambda: landscape(lambda x: x.sum(1), bounds=(1, 0, 0, 1)), "left < right"),
+        (lambda: landscape(lambda x: x.sum(1) * math.nan), "finite somewhere"),
+    ],
+)
 def test_chains_that_cannot_be_drawn_are_refused(call, message: str):
     with pytest.raises(ValueError, match=message):
         call()

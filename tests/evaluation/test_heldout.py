@@ -143,8 +143,11 @@ def test_all_of_it(seed: int) -> None:
 
 def test_what_is_no_pair_of_sets_is_refused() -> None:
     x = torch.zeros(30, 2)
-    for a, b, message in (({}, {}, "at least one"), ({"a": x}, {"b": x}, "same modalities"),
-                          ({"a": x[:19]}, {"a": x}, "at least 20 samples")):  # fmt: skip
+    for a, b, message in (
+        ({}, {}, "at least one"),
+        ({"a": x}, {"b": x}, "same modalities"),
+        ({"a": x[:19]}, {"a": x}, "at least 20 samples"),
+    ):
         with pytest.raises(ValueError, match=message):
             gaussian_kernel_distance(a, b)
     with pytest.raises(ValueError, match="subsets must be at least 2"):

@@ -43,8 +43,14 @@ def test_codes_with_and_without_the_class(make_set: MakeSet, seed: int) -> None:
     result = latent_classification(encode, train, test, train_rows=300, seed=seed)
     assert (result["train_rows"], result["test_rows"]) == (300, 200)
     assert list(result["by_subset"]) == [
-        "grey", "colour", "vector", "grey+colour", "grey+vector", "colour+vector", "grey+colour+vector",
-    ]  # fmt: skip
+        "grey",
+        "colour",
+        "vector",
+        "grey+colour",
+        "grey+vector",
+        "colour+vector",
+        "grey+colour+vector",
+    ]
     assert calls[0] == (("grey",), 300) and calls[1] == (("grey",), 200)
     for name, value in result["by_subset"].items():
         if "vector" in name:
@@ -148,8 +154,9 @@ def test_paths_on_the_sphere(seed: int) -> None:
     np.testing.assert_allclose(path[:, 0], a, atol=1e-12)
     np.testing.assert_allclose(path[:, -1], b, atol=1e-12)
     length = np.linalg.norm(path, axis=2)
-    np.testing.assert_allclose(np.diff(length, axis=1), np.repeat(((length[:, -1] - length[:, 0]) / 6)[:, None], 6, 1),
-                               atol=1e-12)  # fmt: skip
+    np.testing.assert_allclose(
+        np.diff(length, axis=1), np.repeat(((length[:, -1] - length[:, 0]) / 6)[:, None], 6, 1), atol=1e-12
+    )
     unit = path / length[..., None]
     turned = np.arccos(np.clip((unit[:, 1:] * unit[:, :-1]).sum(2), -1, 1))
     whole = np.arccos((unit[:, 0] * unit[:, -1]).sum(1))
@@ -177,8 +184,10 @@ def test_interpolated_rows(system: Any, make_set: MakeSet, seed: int) -> None:
     x_a, x_b = {"grey": x["grey"][:3]}, {name: value[3:] for name, value in x.items()}
     rows = interpolate(system, x_a, x_b, 5, seed=seed, latent_steps=0)
     assert {name: tuple(v.shape) for name, v in rows.items()} == {
-        "grey": (3, 5, 1, 8, 8), "colour": (3, 5, 3, 8, 8), "vector": (3, 5, 4),
-    }  # fmt: skip
+        "grey": (3, 5, 1, 8, 8),
+        "colour": (3, 5, 3, 8, 8),
+        "vector": (3, 5, 4),
+    }
     assert not any(v.requires_grad for v in rows.values())
     turned = interpolate(system, x_b, x_b, 4, seed=seed, latent_steps=0)
     assert not torch.equal(turned["vector"][:, 0], turned["vector"][:, -1])  # two draws of q, not one

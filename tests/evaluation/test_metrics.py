@@ -42,9 +42,11 @@ def test_coherence_of_predictions_made_by_hand():
     assert joint_coherence(pred) == 1 / 4
     assert pair_agreement(pred) == pytest.approx((3 + 1 + 0 + 1) / 12, rel=EXACT)
     torch.testing.assert_close(
-        conditional_coherence(pred, torch.tensor([3, 3, 0, 4])), torch.tensor([3, 3, 2], dtype=torch.float64) / 4,
-        rtol=EXACT, atol=0,
-    )  # fmt: skip
+        conditional_coherence(pred, torch.tensor([3, 3, 0, 4])),
+        torch.tensor([3, 3, 2], dtype=torch.float64) / 4,
+        rtol=EXACT,
+        atol=0,
+    )
 
 
 def test_macro_and_class_averages_of_predictions_made_by_hand():
@@ -94,9 +96,9 @@ def test_independent_balanced_modalities_agree_by_chance_only():
 
 def test_chance_agreement_is_the_mean_over_all_recombinations_of_rows():
     pred = torch.randint(4, (7, 3), generator=torch.Generator().manual_seed(0))
-    recombined = torch.stack([
-        torch.stack([pred[i, 0], pred[j, 1], pred[k, 2]]) for i, j, k in itertools.product(range(7), repeat=3)
-    ])  # fmt: skip
+    recombined = torch.stack(
+        [torch.stack([pred[i, 0], pred[j, 1], pred[k, 2]]) for i, j, k in itertools.product(range(7), repeat=3)]
+    )
     expected = joint_coherence(recombined), pair_agreement(recombined)
     assert 0 < expected[0] < expected[1] < 1
     assert chance_agreement(pred, 4) == pytest.approx(expected, rel=EXACT)

@@ -47,9 +47,18 @@ def test_a_gaussian_mixes_from_far_starts(seed: int) -> None:
 def test_two_far_wells_do_not_mix_and_rhat_is_that_of_two_half_normals(seed: int) -> None:
     energy = GaussianMixture(torch.tensor([[-20.0], [20.0]]), std=1.0)
     starts = {"left": normal(100, 1, seed, -20), "right": normal(100, 1, seed + 1, 20)}
-    result = examine(chain(energy, Langevin(0.5), starts, 200, nominal=("well",), summaries=lambda x: {
-        "energy": energy(x), "first": x[:, 0], "well": (x[:, 0] > 0).double()
-    }), long=200, seed=seed)  # fmt: skip
+    result = examine(
+        chain(
+            energy,
+            Langevin(0.5),
+            starts,
+            200,
+            nominal=("well",),
+            summaries=lambda x: {"energy": energy(x), "first": x[:, 0], "well": (x[:, 0] > 0).double()},
+        ),
+        long=200,
+        seed=seed,
+    )
     row = result["horizons"]["trained"]["summaries"]["first"]
     # Normal scores of the lower half have mean -sqrt(2 / pi) and variance 1 - 2 / pi: R-hat^2 = 1 + (2/pi)/(1 - 2/pi).
     # A half chain of 25 draws with tau = 1.7 (every second step, rho = .25) moves 1.7 / 25 of the inner variance into
@@ -162,9 +171,11 @@ def test_distances_are_taken_now_and_then_and_all_is_plain(seed: int) -> None:
     starts = {"a": normal(20, 2, seed), "b": normal(20, 2, seed + 1, 5)}
     said: list[str] = []
     result = examine(
-        chain(Gaussian(), Langevin(0.1), starts, 30, distance=lambda x: float(x.mean().abs()), floor=0.1), long=500,
-        seed=seed, progress=said.append,
-    )  # fmt: skip
+        chain(Gaussian(), Langevin(0.1), starts, 30, distance=lambda x: float(x.mean().abs()), floor=0.1),
+        long=500,
+        seed=seed,
+        progress=said.append,
+    )
     for rows in result["curves"]["distance"].values():
         steps = [step for step, _ in rows]
         assert {0, 30, 500} <= set(steps) <= set(result["curves"]["step"]) and len(steps) <= 11

@@ -34,11 +34,17 @@ from mmebm.training.run import CHECKPOINT, Run
 NASTY = '<script>alert("&")</script>'
 VOID = {"img", "meta"}
 QUICK = {
-    "stages": json.dumps([{"kind": "warmup", "iterations": 6}, {"kind": "prior", "iterations": 2},
-                          {"kind": "joint", "iterations": 2}]),
-    "data_chain.steps": "4", "latent_chain.steps": "4", "guard.every": "2", "batch": "16",
-    "model.generator_width": "16", "model.inference_width": "16", "model.energy_width": "16",
-}  # fmt: skip
+    "stages": json.dumps(
+        [{"kind": "warmup", "iterations": 6}, {"kind": "prior", "iterations": 2}, {"kind": "joint", "iterations": 2}]
+    ),
+    "data_chain.steps": "4",
+    "latent_chain.steps": "4",
+    "guard.every": "2",
+    "batch": "16",
+    "model.generator_width": "16",
+    "model.inference_width": "16",
+    "model.energy_width": "16",
+}
 
 
 class Outline(HTMLParser):
@@ -96,8 +102,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if trainer.iteration == 6 and not (folder / "half").exists():
             checkpoint.save(folder / "half" / CHECKPOINT, trainer.state_dict())
     checkpoint.save(folder / "whole" / CHECKPOINT, trainer.state_dict())
-    info = {"config": json.loads(config.to_json()), "seed": 0, "commit": "abc123", "device": "cpu",
-            "versions": {"mmebm": "1", "torch": "2"}, "data": {"tuples": 5, "sources": [{"what": NASTY}]}}  # fmt: skip
+    info = {
+        "config": json.loads(config.to_json()),
+        "seed": 0,
+        "commit": "abc123",
+        "device": "cpu",
+        "versions": {"mmebm": "1", "torch": "2"},
+        "data": {"tuples": 5, "sources": [{"what": NASTY}]},
+    }
     for name in ("half", "whole"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(info))
@@ -112,20 +124,31 @@ def folder(trained: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def point(joint: float) -> dict[str, Any]:
-    return {"n": 2000, "joint_coherence": joint, "joint_coherence_error": 0.0107, "chance_joint": 0.01,
-            "class_share_min": 0.0625, "class_share_max": 0.125, "frechet": 3.5,
-            "frechet_by_modality": {"mnist": 3.25}}  # fmt: skip
+    return {
+        "n": 2000,
+        "joint_coherence": joint,
+        "joint_coherence_error": 0.0107,
+        "chance_joint": 0.01,
+        "class_share_min": 0.0625,
+        "class_share_max": 0.125,
+        "frechet": 3.5,
+        "frechet_by_modality": {"mnist": 3.25},
+    }
 
 
 def test_a_whole_run(folder: Path) -> None:
     metrics = {
         "points": {"x0": point(0.4321), "xk": {**point(0.5), "new_number": 7.25, "new_table": {"a": {"b": 1.5}}}},
-        "floor": point(0.99), "classifiers": {"mnist": 0.97}, "settings": {"iteration": 10}, "seconds": {"xk": 2.5},
+        "floor": point(0.99),
+        "classifiers": {"mnist": 0.97},
+        "settings": {"iteration": 10},
+        "seconds": {"xk": 2.5},
         "conditional": {"A: decode": {"by_given": {"1": 0.625}, "by_subset": {"word": {"mnist": 0.875}}}},
         "sweep": {"xk": [{"steps": k, "seconds": k / 8, "frechet": 9.0 - k, "inner": {"x": 1}} for k in (0, 1, 5)]},
         NASTY: {"deep": [{"er": NASTY}, {"er": None}], "list": list(range(40)), "empty": {}, "text": NASTY},
-        "skipped": {"latent": "the set has no classes"}, "odd": [1, [2, {"three": 3}]],
-    }  # fmt: skip
+        "skipped": {"latent": "the set has no classes"},
+        "odd": [1, [2, {"three": 3}]],
+    }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     path = write_report(folder, Run(folder))
     assert path == folder / "report.html" and not [p for p in folder.iterdir() if p.name.startswith(".")]
@@ -133,9 +156,18 @@ def test_a_whole_run(folder: Path) -> None:
     page = Outline(html)
     assert page.headings[0] == "run & co: demo on digits" and "Iteration 10 of 10 (finished), seed 0" in page.text
     sections = [
-        "Numbers", "Samples", "Chains, step by step", "Given some modalities", "Through the latent",
-        "What more steps buy", "Training", "All other numbers", "Seconds", "Configuration", "Versions and data",
-    ]  # fmt: skip
+        "Numbers",
+        "Samples",
+        "Chains, step by step",
+        "Given some modalities",
+        "Through the latent",
+        "What more steps buy",
+        "Training",
+        "All other numbers",
+        "Seconds",
+        "Configuration",
+        "Versions and data",
+    ]
     assert [h for h in page.headings if h in sections] == sections
     # nothing is loaded, nothing runs, and what a run says is no markup
     assert "script" not in page.tags and NASTY not in html and NASTY in page.words
@@ -210,10 +242,15 @@ def test_runs_compared_on_a_page(trained: dict[str, Path], folder: Path, tmp_pat
     (bare / "config.json").write_text(json.dumps(config))
     (bare / "metrics.json").write_text(json.dumps({"points": {"x0": point(0.5)}, "seconds": {"training": 90.0}}))
     shutil.copy(folder / "log.jsonl", bare / "log.jsonl")
-    (folder / "metrics.json").write_text(json.dumps({
-        "points": {"xk": {**point(0.9), "frechet": 7.0}},
-        "conditional": {"C: B + data chain": {"by_given": {"1": 0.625}}}, "seconds": {"training": 60.0},
-    }))  # fmt: skip
+    (folder / "metrics.json").write_text(
+        json.dumps(
+            {
+                "points": {"xk": {**point(0.9), "frechet": 7.0}},
+                "conditional": {"C: B + data chain": {"by_given": {"1": 0.625}}},
+                "seconds": {"training": 60.0},
+            }
+        )
+    )
     runs = {folder: Run(folder), other: Run(other), bare: None}
     path = write_comparison(runs, tmp_path / "all.html")
     html = path.read_text(encoding="utf-8")
@@ -239,28 +276,65 @@ FLAT = [{"iteration": i, "mse": 0.1 + 0.01 * (i % 2)} for i in range(10, 101, 1)
 REAL = {**point(0.99), **EVEN}
 
 
-@pytest.mark.parametrize(("word", "has", "says"), [
-    ("good", {"metrics": {"points": {"x0": {**point(0.85), **EVEN}, "xk": {**point(0.95), **EVEN}}, "floor": REAL}},
-     "changes joint coherence by +10.0 ± 1.5 points"),
-    ("fair", {"metrics": {"points": {"x0": {**point(0.65), **EVEN}, "xk": {**point(0.66), **EVEN}}, "floor": REAL}},
-     "(less than two standard errors)"),
-    ("poor", {"metrics": {"points": {"xk": {**point(0.3), **EVEN}}, "floor": REAL}}, "agree too seldom"),
-    ("collapsed", {"metrics": {"points": {"xk": {**point(1.0), **ONE_CLASS}}, "floor": REAL}}, "have collapsed"),
-    ("collapsed", {"compared": {"nearest": 1.0, "spread": {"photo": 0.1, "table": 1.0}}}, "0.1 times as far"),
-    ("copies", {"compared": {"nearest": 0.1, "spread": {"photo": 1.0}}}, "close to copies"),
-    ("not converged", {"log": FALLING, "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}},
-     "had not converged when it ended: the reconstruction error fell by"),
-    ("good", {"log": FLAT, "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}}, "are good"),
-    ("not judged", {"metrics": {"points": {"xk": {"n": 100, "skipped": {"coherence": "no classifiers"}}}},
-                    "log": FLAT, "compared": {"nearest": 1.0, "spread": {"photo": 0.9}}}, "needs labels"),
-    ("not judged", {}, "needs labels"),
-    ("not finished", {"iteration": 50}, "iteration 50 of 100"),
-    ("good", {"metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}, "mixing": {"chains": {"data": {
-        "name": "data chain", "horizons": {"trained": {"summaries": {"energy": {"rhat": 2.5}}}}}}}},
-     "R-hat: data chain 2.50): it revises what it starts from"),
-    ("good", {"metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL},
-              "log": [*FLAT, {"iteration": 100, "rolled_back": "gap"}]}, "rolled back 1 times"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "has", "says"),
+    [
+        (
+            "good",
+            {"metrics": {"points": {"x0": {**point(0.85), **EVEN}, "xk": {**point(0.95), **EVEN}}, "floor": REAL}},
+            "changes joint coherence by +10.0 ± 1.5 points",
+        ),
+        (
+            "fair",
+            {"metrics": {"points": {"x0": {**point(0.65), **EVEN}, "xk": {**point(0.66), **EVEN}}, "floor": REAL}},
+            "(less than two standard errors)",
+        ),
+        ("poor", {"metrics": {"points": {"xk": {**point(0.3), **EVEN}}, "floor": REAL}}, "agree too seldom"),
+        ("collapsed", {"metrics": {"points": {"xk": {**point(1.0), **ONE_CLASS}}, "floor": REAL}}, "have collapsed"),
+        ("collapsed", {"compared": {"nearest": 1.0, "spread": {"photo": 0.1, "table": 1.0}}}, "0.1 times as far"),
+        ("copies", {"compared": {"nearest": 0.1, "spread": {"photo": 1.0}}}, "close to copies"),
+        (
+            "not converged",
+            {"log": FALLING, "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}},
+            "had not converged when it ended: the reconstruction error fell by",
+        ),
+        ("good", {"log": FLAT, "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}}, "are good"),
+        (
+            "not judged",
+            {
+                "metrics": {"points": {"xk": {"n": 100, "skipped": {"coherence": "no classifiers"}}}},
+                "log": FLAT,
+                "compared": {"nearest": 1.0, "spread": {"photo": 0.9}},
+            },
+            "needs labels",
+        ),
+        ("not judged", {}, "needs labels"),
+        ("not finished", {"iteration": 50}, "iteration 50 of 100"),
+        (
+            "good",
+            {
+                "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL},
+                "mixing": {
+                    "chains": {
+                        "data": {
+                            "name": "data chain",
+                            "horizons": {"trained": {"summaries": {"energy": {"rhat": 2.5}}}},
+                        }
+                    }
+                },
+            },
+            "R-hat: data chain 2.50): it revises what it starts from",
+        ),
+        (
+            "good",
+            {
+                "metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL},
+                "log": [*FLAT, {"iteration": 100, "rolled_back": "gap"}],
+            },
+            "rolled back 1 times",
+        ),
+    ],
+)
 def test_planted_runs_are_judged_as_planted(word: str, has: dict[str, Any], says: str) -> None:
     verdict = judge(**{"iteration": 100, "total": 100, "stages": [{"iterations": 100}], **has})
     assert verdict.word == word and says in verdict.text, verdict.text
@@ -330,8 +404,16 @@ def test_the_command_writes_the_page(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(trained["whole"] / "log.jsonl", tmp_path / "log.jsonl")
-    given = {"run": [str(tmp_path)], "mixing": False, "chains": 16, "long": 12, "seed": 0, "device": "cpu", "out": None,
-             "data_path": None}  # fmt: skip
+    given = {
+        "run": [str(tmp_path)],
+        "mixing": False,
+        "chains": 16,
+        "long": 12,
+        "seed": 0,
+        "device": "cpu",
+        "out": None,
+        "data_path": None,
+    }
     assert report(argparse.Namespace(**given)) == 0
     assert "versions and commit" in (tmp_path / "report.html").read_text(encoding="utf-8")  # no config.json
     assert "report.html: 0." in capsys.readouterr().out and (tmp_path / "report.html").is_file()
@@ -373,8 +455,15 @@ def test_everything_that_is_no_element_is_escaped() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.123456, "0.1235"), (2000, "2000"), (3.0, "3"), (1e-7, "1e-07"), (float("nan"), "nan"),
-     (12345678.0, "1.235e+07")],
-)  # fmt: skip
+    [
+        (None, "–"),
+        (0.123456, "0.1235"),
+        (2000, "2000"),
+        (3.0, "3"),
+        (1e-7, "1e-07"),
+        (float("nan"), "nan"),
+        (12345678.0, "1.235e+07"),
+    ],
+)
 def test_numbers_are_printed_with_four_digits(value: Any, text: str) -> None:
     assert number(value) == text

@@ -22,9 +22,13 @@ def learned(name: str, processes: int, out: Path) -> dict[str, torch.Tensor]:
     words = ["--iterations", "6", "--batch", "32", "--out", str(out), "--processes", str(processes)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, *launch, str(FOLDER / f"{name}.py"), *words], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *launch, str(FOLDER / f"{name}.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert f"{processes} processes, 6 iterations" in done.stdout
     return torch.load(out, weights_only=True)

@@ -22,8 +22,12 @@ def run(name: str, folder: Path) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", "--out", str(folder)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=600, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

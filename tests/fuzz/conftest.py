@@ -11,12 +11,15 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     examples = config.getoption("--fuzz-examples")
     common = dict(
-        deadline=None, database=None, print_blob=True,
+        deadline=None,
+        database=None,
+        print_blob=True,
         suppress_health_check=[
-            hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow,
+            hypothesis.HealthCheck.function_scoped_fixture,
+            hypothesis.HealthCheck.too_slow,
             hypothesis.HealthCheck.data_too_large,
         ],
-    )  # fmt: skip
+    )
     hypothesis.settings.register_profile("fuzz-plain", derandomize=True, max_examples=60, **common)
     hypothesis.settings.register_profile("fuzz-long", derandomize=False, max_examples=examples or 1, **common)
     hypothesis.settings.load_profile("fuzz-long" if examples else "fuzz-plain")

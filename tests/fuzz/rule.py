@@ -48,9 +48,7 @@ def words(shape: Sequence[int], seed: int, step: int, purpose: int, tensor: int,
     return np.stack(c, axis=-1)
 
 
-def normals(
-    shape: Sequence[int], seed: int, step: int, tensor: int, purpose: int = DRIFT, offset: int = 0,
-) -> Array:  # fmt: skip
+def normals(shape: Sequence[int], seed: int, step: int, tensor: int, purpose: int = DRIFT, offset: int = 0) -> Array:
     """float64 of ``shape``: Box-Muller on all four words of a block."""
     w = words(shape, seed, step, purpose, tensor, offset, 4).astype(np.uint32)
     u = w.astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33
@@ -131,14 +129,28 @@ class Noise:
 
 
 def langevin(
-    energy: Energy, state: Sequence[Array], steps: int, setting: Setting, *, seed: int, masks: Sequence[Any],
-    blocks: Sequence[Sequence[int]] | None = None, noise_at: str = "after", clamp_noise: bool = False,
-    norm_over: str = "chain", bounds_at: str = "step", outside: str = "clamp",
+    energy: Energy,
+    state: Sequence[Array],
+    steps: int,
+    setting: Setting,
+    *,
+    seed: int,
+    masks: Sequence[Any],
+    blocks: Sequence[Sequence[int]] | None = None,
+    noise_at: str = "after",
+    clamp_noise: bool = False,
+    norm_over: str = "chain",
+    bounds_at: str = "step",
+    outside: str = "clamp",
     project: Sequence[Callable[[Array], Array] | None] | None = None,
-    finish: Callable[[list[Array]], list[Array]] | None = None, accept: str | None = None, chain_offset: int = 0,
-    first_step: int = 0, jitter: np.random.Generator | None = None,
-    draw: Callable[[int, int], Array] | None = None, after_gradient: Callable[[list[Array], int], Array] | None = None,
-) -> Result:  # fmt: skip
+    finish: Callable[[list[Array]], list[Array]] | None = None,
+    accept: str | None = None,
+    chain_offset: int = 0,
+    first_step: int = 0,
+    jitter: np.random.Generator | None = None,
+    draw: Callable[[int, int], Array] | None = None,
+    after_gradient: Callable[[list[Array], int], Array] | None = None,
+) -> Result:
     """For every step and block: noise before, gradient, clips, prior, update, bounds, projection, observed, accept.
 
     Args:
@@ -289,10 +301,21 @@ def langevin(
 
 
 def hmc(
-    energy: Energy, state: Sequence[Array], steps: int, setting: Setting, *, seed: int, masks: Sequence[Any],
-    leapfrog_steps: int, adapt: int = 0, target_accept: float = 0.8, adapt_over: str = "chain", chain_offset: int = 0,
-    first_step: int = 0, jitter: np.random.Generator | None = None,
-) -> Result:  # fmt: skip
+    energy: Energy,
+    state: Sequence[Array],
+    steps: int,
+    setting: Setting,
+    *,
+    seed: int,
+    masks: Sequence[Any],
+    leapfrog_steps: int,
+    adapt: int = 0,
+    target_accept: float = 0.8,
+    adapt_over: str = "chain",
+    chain_offset: int = 0,
+    first_step: int = 0,
+    jitter: np.random.Generator | None = None,
+) -> Result:
     """Velocities from N(0, T / m), leapfrog, accepted with min(1, exp(-dH / T)); dual averaging of the step's factor
     (Hoffman and Gelman 2014, section 3.2, mu = log 10 eps_0, gamma = .05, t_0 = 10, kappa = .75)."""
     x = [t.copy() for t in state]
@@ -348,9 +371,17 @@ def hmc(
 
 
 def underdamped(
-    energy: Energy, state: Sequence[Array], steps: int, setting: Setting, *, seed: int, masks: Sequence[Any],
-    chain_offset: int = 0, first_step: int = 0, jitter: np.random.Generator | None = None,
-) -> Result:  # fmt: skip
+    energy: Energy,
+    state: Sequence[Array],
+    steps: int,
+    setting: Setting,
+    *,
+    seed: int,
+    masks: Sequence[Any],
+    chain_offset: int = 0,
+    first_step: int = 0,
+    jitter: np.random.Generator | None = None,
+) -> Result:
     """BAOAB from velocities of N(0, T / m)."""
     x = [t.copy() for t in state]
     chains, dtype = x[0].shape[0], x[0].dtype
@@ -399,11 +430,20 @@ def underdamped(
 
 
 def tempering(
-    energy: Callable[[list[Array], int], tuple[Array, list[Array]]], state: Sequence[Array], steps: int,
-    setting: Callable[[str, int, int], Array], temperatures: Sequence[float], *, seed: int, masks: Sequence[Any],
-    swap_every: int = 1, accept: str | None = "metropolis", chain_offset: int = 0, first_step: int = 0,
+    energy: Callable[[list[Array], int], tuple[Array, list[Array]]],
+    state: Sequence[Array],
+    steps: int,
+    setting: Callable[[str, int, int], Array],
+    temperatures: Sequence[float],
+    *,
+    seed: int,
+    masks: Sequence[Any],
+    swap_every: int = 1,
+    accept: str | None = "metropolis",
+    chain_offset: int = 0,
+    first_step: int = 0,
     jitter: np.random.Generator | None = None,
-) -> Result:  # fmt: skip
+) -> Result:
     """Langevin at each temperature, then exchanges. ``setting("step_size", i, r)``: of rung ``r``, a number.
 
     The energy is called with (chains * R, ...) rows, chain 0 at all temperatures first.
@@ -441,8 +481,11 @@ def tempering(
             result.margin = np.minimum(result.margin, np.abs(u - probability).reshape(chains, rungs).min(1))
         else:
             moved = np.ones(chains * rungs, dtype=bool)
-        result.add(energy=value.reshape(chains, rungs)[:, 0], ladder_energy=value.reshape(chains, rungs),
-                   accept_prob=probability.reshape(chains, rungs))  # fmt: skip
+        result.add(
+            energy=value.reshape(chains, rungs)[:, 0],
+            ladder_energy=value.reshape(chains, rungs),
+            accept_prob=probability.reshape(chains, rungs),
+        )
         x = [np.where(rows(moved, a), b, a) for a, b in zip(x, y)]
         value = np.where(moved, new, value)
         done = first_step + k + 1

@@ -23,9 +23,14 @@ from tests.fuzz import rule
 Array = np.ndarray
 Draw = Callable[..., Any]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU, "gelu": nn.GELU,
-    "softplus": nn.Softplus, "tanh": nn.Tanh, "elu": nn.ELU,
-}  # fmt: skip
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+}
 # where the gradient jumps
 KINKED = ("relu", "leaky_relu")
 ENERGIES = ("quadratic", "mlp", "joint mlp", "mlp by hand", "conv", "coupled")
@@ -117,9 +122,14 @@ class Net(nn.Module):
     """The energy of one kind on all tensors of a state, (chains,), with its weights in the dtypes given."""
 
     def __init__(
-        self, kind: str, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], activation: str,
-        hidden: Sequence[int], seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        kind: str,
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[torch.dtype],
+        activation: str,
+        hidden: Sequence[int],
+        seed: int,
+    ) -> None:
         super().__init__()
         self.kind, self.activation = kind, activation
         generator = np.random.default_rng(seed)
@@ -158,9 +168,7 @@ class Net(nn.Module):
             return self.nets[0](torch.cat(x, 1) if len(x) > 1 else x[0]).squeeze(1)
         if self.kind == "mlp by hand":
             return sum(self._by_hand(net, t)[0] for net, t in zip(self.nets, x))  # type: ignore[return-value]
-        pull = [
-            0.5 * c * (t - m).square().sum(1) for t, m, c in zip(x, self.means, self.stiffness)
-        ]  # fmt: skip
+        pull = [0.5 * c * (t - m).square().sum(1) for t, m, c in zip(x, self.means, self.stiffness)]
         total = pull[0]
         for part in pull[1:]:
             total = total + part
@@ -291,9 +299,7 @@ class Energy:
             value = net(leaves) * factor
             grads = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
             out = value.sum() if self.returns == "scalar" else value
-            return out.detach().numpy(), [
-                np.zeros_like(t) if g is None else g.numpy() for g, t in zip(grads, x)
-            ]  # fmt: skip
+            return out.detach().numpy(), [np.zeros_like(t) if g is None else g.numpy() for g, t in zip(grads, x)]
 
         return call
 
@@ -313,12 +319,15 @@ def energies(
     shape = draw(st.sampled_from(("plain", "log_prob", "score") if scores else ("plain", "log_prob")), label="returns")
     returns = {"chains": False, "column": False, "parts": fused, "scalar": one_per_chain}
     out = Energy(
-        state, draw(st.sampled_from(kinds), label="energy"),
+        state,
+        draw(st.sampled_from(kinds), label="energy"),
         draw(st.sampled_from([r for r, unfit in returns.items() if not unfit]), label="result"),
-        shape == "log_prob", shape == "score", draw(st.sampled_from(tuple(ACTIVATIONS)), label="activation"),
+        shape == "log_prob",
+        shape == "score",
+        draw(st.sampled_from(tuple(ACTIVATIONS)), label="activation"),
         tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), label="hidden")),
         draw(st.integers(0, 2**32 - 1), label="energy's numbers"),
-    )  # fmt: skip
+    )
     forms = ("none", "none", "number") if fused else ("none", "number", "tensor", "schedule")
     form = draw(st.sampled_from(forms), label="argument")
     if form == "number":
@@ -378,10 +387,23 @@ NUMBERS = ("number", "numpy", "0-dim")
 
 @st.composite
 def setting(
-    draw: Draw, out: Settings, name: str, state: State, first_step: int, low: float, high: float, *,
-    forms: Sequence[str] = (*NUMBERS, "chains", "elements", "row"), optional: bool = False, zero: bool = False,
-    mapping: bool = True, varies: bool = True, column: str | None = None, given: bool = True, pos: int = 0,
-) -> Any:  # fmt: skip
+    draw: Draw,
+    out: Settings,
+    name: str,
+    state: State,
+    first_step: int,
+    low: float,
+    high: float,
+    *,
+    forms: Sequence[str] = (*NUMBERS, "chains", "elements", "row"),
+    optional: bool = False,
+    zero: bool = False,
+    mapping: bool = True,
+    varies: bool = True,
+    column: str | None = None,
+    given: bool = True,
+    pos: int = 0,
+) -> Any:
     """Draws the setting ``name`` into ``out``; returns what the sampler gets.
 
     ``column``: the name under which the rule asks (bounds are two), if another.

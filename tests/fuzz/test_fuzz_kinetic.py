@@ -33,21 +33,27 @@ def around(data: st.DataObject, state: State, first_step: int, records: tuple[st
     """(the masks, what ``sample`` takes)."""
     observed, plain = data.draw(masks(state))
     sample: dict[str, Any] = {
-        "observed": observed, "first_step": first_step,
+        "observed": observed,
+        "first_step": first_step,
         "seed": data.draw(st.integers(-(2**63), 2**64 - 1), label="seed"),
         "chain_offset": data.draw(st.sampled_from((0, 7)), label="chain_offset"),
         "record": tuple(data.draw(st.sets(st.sampled_from(records)), label="record")),
         "thin": data.draw(st.sampled_from((None, 1, 2)), label="thin"),
-    }  # fmt: skip
+    }
     if "expanded" not in state.layouts:
         sample["inplace"] = data.draw(st.booleans(), label="inplace")
     return plain, sample
 
 
 def compare(
-    out: Samples, state: State, steps: int, sample: dict[str, Any], run: Callable[..., rule.Result], energy: Any,
+    out: Samples,
+    state: State,
+    steps: int,
+    sample: dict[str, Any],
+    run: Callable[..., rule.Result],
+    energy: Any,
     whole_batch: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """``run(dtype, torch dtype, jitter)``: the rule; ``whole_batch``: whether chains depend on each other."""
     kinks: list[np.ndarray] = []
     truth = run(np.float64, energy.of(torch.float64, run.every), None)  # type: ignore[attr-defined]
@@ -108,18 +114,24 @@ def test_hmc(data: st.DataObject) -> None:
         "target_accept": data.draw(st.sampled_from((0.6, 0.8)), label="target_accept"),
         "adapt_over": data.draw(st.sampled_from(("chain", "all")), label="adapt_over"),
     }
-    plain, sample = around(
-        data, state, first_step, ("energy", "accept_prob", "accepted", "energy_error", "step_scale")
-    )  # fmt: skip
+    plain, sample = around(data, state, first_step, ("energy", "accept_prob", "accepted", "energy_error", "step_scale"))
     out = HMC(**settings.given, **options, log_prob=energy.log_prob).sample(
         energy.given, state.given, steps, args=energy.args, kwargs=energy.kwargs, **sample
     )
 
     def run(dtype: Any, of: Any, jitter: Any) -> rule.Result:
         return rule.hmc(
-            of, [a.astype(dtype) for a in state.arrays], steps, settings, seed=sample["seed"] % 2**64, masks=plain,
-            chain_offset=sample["chain_offset"], first_step=first_step, jitter=jitter, **options,
-        )  # fmt: skip
+            of,
+            [a.astype(dtype) for a in state.arrays],
+            steps,
+            settings,
+            seed=sample["seed"] % 2**64,
+            masks=plain,
+            chain_offset=sample["chain_offset"],
+            first_step=first_step,
+            jitter=jitter,
+            **options,
+        )
 
     run.every = 1  # type: ignore[attr-defined]
     compare(
@@ -148,9 +160,16 @@ def test_underdamped(data: st.DataObject) -> None:
 
     def run(dtype: Any, of: Any, jitter: Any) -> rule.Result:
         return rule.underdamped(
-            of, [a.astype(dtype) for a in state.arrays], steps, settings, seed=sample["seed"] % 2**64, masks=plain,
-            chain_offset=sample["chain_offset"], first_step=first_step, jitter=jitter,
-        )  # fmt: skip
+            of,
+            [a.astype(dtype) for a in state.arrays],
+            steps,
+            settings,
+            seed=sample["seed"] % 2**64,
+            masks=plain,
+            chain_offset=sample["chain_offset"],
+            first_step=first_step,
+            jitter=jitter,
+        )
 
     run.every = 1  # type: ignore[attr-defined]
     compare(out, state, steps, sample, run, energy)
@@ -178,10 +197,18 @@ def test_tempering(data: st.DataObject) -> None:
 
     def run(dtype: Any, of: Any, jitter: Any) -> rule.Result:
         return rule.tempering(
-            of, [a.astype(dtype) for a in state.arrays], steps,
-            lambda name, i, r: 0.05 if form == "number" else sizes[r], temperatures, seed=sample["seed"] % 2**64,
-            masks=plain, chain_offset=sample["chain_offset"], first_step=first_step, jitter=jitter, **options,
-        )  # fmt: skip
+            of,
+            [a.astype(dtype) for a in state.arrays],
+            steps,
+            lambda name, i, r: 0.05 if form == "number" else sizes[r],
+            temperatures,
+            seed=sample["seed"] % 2**64,
+            masks=plain,
+            chain_offset=sample["chain_offset"],
+            first_step=first_step,
+            jitter=jitter,
+            **options,
+        )
 
     run.every = rungs  # type: ignore[attr-defined]
     compare(out, state, steps, sample, run, energy)

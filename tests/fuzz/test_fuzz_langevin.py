@@ -45,16 +45,25 @@ class Example:
 
     def run(self) -> Samples:
         return Langevin(**self.settings.given, **self.options).sample(
-            self.energy.given, self.state.given, self.steps, args=self.energy.args, kwargs=self.energy.kwargs,
+            self.energy.given,
+            self.state.given,
+            self.steps,
+            args=self.energy.args,
+            kwargs=self.energy.kwargs,
             **self.sample,
-        )  # fmt: skip
+        )
 
     def restated(self, dtype: Any, jitter: int | None = None, **more: Any) -> rule.Result:
         torch_dtype = torch.float32 if dtype is np.float32 else torch.float64
         return rule.langevin(
-            self.energy.of(torch_dtype), [a.astype(dtype) for a in self.state.arrays], self.steps, self.settings,
-            jitter=None if jitter is None else np.random.default_rng(jitter), **self.rule, **more,
-        )  # fmt: skip
+            self.energy.of(torch_dtype),
+            [a.astype(dtype) for a in self.state.arrays],
+            self.steps,
+            self.settings,
+            jitter=None if jitter is None else np.random.default_rng(jitter),
+            **self.rule,
+            **more,
+        )
 
 
 def halve(x: Any) -> Any:
@@ -78,8 +87,9 @@ def examples(
     )
     metropolis = accept == "metropolis"
     before = not one and accept is None and draw(st.booleans(), label="noise before")
-    energy = draw(energies(state, first_step, one_per_chain=accept is not None, scores=not fused and accept is None,
-                           fused=fused))  # fmt: skip
+    energy = draw(
+        energies(state, first_step, one_per_chain=accept is not None, scores=not fused and accept is None, fused=fused)
+    )
     options: dict[str, Any] = {"log_prob": energy.log_prob, "score": energy.score}
     restated: dict[str, Any] = {}
 
@@ -136,13 +146,16 @@ def examples(
     outside = "reject" if at_step and not before and not fused and drawn("reject") else "clamp"
     clamp_noise = at_step and before and drawn("clamp_noise")
     options |= {
-        "noise_at": "before" if before else "after", "norm_over": over, "outside": outside, "accept": accept,
+        "noise_at": "before" if before else "after",
+        "norm_over": over,
+        "outside": outside,
+        "accept": accept,
         "clamp_noise": clamp_noise,
         "backend": draw(st.sampled_from(("auto",) if fused else ("auto", "torch")), label="backend"),
         "capture": draw(st.sampled_from(("auto", False)), label="capture"),
         "mode": draw(st.sampled_from(("eval", "train", "keep")), label="mode"),
         "on_nonfinite": draw(st.sampled_from(("ignore", "freeze", "raise")), label="on_nonfinite"),
-    }  # fmt: skip
+    }
     project: list[Any] = [None] * count
     if not metropolis and not fused and not one and drawn("project"):
         if drawn("project by key"):
@@ -166,7 +179,7 @@ def examples(
         bare = drawn("bare keys")
         sample["blocks"] = [
             state.keys[b[0]] if bare and len(b) == 1 else make(state.keys[i] for i in b) for b in blocks
-        ]  # fmt: skip
+        ]
     seed = draw(st.one_of(st.integers(-(2**63), 2**64 - 1), st.integers(0, 5)), label="seed")
     offset = draw(st.sampled_from((0, 0, 5, 2**32 - state.chains)), label="chain_offset")
     as_tensor = seed < 2**63 and drawn("seed as a tensor")
@@ -193,10 +206,20 @@ def examples(
     if way == "differentiable":
         sample["differentiable"] = draw(st.sampled_from((True, 1, 2)), label="differentiable")
     restated |= {
-        "seed": seed % 2**64, "masks": plain, "blocks": blocks, "noise_at": options["noise_at"], "norm_over": over,
-        "clamp_noise": clamp_noise, "bounds_at": options.get("bounds_at", "step"), "outside": outside,
-        "project": project, "finish": finish, "accept": accept, "chain_offset": offset, "first_step": first_step,
-    }  # fmt: skip
+        "seed": seed % 2**64,
+        "masks": plain,
+        "blocks": blocks,
+        "noise_at": options["noise_at"],
+        "norm_over": over,
+        "clamp_noise": clamp_noise,
+        "bounds_at": options.get("bounds_at", "step"),
+        "outside": outside,
+        "project": project,
+        "finish": finish,
+        "accept": accept,
+        "chain_offset": offset,
+        "first_step": first_step,
+    }
     return Example(state, energy, steps, settings, options, sample, restated)
 
 
@@ -326,7 +349,7 @@ def test_sixteen_bits(example: Example) -> None:
         down = np.floor(y / spacing) * spacing
         threshold = rule.thresholds(
             y.shape, example.rule["seed"], example.rule["first_step"], i, rule.ROUNDING, example.rule["chain_offset"]
-        )  # fmt: skip
+        )
         gap = (y - down) / spacing - threshold
         clear = moving & (np.abs(gap) > free / spacing) & ((y - down) > free) & ((down + spacing - y) > free)
         assert np.array_equal(new[clear], (down + spacing * (gap > 0))[clear])

@@ -103,9 +103,16 @@ def test_langevin_step(data: st.DataObject) -> None:
 
     options: dict[str, Any] = {}
     table: dict[str, list[Any]] = {}
-    ranges = {"step_size": (0.01, 0.3), "noise_scale": (0.0, 0.3), "grad_clip": (0.1, 1.5),
-              "grad_norm_clip": (0.3, 3.0),
-              "max_update": (0.05, 0.5), "prior_std": (0.5, 3.0), "low": (-1.5, -0.2), "high": (0.2, 1.5)}  # fmt: skip
+    ranges = {
+        "step_size": (0.01, 0.3),
+        "noise_scale": (0.0, 0.3),
+        "grad_clip": (0.1, 1.5),
+        "grad_norm_clip": (0.3, 3.0),
+        "max_update": (0.05, 0.5),
+        "prior_std": (0.5, 3.0),
+        "low": (-1.5, -0.2),
+        "high": (0.2, 1.5),
+    }
     for name, (low, high) in ranges.items():
         if name in ("step_size", "noise_scale") or draw(st.booleans(), label=name):
             options[name], table[name] = constant(low, high)
@@ -117,8 +124,18 @@ def test_langevin_step(data: st.DataObject) -> None:
     where = {"seed": draw(st.integers(0, 2**63 - 1), label="seed"), "step": draw(st.sampled_from((0, 2**32 - 1)))}
     offset = draw(st.sampled_from((0, 3, 2**32 - chains)), label="chain_offset")
     with at(isa):
-        got = langevin_step(x, grad, **options, **where, chain_offset=offset, noise_at=noise_at, norm_over=over,
-                            outside=outside, observed=observed, backend=backend)  # fmt: skip
+        got = langevin_step(
+            x,
+            grad,
+            **options,
+            **where,
+            chain_offset=offset,
+            noise_at=noise_at,
+            norm_over=over,
+            outside=outside,
+            observed=observed,
+            backend=backend,
+        )
 
     def setting(name: str, i: int, k: int) -> Any:
         if name == "noise_scale" and noise_at == "before":
@@ -128,11 +145,18 @@ def test_langevin_step(data: st.DataObject) -> None:
     def run(dtype: Any, jitter: int | None) -> rule.Result:
         slopes = [g.numpy().astype(dtype) for g in grad]
         return rule.langevin(
-            lambda points, k: (np.zeros(chains), slopes), [t.numpy().astype(dtype) for t in x], 1, setting,
-            seed=where["seed"], first_step=where["step"], chain_offset=offset, norm_over=over, outside=outside,
+            lambda points, k: (np.zeros(chains), slopes),
+            [t.numpy().astype(dtype) for t in x],
+            1,
+            setting,
+            seed=where["seed"],
+            first_step=where["step"],
+            chain_offset=offset,
+            norm_over=over,
+            outside=outside,
             masks=[False if m is None else m.numpy() for m in observed],
             jitter=None if jitter is None else np.random.default_rng(jitter),
-        )  # fmt: skip
+        )
 
     truth = run(np.float64, None)
     tolerance = Tolerance(truth, [run(np.float32, n) for n in range(2)], 2.0**-24)
@@ -163,20 +187,24 @@ class Terms:
             outputs = 1 if kind == "scalar" else draw(st.integers(1, 20), label="outputs")
             sizes = [inputs, *hidden, outputs]
             weights = tuple(numbers.normal(o, i) / i**0.5 for i, o in pairwise(sizes))
-            biases = tuple(
-                0.3 * numbers.normal(o) if draw(st.booleans(), label="bias") else None for o in sizes[1:]
-            )  # fmt: skip
+            biases = tuple(0.3 * numbers.normal(o) if draw(st.booleans(), label="bias") else None for o in sizes[1:])
             name: Any = draw(st.sampled_from(ACTIVATIONS), label="activation")
             stack = Stack.mlp(weights, biases, name, 0.3 if name == "leaky_relu" else 1.0 if name == "elu" else 0.0)
             if kind == "scalar":
                 self.terms.append(Scalar(stack, draw(st.sampled_from((1.0, -0.7)))))
                 continue
             mask = draw(st.sampled_from((0, 1, chains)), label="mask's rows")
-            self.terms.append(Residual(
-                stack, numbers.normal(chains, outputs), draw(st.sampled_from((0.5, 1.3))),
-                draw(st.sampled_from(("gaussian", "laplace"))), draw(st.booleans(), label="tanh"),
-                draw(st.sampled_from((1.0, 2.0))), numbers.mask(mask, outputs) if mask else None,
-            ))  # fmt: skip
+            self.terms.append(
+                Residual(
+                    stack,
+                    numbers.normal(chains, outputs),
+                    draw(st.sampled_from((0.5, 1.3))),
+                    draw(st.sampled_from(("gaussian", "laplace"))),
+                    draw(st.booleans(), label="tanh"),
+                    draw(st.sampled_from((1.0, 2.0))),
+                    numbers.mask(mask, outputs) if mask else None,
+                )
+            )
 
     def value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The energy, and how far the nearest kink is, (chains,) each, in the dtype of ``x``."""
@@ -236,8 +264,14 @@ def test_langevin_mlp(data: st.DataObject) -> None:
     x = [numbers.normal(chains, n) for n in widths]
     backend, isa = draw(st.sampled_from(places()), label="backend")
     options: dict[str, Any] = {"step_size": 0.02, "noise_scale": 0.1}
-    for name, value in {"grad_clip": 0.5, "grad_norm_clip": 1.0, "max_update": 0.2, "prior_std": 1.5, "low": -1.0,
-                        "high": 1.0}.items():  # fmt: skip
+    for name, value in {
+        "grad_clip": 0.5,
+        "grad_norm_clip": 1.0,
+        "max_update": 0.2,
+        "prior_std": 1.5,
+        "low": -1.0,
+        "high": 1.0,
+    }.items():
         if draw(st.booleans(), label=name):
             options[name] = value
     if draw(st.booleans(), label="step size per chain"):
@@ -247,8 +281,17 @@ def test_langevin_mlp(data: st.DataObject) -> None:
     observed = [numbers.mask(chains, n) if draw(st.booleans(), label="observed") else None for n in widths]
     where = {"seed": draw(st.integers(0, 2**63 - 1), label="seed"), "first_step": 5, "chain_offset": 2}
     with at(isa):
-        out = langevin_mlp(x, terms.terms, steps=steps, **options, **where, noise_at=noise_at, clamp_noise=clamp_noise,
-                           observed=observed, backend=backend)  # fmt: skip
+        out = langevin_mlp(
+            x,
+            terms.terms,
+            steps=steps,
+            **options,
+            **where,
+            noise_at=noise_at,
+            clamp_noise=clamp_noise,
+            observed=observed,
+            backend=backend,
+        )
     join = lambda points: torch.from_numpy(np.concatenate(points, 1))
 
     def energy(points: Sequence[Array], k: int) -> tuple[Array, list[Array]]:
@@ -261,11 +304,17 @@ def test_langevin_mlp(data: st.DataObject) -> None:
 
     def run(dtype: Any, jitter: int | None) -> rule.Result:
         return rule.langevin(
-            energy, [t.numpy().astype(dtype) for t in x], steps, setting, **where, noise_at=noise_at,
-            clamp_noise=clamp_noise, masks=[False if m is None else m.numpy() for m in observed],
+            energy,
+            [t.numpy().astype(dtype) for t in x],
+            steps,
+            setting,
+            **where,
+            noise_at=noise_at,
+            clamp_noise=clamp_noise,
+            masks=[False if m is None else m.numpy() for m in observed],
             jitter=None if jitter is None else np.random.default_rng(jitter),
             after_gradient=lambda points, k: terms.value(join(points).double())[1].numpy(),
-        )  # fmt: skip
+        )
 
     truth = run(np.float64, None)
     tolerance = Tolerance(truth, [run(np.float32, n) for n in range(2)], 2.0**-24)
@@ -319,8 +368,13 @@ def test_residual(data: st.DataObject) -> None:
         grads = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
         return total.detach(), [torch.zeros_like(y) if g is None else g for g, y in zip(grads, leaves)]
 
-    options: dict[str, Any] = {"likelihood": kinds, "scale": scales, "weight": weights, "observed": masks,
-                               "backend": backend}  # fmt: skip
+    options: dict[str, Any] = {
+        "likelihood": kinds,
+        "scale": scales,
+        "weight": weights,
+        "observed": masks,
+        "backend": backend,
+    }
     with at(isa):
         value, grads = residual_and_gradient(predictions, targets, **options)
         leaves = [y.detach().requires_grad_() for y in predictions]

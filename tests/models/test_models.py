@@ -92,9 +92,13 @@ def test_likelihood_has_the_gradients_of_its_formula(likelihood: str, seed: int)
     """In z and in the decoders, for the mean over the batch; the curvature in z; and in x, in float64."""
     torch.manual_seed(seed)
     generator = SharedGenerator(
-        {"a": (3,), "b": (2,)}, 4, width=8, sigma=0.3, weights={"b": 6.0},
+        {"a": (3,), "b": (2,)},
+        4,
+        width=8,
+        sigma=0.3,
+        weights={"b": 6.0},
         likelihood=likelihood,  # type: ignore[arg-type]
-    ).double()  # fmt: skip
+    ).double()
     z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     x = {"a": torch.randn(5, 3, dtype=torch.float64), "b": torch.randn(5, 2, dtype=torch.float64)}
 
@@ -132,8 +136,9 @@ def test_mixture_density_against_torch(seed: int) -> None:
     stacked = torch.distributions.Independent(
         torch.distributions.Normal(
             torch.stack([c.mean for c in components], 1), torch.stack([(0.5 * c.logvar).exp() for c in components], 1)
-        ), 1,
-    )  # fmt: skip
+        ),
+        1,
+    )
     mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(6, 3)), stacked)
     torch.testing.assert_close(inference.log_prob(z, x), mixture.log_prob(z), rtol=1e-4, atol=1e-4)
     # Jensen: the per-expert form is a lower bound, and strictly so for experts that differ
@@ -247,9 +252,7 @@ def test_joints_with_private_latents_restated(joint: str, seed: int) -> None:
         assert out.shape == (4, 10)  # as many outputs as a plain expert of latent 5
         mean[name], precision[name] = np.zeros((4, 7)), np.zeros((4, 7))
         mean[name][:, rows == 1], precision[name][:, rows == 1] = out[:, :5], np.exp(-np.clip(out[:, 5:], -10, 4))
-    subsets = {
-        "mixture": [["a"], ["b"]], "mixture_of_products": [["a"], ["b"], ["a", "b"]],
-    }.get(joint, [["a", "b"]])  # fmt: skip
+    subsets = {"mixture": [["a"], ["b"]], "mixture_of_products": [["a"], ["b"], ["a", "b"]]}.get(joint, [["a", "b"]])
     components = inference(x)
     assert len(components) == len(subsets)
     z, densities = np.random.default_rng(seed).normal(size=(4, 7)), []

@@ -29,10 +29,30 @@ PACKAGE = Path(mmebm.__file__).parent
 # What goes through the door, and what feeds it: a number of the wrong dtype or device here is one in a kernel.
 GUARDED = ("ops", "reference", "samplers", "energies", "diagnostics", "noise.py", "native.py", "state.py", "presets.py")
 # These take torch's default dtype or device where they are not told.
-FACTORIES = frozenset((
-    "arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full", "linspace", "logspace",
-    "normal", "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros",
-))  # fmt: skip
+FACTORIES = frozenset(
+    (
+        "arange",
+        "as_tensor",
+        "asarray",
+        "empty",
+        "empty_permuted",
+        "empty_strided",
+        "eye",
+        "full",
+        "linspace",
+        "logspace",
+        "normal",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "range",
+        "scalar_tensor",
+        "tensor",
+        "zeros",
+    )
+)
 
 
 def _guarded() -> list[Path]:
@@ -79,8 +99,10 @@ def test_addresses_are_made_at_the_door_alone() -> None:
     allowed = {PACKAGE / name for name in names}
     found = [
         f"{path.relative_to(PACKAGE)}:{line}"
-        for path in _guarded() if path not in allowed for line in _addresses(ast.parse(path.read_text()))
-    ]  # fmt: skip
+        for path in _guarded()
+        if path not in allowed
+        for line in _addresses(ast.parse(path.read_text()))
+    ]
     assert not found, "\n".join(found)
 
 
@@ -226,18 +248,25 @@ def _short(t: Tensor, left: int) -> Tensor:
 
 FAKE = FakeTensorMode()
 ODD: dict[str, Callable[[Tensor], Tensor]] = {
-    "meta": lambda t: t.to("meta"), "fake": FAKE.from_tensor, "sparse": lambda t: t.to_sparse(),
-    "no storage": lambda t: _short(t, 0), "half a storage": lambda t: _short(t, t.nbytes),
-    "float8": lambda t: t.to(torch.float8_e4m3fn), "mkldnn": lambda t: t.to_mkldnn(),
+    "meta": lambda t: t.to("meta"),
+    "fake": FAKE.from_tensor,
+    "sparse": lambda t: t.to_sparse(),
+    "no storage": lambda t: _short(t, 0),
+    "half a storage": lambda t: _short(t, t.nbytes),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "mkldnn": lambda t: t.to_mkldnn(),
     "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
     "nested": lambda t: torch.nested.nested_tensor([t, t]),
-}  # fmt: skip
+}
 # Memory in another order, or with a sign to come: the result is that of the plain tensor.
 SOUND: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda t: t.t().contiguous().t(), "negative bit": lambda t: torch._neg_view(-t),
-    "part": lambda t: torch.stack([t, t], dim=-1)[..., 1], "offset": lambda t: torch.cat([t, t])[len(t) :],
-    "subclass": lambda t: t.as_subclass(Subclass), "functional": torch._to_functional_tensor,
-}  # fmt: skip
+    "transposed": lambda t: t.t().contiguous().t(),
+    "negative bit": lambda t: torch._neg_view(-t),
+    "part": lambda t: torch.stack([t, t], dim=-1)[..., 1],
+    "offset": lambda t: torch.cat([t, t])[len(t) :],
+    "subclass": lambda t: t.as_subclass(Subclass),
+    "functional": torch._to_functional_tensor,
+}
 
 
 def _calls() -> dict[str, tuple[Tensor, Callable[..., Any]]]:
@@ -272,7 +301,7 @@ def _calls() -> dict[str, tuple[Tensor, Callable[..., Any]]]:
         "residual targets": (x, lambda t, b: likelihood(x.flip(0), t, 1.0, b)),
         "residual scale": (rows, lambda t, b: likelihood(x, x.flip(0), t, b)),
         "normal_ out": (torch.zeros(6, 5), lambda t, b: native.normal_(t, seed=3)),
-    }  # fmt: skip
+    }
 
 
 CALLS = _calls()

@@ -32,9 +32,15 @@ pytestmark = pytest.mark.compile
 #   mlp     128: 2 blocks, where shared memory has room for two
 # By the kernel's name, and what its mangled name ends with.
 REGISTERS = {
-    "map_kernel": 96, "chain_kernel": 128, "norm_kernel": 64, "fold_kernel": 64, "finish_kernel": 64,
-    "chain_kernel<Fp32>": 128, "chain_kernel<Tf32x3>": 128, "chain_kernel<Bf16>": 128,
-}  # fmt: skip
+    "map_kernel": 96,
+    "chain_kernel": 128,
+    "norm_kernel": 64,
+    "fold_kernel": 64,
+    "finish_kernel": 64,
+    "chain_kernel<Fp32>": 128,
+    "chain_kernel<Tf32x3>": 128,
+    "chain_kernel<Bf16>": 128,
+}
 # With 96, nvcc 13.0 spills 8 bytes there; four blocks of 128 threads a multiprocessor for five
 MORE_REGISTERS = {("sm_100", "map_kernel"): 128}
 # Matrix instructions of each langevin_mlp kernel: none on the FMA units, else m16n8k8 or m16n8k16 of these operands.

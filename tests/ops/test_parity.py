@@ -106,9 +106,14 @@ def _terms() -> list[Any]:
 
 def _chain(backend: str) -> Tensor:
     return mlp.langevin_mlp(
-        [torch.linspace(-1, 1, 24).reshape(4, 6)], _terms(), steps=2, step_size=0.1, noise_scale=0.1, seed=3,
+        [torch.linspace(-1, 1, 24).reshape(4, 6)],
+        _terms(),
+        steps=2,
+        step_size=0.1,
+        noise_scale=0.1,
+        seed=3,
         backend=backend,
-    ).x[0]  # fmt: skip
+    ).x[0]
 
 
 def _energy(backend: str) -> Tensor:
@@ -134,9 +139,15 @@ def _net_chain(backend: str) -> Tensor:
     table = mlp.constants_of([[StepParams(0.1, 0.1)]], 4, torch.float32, x.device)
     assert not isinstance(table, str)
     chain = net.NetChain(
-        net=_net(), widths=(6,), streams=(0,), noisy=(True,), moving=(True,), constants=table[0], present=table[1],
+        net=_net(),
+        widths=(6,),
+        streams=(0,),
+        noisy=(True,),
+        moving=(True,),
+        constants=table[0],
+        present=table[1],
         seed=3,
-    )  # fmt: skip
+    )
     return net.run(net.room(backend, chain, x)[0], chain, x, 2, 0).x
 
 
@@ -157,7 +168,7 @@ MORE = {
     "chain's energy": ("langevin_mlp", "langevin_mlp", lambda a: a[0]["energy"]),
     "value": ("mlp_energy", "mlp_energy", lambda a: a[0]["energy"]),
     "gradient": ("residual", "residual", lambda a: a[0][2][-1]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("raises", [False, True])
@@ -316,11 +327,17 @@ class _Default:
 
 
 CONTEXTS: dict[str, Callable[[Callable[[], None]], None]] = {
-    "inference": _inside(torch.inference_mode), "autocast": _inside(lambda: torch.autocast("cpu", torch.bfloat16)),
-    "fake": _inside(FakeTensorMode), "mode": _inside(_Forbidden), "meta": _inside(lambda: torch.device("meta")),
-    "vmap": _vmapped, "grad": _differentiated, "float64": _inside(lambda: _Default(torch.float64)),
-    "bfloat16": _inside(lambda: _Default(torch.bfloat16)), "float16": _inside(lambda: _Default(torch.float16)),
-}  # fmt: skip
+    "inference": _inside(torch.inference_mode),
+    "autocast": _inside(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "fake": _inside(FakeTensorMode),
+    "mode": _inside(_Forbidden),
+    "meta": _inside(lambda: torch.device("meta")),
+    "vmap": _vmapped,
+    "grad": _differentiated,
+    "float64": _inside(lambda: _Default(torch.float64)),
+    "bfloat16": _inside(lambda: _Default(torch.bfloat16)),
+    "float16": _inside(lambda: _Default(torch.float16)),
+}
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
@@ -386,9 +403,15 @@ def test_no_decision_of_a_step_is_near() -> None:
                 for t, i in zip(case.x, case.options.streams, strict=True)
             ]
             y, stats = rule.langevin_step(
-                case.x, grad, xi, case.params, outside=case.options.outside, observed=case.options.observed or None,
-                thresholds=thresholds, stats=True,
-            )  # fmt: skip
+                case.x,
+                grad,
+                xi,
+                case.params,
+                outside=case.options.outside,
+                observed=case.options.observed or None,
+                thresholds=thresholds,
+                stats=True,
+            )
             assert stats is not None
             stays = [(a == b).flatten(1).all(1) for a, b in zip(case.x, y, strict=True)]
             narrow = [t for t in y if t.dtype != torch.float32]

@@ -28,7 +28,7 @@ META: dict[str, Any] = {
         "sound": {"kind": "vector", "range": [-80, 0]},
         "word": {"kind": "text", "words": ["low", "high"]},
     },
-}  # fmt: skip
+}
 
 
 def _write_folder(root: Path, n: int = 40, meta: dict[str, Any] | None = None) -> Path:
@@ -48,13 +48,17 @@ def _write_folder(root: Path, n: int = 40, meta: dict[str, Any] | None = None) -
 
 def _own_config(path: Path, **changes: Any) -> Config:
     config = Config(
-        preset="test", data=DataConfig("folder", path=str(path)),
+        preset="test",
+        data=DataConfig("folder", path=str(path)),
         model=ModelConfig(latent=3, generator_width=16, inference_width=16, energy_width=16),
         data_chain=ChainConfig(steps=3, travel=0.5, noise=0.005, clamp=True),
-        latent_chain=ChainConfig(steps=2, step=0.1), loss=LossConfig(elbo=1.0, energy_l2=0.01),
-        stages=(Stage("warmup", 6), Stage("joint", 4)), generator=AdamConfig(lr=1e-3), guard=GuardConfig(every=2),
+        latent_chain=ChainConfig(steps=2, step=0.1),
+        loss=LossConfig(elbo=1.0, energy_l2=0.01),
+        stages=(Stage("warmup", 6), Stage("joint", 4)),
+        generator=AdamConfig(lr=1e-3),
+        guard=GuardConfig(every=2),
         batch=16,
-    )  # fmt: skip
+    )
     return config.replace(**changes)
 
 

@@ -17,9 +17,22 @@ from mmebm.cli.main import main
 from mmebm.data import load as load_data
 
 BIRDS = ("grey", "red")
-QUICK = ["--device", "cpu", "--threads", "1", "--quiet", "--set", 'stages=[{"kind": "warmup", "iterations": 4}, '
-         '{"kind": "prior", "iterations": 2}, {"kind": "joint", "iterations": 2}]', "--set", "data_chain.steps=2",
-         "--set", "batch=10", "--set", "guard.every=2"]  # fmt: skip
+QUICK = [
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--quiet",
+    "--set",
+    'stages=[{"kind": "warmup", "iterations": 4}, '
+    '{"kind": "prior", "iterations": 2}, {"kind": "joint", "iterations": 2}]',
+    "--set",
+    "data_chain.steps=2",
+    "--set",
+    "batch=10",
+    "--set",
+    "guard.every=2",
+]
 
 
 @pytest.fixture
@@ -50,9 +63,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_files_to_a_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "birds", "--size", "12"]) == 0
     said = capsys.readouterr().out
-    for words in ("54 tuples to train on, 6 to test", "photo: images 3x12x12, 0 to 255",
-                  "measures: vectors of 2 numbers", "standardised", "colour: 2 words: grey, red", "told: captions, 60",
-                  "depth: images 6x5, -30 to 29", "labels: 0, 1"):  # fmt: skip
+    for words in (
+        "54 tuples to train on, 6 to test",
+        "photo: images 3x12x12, 0 to 255",
+        "measures: vectors of 2 numbers",
+        "standardised",
+        "colour: 2 words: grey, red",
+        "told: captions, 60",
+        "depth: images 6x5, -30 to 29",
+        "labels: 0, 1",
+    ):
         assert words in said, words
     train = load_data("folder", "train", path="birds-arrays", codec_options={"rounds": 1, "round": 5, "dim": 8})
     x = train.batch(np_rows(len(train)))
@@ -99,8 +119,12 @@ def test_arrays_by_split_get_their_meta(tmp_path: Path, monkeypatch: pytest.Monk
     for split, n in (("train", 200), ("test", 50)):
         Path("mine", split).mkdir(parents=True)
         sound = rng.normal(217, 5, (n, 4)) * [1, 10, 100, 0]  # and a dimension that is constant
-        for name, values in (("sound", sound), ("tail", rng.standard_t(1.2, (n, 3))), ("flag", np.arange(n) % 3),
-                             ("photo", rng.integers(0, 256, (n, 6, 6, 3)).astype(np.uint8))):  # fmt: skip
+        for name, values in (
+            ("sound", sound),
+            ("tail", rng.standard_t(1.2, (n, 3))),
+            ("flag", np.arange(n) % 3),
+            ("photo", rng.integers(0, 256, (n, 6, 6, 3)).astype(np.uint8)),
+        ):
             np.save(f"mine/{split}/{name}.npy", values)
     # unscaled it is refused, and not trained into garbage
     base = ["train", "--preset", "base", "--data", "folder", "--data-path", "mine", *QUICK]
@@ -115,9 +139,11 @@ def test_arrays_by_split_get_their_meta(tmp_path: Path, monkeypatch: pytest.Monk
     assert main(["train", "--config", "mine.toml", "--name", "scaled", *QUICK]) == 0, capsys.readouterr().err
     assert mmebm.load("runs/scaled").sample(20)["sound"][:, 3].std() < 1.0
     wrong = {
-        "nowhere": "there is no folder nowhere", "mine --size 8": "--force",
-        "mine --force --size 8": "leave out --out and --size", "mine --force --test 1": "--test is the share",
-    }  # fmt: skip
+        "nowhere": "there is no folder nowhere",
+        "mine --size 8": "--force",
+        "mine --force --size 8": "leave out --out and --size",
+        "mine --force --test 1": "--test is the share",
+    }
     for words, message in wrong.items():
         assert main(["init", *words.split()]) == 1
         assert message in capsys.readouterr().err
@@ -172,9 +198,7 @@ def test_every_preset_takes_own_data(preset: str, tmp_path: Path, write_folder: 
     assert main(words) == 0
 
 
-@pytest.mark.parametrize("name, options", [
-    ("digits", {}), ("polymnist-5k", {"n": 100}), ("views", {}),
-])  # fmt: skip
+@pytest.mark.parametrize("name, options", [("digits", {}), ("polymnist-5k", {"n": 100}), ("views", {})])
 def test_base_takes_the_sets_there_are(name: str, options: dict[str, int], tmp_path: Path, monkeypatch: Any) -> None:
     if name == "views":
         pytest.importorskip("mvlearn")

@@ -114,32 +114,44 @@ def test_energy_revision_and_encoding(model: mmebm.Model) -> None:
     assert model.decode(z)["photo"].shape == (4, 3, 8, 8)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m: m.complete({}), "given is empty; the modalities are"),
-    (lambda m: m.complete({"smell": [1]}), r"given names \['smell'\]"),
-    (lambda m: m.complete({"photo": np.zeros((2, 3, 9, 9))}), r"'photo' is images \(n, 3, 8, 8\), got \(2, 3, 9, 9\)"),
-    (lambda m: m.complete({"photo": np.full((2, 3, 8, 8), 200.0)}), r"'photo': floating images must lie in \[0, 1\]"),
-    (lambda m: m.complete({"word": ["medium"]}), r"'word': unknown words \['medium'\]"),
-    (lambda m: m.complete({"sound": np.full((1, 5), np.nan)}), "'sound' holds a value that is not finite"),
-    (lambda m: m.complete({"word": ["low"], "sound": np.zeros((2, 5))}), "as many rows of every modality"),
-    (lambda m: m.complete({"word": ["low"]}, mode="best"), "mode must be 'decode', 'latent' or 'data', got 'best'"),
-    (lambda m: m.energy({"word": ["low"]}), r"x lacks \['photo', 'sound'\]"),
-    (lambda m: m.revise({"word": ["low"] * 4}, observed="word"), "observed must"),
-    (lambda m: m.sample(0), "n must be at least 1"),
-    (lambda m: m.sample(1, seed=-1), "seed must be at least 0"),
-    (lambda m: m.sample(1, point="xx"), "point must be one of"),
-    (lambda m: m.decode(np.zeros((1, 4))), r"z must be \(n, 3\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.complete({}), "given is empty; the modalities are"),
+        (lambda m: m.complete({"smell": [1]}), r"given names \['smell'\]"),
+        (
+            lambda m: m.complete({"photo": np.zeros((2, 3, 9, 9))}),
+            r"'photo' is images \(n, 3, 8, 8\), got \(2, 3, 9, 9\)",
+        ),
+        (
+            lambda m: m.complete({"photo": np.full((2, 3, 8, 8), 200.0)}),
+            r"'photo': floating images must lie in \[0, 1\]",
+        ),
+        (lambda m: m.complete({"word": ["medium"]}), r"'word': unknown words \['medium'\]"),
+        (lambda m: m.complete({"sound": np.full((1, 5), np.nan)}), "'sound' holds a value that is not finite"),
+        (lambda m: m.complete({"word": ["low"], "sound": np.zeros((2, 5))}), "as many rows of every modality"),
+        (lambda m: m.complete({"word": ["low"]}, mode="best"), "mode must be 'decode', 'latent' or 'data', got 'best'"),
+        (lambda m: m.energy({"word": ["low"]}), r"x lacks \['photo', 'sound'\]"),
+        (lambda m: m.revise({"word": ["low"] * 4}, observed="word"), "observed must"),
+        (lambda m: m.sample(0), "n must be at least 1"),
+        (lambda m: m.sample(1, seed=-1), "seed must be at least 0"),
+        (lambda m: m.sample(1, point="xx"), "point must be one of"),
+        (lambda m: m.decode(np.zeros((1, 4))), r"z must be \(n, 3\)"),
+    ],
+)
 def test_errors_name_the_argument(model: mmebm.Model, call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(model)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"sound": {"kind": "vector", "range": [-100, 0]}}, "'sound' was trained with centre"),
-    ({"photo": {"kind": "image", "layout": "CHW"}}, "'photo' was trained with shape"),
-    ({"word": {"kind": "text", "words": ["high", "low"]}}, "'word' was trained with words"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sound": {"kind": "vector", "range": [-100, 0]}}, "'sound' was trained with centre"),
+        ({"photo": {"kind": "image", "layout": "CHW"}}, "'photo' was trained with shape"),
+        ({"word": {"kind": "text", "words": ["high", "low"]}}, "'word' was trained with words"),
+    ],
+)
 def test_another_reading_of_the_data_is_an_error(
     trained: Path, tmp_path: Path, change: dict[str, dict[str, object]], message: str, write_folder: Any, meta_with: Any
 ) -> None:
@@ -269,10 +281,12 @@ def test_the_command_line_samples_without_the_data(
     assert main([*base, "--n", "3", "--out", str(tmp_path / "grid.png")]) == 0
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "grid.png.npz").exists()
     assert main([*base, "--given-file", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "g.png")]) == 0
-    for options, message in ((["--out", "x.txt"], "ends in .npz, or a picture to .png"),
-                             (["--given-file", str(tmp_path / "mine.npz"), "--given", "word"], "leave out --given"),
-                             (["--given-file", str(trained / "config.json")], "must be an archive of numpy.savez"),
-                             (["--given", "word"], "no test split")):  # fmt: skip
+    for options, message in (
+        (["--out", "x.txt"], "ends in .npz, or a picture to .png"),
+        (["--given-file", str(tmp_path / "mine.npz"), "--given", "word"], "leave out --given"),
+        (["--given-file", str(trained / "config.json")], "must be an archive of numpy.savez"),
+        (["--given", "word"], "no test split"),
+    ):
         assert main([*base, *options]) == 1
         assert message in capsys.readouterr().err
     data = write_folder(tmp_path / "moved")

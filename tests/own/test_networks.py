@@ -179,13 +179,16 @@ def test_import_paths_are_stored_and_rebuilt(config: Any, package: str, tmp_path
         del sys.modules["huggingface_hub"]
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("own_nets:Nothing", "'own_nets:Nothing': own_nets has no 'Nothing'"),
-    ("no_such_module:Net", "there is no module 'no_such_module'"),
-    ("os:system", "must be a class of torch.nn.Module, got <built-in function system>"),
-    ({"path": "own_nets:UNet", "arguments": {"widht": 5}}, "unexpected keyword argument 'widht'"),
-    ("torch.nn:Linear", "missing .* required positional"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("own_nets:Nothing", "'own_nets:Nothing': own_nets has no 'Nothing'"),
+        ("no_such_module:Net", "there is no module 'no_such_module'"),
+        ("os:system", "must be a class of torch.nn.Module, got <built-in function system>"),
+        ({"path": "own_nets:UNet", "arguments": {"widht": 5}}, "unexpected keyword argument 'widht'"),
+        ("torch.nn:Linear", "missing .* required positional"),
+    ],
+)
 def test_wrong_import_paths(config: Any, package: str, spec: Any, message: str) -> None:
     from mmebm.training.config import NetworkConfig
 
@@ -210,23 +213,38 @@ def photo_like(z: Tensor, side: int = 8) -> Tensor:
     return z.sum(1)[:, None, None, None].expand(-1, 3, side, side)
 
 
-@pytest.mark.parametrize("networks, message", [
-    ({"decoders": {"photo": Net(lambda w, z: w * photo_like(z, 9))}},
-     r"network 'decoders\.photo' returns \(2, 3, 9, 9\) for z \(2, 3\); it must return \(2, 3, 8, 8\)"),
-    ({"decoders": {"photo": Net(lambda w, z: w * z @ torch.ones(4, 4))}},
-     r"network 'decoders\.photo' fails on z \(2, 3\): RuntimeError"),
-    ({"decoders": {"photo": Net(lambda w, z: w * torch.zeros(2, 3, 8, 8))}}, r"'decoders\.photo' has no gradient in z"),
-    ({"decoders": {"photo": Net(lambda w, z: photo_like(z) / 0)}}, "values that are not all finite"),
-    ({"encoders": {"sound": Net(lambda w, x: w * x)}},
-     r"network 'encoders\.sound' returns \(2, 5\) for sound \(2, 5\); it must return \(2, 6\): mean"),
-    ({"energy": Net(lambda w, x: w * x["sound"].sum(1, keepdim=True))}, r"returns \(2, 1\) .* must return \(2,\)"),
-    ({"energy": Net(lambda w, x: w * x["sound"].sum(1))}, "'energy' has no gradient in photo, word"),
-    ({"prior": Net(lambda w, z: w * z.sum())}, r"network 'prior' returns \(\) for z \(2, 3\); it must return \(2,\)"),
-    ({"decoder": {}}, "must have some of 'encoders', 'decoders', 'energy', 'prior', got 'decoder'"),
-    ({"decoders": {"photos": nn.Linear(3, 3)}}, r"networks\['decoders'\] names \['photos'\]; the modalities are"),
-    ({"decoders": nn.Linear(3, 3)}, r"networks\['decoders'\] must map modalities to modules"),
-    ({"energy": lambda x: x}, "network 'energy' must be a torch.nn.Module, got function"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "networks, message",
+    [
+        (
+            {"decoders": {"photo": Net(lambda w, z: w * photo_like(z, 9))}},
+            r"network 'decoders\.photo' returns \(2, 3, 9, 9\) for z \(2, 3\); it must return \(2, 3, 8, 8\)",
+        ),
+        (
+            {"decoders": {"photo": Net(lambda w, z: w * z @ torch.ones(4, 4))}},
+            r"network 'decoders\.photo' fails on z \(2, 3\): RuntimeError",
+        ),
+        (
+            {"decoders": {"photo": Net(lambda w, z: w * torch.zeros(2, 3, 8, 8))}},
+            r"'decoders\.photo' has no gradient in z",
+        ),
+        ({"decoders": {"photo": Net(lambda w, z: photo_like(z) / 0)}}, "values that are not all finite"),
+        (
+            {"encoders": {"sound": Net(lambda w, x: w * x)}},
+            r"network 'encoders\.sound' returns \(2, 5\) for sound \(2, 5\); it must return \(2, 6\): mean",
+        ),
+        ({"energy": Net(lambda w, x: w * x["sound"].sum(1, keepdim=True))}, r"returns \(2, 1\) .* must return \(2,\)"),
+        ({"energy": Net(lambda w, x: w * x["sound"].sum(1))}, "'energy' has no gradient in photo, word"),
+        (
+            {"prior": Net(lambda w, z: w * z.sum())},
+            r"network 'prior' returns \(\) for z \(2, 3\); it must return \(2,\)",
+        ),
+        ({"decoder": {}}, "must have some of 'encoders', 'decoders', 'energy', 'prior', got 'decoder'"),
+        ({"decoders": {"photos": nn.Linear(3, 3)}}, r"networks\['decoders'\] names \['photos'\]; the modalities are"),
+        ({"decoders": nn.Linear(3, 3)}, r"networks\['decoders'\] must map modalities to modules"),
+        ({"energy": lambda x: x}, "network 'energy' must be a torch.nn.Module, got function"),
+    ],
+)
 def test_networks_that_do_not_fit_are_named(config: Any, networks: Any, message: str) -> None:
     data = load_data("folder", "train", path=config.data.path)
     with pytest.raises((ValueError, TypeError), match=message):

@@ -142,7 +142,7 @@ def look(net: nn.Module) -> list[Any]:
     return [
         *((getattr(m, "training", None), type(m), len(m._forward_hooks)) for m in net.modules()),
         *((id(p), p.requires_grad, p.grad) for p in net.parameters()),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("kind", AWKWARD)

@@ -233,9 +233,7 @@ def test_chains_stay_in_their_class(policy, draw, seed):
     def of_class(n, generator, labels):
         return labels[:, None].float() + 0.5 * torch.rand(n, 3, generator=generator)
 
-    buffer = ReplayBuffer(
-        classes * per, of_class, policy=policy, draw=draw, reinit=0.3, classes=classes, seed=seed
-    )  # fmt: skip
+    buffer = ReplayBuffer(classes * per, of_class, policy=policy, draw=draw, reinit=0.3, classes=classes, seed=seed)
     for k in range(40):
         if k % 2:
             labels = torch.randint(classes, (17,), generator=rng)
@@ -288,9 +286,14 @@ def test_uint8_round_trip_is_within_a_bin(seed):
     width = (high - low) / 256
     for dequantise, bound in ((True, width), (False, width / 2)):
         buffer = ReplayBuffer(
-            64, initial.uniform((50,), low, high), reinit=0.0, dtype=torch.uint8, value_range=(low, high),
-            dequantise=dequantise, seed=seed,
-        )  # fmt: skip
+            64,
+            initial.uniform((50,), low, high),
+            reinit=0.0,
+            dtype=torch.uint8,
+            value_range=(low, high),
+            dequantise=dequantise,
+            seed=seed,
+        )
         _x, handle = buffer.draw(256)
         rng = torch.Generator().manual_seed(seed)
         new = torch.rand(256, 50, generator=rng) * (high - low) + low
@@ -385,9 +388,15 @@ def test_transform_draws_from_its_generator(seed):
 def test_a_restored_buffer_goes_on_exactly(policy, dtype, seed, tmp_path):
     def make(given):
         return ReplayBuffer(
-            40, initial.uniform((3,), -1, 1), policy=policy, reinit=0.1, classes=4, dtype=dtype,
-            value_range=(-1, 1), seed=given,
-        )  # fmt: skip
+            40,
+            initial.uniform((3,), -1, 1),
+            policy=policy,
+            reinit=0.1,
+            classes=4,
+            dtype=dtype,
+            value_range=(-1, 1),
+            seed=given,
+        )
 
     def go(buffer, rounds):
         seen = []
@@ -543,9 +552,7 @@ def test_storages_hold_the_same_on_a_gpu(storage, policy, seed):
         def zeros(n, generator):
             return torch.zeros(n, 2, device=generator.device)
 
-        return ReplayBuffer(
-            12, zeros, policy=policy, reinit=0.1, classes=3, storage=storage, device=where, seed=seed
-        )  # fmt: skip
+        return ReplayBuffer(12, zeros, policy=policy, reinit=0.1, classes=3, storage=storage, device=where, seed=seed)
 
     here, there = make("cpu", "device"), make("cuda", storage)
     for k in range(20):
@@ -564,9 +571,16 @@ def test_storages_hold_the_same_on_a_gpu(storage, policy, seed):
 @pytest.mark.parametrize("draw", ["uniform", "stratified"])
 def test_nothing_waits_for_the_gpu(policy, draw, seed):
     buffer = ReplayBuffer(
-        1000, initial.uniform((1, 8, 8)), policy=policy, draw=draw, classes=10, dtype=torch.uint8, value_range=(0, 1),
-        device="cuda", seed=seed,
-    )  # fmt: skip
+        1000,
+        initial.uniform((1, 8, 8)),
+        policy=policy,
+        draw=draw,
+        classes=10,
+        dtype=torch.uint8,
+        value_range=(0, 1),
+        device="cuda",
+        seed=seed,
+    )
     labels = torch.arange(50, device="cuda") % 10
     for given in (None, labels):
         torch.cuda.set_sync_debug_mode("error")
@@ -582,10 +596,13 @@ def test_nothing_waits_for_the_gpu(policy, draw, seed):
 def test_a_copy_goes_on_alike_and_apart(copied: Any, init: str) -> None:
     examples, labels = torch.arange(24.0).reshape(8, 3), torch.arange(8) % 2
     make: dict[str, Any] = {
-        "uniform": initial.uniform((3,)), "normal": initial.normal((3,)), "data": initial.data(examples),
-        "by_class": initial.data(examples, labels), "gaussian": initial.class_gaussian(examples, labels),
+        "uniform": initial.uniform((3,)),
+        "normal": initial.normal((3,)),
+        "data": initial.data(examples),
+        "by_class": initial.data(examples, labels),
+        "gaussian": initial.class_gaussian(examples, labels),
         "each": initial.each({"a": initial.uniform((2,)), "b": initial.normal((3,))}),
-    }  # fmt: skip
+    }
     classes = 2 if init in ("by_class", "gaussian") else None
     buffer = ReplayBuffer(16, make[init], classes=classes, reinit=0.5, seed=3)
     buffer.draw(4)

@@ -103,8 +103,10 @@ class Tape:
         self.captures += 1
         state, record = torch.get_rng_state(), _Record()
         self.recording = True
-        before = [(t, t.detach().clone()) for t in (p for g in gc.get_objects() if type(g) is BatchLinear
-                                                    for p in g.buffers())]  # fmt: skip
+        before = [
+            (t, t.detach().clone())
+            for t in (p for g in gc.get_objects() if type(g) is BatchLinear for p in g.buffers())
+        ]
         try:
             with record:
                 outputs = body()
@@ -236,8 +238,16 @@ def test_other_structures(tape: Tape, seed: int) -> None:
     for i in range(3):
         state = {"a": x0(seed + i), "b": x0(seed + i + 9, 6, 2, 3)}
         mask = x0(seed + 5 * i, 6, 5) > 0
-        check(sampler(step_size={"a": 0.02, "b": 0.01 * (i + 1)}), energy, state, 4, seed=torch.tensor(seed + i),
-              first_step=torch.tensor([i]), observed={"a": mask}, blocks=["b", "a"])  # fmt: skip
+        check(
+            sampler(step_size={"a": 0.02, "b": 0.01 * (i + 1)}),
+            energy,
+            state,
+            4,
+            seed=torch.tensor(seed + i),
+            first_step=torch.tensor([i]),
+            observed={"a": mask},
+            blocks=["b", "a"],
+        )
     assert tape.captures == 1
 
     def pair(x: tuple[Tensor, Tensor]) -> Tensor:
@@ -717,10 +727,17 @@ def test_an_iteration_of_training(net: Any, monkeypatch: pytest.MonkeyPatch, see
     """The data chain twice and the latent chain, other batches, weights and latent steps: a graph for each of the two,
     and in the end the weights of the loop."""
     shapes = {"image": (1, 8, 8), "word": (4,)}
-    model = ModelConfig(latent=3, net=net, generator_width=4, inference_width=4, energy_width=8, energy_trunk_width=4,
-                        energy_features=8)  # fmt: skip
-    config = Config("test", model=model, backend="torch", data_chain=ChainConfig(steps=3, step=0.3, noise=0.01),
-                    latent_chain=ChainConfig(steps=2, step="auto"), batch=5)  # fmt: skip
+    model = ModelConfig(
+        latent=3, net=net, generator_width=4, inference_width=4, energy_width=8, energy_trunk_width=4, energy_features=8
+    )
+    config = Config(
+        "test",
+        model=model,
+        backend="torch",
+        data_chain=ChainConfig(steps=3, step=0.3, noise=0.01),
+        latent_chain=ChainConfig(steps=2, step="auto"),
+        batch=5,
+    )
     found, tape, keep = [], Tape(), []
     for backend in (capture.CudaBackend(), tape):
         monkeypatch.setattr(capture, "_engine", Engine(backend))

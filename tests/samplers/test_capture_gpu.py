@@ -78,8 +78,14 @@ def check(s: Langevin, energy: Any, state: Any, steps: int, **options: Any) -> S
 OPTIONS = {
     "plain": ({}, {}),
     "everything": (
-        {"bounds": (-2.0, 2.0), "grad_clip": 0.5, "grad_norm_clip": 0.7, "max_update": 0.3, "prior_std": 1.0,
-         "on_nonfinite": "freeze"},
+        {
+            "bounds": (-2.0, 2.0),
+            "grad_clip": 0.5,
+            "grad_norm_clip": 0.7,
+            "max_update": 0.3,
+            "prior_std": 1.0,
+            "on_nonfinite": "freeze",
+        },
         {"record": ("energy", "grad_norm", "clipped", "displacement", "nonfinite"), "thin": 2},
     ),
     "before": ({"noise_at": "before", "noise_scale": 0.01, "bounds": (0.0, 1.0), "clamp_noise": True}, {}),
@@ -87,7 +93,7 @@ OPTIONS = {
     "descent": ({"accept": "descent"}, {"record": ("energy",)}),
     "schedule": ({"step_size": schedules.geometric(0.1, 0.01, 6)}, {}),
     "blocks": ({}, {"blocks": ["text", "image"]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

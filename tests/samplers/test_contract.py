@@ -56,9 +56,7 @@ def joint(s: dict[str, Tensor], shift: Tensor | None = None) -> Tensor:
 
 def state(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {
-        "a": torch.randn(12, 2, 3, generator=g, dtype=dtype), "b": torch.randn(12, 5, generator=g, dtype=dtype)
-    }  # fmt: skip
+    return {"a": torch.randn(12, 2, 3, generator=g, dtype=dtype), "b": torch.randn(12, 5, generator=g, dtype=dtype)}
 
 
 def cut(value: Any, rows: slice) -> Any:
@@ -87,9 +85,14 @@ def test_some_chains_alone_equal_rows_of_the_whole(name: str, seed: int) -> None
     whole = sampler.sample(joint, start, 7, args=(shift,), observed={"b": mask}, **options)
     for rows in (slice(0, 4), slice(4, 5), slice(5, 12)):
         part = sampler.sample(
-            joint, cut(start, rows), 7, args=(shift[rows],), observed={"b": mask[rows]}, chain_offset=rows.start,
+            joint,
+            cut(start, rows),
+            7,
+            args=(shift[rows],),
+            observed={"b": mask[rows]},
+            chain_offset=rows.start,
             **options,
-        )  # fmt: skip
+        )
         assert close(part.state, cut(whole.state, rows))
         assert close(part.trajectory, {key: t[:, rows] for key, t in whole.trajectory.items()})
         assert close(part.trace, {key: t[:, rows] for key, t in whole.trace.items()})
@@ -262,8 +265,16 @@ def test_nothing_waits_for_the_device(name: str, seed: int, monkeypatch: pytest.
 
 
 def test_purposes_of_noise_are_apart() -> None:
-    purposes = (noise.DRIFT, noise.INITIAL, noise.ACCEPT, noise.REINIT, noise.ROUNDING, noise.PERTURB_ROUNDING,
-                noise.MOMENTUM, noise.SWAP)  # fmt: skip
+    purposes = (
+        noise.DRIFT,
+        noise.INITIAL,
+        noise.ACCEPT,
+        noise.REINIT,
+        noise.ROUNDING,
+        noise.PERTURB_ROUNDING,
+        noise.MOMENTUM,
+        noise.SWAP,
+    )
     assert purposes == tuple(range(8))
 
 
@@ -302,8 +313,11 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "adapt_over": (lambda: HMC(0.1, adapt_over="x"), ValueError, "adapt_over must be one of"),  # type: ignore[arg-type]
     "target_accept": (lambda: HMC(0.1, target_accept=1.0), ValueError, "target_accept must be a number between"),
     "temperature per key": (lambda: HMC(0.1, temperature={"a": 1.0}), TypeError, "temperature must be a number or one"),
-    "temperature per element": (lambda: HMC(0.1, temperature=torch.ones(1, 3)).sample(double_well, x0, 1), ValueError,
-                                r"temperature must be a number or one per chain \(4,\)"),
+    "temperature per element": (
+        lambda: HMC(0.1, temperature=torch.ones(1, 3)).sample(double_well, x0, 1),
+        ValueError,
+        r"temperature must be a number or one per chain \(4,\)",
+    ),
     "log_prob and score": (lambda: Underdamped(0.1, log_prob=True, score=True), ValueError, "log_prob=True or score"),
     "ladder down": (lambda: ParallelTempering(0.1, (2.0, 1.0)), ValueError, "temperatures must be increasing"),
     "ladder of zero": (lambda: ParallelTempering(0.1, (0.0, 1.0)), ValueError, "temperatures must be increasing, pos"),
@@ -320,25 +334,46 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "seeds": (lambda: HMC(0.1).sample(double_well, x0, 1, seed=1, generator=torch.Generator()), ValueError, "not both"),
     "key": (lambda: HMC({"a": 0.1}).sample(double_well, x0, 1), ValueError, r"step_size names \['a'\]"),
     "scalar": (lambda: HMC(0.1).sample(lambda x: x.sum(), x0, 1), ValueError, "HMC needs one energy per chain"),
-    "scalar of a ladder": (lambda: ParallelTempering(0.1, [1.0]).sample(lambda x: x.sum(), x0, 1), ValueError,
-                           "ParallelTempering needs one energy per chain"),
+    "scalar of a ladder": (
+        lambda: ParallelTempering(0.1, [1.0]).sample(lambda x: x.sum(), x0, 1),
+        ValueError,
+        "ParallelTempering needs one energy per chain",
+    ),
     "no state in it": (lambda: HMC(0.1).sample(lambda x: torch.zeros(4), x0, 1), ValueError, "must depend on the"),
     "no tensor": (lambda: HMC(0.1).sample(lambda x: 0.0, x0, 1), TypeError, "energy must return a tensor, got float"),
     "chains": (lambda: HMC(0.1).sample(lambda x: x[:2].sum(1), x0, 1), ValueError, "one value per chain"),
-    "velocity": (lambda: Underdamped(0.1).sample(double_well, x0, 1, velocity=x0[:2]), ValueError,
-                 "velocity.0. must be like the state"),
-    "velocity's keys": (lambda: Underdamped(0.1).sample(double_well, x0, 1, velocity={"a": x0}), ValueError,
-                        "velocity must have the state's keys"),
-    "ladder's shape": (lambda: ParallelTempering(0.1, (1.0, 2.0)).sample(double_well, x0, 1, ladder=x0), ValueError,
-                       r"ladder\[0\] must be \(4, 2, 3\)"),
-    "first step on a device": (lambda: ParallelTempering(0.1, (1.0,)).sample(
-        double_well, x0, 1, first_step=torch.tensor(1)), ValueError, "first_step must be an int"),  # type: ignore
+    "velocity": (
+        lambda: Underdamped(0.1).sample(double_well, x0, 1, velocity=x0[:2]),
+        ValueError,
+        "velocity.0. must be like the state",
+    ),
+    "velocity's keys": (
+        lambda: Underdamped(0.1).sample(double_well, x0, 1, velocity={"a": x0}),
+        ValueError,
+        "velocity must have the state's keys",
+    ),
+    "ladder's shape": (
+        lambda: ParallelTempering(0.1, (1.0, 2.0)).sample(double_well, x0, 1, ladder=x0),
+        ValueError,
+        r"ladder\[0\] must be \(4, 2, 3\)",
+    ),
+    "first step on a device": (
+        lambda: ParallelTempering(0.1, (1.0,)).sample(double_well, x0, 1, first_step=torch.tensor(1)),
+        ValueError,
+        "first_step must be an int",
+    ),  # type: ignore
     "adaptation unasked": (lambda: HMC(0.1).sample(double_well, x0, 1, adaptation={}), ValueError, "adapt above 0"),
-    "adaptation": (lambda: HMC(0.1, adapt=3).sample(double_well, x0, 1, adaptation={}), ValueError,
-                   r"adaptation\['log_scale'\] must be a tensor"),
-    "score's energy": (lambda: Underdamped(0.1, score=True).sample(lambda x: -x, x0, 1, record=("energy",)), ValueError,
-                       "with score=True there is none"),
-}  # fmt: skip
+    "adaptation": (
+        lambda: HMC(0.1, adapt=3).sample(double_well, x0, 1, adaptation={}),
+        ValueError,
+        r"adaptation\['log_scale'\] must be a tensor",
+    ),
+    "score's energy": (
+        lambda: Underdamped(0.1, score=True).sample(lambda x: -x, x0, 1, record=("energy",)),
+        ValueError,
+        "with score=True there is none",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", ERRORS)

@@ -48,9 +48,12 @@ class Turned(torch.autograd.Function):
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {}, "metropolis": {"accept": "metropolis"}, "descent": {"accept": "descent"},
-    "freeze": {"on_nonfinite": "freeze"}, "before": {"noise_at": "before"},
-}  # fmt: skip
+    "plain": {},
+    "metropolis": {"accept": "metropolis"},
+    "descent": {"accept": "descent"},
+    "freeze": {"on_nonfinite": "freeze"},
+    "before": {"noise_at": "before"},
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -214,9 +214,13 @@ def test_arguments_are_those_of_the_call(traced: list[Any]) -> None:
 def test_derived_weights(traced: list[Any]) -> None:
     """Spectral and weight norm and a folded batch norm are computed again from what they come from."""
     net = nn.Sequential(
-        parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.SiLU(), nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5),
-        nn.SiLU(), parametrizations.weight_norm(nn.Conv2d(5, 2, 2)),
-    )  # fmt: skip
+        parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
+        nn.SiLU(),
+        nn.Conv2d(4, 5, 3, padding=1),
+        nn.BatchNorm2d(5),
+        nn.SiLU(),
+        parametrizations.weight_norm(nn.Conv2d(5, 2, 2)),
+    )
     energy = nn.Sequential(net, nn.Flatten(), nn.Linear(12, 1, bias=False)).eval()
     x = torch.randn(3, *SHAPE)
     for _ in range(3):

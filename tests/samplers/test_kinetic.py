@@ -73,9 +73,14 @@ def accepted(h: float, leapfrog_steps: int, elements: int) -> float:
 # a tensor of 60,000 elements; the start is forgotten like |largest eigenvalue|^(2 steps), below 1e-9 in every case
 @pytest.mark.parametrize(
     ("h", "friction", "temperature", "mass", "curvature", "steps"),
-    [(0.5, 2.0, 1.0, 1.0, 1.0, 60), (1.2, 1.0, 1.0, 1.0, 1.0, 40), (1.8, 1.0, 2.5, 1.0, 1.0, 60),
-     (0.9, 1.0, 1.0, 1.0, 4.0, 60), (1.0, 3.0, 0.5, 4.0, 4.0, 60)],
-)  # fmt: skip
+    [
+        (0.5, 2.0, 1.0, 1.0, 1.0, 60),
+        (1.2, 1.0, 1.0, 1.0, 1.0, 40),
+        (1.8, 1.0, 2.5, 1.0, 1.0, 60),
+        (0.9, 1.0, 1.0, 1.0, 4.0, 60),
+        (1.0, 3.0, 0.5, 4.0, 4.0, 60),
+    ],
+)
 def test_baoab_has_the_exact_variance_of_positions(
     h: float, friction: float, temperature: float, mass: float, curvature: float, steps: int, seed: int
 ) -> None:
@@ -104,9 +109,7 @@ def test_without_friction_baoab_is_leapfrog_and_keeps_energy(seed: int) -> None:
     x = normals(50, 3, 4, seed=seed, dtype=torch.float64)
     errors = []
     for h in (0.1, 0.05):
-        out = Underdamped(h, friction=0.0).sample(
-            quartic, x, round(2 / h), seed=seed, record=("energy", "kinetic")
-        )  # fmt: skip
+        out = Underdamped(h, friction=0.0).sample(quartic, x, round(2 / h), seed=seed, record=("energy", "kinetic"))
         total = out.trace["energy"] + out.trace["kinetic"]
         errors.append(float((total - total[0]).abs().amax(0).mean()))
     # an integrator of second order: a quarter of the error, up to terms of h^2 relative

@@ -82,18 +82,24 @@ GAUSSIANS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor], float]] =
     "temperature": ({"step_size": H, "temperature": 2.5}, quadratic, 2.5 * PLAIN),
     "schedule": ({"step_size": lambda k: H, "temperature": lambda k: 0.5}, quadratic, 0.5 * PLAIN),
     "schedule of tensors": ({"step_size": table(torch.full((3,), H))}, quadratic, PLAIN),
-    "ramp between equal ends": ({"step_size": linear(H, H, 5), "noise_scale": linear(0.7, 0.7, 5)}, quadratic,
-                                stationary(H, 0.7)),
+    "ramp between equal ends": (
+        {"step_size": linear(H, H, 5), "noise_scale": linear(0.7, 0.7, 5)},
+        quadratic,
+        stationary(H, 0.7),
+    ),
     "prior instead of energy": ({"step_size": H, "prior_std": 1.0}, lambda x: 0 * quadratic(x), PLAIN),
     "half prior, half energy": ({"step_size": H, "prior_std": math.sqrt(2)}, lambda x: 0.5 * quadratic(x), PLAIN),
-    "narrow prior": ({"step_size": H, "prior_std": 0.8}, lambda x: 0 * quadratic(x),
-                     stationary(H, math.sqrt(2 * H), 1 / 0.64)),
+    "narrow prior": (
+        {"step_size": H, "prior_std": 0.8},
+        lambda x: 0 * quadratic(x),
+        stationary(H, math.sqrt(2 * H), 1 / 0.64),
+    ),
     "log_prob": ({"step_size": H, "log_prob": True}, lambda x: -quadratic(x), PLAIN),
     "score": ({"step_size": H, "score": True}, lambda x: -x, PLAIN),
     "tensor of no dimension": ({"step_size": torch.tensor(H)}, quadratic, PLAIN),
     # x' = x + s xi, then y = (1 - a) x': v = (1 - a)^2 (v + s^2), and so v = (1 - a)^2 s^2 / (1 - (1 - a)^2)
     "noise before": ({"step_size": H, "noise_at": "before"}, quadratic, (1 - H) ** 2 * PLAIN),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", GAUSSIANS)
@@ -124,9 +130,14 @@ def test_stationary_variance_of_settings_per_chain(seed: int) -> None:
 def test_stationary_variance_of_settings_per_modality(seed: int) -> None:
     state = {"image": torch.zeros(CHAINS, 16, SIZE // 16), "text": torch.zeros(CHAINS, SIZE)}
     x = langevin(
-        lambda s: quadratic(s["image"]) + quadratic(s["text"]), state, BURN_IN, seed=seed,
-        step_size={"image": 0.4, "text": 0.6}, noise_scale={"image": None, "text": 0.5}, prior_std={"text": 2.0},
-    )  # fmt: skip
+        lambda s: quadratic(s["image"]) + quadratic(s["text"]),
+        state,
+        BURN_IN,
+        seed=seed,
+        step_size={"image": 0.4, "text": 0.6},
+        noise_scale={"image": None, "text": 0.5},
+        prior_std={"text": 2.0},
+    )
     assert_variance(x["image"], PLAIN)
     assert_variance(x["text"], stationary(0.6, 0.5, 1.25))
 
@@ -188,21 +199,34 @@ def splits(seed: int) -> dict[str, Split]:
     return {
         "tensor": Split(double_well, flat, {"step_size": 0.02}, {}),
         "network": Split(net, flat, {"step_size": 0.1}, {}),
-        "list": Split(lambda s: double_well(s[0]) + double_well(s[1]), [flat, both["a"]],
-                      {"step_size": {0: 0.02, 1: 0.01}, "grad_norm_clip": 3.0}, {}),
-        "dict, blocks, schedule": Split(joint, both, {"step_size": linear(0.03, 0.01, 9), "grad_clip": {"a": 1.0}},
-                                        {"blocks": ("b", "a")}),
-        "dict, per chain, args": Split(joint, both, {"step_size": per_chain, "bounds": {"b": (-per_chain * 50, 1.5)}},
-                                       {"args": (per_chain,), "observed": {"a": both["a"][:, :1, :1] > 0}}),
+        "list": Split(
+            lambda s: double_well(s[0]) + double_well(s[1]),
+            [flat, both["a"]],
+            {"step_size": {0: 0.02, 1: 0.01}, "grad_norm_clip": 3.0},
+            {},
+        ),
+        "dict, blocks, schedule": Split(
+            joint, both, {"step_size": linear(0.03, 0.01, 9), "grad_clip": {"a": 1.0}}, {"blocks": ("b", "a")}
+        ),
+        "dict, per chain, args": Split(
+            joint,
+            both,
+            {"step_size": per_chain, "bounds": {"b": (-per_chain * 50, 1.5)}},
+            {"args": (per_chain,), "observed": {"a": both["a"][:, :1, :1] > 0}},
+        ),
         # five values for five elements: chunks of five chains must not take them for one value per chain
         "per element": Split(double_well, flat, {"step_size": torch.linspace(0.01, 0.03, 5)}, {}),
         "noise before": Split(double_well, flat, {"step_size": 0.02, "noise_at": "before"}, {}),
         "descent": Split(double_well, flat, {"step_size": 1.6, "accept": "descent"}, {}),
         "metropolis": Split(double_well, flat, {"step_size": 0.9, "accept": "metropolis", "prior_std": 2.0}, {}),
-        "metropolis, dict, blocks": Split(joint, both, {"step_size": per_chain * 9, "accept": "metropolis"},
-                                          {"blocks": ("b", "a"), "observed": {"a": both["a"][:, :1, :1] > 0}}),
+        "metropolis, dict, blocks": Split(
+            joint,
+            both,
+            {"step_size": per_chain * 9, "accept": "metropolis"},
+            {"blocks": ("b", "a"), "observed": {"a": both["a"][:, :1, :1] > 0}},
+        ),
         "bfloat16": Split(double_well, flat.bfloat16(), {"step_size": 0.02}, {}),
-    }  # fmt: skip
+    }
 
 
 SPLITS = tuple(splits(0))
@@ -271,8 +295,9 @@ def test_blocks_are_updated_in_turn_with_the_same_noise(seed: int) -> None:
     got = sampler.sample(joint, s, 1, seed=seed, blocks=[{"b"}, {"a"}]).state
     assert same(got, {"a": a, "b": b})
     assert not same(got, sampler.sample(joint, s, 1, seed=seed).state)
-    assert same(sampler.sample(joint, s, 1, seed=seed, blocks=[{"b", "a"}]).state,
-                sampler.sample(joint, s, 1, seed=seed).state)  # fmt: skip
+    assert same(
+        sampler.sample(joint, s, 1, seed=seed, blocks=[{"b", "a"}]).state, sampler.sample(joint, s, 1, seed=seed).state
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,9 +383,13 @@ def test_the_given_state_is_neither_changed_nor_aliased(make: Any, steps: int, d
     given = [t.clone() for t in leaves(state)]
     observed = {0} if isinstance(state, list) else None
     out = langevin(
-        lambda s: sum(quadratic(t) for t in leaves(s)), state, steps, step_size=0.1, observed=observed,
+        lambda s: sum(quadratic(t) for t in leaves(s)),
+        state,
+        steps,
+        step_size=0.1,
+        observed=observed,
         differentiable=differentiable,
-    )  # fmt: skip
+    )
     assert type(out) is type(state)
     assert all(torch.equal(a, b) for a, b in zip(given, leaves(state), strict=True))
     for a, b in zip(leaves(out), leaves(state), strict=True):
@@ -451,8 +480,16 @@ def test_energies_of_every_shape_are_summed(shape: str, seed: int) -> None:
 @pytest.mark.parametrize("observed", [None, {"a"}])
 def test_a_modality_the_energy_ignores_has_no_drift(blocks: Any, observed: Any) -> None:
     state = {"a": torch.randn(3, 2), "b": torch.randn(3, 4)}
-    out = langevin(lambda s: quadratic(s["a"]), state, 2, step_size=0.5, noise_scale=0.0, prior_std={"b": 1.0},
-                   blocks=blocks, observed=observed)  # fmt: skip
+    out = langevin(
+        lambda s: quadratic(s["a"]),
+        state,
+        2,
+        step_size=0.5,
+        noise_scale=0.0,
+        prior_std={"b": 1.0},
+        blocks=blocks,
+        observed=observed,
+    )
     torch.testing.assert_close(out["a"], state["a"] * (1 if observed else 0.25))
     torch.testing.assert_close(out["b"], state["b"] * 0.25)
 
@@ -542,10 +579,12 @@ def test_records_equal_what_the_trajectory_shows(name: str, seed: int) -> None:
     assert all(rows.shape == (6, 12) for rows in out.trace.values())
     assert same({key: rows[-1] for key, rows in out.trajectory.items()}, out.state)
     states = [state] + [{key: rows[k] for key, rows in out.trajectory.items()} for k in range(6)]
-    moved = torch.stack([
-        sum((b[key] - a[key]).flatten(1).square().sum(1) for key in state).sqrt()
-        for a, b in itertools.pairwise(states)
-    ])  # fmt: skip
+    moved = torch.stack(
+        [
+            sum((b[key] - a[key]).flatten(1).square().sum(1) for key in state).sqrt()
+            for a, b in itertools.pairwise(states)
+        ]
+    )
     torch.testing.assert_close(out.trace["displacement"], moved)
     assert not out.trace["nonfinite"].any() and not out.info["nonfinite"].any()
     if name == "noise before":  # the gradient is taken after the noise, at a state that is not kept
@@ -622,16 +661,25 @@ def test_a_sampler_and_its_schedules_pickle() -> None:
 def test_observed_elements_do_not_make_a_chain_leave_the_box() -> None:
     x = torch.tensor([[0.5, 5.0], [0.5, 0.5]])
     mask = torch.tensor([[False, True], [False, False]])
-    out = langevin(lambda x: x.sum(1), x, 2, step_size=0.1, noise_scale=0.0, bounds=(0.0, 1.0), outside="reject",
-                   observed=mask)  # fmt: skip
+    out = langevin(
+        lambda x: x.sum(1), x, 2, step_size=0.1, noise_scale=0.0, bounds=(0.0, 1.0), outside="reject", observed=mask
+    )
     torch.testing.assert_close(out, torch.tensor([[0.3, 5.0], [0.3, 0.3]]))
 
 
 @pytest.mark.parametrize("bounds_at", ["step", "end"])
 def test_observed_elements_are_neither_clamped_nor_projected(bounds_at: str) -> None:
     x = torch.tensor([[3.3, -3.0, 4.0]])
-    out = langevin(quadratic, x, 2, step_size=0.01, observed=torch.tensor([True, False, False]), bounds=(-1, 1),
-                   bounds_at=bounds_at, project=lambda t: t.round())  # fmt: skip
+    out = langevin(
+        quadratic,
+        x,
+        2,
+        step_size=0.01,
+        observed=torch.tensor([True, False, False]),
+        bounds=(-1, 1),
+        bounds_at=bounds_at,
+        project=lambda t: t.round(),
+    )
     assert out[0, 0] == x[0, 0] and out[0, 1] == -1.0 and out[0, 2] == 1.0
 
 
@@ -864,9 +912,15 @@ class Overwriting:
         return self._write(x, self.inner.perturb(x, params, step))
 
     def step(
-        self, x: list[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], step: int | Tensor, *,
-        with_noise: bool, stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+        self,
+        x: list[Tensor],
+        grad: Sequence[Tensor],
+        params: Sequence[StepParams],
+        step: int | Tensor,
+        *,
+        with_noise: bool,
+        stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:
         y, report = self.inner.step(x, grad, params, step, with_noise=with_noise, stats=stats)
         return self._write(x, y), report
 

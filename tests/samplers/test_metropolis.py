@@ -69,15 +69,21 @@ GAUSSIANS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor], Any]] = {
     "log_prob": ({"step_size": 1.0, "log_prob": True}, lambda x: -quadratic(x), 1.0),
     "schedule": ({"step_size": linear(1.5, 0.2, STEPS)}, quadratic, 1.0),
     "half prior": ({"step_size": 1.0, "prior_std": math.sqrt(2)}, lambda x: 0.5 * quadratic(x), 1.0),
-    "prior at a temperature": ({"step_size": 0.6, "noise_scale": 0.9, "prior_std": 0.8}, lambda x: 0 * quadratic(x),
-                               0.64 * 0.81 / 1.2),
+    "prior at a temperature": (
+        {"step_size": 0.6, "noise_scale": 0.9, "prior_std": 0.8},
+        lambda x: 0 * quadratic(x),
+        0.64 * 0.81 / 1.2,
+    ),
     "grad_clip": ({"step_size": 1.0, "grad_clip": 0.3}, quadratic, 1.0),
     "grad_norm_clip": ({"step_size": 1.0, "grad_norm_clip": 0.5}, quadratic, 1.0),
-    "clip and prior": ({"step_size": 1.0, "grad_clip": 0.3, "prior_std": math.sqrt(2)},
-                       lambda x: 0.5 * quadratic(x), 1.0),
+    "clip and prior": (
+        {"step_size": 1.0, "grad_clip": 0.3, "prior_std": math.sqrt(2)},
+        lambda x: 0.5 * quadratic(x),
+        1.0,
+    ),
     "per chain": ({"step_size": 1 / PER_CHAIN, "temperature": PER_CHAIN}, quadratic, PER_CHAIN),
     "per element": ({"step_size": torch.tensor([[0.4, 1.5]])}, quadratic, 1.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", GAUSSIANS)

@@ -64,9 +64,13 @@ class Classifier(nn.Module):
 
 def plain() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.SiLU(),
-        nn.Flatten(), nn.Linear(72, 1),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(72, 1),
+    )
 
 
 def both(energy: Any, x: Any, *, args: tuple[Any, ...] = (), move: float = 0.02, **options: Any) -> Any:
@@ -199,9 +203,10 @@ def test_the_training_system() -> None:
     x = {name: torch.rand(4, *shape) * 2 - 1 for name, shape in shapes.items()}
     z = torch.randn(4, config.model.latent)
     for out in (
-        system.revise_data(x, seed=0, steps=3), system.revise_latent(z, x, seed=0, steps=3),
+        system.revise_data(x, seed=0, steps=3),
+        system.revise_latent(z, x, seed=0, steps=3),
         system.revise_latent(z, x, seed=0, steps=3, present={"a": torch.tensor([True, False, True, True])}),
-    ):  # fmt: skip
+    ):
         assert out.info["op"] == "langevin_net", out.info["reason"]
 
 

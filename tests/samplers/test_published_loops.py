@@ -122,9 +122,12 @@ def non_default(sampler: Langevin) -> dict[str, Any]:
 
 
 def published(
-    energy: Callable[[World], Callable[..., Any]], start: Callable[[World], Any],
-    given: Callable[[World], dict[str, Any]] = lambda w: {}, preset: Langevin | None = None, **options: Any,
-) -> Callable[[Callable[[World], Any]], Callable[[World], Any]]:  # fmt: skip
+    energy: Callable[[World], Callable[..., Any]],
+    start: Callable[[World], Any],
+    given: Callable[[World], dict[str, Any]] = lambda w: {},
+    preset: Langevin | None = None,
+    **options: Any,
+) -> Callable[[Callable[[World], Any]], Callable[[World], Any]]:
     """Registers a hand-written loop with the one call that replaces it. A preset's loop has the preset's name."""
 
     def register(loop: Callable[[World], Any]) -> Callable[[World], Any]:
@@ -181,9 +184,14 @@ def sada_jem(w: World) -> Tensor:
 
 
 @published(
-    lambda w: w.f, lambda w: w.image.clamp(-1, 1), log_prob=True,
-    step_size=0.5, noise_scale=0.01, grad_clip=1.0, bounds=(-1, 1),
-)  # fmt: skip
+    lambda w: w.f,
+    lambda w: w.image.clamp(-1, 1),
+    log_prob=True,
+    step_size=0.5,
+    noise_scale=0.01,
+    grad_clip=1.0,
+    bounds=(-1, 1),
+)
 def jem_clipped(w: World) -> Tensor:
     """SADA-JEM with its noise on: gradient of f clamped by value, noise, clamp of the image last."""
     x = w.image.clamp(-1, 1)
@@ -215,8 +223,14 @@ def improved_cd(w: World) -> Tensor:
     return x
 
 
-@published(lambda w: lambda x: 1e-3 * w.f(x), lambda w: w.unit, step_size=100.0, bounds=(0, 1), noise_at="before",
-           noise_scale=presets.improved_cd(STEPS).noise_scale)  # fmt: skip
+@published(
+    lambda w: lambda x: 1e-3 * w.f(x),
+    lambda w: w.unit,
+    step_size=100.0,
+    bounds=(0, 1),
+    noise_at="before",
+    noise_scale=presets.improved_cd(STEPS).noise_scale,
+)
 def improved_cd_annealed(w: World) -> Tensor:
     """The same with its noise annealed."""
     x = w.unit
@@ -276,9 +290,11 @@ def latent_ebm_posterior(w: World) -> Tensor:
 
 
 @published(
-    lambda w: lambda z, x: (w.decoder(z) - x).square().sum() / 0.3**2, lambda w: w.z,
-    given=lambda w: {"args": (w.data,)}, preset=presets.dual_mcmc_latent(),
-)  # fmt: skip
+    lambda w: lambda z, x: (w.decoder(z) - x).square().sum() / 0.3**2,
+    lambda w: w.z,
+    given=lambda w: {"args": (w.data,)},
+    preset=presets.dual_mcmc_latent(),
+)
 def dual_mcmc_latent(w: World) -> Tensor:
     """Dual-MCMC teaching, latents: the squared error over sigma^2 without its half, and the prior."""
     z = w.z
@@ -302,9 +318,12 @@ def ladder_start(w: World) -> list[Tensor]:
 
 
 @published(
-    ladder, ladder_start, step_size={0: 0.1**2 / 2, 1: 0.2**2 / 2, 2: 0.3**2 / 2}, noise_scale={0: 0.1, 1: 0.2, 2: 0.3},
+    ladder,
+    ladder_start,
+    step_size={0: 0.1**2 / 2, 1: 0.2**2 / 2, 2: 0.3**2 / 2},
+    noise_scale={0: 0.1, 1: 0.2, 2: 0.3},
     prior_std=1.0,
-)  # fmt: skip
+)
 def short_run_layers(w: World) -> list[Tensor]:
     """Short-run inference of a hierarchical generator (Nijkamp 2020): a list of latents, a step for each layer."""
     zs, sizes = ladder_start(w), (0.1, 0.2, 0.3)
@@ -361,9 +380,11 @@ def recovery(w: World) -> Callable[..., Tensor]:
 
 
 @published(
-    recovery, lambda w: w.image, given=lambda w: {"args": (w.unit,), "kwargs": {"sigma": DRL_LEVEL}},
+    recovery,
+    lambda w: w.image,
+    given=lambda w: {"args": (w.unit,), "kwargs": {"sigma": DRL_LEVEL}},
     preset=presets.recovery_likelihood(DRL_STEP.flatten(), DRL_ALPHA),
-)  # fmt: skip
+)
 def recovery_likelihood(w: World) -> Tensor:
     """Diffusion recovery likelihood (Gao 2021): a step for each sample, (B, 1, 1, 1), by its noise level; rescaled."""
     y = w.image
@@ -385,9 +406,12 @@ def score(w: World) -> Callable[[Tensor, float], Tensor]:
 
 
 @published(
-    score, lambda w: w.image, given=lambda w: {"args": (table(SIGMAS),), "score": True},
-    step_size=table([0.02 * (sigma / LEVELS[-1]) ** 2 for sigma in SIGMAS]), temperature=0.7,
-)  # fmt: skip
+    score,
+    lambda w: w.image,
+    given=lambda w: {"args": (table(SIGMAS),), "score": True},
+    step_size=table([0.02 * (sigma / LEVELS[-1]) ** 2 for sigma in SIGMAS]),
+    temperature=0.7,
+)
 def ncsn_tempered(w: World) -> Tensor:
     """NCSN (Song 2019): x + a_i s(x, sigma_i) + sqrt(2 a_i) xi over annealed levels; tempered, to use that too."""
     x = w.image
@@ -399,9 +423,11 @@ def ncsn_tempered(w: World) -> Tensor:
 
 
 @published(
-    score, lambda w: w.image, given=lambda w: {"args": (presets.levels((1.0, 0.5), 4),)},
+    score,
+    lambda w: w.image,
+    given=lambda w: {"args": (presets.levels((1.0, 0.5), 4),)},
     preset=presets.ncsn((1.0, 0.5), steps_each=4, epsilon=0.02),
-)  # fmt: skip
+)
 def ncsn(w: World) -> Tensor:
     """NCSN in its own form: levels, and steps at each; here the second level's last step is beyond the end."""
     x = w.image
@@ -435,9 +461,14 @@ def ibc(w: World) -> Tensor:
 
 
 @published(
-    lambda w: w.latent, lambda w: w.z, bounds=(LOW, HIGH), max_update=0.1 * (HIGH - LOW) / 2, grad_clip=0.2,
-    step_size=polynomial(0.25, 0.01, STEPS, power=2.0), noise_scale=polynomial(0.05, 0.002, STEPS, power=2.0),
-)  # fmt: skip
+    lambda w: w.latent,
+    lambda w: w.z,
+    bounds=(LOW, HIGH),
+    max_update=0.1 * (HIGH - LOW) / 2,
+    grad_clip=0.2,
+    step_size=polynomial(0.25, 0.01, STEPS, power=2.0),
+    noise_scale=polynomial(0.05, 0.002, STEPS, power=2.0),
+)
 def ibc_clipped(w: World) -> Tensor:
     """The same with other constants and its gradient clipped."""
     action, s = w.z, 0.1
@@ -453,9 +484,14 @@ def ibc_clipped(w: World) -> Tensor:
 
 
 @published(
-    lambda w: w.f, lambda w: w.unit,
-    step_size=0.3, noise_scale=0.02, grad_norm_clip=0.3, bounds=(0.0, 1.0), outside="reject",
-)  # fmt: skip
+    lambda w: w.f,
+    lambda w: w.unit,
+    step_size=0.3,
+    noise_scale=0.02,
+    grad_norm_clip=0.3,
+    bounds=(0.0, 1.0),
+    outside="reject",
+)
 def nae_reject(w: World) -> Tensor:
     """Normalised autoencoder (Yoon 2021): gradient norm of each sample limited, samples that leave the box stay."""
     x = w.unit
@@ -500,9 +536,15 @@ def nae_data(w: World) -> Tensor:
 
 
 @published(
-    lambda w: w.f, lambda w: w.unit, step_size=2.0, noise_scale=0.005, noise_at="before", grad_norm_clip=0.5,
-    norm_over="tensor", bounds=(0.0, 1.0),
-)  # fmt: skip
+    lambda w: w.f,
+    lambda w: w.unit,
+    step_size=2.0,
+    noise_scale=0.005,
+    noise_at="before",
+    grad_norm_clip=0.5,
+    norm_over="tensor",
+    bounds=(0.0, 1.0),
+)
 def igebm_tensorflow(w: World) -> Tensor:
     """ebm_code_release (Du 2019): clip_by_norm of the whole batch's gradient, noise first."""
     x = w.unit
@@ -529,9 +571,11 @@ def energy_matching(w: World) -> Tensor:
 
 
 @published(
-    lambda w: lambda state: w.pair(state["z"], state["r"]) / 1e-3, lambda w: {"z": w.z, "r": w.image},
-    given=lambda w: {"blocks": ("z", "r")}, preset=presets.hat_ebm(),
-)  # fmt: skip
+    lambda w: lambda state: w.pair(state["z"], state["r"]) / 1e-3,
+    lambda w: {"z": w.z, "r": w.image},
+    given=lambda w: {"blocks": ("z", "r")},
+    preset=presets.hat_ebm(),
+)
 def hat_ebm(w: World) -> list[Tensor]:
     """HAT-EBM (Hill 2022): latent, then residual at the new latent; only the residual's gradient is clipped."""
     z, r = w.z, w.image
@@ -547,10 +591,14 @@ def hat_ebm(w: World) -> list[Tensor]:
 
 
 @published(
-    lambda w: lambda state: w.pair(state["z"], state["r"]), lambda w: {"z": w.z, "r": w.image},
-    step_size={"z": 0.4**2 / 2, "r": 0.6**2 / 2}, noise_scale={"z": 0.4, "r": 0.6}, blocks=(("z",), ("r",)),
-    grad_norm_clip={"r": 0.5}, prior_std={"z": 1.0},
-)  # fmt: skip
+    lambda w: lambda state: w.pair(state["z"], state["r"]),
+    lambda w: {"z": w.z, "r": w.image},
+    step_size={"z": 0.4**2 / 2, "r": 0.6**2 / 2},
+    noise_scale={"z": 0.4, "r": 0.6},
+    blocks=(("z",), ("r",)),
+    grad_norm_clip={"r": 0.5},
+    prior_std={"z": 1.0},
+)
 def hat_blocks(w: World) -> list[Tensor]:
     """The same with large steps and a Gaussian prior of the latent."""
     z, r = w.z, w.image
@@ -603,9 +651,13 @@ def lsd(w: World) -> Tensor:
 
 
 @published(
-    lambda w: w.f, lambda w: w.image, log_prob=True, step_size=geometric(0.5, 0.05, STEPS),
-    noise_scale=linear(0.1, 0.0, STEPS), prior_std=2.0,
-)  # fmt: skip
+    lambda w: w.f,
+    lambda w: w.image,
+    log_prob=True,
+    step_size=geometric(0.5, 0.05, STEPS),
+    noise_scale=linear(0.1, 0.0, STEPS),
+    prior_std=2.0,
+)
 def decayed(w: World) -> Tensor:
     """Step decayed in equal ratios, noise linearly to nothing, Gaussian base."""
     x = w.image
@@ -618,9 +670,13 @@ def decayed(w: World) -> Tensor:
 
 
 @published(
-    lambda w: lambda x: w.bowl(x) / 0.7, lambda w: w.image, step_size=0.3, grad_norm_clip=4.0, prior_std=1.5,
+    lambda w: lambda x: w.bowl(x) / 0.7,
+    lambda w: w.image,
+    step_size=0.3,
+    grad_norm_clip=4.0,
+    prior_std=1.5,
     accept="metropolis",
-)  # fmt: skip
+)
 def mala(w: World) -> Tensor:
     """Metropolis-adjusted Langevin, two gradients for each step, as most write it."""
 
@@ -777,11 +833,26 @@ def test_the_page_and_the_docstring_say_the_same(name: str) -> None:
 
 
 TEMPERATURES = {
-    "jem": 5e-5, "short_run": 5e-5, "sada_jem": 0.0, "igebm": 1.25e-6, "uva": 1.25e-6, "improved_cd": 5e-9,
-    "ebm_anatomy": 5e-5, "dual_mcmc_data": 4e-6, "lsd": 5e-5, "coopnets": 1.0, "latent_ebm_prior": 1.0,
-    "latent_ebm_posterior": 1.0, "dual_mcmc_latent": 1.0, "vaebm": 1.0, "masked_multimodal": 1.0, "nae": 6.25e-3,
-    "nae_data": 1.25e-4, "energy_matching": 0.01, "ncsn": 1.0,
-}  # fmt: skip
+    "jem": 5e-5,
+    "short_run": 5e-5,
+    "sada_jem": 0.0,
+    "igebm": 1.25e-6,
+    "uva": 1.25e-6,
+    "improved_cd": 5e-9,
+    "ebm_anatomy": 5e-5,
+    "dual_mcmc_data": 4e-6,
+    "lsd": 5e-5,
+    "coopnets": 1.0,
+    "latent_ebm_prior": 1.0,
+    "latent_ebm_posterior": 1.0,
+    "dual_mcmc_latent": 1.0,
+    "vaebm": 1.0,
+    "masked_multimodal": 1.0,
+    "nae": 6.25e-3,
+    "nae_data": 1.25e-4,
+    "energy_matching": 0.01,
+    "ncsn": 1.0,
+}
 
 
 @pytest.mark.parametrize("name", TEMPERATURES)

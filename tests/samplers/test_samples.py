@@ -21,8 +21,11 @@ def chain(steps: int = 12, thin: int | None = 3, **options: object) -> mmebm.Sam
 
 
 def test_repr_is_a_line() -> None:
-    text = repr(mmebm.Langevin(0.1).sample(energy, {"a": torch.zeros(500, 20), "b": torch.zeros(500, 3, 5)}, 3,
-                                           record=("energy",)))  # fmt: skip
+    text = repr(
+        mmebm.Langevin(0.1).sample(
+            energy, {"a": torch.zeros(500, 20), "b": torch.zeros(500, 3, 5)}, 3, record=("energy",)
+        )
+    )
     assert text.startswith("<Samples: state {a: float32 (500, 20), b: float32 (500, 3, 5)}; 3 steps; trace of energy; ")
     assert len(text) < 200 and "\n" not in text
     assert "trajectory {a: float32 (4, 4, 2), b: float32 (4, 4, 3, 5)}" in repr(chain())

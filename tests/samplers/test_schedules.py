@@ -109,9 +109,15 @@ def test_a_first_step_on_the_device_cannot_go_with_schedules(options: dict[str, 
 # --- All steps at once
 
 EVERY = [schedule for schedule, _ in VALUES] + [
-    linear(0.1, 0.7, 1000), linear(0.3, -0.1, 37), linear(1, 2, 7), geometric(0.013, 1e-5, 1000), geometric(3, 7, 5),
-    polynomial(0.9, 0.017, 1000, power=2.7), polynomial(1, 0, 9), table([1, 2.5, 3]),
-]  # fmt: skip
+    linear(0.1, 0.7, 1000),
+    linear(0.3, -0.1, 37),
+    linear(1, 2, 7),
+    geometric(0.013, 1e-5, 1000),
+    geometric(3, 7, 5),
+    polynomial(0.9, 0.017, 1000, power=2.7),
+    polynomial(1, 0, 9),
+    table([1, 2.5, 3]),
+]
 
 
 @pytest.mark.parametrize("schedule", EVERY, ids=repr)

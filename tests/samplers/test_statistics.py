@@ -58,10 +58,13 @@ GAUSSIAN: dict[str, tuple[Any, int, Callable[[Tensor], Tensor]]] = {
     # S = (I - hP) S (I - hP) + 2h I
     "Langevin": (Langevin(H), 120, lambda p: torch.linalg.inv(p @ (torch.eye(3, dtype=torch.float64) - H / 2 * p))),
     "Langevin, a small step": (
-        Langevin(0.01), 1500, lambda p: torch.linalg.inv(p @ (torch.eye(3, dtype=torch.float64) - 0.005 * p))
+        Langevin(0.01),
+        1500,
+        lambda p: torch.linalg.inv(p @ (torch.eye(3, dtype=torch.float64) - 0.005 * p)),
     ),
     "Langevin at temperature 2": (
-        Langevin(H, temperature=2.0), 120,
+        Langevin(H, temperature=2.0),
+        120,
         lambda p: 2 * torch.linalg.inv(p @ (torch.eye(3, dtype=torch.float64) - H / 2 * p)),
     ),
     "MALA": (MALA(0.2), 150, torch.linalg.inv),
@@ -75,10 +78,12 @@ GAUSSIAN: dict[str, tuple[Any, int, Callable[[Tensor], Tensor]]] = {
     # the positions are exact on a quadratic energy
     "underdamped": (Underdamped(0.5, friction=2.0), 80, torch.linalg.inv),
     "underdamped with a mass, at temperature 2": (
-        Underdamped(0.8, friction=1.0, mass=3.0, temperature=2.0), 120, lambda p: 2 * torch.linalg.inv(p)
+        Underdamped(0.8, friction=1.0, mass=3.0, temperature=2.0),
+        120,
+        lambda p: 2 * torch.linalg.inv(p),
     ),
     "tempering": (TEMPERED, 150, torch.linalg.inv),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GAUSSIAN)
@@ -88,9 +93,11 @@ def test_mean_and_covariance_of_a_gaussian(name: str, seed: int) -> None:
     assert_gaussian(out.state, covariance(PRECISION))
 
 
-@pytest.mark.parametrize("sampler", [
-    Langevin(H), MALA(0.2), HMC(0.35, leapfrog_steps=3), Underdamped(0.5, friction=2.0), TEMPERED
-], ids=["Langevin", "MALA", "HMC", "underdamped", "tempering"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sampler",
+    [Langevin(H), MALA(0.2), HMC(0.35, leapfrog_steps=3), Underdamped(0.5, friction=2.0), TEMPERED],
+    ids=["Langevin", "MALA", "HMC", "underdamped", "tempering"],
+)
 def test_what_is_not_observed_has_its_law_given_the_rest(sampler: Any, seed: int) -> None:
     """The last element held at 1.5."""
     x = torch.full((chains_of(sampler), 3), 1.5)
@@ -112,10 +119,12 @@ GRID = torch.linspace(-5, 5, 1501, dtype=torch.float64)
 
 
 def bimodal(x: Tensor, centre: float = CENTRE) -> Tensor:
-    logs = torch.stack((
-        math.log(WEIGHT) - (x - centre).square() / (2 * WIDTH**2),
-        math.log(1 - WEIGHT) - (x + centre).square() / (2 * WIDTH**2),
-    ))  # fmt: skip
+    logs = torch.stack(
+        (
+            math.log(WEIGHT) - (x - centre).square() / (2 * WIDTH**2),
+            math.log(1 - WEIGHT) - (x + centre).square() / (2 * WIDTH**2),
+        )
+    )
     return -torch.logsumexp(logs, 0).squeeze(1)
 
 
@@ -168,11 +177,17 @@ def test_two_modes_after_so_many_steps(exact: bool, steps: int, seed: int) -> No
 
 
 @pytest.mark.parametrize("side", [-1.0, 1.0])
-@pytest.mark.parametrize(("sampler", "steps"), [
-    (MALA(0.25), 300), (HMC(0.4, leapfrog_steps=4), 100), (HMC(0.05, leapfrog_steps=4, adapt=40), 140),
-    (HMC(0.05, leapfrog_steps=4, adapt=40, adapt_over="all"), 140),
-    (ParallelTempering([0.2, 0.3], [1.0, 2.0]), 200),
-], ids=["MALA", "HMC", "HMC that adapts by chain", "HMC that adapts over all", "tempering"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [
+        (MALA(0.25), 300),
+        (HMC(0.4, leapfrog_steps=4), 100),
+        (HMC(0.05, leapfrog_steps=4, adapt=40), 140),
+        (HMC(0.05, leapfrog_steps=4, adapt=40, adapt_over="all"), 140),
+        (ParallelTempering([0.2, 0.3], [1.0, 2.0]), 200),
+    ],
+    ids=["MALA", "HMC", "HMC that adapts by chain", "HMC that adapts over all", "tempering"],
+)
 def test_the_weights_of_two_modes(sampler: Any, steps: int, side: float, seed: int) -> None:
     """From either mode: had the start not been forgotten, the two would differ."""
     x = sampler.sample(bimodal, torch.full((chains_of(sampler), 1), side * CENTRE), steps, seed=seed).state

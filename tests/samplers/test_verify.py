@@ -187,9 +187,10 @@ def test_when_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     at: list[int] = []
     original = verify.Check._compare
     monkeypatch.setattr(
-        verify.Check, "_compare",
+        verify.Check,
+        "_compare",
         lambda self, tensors, where: at.append(self._entry.chains) or original(self, tensors, where),
-    )  # fmt: skip
+    )
     for _ in range(200):
         sample(net, x, 1)
         with torch.no_grad():
@@ -284,10 +285,18 @@ class ChangesItsInput(Net):
         return super().forward(y).squeeze(1)
 
 
-@pytest.mark.parametrize(("kind", "fused"), [
-    (RectifiedInPlace, False), (ByModule, True), (Total, True), (FlatView, False), (Multiplied, True),
-    (Accumulates, True), (ChangesItsInput, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "fused"),
+    [
+        (RectifiedInPlace, False),
+        (ByModule, True),
+        (Total, True),
+        (FlatView, False),
+        (Multiplied, True),
+        (Accumulates, True),
+        (ChangesItsInput, False),
+    ],
+)
 def test_in_place_operations_are_the_loops(kind: type[Net], fused: bool) -> None:
     net, x = kind(), torch.randn(7, 6)
     loop = sample(functools.partial(net), x, 40)

@@ -12,9 +12,12 @@ import mmebm
 
 STEPS = 12
 SAMPLERS = {
-    "langevin": mmebm.Langevin(0.05), "mala": mmebm.MALA(0.05), "hmc": mmebm.HMC(0.1, leapfrog_steps=2, adapt=5),
-    "underdamped": mmebm.Underdamped(0.1, friction=1.0), "tempering": mmebm.ParallelTempering(0.05, [1.0, 2.0]),
-}  # fmt: skip
+    "langevin": mmebm.Langevin(0.05),
+    "mala": mmebm.MALA(0.05),
+    "hmc": mmebm.HMC(0.1, leapfrog_steps=2, adapt=5),
+    "underdamped": mmebm.Underdamped(0.1, friction=1.0),
+    "tempering": mmebm.ParallelTempering(0.05, [1.0, 2.0]),
+}
 
 
 def quadratic(x: torch.Tensor) -> torch.Tensor:
@@ -75,9 +78,13 @@ def test_a_dict_is_seen_as_a_dict() -> None:
     state = {"a": torch.zeros(4, 2), "b": torch.ones(4, 1)}
     seen: list[Any] = []
     mmebm.Langevin(0.1).sample(
-        lambda s: s["a"].square().sum(1) + s["b"].square().sum(1), state, 3, observed={"b"}, seed=0,
+        lambda s: s["a"].square().sum(1) + s["b"].square().sum(1),
+        state,
+        3,
+        observed={"b"},
+        seed=0,
         callback=lambda step, s: seen.append(s),
-    )  # fmt: skip
+    )
     assert all(list(s) == ["a", "b"] and torch.equal(s["b"], state["b"]) for s in seen)
 
 
@@ -95,12 +102,15 @@ def test_progress_is_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]
     assert err.startswith("\rstep") and err.endswith("\n")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"callback": 3}, "callback must be a function of the number of steps and the state, got 3"),
-    ({"progress": "yes"}, "progress must be True or False"),
-    ({"progress": True, "differentiable": 1}, "progress and callback go without differentiable and chunk_size"),
-    ({"progress": True, "chunk_size": 2}, "progress and callback go without differentiable and chunk_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"callback": 3}, "callback must be a function of the number of steps and the state, got 3"),
+        ({"progress": "yes"}, "progress must be True or False"),
+        ({"progress": True, "differentiable": 1}, "progress and callback go without differentiable and chunk_size"),
+        ({"progress": True, "chunk_size": 2}, "progress and callback go without differentiable and chunk_size"),
+    ],
+)
 def test_what_cannot_be_watched_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         mmebm.Langevin(0.1).sample(quadratic, torch.zeros(4, 3), 3, **options)

@@ -51,9 +51,14 @@ def state(chains: int = 5) -> dict[str, Tensor]:
 
 
 def both(
-    energy: nn.Module, start: Any, *, sampler: dict[str, Any], options: dict[str, Any] | None = None, seed: int,
+    energy: nn.Module,
+    start: Any,
+    *,
+    sampler: dict[str, Any],
+    options: dict[str, Any] | None = None,
+    seed: int,
     steps: int = STEPS,
-) -> tuple[Samples, Samples, Samples]:  # fmt: skip
+) -> tuple[Samples, Samples, Samples]:
     """(in one call, by the loop, by the loop in float64) with the same noise."""
     hidden = functools.partial(energy)  # what a partial computes is not looked at
     wide = copy.deepcopy(energy).double()
@@ -106,11 +111,15 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "bounds at the end": {"step_size": 0.05, "bounds": (0.2, 0.8), "bounds_at": "end"},
     "noise before": {"step_size": 0.05, "noise_scale": 0.2, "noise_at": "before"},
     "noise before, clamped": {
-        "step_size": 0.05, "noise_scale": 0.4, "noise_at": "before", "bounds": (0.0, 1.0), "clamp_noise": True,
+        "step_size": 0.05,
+        "noise_scale": 0.4,
+        "noise_at": "before",
+        "bounds": (0.0, 1.0),
+        "clamp_noise": True,
     },
     "log prob": {"step_size": 0.05, "log_prob": True},
     "freeze": {"step_size": 0.05, "on_nonfinite": "freeze"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -32,13 +32,23 @@ def toy(n: int = 64) -> MultimodalDataset:
         "colour": colour,
         "vector": torch.cat([sign[:, :, 0, 0], -sign[:, :, 0, 0]], 1).repeat(1, 3),
     }
-    shapes = (Modality("grey", (1, 28, 28), "image"), Modality("colour", (3, 14, 14), "image"),
-              Modality("vector", (6,), "vector"))  # fmt: skip
+    shapes = (
+        Modality("grey", (1, 28, 28), "image"),
+        Modality("colour", (3, 14, 14), "image"),
+        Modality("vector", (6,), "vector"),
+    )
     return MultimodalDataset(
-        name="toy", split="train", seed=0, modalities=shapes, classes=("low", "high"), pools=pools,
-        pool_labels=dict.fromkeys(pools, labels), index=torch.arange(n)[:, None].expand(n, 3).contiguous(),
-        labels=labels, info={},
-    )  # fmt: skip
+        name="toy",
+        split="train",
+        seed=0,
+        modalities=shapes,
+        classes=("low", "high"),
+        pools=pools,
+        pool_labels=dict.fromkeys(pools, labels),
+        index=torch.arange(n)[:, None].expand(n, 3).contiguous(),
+        labels=labels,
+        info={},
+    )
 
 
 @pytest.fixture

@@ -64,17 +64,23 @@ def write_data(folder: Path) -> None:
 def configuration(data: Path) -> Config:
     """A run of a second or two that writes everything there is to write."""
     return Config(
-        preset="kills", data=DataConfig("folder", path=str(data)), batch=8, ema=0.9, seed=7,
+        preset="kills",
+        data=DataConfig("folder", path=str(data)),
+        batch=8,
+        ema=0.9,
+        seed=7,
         model=ModelConfig(latent=3, generator_width=16, inference_width=16, energy_width=16),
         data_chain=ChainConfig(steps=3, travel=0.5, noise=0.005, clamp=True),
         latent_chain=ChainConfig(steps=2, step="auto", auto_every=4),
         loss=LossConfig(elbo=1.0, energy_l2=0.01),
         stages=(Stage("warmup", 12), Stage("prior", 6), Stage("joint", 12)),
         latent_prior=LatentPriorConfig(width=8, chain=ChainConfig(steps=3, step=0.2)),
-        shuffled_tuples=ShuffledTuplesConfig(), start=StartConfig(data="buffer", latent="persistent", buffer=32),
-        guard=GuardConfig(every=3), validation=ValidationConfig(every=5, share=0.5),
+        shuffled_tuples=ShuffledTuplesConfig(),
+        start=StartConfig(data="buffer", latent="persistent", buffer=32),
+        guard=GuardConfig(every=3),
+        validation=ValidationConfig(every=5, share=0.5),
         checkpoint=CheckpointConfig(seconds=0.0, every=7, keep=2, best="kernel"),
-    )  # fmt: skip
+    )
 
 
 def begin(folder: Path, config: Config | None) -> int:
@@ -210,8 +216,10 @@ def main() -> None:
         started = time.perf_counter()
         counts = kill_and_resume(Path(out), arguments.kills, random.Random(seed))
         seconds = time.perf_counter() - started
-    print(f"{counts['killed']} processes killed in {counts['runs']} runs, {counts['writing']} of them in a write, in "
-          f"{seconds:.0f} s: every run ended bit for bit as the one left alone")  # fmt: skip
+    print(
+        f"{counts['killed']} processes killed in {counts['runs']} runs, {counts['writing']} of them in a write, in "
+        f"{seconds:.0f} s: every run ended bit for bit as the one left alone"
+    )
 
 
 if __name__ == "__main__":

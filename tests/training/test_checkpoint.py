@@ -23,10 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def content(iteration: int = 0, **changes: Any) -> dict[str, Any]:
     """What a checkpoint must have, and no more."""
     return {
-        "format": checkpoint.FORMAT, "config": "{}", "iteration": iteration, "rollbacks": 0, "evaluations": 0,
-        "system": {"weight": torch.arange(600.0).reshape(20, 30)}, "optimisers": {}, "snapshots": {},
-        "starts": {"data": {}, "latent": {}}, **changes,
-    }  # fmt: skip
+        "format": checkpoint.FORMAT,
+        "config": "{}",
+        "iteration": iteration,
+        "rollbacks": 0,
+        "evaluations": 0,
+        "system": {"weight": torch.arange(600.0).reshape(20, 30)},
+        "optimisers": {},
+        "snapshots": {},
+        "starts": {"data": {}, "latent": {}},
+        **changes,
+    }
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -63,8 +70,13 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
         "try: checkpoint.save(path, content)\n"
         "except OSError as error: print(error); sys.exit(7)"
     )
-    ended = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120,
-                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert ended.returncode == 7, ended.stderr
     assert f"{path} cannot be written: File too large" in ended.stdout
     assert checkpoint.load(path)["iteration"] == 1
@@ -120,8 +132,13 @@ def test_nonsense_is_refused(changes: dict[str, Any], message: str, tmp_path: Pa
 def test_masks_and_chains_that_have_not_begun_are_no_nonsense(tmp_path: Path) -> None:
     mask, ends = torch.tensor([0.0, float("-inf")]), torch.full((4, 2), float("nan"))
     system, starts = {"mask": mask}, {"data": {}, "latent": {"ends": ends}}
-    given = content(system=system, averaged={"module.mask": mask}, snapshots={"vae": {"mask": mask}}, starts=starts,
-                    buffers=["mask"])  # fmt: skip
+    given = content(
+        system=system,
+        averaged={"module.mask": mask},
+        snapshots={"vae": {"mask": mask}},
+        starts=starts,
+        buffers=["mask"],
+    )
     checkpoint.save(tmp_path / "c.pt", given)
     assert checkpoint.load(tmp_path / "c.pt")["starts"]["latent"]["ends"].isnan().all()
     given["system"] = {"mask": torch.tensor([0.0, float("nan")])}

@@ -20,10 +20,18 @@ def test_json_round_trip(name: str) -> None:
 
 
 def test_override_sets_fields_of_every_kind() -> None:
-    config = override(preset("demo"), {
-        "data_chain.steps": "60", "loss.elbo": "0", "stages.0.iterations": "5", "latent_prior": "null",
-        "data.name": "polymnist", "model.weights": '{"m0": 2.0}', "data_chain.travel": '{"m0": 1.0}',
-    })  # fmt: skip
+    config = override(
+        preset("demo"),
+        {
+            "data_chain.steps": "60",
+            "loss.elbo": "0",
+            "stages.0.iterations": "5",
+            "latent_prior": "null",
+            "data.name": "polymnist",
+            "model.weights": '{"m0": 2.0}',
+            "data_chain.travel": '{"m0": 1.0}',
+        },
+    )
     assert (config.data_chain.steps, config.loss.elbo, config.stages[0].iterations) == (60, 0, 5)
     assert config.latent_prior is None and config.data.name == "polymnist"
     assert config.model.weights == {"m0": 2.0} and config.data_chain.travel == {"m0": 1.0}
@@ -63,7 +71,7 @@ def test_chain_needs_one_of_step_and_travel() -> None:
 
 # the first words of the error: the path of the field, and what would do
 WRONG = {
-    "data_chain.clamp=no": "data_chain.clamp must be true or false, got \"no\"",
+    "data_chain.clamp=no": 'data_chain.clamp must be true or false, got "no"',
     "data_chain.clamp=0": "data_chain.clamp must be true or false, got 0",
     "model.spectral=off": "model.spectral must be true or false",
     "loss.inference=per-expert": "loss.inference must be one of 'mixture', 'per_expert', got \"per-expert\"",
@@ -74,34 +82,34 @@ WRONG = {
     "model.latent=16.5": "model.latent must be an integer of at least 1 or 'auto', got 16.5",
     "model.sigma=0": "model.sigma must be positive, got 0",
     "model.sigma=true": "model.sigma must be a positive number, got true",
-    "model.weights.word=heavy": "model.weights.word must be a number of at least 0, got \"heavy\"",
+    "model.weights.word=heavy": 'model.weights.word must be a number of at least 0, got "heavy"',
     "model.weights.word=-1": "model.weights.word must be at least 0, got -1",
-    "data_chain.travel={\"mnist\": \"far\"}": "data_chain.travel.mnist must be a positive number, got \"far\"",
+    'data_chain.travel={"mnist": "far"}': 'data_chain.travel.mnist must be a positive number, got "far"',
     "model.decoders.photo=nets": "model.decoders.photo must be 'package.module:Class', got 'nets'",
-    "model.decoders={\"photo\": {\"class\": \"a:B\"}}": "unknown field 'model.decoders.photo.class'; there are path",
+    'model.decoders={"photo": {"class": "a:B"}}': "unknown field 'model.decoders.photo.class'; there are path",
     "model.energy=3": "model.energy must be a string, a table of path, arguments or null, got 3",
-    "imports=mypkg": "imports must be a list, each a string, got \"mypkg\"",
+    "imports=mypkg": 'imports must be a list, each a string, got "mypkg"',
     "model=big": "model must be a table of latent, ",
     "guard=null": "guard must be a table of max_gap, every, rollbacks, latent_alarm, got null",
     "guard.every=0": "guard.every must be at least 1, got 0",
     "latent_chain.auto_every=0": "latent_chain.auto_every must be at least 1, got 0",
     "latent_chain.step=fast": "latent_chain.step must be a positive number, a table of names to a positive number, "
-                              "'auto' or null, got \"fast\"",
+    "'auto' or null, got \"fast\"",
     "latent_chain.step=-1": "latent_chain.step must be positive, or None, got -1",
-    "data_chain.travel={\"mnist\": 0}": "data_chain.travel.mnist must be positive, got 0",
+    'data_chain.travel={"mnist": 0}': "data_chain.travel.mnist must be positive, got 0",
     "data_chain.noise=-0.1": "data_chain.noise must be at least 0, or None, got -0.1",
-    "latent_prior.chain.steps=many": "latent_prior.chain.steps must be an integer of at least 0, got \"many\"",
+    "latent_prior.chain.steps=many": 'latent_prior.chain.steps must be an integer of at least 0, got "many"',
     "latent_prior.adam.beta1=1": "latent_prior.adam.beta1 must lie in [0, 1), got 1",
     "generator.lr=1e999": "generator.lr must be a number of at least 0, got Infinity",
-    "generator.lr=nan": "generator.lr must be a number of at least 0, got \"nan\"",
+    "generator.lr=nan": 'generator.lr must be a number of at least 0, got "nan"',
     "stages.1.kind=warm": "stages.1.kind must be one of 'warmup', 'prior', 'joint', got \"warm\"",
     "stages.0.iterations=-3": "stages.0.iterations must be at least 0, got -3",
-    "stages.0.train=[\"me\"]": "stages.0.train must name some of",
-    "stages.0.ramp={\"loss.elbo\": 3}": "stages.0.ramp.loss.elbo must be a list, got 3",
-    "stages=[{\"kind\": \"joint\"}]": "stages.0.iterations is missing: an integer of at least 0",
+    'stages.0.train=["me"]': "stages.0.train must name some of",
+    'stages.0.ramp={"loss.elbo": 3}': "stages.0.ramp.loss.elbo must be a list, got 3",
+    'stages=[{"kind": "joint"}]': "stages.0.iterations is missing: an integer of at least 0",
     "stages=5": "stages must be a list, each a table of kind, iterations",
     "loss.objective=vae": "loss.objective must be one of 'single_expert'",
-    "loss.objective_options={\"k\": 3}": "loss.objective_options do not fit: objective 'single_expert'",
+    'loss.objective_options={"k": 3}': "loss.objective_options do not fit: objective 'single_expert'",
     "loss.energy=-1": "loss.energy must be at least 0, got -1",
     "start.data=nothing": "start.data must be one of 'generator', 'noise'",
     "start.latent=nothing": "start.latent must be one of ['inference'",
@@ -109,14 +117,14 @@ WRONG = {
     "data.missing=1": "data.missing must lie in [0, 1), got 1",
     "data.options=3": "data.options must be a table, got 3",
     "data.seed=-1": "data.seed must be at least 0, got -1",
-    "threads=two": "threads must be an integer of at least 1 or null, got \"two\"",
+    "threads=two": 'threads must be an integer of at least 1 or null, got "two"',
     "threads=0": "threads must be at least 1, or None, got 0",
     "batch=0": "batch must be at least 1, got 0",
     "seed=-1": "seed must lie in [0, ",
     "backend=gpu": "backend must be one of 'auto', 'torch', 'cpp', 'triton', 'cuda'",
     "precision=fp16": "precision must be one of 'fp32', 'bf16'",
     "channels_last=1": "channels_last must be true or false, got 1",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("setting", WRONG)
@@ -128,11 +136,20 @@ def test_wrong_settings_are_refused_by_their_path(setting: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field, text, value", [
-    ("model.spectral", "False", False), ("model.spectral", "true", True), ("data_chain.clamp", "False", False),
-    ("latent_prior", "None", None), ("data_chain.noise", "null", None), ("data.path", "'1'", "1"),
-    ("data.path", "mydata", "mydata"), ("stages.0.train", "('energy',)", ("energy",)), ("loss.elbo", "1", 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, text, value",
+    [
+        ("model.spectral", "False", False),
+        ("model.spectral", "true", True),
+        ("data_chain.clamp", "False", False),
+        ("latent_prior", "None", None),
+        ("data_chain.noise", "null", None),
+        ("data.path", "'1'", "1"),
+        ("data.path", "mydata", "mydata"),
+        ("stages.0.train", "('energy',)", ("energy",)),
+        ("loss.elbo", "1", 1.0),
+    ],
+)
 def test_settings_as_json_or_as_python_writes_them(field: str, text: str, value: Any) -> None:
     found: Any = override(preset("demo"), {field: text})
     for name in field.split("."):
@@ -153,14 +170,17 @@ def test_all_errors_are_named_at_once_with_what_was_meant() -> None:
         Config.from_json("3")
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: ModelConfig(net="unet"), "net must be one of 'mlp', 'conv', 'resnet', got 'unet'"),  # type: ignore
-    (lambda: LossConfig(inference="per-expert"), "inference must be one of .*mean 'per_expert'"),  # type: ignore
-    (lambda: AdamConfig(lr=float("nan")), "lr must be at least 0, got nan"),
-    (lambda: ChainConfig(step={"a": -1.0}), r"step\.a must be positive, got -1\.0"),
-    (lambda: Stage("joint", 3, lr=-1.0), "lr must be at least 0"),
-    (lambda: Config("x", batch=0), "batch must be at least 1, got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ModelConfig(net="unet"), "net must be one of 'mlp', 'conv', 'resnet', got 'unet'"),  # type: ignore
+        (lambda: LossConfig(inference="per-expert"), "inference must be one of .*mean 'per_expert'"),  # type: ignore
+        (lambda: AdamConfig(lr=float("nan")), "lr must be at least 0, got nan"),
+        (lambda: ChainConfig(step={"a": -1.0}), r"step\.a must be positive, got -1\.0"),
+        (lambda: Stage("joint", 3, lr=-1.0), "lr must be at least 0"),
+        (lambda: Config("x", batch=0), "batch must be at least 1, got 0"),
+    ],
+)
 def test_ranges_and_choices_hold_in_python_too(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

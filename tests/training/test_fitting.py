@@ -27,9 +27,10 @@ CHECKED = ValidationConfig(every=5, share=0.4)
 def checked(config: Config) -> Config:
     """A run that validates and keeps checkpoints."""
     return config.replace(
-        validation=CHECKED, checkpoint=CheckpointConfig(seconds=0.0, every=4, keep=2, best="mse"),
+        validation=CHECKED,
+        checkpoint=CheckpointConfig(seconds=0.0, every=4, keep=2, best="mse"),
         guard=GuardConfig(every=4),
-    )  # fmt: skip
+    )
 
 
 class StopAt(Callback):
@@ -153,8 +154,10 @@ class Told(Callback):
 
 def test_callbacks(checked: Config, data: MultimodalDataset, tmp_path: Path) -> None:
     told = Told()
-    config = checked.replace(checkpoint=CheckpointConfig(seconds=1e6, every=10), stages=(Stage("warmup", 6),
-                             Stage("prior", 0), Stage("joint", 6)))  # fmt: skip
+    config = checked.replace(
+        checkpoint=CheckpointConfig(seconds=1e6, every=10),
+        stages=(Stage("warmup", 6), Stage("prior", 0), Stage("joint", 6)),
+    )
     assert fit(Trainer(config, data, callbacks=[told]), tmp_path / "r")
     assert [call for call in told.calls if isinstance(call, int)] == list(range(1, 13))
     assert [call for call in told.calls if isinstance(call, tuple)] == [("warmup", 0), ("joint", 6)]

@@ -14,8 +14,10 @@ def test_killed_training_ends_as_the_one_left_alone(seed: int) -> None:
     # in a process of its own, which forks: this one may have threads
     ended = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("kills.py")), "--kills", "5", "--seed", str(seed)],
-        capture_output=True, text=True, timeout=1800,
+        capture_output=True,
+        text=True,
+        timeout=1800,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "5 processes killed" in ended.stdout

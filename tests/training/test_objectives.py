@@ -30,9 +30,15 @@ class Linear:
     """The two networks with linear decoders and affine experts in float64, a batch, and their numbers in NumPy."""
 
     def __init__(
-        self, seed: int, *, latent: int = 2, private: int = 0, sizes: dict[str, int] | None = None, n: int = 4,
+        self,
+        seed: int,
+        *,
+        latent: int = 2,
+        private: int = 0,
+        sizes: dict[str, int] | None = None,
+        n: int = 4,
         slope: float = 1.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         sizes = sizes or SIZES
         self.random = np.random.default_rng(seed)
         shapes = {name: (size,) for name, size in sizes.items()}
@@ -97,9 +103,15 @@ class Linear:
         return float(stats.multivariate_normal(b, covariance).logpdf(x)) + len(x) * CONSTANT
 
     def estimate(
-        self, name: str, seed: int, *, beta: float = 1.0, present: dict[str, Array] | None = None, drop: bool = False,
+        self,
+        name: str,
+        seed: int,
+        *,
+        beta: float = 1.0,
+        present: dict[str, Array] | None = None,
+        drop: bool = False,
         **options,
-    ) -> tuple[float, float]:  # fmt: skip
+    ) -> tuple[float, float]:
         """Mean and standard error of an objective; what a row lacks is NaN, or left out of the batch with ``drop``."""
         x, masks = {}, None
         for m in self.names:
@@ -134,10 +146,15 @@ def kl(mean: Array, var: Array, mean2: Array | float = 0.0, var2: Array | float 
 
 
 def single_expert(model: Linear, i: int, has: list[str], beta: float) -> float:
-    return float(np.mean([
-        model.log_likelihood(i, has, model.mean[m][i], model.var[m][i]) - beta * kl(model.mean[m][i], model.var[m][i])
-        for m in has
-    ]))  # fmt: skip
+    return float(
+        np.mean(
+            [
+                model.log_likelihood(i, has, model.mean[m][i], model.var[m][i])
+                - beta * kl(model.mean[m][i], model.var[m][i])
+                for m in has
+            ]
+        )
+    )
 
 
 def mvae(model: Linear, i: int, has: list[str], beta: float, subsets: int = 1) -> float:
@@ -282,9 +299,9 @@ def test_products_of_exact_experts_reach_the_evidence(seed: int) -> None:
             np.array([[1 / a], [0.0]]), np.array([-b / a, 2 * math.log(SIGMA / abs(a))])
         )
     present = model.missing()
-    wanted = np.mean([
-        subset_average(has, lambda s, i=i: model.evidence(i, s)) for i, has in enumerate(model.rows(present))
-    ])  # fmt: skip
+    wanted = np.mean(
+        [subset_average(has, lambda s, i=i: model.evidence(i, s)) for i, has in enumerate(model.rows(present))]
+    )
     value, error = model.estimate("mvae", seed, present=present)
     assert abs(value - wanted) < ERRORS * error
 

@@ -33,11 +33,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save(out / "run" / CHECKPOINT, trainer.state_dict())
     (out / "config.json").write_text(config.to_json())
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         str(Path(__file__).with_name("two_processes.py")), str(out)],
-        check=True, timeout=300, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            str(Path(__file__).with_name("two_processes.py")),
+            str(out),
+        ],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     return out
 
 
@@ -75,8 +86,12 @@ def test_networks_stay_equal(folder: Path, both: list[dict[str, Any]]) -> None:
     config = Config.from_json((folder / "config.json").read_text())
     alone = Trainer(config, load_data(config, "train")).system.state_dict()
     assert {name.split(".")[0] for name in alone if not torch.equal(alone[name], a["system"][name])} == {
-        "energy", "generator", "inference", "prior", "latent_step",
-    }  # fmt: skip
+        "energy",
+        "generator",
+        "inference",
+        "prior",
+        "latent_step",
+    }
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(folder: Path, both: list[dict[str, Any]]) -> None:

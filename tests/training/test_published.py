@@ -41,11 +41,14 @@ def narrow(config: Config) -> Config:
         config.latent_prior or LatentPriorConfig(), width=8, chain=ChainConfig(steps=2, step=0.2)
     )
     return config.replace(
-        model=model, batch=4, latent_prior=prior, data_chain=dataclasses.replace(config.data_chain, steps=2),
+        model=model,
+        batch=4,
+        latent_prior=prior,
+        data_chain=dataclasses.replace(config.data_chain, steps=2),
         latent_chain=dataclasses.replace(config.latent_chain, steps=2),
         stages=tuple(dataclasses.replace(stage, iterations=2) for stage in config.stages),
         guard=dataclasses.replace(config.guard, every=1),
-    )  # fmt: skip
+    )
 
 
 SHAPES = {

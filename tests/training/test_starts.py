@@ -48,8 +48,11 @@ def test_every_data_start_trains(name: str, config: Config, data: MultimodalData
     settings = joint(config, loss=loss, latent_prior=None, start=StartConfig(data=name, buffer=32))
     trainer = Trainer(settings, data)
     rows = list(trainer.run())
-    paired = {"generator": {"generator", "inference"}, "aggregated": {"generator", "inference"},
-              "independent": {"generator"}}  # fmt: skip
+    paired = {
+        "generator": {"generator", "inference"},
+        "aggregated": {"generator", "inference"},
+        "independent": {"generator"},
+    }
     assert moved(trainer) - {"latent_step"} == {"energy"} | paired.get(name, set())
     assert ("loss_inference" in rows[-1]) == ("inference" in paired.get(name, set()))
 
@@ -159,8 +162,20 @@ def test_a_term_of_weight_zero_costs_no_chain(config: Config, data: MultimodalDa
     plain: dict[str, Any] = {"latent_prior": None, "shuffled_tuples": None}
     assert evaluations(loss=LossConfig(energy=0.0, generator_revised=0.0, inference_revised=0.0), **plain) == 16 * 2
     assert evaluations(loss=LossConfig(generator_real=0.0, inference_real=0.0), **plain) == 16 * 6
-    assert evaluations(loss=LossConfig(generator_real=0.0, inference_real=0.0, inference_revised=0.0, energy=0.0,
-                                       generator_revised=0.0, elbo=1.0), **plain) == 0  # fmt: skip
+    assert (
+        evaluations(
+            loss=LossConfig(
+                generator_real=0.0,
+                inference_real=0.0,
+                inference_revised=0.0,
+                energy=0.0,
+                generator_revised=0.0,
+                elbo=1.0,
+            ),
+            **plain,
+        )
+        == 0
+    )
 
 
 def test_stage_names_who_learns_and_leaves_frozen(config: Config, data: MultimodalDataset) -> None:
@@ -211,8 +226,10 @@ def test_missing_modalities(config: Config, data: MultimodalDataset) -> None:
 
     batch = drawn[0]
     assert batch.present is not None
-    hidden = {m: torch.where(batch.present[m].reshape(-1, *[1] * (v.dim() - 1)), v, torch.full_like(v, 0.77))
-              for m, v in batch.x.items()}  # fmt: skip
+    hidden = {
+        m: torch.where(batch.present[m].reshape(-1, *[1] * (v.dim() - 1)), v, torch.full_like(v, 0.77))
+        for m, v in batch.x.items()
+    }
     quiet = settings.replace(loss=LossConfig(energy=0.0), latent_prior=None)
     ends = []
     for x in (batch.x, hidden):
@@ -228,8 +245,11 @@ def test_missing_modalities(config: Config, data: MultimodalDataset) -> None:
 def test_fill_keeps_what_is_there(config: Config, data: MultimodalDataset) -> None:
     s = Trainer(config, data).system
     x = data.batch(torch.arange(6))
-    present = {"grey": torch.arange(6) % 2 == 0, "colour": torch.ones(6, dtype=torch.bool),
-               "vector": torch.arange(6) % 2 == 1}  # fmt: skip
+    present = {
+        "grey": torch.arange(6) % 2 == 0,
+        "colour": torch.ones(6, dtype=torch.bool),
+        "vector": torch.arange(6) % 2 == 1,
+    }
     full = s.fill(x, present, torch.randn(6, 3), seed=1)
     for m, value in x.items():
         assert torch.equal(full[m][present[m]], value[present[m]])
@@ -285,11 +305,16 @@ def test_every_variant_trains(name: str, config: Config, data: MultimodalDataset
     trainer = Trainer(settings.replace(stages=stages), data)
     rows = list(trainer.run())
     assert all(torch.isfinite(torch.tensor(v)) for row in rows for v in row.values() if isinstance(v, float))
-    learns = {"ebm": {"energy"}, "coopnets": {"energy", "generator"}, "frozen": {"energy", "generator", "inference"},
-              "abp": {"generator", "inference"}, "full": {"energy", "generator", "inference", "prior"},
-              "paper+prior": {"energy", "generator", "inference", "prior"},
-              "vae+prior": {"generator", "inference", "prior"},
-              **{f"noise={steps}": {"energy"} for steps in (10, 30, 60, 100)}}  # fmt: skip
+    learns = {
+        "ebm": {"energy"},
+        "coopnets": {"energy", "generator"},
+        "frozen": {"energy", "generator", "inference"},
+        "abp": {"generator", "inference"},
+        "full": {"energy", "generator", "inference", "prior"},
+        "paper+prior": {"energy", "generator", "inference", "prior"},
+        "vae+prior": {"generator", "inference", "prior"},
+        **{f"noise={steps}": {"energy"} for steps in (10, 30, 60, 100)},
+    }
     vae_only = {"vae", "mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"}
     name = name.partition("@")[0]
     expected = {"generator", "inference"} if name in vae_only else {"energy", "generator", "inference"}

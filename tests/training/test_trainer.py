@@ -58,11 +58,20 @@ def test_each_stage_teaches_its_networks(kind: str, learns: set[str], config: Co
 def test_unequal_shapes_train(net: str, config: Config, data: MultimodalDataset) -> None:
     """Grey 28x28, colour 14x14 and a vector in one model; the warm-up learns them."""
     config = config.replace(
-        model=config.model.__class__(latent=3, net=net, generator_width=8, inference_width=8, energy_width=16,  # type: ignore[arg-type]
-                                     energy_trunk_width=4, energy_features=8),
-        stages=(Stage("warmup", 40), Stage("joint", 3)), latent_prior=None, generator=AdamConfig(lr=1e-2),
+        model=config.model.__class__(
+            latent=3,
+            net=net,
+            generator_width=8,
+            inference_width=8,
+            energy_width=16,  # type: ignore[arg-type]
+            energy_trunk_width=4,
+            energy_features=8,
+        ),
+        stages=(Stage("warmup", 40), Stage("joint", 3)),
+        latent_prior=None,
+        generator=AdamConfig(lr=1e-2),
         inference=AdamConfig(lr=1e-2),
-    )  # fmt: skip
+    )
     rows = list(Trainer(config, data).run())
     warm = [row["mse"] for row in rows if row["stage"] == "warmup"]
     # a constant image has the mse of the data's variance, .8 here
@@ -73,10 +82,13 @@ def test_unequal_shapes_train(net: str, config: Config, data: MultimodalDataset)
 def test_joint_losses_are_those_of_the_method(config: Config, data: MultimodalDataset) -> None:
     """With no extension and chains of no steps every term can be written down from the networks before the update."""
     config = config.replace(
-        stages=(Stage("joint", 1),), latent_prior=None, shuffled_tuples=None,
-        data_chain=ChainConfig(steps=0, step=0.1), latent_chain=ChainConfig(steps=0, step=0.1),
+        stages=(Stage("joint", 1),),
+        latent_prior=None,
+        shuffled_tuples=None,
+        data_chain=ChainConfig(steps=0, step=0.1),
+        latent_chain=ChainConfig(steps=0, step=0.1),
         loss=LossConfig(generator_real=2.0, generator_revised=3.0, inference_real=5.0, inference_revised=7.0),
-    )  # fmt: skip
+    )
     trainer = Trainer(config, data)
     before = Trainer(config, data).system  # the same seed: the same weights
     rng = trainer._rng()
@@ -353,8 +365,15 @@ def test_latent_alarm_is_in_the_log(config: Config, data: MultimodalDataset) -> 
 
 
 @pytest.mark.parametrize("inference", ["mixture", "per_expert"])
-@pytest.mark.parametrize("model", [{"spectral": True, "energy_scale": 10.0}, {"likelihood": "laplace"},
-                                   {"inference": "product"}, {"inference": "mixture_of_products"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"spectral": True, "energy_scale": 10.0},
+        {"likelihood": "laplace"},
+        {"inference": "product"},
+        {"inference": "mixture_of_products"},
+    ],
+)
 def test_switches_run(inference: str, model: dict[str, object], config: Config, data: MultimodalDataset) -> None:
     config = config.replace(
         model=dataclasses.replace(config.model, **model),
@@ -375,8 +394,15 @@ def test_paper_preset_has_no_extension() -> None:
 
 def conv(config: Config, **changes: Any) -> Config:
     """The configuration with convolutional networks and a joint stage of six iterations."""
-    model = ModelConfig(latent=3, net="conv", generator_width=8, inference_width=8, energy_width=16,
-                        energy_trunk_width=4, energy_features=8)  # fmt: skip
+    model = ModelConfig(
+        latent=3,
+        net="conv",
+        generator_width=8,
+        inference_width=8,
+        energy_width=16,
+        energy_trunk_width=4,
+        energy_features=8,
+    )
     return config.replace(model=model, stages=(Stage("warmup", 6), Stage("joint", 6)), **changes)
 
 

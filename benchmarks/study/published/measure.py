@@ -93,16 +93,22 @@ def write_coco(root: Path, n: int, draw: np.random.Generator) -> None:
         for k in range(1, n + 1):
             _image(root / f"{part}2017" / f"{k:012}.jpg", draw, 640, 480)
         images = [{"id": k, "file_name": f"{k:012}.jpg"} for k in range(1, n + 1)]
-        pairs = [{"image_id": k, "id": 10 * k + j, "caption": _sentence(words)}
-                 for k in range(1, n + 1) for j in range(5)]  # fmt: skip
+        pairs = [
+            {"image_id": k, "id": 10 * k + j, "caption": _sentence(words)} for k in range(1, n + 1) for j in range(5)
+        ]
         content = {"info": {}, "images": images, "annotations": pairs}
         (root / "annotations" / f"captions_{part}2017.json").write_text(json.dumps(content))
 
 
 WRITERS: dict[str, Callable[[Path, int, np.random.Generator], None]] = {
-    "polymnist": write_polymnist, "polyfashion": write_fashion, "mnist-svhn-text": write_mnist_svhn, "cub": write_cub,
-    "cub-128": write_cub, "coco": write_coco, "coco-128": write_coco,
-}  # fmt: skip
+    "polymnist": write_polymnist,
+    "polyfashion": write_fashion,
+    "mnist-svhn-text": write_mnist_svhn,
+    "cub": write_cub,
+    "cub-128": write_cub,
+    "coco": write_coco,
+    "coco-128": write_coco,
+}
 
 
 def prepared(name: str, root: Path, n: int = 20, seed: int = 0) -> Config:
@@ -162,23 +168,32 @@ def measure(name: str, batch: int, precision: str) -> dict[str, Any]:
         kinds = {stage.kind: dataclasses.replace(stage, iterations=2) for stage in config.stages[::-1]}
         stages = tuple(kinds[kind] for kind in ("warmup", "prior", "joint"))
         config = config.replace(
-            batch=batch, stages=stages, guard=dataclasses.replace(config.guard, every=1), precision=precision,
+            batch=batch,
+            stages=stages,
+            guard=dataclasses.replace(config.guard, every=1),
+            precision=precision,
             channels_last=False,
-        )  # fmt: skip
+        )
         trainer = Trainer(config, load(config.data.name, "train", path=folder, **config.data.options))
         rows = list(trainer.run())[1::2]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         count = operations(trainer)
         return {
-            "preset": name, "batch": batch, "precision": precision,
-            "parameters": {part: sum(p.numel() for p in getattr(trainer.system, part).parameters())
-                           for part in ("generator", "inference", "energy", "prior")},
+            "preset": name,
+            "batch": batch,
+            "precision": precision,
+            "parameters": {
+                part: sum(p.numel() for p in getattr(trainer.system, part).parameters())
+                for part in ("generator", "inference", "energy", "prior")
+            },
             "seconds": {row["stage"]: round(row["seconds_per_iteration"], 3) for row in rows},
-            "peak_memory_mib": round(peak), "saved_mib_per_tuple": round(saved_bytes(trainer) / 2**20, 2),
+            "peak_memory_mib": round(peak),
+            "saved_mib_per_tuple": round(saved_bytes(trainer) / 2**20, 2),
             "gflop_per_tuple": round(count / 1e9, 1),
-            "gpu_estimate_seconds": round(count * published / (PEAK * SHARE), 3), "gpu_estimate_batch": published,
+            "gpu_estimate_seconds": round(count * published / (PEAK * SHARE), 3),
+            "gpu_estimate_batch": published,
             "chains": chain_reports(trainer.system),
-        }  # fmt: skip
+        }
 
 
 def main() -> None:
@@ -192,11 +207,22 @@ def main() -> None:
     if len(a.presets) == 1:
         results = [measure(a.presets[0], a.batch, a.precision)]
     else:  # a process each: the peak of memory is a process's
-        lines = [subprocess.run([sys.executable, __file__, name, "--batch", str(a.batch), "--precision", a.precision],
-                                check=True, capture_output=True, text=True).stdout for name in a.presets]  # fmt: skip
+        lines = [
+            subprocess.run(
+                [sys.executable, __file__, name, "--batch", str(a.batch), "--precision", a.precision],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for name in a.presets
+        ]
         results = [json.loads(line)["results"][0] for line in lines]
-    found = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-             "load_before": os.getloadavg()[0], "results": results}  # fmt: skip
+    found = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "load_before": os.getloadavg()[0],
+        "results": results,
+    }
     print(json.dumps(found, indent=2))
     if a.json is not None:
         a.json.write_text(json.dumps(found, indent=2) + "\n")

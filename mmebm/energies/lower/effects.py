@@ -31,24 +31,69 @@ from mmebm import introspect
 from mmebm.energies.lower.attempt import attempt, refuse
 from mmebm.energies.lower.symbol import Symbol, harmless_names
 
-_STORES = frozenset((
-    "STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_SUBSCR", "STORE_SLICE", "DELETE_ATTR", "DELETE_GLOBAL",
-    "DELETE_NAME", "DELETE_SUBSCR", "DELETE_DEREF", "IMPORT_NAME", "IMPORT_FROM", "SETUP_WITH", "BEFORE_WITH",
-    "LOAD_BUILD_CLASS", "SEND", "GET_AWAITABLE",
-))  # fmt: skip
+_STORES = frozenset(
+    (
+        "STORE_ATTR",
+        "STORE_GLOBAL",
+        "STORE_NAME",
+        "STORE_SUBSCR",
+        "STORE_SLICE",
+        "DELETE_ATTR",
+        "DELETE_GLOBAL",
+        "DELETE_NAME",
+        "DELETE_SUBSCR",
+        "DELETE_DEREF",
+        "IMPORT_NAME",
+        "IMPORT_FROM",
+        "SETUP_WITH",
+        "BEFORE_WITH",
+        "LOAD_BUILD_CLASS",
+        "SEND",
+        "GET_AWAITABLE",
+    )
+)
 _BUILTINS = (
-    int, float, len, range, enumerate, zip, sum, isinstance, tuple, list, dict, Tensor, AssertionError, ValueError,
+    int,
+    float,
+    len,
+    range,
+    enumerate,
+    zip,
+    sum,
+    isinstance,
+    tuple,
+    list,
+    dict,
+    Tensor,
+    AssertionError,
+    ValueError,
     TypeError,
-)  # fmt: skip
+)
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 _NAMESPACES = (torch, nn, nn.functional, math, operator)
 
 # What torch.nn has that only computes, and that terms can say
-_KNOWN = frozenset((
-    nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.ReLU,
-    nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Softplus, nn.Tanh, nn.ELU, nn.Module,
-))  # fmt: skip
+_KNOWN = frozenset(
+    (
+        nn.Linear,
+        nn.Sequential,
+        nn.ModuleList,
+        nn.ModuleDict,
+        nn.Flatten,
+        nn.Unflatten,
+        nn.Identity,
+        nn.Dropout,
+        nn.ReLU,
+        nn.LeakyReLU,
+        nn.SiLU,
+        nn.GELU,
+        nn.Softplus,
+        nn.Tanh,
+        nn.ELU,
+        nn.Module,
+    )
+)
 _NORMED = "torch.nn.utils.parametriz"
 _NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
 
@@ -62,8 +107,12 @@ def refuse_watchers() -> None:
     modes += _get_current_dispatch_mode_stack()
     if modes:
         refuse(f"a {type(modes[-1]).__name__} is active")
-    for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-                 "_global_backward_pre_hooks"):  # fmt: skip
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    ):
         if getattr(module_globals, name, None):
             refuse("there are global module hooks")
     saved = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
@@ -137,16 +186,30 @@ def _is_operation(value: Any) -> bool:
     name = getattr(value, "__name__", None)
     where = getattr(value, "__module__", None) or ""
     return (
-        isinstance(name, str) and name.removesuffix("_") in Symbol.rules and where.partition(".")[0] == "torch"
+        isinstance(name, str)
+        and name.removesuffix("_") in Symbol.rules
+        and where.partition(".")[0] == "torch"
         and isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.BuiltinMethodType))
-    )  # fmt: skip
+    )
 
 
 # Make tensors; random ones are refused when they are drawn
 _FACTORIES = (
-    "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "tensor", "as_tensor", "scalar_tensor", "rand",
-    "randn", "randn_like", "rand_like",
-)  # fmt: skip
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "eye",
+    "linspace",
+    "tensor",
+    "as_tensor",
+    "scalar_tensor",
+    "rand",
+    "randn",
+    "randn_like",
+    "rand_like",
+)
 
 
 @functools.cache
@@ -177,9 +240,12 @@ def _computation_names() -> frozenset[str]:
 def _class_names(kind: type) -> frozenset[str]:
     """What a user's classes define, of which an attribute's name may speak."""
     return frozenset(
-        name for base in kind.__mro__ if not (base.__module__ or "").startswith(("torch.", "builtins"))
-        for name in vars(base) if not (name.startswith("__") and name.endswith("__"))
-    )  # fmt: skip
+        name
+        for base in kind.__mro__
+        if not (base.__module__ or "").startswith(("torch.", "builtins"))
+        for name in vars(base)
+        if not (name.startswith("__") and name.endswith("__"))
+    )
 
 
 def _attribute(owner: Any, name: str) -> Any:

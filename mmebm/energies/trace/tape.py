@@ -81,10 +81,13 @@ class Tape:
         self._stubs = {id(stub): stub for stub in stubs.values()}
         self._state, self._result = _swapped(list(state), stubs), _swapped(result, stubs)
         self._steps = [
-            step._replace(args=_swapped(step.args, stubs), kwargs=_swapped(step.kwargs, stubs),
-                          result=_swapped(step.result, stubs))
+            step._replace(
+                args=_swapped(step.args, stubs),
+                kwargs=_swapped(step.kwargs, stubs),
+                result=_swapped(step.result, stubs),
+            )
             for step in self._steps
-        ]  # fmt: skip
+        ]
         return self
 
     def tie(self, held: Iterable[Tensor], given: Iterable[Tensor], net: Iterable[Tensor]) -> None:

@@ -15,6 +15,17 @@ from mmebm.evaluation.figures.grids import (
 from mmebm.evaluation.figures.plots import curves, lines, overlay, scatter, sweep, traces
 
 __all__ = [
-    "conditional_grid", "curves", "interpolation_grid", "landscape", "lines", "overlay", "revision_grid", "sample_grid",
-    "scatter", "sweep", "trace", "traces", "trajectory_grid",
-]  # fmt: skip
+    "conditional_grid",
+    "curves",
+    "interpolation_grid",
+    "landscape",
+    "lines",
+    "overlay",
+    "revision_grid",
+    "sample_grid",
+    "scatter",
+    "sweep",
+    "trace",
+    "traces",
+    "trajectory_grid",
+]

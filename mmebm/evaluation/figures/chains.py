@@ -108,9 +108,11 @@ def _series(
     found = {name: (at, values) for name, (at, values) in found.items() if len(at) >= LEAST and values.shape[1]}
     unknown = sorted(name for name in quantities or () if not any(n == name or n.startswith(f"{name}[") for n in found))
     if unknown or not found:
-        raise ValueError(f"out must hold {unknown or 'a trace or a trajectory'} of {LEAST} steps at least after the "
-                         f"burn-in, got {list(out.trace)} and {len(tensors)} tensors of trajectory: sample with thin= "
-                         "or record=")  # fmt: skip
+        raise ValueError(
+            f"out must hold {unknown or 'a trace or a trajectory'} of {LEAST} steps at least after the "
+            f"burn-in, got {list(out.trace)} and {len(tensors)} tensors of trajectory: sample with thin= "
+            "or record="
+        )
     return found
 
 
@@ -198,8 +200,10 @@ def landscape(
     with torch.no_grad():
         values = energy(grid)
     if not isinstance(values, Tensor) or values.numel() != len(grid):
-        raise ValueError(f"energy must return one value for each of {len(grid)} points, got "
-                         f"{tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__}")  # fmt: skip
+        raise ValueError(
+            f"energy must return one value for each of {len(grid)} points, got "
+            f"{tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__}"
+        )
     height = values.detach().double().cpu().numpy().reshape(resolution, resolution)
     finite = height[np.isfinite(height)]
     if not len(finite):

@@ -131,9 +131,13 @@ def interpolation_grid(
 
 
 def _strips(
-    argument: str, strips: Mapping[str, Mapping[str, np.ndarray]], labels: Sequence[str], path: str | os.PathLike[str],
-    corner: str, observed: Mapping[str, Mapping[str, np.ndarray]],
-) -> Path:  # fmt: skip
+    argument: str,
+    strips: Mapping[str, Mapping[str, np.ndarray]],
+    labels: Sequence[str],
+    path: str | os.PathLike[str],
+    corner: str,
+    observed: Mapping[str, Mapping[str, np.ndarray]],
+) -> Path:
     if not strips or not all(strips.values()) or not labels:
         raise ValueError(f"{argument} must hold at least one strip with a modality and a column, got {list(strips)}")
     unknown = sorted(set(observed) - set(strips))
@@ -142,8 +146,10 @@ def _strips(
     for title, rows in strips.items():
         for name, values in rows.items():
             if values.ndim < 1 or len(values) != len(labels):
-                raise ValueError(f"{argument}[{title!r}][{name!r}] must have {len(labels)} columns, one per label, "
-                                 f"got {values.shape}")  # fmt: skip
+                raise ValueError(
+                    f"{argument}[{title!r}][{name!r}] must have {len(labels)} columns, one per label, "
+                    f"got {values.shape}"
+                )
     blocks = {}
     for title, rows in strips.items():
         blocks[title] = [_Group(rows, labels=labels)]
@@ -254,8 +260,9 @@ def trajectory_grid(
     counts = {}
     for name, values in states.items():
         if values.ndim < 2 or len(values) != len(steps):
-            raise ValueError(f"states[{name!r}] must have shape ({len(steps)}, n, ...), one entry per step, "
-                             f"got {values.shape}")  # fmt: skip
+            raise ValueError(
+                f"states[{name!r}] must have shape ({len(steps)}, n, ...), one entry per step, got {values.shape}"
+            )
         counts[name] = _count(f"states[{name!r}]", values[0])
     if len(set(counts.values())) > 1:
         raise ValueError(f"states must have as many chains in every modality, got {counts}")
@@ -276,11 +283,19 @@ def trajectory_grid(
     x = 0.0
     for chain in range(shown):
         middle = x + sum(widths.values()) / 2
-        axes.text(middle, -0.5, f"chain {chain + 1}", ha="center", va="bottom", color=INK, fontsize=9.5,
-                  fontweight="bold")  # fmt: skip
+        axes.text(
+            middle, -0.5, f"chain {chain + 1}", ha="center", va="bottom", color=INK, fontsize=9.5, fontweight="bold"
+        )
         for name, values in states.items():
-            axes.text(x + widths[name] / 2, -0.1, name, ha="center", va="bottom", color=FAINT,
-                      fontsize=min(7.5, 72 * CELL * widths[name] / (0.58 * max(len(name), 1))))  # fmt: skip
+            axes.text(
+                x + widths[name] / 2,
+                -0.1,
+                name,
+                ha="center",
+                va="bottom",
+                color=FAINT,
+                fontsize=min(7.5, 72 * CELL * widths[name] / (0.58 * max(len(name), 1))),
+            )
             for row in range(len(steps)):
                 _draw(axes, values[row, chain], x, row, 1.0, limits[name], widths[name])
             x += widths[name]
@@ -295,12 +310,23 @@ def _draw(axes: Axes, value: Any, x: float, y: float, height: float, limit: Limi
 
         tall = min(height, TEXT_HEIGHT) - 2 * GAP
         box = (x + GAP, y + (height - tall) / 2)
-        axes.add_patch(FancyBboxPatch(box, width - 2 * GAP, tall, boxstyle="round,pad=0,rounding_size=.08",
-                                      facecolor=PAPER, edgecolor="none"))  # fmt: skip
+        axes.add_patch(
+            FancyBboxPatch(
+                box, width - 2 * GAP, tall, boxstyle="round,pad=0,rounding_size=.08", facecolor=PAPER, edgecolor="none"
+            )
+        )
         words, size = _fit_words(value, width - 4 * GAP, tall)
         # One line stands on one baseline with its neighbours, whether or not it has a descender.
-        axes.text(x + width / 2, y + height / 2, words, ha="center", color=INK, fontsize=size, linespacing=1.05,
-                  va="center" if "\n" in words else "center_baseline")  # fmt: skip
+        axes.text(
+            x + width / 2,
+            y + height / 2,
+            words,
+            ha="center",
+            color=INK,
+            fontsize=size,
+            linespacing=1.05,
+            va="center" if "\n" in words else "center_baseline",
+        )
         return
     picture = _picture(np.asarray(value, dtype=np.float64), limit)
     if value.ndim == 1:
@@ -373,8 +399,9 @@ def _count(name: str, values: np.ndarray) -> int:
     """``n`` of one modality's natural values; ValueError if they are no images, strings or vectors."""
     text = values.dtype.kind in "UO"
     if values.ndim != 1 if text else values.ndim not in (2, 4):
-        raise ValueError(f"{name} must be images (n, C, H, W), strings (n,) or vectors (n, D), "
-                         f"got {values.dtype} {values.shape}")  # fmt: skip
+        raise ValueError(
+            f"{name} must be images (n, C, H, W), strings (n,) or vectors (n, D), got {values.dtype} {values.shape}"
+        )
     if not values.size:
         raise ValueError(f"{name} must hold at least one sample, got shape {values.shape}")
     return len(values)

@@ -115,8 +115,16 @@ def _panel(
     if not logarithmic and high > low and np.ptp(y) > 4 * (high - low):
         axes.set_ylim(low - pad, high + pad)
         outside = int(((y < low - pad) | (y > high + pad)).sum())
-        axes.text(0.99, 0.97, f"{outside} of {len(y)} values outside", transform=axes.transAxes, ha="right", va="top",
-                  fontsize=6.5, color=FAINT)  # fmt: skip
+        axes.text(
+            0.99,
+            0.97,
+            f"{outside} of {len(y)} values outside",
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize=6.5,
+            color=FAINT,
+        )
     window = max(len(y) // 40, 1)
     for part in _pieces(x, list(stages.values())):
         if window > 2:
@@ -155,8 +163,15 @@ def _bands(axes: Axes, stages: Mapping[str, float]) -> None:
             axes.axvline(begin, color="#9aa7b6", linewidth=0.8, linestyle=(0, (3, 2)), zorder=-1)
         # A name of 6.5 points takes about .055 inches a letter of some 2.8 inches.
         name = name if (end - begin) / (right - left) * 2.8 > 0.055 * len(name) else ""
-        axes.annotate(name, ((begin + end) / 2, 0.985), xycoords=axes.get_xaxis_transform(), ha="center", va="top",
-                      fontsize=6.5, color=FAINT)  # fmt: skip
+        axes.annotate(
+            name,
+            ((begin + end) / 2, 0.985),
+            xycoords=axes.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize=6.5,
+            color=FAINT,
+        )
     axes.set_xlim(left, right)
 
 
@@ -247,8 +262,9 @@ def lines(
             error = ((errors or {}).get(title) or {}).get(name)
             for what, given in (("panels", values), ("errors", error)):
                 if given is not None and len(given) != len(at):
-                    raise ValueError(f"{what}[{title!r}][{name!r}] must have {len(at)} values, one for each x, "
-                                     f"got {len(given)}")  # fmt: skip
+                    raise ValueError(
+                        f"{what}[{title!r}][{name!r}] must have {len(at)} values, one for each x, got {len(given)}"
+                    )
             part.append(_Line(name, at, _floats(values), None if error is None else _floats(error)))
         parts.append(_Panel(title, label, part, logarithmic))
     return _multiples("panels", parts, path, columns, marks or {})
@@ -281,8 +297,10 @@ def traces(
     parts = []
     for index, (title, several) in enumerate(chains.items()):
         if any(len(values) != len(at) for values in several):
-            raise ValueError(f"chains[{title!r}] must have {len(at)} values a chain, one per step, got "
-                             f"{[len(values) for values in several]}")  # fmt: skip
+            raise ValueError(
+                f"chains[{title!r}] must have {len(at)} values a chain, one per step, got "
+                f"{[len(values) for values in several]}"
+            )
         colour = COLOURS[index % len(COLOURS)]
         parts.append(_Panel(title, "step", [_Line("", at, _floats(v), colour=colour) for v in several], logarithmic))
     return _multiples("chains", parts, path, 2 if len(parts) == 4 else 3, marks or {}, share=True)
@@ -335,9 +353,12 @@ def sweep(
 
 
 def scatter(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]], path: str | os.PathLike[str], *, x: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]],
+    path: str | os.PathLike[str],
+    *,
+    x: str,
     y: str,
-) -> Path:  # fmt: skip
+) -> Path:
     """Models as points on a plane, those of one model joined in their order.
 
     Args:
@@ -399,9 +420,13 @@ class _Panel:
 
 
 def _multiples(
-    argument: str, parts: Sequence[_Panel], path: str | os.PathLike[str], columns: int, marks: Mapping[str, float],
+    argument: str,
+    parts: Sequence[_Panel],
+    path: str | os.PathLike[str],
+    columns: int,
+    marks: Mapping[str, float],
     share: bool = False,
-) -> Path:  # fmt: skip
+) -> Path:
     """Small multiples with one legend above them."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
@@ -424,8 +449,15 @@ def _multiples(
         for line in part.series:
             colour = line.colour or colours.get(line.label, ACCENT)
             weight, alpha = (1.2, 1.0) if line.label else (0.8, 0.75)
-            axes.plot(line.x, line.y, color=colour, linewidth=weight, alpha=alpha, marker="o" if line.dots else "",
-                      markersize=3)  # fmt: skip
+            axes.plot(
+                line.x,
+                line.y,
+                color=colour,
+                linewidth=weight,
+                alpha=alpha,
+                marker="o" if line.dots else "",
+                markersize=3,
+            )
             if line.error is not None:
                 low, high = line.y - 2 * line.error, line.y + 2 * line.error
                 axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -439,16 +471,26 @@ def _multiples(
             axes.set_xlim(left=min(np.nanmin(every), 0.0) if np.nanmin(every) >= 0 else None)
         for name, position in marks.items():
             axes.axvline(position, color="#9aa7b6", linewidth=0.8, linestyle=(0, (3, 2)), zorder=0)
-            axes.annotate(f" {name}", (position, 0.99), xycoords=axes.get_xaxis_transform(), va="top", fontsize=6.5,
-                          color=FAINT)  # fmt: skip
+            axes.annotate(
+                f" {name}", (position, 0.99), xycoords=axes.get_xaxis_transform(), va="top", fontsize=6.5, color=FAINT
+            )
         if index + across >= len(parts) or part.label != parts[index + across].label:
             axes.set_xlabel(part.label, fontsize=8, color=FAINT)
     if legend:
         from matplotlib.lines import Line2D
 
         handles = [Line2D([], [], color=colours[label], linewidth=1.6, label=label) for label in labels]
-        figure.legend(handles=handles, loc="upper left", ncols=len(handles), frameon=False, fontsize=8, labelcolor=INK,
-                      bbox_to_anchor=(0.0, 1.0), handlelength=1.4, columnspacing=1.4)  # fmt: skip
+        figure.legend(
+            handles=handles,
+            loc="upper left",
+            ncols=len(handles),
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            bbox_to_anchor=(0.0, 1.0),
+            handlelength=1.4,
+            columnspacing=1.4,
+        )
     figure.tight_layout(pad=0.6, h_pad=1.0, w_pad=1.2, rect=(0, 0, 1, 1 - legend / height))
     return write(figure, path)
 

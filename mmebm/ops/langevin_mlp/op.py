@@ -30,16 +30,31 @@ from mmebm.ops.langevin_step import StepOptions, TorchStepper
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 
 __all__ = [
-    "FIELDS", "MlpChain", "MlpResult", "Precision", "constants_of", "flat_mask", "langevin_mlp", "name_of", "room",
+    "FIELDS",
+    "MlpChain",
+    "MlpResult",
+    "Precision",
+    "constants_of",
+    "flat_mask",
+    "langevin_mlp",
+    "name_of",
+    "room",
     "run",
-]  # fmt: skip
+]
 
 Precision = Literal["fp32", "tf32x3", "bf16"]
 
 # The columns of the table of constants. They are StepParams with the prior as a precision, 1 / prior_std^2.
 FIELDS: Final = (
-    "step_size", "noise_scale", "grad_clip", "grad_norm_clip", "max_update", "prior_precision", "low", "high",
-)  # fmt: skip
+    "step_size",
+    "noise_scale",
+    "grad_clip",
+    "grad_norm_clip",
+    "max_update",
+    "prior_precision",
+    "low",
+    "high",
+)
 # What a field that is absent says, so that a room need not ask: these change nothing, NaN included where a room
 # clamps by comparisons. (The norm clip is asked for: infinity over an infinite norm is no 1.)
 _NEUTRAL: Final = (0.0, 0.0, math.inf, math.inf, math.inf, 0.0, -math.inf, math.inf)
@@ -102,9 +117,12 @@ class MlpResult(NamedTuple):
 
 
 def constants_of(
-    params: Sequence[Sequence[StepParams]], chains: int, dtype: torch.dtype, device: torch.device,
+    params: Sequence[Sequence[StepParams]],
+    chains: int,
+    dtype: torch.dtype,
+    device: torch.device,
     moving: Sequence[bool] | None = None,
-) -> tuple[Tensor, tuple[int, ...]] | str:  # fmt: skip
+) -> tuple[Tensor, tuple[int, ...]] | str:
     """(``constants``, ``present``) of :class:`MlpChain` from per-step lists of parameters, or why there are none.
 
     Taken are numbers, tensors of one element and tensors with one element per chain. ``moving``: which tensors do.
@@ -145,11 +163,16 @@ def constants_of(
         table = torch.tensor(flat, dtype=torch.float64, device="cpu").to(dtype).reshape(*shape, 1)
         return table.to(device), tuple(present)
     width = chains if varies else 1
-    table = torch.stack([
-        (value.to(device, dtype) if isinstance(value, Tensor) else torch.full((1,), value, dtype=dtype, device=device))
-        .expand(width)
-        for value in flat
-    ])  # fmt: skip
+    table = torch.stack(
+        [
+            (
+                value.to(device, dtype)
+                if isinstance(value, Tensor)
+                else torch.full((1,), value, dtype=dtype, device=device)
+            ).expand(width)
+            for value in flat
+        ]
+    )
     return table.reshape(*shape, width), tuple(present)
 
 
@@ -219,10 +242,16 @@ def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor,
     masks: list[Tensor | None] = [None] * len(tensors)
     if chain.observed is not None:
         masks = [part.bool() for part in chain.observed.split(list(chain.widths), dim=1)]
-    stepper = TorchStepper(StepOptions(
-        seed=chain.seed, streams=tuple(chain.streams[i] for i in group), noisy=tuple(chain.noisy[i] for i in group),
-        chain_offset=chain.chain_offset, clamp_noise=chain.clamp_noise, observed=tuple(masks[i] for i in group),
-    ))  # fmt: skip
+    stepper = TorchStepper(
+        StepOptions(
+            seed=chain.seed,
+            streams=tuple(chain.streams[i] for i in group),
+            noisy=tuple(chain.noisy[i] for i in group),
+            chain_offset=chain.chain_offset,
+            clamp_noise=chain.clamp_noise,
+            observed=tuple(masks[i] for i in group),
+        )
+    )
 
     def row(table: Tensor) -> list[StepParams]:
         out = []
@@ -241,16 +270,29 @@ def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor,
         return out
 
     result = reference(
-        tensors, energy or chain.terms, [row(table) for table in chain.constants], stepper, steps=steps,
-        first_step=first_step, noise_at=chain.noise_at, moving=chain.moving, freeze=chain.freeze,
-    )  # fmt: skip
+        tensors,
+        energy or chain.terms,
+        [row(table) for table in chain.constants],
+        stepper,
+        steps=steps,
+        first_step=first_step,
+        noise_at=chain.noise_at,
+        moving=chain.moving,
+        freeze=chain.freeze,
+    )
     return MlpResult(torch.cat(result.x, dim=1), result.energy, result.grad_norm, result.frozen)
 
 
 def run(
-    module: ModuleType | None, chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, *,
-    energy: bool = False, grad_norm: bool = False,
-) -> MlpResult:  # fmt: skip
+    module: ModuleType | None,
+    chain: MlpChain,
+    x: Tensor,
+    steps: int,
+    first_step: int | Tensor,
+    *,
+    energy: bool = False,
+    grad_norm: bool = False,
+) -> MlpResult:
     """``steps`` steps from the flat state ``x`` (chains, inputs) in the room that :func:`room` chose."""
     if steps == 0 or x.shape[0] == 0:
         empty = x.new_zeros(steps, x.shape[0])
@@ -271,16 +313,41 @@ _SCHEMA: Final = (
 
 
 def _op(
-    x: Tensor, tensors: list[Tensor | None], terms: str, constants: Tensor, observed: Tensor | None, *, steps: int,
-    seed: int, first_step: int, chain_offset: int, widths: list[int], present: list[int], noise_at: NoiseAt,
-    clamp_noise: bool, freeze: bool, precision: Precision, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    tensors: list[Tensor | None],
+    terms: str,
+    constants: Tensor,
+    observed: Tensor | None,
+    *,
+    steps: int,
+    seed: int,
+    first_step: int,
+    chain_offset: int,
+    widths: list[int],
+    present: list[int],
+    noise_at: NoiseAt,
+    clamp_noise: bool,
+    freeze: bool,
+    precision: Precision,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = len(widths)
     chain = MlpChain(
-        terms=unpack(terms, tensors), widths=tuple(widths), streams=tuple(range(n)), noisy=(True,) * n,
-        moving=(True,) * n, constants=constants, present=tuple(present), observed=observed, seed=seed,
-        chain_offset=chain_offset, noise_at=noise_at, clamp_noise=clamp_noise, freeze=freeze, precision=precision,
-    )  # fmt: skip
+        terms=unpack(terms, tensors),
+        widths=tuple(widths),
+        streams=tuple(range(n)),
+        noisy=(True,) * n,
+        moving=(True,) * n,
+        constants=constants,
+        present=tuple(present),
+        observed=observed,
+        seed=seed,
+        chain_offset=chain_offset,
+        noise_at=noise_at,
+        clamp_noise=clamp_noise,
+        freeze=freeze,
+        precision=precision,
+    )
     with torch.no_grad():
         module, _ = room(backend, chain, x)
         result = run(module, chain, x, steps, first_step, energy=True, grad_norm=True)
@@ -397,11 +464,23 @@ def langevin_mlp(
         raise ValueError(f"observed must have {len(x)} entries, one for each of x, got {len(masks)}")
     description, tensors = pack(checked)
     out, energy, grad_norm, frozen = torch.ops.mmebm.langevin_mlp(
-        torch.cat([widen(t).detach() for t in flat], dim=1), [None if t is None else t.detach() for t in tensors],
-        description, table[0], flat_mask(masks, x), steps=steps, seed=seed, first_step=first_step,
-        chain_offset=chain_offset, widths=widths, present=table[1], noise_at=noise_at, clamp_noise=clamp_noise,
-        freeze=freeze, precision=precision, backend=backend,
-    )  # fmt: skip
+        torch.cat([widen(t).detach() for t in flat], dim=1),
+        [None if t is None else t.detach() for t in tensors],
+        description,
+        table[0],
+        flat_mask(masks, x),
+        steps=steps,
+        seed=seed,
+        first_step=first_step,
+        chain_offset=chain_offset,
+        widths=widths,
+        present=table[1],
+        noise_at=noise_at,
+        clamp_noise=clamp_noise,
+        freeze=freeze,
+        precision=precision,
+        backend=backend,
+    )
     parts = [part.reshape(t.shape).to(t.dtype) for part, t in zip(out.split(widths, dim=1), x, strict=True)]
     return MlpSamples(parts, energy, grad_norm, frozen)
 

@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 
 from mmebm import noise
-from mmebm.ops.common.address import (
-    MOST_CHAINS,
-    address,
-    obstacle,
-    plain,
-    readable,
-    require_dense,
-    same_memory,
-)
+from mmebm.ops.common.address import MOST_CHAINS, address, obstacle, plain, readable, require_dense, same_memory
 from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, StepStats
 
 LIMITS: Final = frozenset(("grad_clip", "grad_norm_clip", "max_update", "low", "high"))

@@ -119,9 +119,14 @@ def _described(net: Net, x: Tensor, addresses: Addresses) -> list[dict[str, Any]
             d.update(weight=address(node.weight), bias=address(node.bias))
             if isinstance(node, Conv):
                 d.update(
-                    sizes=tuple(node.weight.shape), stride=node.stride, padding=node.padding, dilation=node.dilation,
-                    groups=node.groups, transposed=node.transposed, tiles=tiles,
-                )  # fmt: skip
+                    sizes=tuple(node.weight.shape),
+                    stride=node.stride,
+                    padding=node.padding,
+                    dilation=node.dilation,
+                    groups=node.groups,
+                    transposed=node.transposed,
+                    tiles=tiles,
+                )
         elif isinstance(node, Activation):
             d.update(function=_FUNCTIONS.index(node.function), slope=float(node.slope))
         elif isinstance(node, (Add, Affine)):
@@ -150,6 +155,13 @@ def run(
 ) -> MlpResult:
     """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
     return call_chain(
-        "langevin_net", chain, x, lambda addresses: _described(chain.net, x, addresses), steps, first_step,
-        energy=energy, grad_norm=grad_norm, reason=supports(chain, x),
-    )  # fmt: skip
+        "langevin_net",
+        chain,
+        x,
+        lambda addresses: _described(chain.net, x, addresses),
+        steps,
+        first_step,
+        energy=energy,
+        grad_norm=grad_norm,
+        reason=supports(chain, x),
+    )

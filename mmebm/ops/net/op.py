@@ -79,9 +79,15 @@ def name_of(module: ModuleType) -> str:
 
 
 def run(
-    module: ModuleType | None, chain: NetChain, x: Tensor, steps: int, first_step: int | Tensor, *,
-    energy: bool = False, grad_norm: bool = False,
-) -> MlpResult:  # fmt: skip
+    module: ModuleType | None,
+    chain: NetChain,
+    x: Tensor,
+    steps: int,
+    first_step: int | Tensor,
+    *,
+    energy: bool = False,
+    grad_norm: bool = False,
+) -> MlpResult:
     """``steps`` steps from the flat state ``x`` (chains, inputs) in the module that :func:`room` chose."""
     if steps == 0 or x.shape[0] == 0:
         return mlp.run(None, chain, x, 0, first_step)
@@ -140,9 +146,15 @@ def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple
         outputs = [(o, d) for o, d in outputs if d is not None and o.requires_grad]
         found: list[Tensor | None] = [None] * len(wanted)
         if wanted and outputs:
-            found = list(torch.autograd.grad(
-                [o for o, _ in outputs], wanted, [d for _, d in outputs], create_graph=create_graph, allow_unused=True
-            ))  # fmt: skip
+            found = list(
+                torch.autograd.grad(
+                    [o for o, _ in outputs],
+                    wanted,
+                    [d for _, d in outputs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
     each = iter(found)
     grads = [next(each) if t.requires_grad else None for t in leaves]
     return grads[0], grads[1:], None, None

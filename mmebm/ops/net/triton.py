@@ -45,12 +45,17 @@ def _todo(chain: NetChain) -> int:
     """The options as the kernels' word of bits."""
     before = chain.noise_at == "before"
     bits = (
-        (rule._CLIP, chain.has("grad_clip")), (rule._NORM, chain.has("grad_norm_clip")),
-        (rule._MAX, chain.has("max_update")), (rule._PRIOR, chain.has("prior_precision")),
-        (rule._BOUNDS, chain.has("low") or chain.has("high")), (rule._BEFORE, before),
-        (rule._CLAMP_NOISE, chain.clamp_noise), (rule._OBSERVED, chain.observed is not None),
-        (rule._FREEZE, chain.freeze), (rule._NOISY, any(chain.noisy)),
-    )  # fmt: skip
+        (rule._CLIP, chain.has("grad_clip")),
+        (rule._NORM, chain.has("grad_norm_clip")),
+        (rule._MAX, chain.has("max_update")),
+        (rule._PRIOR, chain.has("prior_precision")),
+        (rule._BOUNDS, chain.has("low") or chain.has("high")),
+        (rule._BEFORE, before),
+        (rule._CLAMP_NOISE, chain.clamp_noise),
+        (rule._OBSERVED, chain.observed is not None),
+        (rule._FREEZE, chain.freeze),
+        (rule._NOISY, any(chain.noisy)),
+    )
     return sum(bit.value for bit, wanted in bits if wanted)
 
 
@@ -95,15 +100,26 @@ class _Workspace:
             self.views.append(self.w[at : at + t.numel()].view(t.shape))
         self.known: list[tuple[Tensor, int] | None] = [None] * len(plan.indices)
         pointers = {
-            "a": self.arena, "w": self.w, "lists": self.lists, "numbers": self.numbers, "counts": self.counts,
-            "constants": self.constants, "observed": self.observed, "partials": self.partials, "table": self.table,
-            "energy": self.energies, "norms": self.norms, "alive": self.alive,
-        }  # fmt: skip
+            "a": self.arena,
+            "w": self.w,
+            "lists": self.lists,
+            "numbers": self.numbers,
+            "counts": self.counts,
+            "constants": self.constants,
+            "observed": self.observed,
+            "partials": self.partials,
+            "table": self.table,
+            "energy": self.energies,
+            "norms": self.norms,
+            "alive": self.alive,
+        }
         scalars = {
             "observed_stride": self.inputs if masked is not None and masked.shape[0] > 1 else 0,
-            "constant_step": tensors * len(FIELDS) * width if rows > 1 else 0, "constant_width": width,
-            "constant_chain": int(width > 1), "todo": 0 if chain is None else _todo(chain),
-        }  # fmt: skip
+            "constant_step": tensors * len(FIELDS) * width if rows > 1 else 0,
+            "constant_width": width,
+            "constant_chain": int(width > 1),
+            "todo": 0 if chain is None else _todo(chain),
+        }
         self.calls = []
         for launch in plan.launches:
             shared = {name: v for name, v in {**pointers, **scalars}.items() if name in launch.kernel.arg_names}
@@ -121,9 +137,13 @@ class _Workspace:
             for t, width in enumerate(chain.widths):
                 moves = chain.moving[t]
                 words += [
-                    at, width, noise.stream(chain.streams[t], noise.DRIFT), int(chain.noisy[t] and moves),
-                    int(bool(chain.present[t] & norm) and moves), int(moves),
-                ]  # fmt: skip
+                    at,
+                    width,
+                    noise.stream(chain.streams[t], noise.DRIFT),
+                    int(chain.noisy[t] and moves),
+                    int(bool(chain.present[t] & norm) and moves),
+                    int(moves),
+                ]
                 at += width
         return words or [0]
 
@@ -143,8 +163,9 @@ class _Workspace:
             ends = torch.arange(lists.total + 1, dtype=flat.dtype, device=flat.device)
             parts = (
                 (lists.list_at, torch.where(flat < 0, -1, places[flat.clamp_min(0)])),
-                (lists.starts_at, torch.searchsorted(flat[order], ends)), (lists.sorted_at, order),
-            )  # fmt: skip
+                (lists.starts_at, torch.searchsorted(flat[order], ends)),
+                (lists.sorted_at, order),
+            )
             for start, part in parts:
                 self.lists[start : start + part.numel()].copy_(part)
             self.known[j] = None if index.is_inference() else (index, index._version)
@@ -212,10 +233,20 @@ def _workspace(net: Net, x: Tensor, chain: NetChain | None, steps: int) -> _Work
     if chain is not None:
         mask = chain.observed
         key += (
-            chain.widths, chain.streams, chain.noisy, chain.moving, chain.present, chain.noise_at, chain.clamp_noise,
-            chain.freeze, chain.precision, None if mask is None else mask.shape, chain.constants.shape[0] > 1,
-            chain.constants.shape[3], capacity,
-        )  # fmt: skip
+            chain.widths,
+            chain.streams,
+            chain.noisy,
+            chain.moving,
+            chain.present,
+            chain.noise_at,
+            chain.clamp_noise,
+            chain.freeze,
+            chain.precision,
+            None if mask is None else mask.shape,
+            chain.constants.shape[0] > 1,
+            chain.constants.shape[3],
+            capacity,
+        )
     with _lock:
         found = _workspaces.pop(key, None)
         if found is None:

@@ -33,7 +33,7 @@ from mmebm.ops.net.graph import (
     View,
     reads,
     shapes_of,
-)  # fmt: skip
+)
 from mmebm.ops.net.op import NetChain
 
 __all__ = ["BUILT", "OPTIONS", "IndexLists", "Launch", "Plan", "plan_of", "room_of"]
@@ -252,9 +252,7 @@ class _Planner:
             N, R = (second, first // groups) if spread else (first // groups, second)
             wn, wr = (kh * kw, second * kh * kw) if spread else (second * kh * kw, kh * kw)
             wg = (first // groups) * second * kh * kw
-            sizes = {
-                "KH": kh, "KW": kw, "IH": source[1], "IW": source[2], "OH": target[1], "OW": target[2]
-            }  # fmt: skip
+            sizes = {"KH": kh, "KW": kw, "IH": source[1], "IW": source[2], "OH": target[1], "OW": target[2]}
         classes = stride[0] * stride[1] if spread else 1
         cells = math.prod(
             -(-sizes[name] // s) if spread else sizes[name] for name, s in zip(("OH", "OW"), stride, strict=True)
@@ -263,27 +261,60 @@ class _Planner:
         tiles = -(-(cells if update is not None else self.chains * cells) // positions)
         blocks = groups * -(-N // block)
         period = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
-        absent = {"slope_at": _NONE, "rest_at": _NONE, "bias_at": _NONE, "function": _NONE, "alpha": 0.0,
-                  "rest_scale": 0.0}  # fmt: skip
+        absent = {
+            "slope_at": _NONE,
+            "rest_at": _NONE,
+            "bias_at": _NONE,
+            "function": _NONE,
+            "alpha": 0.0,
+            "rest_scale": 0.0,
+        }
         ruled = {"parts": 0, "x_at": 0, "start": 0, "tensor": 0, "index": 0, "noisy": 0}
         if update is not None:
             chain = self.chain
             assert chain is not None
             start = sum(chain.widths[:update])
             ruled = {
-                "x_at": self.plan.at["x"] + start, "start": start, "tensor": update,
+                "x_at": self.plan.at["x"] + start,
+                "start": start,
+                "tensor": update,
                 "index": noise.stream(chain.streams[update], noise.DRIFT),
                 "noisy": int(chain.noisy[update] and chain.noise_at == "after"),
-            }  # fmt: skip
+            }
             out_at = self.plan.parts
             self.plan.parts += classes * tiles * blocks
         self._add(
-            kernels.product_kernel, ((self.chains if update is not None else 1) * classes * tiles, blocks),
-            in_at=in_at, out_at=out_at, w_at=self.weights[i]["weight"], N=N, R=R, wn=wn, wr=wr, wg=wg, **sizes,
-            SY=stride[0], SX=stride[1], PY=padding[0], PX=padding[1], DY=dilation[0], DX=dilation[1], QY=period[0],
-            QX=period[1], spread=int(spread), tiles=tiles, classes=classes, **{**absent, **tail}, **ruled,
-            BN=block, BM=positions, BK=kernels.DEPTH, MODE=self.mode, UPDATE=update is not None, num_stages=3,
-        )  # fmt: skip
+            kernels.product_kernel,
+            ((self.chains if update is not None else 1) * classes * tiles, blocks),
+            in_at=in_at,
+            out_at=out_at,
+            w_at=self.weights[i]["weight"],
+            N=N,
+            R=R,
+            wn=wn,
+            wr=wr,
+            wg=wg,
+            **sizes,
+            SY=stride[0],
+            SX=stride[1],
+            PY=padding[0],
+            PX=padding[1],
+            DY=dilation[0],
+            DX=dilation[1],
+            QY=period[0],
+            QX=period[1],
+            spread=int(spread),
+            tiles=tiles,
+            classes=classes,
+            **{**absent, **tail},
+            **ruled,
+            BN=block,
+            BM=positions,
+            BK=kernels.DEPTH,
+            MODE=self.mode,
+            UPDATE=update is not None,
+            num_stages=3,
+        )
 
     def _forward(self, i: int) -> None:
         node, out, n = self.nodes[i], self.values[i], self.sizes[i]
@@ -322,10 +353,17 @@ class _Planner:
             k = node.index.shape[1]
             outputs, terms = kernels.FORMS[min(f for f in kernels.FORMS if f >= min(k, 512))]
             self._add(
-                kernels.gather_kernel, (-(-self.chains * n // outputs),), n=n, k=k, list_at=lists.list_at,
-                weight_at=weights.get("weight", _NONE), out_at=out, lse=int(isinstance(node, LogSumExp)), BO=outputs,
+                kernels.gather_kernel,
+                (-(-self.chains * n // outputs),),
+                n=n,
+                k=k,
+                list_at=lists.list_at,
+                weight_at=weights.get("weight", _NONE),
+                out_at=out,
+                lse=int(isinstance(node, LogSumExp)),
+                BO=outputs,
                 BK=terms,
-            )  # fmt: skip
+            )
 
     def _called(self, node: Activation, i: int) -> dict[str, Any]:
         return {
@@ -342,11 +380,18 @@ class _Planner:
     def _norm(self, i: int, in_at: int, out_at: int, **arguments: Any) -> None:
         node = self.nodes[i]
         self._add(
-            kernels.norm_kernel, (self.chains * node.groups,),
-            **{"rest_at": _NONE, "rest_scale": 0.0, "slope_at": _NONE, **arguments}, in_at=in_at, out_at=out_at,
-            rstd_at=self.rstd[i], value_at=self.values[i], length=self.sizes[i] // node.groups, groups=node.groups,
-            eps=float(node.eps), B=kernels.BLOCK,
-        )  # fmt: skip
+            kernels.norm_kernel,
+            (self.chains * node.groups,),
+            **{"rest_at": _NONE, "rest_scale": 0.0, "slope_at": _NONE, **arguments},
+            in_at=in_at,
+            out_at=out_at,
+            rstd_at=self.rstd[i],
+            value_at=self.values[i],
+            length=self.sizes[i] // node.groups,
+            groups=node.groups,
+            eps=float(node.eps),
+            B=kernels.BLOCK,
+        )
 
     def _lists(self, i: int, node: Map | LogSumExp) -> IndexLists:
         found = [lists for lists in self.plan.indices if lists.node == i]
@@ -442,12 +487,20 @@ class _Planner:
             for x, (_, size) in zip(before, lists.places, strict=True):
                 if x in self.moving:
                     self._add(
-                        kernels.scatter_kernel, (-(-self.chains * size // kernels.BLOCK),), n=size,
-                        k=node.index.shape[1], starts_at=lists.starts_at + start, list_at=lists.sorted_at,
-                        weight_at=weights.get("weight", _NONE), in_at=d, lse=int(isinstance(node, LogSumExp)),
-                        u_at=self.values[x], v_at=self.values[i], B=kernels.BLOCK,
+                        kernels.scatter_kernel,
+                        (-(-self.chains * size // kernels.BLOCK),),
+                        n=size,
+                        k=node.index.shape[1],
+                        starts_at=lists.starts_at + start,
+                        list_at=lists.sorted_at,
+                        weight_at=weights.get("weight", _NONE),
+                        in_at=d,
+                        lse=int(isinstance(node, LogSumExp)),
+                        u_at=self.values[x],
+                        v_at=self.values[i],
+                        B=kernels.BLOCK,
                         **{"rest_at": _NONE, "rest_scale": 0.0, "slope_at": _NONE, **self._target(x)},
-                    )  # fmt: skip
+                    )
                 start += size
 
     # the update

@@ -90,10 +90,6 @@ def residual(
     value = torch.empty(chains, dtype=torch.float32, device=device)
     small = sum(y.numel() for y in predictions) < _SMALL
     native.cpu().residual(
-        modalities,
-        chains,
-        addresses.output("value", value),
-        1 if small else torch.get_num_threads(),
-        dispatch.isa(),
+        modalities, chains, addresses.output("value", value), 1 if small else torch.get_num_threads(), dispatch.isa()
     )
     return value, grads

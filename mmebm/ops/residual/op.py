@@ -133,12 +133,7 @@ def _backward(ctx: Any, d_value: Tensor | None, d_grads: list[Tensor | None] | N
             # aliases, so that the graph ends here and, with create_graph, goes on into the predictions
             leaves = [y.view_as(y) if y.requires_grad else y.detach().requires_grad_() for y in predictions]
             _, again = reference.residual(
-                leaves,
-                targets,
-                likelihood=ctx.likelihood,
-                scale=scale,
-                weight=weight,
-                observed=optional[2 * n :],
+                leaves, targets, likelihood=ctx.likelihood, scale=scale, weight=weight, observed=optional[2 * n :]
             )
             second = torch.autograd.grad(
                 [g for g, d in zip(again, d_grads, strict=True) if d is not None],

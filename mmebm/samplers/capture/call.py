@@ -33,10 +33,16 @@ def _numerics(device: torch.device) -> tuple[Any, ...]:
     """torch's global switches that choose kernels."""
     kind = device.type
     return (
-        torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic, *_tf32(), os.environ.get("MMEBM_BACKEND"),
-    )  # fmt: skip
+        torch.is_autocast_enabled(kind),
+        torch.get_autocast_dtype(kind),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.enabled,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        *_tf32(),
+        os.environ.get("MMEBM_BACKEND"),
+    )
 
 
 class Call:
@@ -51,10 +57,18 @@ class Call:
         self.static = () if sampler.accept == "metropolis" else _STATIC
         made = self.identity = Identity(self.device, training=sampler.mode == "keep")
         made.both(
-            self.device, _numerics(self.device), tuple(getattr(sampler, name) for name in _OPTIONS),
-            sampler.on_nonfinite == "freeze", type(p.build(tensors)), p.keys, p.steps, tuple(map(tuple, p.blocks)),
-            tuple(p.noisy), p.record, p.thin,
-        )  # fmt: skip
+            self.device,
+            _numerics(self.device),
+            tuple(getattr(sampler, name) for name in _OPTIONS),
+            sampler.on_nonfinite == "freeze",
+            type(p.build(tensors)),
+            p.keys,
+            p.steps,
+            tuple(map(tuple, p.blocks)),
+            tuple(p.noisy),
+            p.record,
+            p.thin,
+        )
         made.full.append(p.chain_offset)
         made.add(fixed)
         made.add(list(p.project))
@@ -101,8 +115,9 @@ class Static:
         return cls(
             [t.detach().clone().requires_grad_(t.requires_grad) for t in call.identity.inputs],
             {dtype: torch.zeros(len(v), dtype=dtype, device=device) for dtype, v in call.numbers.items()},
-            word, word.clone(),
-        )  # fmt: skip
+            word,
+            word.clone(),
+        )
 
     def fill(self, call: Call) -> None:
         """The call's values, written in place."""
@@ -143,7 +158,12 @@ class Static:
         p = call.problem
         rows = [[settings(dtype, one) for dtype, one in zip(call.dtypes, row, strict=True)] for row in p.params]
         p = replace(
-            p, energy=call.rebuild(tree["parts"]), calls=tree["calls"], masks=tree["masks"], params=rows,
-            seed=self.seed, first_step=self.first_step,
-        )  # fmt: skip
+            p,
+            energy=call.rebuild(tree["parts"]),
+            calls=tree["calls"],
+            masks=tree["masks"],
+            params=rows,
+            seed=self.seed,
+            first_step=self.first_step,
+        )
         return p, tree["state"]

@@ -28,15 +28,28 @@ OF_CLASSES = ShuffledTuplesConfig(weight=12.0, kind="hard", same=0.12, near=0.3)
 
 
 def _config(
-    preset: str, data: DataConfig, *, latent: int, width: int = 64, shuffled: ShuffledTuplesConfig = OF_CLASSES,
-    batch: int = 128, **model: Any,
-) -> Config:  # fmt: skip
+    preset: str,
+    data: DataConfig,
+    *,
+    latent: int,
+    width: int = 64,
+    shuffled: ShuffledTuplesConfig = OF_CLASSES,
+    batch: int = 128,
+    **model: Any,
+) -> Config:
     return Config(
         preset=preset,
         data=data,
         model=ModelConfig(
-            latent=latent, net="resnet", generator_width=width, inference_width=width, energy_trunk_width=width,
-            energy_width=512, sigma=0.3, weights="auto", **model,
+            latent=latent,
+            net="resnet",
+            generator_width=width,
+            inference_width=width,
+            energy_trunk_width=width,
+            energy_width=512,
+            sigma=0.3,
+            weights="auto",
+            **model,
         ),
         data_chain=ChainConfig(steps=30, step=0.3, noise=0.001, clamp=True),
         latent_chain=ChainConfig(steps=10, step="auto"),
@@ -58,7 +71,7 @@ def _config(
         ema=0.999,
         precision="bf16",
         channels_last=True,
-    )  # fmt: skip
+    )
 
 
 def polymnist() -> Config:

@@ -184,9 +184,15 @@ def test_activations(seed: int, name: str) -> None:
 @pytest.mark.parametrize("precision", ("fp32", "tf32x3"))
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_sums_of_terms(
-    host: dict[str, int], seed: int, draw: Any, double: Callable, margin: Callable, name: str, precision: Any,
+    host: dict[str, int],
+    seed: int,
+    draw: Any,
+    double: Callable,
+    margin: Callable,
+    name: str,
+    precision: Any,
     noise_at: str,
-) -> None:  # fmt: skip
+) -> None:
     """The error bound of fp32 holds for three tf32 products too."""
     steps = 12 if name not in ("relu", "leaky_relu", "elu") else 4
     chains, inputs = 21, 7
@@ -240,9 +246,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "high": {"high": 0.2},
     "crossed bounds": {"low": 0.4, "high": -0.2},
     "everything": {
-        "grad_clip": 0.5, "grad_norm_clip": 0.9, "prior_std": 1.1, "max_update": 0.2, "low": -1.0, "high": 0.9,
+        "grad_clip": 0.5,
+        "grad_norm_clip": 0.9,
+        "prior_std": 1.1,
+        "max_update": 0.2,
+        "low": -1.0,
+        "high": 0.9,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("noise_at", ("after", "before"))
@@ -252,9 +263,14 @@ def test_options(host: dict[str, int], seed: int, draw: Any, double: Callable, o
     terms = [Scalar(draw.stack(19, 30, 1)), draw.residual(chains, 19, 20, 8, mask=chains), draw.quadratic(19)]
     x = draw.normal(chains, 19)
     chain = make_chain(
-        terms, widths, chains, seed, params=StepParams(0.05, 0.1, **OPTIONS[option]), noise_at=noise_at,
+        terms,
+        widths,
+        chains,
+        seed,
+        params=StepParams(0.05, 0.1, **OPTIONS[option]),
+        noise_at=noise_at,
         clamp_noise=noise_at == "before",
-    )  # fmt: skip
+    )
     compare(chain, x, 8, double)
 
     # per chain, per tensor and per step, and every tensor without one of the options
@@ -280,9 +296,15 @@ def test_fixed_and_silent_tensors(host: dict[str, int], seed: int, draw: Any, do
     widths = (3, 0, 5, 2)
     x = draw.normal(21, 10)
     chain = make_chain(
-        [Scalar(draw.stack(10, 40, 1))], widths, 21, seed, moving=(True, True, False, True),
-        noisy=(True, True, True, False), streams=(7, 2, 1, 2**24 - 1), noise_at=noise_at,
-    )  # fmt: skip
+        [Scalar(draw.stack(10, 40, 1))],
+        widths,
+        21,
+        seed,
+        moving=(True, True, False, True),
+        noisy=(True, True, True, False),
+        streams=(7, 2, 1, 2**24 - 1),
+        noise_at=noise_at,
+    )
     out = compare(chain, x, 6, double)
     assert torch.equal(out.x[:, 3:8], x[:, 3:8])
     # what does not move is no part of the norm
@@ -360,8 +382,10 @@ def test_results_do_not_depend_on_the_block(host: dict[str, int], seed: int, dra
     """Bit for bit: how many chains a block has, which weights are in shared memory, and what other chains there are."""
     chains = 21
     terms = [
-        draw.residual(chains, 70, 200, 256, 300, mask=chains), draw.quadratic(70), Scalar(draw.stack(70, 33, 129, 1)),
-    ]  # fmt: skip
+        draw.residual(chains, 70, 200, 256, 300, mask=chains),
+        draw.quadratic(70),
+        Scalar(draw.stack(70, 33, 129, 1)),
+    ]
     x = draw.normal(chains, 70)
     params = replace(PLAIN, grad_norm_clip=1.0)
     chain = make_chain(terms, (33, 37), chains, seed, params=params, precision=precision)
@@ -372,9 +396,10 @@ def test_results_do_not_depend_on_the_block(host: dict[str, int], seed: int, dra
         assert torch.equal(everything(room.run(chain, x, 3, 0, energy=True, grad_norm=True)), whole), (rows, size)
     part = slice(9, 14)
     few = replace(
-        chain, chain_offset=9,
+        chain,
+        chain_offset=9,
         terms=(replace(terms[0], target=terms[0].target[part], observed=terms[0].observed[part]), *terms[1:]),
-    )  # fmt: skip
+    )
     assert torch.equal(everything(room.run(few, x[part], 3, 0, energy=True, grad_norm=True)), whole[:, part])
     first = room.run(chain, x, 1, 0)
     second = room.run(chain, first.x, 2, 1)
@@ -394,9 +419,15 @@ def test_not_finite(host: dict[str, int], seed: int, draw: Any, freeze: bool, no
         0.02, 0.1, grad_clip=1.0, grad_norm_clip=1.0, max_update=1.0, prior_std=1.0, low=-3.0, high=3.0
     )
     chain = make_chain(
-        [Scalar(draw.stack(6, 20, 1)), draw.quadratic(6)], (2, 4), chains, seed, params=options, freeze=freeze,
-        noise_at=noise_at, precision=precision,
-    )  # fmt: skip
+        [Scalar(draw.stack(6, 20, 1)), draw.quadratic(6)],
+        (2, 4),
+        chains,
+        seed,
+        params=options,
+        freeze=freeze,
+        noise_at=noise_at,
+        precision=precision,
+    )
     healthy = room.run(chain, x, 5, 0)
     broken = x.clone()
     broken[4, 1] = math.nan
@@ -417,9 +448,14 @@ def test_freeze_keeps_the_last_finite_state(host: dict[str, int], seed: int, dra
     step_size = torch.full((chains,), 0.1)
     step_size[chosen] = 1e15  # overflows in the third step
     chain = make_chain(
-        [Quadratic(torch.zeros(4), torch.ones(4))], (1, 3), chains, seed, params=StepParams(step_size, 0.1),
-        freeze=True, noise_at=noise_at,
-    )  # fmt: skip
+        [Quadratic(torch.zeros(4), torch.ones(4))],
+        (1, 3),
+        chains,
+        seed,
+        params=StepParams(step_size, 0.1),
+        freeze=True,
+        noise_at=noise_at,
+    )
     x = draw.normal(chains, 4)
     out = room.run(chain, x, 9, 0)
     expected = op._reference(chain, x, 9, 0)

@@ -60,8 +60,10 @@ def randn(generator: torch.Generator, *shape: int) -> Tensor:
 def stack(generator: torch.Generator, *sizes: int, activation: Any = "silu", slope: float = 0.3) -> Stack:
     return Stack.mlp(
         tuple(randn(generator, o, i) / i**0.5 for i, o in pairwise(sizes)),
-        tuple(0.2 * randn(generator, o) for o in sizes[1:]), activation, slope,
-    )  # fmt: skip
+        tuple(0.2 * randn(generator, o) for o in sizes[1:]),
+        activation,
+        slope,
+    )
 
 
 def wide(value: Any) -> Any:
@@ -111,8 +113,11 @@ def chain_of(
     assert not isinstance(table, str)
     count = len(widths)
     given = {
-        "streams": tuple(range(count)), "noisy": (True,) * count, "moving": (True,) * count, "seed": 0x1234_5678_9ABC,
-    } | options  # fmt: skip
+        "streams": tuple(range(count)),
+        "noisy": (True,) * count,
+        "moving": (True,) * count,
+        "seed": 0x1234_5678_9ABC,
+    } | options
     return MlpChain(terms=terms, widths=widths, constants=table[0], present=table[1], **given)
 
 
@@ -180,12 +185,15 @@ def test_residual(likelihood: str, squash: bool, masked: bool, generator: torch.
 @pytest.mark.parametrize("chains", [1, 7, 8, 33, 5000])
 def test_a_sum_of_different_stacks(chains: int, generator: torch.Generator) -> None:
     x = randn(generator, chains, 30)
-    compare((
-        Scalar(stack(generator, 30, 20, 40, 1, activation="softplus"), -1.0),
-        residual(generator, x, stack(generator, 30, 33, 130, activation="tanh"), True, likelihood="laplace"),
-        Quadratic(randn(generator, 30), randn(generator, 30).abs()),
-        Scalar(stack(generator, 30, 5, 6, 7, 8, 1, activation="elu"), 0.5),
-    ), x)  # fmt: skip
+    compare(
+        (
+            Scalar(stack(generator, 30, 20, 40, 1, activation="softplus"), -1.0),
+            residual(generator, x, stack(generator, 30, 33, 130, activation="tanh"), True, likelihood="laplace"),
+            Quadratic(randn(generator, 30), randn(generator, 30).abs()),
+            Scalar(stack(generator, 30, 5, 6, 7, 8, 1, activation="elu"), 0.5),
+        ),
+        x,
+    )
 
 
 def test_limits(generator: torch.Generator) -> None:
@@ -208,10 +216,22 @@ def test_all_options(noise_at: str, clamp_noise: bool, freeze: bool, generator: 
     )
     observed = (randn(generator, 100, 100) < -0.5).to(torch.uint8)
     params = [[ALL, PLAIN, dataclasses.replace(ALL, prior_std=0.5 + torch.rand(100, 1, device=DEVICE))]] * 3
-    check_chain(chain_of(
-        terms, (50, 1, 49), params, 100, noise_at=noise_at, clamp_noise=clamp_noise, freeze=freeze, observed=observed,
-        noisy=(True, True, False), moving=(True, False, True), chain_offset=2**32 - 50,
-    ), x)  # fmt: skip
+    check_chain(
+        chain_of(
+            terms,
+            (50, 1, 49),
+            params,
+            100,
+            noise_at=noise_at,
+            clamp_noise=clamp_noise,
+            freeze=freeze,
+            observed=observed,
+            noisy=(True, True, False),
+            moving=(True, False, True),
+            chain_offset=2**32 - 50,
+        ),
+        x,
+    )
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -242,9 +262,13 @@ def test_random_combinations(case: int, seed: int, generator: torch.Generator) -
         return number
 
     ranges = {
-        "grad_clip": (0.3, 2.0), "grad_norm_clip": (0.5, 5.0), "max_update": (0.05, 0.5), "prior_std": (0.5, 3.0),
-        "low": (-3.0, -0.5), "high": (0.5, 3.0),
-    }  # fmt: skip
+        "grad_clip": (0.3, 2.0),
+        "grad_norm_clip": (0.5, 5.0),
+        "max_update": (0.05, 0.5),
+        "prior_std": (0.5, 3.0),
+        "low": (-3.0, -0.5),
+        "high": (0.5, 3.0),
+    }
     # a tensor has the same options in all steps
     given = [[name for name in ranges if draw.random() < 0.4] for _ in widths]
     params = [
@@ -252,10 +276,16 @@ def test_random_combinations(case: int, seed: int, generator: torch.Generator) -
         for _ in range(draw.choice([1, 3]))
     ]
     chain = chain_of(
-        tuple(terms), widths, params, chains, noise_at=draw.choice(["after", "before"]),
-        clamp_noise=draw.random() < 0.5, freeze=draw.random() < 0.5, chain_offset=draw.choice([0, 5, 2**31 + 3]),
+        tuple(terms),
+        widths,
+        params,
+        chains,
+        noise_at=draw.choice(["after", "before"]),
+        clamp_noise=draw.random() < 0.5,
+        freeze=draw.random() < 0.5,
+        chain_offset=draw.choice([0, 5, 2**31 + 3]),
         observed=draw.choice([None, (randn(generator, 1, inputs) < 0).to(torch.uint8)]),
-    )  # fmt: skip
+    )
     check_chain(chain, x)
 
 

@@ -55,9 +55,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def make_chain(
-    terms: Sequence[Term], widths: Sequence[int], chains: int, seed: int, *,
-    params: Sequence[Sequence[StepParams]] | StepParams = PLAIN, **changes: Any,
-) -> op.MlpChain:  # fmt: skip
+    terms: Sequence[Term],
+    widths: Sequence[int],
+    chains: int,
+    seed: int,
+    *,
+    params: Sequence[Sequence[StepParams]] | StepParams = PLAIN,
+    **changes: Any,
+) -> op.MlpChain:
     n = len(widths)
     rows = [[params] * n] if isinstance(params, StepParams) else params
     table = op.constants_of(rows, chains, torch.float32, torch.device("cpu"))
@@ -92,16 +97,25 @@ def part_of(chain: op.MlpChain, rows: slice) -> op.MlpChain:
         terms.append(term)
     table, observed = chain.constants, chain.observed
     return replace(
-        chain, terms=tuple(terms), constants=table if table.shape[-1] == 1 else table[..., rows].contiguous(),
+        chain,
+        terms=tuple(terms),
+        constants=table if table.shape[-1] == 1 else table[..., rows].contiguous(),
         observed=observed if observed is None or observed.shape[0] == 1 else observed[rows],
         chain_offset=chain.chain_offset + (rows.start or 0),
-    )  # fmt: skip
+    )
 
 
 def compare(
-    chain: op.MlpChain, x: Tensor, steps: int, double: Callable, *, first_step: int = 0, keep: Tensor | None = None,
-    chains: int | None = None, relative: float = FLOAT_TOLERANCE,
-) -> op.MlpResult:  # fmt: skip
+    chain: op.MlpChain,
+    x: Tensor,
+    steps: int,
+    double: Callable,
+    *,
+    first_step: int = 0,
+    keep: Tensor | None = None,
+    chains: int | None = None,
+    relative: float = FLOAT_TOLERANCE,
+) -> op.MlpResult:
     """The C++ room against the reference in fp32 and in float64, all results.
 
     ``keep``: the chains that count. ``chains``: C++ gets only the first of the batch; torch's error is still that of
@@ -254,9 +268,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "high": {"high": 0.2},
     "crossed bounds": {"low": 0.4, "high": -0.2},
     "everything": {
-        "grad_clip": 0.5, "grad_norm_clip": 0.9, "prior_std": 1.1, "max_update": 0.2, "low": -1.0, "high": 0.9,
+        "grad_clip": 0.5,
+        "grad_norm_clip": 0.9,
+        "prior_std": 1.1,
+        "max_update": 0.2,
+        "low": -1.0,
+        "high": 0.9,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("noise_at", ("after", "before"))
@@ -266,9 +285,14 @@ def test_options(isa: str, seed: int, draw: Any, double: Callable, option: str, 
     terms = [Scalar(draw.stack(19, 30, 1)), draw.residual(chains, 19, 20, 8, mask=chains), draw.quadratic(19)]
     x = draw.normal(chains, 19)
     chain = make_chain(
-        terms, widths, chains, seed, params=StepParams(0.05, 0.1, **OPTIONS[option]), noise_at=noise_at,
+        terms,
+        widths,
+        chains,
+        seed,
+        params=StepParams(0.05, 0.1, **OPTIONS[option]),
+        noise_at=noise_at,
         clamp_noise=noise_at == "before",
-    )  # fmt: skip
+    )
     compare(chain, x, 8, double)
 
     # per chain, per tensor and per step, and every tensor without one of the options
@@ -294,9 +318,15 @@ def test_fixed_and_silent_tensors(isa: str, seed: int, draw: Any, double: Callab
     widths = (3, 5, 2)
     x = draw.normal(21, 10)
     chain = make_chain(
-        [Scalar(draw.stack(10, 40, 1))], widths, 21, seed, moving=(True, False, True), noisy=(True, True, False),
-        streams=(7, 1, 2**24 - 1), noise_at=noise_at,
-    )  # fmt: skip
+        [Scalar(draw.stack(10, 40, 1))],
+        widths,
+        21,
+        seed,
+        moving=(True, False, True),
+        noisy=(True, True, False),
+        streams=(7, 1, 2**24 - 1),
+        noise_at=noise_at,
+    )
     out = compare(chain, x, 6, double)
     assert torch.equal(out.x[:, 3:8], x[:, 3:8])
     # what does not move is no part of the norm
@@ -395,9 +425,12 @@ def test_threads(isa: str, seed: int, draw: Any) -> None:
 def test_instruction_sets_agree(seed: int, draw: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chains = 70
     chain = make_chain(
-        draw.sum_of_all(chains, 9, name), (4, 5), chains, seed,
+        draw.sum_of_all(chains, 9, name),
+        (4, 5),
+        chains,
+        seed,
         params=StepParams(0.02, 0.1, grad_norm_clip=1.0, grad_clip=0.4, prior_std=1.0, low=-2.0),
-    )  # fmt: skip
+    )
     x = draw.normal(chains, 9)
     results = []
     for isa in ("avx2", "avx512"):
@@ -451,9 +484,14 @@ def test_freeze_keeps_the_last_finite_state(isa: str, seed: int, draw: Any, doub
     step_size = torch.full((chains,), 0.1)
     step_size[chosen] = 1e15  # overflows in the third step
     chain = make_chain(
-        [Quadratic(torch.zeros(4), torch.ones(4))], (1, 3), chains, seed, params=StepParams(step_size, 0.1),
-        freeze=True, noise_at=noise_at,
-    )  # fmt: skip
+        [Quadratic(torch.zeros(4), torch.ones(4))],
+        (1, 3),
+        chains,
+        seed,
+        params=StepParams(step_size, 0.1),
+        freeze=True,
+        noise_at=noise_at,
+    )
     x = draw.normal(chains, 4)
     out = cpp.run(chain, x, 9, 0)
     expected = op._reference(chain, x, 9, 0)
@@ -471,9 +509,12 @@ def test_freeze_keeps_the_last_finite_state(isa: str, seed: int, draw: Any, doub
 def test_stationary_variance(isa: str, seed: int) -> None:
     h, chains, inputs = 0.5, 8000, 3
     chain = make_chain(
-        [Quadratic(torch.full((inputs,), 2.0), torch.ones(inputs))], (inputs,), chains, seed,
+        [Quadratic(torch.full((inputs,), 2.0), torch.ones(inputs))],
+        (inputs,),
+        chains,
+        seed,
         params=StepParams(h, math.sqrt(2 * h)),
-    )  # fmt: skip
+    )
     # (1 - h)^40: nothing is left of the start
     x = cpp.run(chain, torch.zeros(chains, inputs), 40, 0).x.double() - 2.0
     variance, n = 1 / (1 - h / 2), chains * inputs
@@ -542,29 +583,60 @@ def test_binding_checks_sizes(seed: int, draw: Any) -> None:
     good = {"kind": "scalar", "layers": [layer], "activation": 0, "slope": 0.0, "weight": 1.0}
     tensor = {"width": 4, "stream": 0, "noisy": True, "moving": True, "present": 3}
     job = {
-        "x": x.data_ptr(), "chains": 3, "inputs": 4, "threads": 1, "isa": "auto", "tensors": [tensor],
-        "constants": table.data_ptr(), "rows": 1, "columns": 1, "observed": 0, "observed_stride": 0, "steps": 1,
-        "seed": 0, "first_step": 0, "chain_offset": 0, "noise_before": False, "clamp_noise": False,
-        "out": out.data_ptr(), "energy": 0, "grad_norm": 0, "frozen": 0,
-    }  # fmt: skip
+        "x": x.data_ptr(),
+        "chains": 3,
+        "inputs": 4,
+        "threads": 1,
+        "isa": "auto",
+        "tensors": [tensor],
+        "constants": table.data_ptr(),
+        "rows": 1,
+        "columns": 1,
+        "observed": 0,
+        "observed_stride": 0,
+        "steps": 1,
+        "seed": 0,
+        "first_step": 0,
+        "chain_offset": 0,
+        "noise_before": False,
+        "clamp_noise": False,
+        "out": out.data_ptr(),
+        "energy": 0,
+        "grad_norm": 0,
+        "frozen": 0,
+    }
     extension.langevin_mlp(job, [good])
     assert torch.equal(out, x)
     residual = {"kind": "residual", "scale": 1.0, "laplace": False, "tanh": False, "target": w.data_ptr()}
     for term in (
-        {"kind": "cubic"}, {"layers": [{**layer, "inputs": 5}]}, {"layers": []}, {"activation": 7},
-        {"layers": [{**layer, "weight": 0}]}, {"layers": [{**layer, "outputs": 2}]},
+        {"kind": "cubic"},
+        {"layers": [{**layer, "inputs": 5}]},
+        {"layers": []},
+        {"activation": 7},
+        {"layers": [{**layer, "weight": 0}]},
+        {"layers": [{**layer, "outputs": 2}]},
         {"kind": "quadratic", "mean": 0, "precision": w.data_ptr()},
         {**residual, "observed": w.data_ptr(), "observed_stride": 2},
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError):
             extension.langevin_mlp(job, [{**good, **term}])
     with pytest.raises(ValueError):
         extension.langevin_mlp(job, [])
     for wrong in (
-        {"tensors": []}, {"tensors": [{**tensor, "width": 5}]}, {"tensors": [{**tensor, "width": 3}]},
-        {"tensors": [{**tensor, "width": -1}, {**tensor, "width": 5}]}, {"rows": 0}, {"columns": 2},
-        {"observed_stride": 3}, {"x": 0}, {"out": 0}, {"constants": 0}, {"chains": -1}, {"inputs": 0}, {"steps": -1},
-    ):  # fmt: skip
+        {"tensors": []},
+        {"tensors": [{**tensor, "width": 5}]},
+        {"tensors": [{**tensor, "width": 3}]},
+        {"tensors": [{**tensor, "width": -1}, {**tensor, "width": 5}]},
+        {"rows": 0},
+        {"columns": 2},
+        {"observed_stride": 3},
+        {"x": 0},
+        {"out": 0},
+        {"constants": 0},
+        {"chains": -1},
+        {"inputs": 0},
+        {"steps": -1},
+    ):
         with pytest.raises(ValueError):
             extension.langevin_mlp({**job, **wrong}, [good])
     for name in ("seed", "steps", "tensors"):
@@ -649,9 +721,18 @@ def packed(draw: Any, backend: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     table = op.constants_of([[StepParams(0.1, 0.1)] * 2], 5, torch.float32, torch.device("cpu"))
     flat = torch.cat([t.reshape(5, -1) for t in x], 1)
     return (flat, tensors, description, table[0], torch.zeros(1, 7, dtype=torch.uint8)), {
-        "steps": 3, "seed": 1, "first_step": 2, "chain_offset": 0, "widths": [6, 1], "present": list(table[1]),
-        "noise_at": "after", "clamp_noise": False, "freeze": True, "precision": "fp32", "backend": backend,
-    }  # fmt: skip
+        "steps": 3,
+        "seed": 1,
+        "first_step": 2,
+        "chain_offset": 0,
+        "widths": [6, 1],
+        "present": list(table[1]),
+        "noise_at": "after",
+        "clamp_noise": False,
+        "freeze": True,
+        "precision": "fp32",
+        "backend": backend,
+    }
 
 
 @pytest.mark.parametrize("backend", ("torch", "cpp"))
@@ -666,9 +747,13 @@ def test_schema_refuses_what_the_room_cannot_take(draw: Any) -> None:
     x, tensors, description, table, mask = args
     short = [None if t is None else t[:1] for t in tensors]
     for wrong in (
-        (x[:, :6], *args[1:]), (x[0], *args[1:]), (x, short, *args[2:]), (x, tensors, description, table[:, :1], mask),
-        (x, tensors, description, table, mask.bool()), (x, tensors, description, table, mask[:, :5]),
-    ):  # fmt: skip
+        (x[:, :6], *args[1:]),
+        (x[0], *args[1:]),
+        (x, short, *args[2:]),
+        (x, tensors, description, table[:, :1], mask),
+        (x, tensors, description, table, mask.bool()),
+        (x, tensors, description, table, mask[:, :5]),
+    ):
         with pytest.raises((ValueError, native.BackendError)):
             torch.ops.mmebm.langevin_mlp(*wrong, **settings)
 

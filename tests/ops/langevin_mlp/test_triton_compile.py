@@ -56,9 +56,11 @@ pytestmark = [
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}  # fmt: skip
+}
 # Bytes a thread. ptxas of sm_80 gives a few registers up where that lets a second program fit on a multiprocessor
 # (fp32, 8 chains: 128 of them instead of 186), or at the limit of 255; of constants hoisted out of the loops. That of
 # Triton 3.9.0 gives up four at the limit of 255 on sm_90 too (bf16, many chains).
@@ -69,8 +71,9 @@ SHARED = {"fp32": 41_000, "tf32x3": 41_000, "bf16": 25_000}
 ALIGNED = ("w", "v", "scratch", "table")  # own allocations; whatever else is a pointer is not looked at
 POINTERS = {
     **dict.fromkeys(("x", "out", "v", "target", "constants", "energy", "norms", "scratch"), "*fp32"),
-    **dict.fromkeys(("masks", "observed", "frozen"), "*u8"), "table": "*i32",
-}  # fmt: skip
+    **dict.fromkeys(("masks", "observed", "frozen"), "*u8"),
+    "table": "*i32",
+}
 KERNEL = room._chain_kernel
 MODES = {"fp32": "ieee", "tf32x3": "tf32x3", "bf16": "bf16"}
 
@@ -90,7 +93,7 @@ def source(precision: str, tile: room.Tile) -> ASTSource:
     types = {**POINTERS, "w": "*bf16" if precision == "bf16" else "*fp32"}
     signature = {
         p.name: "constexpr" if p.is_constexpr else types.get(p.name) or p.annotation_type for p in KERNEL.params
-    }  # fmt: skip
+    }
     constants = {"BM": tile.chains, "NB": tile.outputs, "KB": tile.depth, "MODE": MODES[precision]}
     aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(KERNEL.params) if p.name in ALIGNED}
     return ASTSource(fn=KERNEL, signature=signature, constexprs=constants, attrs=aligned)
@@ -100,9 +103,7 @@ def figures(case: Case) -> dict[str, int] | str:
     """Registers, shared memory and stack of one case, or what went wrong. Runs in its own process."""
     name, precision, i = case
     target, tile = TARGETS[name], room.TILES[precision][i]
-    options = {
-        "num_warps": tile.warps * 32 // target.warp_size, "num_stages": tile.stages, "enable_fp_fusion": True,
-    }  # fmt: skip
+    options = {"num_warps": tile.warps * 32 // target.warp_size, "num_stages": tile.stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(source(precision, tile), target=target, options=options)
     except Exception as error:
@@ -187,13 +188,19 @@ def problems() -> list[tuple[tuple[Term, ...], tuple[int, ...], int, dict[str, A
             (
                 Scalar(zeros(33, 8, 8, 8, 8, 1, activation="elu", slope=1.0)),
                 Residual(
-                    zeros(33, 256, 784, activation="relu"), torch.zeros(7, 784), 1.0, "laplace", True,
+                    zeros(33, 256, 784, activation="relu"),
+                    torch.zeros(7, 784),
+                    1.0,
+                    "laplace",
+                    True,
                     observed=torch.ones(1, 784, dtype=torch.bool),
                 ),
             ),
-            (16, 17), 7, {"noise_at": "before", "clamp_noise": True, "observed": torch.zeros(7, 33, dtype=torch.uint8)},
+            (16, 17),
+            7,
+            {"noise_at": "before", "clamp_noise": True, "observed": torch.zeros(7, 33, dtype=torch.uint8)},
         ),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("precision", MODES)
@@ -210,9 +217,15 @@ def test_no_value_compiles_anew(precision: str, monkeypatch: pytest.MonkeyPatch)
             assert not isinstance(table, str)
             count = len(widths)
             chain = MlpChain(
-                terms=terms, widths=widths, streams=tuple(range(count)), noisy=(True,) * count, moving=(True,) * count,
-                constants=table[0], present=table[1], **{**options, "precision": precision},
-            )  # fmt: skip
+                terms=terms,
+                widths=widths,
+                streams=tuple(range(count)),
+                noisy=(True,) * count,
+                moving=(True,) * count,
+                constants=table[0],
+                present=table[1],
+                **{**options, "precision": precision},
+            )
             # not aligned to 16 bytes
             x = torch.zeros(chains * sum(widths) + 1)[1:].reshape(chains, -1)
             for steps, first in ((1, 0), (16, 1), (60, torch.tensor([5]))):

@@ -52,8 +52,10 @@ def stack(
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     return Stack.mlp(
         tuple(draw(o, i) / i**0.5 for i, o in pairwise(sizes)),
-        tuple(0.2 * draw(o) if bias else None for o in sizes[1:]), activation, slope,
-    )  # fmt: skip
+        tuple(0.2 * draw(o) if bias else None for o in sizes[1:]),
+        activation,
+        slope,
+    )
 
 
 def wide(value: Any) -> Any:
@@ -208,13 +210,17 @@ def test_quadratic_alone(seed: int) -> None:
 def test_a_sum_of_different_stacks(tile: Tile | None, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(19, 10, generator=generator)
-    compare((
-        Scalar(stack(generator, 10, 20, 40, 1, activation="softplus"), -1.0),
-        residual(generator, x, stack(generator, 10, 33, 130, activation="tanh"), "chain", likelihood="laplace"),
-        Quadratic(torch.randn(10, generator=generator), torch.rand(10, generator=generator)),
-        Scalar(stack(generator, 10, 5, 6, 7, 8, 1, activation="elu", bias=False), 0.5),
-        residual(generator, x, stack(generator, 10, 20, 35, 3), "none", tanh=True),
-    ), x, tile)  # fmt: skip
+    compare(
+        (
+            Scalar(stack(generator, 10, 20, 40, 1, activation="softplus"), -1.0),
+            residual(generator, x, stack(generator, 10, 33, 130, activation="tanh"), "chain", likelihood="laplace"),
+            Quadratic(torch.randn(10, generator=generator), torch.rand(10, generator=generator)),
+            Scalar(stack(generator, 10, 5, 6, 7, 8, 1, activation="elu", bias=False), 0.5),
+            residual(generator, x, stack(generator, 10, 20, 35, 3), "none", tanh=True),
+        ),
+        x,
+        tile,
+    )
 
 
 def test_limits(seed: int) -> None:
@@ -265,9 +271,14 @@ class Case:
 
 
 def case(
-    generator: torch.Generator, params: list[list[StepParams]], *, chains: int = 18, widths: tuple[int, ...] = WIDTHS,
-    terms: tuple[Term, ...] | None = None, **options: Any,
-) -> Case:  # fmt: skip
+    generator: torch.Generator,
+    params: list[list[StepParams]],
+    *,
+    chains: int = 18,
+    widths: tuple[int, ...] = WIDTHS,
+    terms: tuple[Term, ...] | None = None,
+    **options: Any,
+) -> Case:
     inputs = sum(widths)
     x = torch.randn(chains, inputs, generator=generator)
     if terms is None:
@@ -278,9 +289,12 @@ def case(
     table = constants_of(params, chains, torch.float32, x.device)
     assert not isinstance(table, str)
     given = {
-        "streams": tuple(range(3, 3 + len(widths))), "noisy": (True,) * len(widths), "moving": (True,) * len(widths),
-        "seed": 0x1234_5678_9ABC, "chain_offset": 2**32 - 7,
-    } | options  # fmt: skip
+        "streams": tuple(range(3, 3 + len(widths))),
+        "noisy": (True,) * len(widths),
+        "moving": (True,) * len(widths),
+        "seed": 0x1234_5678_9ABC,
+        "chain_offset": 2**32 - 7,
+    } | options
     return Case(MlpChain(terms=terms, widths=widths, constants=table[0], present=table[1], **given), x)
 
 
@@ -326,14 +340,18 @@ def check_chain(c: Case, tile: Tile | None = SMALL) -> Out:
 
 
 PLAIN = StepParams(step_size=0.05, noise_scale=0.2)
-ALL = StepParams(
-    0.05, 0.2, grad_clip=0.9, grad_norm_clip=1.5, max_update=0.3, prior_std=0.8, low=-1.2, high=1.1
-)  # fmt: skip
+ALL = StepParams(0.05, 0.2, grad_clip=0.9, grad_norm_clip=1.5, max_update=0.3, prior_std=0.8, low=-1.2, high=1.1)
 ONE = {
-    "plain": {}, "grad_clip": {"grad_clip": 0.5}, "grad_norm_clip": {"grad_norm_clip": 1.0},
-    "norm_above": {"grad_norm_clip": 1e6}, "max_update": {"max_update": 0.15}, "prior": {"prior_std": 0.5},
-    "low": {"low": -0.4}, "high": {"high": 0.4}, "zero_noise": {"noise_scale": 0.0},
-}  # fmt: skip
+    "plain": {},
+    "grad_clip": {"grad_clip": 0.5},
+    "grad_norm_clip": {"grad_norm_clip": 1.0},
+    "norm_above": {"grad_norm_clip": 1e6},
+    "max_update": {"max_update": 0.15},
+    "prior": {"prior_std": 0.5},
+    "low": {"low": -0.4},
+    "high": {"high": 0.4},
+    "zero_noise": {"noise_scale": 0.0},
+}
 
 
 @pytest.mark.parametrize("noise_at", ["after", "before"])
@@ -351,9 +369,9 @@ def test_each_option(name: str, noise_at: str, seed: int) -> None:
 def test_all_options(noise_at: str, clamp_noise: bool, freeze: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     observed = (torch.rand(18, sum(WIDTHS), generator=generator) < 0.3).to(torch.uint8)
-    check_chain(case(
-        generator, [[ALL] * 3], noise_at=noise_at, clamp_noise=clamp_noise, freeze=freeze, observed=observed,
-    ))  # fmt: skip
+    check_chain(
+        case(generator, [[ALL] * 3], noise_at=noise_at, clamp_noise=clamp_noise, freeze=freeze, observed=observed)
+    )
 
 
 def test_the_shipped_tiles(seed: int) -> None:
@@ -384,14 +402,20 @@ def test_constants_of_each_step_and_each_chain(seed: int) -> None:
     params = [
         [
             StepParams(
-                per_chain(0.05), per_chain(0.2), grad_clip=per_chain(0.8), grad_norm_clip=per_chain(1.0),
-                max_update=per_chain(0.3), prior_std=per_chain(1.0), low=-per_chain(1.0), high=per_chain(1.0),
+                per_chain(0.05),
+                per_chain(0.2),
+                grad_clip=per_chain(0.8),
+                grad_norm_clip=per_chain(1.0),
+                max_update=per_chain(0.3),
+                prior_std=per_chain(1.0),
+                low=-per_chain(1.0),
+                high=per_chain(1.0),
             ),
             StepParams(0.1 / (k + 1), torch.tensor(0.1)),
             dataclasses.replace(PLAIN, high=per_chain(0.8)),
         ]
         for k in range(3)
-    ]  # fmt: skip
+    ]
     c = case(generator, params)
     c.steps = 3
     check_chain(c)

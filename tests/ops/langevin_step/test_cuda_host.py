@@ -71,9 +71,13 @@ def double(p: StepParams) -> StepParams:
 
 
 def truth(
-    x: Sequence[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams], options: op.StepOptions, step: int,
+    x: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    params: Sequence[StepParams],
+    options: op.StepOptions,
+    step: int,
     with_noise: bool,
-) -> tuple[list[Tensor], StepStats]:  # fmt: skip
+) -> tuple[list[Tensor], StepStats]:
     """The reference in float64, on the same noise; a 16-bit state before it is rounded."""
     drawn = [
         noise.normal(
@@ -84,9 +88,15 @@ def truth(
         for t, index, noisy in zip(x, options.streams, options.noisy, strict=True)
     ]
     out, stats = reference.langevin_step(
-        [t.double() for t in x], [g.double() for g in grad], drawn, [double(p) for p in params],
-        norm_over=options.norm_over, outside=options.outside, observed=options.observed or None, stats=True,
-    )  # fmt: skip
+        [t.double() for t in x],
+        [g.double() for g in grad],
+        drawn,
+        [double(p) for p in params],
+        norm_over=options.norm_over,
+        outside=options.outside,
+        observed=options.observed or None,
+        stats=True,
+    )
     assert stats is not None
     return out, stats
 
@@ -160,9 +170,15 @@ def same_stats(ours: StepStats, torchs: StepStats, exact: StepStats, wide: bool,
 
 
 def compare(
-    x: list[Tensor], grad: list[Tensor], params: list[StepParams], options: op.StepOptions, *, step: int = 3,
-    with_noise: bool = True, context: str = "",
-) -> list[Tensor]:  # fmt: skip
+    x: list[Tensor],
+    grad: list[Tensor],
+    params: list[StepParams],
+    options: op.StepOptions,
+    *,
+    step: int = 3,
+    with_noise: bool = True,
+    context: str = "",
+) -> list[Tensor]:
     """One step on the host against torch in the same dtype and in float64, with statistics and without."""
     wanted, wanted_stats = op.TorchStepper(options).step(
         [t.clone() for t in x], grad, params, step, with_noise=with_noise, stats=True
@@ -275,9 +291,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bounds": {"low": -0.4, "high": 0.2},
     "crossed bounds": {"low": 0.4, "high": -0.2},
     "everything": {
-        "grad_clip": 0.9, "grad_norm_clip": 4.0, "prior_std": 1.3, "max_update": 0.2, "low": -1.0, "high": 0.9,
+        "grad_clip": 0.9,
+        "grad_norm_clip": 4.0,
+        "prior_std": 1.3,
+        "max_update": 0.2,
+        "low": -1.0,
+        "high": 0.9,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -341,20 +362,33 @@ def test_random_combinations(part: int, seed: int) -> None:
             def maybe(low: float, high: float, t: Tensor = t) -> float | Tensor | None:
                 return random_value(rng, generator, t, low, high) if rng.random() < 0.3 else None
 
-            params.append(StepParams(
-                value(0.001, 0.2), value(0.0, 0.2), maybe(0.1, 2.0), maybe(0.5, 4.0), maybe(0.01, 0.5), maybe(0.5, 2.0),
-                maybe(-2.0, -0.5), maybe(0.5, 2.0),
-            ))  # fmt: skip
+            params.append(
+                StepParams(
+                    value(0.001, 0.2),
+                    value(0.0, 0.2),
+                    maybe(0.1, 2.0),
+                    maybe(0.5, 4.0),
+                    maybe(0.01, 0.5),
+                    maybe(0.5, 2.0),
+                    maybe(-2.0, -0.5),
+                    maybe(0.5, 2.0),
+                )
+            )
             mask = rng.choice([None, None, None, t.shape, t.shape[1:], (chains, *[1] * (t.dim() - 1))])
             masks.append(None if mask is None else torch.rand(mask, generator=generator) < 0.3)
         over = rng.choice(("chain", "tensor"))
         if over == "tensor":
             params = [replace(p, grad_norm_clip=2.0) if p.grad_norm_clip is not None else p for p in params]
         options = make_options(
-            x, rng.getrandbits(64), outside=rng.choice(("clamp", "clamp", "reject")), norm_over=over,
-            observed=tuple(masks), chain_offset=rng.choice((0, 5, 2**31 + 3)),
-            noisy=tuple(rng.random() < 0.8 for _ in x), streams=tuple(rng.randrange(2**24) for _ in x),
-        )  # fmt: skip
+            x,
+            rng.getrandbits(64),
+            outside=rng.choice(("clamp", "clamp", "reject")),
+            norm_over=over,
+            observed=tuple(masks),
+            chain_offset=rng.choice((0, 5, 2**31 + 3)),
+            noisy=tuple(rng.random() < 0.8 for _ in x),
+            streams=tuple(rng.randrange(2**24) for _ in x),
+        )
         with_noise = rng.random() < 0.8
         if options.outside == "reject" and near_a_bound(x, grad, params, options, with_noise):
             continue
@@ -520,9 +554,13 @@ def test_constants_may_change_along_the_chain(seed: int) -> None:
     number, per_chain = torch.tensor(0.1), 0.5 + torch.rand(5, 1, generator=generator)
     wide, strided = torch.tensor(0.1, dtype=torch.float64), (0.5 + torch.rand(5, 2, generator=generator))[:, :1]
     rows = [
-        plain(), plain(step_size=0.2, low=0.0), plain(step_size=number, grad_clip=per_chain),
-        plain(step_size=wide, prior_std=strided), plain(step_size=wide, prior_std=strided), plain(),
-    ]  # fmt: skip
+        plain(),
+        plain(step_size=0.2, low=0.0),
+        plain(step_size=number, grad_clip=per_chain),
+        plain(step_size=wide, prior_std=strided),
+        plain(step_size=wide, prior_std=strided),
+        plain(),
+    ]
     for k, p in enumerate(rows * 2):
         grad = [draw((5, 40), generator)]
         theirs, _ = torchs.step([ours[0].clone()], grad, [p], k, with_noise=True, stats=False)
@@ -551,9 +589,11 @@ def test_layouts(seed: int) -> None:
     strided = base.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(run(strided.clone(memory_format=torch.preserve_format), grad), expected)
     for layout in (
-        grad.transpose(1, 2).contiguous().transpose(1, 2), grad.double(), grad.clone().requires_grad_(),
+        grad.transpose(1, 2).contiguous().transpose(1, 2),
+        grad.double(),
+        grad.clone().requires_grad_(),
         torch.stack([grad, grad], -1)[..., 0],
-    ):  # fmt: skip
+    ):
         assert torch.equal(run(base.clone(), layout), expected)
 
 
@@ -607,14 +647,20 @@ def test_binding_refuses_what_would_crash() -> None:
     step.add(3, 0, True, 0, 0, False)
     address = torch.zeros(8).data_ptr()
     for call in (
-        lambda: step.add(-1, 0, True, 0, 0, False), lambda: step.add(1, 0, True, 3, 0, False),
-        lambda: step.add(1, 2**24, True, 0, 0, False), lambda: step.set(1, 0, 1, 0.0, 0),
-        lambda: step.set(0, 8, 1, 0.0, 0), lambda: step.set(0, 0, 2, 0.0, 0), lambda: step.set(0, 0, 3, 0.0, address),
-        lambda: step.set(0, 0, 5, 0.0, address), lambda: step.set_grad(1, 0),
-        lambda: step.host_perturb([0], 0, 0, 0, 0), lambda: step.host_perturb([], 0, 0, 0, 0),
+        lambda: step.add(-1, 0, True, 0, 0, False),
+        lambda: step.add(1, 0, True, 3, 0, False),
+        lambda: step.add(1, 2**24, True, 0, 0, False),
+        lambda: step.set(1, 0, 1, 0.0, 0),
+        lambda: step.set(0, 8, 1, 0.0, 0),
+        lambda: step.set(0, 0, 2, 0.0, 0),
+        lambda: step.set(0, 0, 3, 0.0, address),
+        lambda: step.set(0, 0, 5, 0.0, address),
+        lambda: step.set_grad(1, 0),
+        lambda: step.host_perturb([0], 0, 0, 0, 0),
+        lambda: step.host_perturb([], 0, 0, 0, 0),
         lambda: step.host_perturb((address,), 0, 0, 0, 0),
         lambda: step.host_step([address], [], 0, 0, 0, 0, True, 0, 0, 0),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError):
             call()
     with pytest.raises(TypeError):

@@ -26,9 +26,7 @@ Make = Callable[..., Stepper]
 DEVICE = torch.device("cuda")
 PLAIN = StepParams(step_size=0.1, noise_scale=0.3)
 HALF = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-FULL = dataclasses.replace(
-    PLAIN, grad_clip=0.9, grad_norm_clip=6.0, max_update=0.4, prior_std=1.5, low=-2.5, high=2.6
-)  # fmt: skip
+FULL = dataclasses.replace(PLAIN, grad_clip=0.9, grad_norm_clip=6.0, max_update=0.4, prior_std=1.5, low=-2.5, high=2.6)
 ONE_OPTION = {
     "plain": PLAIN,
     "grad_clip": dataclasses.replace(PLAIN, grad_clip=0.7),
@@ -39,9 +37,7 @@ ONE_OPTION = {
     "high": dataclasses.replace(PLAIN, high=0.5),
     "all": FULL,
 }
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)  # fmt: skip
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
 
 def options(count: int, **change) -> StepOptions:
@@ -77,19 +73,29 @@ def exact(x, grad, params, opt: StepOptions, step, *, with_noise: bool = True, s
     """The reference in float64 on the same noise: what is right. The fp32 state, before a rounding to 16 bits."""
     drawn = [
         noise.normal(
-            xi.shape, seed=opt.seed, step=step, stream=index, chain_offset=opt.chain_offset, dtype=torch.float64,
+            xi.shape,
+            seed=opt.seed,
+            step=step,
+            stream=index,
+            chain_offset=opt.chain_offset,
+            dtype=torch.float64,
             device=xi.device,
         )
-        if noisy and with_noise else None
+        if noisy and with_noise
+        else None
         for xi, index, noisy in zip(x, opt.streams, opt.noisy, strict=True)
-    ]  # fmt: skip
-    wide = [
-        StepParams(**{f.name: double(getattr(p, f.name)) for f in dataclasses.fields(StepParams)}) for p in params
-    ]  # fmt: skip
+    ]
+    wide = [StepParams(**{f.name: double(getattr(p, f.name)) for f in dataclasses.fields(StepParams)}) for p in params]
     return reference.langevin_step(
-        [xi.double() for xi in x], [gi.double() for gi in grad], drawn, wide, norm_over=opt.norm_over,
-        outside=opt.outside, observed=opt.observed, stats=stats,
-    )  # fmt: skip
+        [xi.double() for xi in x],
+        [gi.double() for gi in grad],
+        drawn,
+        wide,
+        norm_over=opt.norm_over,
+        outside=opt.outside,
+        observed=opt.observed,
+        stats=stats,
+    )
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -167,9 +173,13 @@ def test_normals_on_this_device(make: Make, dtype: torch.dtype) -> None:
 def test_each_option(make: Make, name: str, stats: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
     shapes = [(37, 3, 32, 32), (37, 40), (37, 7), (37,)]
     check(
-        make, state(shapes, generator, dtype), state(shapes, generator, dtype), [ONE_OPTION[name]] * 4, options(4),
+        make,
+        state(shapes, generator, dtype),
+        state(shapes, generator, dtype),
+        [ONE_OPTION[name]] * 4,
+        options(4),
         stats=stats,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("shape", [(100, 64), (10**5, 2), (999, 100), (65, 784), (3, 1_000_003), (1, 5), (1, 1 << 20)])
@@ -232,20 +242,28 @@ def test_random_combinations(make: Make, case: int, dtype: torch.dtype, seed: in
     for shape in shapes:
         params.append(
             StepParams(
-                step_size=value(0.01, 0.5, shape), noise_scale=value(0.01, 0.5, shape), grad_clip=maybe(0.3, 2, shape),
-                grad_norm_clip=maybe(0.5, 5, shape), max_update=maybe(0.05, 0.5, shape), prior_std=maybe(0.3, 3, shape),
-                low=maybe(-5, -0.5, shape), high=maybe(0.5, 5, shape),
+                step_size=value(0.01, 0.5, shape),
+                noise_scale=value(0.01, 0.5, shape),
+                grad_clip=maybe(0.3, 2, shape),
+                grad_norm_clip=maybe(0.5, 5, shape),
+                max_update=maybe(0.05, 0.5, shape),
+                prior_std=maybe(0.3, 3, shape),
+                low=maybe(-5, -0.5, shape),
+                high=maybe(0.5, 5, shape),
             )
-        )  # fmt: skip
+        )
         mask = draw.choice([None, None, shape, shape[1:], (chains, *[1] * (len(shape) - 1))])
         observed.append(None if mask is None else torch.rand(mask, generator=generator, device=DEVICE) < 0.4)
     key = draw.randrange(2**63)
     opt = options(
-        count, seed=draw.choice([key, torch.tensor([key], device=DEVICE)]),
-        noisy=tuple(draw.random() < 0.8 for _ in shapes), chain_offset=draw.choice([0, 5, 2**31 + 3]),
-        norm_over=draw.choice(["chain", "tensor"]), outside=draw.choice(["clamp", "clamp", "reject"]),
+        count,
+        seed=draw.choice([key, torch.tensor([key], device=DEVICE)]),
+        noisy=tuple(draw.random() < 0.8 for _ in shapes),
+        chain_offset=draw.choice([0, 5, 2**31 + 3]),
+        norm_over=draw.choice(["chain", "tensor"]),
+        outside=draw.choice(["clamp", "clamp", "reject"]),
         observed=tuple(observed),
-    )  # fmt: skip
+    )
     x, grad = state(shapes, generator, dtype), state(shapes, generator, dtype)
     check(make, x, grad, params, opt, stats=draw.random() < 0.5, with_noise=draw.random() < 0.8)
 

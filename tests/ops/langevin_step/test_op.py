@@ -69,9 +69,15 @@ def double_params(params: Sequence[StepParams]) -> list[StepParams]:
 
 
 def truth(
-    x: Sequence[Tensor], grad: Sequence[Tensor] | None, params: Sequence[StepParams], options: op.StepOptions,
-    step: int, *, with_noise: bool = True, stats: bool = False,
-) -> tuple[list[Tensor], StepStats | None]:  # fmt: skip
+    x: Sequence[Tensor],
+    grad: Sequence[Tensor] | None,
+    params: Sequence[StepParams],
+    options: op.StepOptions,
+    step: int,
+    *,
+    with_noise: bool = True,
+    stats: bool = False,
+) -> tuple[list[Tensor], StepStats | None]:
     """The reference in float64; ``grad=None`` is the half-step."""
     drawn: list[Tensor | None] = [
         noise.normal(
@@ -86,9 +92,16 @@ def truth(
     if grad is None:
         return reference.perturb(wide, drawn, exact, clamp_noise=options.clamp_noise, observed=observed), None
     return reference.langevin_step(
-        wide, [g.double() for g in grad], drawn, exact, norm_over=options.norm_over, outside=options.outside,
-        score=options.score, observed=observed, stats=stats,
-    )  # fmt: skip
+        wide,
+        [g.double() for g in grad],
+        drawn,
+        exact,
+        norm_over=options.norm_over,
+        outside=options.outside,
+        score=options.score,
+        observed=observed,
+        stats=stats,
+    )
 
 
 def three_way(ours: Tensor, torchs: Tensor, exact: Tensor, scale: float, context: str) -> None:
@@ -114,9 +127,16 @@ def largest_scale(p: StepParams) -> float:
 
 
 def compare(
-    x: list[Tensor], grad: list[Tensor], params: list[StepParams], options: op.StepOptions, *, step: int = 3,
-    with_noise: bool = True, stats: bool = True, context: str = "",
-) -> list[Tensor]:  # fmt: skip
+    x: list[Tensor],
+    grad: list[Tensor],
+    params: list[StepParams],
+    options: op.StepOptions,
+    *,
+    step: int = 3,
+    with_noise: bool = True,
+    stats: bool = True,
+    context: str = "",
+) -> list[Tensor]:
     """One step in C++ against torch in fp32 and in float64, with statistics; the new state."""
     expected, expected_stats = op.TorchStepper(options).step(
         [t.clone() for t in x], grad, params, step, with_noise=with_noise, stats=stats
@@ -185,11 +205,13 @@ def test_box_muller_reaches_its_ends(isa: str, seed: int) -> None:
     ends = ends.to(torch.int64) % 2**32
     shuffled = ends[torch.randperm(len(ends), generator=generator)]
     free = torch.randint(0, 2**32, (len(ends), 4), generator=generator)
-    words = torch.cat([
-        torch.stack([ends, shuffled, shuffled, ends], 1),
-        torch.stack([ends, free[:, 1], free[:, 2], ends], 1),
-        torch.tensor([[0, 0, 0, 2**31], [2**32 - 1, 2**31 - 1, 2**32 - 1, 0], [0, 2**30, 0, 3 * 2**30]]),
-    ])  # fmt: skip
+    words = torch.cat(
+        [
+            torch.stack([ends, shuffled, shuffled, ends], 1),
+            torch.stack([ends, free[:, 1], free[:, 2], ends], 1),
+            torch.tensor([[0, 0, 0, 2**31], [2**32 - 1, 2**31 - 1, 2**32 - 1, 0], [0, 2**30, 0, 3 * 2**30]]),
+        ]
+    )
     given = words_as_int32(words)
     out = torch.full((len(words), 4), math.nan)
     name = "generic" if isa == "baseline" else isa
@@ -230,9 +252,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bounds": {"low": -0.4, "high": 0.2},
     "crossed bounds": {"low": 0.4, "high": -0.2},
     "everything": {
-        "grad_clip": 0.9, "grad_norm_clip": 4.0, "prior_std": 1.3, "max_update": 0.2, "low": -1.0, "high": 0.9,
+        "grad_clip": 0.9,
+        "grad_norm_clip": 4.0,
+        "prior_std": 1.3,
+        "max_update": 0.2,
+        "low": -1.0,
+        "high": 0.9,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -311,22 +338,36 @@ def test_random_combinations(isa: str, seed: int, part: int) -> None:
             limit = rng.choice((0.5, 1.0, 2.0, 4.0))
             norm: Any = rng.choice([None, None, limit, torch.full((chains, *[1] * (t.dim() - 1)), limit)])
             bounds = (maybe(-2.0, -0.5), maybe(0.5, 2.0))
-            params.append(StepParams(
-                value(0.001, 0.2), value(0.0, 0.2), maybe(0.1, 2.0), norm, maybe(0.01, 0.5), maybe(0.5, 2.0), *bounds
-            ))  # fmt: skip
+            params.append(
+                StepParams(
+                    value(0.001, 0.2),
+                    value(0.0, 0.2),
+                    maybe(0.1, 2.0),
+                    norm,
+                    maybe(0.01, 0.5),
+                    maybe(0.5, 2.0),
+                    *bounds,
+                )
+            )
             masks.append(
-                None if rng.random() < 0.6
+                None
+                if rng.random() < 0.6
                 else torch.rand(rng.choice([t.shape, t.shape[1:]]), generator=generator) < 0.3
-            )  # fmt: skip
+            )
         outside = rng.choice(("clamp", "clamp", "reject"))
         over = rng.choice(("chain", "tensor"))
         if over == "tensor":
             params = [replace(p, grad_norm_clip=2.0) if p.grad_norm_clip is not None else p for p in params]
         options = make_options(
-            x, rng.getrandbits(64), outside=outside, norm_over=over, observed=tuple(masks),
-            chain_offset=rng.randrange(99), noisy=tuple(rng.random() < 0.8 for _ in x),
+            x,
+            rng.getrandbits(64),
+            outside=outside,
+            norm_over=over,
+            observed=tuple(masks),
+            chain_offset=rng.randrange(99),
+            noisy=tuple(rng.random() < 0.8 for _ in x),
             streams=tuple(rng.randrange(2**24) for _ in x),
-        )  # fmt: skip
+        )
         with_noise = rng.random() < 0.8
         if outside == "reject" and near_a_bound(x, grad, params, options, with_noise):
             continue
@@ -601,9 +642,12 @@ def test_gradients_of_any_layout(isa: str, seed: int) -> None:
 
     expected = with_gradient(grad[0])
     for layout in (
-        grad[0].transpose(1, 2).contiguous().transpose(1, 2), grad[0].double(), grad[0].flip(1).flip(1),
-        torch.stack([grad[0], grad[0]], -1)[..., 0], grad[0].clone().requires_grad_(),
-    ):  # fmt: skip
+        grad[0].transpose(1, 2).contiguous().transpose(1, 2),
+        grad[0].double(),
+        grad[0].flip(1).flip(1),
+        torch.stack([grad[0], grad[0]], -1)[..., 0],
+        grad[0].clone().requires_grad_(),
+    ):
         assert torch.equal(with_gradient(layout), expected)
     ones = torch.ones(1, 1, 1).expand(4, 6, 8)
     assert torch.equal(with_gradient(ones), with_gradient(ones.contiguous()))
@@ -621,10 +665,14 @@ def test_constants_may_change_along_the_chain(seed: int) -> None:
     number, per_chain = torch.tensor(0.1), 0.5 + torch.rand(5, 1, generator=generator)
     element = torch.rand(40, generator=generator)
     rows = [
-        plain_params(), plain_params(step_size=0.2, low=0.0), plain_params(step_size=number, grad_clip=per_chain),
-        plain_params(step_size=number, grad_clip=per_chain), plain_params(grad_clip=element, noise_scale=per_chain),
-        plain_params(prior_std=per_chain.t().contiguous().t()), plain_params(),
-    ]  # fmt: skip
+        plain_params(),
+        plain_params(step_size=0.2, low=0.0),
+        plain_params(step_size=number, grad_clip=per_chain),
+        plain_params(step_size=number, grad_clip=per_chain),
+        plain_params(grad_clip=element, noise_scale=per_chain),
+        plain_params(prior_std=per_chain.t().contiguous().t()),
+        plain_params(),
+    ]
     for k, p in enumerate(rows * 2):
         grad = [draw((5, 40), generator)]
         theirs, _ = torchs.step(ours, grad, [p], k, with_noise=True, stats=False)
@@ -792,10 +840,16 @@ def test_binding_refuses_what_would_crash() -> None:
     step = cpu.LangevinStep(2, 0, 0, "auto")
     step.add(3, 0, True, 0, 0)
     for call in (
-        lambda: step.add(-1, 0, True, 0, 0), lambda: step.add(1, 0, True, 3, 0), lambda: step.set(1, 0, 1, 0.0, 0),
-        lambda: step.set(0, 8, 1, 0.0, 0), lambda: step.set(0, 0, 2, 0.0, 0), lambda: step.set_grad(1, 0),
-        lambda: step.perturb([0], 0, 0, 1), lambda: step.perturb([], 0, 0, 1), lambda: step.perturb((1,), 0, 0, 1),
-    ):  # fmt: skip
+        lambda: step.add(-1, 0, True, 0, 0),
+        lambda: step.add(1, 0, True, 3, 0),
+        lambda: step.set(1, 0, 1, 0.0, 0),
+        lambda: step.set(0, 8, 1, 0.0, 0),
+        lambda: step.set(0, 0, 2, 0.0, 0),
+        lambda: step.set_grad(1, 0),
+        lambda: step.perturb([0], 0, 0, 1),
+        lambda: step.perturb([], 0, 0, 1),
+        lambda: step.perturb((1,), 0, 0, 1),
+    ):
         with pytest.raises(ValueError):
             call()
     with pytest.raises(TypeError):
@@ -810,9 +864,16 @@ def entry_case(seed: int, chains: int = 4) -> tuple[list[Tensor], list[Tensor], 
     x = [draw((chains, 3, 5), generator), draw((chains, 10), generator)]
     grad = [draw(t.shape, generator) for t in x]
     settings: dict[str, Any] = {
-        "step_size": [0.1, torch.rand(chains, 1, generator=generator)], "noise_scale": 0.05, "grad_clip": [None, 0.5],
-        "low": -1.0, "high": 1.0, "observed": [None, torch.arange(10) < 3], "seed": seed, "step": 4, "chain_offset": 2,
-    }  # fmt: skip
+        "step_size": [0.1, torch.rand(chains, 1, generator=generator)],
+        "noise_scale": 0.05,
+        "grad_clip": [None, 0.5],
+        "low": -1.0,
+        "high": 1.0,
+        "observed": [None, torch.arange(10) < 3],
+        "seed": seed,
+        "step": 4,
+        "chain_offset": 2,
+    }
     return x, grad, settings
 
 
@@ -859,12 +920,21 @@ def test_opcheck(seed: int) -> None:
     tensors[8] = torch.rand(4, 1)
     for phase in ("step", "drift", "perturb"):
         torch.library.opcheck(
-            torch.ops.mmebm.langevin_step.default, (x, [] if phase == "perturb" else grad, numbers, tensors, present),
+            torch.ops.mmebm.langevin_step.default,
+            (x, [] if phase == "perturb" else grad, numbers, tensors, present),
             {
-                "phase": phase, "seed": seed, "step": 3, "chain_offset": 0, "observed": [None, torch.arange(10) < 3],
-                "norm_over": "chain", "outside": "clamp", "clamp_noise": False, "score": False, "backend": "auto",
+                "phase": phase,
+                "seed": seed,
+                "step": 3,
+                "chain_offset": 0,
+                "observed": [None, torch.arange(10) < 3],
+                "norm_over": "chain",
+                "outside": "clamp",
+                "clamp_noise": False,
+                "score": False,
+                "backend": "auto",
             },
-        )  # fmt: skip
+        )
 
 
 def test_compiles_as_one_graph(seed: int) -> None:

@@ -195,9 +195,17 @@ def compare_stats(out: StepStats | None, expected: StepStats | None, dtype: torc
 
 
 def check(
-    x, grad, params, opt: StepOptions, *, step: int | torch.Tensor = 3, with_noise: bool = True, stats: bool = True,
-    tile: int = 1024, splits: int | None = None,
-) -> list[torch.Tensor]:  # fmt: skip
+    x,
+    grad,
+    params,
+    opt: StepOptions,
+    *,
+    step: int | torch.Tensor = 3,
+    with_noise: bool = True,
+    stats: bool = True,
+    tile: int = 1024,
+    splits: int | None = None,
+) -> list[torch.Tensor]:
     """One step by both; returns the Triton result."""
     assert supports(x, opt, params) is None
     wanted, wanted_stats = TorchStepper(opt).step(list(x), grad, params, step, with_noise=with_noise, stats=stats)
@@ -230,10 +238,8 @@ ONE_OPTION = {
     "low": {"low": -0.5},
     "high": {"high": 0.5},
     "bounds": {"low": -1.0, "high": 0.8},
-    "all": {
-        "grad_clip": 0.9, "grad_norm_clip": 3.0, "max_update": 0.25, "prior_std": 1.5, "low": -1.2, "high": 1.1,
-    },
-}  # fmt: skip
+    "all": {"grad_clip": 0.9, "grad_norm_clip": 3.0, "max_update": 0.25, "prior_std": 1.5, "low": -1.2, "high": 1.1},
+}
 
 
 @pytest.mark.parametrize("stats", [False, True], ids=["map", "chain"])
@@ -310,11 +316,16 @@ def random_case(draw: random.Random, generator: torch.Generator, dtype: torch.dt
     for shape in shapes:
         params.append(
             StepParams(
-                step_size=value(0.01, 0.5, shape), noise_scale=value(0.01, 0.5, shape), grad_clip=maybe(0.3, 2, shape),
-                grad_norm_clip=maybe(0.5, 5, shape), max_update=maybe(0.05, 0.5, shape), prior_std=maybe(0.3, 3, shape),
-                low=maybe(-3, -0.5, shape), high=maybe(0.5, 3, shape),
+                step_size=value(0.01, 0.5, shape),
+                noise_scale=value(0.01, 0.5, shape),
+                grad_clip=maybe(0.3, 2, shape),
+                grad_norm_clip=maybe(0.5, 5, shape),
+                max_update=maybe(0.05, 0.5, shape),
+                prior_std=maybe(0.3, 3, shape),
+                low=maybe(-3, -0.5, shape),
+                high=maybe(0.5, 3, shape),
             )
-        )  # fmt: skip
+        )
         like = draw.choice([None, None, "full", "shared", "chain"])
         mask = {"full": shape, "shared": shape[1:], "chain": (chains, *[1] * (len(shape) - 1))}.get(like)
         observed.append(None if mask is None else torch.rand(mask, generator=generator) < 0.4)
@@ -343,9 +354,16 @@ def test_random_combinations(case: int, dtype: torch.dtype, seed: int) -> None:
     x, grad, params, opt = random_case(draw, generator, dtype)
     step = draw.choice([0, 41, 2**31 + 5, 2**32 - 1, scalar(77)])
     check(
-        x, grad, params, opt, step=step, with_noise=draw.random() < 0.8, stats=draw.random() < 0.6,
-        tile=draw.choice([256, 1024]), splits=draw.choice([None, None, 1, 2]),
-    )  # fmt: skip
+        x,
+        grad,
+        params,
+        opt,
+        step=step,
+        with_noise=draw.random() < 0.8,
+        stats=draw.random() < 0.6,
+        tile=draw.choice([256, 1024]),
+        splits=draw.choice([None, None, 1, 2]),
+    )
     wanted = TorchStepper(opt).perturb(list(x), params, step)
     given = [xi.clone() for xi in x]
     out = TritonStepper(opt).perturb(given, params, step)

@@ -24,10 +24,14 @@ from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Scalar, Stack, Ter
 KINK = 1e-4
 
 MODULES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda a, slope: F.relu(a), "leaky_relu": F.leaky_relu, "silu": lambda a, slope: F.silu(a),
-    "gelu": lambda a, slope: F.gelu(a), "softplus": lambda a, slope: F.softplus(a),
-    "tanh": lambda a, slope: torch.tanh(a), "elu": F.elu,
-}  # fmt: skip
+    "relu": lambda a, slope: F.relu(a),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda a, slope: F.silu(a),
+    "gelu": lambda a, slope: F.gelu(a),
+    "softplus": lambda a, slope: F.softplus(a),
+    "tanh": lambda a, slope: torch.tanh(a),
+    "elu": F.elu,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -144,10 +148,19 @@ def test_values(isa: str, draw: Any, double: Callable, margin: Callable, name: s
     check_values(terms, x, double, margin(x.double(), double(terms)) > KINK)
 
 
-@pytest.mark.parametrize("sizes", (
-    (1, 1, 1), (3, 256, 1024), (33, 65, 63, 64), (1000, 200, 33), (1024, 3, 256, 1000), (64, 64, 64, 64, 64, 63),
-    (2, 64, 64, 2), (7, 5, 6, 4),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        (1, 1, 1),
+        (3, 256, 1024),
+        (33, 65, 63, 64),
+        (1000, 200, 33),
+        (1024, 3, 256, 1000),
+        (64, 64, 64, 64, 64, 63),
+        (2, 64, 64, 2),
+        (7, 5, 6, 4),
+    ),
+)
 def test_widths(isa: str, draw: Any, double: Callable, sizes: tuple[int, ...]) -> None:
     terms = [draw.residual(60, *sizes, activation="gelu"), Scalar(draw.stack(sizes[0], 40, 1))]
     check_values(terms, draw.normal(60, sizes[0]), double)
@@ -307,8 +320,9 @@ def test_what_is_wrong_is_named(draw: Any) -> None:
 def test_a_stack_of_several_activations_is_the_reference_s_alone(draw: Any) -> None:
     """Autograd through torch's own layers is the measure, in float64; the bound is some roundings of values of order 1.
     The fused implementations refuse it and say why."""
-    (w0, b0), (w1, b1), (w2, b2) = ((draw.normal(o, i).double() / i**0.5, draw.normal(o).double()) for i, o in
-                                    ((5, 9), (9, 7), (7, 1)))  # fmt: skip
+    (w0, b0), (w1, b1), (w2, b2) = (
+        (draw.normal(o, i).double() / i**0.5, draw.normal(o).double()) for i, o in ((5, 9), (9, 7), (7, 1))
+    )
     layers = (Linear(0, w0, b0), Activation(1, "tanh"), Linear(2, w1, b1), Activation(3, "elu", 0.7), Linear(4, w2, b2))
     x = draw.normal(6, 5).double().requires_grad_()
     value = F.linear(F.elu(F.linear(torch.tanh(F.linear(x, w0, b0)), w1, b1), 0.7), w2, b2).squeeze(1)

@@ -118,34 +118,47 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 12, 16),
     ),
     "hidden widths above 256": (
-        lambda: nn.Sequential(nn.Linear(12, 300), nn.SiLU(), nn.Linear(300, 270), nn.Tanh(), nn.Linear(270, 5)), (12,)
+        lambda: nn.Sequential(nn.Linear(12, 300), nn.SiLU(), nn.Linear(300, 270), nn.Tanh(), nn.Linear(270, 5)),
+        (12,),
     ),
     "spectral and weight norm": (
         lambda: nn.Sequential(
-            parametrizations.spectral_norm(nn.Conv2d(2, 5, 3)), nn.SiLU(),
+            parametrizations.spectral_norm(nn.Conv2d(2, 5, 3)),
+            nn.SiLU(),
             parametrizations.weight_norm(nn.Conv2d(5, 3, 2)),
-        ), (2, 6, 7),
+        ),
+        (2, 6, 7),
     ),
     "conv1d": (lambda: nn.Conv1d(3, 5, 4, stride=2, padding=1), (3, 11)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1), (4, 5, 3)),
     "transposed, output padding": (
-        lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (4, 5, 3)
+        lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1),
+        (4, 5, 3),
     ),
     "transposed, stride 1, groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 5, 3)),
     "transposed 1d": (lambda: nn.ConvTranspose1d(2, 3, 5, stride=3), (2, 4)),
     "linear on images": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(2 * 5 * 6, 9)), (2, 5, 6)),
     "linear after a padded map": (
         lambda: nn.Sequential(
-            nn.Conv2d(1, 3, 3, padding=1), nn.SiLU(), Function(lambda x: torch.cat([x.flatten(1), F.pad(x, (
-                1, 1, 1, 1)).flatten(1)], 1)), nn.Linear(3 * 4 * 5 + 3 * 6 * 7, 4),
-        ), (1, 4, 5),
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.SiLU(),
+            Function(lambda x: torch.cat([x.flatten(1), F.pad(x, (1, 1, 1, 1)).flatten(1)], 1)),
+            nn.Linear(3 * 4 * 5 + 3 * 6 * 7, 4),
+        ),
+        (1, 4, 5),
     ),
     "decoder": (
         lambda: nn.Sequential(
-            nn.Linear(7, 4 * 3 * 2), nn.SiLU(), nn.Unflatten(1, (4, 3, 2)),
-            nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1), nn.SiLU(), nn.Conv2d(3, 2, 3, padding=1),
-            Function(lambda x: x[..., :5, :3]), nn.Tanh(),
-        ), (7,),
+            nn.Linear(7, 4 * 3 * 2),
+            nn.SiLU(),
+            nn.Unflatten(1, (4, 3, 2)),
+            nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(3, 2, 3, padding=1),
+            Function(lambda x: x[..., :5, :3]),
+            nn.Tanh(),
+        ),
+        (7,),
     ),
     "residual": (lambda: Residual(3, 5), (3, 9, 7)),
     "average pool": (lambda: nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), (3, 7, 9)),
@@ -164,7 +177,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "permuted": (lambda: Function(lambda x: x.permute(0, 2, 3, 1).reshape(len(x), -1, 6).transpose(1, 2)), (6, 3, 5)),
     "batch norm": (lambda: _norm(nn.BatchNorm2d(5)), (5, 4, 3)),
     "batch norm after conv": (
-        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), _norm(nn.BatchNorm2d(5)), nn.SiLU()), (2, 5, 6)
+        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), _norm(nn.BatchNorm2d(5)), nn.SiLU()),
+        (2, 5, 6),
     ),
     "group norm": (lambda: _norm(nn.GroupNorm(2, 6)), (6, 4, 3)),
     "instance norm": (lambda: _norm(nn.InstanceNorm2d(3, affine=True)), (3, 4, 5)),
@@ -182,14 +196,24 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{
         name: (lambda act=act: act, (2, 3, 5))
         for name, act in {
-            "relu": nn.ReLU(), "leaky relu": nn.LeakyReLU(0.2), "silu": nn.SiLU(), "gelu": nn.GELU(),
-            "softplus": nn.Softplus(), "softplus, beta": nn.Softplus(beta=2.0), "tanh": nn.Tanh(), "elu": nn.ELU(0.7),
-            "selu": nn.SELU(), "sigmoid": nn.Sigmoid(), "softsign": nn.Softsign(), "square": Function(torch.square),
-            "cube": Function(lambda x: x**3), "exp": Function(torch.exp),
+            "relu": nn.ReLU(),
+            "leaky relu": nn.LeakyReLU(0.2),
+            "silu": nn.SiLU(),
+            "gelu": nn.GELU(),
+            "softplus": nn.Softplus(),
+            "softplus, beta": nn.Softplus(beta=2.0),
+            "tanh": nn.Tanh(),
+            "elu": nn.ELU(0.7),
+            "selu": nn.SELU(),
+            "sigmoid": nn.Sigmoid(),
+            "softsign": nn.Softsign(),
+            "square": Function(torch.square),
+            "cube": Function(lambda x: x**3),
+            "exp": Function(torch.exp),
             "sqrt": Function(lambda x: (x * x + 1).sqrt()),
         }.items()
     },
-}  # fmt: skip
+}
 
 
 class Energy(nn.Module):
@@ -287,25 +311,47 @@ def test_layers(isa: str, torch_seed: int, layer: str) -> None:
 def tutorial() -> nn.Sequential:
     c = 16
     return nn.Sequential(
-        nn.Conv2d(1, c, 5, stride=2, padding=4), nn.SiLU(), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.SiLU(),
-        nn.Conv2d(2 * c, 4 * c, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(4 * c, 4 * c, 3, stride=2, padding=1),
-        nn.SiLU(), nn.Flatten(), nn.Linear(16 * c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 1),
-    )  # fmt: skip
+        nn.Conv2d(1, c, 5, stride=2, padding=4),
+        nn.SiLU(),
+        nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(2 * c, 4 * c, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(4 * c, 4 * c, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(16 * c, 4 * c),
+        nn.SiLU(),
+        nn.Linear(4 * c, 1),
+    )
 
 
 def residual_energy() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), Residual(8, 8), Residual(8, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 8, 3, padding=1),
+        Residual(8, 8),
+        Residual(8, 12),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(12, 1),
-    )  # fmt: skip
+    )
 
 
 def tiled_energy() -> nn.Sequential:
     """With convolutions that Winograd's tiles take, some of them over odd sides."""
     return nn.Sequential(
-        nn.Conv2d(3, 24, 3, padding=1), nn.SiLU(), nn.Conv2d(24, 24, 3, padding=1), nn.SiLU(), nn.Conv2d(24, 28, 2),
-        nn.SiLU(), nn.Conv2d(28, 24, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 1),
-    )  # fmt: skip
+        nn.Conv2d(3, 24, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(24, 24, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(24, 28, 2),
+        nn.SiLU(),
+        nn.Conv2d(28, 24, 3, padding=1),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 1),
+    )
 
 
 def posterior(chains: int) -> Callable[[Tensor], Tensor]:
@@ -320,12 +366,13 @@ ENERGIES: dict[str, tuple[Callable[[int], Any], tuple[tuple[int, ...], ...], flo
     "residual": (lambda n: residual_energy(), ((3, 13, 11),), 0.02),
     "joint": (
         lambda n: JointEnergy({"0": (3, 13, 15), "1": (1, 9, 8), "2": (6,)}, net="conv", trunk_width=5),
-        ((3, 13, 15), (1, 9, 8), (6,)), 0.02,
+        ((3, 13, 15), (1, 9, 8), (6,)),
+        0.02,
     ),
     "posterior": (posterior, ((8,),), 0.02),
     "classes": (lambda n: _classes(), ((3, 9, 9),), 0.02),
     "tiles": (lambda n: tiled_energy(), ((3, 12, 12),), 0.02),
-}  # fmt: skip
+}
 
 
 def _classes() -> Callable[[Tensor], Tensor]:
@@ -346,9 +393,15 @@ def make_chain(name: str, chains: int, seed: int, noise: float = 0.01, **changes
     table = mlp.constants_of([[params] * n], chains, torch.float32, torch.device("cpu"))
     assert not isinstance(table, str), table
     chain = op.NetChain(
-        net=net, widths=tuple(t[0].numel() for t in tensors), streams=tuple(range(n)),
-        noisy=(True,) * n, moving=(True,) * n, constants=table[0], present=table[1], seed=seed,
-    )  # fmt: skip
+        net=net,
+        widths=tuple(t[0].numel() for t in tensors),
+        streams=tuple(range(n)),
+        noisy=(True,) * n,
+        moving=(True,) * n,
+        constants=table[0],
+        present=table[1],
+        seed=seed,
+    )
     return replace(chain, **changes), flat
 
 
@@ -396,9 +449,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max_update": {"max_update": 0.02},
     "bounds": {"low": -0.6, "high": 0.5},
     "everything": {
-        "grad_clip": 0.02, "grad_norm_clip": 0.05, "prior_std": 40.0, "max_update": 0.2, "low": -1.0, "high": 0.9,
+        "grad_clip": 0.02,
+        "grad_norm_clip": 0.05,
+        "prior_std": 40.0,
+        "max_update": 0.2,
+        "low": -1.0,
+        "high": 0.9,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("noise_at", ("after", "before"))

@@ -34,9 +34,16 @@ FLOAT_TOLERANCE = 5e-7
 
 def narrow() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 12, 4, 2, 1), nn.SiLU(), nn.Conv2d(12, 20, 3), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(),
-        nn.Linear(20 * 3 * 2, 32), nn.Tanh(), nn.Linear(32, 1),
-    )  # fmt: skip
+        nn.Conv2d(3, 12, 4, 2, 1),
+        nn.SiLU(),
+        nn.Conv2d(12, 20, 3),
+        nn.SiLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(20 * 3 * 2, 32),
+        nn.Tanh(),
+        nn.Linear(32, 1),
+    )
 
 
 @pytest.fixture
@@ -51,9 +58,16 @@ def chain_of(net: Net, chains: int, **options: object) -> op.NetChain:
     table = mlp.constants_of([[StepParams(3.0, 0.1, grad_clip=0.5, low=-3.0)]], chains, torch.float32, DEVICE)
     assert not isinstance(table, str)
     return op.NetChain(
-        net=net, widths=(width,), streams=(0,), noisy=(True,), moving=(True,), constants=table[0], present=table[1],
-        seed=11, **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+        net=net,
+        widths=(width,),
+        streams=(0,),
+        noisy=(True,),
+        moving=(True,),
+        constants=table[0],
+        present=table[1],
+        seed=11,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize("name", ["net_energy", "langevin_net"])

@@ -27,7 +27,7 @@ from mmebm.ops.net.graph import (
     View,
     pack,
     unpack,
-)  # fmt: skip
+)
 from mmebm.ops.net.op import net_energy
 
 CHAINS = 5
@@ -47,9 +47,14 @@ class Weights:
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         g = torch.Generator().manual_seed(seed)
         shapes = {
-            "kernel": (4, 2, 3, 3), "bias": (4,), "up": (4, 3, 4, 4), "matrix": (6, 126), "shift": (CHAINS, 6),
-            "scale": (1, 6), "other": (6, 6),
-        }  # fmt: skip
+            "kernel": (4, 2, 3, 3),
+            "bias": (4,),
+            "up": (4, 3, 4, 4),
+            "matrix": (6, 126),
+            "shift": (CHAINS, 6),
+            "scale": (1, 6),
+            "other": (6, 6),
+        }
         drawn = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
         for name, t in drawn.items():
             setattr(self, name, (t / (8 if name == "matrix" else 3)).to(dtype))
@@ -59,14 +64,28 @@ class Weights:
 
 def net(w: Any) -> Net:
     """Every kind of node."""
-    return Net((
-        Input(0, (2, 5, 4)), Conv(0, w.kernel, w.bias, stride=(2, 2), padding=(1, 1)),  # (4, 3, 2)
-        Norm(1, 2, 1e-5), Activation(2, "silu"), Conv(3, w.up, None, stride=(2, 2), transposed=True),  # (3, 8, 6)
-        Map((4,), (3, 7, 6), torch.arange(144).reshape(3, 8, 6)[:, 1:].reshape(-1, 1)), Activation(5, "tanh"),
-        Linear(6, w.matrix), Affine(7, w.scale), Add((8,), (1.0,), -w.shift), Product(9, 7), View(10, (2, 3)),
-        LogSumExp(11, (2,), torch.arange(6).reshape(2, 3)), Linear(10, w.other), Activation(13, "square"),
-        Map((12, 14), (1,), torch.arange(8).reshape(1, 8), torch.linspace(0.5, 1, 8, dtype=w.x.dtype).reshape(1, 8)),
-    ))  # fmt: skip
+    return Net(
+        (
+            Input(0, (2, 5, 4)),
+            Conv(0, w.kernel, w.bias, stride=(2, 2), padding=(1, 1)),  # (4, 3, 2)
+            Norm(1, 2, 1e-5),
+            Activation(2, "silu"),
+            Conv(3, w.up, None, stride=(2, 2), transposed=True),  # (3, 8, 6)
+            Map((4,), (3, 7, 6), torch.arange(144).reshape(3, 8, 6)[:, 1:].reshape(-1, 1)),
+            Activation(5, "tanh"),
+            Linear(6, w.matrix),
+            Affine(7, w.scale),
+            Add((8,), (1.0,), -w.shift),
+            Product(9, 7),
+            View(10, (2, 3)),
+            LogSumExp(11, (2,), torch.arange(6).reshape(2, 3)),
+            Linear(10, w.other),
+            Activation(13, "square"),
+            Map(
+                (12, 14), (1,), torch.arange(8).reshape(1, 8), torch.linspace(0.5, 1, 8, dtype=w.x.dtype).reshape(1, 8)
+            ),
+        )
+    )
 
 
 def energy(w: Any, x: Tensor) -> Tensor:

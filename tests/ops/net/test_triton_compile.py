@@ -55,9 +55,7 @@ STACK = {"product": 24, "others": 8}
 # Bytes: three stages of DEPTH rows of positions and of weights in fp32, for tf32x3 without the last; of the others sums
 # over warps. Below a third of sm_80's 163 KB.
 SHARED = {"product": 50_000, "others": 2_048}
-POINTERS = {
-    "numbers": "*i64", "observed": "*u8", **dict.fromkeys(("counts", "alive", "lists", "table"), "*i32"),
-}  # fmt: skip
+POINTERS = {"numbers": "*i64", "observed": "*u8", **dict.fromkeys(("counts", "alive", "lists", "table"), "*i32")}
 
 Case = tuple[str, dict[str, Any]]
 PRODUCTS: dict[str, Case] = {
@@ -90,7 +88,7 @@ def figures(target: GPUTarget, case: Case) -> dict[str, int]:
     signature = {
         p.name: "constexpr" if p.is_constexpr else p.annotation_type or POINTERS.get(p.name, "*fp32")
         for p in kernel.params
-    }  # fmt: skip
+    }
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     product = name == "product_kernel"

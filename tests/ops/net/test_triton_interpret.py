@@ -65,10 +65,16 @@ class Block(nn.Module):
 
 def _decoder() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(7, 4 * 3 * 2), nn.SiLU(), nn.Unflatten(1, (4, 3, 2)),
-        nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1), nn.SiLU(), nn.Upsample(scale_factor=2, mode="bilinear"),
-        Function(lambda x: x[..., :5, :7]), nn.Conv2d(3, 1, 3, padding=1), nn.Tanh(),
-    )  # fmt: skip
+        nn.Linear(7, 4 * 3 * 2),
+        nn.SiLU(),
+        nn.Unflatten(1, (4, 3, 2)),
+        nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        Function(lambda x: x[..., :5, :7]),
+        nn.Conv2d(3, 1, 3, padding=1),
+        nn.Tanh(),
+    )
 
 
 # Each as (what makes it, shape of one chain's input, chains). Odd sides, one channel, and channels that fill no block.
@@ -84,27 +90,30 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (4, 5, 3), 2),
     "decoder": (_decoder, (7,), 3),
     "residual blocks": (
-        lambda: nn.Sequential(Block(2, 5), Block(5, 5), Function(lambda h: h.sum((2, 3)))), (2, 9, 7), 2
+        lambda: nn.Sequential(Block(2, 5), Block(5, 5), Function(lambda h: h.sum((2, 3)))),
+        (2, 9, 7),
+        2,
     ),
     "concatenation": (
         lambda: nn.Sequential(Function(lambda x: torch.cat([x, x.flip(2), x.tanh()], 1)), nn.Conv2d(6, 4, 3)),
-        (2, 5, 6), 2,
+        (2, 5, 6),
+        2,
     ),
     "norms": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 3, 2), nn.InstanceNorm2d(3), nn.ELU()
         ),
-        (2, 7, 6), 2,
+        (2, 7, 6),
+        2,
     ),
     "a norm longer than a block": (lambda: nn.GroupNorm(1, 3), (3, 17, 19), 1),
     "softmax": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(30, 9), nn.Softmax(1)), (30,), 7),
     "functions": (
-        lambda: Function(
-            lambda x: x.sigmoid() * x.square() + x.exp().sqrt() + 1 / (3 + x.square()) - 0.5 * F.gelu(x)
-        ),
-        (5, 7), 2,
+        lambda: Function(lambda x: x.sigmoid() * x.square() + x.exp().sqrt() + 1 / (3 + x.square()) - 0.5 * F.gelu(x)),
+        (5, 7),
+        2,
     ),
-}  # fmt: skip
+}
 
 
 def flat(x: Any) -> Tensor:
@@ -143,10 +152,12 @@ class Joint(nn.Module):
 
     def __init__(self, classes: int = 1) -> None:
         super().__init__()
-        self.trunks = nn.ModuleList([
-            nn.Sequential(nn.Conv2d(1, 5, 3, 2, 1), nn.SiLU(), nn.Conv2d(5, 3, 3), nn.SiLU(), nn.Flatten()),
-            nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        ])  # fmt: skip
+        self.trunks = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(1, 5, 3, 2, 1), nn.SiLU(), nn.Conv2d(5, 3, 3), nn.SiLU(), nn.Flatten()),
+                nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            ]
+        )
         self.fusion = nn.Sequential(nn.Linear(3 * 2 * 1 + 3, 8), nn.Tanh(), nn.Linear(8, classes))
 
     def forward(self, x: list[Tensor]) -> Tensor:
@@ -222,7 +233,7 @@ PLAIN = [StepParams(3.0, 0.1), StepParams(2.0, 0.05)]
 ALL = [
     StepParams(3.0, 0.1, grad_clip=0.2, max_update=0.4, prior_std=4.0, low=-2.0, high=1.5),
     StepParams(2.0, 0.05, prior_std=4.0),
-]  # fmt: skip
+]
 CASES = {
     "straight": Case(PLAIN, True),
     "straight, all options, observed": Case(ALL, True, mask=True),
@@ -241,9 +252,16 @@ def chain_of(net: Net, case: Case, chains: int, steps: int) -> op.NetChain:
     observed = (torch.arange(sum(widths)) % 5 == 0).to(torch.uint8).expand(chains, -1).clone() if case.mask else None
     options: dict[str, Any] = {"noisy": (True, True), "moving": (True, True), **dict(case.more)}
     return op.NetChain(
-        net=net, widths=widths, streams=(0, 3), constants=table[0], present=table[1], observed=observed, seed=11,
-        chain_offset=2**32 - 2, **options,
-    )  # fmt: skip
+        net=net,
+        widths=widths,
+        streams=(0, 3),
+        constants=table[0],
+        present=table[1],
+        observed=observed,
+        seed=11,
+        chain_offset=2**32 - 2,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -312,9 +330,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     def captured(launch: Any, device: torch.device) -> Callable[[], None]:
         calls = list(launch.__self__.calls)
-        pointers = [
-            (t, t.data_ptr()) for _, _, arguments in calls for t in arguments.values() if isinstance(t, Tensor)
-        ]  # fmt: skip
+        pointers = [(t, t.data_ptr()) for _, _, arguments in calls for t in arguments.values() if isinstance(t, Tensor)]
 
         def replay() -> None:
             assert all(t.data_ptr() == address for t, address in pointers)
@@ -340,9 +356,12 @@ def test_one_graph_of_a_step_for_any_number_of_them(captures: list[Any], seed: i
         described, tensors = pack(net)
         other = unpack(described, [t * factor if t.is_floating_point() else t.clone() for t in tensors])
         now = replace(
-            chain, net=other, seed=chain_seed, constants=chain.constants * 1.0,
+            chain,
+            net=other,
+            seed=chain_seed,
+            constants=chain.constants * 1.0,
             observed=torch.roll(chain.observed, steps, 1),  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
         ours = room.run(now, x + steps, steps, 3, energy=True)
         expected = op.run(None, double(now), (x + steps).double(), steps, 3)
         assert torch.allclose(ours.x.double(), expected.x, rtol=0, atol=1e-5)

@@ -35,9 +35,11 @@ def test_compiles_without_spills(kind: str, whole: bool, capability: int) -> Non
     signature = {"out": out, **dict.fromkeys(("seed", "step", "stream", "first", "calls", "numel", "total"), "i64")}
     constants = {"KIND": number, "WHOLE": whole, "LANES": 256}
     source = ASTSource(
-        fn=kernel._noise_kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants,
+        fn=kernel._noise_kernel,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
         attrs={(0,): [["tt.divisibility", 16]]},
-    )  # fmt: skip
+    )
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": kernel._WARPS})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -63,9 +63,13 @@ def written(
 
 
 def draw(
-    rng: random.Random, generator: torch.Generator, chains: int, kind: str, shape: tuple[int, ...] | None = None,
+    rng: random.Random,
+    generator: torch.Generator,
+    chains: int,
+    kind: str,
+    shape: tuple[int, ...] | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Predictions, targets, and a mask or none."""
     shape = shape if shape is not None else rng.choice(LOGITS if kind == "categorical" else SHAPES)
     dtype = dtype or rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
@@ -152,9 +156,7 @@ def test_what_is_not_observed_does_not_matter(isa: str, backend: str, kind: str)
     y, t = y.clone(), t.clone()
     y[..., ~mask] = torch.tensor([math.nan, math.inf, -math.inf, 1e38, math.nan, 0.0, 1.0])
     t[..., ~mask] = -7 if kind == "categorical" else math.nan
-    value, (grad,) = op.residual_and_gradient(
-        [y], [t], likelihood=kind, scale=0.5, observed=[mask], backend=backend
-    )  # fmt: skip
+    value, (grad,) = op.residual_and_gradient([y], [t], likelihood=kind, scale=0.5, observed=[mask], backend=backend)
     torch.testing.assert_close(value, clean[0], rtol=1e-6, atol=0)
     # the last bit may depend on where in a vector an element stands
     torch.testing.assert_close(grad[..., mask], clean[1][0], rtol=1e-6, atol=1e-7)
@@ -291,11 +293,16 @@ def double_case(seed: int) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
     # away from the kink of the absolute value, which finite differences would step over
     ts[1] = torch.where((ys[1] - ts[1]).abs() < 1e-3, ts[1] + 0.1, ts[1])
     ts += [torch.randint(0, 3, (2, 4), generator=generator), torch.randint(0, 4, (2,), generator=generator)]
-    return [y.requires_grad_() for y in ys], ts, {
-        "likelihood": ["gaussian", "laplace", "categorical", "categorical"], "scale": [0.5, 0.7, 1.0, 1.0],
-        "weight": [1.0, torch.rand(2, generator=generator, dtype=torch.float64), 2.0, 1.0],
-        "observed": [torch.tensor([True, False]), None, torch.tensor([True, True, False, True]), None],
-    }  # fmt: skip
+    return (
+        [y.requires_grad_() for y in ys],
+        ts,
+        {
+            "likelihood": ["gaussian", "laplace", "categorical", "categorical"],
+            "scale": [0.5, 0.7, 1.0, 1.0],
+            "weight": [1.0, torch.rand(2, generator=generator, dtype=torch.float64), 2.0, 1.0],
+            "observed": [torch.tensor([True, False]), None, torch.tensor([True, True, False, True]), None],
+        },
+    )
 
 
 def test_gradcheck(seed: int) -> None:
@@ -397,9 +404,16 @@ def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'numpy'"):
         op.residual(y, t, backend="numpy")
     called = []
-    monkeypatch.setattr(residual_cpp, "residual", lambda *args: called.append(args) or reference.residual(
-        args[0], args[1], likelihood=args[2], scale=args[3], weight=args[4], observed=args[5], gradients=args[6]
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        residual_cpp,
+        "residual",
+        lambda *args: (
+            called.append(args)
+            or reference.residual(
+                args[0], args[1], likelihood=args[2], scale=args[3], weight=args[4], observed=args[5], gradients=args[6]
+            )
+        ),
+    )
     op.residual(y, t)
     assert len(called) == 1
     monkeypatch.setenv("MMEBM_BACKEND", "torch")
@@ -429,14 +443,11 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "likelihood": (ValueError, "'normal'", {"likelihood": "normal"}),
     "likelihoods": (ValueError, "likelihood.*got 2", {"likelihood": ["gaussian", "laplace"]}),
     "float classes": (TypeError, r"targets\[0\].*integer", {"likelihood": "categorical", "targets": [torch.zeros(3)]}),
-    "class": (
-        ValueError, r"targets\[0\].*\[0, 4\).*got 4", {"likelihood": "categorical", "targets": [CLASSES + 4]}
-    ),
-    "negative class": (
-        ValueError, r"targets\[0\].*got -1", {"likelihood": "categorical", "targets": [CLASSES - 1]}
-    ),
+    "class": (ValueError, r"targets\[0\].*\[0, 4\).*got 4", {"likelihood": "categorical", "targets": [CLASSES + 4]}),
+    "negative class": (ValueError, r"targets\[0\].*got -1", {"likelihood": "categorical", "targets": [CLASSES - 1]}),
     "no classes": (
-        ValueError, r"predictions\[0\].*logits",
+        ValueError,
+        r"predictions\[0\].*logits",
         {"likelihood": "categorical", "predictions": [Y[:, :0]], "targets": [CLASSES]},
     ),
     "scale": (ValueError, r"scale\[0\].*positive.*0", {"scale": 0.0}),
@@ -454,7 +465,7 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "masks": (ValueError, "observed", {"observed": [None, None]}),
     "mask": (ValueError, r"observed\[0\].*\(3,\)", {"observed": [torch.ones(3, dtype=torch.bool)]}),
     "mask too large": (ValueError, r"observed\[0\]", {"observed": [torch.ones(2, 3, 4, dtype=torch.bool)]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -480,9 +491,18 @@ def test_binding_refuses_what_would_crash() -> None:
     call()
     assert value.tolist() == [0.0] * 3
     for wrong in (
-        {"chains": -1}, {"to": 0}, {"_0": 3}, {"_1": -1}, {"_1": 2**41}, {"_2": 2}, {"_3": 3}, {"_4": -1}, {"_5": 0},
-        {"_6": 0}, {"_0": 2, "_2": 2**31},
-    ):  # fmt: skip
+        {"chains": -1},
+        {"to": 0},
+        {"_0": 3},
+        {"_1": -1},
+        {"_1": 2**41},
+        {"_2": 2},
+        {"_3": 3},
+        {"_4": -1},
+        {"_5": 0},
+        {"_6": 0},
+        {"_0": 2, "_2": 2**31},
+    ):
         with pytest.raises(ValueError):
             call(**wrong)
     with pytest.raises(ValueError, match="14 entries"):

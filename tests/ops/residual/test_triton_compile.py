@@ -42,11 +42,16 @@ CASES = {
     "text-fp16-masked": [(CATEGORICAL, "fp16", "i64", 1, 0, 2, 2000, 40)],
     "five": [(GAUSSIAN, "fp32", "fp32", 0, 0, 0, 1, 2352)] * 5,
     "eight": [
-        (GAUSSIAN, "fp32", "fp32", 0, 0, 0, 1, 784), (LAPLACE, "bf16", "fp32", 2, 2, 1, 1, 2352),
-        (GAUSSIAN, "fp16", "fp16", 1, 1, 2, 1, 64), WORDS, (CATEGORICAL, "bf16", "i64", 2, 0, 1, 71, 16),
-        (LAPLACE, "fp32", "fp32", 0, 1, 0, 1, 10), (GAUSSIAN, "fp32", "fp32", 2, 0, 0, 1, 3072), WORDS,
+        (GAUSSIAN, "fp32", "fp32", 0, 0, 0, 1, 784),
+        (LAPLACE, "bf16", "fp32", 2, 2, 1, 1, 2352),
+        (GAUSSIAN, "fp16", "fp16", 1, 1, 2, 1, 64),
+        WORDS,
+        (CATEGORICAL, "bf16", "i64", 2, 0, 1, 71, 16),
+        (LAPLACE, "fp32", "fp32", 0, 1, 0, 1, 10),
+        (GAUSSIAN, "fp32", "fp32", 2, 0, 0, 1, 3072),
+        WORDS,
     ],
-}  # fmt: skip
+}
 # Registers of one thread, of 128; of a CDNA thread's 512 a wave of 64 uses more.
 REGISTERS = {"cuda": 128, "hip": 256}
 SHARED = 4096  # bytes, for sums over warps and a change of layout between sums
@@ -61,17 +66,31 @@ def source(case: str) -> ASTSource:
     kinds, ys, ts, masks, scales, weights, classes, positions = zip(*modalities, strict=True)
     count = len(modalities)
     signature = {
-        "ys": tuple(f"*{y}" for y in ys), "ts": tuple(f"*{t}" for t in ts),
+        "ys": tuple(f"*{y}" for y in ys),
+        "ts": tuple(f"*{t}" for t in ts),
         "ms": tuple("*u8" if form else f"*{y}" for form, y in zip(masks, ys, strict=True)),
-        "gs": tuple(f"*{y}" for y in ys), "scales": ("*fp32",) * count, "weights": ("*fp32",) * count,
-        "scale_numbers": ("fp32",) * count, "weight_numbers": ("fp32",) * count, "sizes": ("i32",) * count,
-        "classes": ("i32",) * count, "value": "*fp32",
-    }  # fmt: skip
+        "gs": tuple(f"*{y}" for y in ys),
+        "scales": ("*fp32",) * count,
+        "weights": ("*fp32",) * count,
+        "scale_numbers": ("fp32",) * count,
+        "weight_numbers": ("fp32",) * count,
+        "sizes": ("i32",) * count,
+        "classes": ("i32",) * count,
+        "value": "*fp32",
+    }
     tiles = [room._tile(k, n) for k, n in zip(classes, positions, strict=True)]
     constants = {
-        "KINDS": kinds, "MASKS": masks, "SCALES": scales, "WEIGHTS": weights, "BKS": tuple(k for k, _ in tiles),
-        "BPS": tuple(p for _, p in tiles), "T": count, "ADD": True, "GRAD": True, "TILE": room._TILE,
-    }  # fmt: skip
+        "KINDS": kinds,
+        "MASKS": masks,
+        "SCALES": scales,
+        "WEIGHTS": weights,
+        "BKS": tuple(k for k, _ in tiles),
+        "BPS": tuple(p for _, p in tiles),
+        "T": count,
+        "ADD": True,
+        "GRAD": True,
+        "TILE": room._TILE,
+    }
     for name in constants:
         signature[name] = "constexpr"
     names = [parameter.name for parameter in room._residual_kernel.params]
