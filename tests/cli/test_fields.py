@@ -101,7 +101,7 @@ def test_flags_set_fields(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--model.net", "resnet"], 2, "invalid choice: 'resnet'"),
+        (["--model.net", "unet"], 2, "invalid choice: 'unet'"),
         (["--wrong", "3"], 2, "unrecognized arguments: --wrong 3"),
         (["stray"], 2, "unrecognized arguments: stray"),
         (["--model.wrong", "3", "--print-config"], 1, "unknown field 'model.wrong'"),
@@ -153,7 +153,7 @@ def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return set(done.stdout.split())
 
     assert complete("mmebm", "back") == {"backends"}
-    assert complete("mmebm", "train", "--model.net", "") == {"mlp", "conv"}
+    assert complete("mmebm", "train", "--model.net", "") == {"mlp", "conv", "resnet"}
     assert complete("mmebm", "train", "--start.") == {
         f"--start.{name}" for name in ("data", "latent", "noise", "buffer", "reinit")
     }
