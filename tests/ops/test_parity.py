@@ -283,7 +283,7 @@ def test_one_case_for_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for t in threads:
         t.join(timeout=60)
     assert len(found) == 4 and all(torch.equal(found[0], other) for other in found)
-    assert calls == [("langevin_step", "cpp", CPU, "auto")]
+    assert calls == [("langevin_step", "cpp", CPU, "auto", "")]
     # another instruction set is another implementation
     monkeypatch.setenv("MMEBM_CPU_ISA", "baseline")
     _one_step("cpp")
