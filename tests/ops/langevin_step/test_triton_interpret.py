@@ -20,11 +20,7 @@ from mmebm import noise  # noqa: E402
 from mmebm.kernels import philox  # noqa: E402
 from mmebm.kernels.langevin_step import TritonStepper, supports  # noqa: E402
 from mmebm.ops.common.params import StepParams, StepStats  # noqa: E402
-from mmebm.ops.langevin_step import (  # noqa: E402
-    StepOptions,
-    TorchStepper,
-    reference,
-)
+from mmebm.ops.langevin_step import StepOptions, TorchStepper, reference  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpret,
