@@ -288,7 +288,7 @@ def test_one_case_for_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMEBM_CPU_ISA", "baseline")
     _one_step("cpp")
     _one_step("cpp")
-    assert calls[1:] == [("langevin_step", "cpp", CPU, "generic")]
+    assert calls[1:] == [("langevin_step", "cpp", CPU, "generic", "")]
 
 
 class _Forbidden(TorchDispatchMode):
