@@ -4,8 +4,8 @@
 """The noise of :mod:`mmebm.noise` written to a tensor: words, normals or uniforms, by the functions of philox.py.
 
 For what draws outside a fused step: the momenta and decisions of HMC and MALA, initial states, buffers. One launch
-where the definition takes some eighty; a lane makes the four numbers of a Philox call and stores them as
-one vector where a row is a multiple of four.
+where the definition takes one for each of its operations; a lane makes the four numbers of a Philox call and stores
+them as one vector where a row is a multiple of four.
 
 Limits: CUDA (compute capability 8.0 or later) or ROCm, a tensor of fewer than 2^31 Philox calls.
 """

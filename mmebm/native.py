@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmebm.ops.common.address import address, obstacle
 
-__all__ = ["BackendError", "available", "check_cuda", "cpu", "cuda", "loaded", "normal_", "uniform_"]
+__all__ = ["BackendError", "available", "check_cuda", "cpu", "cuda", "loaded", "normal_"]
 
 _EXTENSIONS = {"cpp": "mmebm._cpu", "cuda": "mmebm._cuda"}
 _SWITCHES = {"cpp": "MMEBM_BUILD_CPU", "cuda": "MMEBM_BUILD_CUDA"}
@@ -117,6 +117,12 @@ def _word(name: str, value: int, low: int, high: int) -> int:
     return operator.index(value) % high
 
 
+def _words(*, seed: int, **others: int) -> dict[str, int]:
+    """A seed of 64 bits and words of 32, each reduced to its bits."""
+    words = {name: _word(name, value, 0, 2**32) for name, value in others.items()}
+    return {"seed": _word("seed", seed, -(2**63), 2**64), **words}
+
+
 def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_offset: int = 0) -> Tensor:
     """Fill ``out`` with the normals of :func:`mmebm.noise.normal`, within 2e-6 of its float64 values, and return it.
 
@@ -148,12 +154,7 @@ def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_off
         raise TypeError(f"out must be a plain tensor, got {reason}")
     if out.requires_grad:
         raise ValueError("out must not require grad: it is overwritten")
-    where = {
-        "seed": _word("seed", seed, -(2**63), 2**64),
-        "step": _word("step", step, 0, 2**32),
-        "stream": _word("stream", stream, 0, 2**32),
-        "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
-    }
+    where = _words(seed=seed, step=step, stream=stream, chain_offset=chain_offset)
     backend = "cuda" if out.is_cuda else "cpp"
     _module(backend)  # raises where there is none
     reason = parity_failure("noise", backend, out.device)
@@ -165,30 +166,6 @@ def normal_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_off
         from mmebm import noise
 
         out.copy_(noise.normal(out.shape, **where, dtype=torch.float32, device=out.device))
-    return out
-
-
-def uniform_(out: Tensor, *, seed: int, step: int = 0, stream: int = 0, chain_offset: int = 0) -> Tensor:
-    """Fill ``out`` with the uniforms of :func:`mmebm.noise.uniform`, bit for bit, and return it.
-
-    Args:
-        out: float32 or float64 (chains, ...), contiguous, on the CPU.
-        seed, step, stream, chain_offset: as for :func:`normal_`.
-
-    Raises:
-        TypeError, ValueError: for anything else than the above, naming the argument.
-        BackendError: if the extension is not there.
-    """
-    if not isinstance(out, Tensor) or out.dtype not in (torch.float32, torch.float64) or out.dim() == 0:
-        raise TypeError(f"out must be float32 or float64 (chains, ...), got {out!r:.80}")
-    where = {
-        "seed": _word("seed", seed, -(2**63), 2**64),
-        "step": _word("step", step, 0, 2**32),
-        "stream": _word("stream", stream, 0, 2**32),
-        "chain_offset": _word("chain_offset", chain_offset, 0, 2**32),
-    }
-    address("out", out, torch.device("cpu"), out.dtype)  # raises what it has against it
-    fill_uniform(out, **where)
     return out
 
 
@@ -205,7 +182,7 @@ def fill_normal(out: Tensor, *, seed: int, step: int, stream: int, chain_offset:
 
 
 def fill_uniform(out: Tensor, *, seed: int, step: int, stream: int, chain_offset: int) -> None:
-    """:func:`uniform_` of arguments that are as they must be, by the extension of the device."""
+    """:func:`mmebm.noise.uniform` into float32 or float64 (chains, ...), contiguous, by the extension of the device."""
     if out.is_cuda:  # which makes words
         words = torch.empty((out.shape[0], -(-math.prod(out.shape[1:]) // 4), 4), dtype=torch.int32, device=out.device)
         fill_words(words, seed=seed, step=step, stream=stream, chain_offset=chain_offset)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmebm.choices import Joint, Net
 from mmebm.models.generator import latent_columns, rows_with
 from mmebm.models.nets import encoder
-from mmebm.ops.langevin_step.reference import widen
+from mmebm.ops.common.layout import widen
 
 JOINTS: tuple[Joint, ...] = get_args(Joint)
 

@@ -19,7 +19,7 @@ from mmebm.data.mapped import as_set
 from mmebm.data.stream import Prefetch, WorkerBatches
 from mmebm.evaluation.heldout import METRICS, held_out, summary
 from mmebm.evaluation.latent import usable_rows
-from mmebm.ops.langevin_step.reference import widen
+from mmebm.ops.common.layout import widen
 from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.callbacks import Callback

@@ -56,7 +56,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_two_orders_of_the_same_sums_agree(activation: Any) -> None:
     """100 networks: autograd on permuted hidden units, that is, sums in another order, at 1 to 100 chains, large and
-    small weights and states. Of 21,000 such, none needed a FACTOR of 8."""
+    small weights and states."""
     for trial in range(100):
         torch.manual_seed(1000 + trial)
         inputs, hidden = (int(torch.randint(1, 80, ())) for _ in range(2))
