@@ -53,6 +53,8 @@ class _Once(parametrize.ParametrizationList):
     """A ParametrizationList whose weight is computed once by each chain. For other threads it is as before: torch's own
     ``parametrize.cached()`` would hand this chain's weights, which have no graph, to a thread that trains."""
 
+    mmebm_pure = True  # what it keeps is of this chain
+
     def forward(self) -> torch.Tensor:
         weights = None if torch.compiler.is_compiling() else _thread.weights
         if weights is None:

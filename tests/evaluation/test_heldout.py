@@ -108,8 +108,9 @@ def test_the_gaussian_kernel_distance_of_two_normals(seed: int) -> None:
     # E k(x, y) of N(m, 1) and N(m', 1) is h / sqrt(h^2 + 2) exp(-(m - m')^2 / (2 (h^2 + 2)))
     exact = 2 * h / math.sqrt(h**2 + 2) * (1 - math.exp(-(shift**2) / (2 * (h**2 + 2))))
     found = gaussian_kernel_distance({"x": a}, {"x": b}, bandwidths={"x": h}, seed=seed)
-    # ten parts: the t distribution of nine degrees of freedom leaves 1e-4 beyond six errors
-    assert abs(found.value - exact) < 6 * found.error and found.error < 0.05 * exact
+    # ten parts: the t distribution of nine degrees of freedom leaves 1e-4 beyond six errors. Over 120 seeds the value
+    # has a standard deviation of .0098, which an error of nine degrees of freedom exceeds 2.2 times in 1e-5 of cases
+    assert abs(found.value - exact) < 6 * found.error and found.error < 2.2 * 0.0098
     same = gaussian_kernel_distance({"x": a}, {"x": b - shift}, seed=seed)
     assert abs(same.value) < 6 * same.error
 

@@ -9,7 +9,9 @@ before, or draw random numbers; such an operation is refused before it happens.
 
 from __future__ import annotations
 
+import argparse
 import builtins
+import dataclasses
 import dis
 import functools
 import inspect
@@ -69,6 +71,26 @@ _BUILTINS = (
     ValueError,
     TypeError,
 )
+# Values in which no code hides
+_INERT = (
+    type(None),
+    type(...),
+    slice,
+    range,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class _Record:
+    """What a plain dataclass defines for syntax, which names no attribute."""
+
+
+_OF_RECORDS = frozenset((*vars(_Record), *vars(types.SimpleNamespace), *vars(argparse.Namespace), "__post_init__"))
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 _NAMESPACES = (torch, nn, nn.functional, math, operator)
@@ -257,6 +279,15 @@ def _attribute(owner: Any, name: str) -> Any:
     return inspect.getattr_static(owner, name, introspect.EMPTY)
 
 
+def _is_record(value: Any) -> bool:
+    """An object that only has fields, such as a dataclass of settings; its methods and properties are read as any."""
+    kind = type(value)
+    if not (dataclasses.is_dataclass(kind) or kind in (types.SimpleNamespace, argparse.Namespace)):
+        return False
+    own = {name for base in kind.__mro__ if base is not object for name in vars(base) if name.startswith("__")}
+    return own <= _OF_RECORDS and hasattr(value, "__dict__")
+
+
 def _names_of(m: nn.Module) -> Iterator[str]:
     for place in (m.__dict__, m._modules, m._parameters, m._buffers, _class_names(type(m))):
         yield from place
@@ -273,6 +304,7 @@ class Examination:
         self._waiting: list[tuple[Any, Any]] = []  # (function or module, owner of its attributes)
         self._seen: set[int] = set()
         self._modules: list[nn.Module] = []
+        self._records: list[Any] = []
         self._attributes: dict[str, str] = {}  # name -> who reads it
 
     def run(self, first: Any, owner: Any = None) -> None:
@@ -355,35 +387,52 @@ class Examination:
             if id(value) not in self._seen:
                 self._waiting.append((value, owner))
             return
-        if isinstance(value, (Tensor, numbers.Number, str, type(None), torch.dtype, torch.device)):
+        if isinstance(value, (Tensor, numbers.Number, str, _INERT)):
             return
         items: Any = value
-        if type(value) in (list, tuple, dict) and len(items) <= introspect.MAX_ITEMS:
+        if type(value) in (list, tuple, dict, torch.Size) and len(items) <= introspect.MAX_ITEMS:
             for part in list(items.values() if isinstance(value, dict) else items):
                 self._value(label, name, part, owner)
             return
         if any(value is known for known in (*_NAMESPACES, *_BUILTINS)) or _is_operation(value) or value is super:
+            return
+        if self._traced and _is_record(value):
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._records.append(value)
             return
         refuse(f"{label} uses {name}, which is not known to be without effect")
 
     def _resolve_attributes(self) -> None:
         """What each name of an attribute may mean, in any of the modules."""
         harmless = harmless_names() | _computation_names() if self._traced else harmless_names()
-        places = [(m, frozenset(_names_of(m))) for m in self._modules]
-        for name, label in self._attributes.items():
-            owners = [m for m, names in places if name in names]
-            if not owners and name not in harmless and name not in _READS:
-                refuse(f"{label} uses {name}, which is not known to be without effect")
-            for m in owners:
-                value = _attribute(m, name)
-                own = self._traced and isinstance(value, types.FunctionType) and name not in m.__dict__
-                if own and _is_pure(type(m), name):
-                    continue
-                if isinstance(value, (staticmethod, classmethod)):
-                    value = value.__func__
-                elif isinstance(value, property):
-                    value = value.fget
-                self._value(label, name, value, m)
+        found = -1
+        while found != len(self._records):  # what has the name of an attribute may have attributes itself
+            found = len(self._records)
+            places: list[tuple[Any, frozenset[str]]] = [(m, frozenset(_names_of(m))) for m in self._modules]
+            places += [(r, frozenset((*vars(r), *_class_names(type(r))))) for r in self._records]
+            unknown: dict[str, str] = {}
+            for name, label in self._attributes.items():
+                owners = [owner for owner, names in places if name in names]
+                if not owners and name not in harmless and name not in _READS:
+                    unknown[name] = label
+                for owner in owners:
+                    self._resolve(label, name, owner)
+        if unknown and not self._waiting:
+            name, label = next(iter(unknown.items()))
+            refuse(f"{label} uses {name}, which is not known to be without effect")
+
+    def _resolve(self, label: str, name: str, owner: Any) -> None:
+        """What the attribute ``name`` of ``owner`` is."""
+        value = _attribute(owner, name)
+        own = self._traced and isinstance(value, types.FunctionType) and name not in owner.__dict__
+        if own and _is_pure(type(owner), name):
+            return
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        self._value(label, name, value, owner)
 
 
 def examine_call(m: nn.Module) -> None:
