@@ -144,8 +144,8 @@ def _linear_map(one: Callable[[Tensor], Tensor], size: int) -> Tensor:
     return one(torch.eye(size, dtype=torch.float64, device=CPU).unsqueeze(1)).squeeze(1).t()
 
 
-def _separable(r: Recorder, x: Tensor, rows: Tensor, columns: Tensor) -> int:
-    """A map of rows times a map of columns, each (out, in)."""
+def _separable(r: Recorder, x: Tensor, rows: Tensor, columns: Tensor, sides: tuple[int, ...]) -> int:
+    """A map of rows times a map of columns, each (out, in), to ``sides`` positions."""
     most = [int((m != 0).sum(1).max()) for m in (rows, columns)]
     weight, index = [], []
     for m, k in zip((rows, columns), most, strict=True):
@@ -155,7 +155,7 @@ def _separable(r: Recorder, x: Tensor, rows: Tensor, columns: Tensor) -> int:
     at = index[0][:, None, :, None] * x.shape[-1] + index[1][None, :, None, :]
     by = weight[0][:, None, :, None] * weight[1][None, :, None, :]
     shape = (rows.shape[0] * columns.shape[0], -1)
-    return _pooled(r, x, at.reshape(shape), by.reshape(shape), (rows.shape[0], columns.shape[0]))
+    return _pooled(r, x, at.reshape(shape), by.reshape(shape), sides)
 
 
 @rule("_adaptive_avg_pool2d")
@@ -164,7 +164,7 @@ def _adaptive_avg_pool2d(r: Recorder, out: Tensor, x: Tensor, size: Sequence[int
         _linear_map(lambda e, n=n: F.adaptive_avg_pool1d(e, n), side)
         for side, n in zip(x.shape[2:], out.shape[2:], strict=True)
     ]
-    return _separable(r, x, *maps)
+    return _separable(r, x, *maps, tuple(out.shape[2:]))
 
 
 def _upsampled(name: str, function: Callable[[Tensor, int, bool, Any], Tensor]) -> None:
@@ -176,11 +176,14 @@ def _upsampled(name: str, function: Callable[[Tensor, int, bool, Any], Tensor]) 
         for i, (side, n) in enumerate(zip(x.shape[2:], out.shape[2:], strict=True)):
             scale = scales[i] if i < len(scales) else None
             maps.append(_linear_map(lambda e, n=n, s=scale: function(e, n, align, s), side))
-        return _separable(r, x, *maps)
+        if len(maps) == 1:
+            maps = [torch.ones(1, 1, dtype=torch.float64, device=CPU), *maps]
+        return _separable(r, x, *maps, tuple(out.shape[2:]))
 
 
 _aten = torch.ops.aten
-_upsampled("upsample_bilinear2d", lambda x, n, align, by: _aten.upsample_linear1d.default(x, [n], align, by))
+for _name in ("upsample_linear1d", "upsample_bilinear2d"):
+    _upsampled(_name, lambda x, n, align, by: _aten.upsample_linear1d.default(x, [n], align, by))
 _upsampled(
     "upsample_bicubic2d",
     lambda x, n, align, by: _aten.upsample_bicubic2d.default(x.unsqueeze(2), [1, n], align, None, by).squeeze(2),

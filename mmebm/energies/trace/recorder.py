@@ -102,6 +102,8 @@ class Recorder:
         """A :class:`~mmebm.ops.net.graph.Map`; without one where it would change nothing."""
         shape = shape or (1,)
         size = math.prod(shape)
+        if size == 0:
+            refuse("it computes with a tensor of no elements")
         index = index.reshape(size, -1).to(torch.int64)
         whole = len(nodes) == 1 and weight is None and index.shape[1] == 1 and size == math.prod(self.shapes[nodes[0]])
         if whole and torch.equal(index[:, 0], positions((size,))):

@@ -40,7 +40,9 @@ def _circular(x: Tensor, pad: Sequence[int]) -> Tensor:
         n = x.shape[dim]
         if min(before, after) < 0 or max(before, after) > n:
             refuse(f"it pads {n} elements circularly by {before} and {after}")
-        x = torch.cat([x.narrow(dim, n - before, before), x, x.narrow(dim, 0, after)], dim)
+        left = [x.narrow(dim, n - before, before)] if before else []
+        right = [x.narrow(dim, 0, after)] if after else []
+        x = torch.cat([*left, x, *right], dim) if left or right else x
     return x
 
 
@@ -73,11 +75,13 @@ class Rewrite(TorchFunctionMode):
         if func is F.instance_norm:
             names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
             given = {**dict(zip(names, args, strict=False)), **given}
-            if given.get("use_input_stats", True):
-                if given.get("running_mean") is not None:
-                    refuse("its instance norm tracks running statistics")
-                x = given["input"]
-                return F.group_norm(x, x.shape[1], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+            x, weight, bias, eps = (*map(given.get, ("input", "weight", "bias")), given.get("eps", 1e-5))
+            if not given.get("use_input_stats", True):
+                mean, variance = given.get("running_mean"), given.get("running_var")
+                return F.batch_norm(x, mean, variance, weight, bias, eps=eps)  # type: ignore[arg-type]
+            if given.get("running_mean") is not None:
+                refuse("its instance norm tracks running statistics")
+            return F.group_norm(x, x.shape[1], weight, bias, eps)  # type: ignore[union-attr]
         return func(*args, **(kwargs or {}))
 
 
