@@ -26,6 +26,7 @@ from mmebm.ops.terms import too_wide
 from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.kept_nets import trace
+from mmebm.samplers.user_modules import modules_of
 from mmebm.samplers.verify import Check
 
 RECORDS = ("energy", "grad_norm")
@@ -61,7 +62,7 @@ def _options_reason(p: Problem, tensors: Sequence[Tensor]) -> str | None:
 
 class _Refusals:
     """Energies that could not be traced, which costs an evaluation of the energy: they are tried again at every
-    ``PERIOD``-th chain only. A function counts by its code, an object by itself and its mode."""
+    ``PERIOD``-th chain only. A function counts by its code, an object by itself, and what both reach by its mode."""
 
     PERIOD = 32
 
@@ -72,8 +73,8 @@ class _Refusals:
     def _entry(self, energy: Any, tensors: Sequence[Tensor]) -> dict[str, Any]:
         what = energy.__code__ if isinstance(energy, types.FunctionType) else energy
         shapes = tuple((t.shape, t.device) if self._whole else t.shape[1:] for t in tensors)
-        rest = (type(energy), getattr(energy, "training", None), shapes)
-        return self._known.get([what], rest, lambda: {"why": None, "chains": 0})
+        modes = tuple((id(m), getattr(m, "training", None)) for m in modules_of(energy))
+        return self._known.get([what], (type(energy), modes, shapes), lambda: {"why": None, "chains": 0})
 
     def get(self, energy: Any, tensors: Sequence[Tensor]) -> str | None:
         """Why ``energy`` is not to be tried at this chain, or None."""

@@ -98,6 +98,53 @@ def test_published_energies(chains: int) -> None:
     agree(lambda x: logits(x)[:, 3] + (x**2).flatten(1).sum(1) / (2 * 0.01**2), x)
 
 
+def test_conditions_of_each_chain() -> None:
+    """Images, embedded labels and coordinates beside the state's channels, the same and another for each chain."""
+    conv, embed = nn.Conv2d(6, 4, 3, padding=1).double(), nn.Embedding(10, 2 * 36).double()
+    image, labels = images(5, 3, 6, 6), torch.tensor([3, 1, 4, 1, 5])
+    value = lambda h: F.silu(conv(h)).square().sum((1, 2, 3))
+    agree(lambda x: value(torch.cat([x, image, image[:, :1]], 1)), images(5, 2, 6, 6))
+    agree(lambda x: value(torch.cat([embed(labels).view(-1, 2, 6, 6), x, image[:, 1:]], 1)), images(5, 2, 6, 6))
+    agree(lambda x: value(torch.stack([*image.unbind(1), x[:, 0], image[:, 0], x[:, 1]], 1)), images(5, 2, 6, 6))
+
+    def with_coordinates(x: Tensor) -> Tensor:
+        at = torch.linspace(-1, 1, 6, dtype=x.dtype)
+        rows, columns = at.view(1, 1, 6, 1).expand(len(x), 1, 6, 6), at.view(1, 1, 1, 6).expand(len(x), 1, 6, 6)
+        return value(torch.cat([x, rows, columns], 1))
+
+    agree(with_coordinates, images(5, 4, 6, 6))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 3, 3, padding=(0, 1), padding_mode="circular"),
+        nn.Conv2d(2, 3, (1, 4), padding="same"),
+        nn.Conv2d(2, 3, 3, padding=2, padding_mode="replicate"),
+        nn.InstanceNorm2d(2),
+        nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
+        nn.Upsample(scale_factor=1.5, mode="bilinear"),
+        nn.AdaptiveAvgPool2d((2, 3)),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers(layer: nn.Module) -> None:
+    layer = layer.double().eval()
+    for name, t in layer.named_buffers():
+        if name.startswith("running"):
+            t.uniform_(0.5, 1.5)
+    agree(lambda x: layer(x).tanh().sum((1, 2, 3)), images(3, 2, 5, 6))
+
+
+@pytest.mark.parametrize("corners", [True, False])
+def test_layers_over_one_dimension(corners: bool) -> None:
+    up = nn.Upsample(scale_factor=2, mode="linear", align_corners=corners)
+    norm = nn.InstanceNorm1d(2, track_running_stats=True).double().eval()
+    agree(lambda x: up(x).tanh().sum((1, 2)), images(3, 2, 7))
+    agree(lambda x: F.adaptive_avg_pool1d(norm(x), 3).tanh().sum((1, 2)), images(3, 2, 7))
+
+
 @pytest.mark.parametrize("net", ["conv", "resnet"])
 def test_this_package(seed: int, net: Any) -> None:
     joint = JointEnergy({"a": (3, 28, 28), "b": (1, 13, 17), "w": (10,)}, net=net, trunk_width=4).double()

@@ -114,7 +114,7 @@ def layer(draw: Draw, shape: Shape, depth: int, kinds: tuple[str, ...] = ()) -> 
             return nn.utils.parametrizations.spectral_norm(made)
         return nn.utils.parametrizations.weight_norm(made) if normed == "weight" else made
     if kind == "act":
-        named = SMOOTH | {name: act for name, act in KINKED.items() if name != "max" or dimension == 1 and least > 1}
+        named = SMOOTH | {name: act for name, act in KINKED.items() if name != "max" or (dimension == 1 and least > 1)}
         return named[draw(st.sampled_from(tuple(named)), label="activation")]()
     if kind == "convT":
         kernel, stride = draw(whole(1, 4), label="kernel"), draw(st.sampled_from((1, 2)), label="stride")

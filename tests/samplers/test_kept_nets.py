@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -117,6 +118,34 @@ def _in_place(net: Any) -> None:
             t.add_(0.3 * torch.randn_like(t))
 
 
+@dataclasses.dataclass
+class Settings:
+    scale: float = 1.0
+    tuned: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        return self.scale * self.tuned
+
+
+class Configured(Net):
+    """Reads the settings that people keep beside a network."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.settings.scale * self.body(x[BAND]).flatten(1).sum(1)
+
+
+class ByProperty(Configured):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.settings.factor * super().forward(x)
+
+
+BAND = (slice(None), slice(None), slice(1, 6), ...)
+
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "weights in place": (Net, _in_place),
     "weights by .data": (Net, _by_data),
@@ -129,6 +158,12 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "an entry of a list": (Net, lambda e: e.kinds.__setitem__(0, "relu")),
     "a layer": (Net, lambda e: e.body.__setitem__(1, nn.ReLU())),
     "a layer's number": (Net, lambda e: setattr(e.body[2], "padding", (1, 1))),
+    "a dataclass": (lambda: Configured(Settings()), lambda e: setattr(e.settings, "scale", -0.5)),
+    "a property's field": (lambda: ByProperty(Settings()), lambda e: setattr(e.settings, "tuned", -0.5)),
+    "a namespace": (
+        lambda: Configured(SimpleNamespace(scale=1.0)),
+        lambda e: setattr(e, "settings", SimpleNamespace(scale=-0.5)),
+    ),
     "a hook": (Net, _hook),
     "forward": (Net, _forward_replaced),
     "a word of the class": (Words, lambda e: setattr(type(e), "kind", "sum" if e.kind == "mean" else "mean")),
@@ -138,10 +173,10 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 }
 
 
-def agrees(energy: Any, x: Any, **options: Any) -> Any:
+def agrees(energy: Any, x: Any, mode: Any = "keep", **options: Any) -> Any:
     """The chain by default is the loop's with autograd."""
-    ours = Langevin(0.02, 0.0, mode="keep").sample(energy, x, 2, seed=0, **options)
-    loop = Langevin(0.02, 0.0, mode="keep", backend="torch").sample(energy, x, 2, seed=0, **options)
+    ours = Langevin(0.02, 0.0, mode=mode).sample(energy, x, 2, seed=0, **options)
+    loop = Langevin(0.02, 0.0, mode=mode, backend="torch").sample(energy, x, 2, seed=0, **options)
     for a, b in zip(flatten(ours.state)[1], flatten(loop.state)[1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=CLOSE)
     return ours
@@ -211,8 +246,10 @@ def test_arguments_are_those_of_the_call(traced: list[Any]) -> None:
     assert len(traced) == 3
 
 
-def test_derived_weights(traced: list[Any]) -> None:
-    """Spectral and weight norm and a folded batch norm are computed again from what they come from."""
+@pytest.mark.parametrize("mode", ["keep", "eval"])
+def test_derived_weights(traced: list[Any], mode: str) -> None:
+    """Spectral and weight norm and a folded batch norm are computed again from what they come from; in mode "eval"
+    by what computes them once a chain."""
     net = nn.Sequential(
         parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
         nn.SiLU(),
@@ -224,12 +261,40 @@ def test_derived_weights(traced: list[Any]) -> None:
     energy = nn.Sequential(net, nn.Flatten(), nn.Linear(12, 1, bias=False)).eval()
     x = torch.randn(3, *SHAPE)
     for _ in range(3):
-        assert agrees(energy, x).info["op"] == "langevin_net"
+        ours = agrees(energy, x, mode)
+        assert ours.info["op"] == "langevin_net", ours.info["reason"]
         with torch.no_grad():
             for t in (*energy.parameters(), *energy.buffers()):
                 if t.is_floating_point():
                     t.mul_(0.8).add_(0.1 * torch.rand_like(t))
     assert len(traced) == 1
+
+
+def test_settings_that_do_more_than_hold_values_are_the_loops() -> None:
+    @dataclasses.dataclass
+    class Counting:
+        calls: int = 0
+
+        @property
+        def scale(self) -> float:
+            self.calls += 1
+            return 1.0
+
+    @dataclasses.dataclass
+    class Called:
+        calls: int = 0
+
+        def __getitem__(self, name: str) -> float:
+            self.calls += 1
+            return 1.0
+
+    x = torch.randn(3, *SHAPE)
+    counting, called = Counting(), Called()
+    net = body()
+    assert Langevin(0.02, 0.0).sample(Configured(counting).eval(), x, 4, seed=0).info["op"] == "langevin_step"
+    energy = lambda x: called["scale"] * net(x).flatten(1).sum(1)
+    assert Langevin(0.02, 0.0).sample(energy, x, 4, seed=0).info["op"] == "langevin_step"
+    assert counting.calls == called.calls == 4
 
 
 def test_two_of_a_kind(traced: list[Any]) -> None:

@@ -230,3 +230,10 @@ def test_an_energy_that_cannot_be_traced_is_not_tried_at_every_chain(monkeypatch
     for mode in (True, False, True):
         sampler.replace(mode="keep").sample(net.train(mode), x, 1)
     assert len(tried) == 5  # another mode may be another energy
+    # the same code, but over another network
+    held: list[nn.Module] = []
+    energy = lambda x: held[0](x).sum((1, 2, 3))
+    for act in (nn.RReLU(), nn.SiLU()):
+        held[:] = [nn.Sequential(nn.Conv2d(3, 2, 3), act)]
+        out = sampler.replace(mode="train").sample(energy, torch.randn(2, 3, 4, 4), 1)
+    assert out.info["op"] == "langevin_net", out.info["reason"]

@@ -72,22 +72,14 @@ _BUILTINS = (
     TypeError,
 )
 # Values in which no code hides
-_INERT = (
-    type(None),
-    type(...),
-    slice,
-    range,
-    bytes,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
+_INERT = (type(None), type(...), slice, range, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class _Record:
     """What a plain dataclass defines for syntax, which names no attribute."""
+
+    value: float = 0.0
 
 
 _OF_RECORDS = frozenset((*vars(_Record), *vars(types.SimpleNamespace), *vars(argparse.Namespace), "__post_init__"))

@@ -163,16 +163,15 @@ def _joined(r: Recorder, parts: Sequence[Tensor], dim: int, join: Callable[..., 
     nodes, pieces, start = [], [], 0
     for part in parts:
         if r.value(part) is None:
-            t = part.detach()
-            if t.shape[0] == r.chains and r.chains > 1 and not bool((t == t[:1]).all()):
-                refuse("it concatenates the state with data of its own for each chain")
+            t = part.detach().to(out.dtype)
+            if bool((t == t[:1]).all()):
+                t = t[:1]
             # a node that is the constant whatever it reads
-            t = t[:1].to(out.dtype)
             zero = torch.full((math.prod(t.shape[1:]), 1), -1, dtype=torch.int64, device=CPU)
             first = next(r.node(p) for p in parts if r.value(p) is not None)
             shape = tuple(t.shape[1:]) or (1,)
             empty = r.add(graph.Map((first,), shape, zero))
-            nodes.append(r.add(graph.Add((empty,), (1.0,), t.reshape(1, *shape).contiguous())))
+            nodes.append(r.add(graph.Add((empty,), (1.0,), t.reshape(-1, *shape).contiguous())))
         else:
             nodes.append(r.node(part))
         pieces.append(start + positions(part.shape[1:]).unsqueeze(0))
