@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, event, given, note, settings
+from hypothesis import assume, event, given, note, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -365,7 +365,10 @@ FEW = settings(max_examples=20 if settings.get_current_profile_name() == "fuzz-p
 @FEW
 @given(example=examples())
 def test_convolutional_energy(example: Example) -> None:
-    truth = example.restated(torch.float64)
+    try:
+        truth = example.restated(torch.float64)
+    except RuntimeError:  # autograd's: an in-place activation took what another layer needs
+        reject()
     assume(all(np.isfinite(t).all() for t in truth.state))
     rough = [example.restated(torch.float32, jitter=n) for n in range(3)]
     tolerance = Tolerance(truth, rough, 2.0**-24)
