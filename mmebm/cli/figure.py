@@ -6,16 +6,20 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmebm.cli.common import pick_device
+from mmebm.cli.evaluate import split_features
 from mmebm.evaluation import figures
 from mmebm.evaluation.latent import encoders, interpolate_prior, latent_report
+from mmebm.evaluation.matching import Features, match_report, match_table
 from mmebm.files import check_writable
 from mmebm.report import pictures
 from mmebm.report.sections import columns_of
 from mmebm.training.run import Run, read_log
 
 COLUMNS, PATHS = 12, 3
+SCORED = 256  # rows of the score of captions
 
 
 def figure(arguments: argparse.Namespace) -> int:
@@ -26,14 +30,21 @@ def figure(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out must end in .png, got {arguments.out!r}")
     check_writable(out)
     folders = list(dict.fromkeys(Path(run) for run in arguments.run))
+    if arguments.features and number not in ("7", "8"):
+        raise ValueError(f"--features are for the score of captions, of figures 7 and 8, got figure {number}")
+    arguments.result = {}
     if number in SEVERAL:
         written = [SEVERAL[number](folders, out)]
     else:
         if len(folders) > 1:
             raise ValueError(f"figure {number} is of one run, got {len(folders)}")
         run = Run(folders[0], pick_device(arguments.device), data_path=arguments.data_path)
+        functions = split_features(arguments.features, run)[1]
         written = ONE[number](run, out, arguments.seed)
-    arguments.result = {"out": [str(path) for path in written]}
+        if number in ("7", "8") and (score := caption_score(run, number, functions, arguments.seed)):
+            arguments.result["matching"] = score
+            print(match_table(score))
+    arguments.result["out"] = [str(path) for path in written]
     print("\n".join(map(str, written)))
     return 0
 
@@ -113,6 +124,14 @@ def paths(run: Run, out: Path, seed: int) -> list[Path]:
     made = interpolate_prior(run.system, PATHS, 11, seed=seed, data_steps=None if run.revises else 0)
     strips = {f"path {i + 1}": pictures.natural(run, {k: v[i] for k, v in made.items()}) for i in range(PATHS)}
     return [figures.interpolation_grid(strips, out)]
+
+
+def caption_score(run: Run, number: str, functions: Mapping[str, Features], seed: int) -> dict[str, Any]:
+    """How well captions fit images: in joint samples of the last point (figure 7), or in completions (8)."""
+    point = (run.points or ("vae",))[-1]
+    points = {point: run.sample(SCORED, point, seed=seed)} if number == "7" else {}
+    ways = {} if number == "7" else run.completions()
+    return match_report(points, ways, run.dataset("test"), run.dataset("train"), functions, n=SCORED, seed=seed)
 
 
 def completions(run: Run, out: Path, seed: int) -> list[Path]:
