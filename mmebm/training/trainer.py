@@ -113,8 +113,12 @@ class Trainer:
         adams = {"generator": config.generator, "inference": config.inference, "energy": config.energy}
         if config.latent_prior is not None:
             adams["prior"] = config.latent_prior.adam
+        part = config.batch // config.accumulate
+        self._weight = self.processes.weight(part)
         self.optimisers = {
-            name: Optimiser(getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes)
+            name: Optimiser(
+                getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes, weight=self._weight
+            )
             for name, adam in adams.items()
         }
         # the weights' moving average, which a run samples with; the chains of training keep to the weights themselves
@@ -123,7 +127,7 @@ class Trainer:
         self.prior_teacher = prior_teacher(s.prior, config.latent_prior, self.optimisers.get("prior"))
         self.energy_terms: list[EnergyTerm] = []
         if config.shuffled_tuples is not None:
-            self.energy_terms.append(ShuffledTuples(config.shuffled_tuples))
+            self.energy_terms.append(ShuffledTuples(config.shuffled_tuples, self.processes, part))
         self.data_starts = DataStarts(s, config.start, seed=config.seed)
         self.latent_starts = LatentStarts(s, config.start, len(self.data))
         self.guard = Guard(config.guard)
@@ -436,7 +440,8 @@ class Trainer:
         rows: list[Row] = []
         self._reader = self._ahead()
         started = time.perf_counter()
-        while self.iteration < self.total and not self.stop:
+        stop = self._stopped()
+        while self.iteration < self.total and not stop:
             stage_index, k = self._position()
             stage = self.config.stages[stage_index]
             self._begin(stage, k / max(stage.iterations - 1, 1))
@@ -458,7 +463,8 @@ class Trainer:
             # what is due at an iteration does not move when a run stops and goes on
             due = bool(checks) and self.iteration % checks == 0
             kept = bool(keeps) and self.iteration % keeps == 0
-            if len(rows) < every and not (last or due or kept or self.stop):
+            stop = self._stopped()
+            if len(rows) < every and not (last or due or kept or stop):
                 continue
             seconds = (time.perf_counter() - started) / len(rows)
             numbers = self._numbers(rows)
@@ -492,9 +498,15 @@ class Trainer:
                 alarm = self.guard.alarm(mean)
                 yield self._told({**mean, "alarm": alarm} if alarm else mean)
             started = time.perf_counter()
+            stop = self._stopped()  # whoever was given the row may have set it
         if self._reader is not None:
             self._reader.close()
         self._reader = None
+
+    def _stopped(self) -> bool:
+        """Whether any process is to stop: all of them end after the same iteration, whoever got a signal first."""
+        self.stop = self.processes.largest(self.stop)
+        return bool(self.stop)
 
     def _told(self, row: Row) -> Row:
         """``row``, with what the callbacks put into it."""
@@ -598,7 +610,7 @@ class Trainer:
             flat = torch.tensor(
                 [float(value) for row in rows for value in row.values()], dtype=torch.float64, device=self.device
             )
-            self.processes.average([flat])
+            self.processes.average([flat], weight=self._weight)
             values = iter(flat.tolist())
             return [{name: next(values) for name in row} for row in rows]
         return [{name: float(value) for name, value in row.items()} for row in rows]
