@@ -68,9 +68,12 @@ def test_gradients_of_all_processes_are_averaged(both: list[dict[str, Any]]) -> 
     torch.manual_seed(0)
     net, x = torch.nn.Linear(5, 2), torch.randn(9, 5)
     optimiser = Optimiser(net, AdamConfig())
+    whole = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
     for _ in range(3):
         optimiser.step(net(x).square().mean())
     for one in both:
+        # Adam's update has the gradient's sign and hardly its size: look at the gradient itself
+        torch.testing.assert_close(one["gradient"], torch.cat([g.flatten() for g in whole]))
         for name, value in one["linear"].items():
             # another order of sums, through Adam's division by small second moments
             torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-4, atol=1e-6)

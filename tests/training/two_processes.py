@@ -22,8 +22,13 @@ torch.manual_seed(0)
 net, x = torch.nn.Linear(5, 2), torch.randn(9, 5)
 begin, end = processes.share(9)  # 4 and 5 rows
 optimiser = Optimiser(net, AdamConfig(), processes=processes, weight=processes.weight(9))
+gradients: list[torch.Tensor] = []
+optimiser.adam.register_step_pre_hook(
+    lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+)
 for _ in range(3):
     optimiser.step(net(x[begin:end]).square().mean())
+out["gradient"] = gradients[0]
 out["linear"] = net.state_dict()
 
 config = Config.from_json((folder / "config.json").read_text())
