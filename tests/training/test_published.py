@@ -16,6 +16,7 @@ from mmebm.training import PRESETS, Config, Trainer, preset
 from mmebm.training.config import ChainConfig, LatentPriorConfig
 from mmebm.training.networks import chain_reports
 from mmebm.training.presets import published
+from mmebm.training.run import Run
 from mmebm.training.system import System
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "study" / "published" / "measure.py"
@@ -76,6 +77,13 @@ def test_a_preset_trains_from_the_published_layout(name: str, measure: ModuleTyp
     still = {key for key, value in trainer.system.named_parameters() if torch.equal(value, before[key])}
     # the energy's constant: real and revised tuples move it by the same, up to what bfloat16 keeps of energy_l2
     assert still <= {"energy.fusion.4.bias"}
+    # the run is a model without its data: samples in natural space, captions as strings
+    trainer.save(tmp_path / "run")
+    run = Run(tmp_path / "run", data_path=str(tmp_path / "gone"))
+    x = run.sample(3, run.points[-1], seed=seed)
+    for m in run.modalities:
+        natural = m.natural(x[m.name])
+        assert len(natural) == 3 and (natural.dtype.kind == "U") == (m.kind == "caption")
 
 
 def test_the_sets_of_the_presets_are_those_that_are_written(measure: ModuleType) -> None:
