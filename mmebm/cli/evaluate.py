@@ -47,6 +47,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name):
             if not run.infers and name != "likelihood":
                 raise ValueError(f"--{name} needs an inference network, which this run does not train")
+            if name == "latent" and not classes_shared(run):
+                raise ValueError("--latent reads classes off z, and no test tuple has the class of a training tuple")
             more[name] = systems
     if arguments.sweep:
         chains = {"frozen": run.frozen, "xk": run.system}
@@ -107,9 +109,18 @@ def _of_network(network: FeatureExtractor) -> Features:
     return lambda images: network.features(torch.from_numpy(images) * 2 - 1)
 
 
+def classes_shared(run: Run) -> bool:
+    """Whether the train and the test split have a class in common: of CUB's species as divided in its captions, none
+    is in both."""
+    classes = [set(run.dataset(split).labels.unique().tolist()) - {-1} for split in ("train", "test")]
+    return bool(classes[0] & classes[1])
+
+
 def _classifiers(run: Run) -> Classifiers | None:
-    """The run's classifiers, fitted once and kept in its folder; None for sets without classes."""
-    if not run.dataset("test").classes:
+    """The run's classifiers, fitted once and kept in its folder; None where there is nothing for them to learn."""
+    if not classes_shared(run):
+        if run.dataset("test").classes:
+            print("no classifiers: the test tuples are of other classes than the training tuples")
         return None
     path = run.folder / "classifiers.pt"
     # a checkpoint that was kept is judged by those of its run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmebm.cli.common import pick_device
-from mmebm.cli.evaluate import split_features
+from mmebm.cli.evaluate import classes_shared, split_features
 from mmebm.evaluation import figures
 from mmebm.evaluation.latent import encoders, interpolate_prior, latent_report
 from mmebm.evaluation.matching import Features, match_report, match_table
@@ -74,9 +74,13 @@ def coherence_and_distance(folders: Sequence[Path], out: Path) -> Path:
         if ways and "1" in ways[-1]["by_given"]:
             given.setdefault(model, []).append((beta, last["frechet"], ways[-1]["by_given"]["1"]))
 
+    # one preset's variants by their own names
+    presets = {model.partition("/")[0] for model in joint}
+    short = {model: model.partition("/")[2] or model if len(presets) == 1 else model for model in joint}
+
     def noted(models: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[str, list[tuple[float, float, str]]]:
         return {
-            model: [(x, y, f"{beta:g}" if len(points) > 1 else "") for beta, x, y in sorted(points)]
+            short[model]: [(x, y, f"β={beta:g}" if len(points) > 1 else "") for beta, x, y in sorted(points)]
             for model, points in models.items()
         }
 
@@ -144,12 +148,14 @@ def completions(run: Run, out: Path, seed: int) -> list[Path]:
 
 def classes(run: Run, out: Path, seed: int) -> list[Path]:
     """Figure A.1: accuracy of classes read off z by the number of modalities, before and after the latent chain."""
+    if not classes_shared(run):
+        raise ValueError("there is no class to read off z: the set has none, or its test tuples are of other classes")
     found = latent_report(encoders(run.system), run.dataset("train"), run.dataset("test"), seed=seed)
     of = found["mean, 500 rows"]
     sizes = [int(size) for size in of["q"]["by_given"]]
     panel = {name: list(of[key]["by_given"].values()) for key, name in (("q", "q(z | x)"), ("z_k", "z_k"))}
     title = "accuracy of classes read off z"
-    return [figures.lines({title: panel}, out, x=sizes, label="modalities given", columns=1)]
+    return [figures.lines({title: panel}, out, x=sizes, label="modalities given", columns=1, counts=True)]
 
 
 SEVERAL: dict[str, Callable[[Sequence[Path], Path], Path]] = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mmebm.cli.evaluate import classes_shared
 from mmebm.cli.main import main
 from mmebm.data.text_codec import TextAutoencoder, TextSettings
 from mmebm.data.words import Vocabulary
@@ -112,3 +115,12 @@ def test_a_run_keeps_its_codec(
     ):
         assert main(["figure", wrong[0], str(tmp_path / "r"), *wrong[1:], "--device", "cpu"]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "shared"), [([0, 1], [1, 2], True), ([0, 1], [2], False), ([-1], [-1], False)]
+)
+def test_classes_that_no_training_tuple_has_judge_nothing(train: list[int], test: list[int], shared: bool) -> None:
+    """As the species of CUB, whose captions come in two splits without a species in both."""
+    sets = {"train": SimpleNamespace(labels=torch.tensor(train)), "test": SimpleNamespace(labels=torch.tensor(test))}
+    assert classes_shared(cast(Any, SimpleNamespace(dataset=sets.__getitem__))) == shared

@@ -40,7 +40,6 @@ run = Run(folder / "run")
 out["samples"] = {point: dict(run.sample(31, point, seed=7)) for point in run.points}
 
 
-
 class Stops(Callback):
     """The second process alone is told to stop, as a signal may reach one sooner than the other."""
 
