@@ -216,8 +216,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NETWORK",
-        help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your weights; "
-        "for the score of captions MODALITY=package.module:function, of your own",
+        help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your "
+        "weights; for the score of captions MODALITY=package.module:function, of your own",
     )
     more.add_argument(
         "--judge",

@@ -279,7 +279,7 @@ def fit_matching(
     rows = _rows(train, pair[0].name, check_count("n", n), seed)
     if len(rows) < LEAST_ROWS:
         raise ValueError(
-            f"a canonical correlation needs {LEAST_ROWS} training tuples with images of their own, there are {len(rows)}"
+            f"a canonical correlation needs {LEAST_ROWS} training tuples of different images, there are {len(rows)}"
         )
     values, given = _natural(train, rows, pair), features or {}
     own: tuple[Features, Features] = (plain_image_features, Words(values[1].tolist()))
