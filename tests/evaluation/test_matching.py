@@ -25,7 +25,7 @@ SIDES = ("left", "right")
 class Places:
     """A codec without loss: the number of the text among all."""
 
-    texts = [f"a {colour} bird on the {side}" for colour in NAMES for side in SIDES]
+    texts = tuple(f"a {colour} bird on the {side}" for colour in NAMES for side in SIDES)
 
     def encode(self, texts, /):
         numbers = torch.tensor([self.texts.index(text) for text in texts])
