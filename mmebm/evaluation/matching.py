@@ -107,9 +107,10 @@ class Projection(NamedTuple):
 
     def __call__(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of length 1, whose product is the cosine; rows of zeros for features that say nothing."""
-        return tuple(
+        left, right = (
             F.normalize((x.to(c) - c) @ w, dim=1) for x, c, w in zip((a, b), self.centres, self.weights, strict=True)
         )
+        return left, right
 
 
 def fit_projection(a: Tensor, b: Tensor, *, ridge: float | None = None, seed: int = 0) -> Projection:
@@ -186,7 +187,8 @@ def scores(a: Tensor, b: Tensor) -> dict[str, Any]:
         ``mismatched``, that of all pairs that do not belong together; and for each direction, ``a_to_b`` (b is looked
         for, given a) and ``b_to_a``, the share of pairs whose partner comes ``first`` and among the first ``five``, and
         the ``median_rank``. Equal cosines count as if in a random order, so that features that are all alike are at
-        chance: 1 / n, 5 / n, (n + 1) / 2.
+        chance: 1 / n, 5 / n, (n + 1) / 2. (Where all candidates are one of two the median may leave chance, the shares
+        do not.)
 
     Example:
         >>> scores(torch.eye(30), torch.eye(30))["a_to_b"]["first"]
