@@ -18,6 +18,7 @@ from mmebm.training.networks import chain_reports
 from mmebm.training.presets import published
 from mmebm.training.run import Run
 from mmebm.training.system import System
+from mmebm.training.variants import COSTS
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "study" / "published" / "measure.py"
 pytest.importorskip("PIL", reason="the extra 'train' reads images")
@@ -84,6 +85,14 @@ def test_a_preset_trains_from_the_published_layout(name: str, measure: ModuleTyp
     for m in run.modalities:
         natural = m.natural(x[m.name])
         assert len(natural) == 3 and (natural.dtype.kind == "U") == (m.kind == "caption")
+
+
+def test_costs_have_every_part(measure: ModuleType, tmp_path: Path, seed: int) -> None:
+    """What the benchmark measures is what an entry of COSTS holds, and none is free."""
+    config = narrow(measure.prepared("cub", tmp_path, n=8, seed=seed)).replace(precision="fp32", channels_last=False)
+    data = load(config.data.name, "train", path=tmp_path, **config.data.options)
+    found = measure.costs(config, data, repeats=1)
+    assert set(found) >= set(COSTS["polymnist-5k"]) and all(value > 0 for value in found.values())
 
 
 def test_the_sets_of_the_presets_are_those_that_are_written(measure: ModuleType) -> None:
