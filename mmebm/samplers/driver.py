@@ -29,7 +29,7 @@ from mmebm.samplers.samples import NONFINITE, NonFinite, Samples, report_nonfini
 from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.settings import choice
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
-from mmebm.samplers.watch import Callback, Watch
+from mmebm.samplers.watch import Watch
 from mmebm.state import State, flag, flatten, like_state
 
 S = TypeVar("S", bound=State)  # the state's structure
@@ -289,19 +289,13 @@ class Sampler:
         pairs = zip(x, out, p.masks, strict=True)
         return [t if mask is True else torch.where(mask, t, y) if mask is not False else y for t, y, mask in pairs]
 
-    def _sample(
-        self,
-        energy: Any,
-        state: State,
-        steps: int,
-        *,
-        inplace: bool = False,
-        progress: bool = False,
-        callback: Callback | None = None,
-        **arguments: Any,
-    ) -> Samples:
-        """``sample``, with the arguments of :func:`mmebm.samplers.arguments.resolve`."""
-        p, tensors, seed = resolve(self, energy, state, steps, inplace=inplace, **arguments)
+    def _sample(self, given: Mapping[str, Any]) -> Samples:
+        """``sample``, whose arguments by name are ``given``: those of :func:`mmebm.samplers.arguments.resolve`, what
+        the sampler carries, and ``progress`` and ``callback``."""
+        arguments = {name: value for name, value in given.items() if name not in ("self", *self.carries)}
+        progress, callback = arguments.pop("progress"), arguments.pop("callback")
+        carried = {name: given[name] for name in self.carries}
+        p, tensors, seed = resolve(self, carried=carried, **arguments)
         flag("progress", progress)
         watch = None
         if progress or callback is not None:
@@ -314,10 +308,10 @@ class Sampler:
             if watch is not None:
                 watch.close()
         taken = run.info.get("steps", p.steps)
-        if inplace:
+        if given["inplace"]:
             with torch.no_grad():
-                for given, new in zip(tensors, x, strict=True):
-                    given.copy_(new)
+                for t, new in zip(tensors, x, strict=True):
+                    t.copy_(new)
             x = tensors
         place = {"seed": seed, "steps": taken, "first_step": p.first_step, "next_step": p.first_step + taken}
         info = {**place, "nonfinite": broken, **run.info}

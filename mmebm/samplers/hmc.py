@@ -164,24 +164,7 @@ class HMC(Sampler):
             >>> bool((then.state == mmebm.HMC(0.1, adapt=20).sample(energy, x, 20, seed=0).state).all())
             True
         """
-        return self._sample(
-            energy,
-            state,
-            steps,
-            args=args,
-            kwargs=kwargs,
-            observed=observed,
-            carried={"adaptation": adaptation},
-            seed=seed,
-            generator=generator,
-            chain_offset=chain_offset,
-            first_step=first_step,
-            record=record,
-            thin=thin,
-            inplace=inplace,
-            progress=progress,
-            callback=callback,
-        )
+        return self._sample(locals())
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         rows = rows_of(self, _NUMBERS, p.keys, tensors, p.first_step, p.steps)
