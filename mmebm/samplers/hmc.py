@@ -295,8 +295,7 @@ class _CppTrajectories(_Trajectories):
         }
         self.energy, self.g = torch.zeros_like(self.out["accepted"]), self.op.g
         self.op.set_energy(self.energy)
-        prob, accepted, error = self.out.values()
-        self.op.set_outputs(prob, accepted, error, self.prob_sum, self.ever)
+        self.op.set_outputs(**self.out, prob_sum=self.prob_sum, ever_accepted=self.ever)
         self._row: dict[str, list[Any]] | None = None
 
     def restart(self, energy: Tensor, g: list[Tensor]) -> None:
