@@ -84,6 +84,8 @@ inline void bind_langevin_mlp(pybind11::module_& m, Isa (*isa_from)(const std::s
         py::arg("job"), py::arg("terms"));
   m.def("mlp_energy", run, "One evaluation of a sum of terms, the same of a job without steps.", py::arg("job"),
         py::arg("terms"));
+  m.def("mlp_tiles", [isa_from](int64_t chains, const std::string& isa) { return mlp_tiles(chains, isa_from(isa)); },
+        "In how many tiles, each the work of one thread, the chains are cut at most.", py::arg("chains"), py::arg("isa"));
   m.def("mlp_activation",
         [isa_from](int activation, float slope, uintptr_t in, uintptr_t value, uintptr_t derivative, int64_t n,
                    const std::string& isa) {

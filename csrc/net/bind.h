@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -16,9 +17,11 @@ namespace mmebm {
 inline NetSpec net_spec(const pybind11::dict& d) {
   namespace py = pybind11;
   NetSpec s;
-  const int kind = field<int>(d, "kind");
-  if (kind < 0 || kind > static_cast<int>(NetNodeKind::logsumexp)) throw py::value_error("kind is out of range");
-  s.kind = static_cast<NetNodeKind>(kind);
+  const std::string kind = field<std::string>(d, "kind");
+  size_t number = 0;
+  while (number < std::size(NET_NODE_KINDS) && kind != NET_NODE_KINDS[number]) ++number;
+  if (number == std::size(NET_NODE_KINDS)) throw py::value_error("there is no kind " + kind);
+  s.kind = static_cast<NetNodeKind>(number);
   for (const py::handle& x : field<py::tuple>(d, "xs")) s.xs.push_back(py::cast<int32_t>(x));
   const py::tuple shape = field<py::tuple>(d, "shape");
   s.channels = py::cast<int64_t>(shape[0]);
@@ -138,6 +141,12 @@ inline void bind_net(pybind11::module_& m, Isa (*isa_from)(const std::string&)) 
         py::arg("nodes"));
   m.def("net_energy", run, "One evaluation of a net, the same of a job without steps.", py::arg("job"),
         py::arg("nodes"));
+  m.def("net_tiles",
+        [isa_from](int64_t chains, int threads, const std::string& isa) {
+          return net_tiles(chains, isa_from(isa), threads);
+        },
+        "In how many tiles, each the work of one thread, a net cuts the chains.", py::arg("chains"), py::arg("threads"),
+        py::arg("isa"));
 }
 
 }  // namespace mmebm

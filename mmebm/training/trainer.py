@@ -26,7 +26,7 @@ from mmebm.training.callbacks import Callback
 from mmebm.training.config import TAUGHT, Config, Stage, fitted
 from mmebm.training.extensions import EnergyTerm, ShuffledTuples, prior_teacher
 from mmebm.training.guard import Guard, TrainingDiverged
-from mmebm.training.networks import class_name, flat_networks, own_names
+from mmebm.training.networks import chain_reports, class_name, flat_networks, own_names
 from mmebm.training.objectives import objective
 from mmebm.training.optimise import Optimiser
 from mmebm.training.parallel import Processes
@@ -367,6 +367,11 @@ class Trainer:
     def _share(self) -> tuple[int, int]:
         """This process's rows of a part of an iteration: from, to."""
         return self.processes.share(self.config.batch // self.config.accumulate)
+
+    def chain_reports(self) -> dict[str, str]:
+        """How each chain of as many rows as this process's part of an iteration runs here, and why: a line for each."""
+        begin, end = self._share()
+        return chain_reports(self.system, end - begin)
 
     def rows(self, iteration: int, part: int = 0) -> Tensor:
         """The tuples, drawn uniformly, of one part of an iteration on this process; known before its turn comes."""
