@@ -272,7 +272,8 @@ class FolderLock:
     NAME: Final = ".lock"
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / self.NAME
+        self.folder: Path = folder
+        self.path: Path = folder / self.NAME
         self._new = _missing(folder)
         self._handle: int | None = None
         while self._handle is None:

@@ -46,9 +46,11 @@ class Steps:
     shapes: Mapping[str, tuple[int, ...]] = {}
 
     def __init__(self, p: Problem, x: list[Tensor]) -> None:
-        self.problem, self.x = p, x
-        self.chains, self.device = x[0].shape[0], x[0].device
-        self.freeze = p.sampler.on_nonfinite == "freeze"
+        self.problem: Problem = p
+        self.x: list[Tensor] = x
+        self.chains: int = x[0].shape[0]
+        self.device: torch.device = x[0].device
+        self.freeze: bool = p.sampler.on_nonfinite == "freeze"
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         """Step ``k`` of this run; what of the step is recorded, where the problem asks for it."""

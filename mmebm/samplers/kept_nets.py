@@ -69,8 +69,8 @@ def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: 
     for kind in {type(item): None for item in seen if isinstance(item, nn.Module)}:
         for owner in kind.__mro__:
             if not in_library(owner):
-                fields = {n: v for n, v in vars(owner).items() if isinstance(v, _WORDS) and not n.startswith("__")}
-                key.add(fields)
+                own: list[tuple[str, Any]] = [each for each in vars(owner).items() if not each[0].startswith("__")]
+                key.add({name: value for name, value in own if isinstance(value, _WORDS)})
     return key
 
 

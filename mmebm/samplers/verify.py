@@ -60,8 +60,9 @@ class Check:
     """The check of one chain: :meth:`before` its first update and :meth:`after` its last."""
 
     def __init__(self, target: Target, lowered: Lowered | Traced, backend: str) -> None:
-        self.target, self.backend = target, backend
-        self.energy = lowered.energy
+        self.target: Target = target
+        self.backend: str = backend
+        self.energy: Energy = lowered.energy
         modules = [item for item in lowered.seen if isinstance(item, nn.Module)]
         rest = (structure(self.energy), lowered.scalar, backend, target.log_prob)
         entry = _entries.get(lowered.seen, rest, _Entry)
@@ -69,7 +70,7 @@ class Check:
             entry.chains += 1
             n = entry.chains
         self._entry = entry
-        self.due = n in EARLY or n % PERIOD == 0
+        self.due: bool = n in EARLY or n % PERIOD == 0
         parameters = {id(p): p for m in modules for p in (*m.parameters(), *m.buffers())} if self.due else {}
         self._versions = [(p, p._version) for p in parameters.values() if not p.is_inference()]
 
@@ -178,7 +179,7 @@ def _beside_a_kink(grad: Tensor, x: Tensor, wide: Energy, wrong: Tensor, allowed
     """Of the rows ``wrong``, those whose gradient is that of a point within some roundings of ``x``: bool (chains,)."""
     found = torch.zeros_like(wrong)
     generator = torch.Generator().manual_seed(0)
-    for row in wrong.nonzero().flatten()[:8].tolist():
+    for row in map(int, wrong.nonzero().flatten()[:8]):
         shifts = (
             torch.randn(64, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x.device) * 2.0**-22
         )

@@ -76,7 +76,7 @@ class _Refusals:
         what = energy.__code__ if isinstance(energy, types.FunctionType) else energy
         shapes = tuple((t.shape, t.device) if self._whole else t.shape[1:] for t in tensors)
         modes = tuple((id(m), getattr(m, "training", None)) for m in modules_of(energy))
-        rest = (type(energy), modes, shapes)
+        rest: Any = (energy.__class__, modes, shapes)
         return self._known.get([what], rest, lambda: {"why": None, "chains": 0, "net": False})
 
     def get(self, energy: Any, tensors: Sequence[Tensor]) -> str | None:
@@ -120,7 +120,8 @@ def _net_missing(backend: str, device: torch.device) -> str | None:
 def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
     """What the energy computes, or why neither op can say it."""
     args, kwargs = p.calls[0]
-    state, given = p.build(tensors), {"args": args, "kwargs": kwargs, "log_prob": p.sampler.log_prob}
+    state = p.build(tensors)
+    given: dict[str, Any] = {"args": args, "kwargs": kwargs, "log_prob": p.sampler.log_prob}
     missing = _net_missing(p.sampler.backend, tensors[0].device)
     traced_before, auto = _refusals.is_net(p.energy, tensors), dispatch.requested(p.sampler.backend)[0] == "auto"
     better = _elsewhere.get(p.energy, tensors) if traced_before and auto else None
@@ -215,7 +216,7 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         return reason
 
     def apart(rows: Tensor) -> list[Tensor]:
-        return [part.reshape(t.shape) for part, t in zip(rows.split(widths, dim=1), tensors, strict=True)]
+        return [part.reshape(t.shape) for part, t in zip(torch.split(rows, list(widths), dim=1), tensors, strict=True)]
 
     alive: Tensor | None = p.carried.get("alive")
     # that is, in their energy or gradient
@@ -259,7 +260,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         home = "cpu" if p.offload else device
         rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)
         trajectory = [
-            part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
+            part.reshape(len(kept), *t.shape)
+            for part, t in zip(torch.split(rows, list(widths), dim=2), tensors, strict=True)
         ]
     if frozen is not None:
         broken = broken | frozen

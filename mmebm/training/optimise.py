@@ -25,9 +25,11 @@ class Optimiser:
     def __init__(
         self, module: nn.Module, config: AdamConfig, *, accumulate: int = 1, processes: Processes | None = None
     ) -> None:
-        self.config, self.accumulate, self.processes = config, accumulate, processes or Processes()
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(
+        self.config: AdamConfig = config
+        self.accumulate: int = accumulate
+        self.processes: Processes = processes or Processes()
+        self.parameters: list[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
+        self.adam: torch.optim.Adam = torch.optim.Adam(
             self.parameters,
             lr=config.lr,
             betas=(config.beta1, config.beta2),

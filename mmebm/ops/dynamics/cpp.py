@@ -108,14 +108,14 @@ class Dynamics:
         keeps: bool,
         freeze: bool,
     ) -> None:
-        self.x = [t.contiguous() for t in x]
-        self.shapes = [t.shape for t in self.x]
-        self.chains = self.x[0].shape[0]
+        self.x: list[Tensor] = [t.contiguous() for t in x]
+        self.shapes: list[torch.Size] = [t.shape for t in self.x]
+        self.chains: int = self.x[0].shape[0]
         self.alive = alive
         fresh = lambda: [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in self.x]
-        self.y = fresh() if keeps else self.x
-        self.v = fresh()
-        self.g = fresh() if keeps else []
+        self.y: list[Tensor] = fresh() if keeps else self.x
+        self.v: list[Tensor] = fresh()
+        self.g: list[Tensor] = fresh() if keeps else []
         self._before = fresh() if keeps else []
         self._masks = [mask.contiguous() if isinstance(mask, Tensor) else None for mask in masks]
         self._constants: list[dict[str, Any]] = [{} for _ in self.x]
@@ -235,10 +235,11 @@ class Proposals:
         keep: bool,
         rows_per_chain: int = 1,
     ) -> None:
-        rows = self.rows = shapes[0][0]
+        rows = shapes[0][0]
+        self.rows: int = rows
         self.shapes = shapes
-        self.prob = torch.zeros(rows, dtype=torch.float32, device="cpu")
-        self.accepted = torch.zeros(rows, dtype=torch.bool, device="cpu")
+        self.prob: Tensor = torch.zeros(rows, dtype=torch.float32, device="cpu")
+        self.accepted: Tensor = torch.zeros(rows, dtype=torch.bool, device="cpu")
         self._masks = [None if mask is None else mask.expand(shape).contiguous() for mask, shape in zip(masks, shapes)]
         self._known: list[Any] = [None] * len(shapes)
         self._held: dict[Any, Any] = {}
