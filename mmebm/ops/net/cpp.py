@@ -12,6 +12,7 @@ other roundings; under ``torch.use_deterministic_algorithms`` all are summed pro
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Final, TypeAlias
@@ -35,8 +36,23 @@ _FUNCTIONS: Final = (
     *("relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "elu"),
     *("sigmoid", "square", "abs", "exp", "sqrt", "reciprocal"),
 )
-# Numbers of one chain that all nodes hold together: three buffers of 16 lanes of them are 768 MiB a thread.
-_ELEMENTS: Final = 1 << 22
+# Of the machine's memory that a chain's buffers may take: the user's own tensors and network lie there too.
+_SHARE: Final = 0.25
+
+
+def _machine() -> int:
+    """Bytes of memory that this machine has; 8 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 8 << 30
+
+
+def _buffers(net: Net, chains: int) -> int:
+    """About how many bytes hold a value, a slope and a gradient of each element, for the chains that run at a time."""
+    lanes = 16 if dispatch.isa() in ("auto", "avx512") and "avx512" in native.cpu().isas() else 8
+    tiles = min(torch.get_num_threads(), -(-chains // lanes))
+    return 3 * 4 * lanes * tiles * sum(math.prod(shape) for shape in shapes_of(net))
 
 
 def supports_energy(net: Net, x: Tensor) -> str | None:
@@ -60,11 +76,16 @@ def supports_energy(net: Net, x: Tensor) -> str | None:
     spans = sorted((n.start, n.start + math.prod(n.shape)) for n in net.nodes if isinstance(n, graph.Input))
     if any(one[1] > two[0] for one, two in pairwise(spans)):
         return "inputs of the net overlap"
-    elements = sum(math.prod(shape) for shape in shapes_of(net))
-    if elements > _ELEMENTS:
-        return f"the net has {elements} numbers a chain, taken are up to {_ELEMENTS}"
     available, reason = native.available("cpp")
-    return None if available else reason
+    if not available:
+        return reason
+    needed, there = _buffers(net, x.shape[0]), _machine()
+    if needed > _SHARE * there:
+        return (
+            f"the net takes up to {needed / 2**30:.3g} GiB of buffers on {torch.get_num_threads()} threads, taken is "
+            f"{_SHARE:.0%} of the {there / 2**30:.3g} GiB of this machine: fewer threads need less"
+        )
+    return None
 
 
 def supports(chain: NetChain, x: Tensor) -> str | None:
