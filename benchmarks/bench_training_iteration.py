@@ -184,8 +184,10 @@ def test_training_iteration(benchmark: Any, name: str, implementation: str) -> N
 
 
 def main() -> None:
-    """The operators of one iteration by the time that they take themselves. A chain in one call is none of torch's: it is
-    in what is left of the iteration's time."""
+    """The operators of one iteration by the time that they take themselves.
+
+    A chain in one call is none of them: it is in what is left of the iteration's time.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("name", choices=("demo", "polymnist-5k"))
     parser.add_argument("--implementation", choices=("eager", "mmebm"), default="mmebm")
