@@ -274,7 +274,9 @@ class FolderLock:
     NAME: Final = ".lock"
 
     def __init__(self, folder: Path, *, wait: bool = False) -> None:
-        self.folder, self.path, told = folder, folder / self.NAME, False
+        self.folder: Path = folder
+        self.path: Path = folder / self.NAME
+        told = False
         self._new = _missing(folder)
         self._handle: int | None = None
         while self._handle is None:

@@ -39,7 +39,7 @@ Ints = NDArray[np.int64]
 Codec = str | os.PathLike[str] | TextCodec | None
 Take = Literal["all", "one"]
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:

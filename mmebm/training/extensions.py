@@ -87,7 +87,9 @@ class LatentPriorTeacher:
     """Maximum likelihood of the latent energy: E falls at the posterior's samples and rises at the prior's own."""
 
     def __init__(self, prior: LatentPrior, config: LatentPriorConfig, optimiser: Optimiser) -> None:
-        self.prior, self.l2, self.optimiser = prior, config.energy_l2, optimiser
+        self.prior: LatentPrior = prior
+        self.l2: float = config.energy_l2
+        self.optimiser: Optimiser = optimiser
 
     def update(self, posterior: Tensor, own: Tensor, lr: float) -> dict[str, Tensor]:
         """One step on z (n, latent) of both kinds; returns the energy gap for the log."""

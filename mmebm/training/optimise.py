@@ -32,10 +32,12 @@ class Optimiser:
         processes: Processes | None = None,
         weight: float = 1.0,
     ) -> None:
-        self.config, self.accumulate, self.processes = config, accumulate, processes or Processes()
-        self.weight = weight
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(
+        self.config: AdamConfig = config
+        self.accumulate: int = accumulate
+        self.processes: Processes = processes or Processes()
+        self.weight: float = weight
+        self.parameters: list[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
+        self.adam: torch.optim.Adam = torch.optim.Adam(
             self.parameters,
             lr=config.lr,
             betas=(config.beta1, config.beta2),

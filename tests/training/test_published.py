@@ -104,10 +104,10 @@ def test_both_chains_are_one_call_in_float32(name: str, measure: ModuleType, tmp
     """Under autocast they are not, and the report says so."""
     need("cpp")
     config = narrow(preset(name))
-    fused = chain_reports(System(config.replace(precision="fp32"), SHAPES[name]))
+    fused = chain_reports(System(config.replace(precision="fp32"), SHAPES[name]), 2)
     assert all(line.startswith("one fused call") for line in fused.values()), fused
     if config.precision == "bf16":
-        lines = chain_reports(System(config.replace(precision="bf16"), SHAPES[name]))
+        lines = chain_reports(System(config.replace(precision="bf16"), SHAPES[name]), 2)
         assert "autocast is on" in lines["data chain"] and "autocast is on" in lines["latent chain"]
 
 
