@@ -145,6 +145,25 @@ def test_layers_over_one_dimension(corners: bool) -> None:
     agree(lambda x: F.adaptive_avg_pool1d(norm(x), 3).tanh().sum((1, 2)), images(3, 2, 7))
 
 
+class ByShapes(nn.Module):
+    """Looks modalities up by name, as people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = {"a": (2, 6, 6), "b": (3, 5, 5)}
+        self.nets = nn.ModuleDict({name: nn.Conv2d(c, 4, 3) for name, (c, *_) in self.shapes.items()})
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        total = torch.zeros(len(x["a"]), dtype=torch.float64)
+        for name, shape in self.shapes.items():
+            total = total + self.nets[name](x[name].view(-1, *shape)).tanh().sum((1, 2, 3))
+        return total + sum(0.5 * v.square().flatten(1).sum(1) for v in x.values())
+
+
+def test_modalities_by_name() -> None:
+    agree(ByShapes().double(), {"a": images(3, 2, 6, 6), "b": images(3, 3, 5, 5)})
+
+
 @pytest.mark.parametrize("net", ["conv", "resnet"])
 def test_this_package(seed: int, net: Any) -> None:
     joint = JointEnergy({"a": (3, 28, 28), "b": (1, 13, 17), "w": (10,)}, net=net, trunk_width=4).double()

@@ -85,6 +85,8 @@ class _Record:
 _OF_RECORDS = frozenset((*vars(_Record), *vars(types.SimpleNamespace), *vars(argparse.Namespace), "__post_init__"))
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
+# Of dicts, lists and strings, such as shapes by modality
+_LOOKUPS = frozenset(("items", "values", "keys", "get", "index", "count", "format", "join", "startswith", "endswith"))
 _NAMESPACES = (torch, nn, nn.functional, math, operator)
 
 # What torch.nn has that only computes, and that terms can say
@@ -397,7 +399,7 @@ class Examination:
 
     def _resolve_attributes(self) -> None:
         """What each name of an attribute may mean, in any of the modules."""
-        harmless = harmless_names() | _computation_names() if self._traced else harmless_names()
+        harmless = harmless_names() | (_computation_names() | _LOOKUPS if self._traced else frozenset())
         found = -1
         while found != len(self._records):  # what has the name of an attribute may have attributes itself
             found = len(self._records)
