@@ -123,7 +123,7 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
 
 def image_files(folder: Path) -> list[str]:
     """Names of the images in ``folder``, sorted; hidden files are none (archives of macOS leave some)."""
-    endings = (".jpg", ".jpeg", ".png")
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
     return sorted(
         entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings) and entry.name[0] != "."
     )
