@@ -107,6 +107,30 @@ def test_files_to_a_model(files: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["sample", "copy", "--n", "3", "--out", "s.npz", "--device", "cpu"]) == 0
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--set", "stages=[]"], "stages has no iteration, so there is nothing to train"),
+        (["--dry-run", "--init-from", "nowhere"], "no checkpoint at nowhere"),
+        (["--dry-run", "--set", "model.decoders.foto.path=a:B"], "model.decoders names 'foto'; the modalities are"),
+        (["--set", "data.options.codec_options.dmi=3"], "text autoencoder has no setting 'dmi', only dim, "),
+    ],
+)
+def test_what_a_run_would_stumble_over_is_said_first(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("few").mkdir()
+    if "codec_options" in words[1]:
+        Path("few/told.txt").write_text("\n".join(f"bird {i}" for i in range(40)))
+    Path("few/t.csv").write_text("a,b\n" + "1,2\n2,1\n" * 20)
+    assert main(["init", "few"]) == 0
+    assert main(["train", "--config", "few.toml", *QUICK, *words]) == 1
+    told = capsys.readouterr().err
+    assert message in told and "fitting" not in told
+
+
 def np_rows(n: int) -> Any:
     import torch
 
@@ -226,7 +250,7 @@ def test_images_with_texts_beside_them(tmp_path: Path, monkeypatch: pytest.Monke
             Path(place, f"x{i}.txt").write_text(f"number {i} of {place}", encoding="utf-8")
     assert main(["init", "pair"]) == 0
     said = capsys.readouterr().out
-    for words in ("image: images 1x32x32", "inner: images 1x32x32", "text: captions, 11", "inner-text: captions, 11"):
+    for words in ("image: images 1x32x32", "inner: images 1x32x32", "text: captions, 12", "inner-text: captions, 12"):
         assert words in said, said
     image, text = (np.load(f"pair-arrays/train/{name}.npy") for name in ("image", "text"))
     assert [f"number {pixels.mean() / 20:.0f} of pair" for pixels in image] == text.tolist()

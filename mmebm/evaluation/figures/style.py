@@ -55,16 +55,17 @@ def write(figure: Figure, path: str | os.PathLike[str]) -> Path:
     with rc_context({"font.sans-serif": families}), warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         write_atomically(Path(path), lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
-    lacking = [
-        str(each.message).split(" missing from")[0] for each in found if "missing from font" in str(each.message)
-    ]
+    lacking = []
     for each in found:
-        if "missing from font" not in str(each.message):
+        character, missing, _ = str(each.message).partition(" missing from font")
+        if missing:
+            lacking.append(character)
+        else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     if lacking and not _said:
         _said.append(True)
         logger.warning(
-            "no font here draws %s: boxes stand for such characters in pictures; install one that does (Noto Sans CJK, say)",
+            "no font here draws %s: boxes stand for it in pictures; install one that does (Noto Sans CJK, say)",
             ", ".join(dict.fromkeys(lacking)),
         )
     return Path(path)
