@@ -295,16 +295,16 @@ def _check_rows(name: str, array: _Array, settings: Mapping[str, Any], there: ND
         return
     if values.dtype.kind == "f":
         wrong = ~np.isfinite(values.reshape(len(values), -1)[there]).all(1)
-        found = "a value that is not finite"
-    elif values.dtype.kind == "U" and values.ndim == 1 and settings.get("kind") != "caption":
+        found = "values that are not finite"
+    elif values.dtype.kind == "U" and values.ndim == 1 and settings.get("kind") != "caption" and (values != "").any():
         words = settings.get("words")
-        wrong = ~np.isin(values[there], words) if isinstance(words, list) and words else values[there] == ""
-        found = f"{str(values[there][np.argmax(wrong)])!r}, which is none of its words" if wrong.any() else ""
+        wrong = ~np.isin(values[there], words) if _distinct(words) else values[there] == ""
+        found = f"unknown words [{str(values[there][np.argmax(wrong)])!r}]" if len(wrong) else ""
     else:
         return
     if wrong.any():
         raise ValueError(
-            f"{array.source}: row {there[np.argmax(wrong)]}, and {wrong.sum() - 1} others, hold {found}; where "
+            f"{array.source}: row {there[np.argmax(wrong)]} has {found} ({wrong.sum()} such rows); where "
             f"{name!r} is missing, say so in {name}.{PRESENT}.npy: bool ({len(values)},)"
         )
 
