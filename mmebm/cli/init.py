@@ -18,6 +18,8 @@ def init(arguments: argparse.Namespace) -> int:
     if arguments.size is not None and not 4 <= arguments.size <= 1024:
         raise ValueError(f"--size is the side of square images, 4 to 1024, got {arguments.size}")
     ready = source.is_dir() and intake.has_splits(source)
+    parts: list[intake.Part] = []
+    skipped: list[str] = []
     folder = source if ready else Path(arguments.out or f"{source.resolve().name}-arrays")
     settings = Path(f"{source.resolve().name}.toml")
     taken = [path for path in (folder / "meta.json", settings) if path.exists()]
@@ -30,7 +32,7 @@ def init(arguments: argparse.Namespace) -> int:
             )
         arrays, classes = intake.splits_of(source), intake.named_classes(source)
     else:
-        parts = intake.collect(source, arguments.size)
+        parts, skipped = intake.collect(source, arguments.size)
         arrays = intake.write_splits(parts, folder, test=arguments.test, seed=arguments.seed)
         classes = intake.labelled_classes(parts)
     said = intake.write_meta(folder, arrays, classes)
@@ -46,6 +48,12 @@ def init(arguments: argparse.Namespace) -> int:
         print(f"  {name}: {words}")
     if classes:
         print(f"  labels: {', '.join(classes[:8])}")
+    by_row = [part.name for part in parts if not part.keys]
+    named = next((part for part in parts if part.keys), None)
+    if named is not None and by_row:
+        print(f"paired by row, and not by name: {', '.join(by_row)}; their first row is that of {named.keys[0]!r}")
+    if skipped:
+        print(f"not read: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}")
     print(f"{folder / 'meta.json'} says so; change it where it is wrong, before training.")
     print(f"next: mmebm train --config {settings} --dry-run")
     arguments.result = {"folder": str(folder), "config": str(settings), "modalities": said, **counts}

@@ -64,7 +64,7 @@ def examined(run: Run, *, chains: int, long: int, seed: int) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if {key: found.get("settings", {}).get(key) for key in wanted} == wanted:
             return found
-    if not judged:
+    if not judged and run.content.get("data", {}).get("classes") != []:  # of a set without classes nothing is missing
         print(f"no classes and distances: {judges} is missing; `mmebm evaluate` fits the classifiers")
     classifiers = Classifiers.load(judges, run.device) if judged else None
     found = mixing(run, classifiers, chains=chains, long=long, seed=seed, progress=print)

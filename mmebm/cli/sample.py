@@ -117,6 +117,8 @@ def _complete(arguments: argparse.Namespace, out: Path) -> int:
 def _given(file: Path) -> dict[str, Any]:
     """The arrays of an .npz file, one per modality."""
     try:
+        if file.suffix == ".npy":
+            raise ValueError("it is one array")
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:

@@ -156,8 +156,10 @@ def train(arguments: argparse.Namespace) -> int:
             arguments.result = json.loads(config.to_json())
             print(config.to_json() if arguments.print_config == "json" else to_toml(arguments.result))
             return 0
+        if not any(stage.iterations for stage in config.stages):
+            raise ValueError("stages has no iteration, so there is nothing to train: see --print-config of a preset")
         if arguments.dry_run:
-            arguments.result = dry_run(config, device)
+            arguments.result = dry_run(config, device, init_from=arguments.init_from)
             return 0
         claim = _folder(Path(arguments.runs), arguments.name, config.preset.replace("/", "-"))
     processes = parallel.start(device)
@@ -196,9 +198,9 @@ def _callback(name: str) -> Callback:
     return made
 
 
-def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
+def dry_run(config: Config, device: torch.device, *, init_from: Path | str | None = None) -> dict[str, Any]:
     """Two iterations of every stage with nothing written: what the data is read as, how the chains run, and about how
-    long training would take."""
+    long training would take. With ``init_from`` from the networks of that run, as training would begin."""
     import_modules(config.imports)
     _use_threads(config.threads)
     data = load_data(config, "train")
@@ -208,6 +210,7 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     trainer = Trainer(
         config.replace(stages=short, guard=dataclasses.replace(config.guard, every=1, max_gap=1e30)), data, device
     )
+    _begin_with(trainer, init_from, device)
     print(f"{config.preset} on {data!r}, {device}")
     model = trainer.config.model
     for m in data.modalities:
@@ -238,6 +241,16 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
 def _use_threads(threads: int | None) -> None:
     """So many CPU threads; by default as torch has it, but no more than the cores that a container may use."""
     torch.set_num_threads(threads or min(torch.get_num_threads(), cores()))
+
+
+def _begin_with(trainer: Trainer, init_from: Path | str | None, device: torch.device) -> None:
+    """Gives ``trainer`` the networks of another run, where one is named."""
+    if init_from is None:
+        return
+    try:
+        trainer.begin_with(checkpoint.load(Path(init_from) / CHECKPOINT, device))
+    except ValueError as error:
+        raise ValueError(f"--init-from {init_from}: {error}") from error
 
 
 def prepare(
@@ -274,11 +287,7 @@ def prepare(
             trainer.load_state_dict(content)
         except ValueError as error:
             raise ValueError(f"{folder / CHECKPOINT}: {error}") from error
-    if init_from is not None:
-        try:
-            trainer.begin_with(checkpoint.load(Path(init_from) / CHECKPOINT, device))
-        except ValueError as error:
-            raise ValueError(f"--init-from {init_from}: {error}") from error
+    _begin_with(trainer, init_from, device)
     # all have chosen the folder before one of them makes it
     trainer.processes.barrier()
     if trainer.processes.first:

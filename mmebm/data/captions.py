@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -27,7 +27,7 @@ from mmebm.data.images import read_image
 from mmebm.data.packages import pillow
 from mmebm.data.pairing import below, choose, random_words
 from mmebm.data.pools import FilePool, held
-from mmebm.data.text_codec import TextAutoencoder, fit_text_autoencoder
+from mmebm.data.text_codec import TextAutoencoder, TextSettings, fit_text_autoencoder
 from mmebm.files import FolderLock, check_writable
 
 __all__ = ["ImageCaptions", "cache_folder", "caption_codec", "check_option", "image_files"]
@@ -63,7 +63,7 @@ def caption_codec(
         The codec, and what ``info`` of a data set says about it.
 
     Raises:
-        FileNotFoundError, ValueError: for a file that is missing or is no text autoencoder.
+        FileNotFoundError, ValueError: for a file that is missing or is no text autoencoder, and an unknown setting.
         TypeError: for something else than a file or a codec.
     """
     if codec is not None and not isinstance(codec, str | os.PathLike):
@@ -74,6 +74,11 @@ def caption_codec(
         path = Path(codec)
         model = TextAutoencoder.load(path)
     else:
+        known = [field.name for field in fields(TextSettings)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"a text autoencoder has no setting {unknown[0]!r}, only {', '.join(known)}")
+        TextSettings(**settings)  # says what is wrong with a value, before anything takes long
         train = list(captions())
         key = json.dumps([CODEC_SEED, settings, train], sort_keys=True)
         path = cache_folder() / f"captions-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
@@ -123,7 +128,7 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
 
 def image_files(folder: Path) -> list[str]:
     """Names of the images in ``folder``, sorted; hidden files are none (archives of macOS leave some)."""
-    endings = (".jpg", ".jpeg", ".png")
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
     return sorted(
         entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings) and entry.name[0] != "."
     )

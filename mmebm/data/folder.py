@@ -29,6 +29,7 @@ __all__ = ["folder"]
 
 LABELS: Final = "labels"
 PRESENT: Final = "present"
+LOOKED_AT: Final = 2**28  # bytes of an array that is checked whole when it is loaded
 KEYS: Final = {
     "image": {"kind", "range", "layout"},
     "vector": {"kind", "range"},
@@ -112,6 +113,9 @@ def folder(
             )
     classes, labels = _labels(arrays, other, meta.get("classes"), meta_file)
     present = _present(arrays, names, total)
+    for column, name in enumerate(names):  # before anything that takes long, such as the fit of a codec
+        there = np.arange(total) if present is None else np.flatnonzero(present[:, column])
+        _check_rows(name, arrays[name], meta.get("modalities", {}).get(name, {}), there)
 
     pools: dict[str, Tensor | Pool] = {}
     modalities, pool_labels = [], {}
@@ -281,6 +285,28 @@ def _present(arrays: Mapping[str, _Array], names: list[str], total: int) -> NDAr
             f"{', '.join(arrays[name].source for name in names)}"
         )
     return present
+
+
+def _check_rows(name: str, array: _Array, settings: Mapping[str, Any], there: NDArray[np.int64]) -> None:
+    """That strings are known words and vectors finite, all of them: a batch that finds out may come hours later. Images
+    and what is larger than :data:`LOOKED_AT` bytes are looked at when they are read."""
+    values = array.values
+    if values.nbytes > LOOKED_AT or values.ndim > 2:
+        return
+    if values.dtype.kind == "f":
+        wrong = ~np.isfinite(values.reshape(len(values), -1)[there]).all(1)
+        found = "values that are not finite"
+    elif values.dtype.kind == "U" and values.ndim == 1 and settings.get("kind") != "caption" and (values != "").any():
+        words = settings.get("words")
+        wrong = ~np.isin(values[there], words) if _distinct(words) else values[there] == ""
+        found = f"unknown words [{str(values[there][np.argmax(wrong)])!r}]" if len(wrong) else ""
+    else:
+        return
+    if wrong.any():
+        raise ValueError(
+            f"{array.source}: row {there[np.argmax(wrong)]} has {found} ({wrong.sum()} such rows); where "
+            f"{name!r} is missing, say so in {name}.{PRESENT}.npy: bool ({len(values)},)"
+        )
 
 
 def _distinct(values: object) -> TypeGuard[list[str]]:

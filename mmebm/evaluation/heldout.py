@@ -14,7 +14,8 @@ model space.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -141,22 +142,22 @@ def retrieval(system: System, x: Batch) -> dict[str, Any]:
     """Each modality of every tuple looked for among those of all, given another modality of it.
 
     The candidates are ranked by their likelihood at the mean of q(z | given). One that equals the right one is right
-    too, as words are; the others that are no worse by the decoder than it count half, so that a decoder that says the
-    same for all is at chance.
+    too, as words are; the others that are no worse by the decoder than it count half.
 
     Returns:
-        ``top``: the share of tuples among whose first five the right one is, over all pairs of modalities, and
-        ``chance``, what it is by luck; ``pairs``: {"given -> target": {"first", "top", "median_rank"}}.
+        ``top``: the share of tuples among whose first five the right one is, over all pairs of modalities, and its
+        standard error over tuples ``error``; ``chance``, what it is where the distinct values of the target come in a
+        random order; ``pairs``: {"given -> target": {"first", "top", "median_rank"}}.
     """
     names, n = list(x), len(next(iter(x.values())))
     g, p = system.generator, 1.0 if system.generator.likelihood == "laplace" else 2.0
     pairs: dict[str, dict[str, float]] = {}
-    luck = []
+    luck, hits = [], []
     for target in names:
         candidates = x[target].flatten(1)
         same = torch.cdist(candidates, candidates, p=1.0) == 0
         same.fill_diagonal_(True)
-        luck.append(1 - _missed(n, same.sum(1)))
+        luck.append(chance_of_top(same.sum(1).tolist()))
         for given in names:
             if given == target:
                 continue
@@ -166,23 +167,45 @@ def retrieval(system: System, x: Batch) -> dict[str, Any]:
             own = far.diagonal()[:, None]
             better = ((far < own) & ~same).sum(1) + 0.5 * ((far == own) & ~same).sum(1)
             ranks = 1 + better
+            hits.append((ranks < TOP + 0.5).double())
             pairs[f"{given} -> {target}"] = {
                 "first": (ranks < 1.5).double().mean().item(),
-                "top": (ranks < TOP + 0.5).double().mean().item(),
+                "top": hits[-1].mean().item(),
                 "median_rank": ranks.double().median().item(),
             }
-    top = math.fsum(pair["top"] for pair in pairs.values()) / len(pairs)
-    return {"top": top, "chance": torch.cat(luck).mean().item(), "pairs": pairs}
+    by_tuple = torch.stack(hits).mean(0)
+    error = by_tuple.std().item() / math.sqrt(n) if n > 1 else 0.0
+    return {"top": by_tuple.mean().item(), "error": error, "chance": math.fsum(luck) / len(luck), "pairs": pairs}
 
 
-def _missed(n: int, right: Tensor) -> Tensor:
-    """The probability that fewer than one of ``right`` equal candidates of ``n`` has at most four others before it."""
-    # the first of r right ones in a random order has more than four wrong ones before it
-    wrong, r = n - right.double(), right.double()
-    out = torch.ones_like(r)
-    for k in range(TOP):
-        left = wrong - k
-        out = out * (left / (left + r)).clamp(min=0)
+def chance_of_top(equal: Sequence[int]) -> float:
+    """The share of tuples whose own value is among the first :data:`TOP`, where the distinct values come in a random
+    order and the tuples of one value stand together, as any decoder ranks them.
+
+    Args:
+        equal: of each tuple, how many have its value, itself among them.
+    """
+    groups = {size: count // size for size, count in Counter(equal).items()}
+    values = sum(groups.values())
+    share = 0.0
+    for own, count in groups.items():
+        # sets of other values by how many they are and how many tuples they have, fewer than TOP of these
+        sets = {(0, 0): 1}
+        for size, many in groups.items():
+            others = many - (size == own)
+            sets = _sum(sets, [(j, j * size, math.comb(others, j)) for j in range(min(others, (TOP - 1) // size) + 1)])
+        # that just these come before the own one: k! (values - 1 - k)! / values! of all orders
+        found = math.fsum(ways / (values * math.comb(values - 1, k)) for (k, _), ways in sets.items())
+        share += own * count * found / len(equal)
+    return share
+
+
+def _sum(sets: Mapping[tuple[int, int], int], more: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int], int]:
+    out: dict[tuple[int, int], int] = {}
+    for (k, total), ways in sets.items():
+        for j, size, choices in more:
+            if total + size < TOP:
+                out[k + j, total + size] = out.get((k + j, total + size), 0) + ways * choices
     return out
 
 

@@ -13,15 +13,16 @@ from mmebm.evaluation import figures
 from mmebm.files import write_atomically
 from mmebm.report import pictures
 from mmebm.report.glossary import glossary
-from mmebm.report.page import Best, Html, document, element, figure, join, number, table
-from mmebm.report.sections import NAMES, SIDE, Opened, columns_of, opened
+from mmebm.report.page import Best, Html, document, element, figure, join, number, table, with_error
+from mmebm.report.sections import NAMES, SIDE, Opened, columns_of, heldout_of, kernel_of, opened
+from mmebm.report.verdict import heldout_by
 from mmebm.training.run import Run
 
 __all__ = ["write_comparison"]
 
 # Which way is better; other numbers are not marked.
-HIGHER: Final = ("joint_coherence", "pair_agreement", "entropy", "class_share_min")
-LOWER: Final = ("frechet",)
+HIGHER: Final = ("joint_coherence", "pair_agreement", "entropy", "class_share_min", "bound", "retrieval")
+LOWER: Final = ("frechet", "kernel", "mse", "cross_mse")
 CONDITIONAL: Final = "conditional, {} given"
 
 
@@ -114,6 +115,7 @@ def _last(of: Opened) -> tuple[str, dict[str, Any]] | None:
     if name is None:
         return None
     row = {key: value for key, value in points[name].items() if isinstance(value, (int, float))}
+    row |= kernel_of(points[name]) | heldout_of(heldout_by(of.metrics or {})[1])
     ways = (of.metrics or {}).get("conditional", {})
     if isinstance(ways, Mapping) and ways:
         way = list(ways.values())[-1]
@@ -137,7 +139,7 @@ def _numbers(of: Mapping[str, Opened]) -> Html | None:
         cells = []
         for key in keys:
             error = row.get(f"{key}_error")
-            text = number(row.get(key)) + (f" ± {error:.2g}" if isinstance(error, float) and error > 0 else "")
+            text = with_error(row[key], error) if isinstance(error, float) and key in row else number(row.get(key))
             cells.append(Best(text) if name in best[key] else text)
         rows.append([name, point, *cells])
     marked = (

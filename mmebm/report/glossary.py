@@ -63,7 +63,8 @@ TERMS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     ),
     "kernel distance": (
         ("kernel",),
-        "Squared maximum mean discrepancy of features, unbiased: 0 up to its error for samples of the same law.",
+        "Squared maximum mean discrepancy, of whole tuples or of features, unbiased: 0 up to its error for samples of "
+        "the same law.",
     ),
     "nearest training tuple": (
         ("nearest", "Nearest"),
@@ -74,7 +75,21 @@ TERMS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "energy": (("energy",), "The number that the joint energy gives a tuple: the lower, the likelier."),
     "gap": (("gap",), "Mean energy of real tuples less that of revised ones. Near 0 while both learn well."),
     "prior_gap": (("prior_gap",), "The same for the latent prior: posterior samples less its own."),
-    "mse": (("mse",), "Mean squared error of reconstructions, in units of [-1, 1]."),
+    "bound": (
+        ("bound, nats",),
+        "A lower bound on the mean log probability of held-out tuples, by importance weighting; higher is better.",
+    ),
+    "found, among first 5": (
+        ("found, among first", "among the first"),
+        "Given one modality of a held-out tuple: how often the decoder ranks another one of its modalities among the "
+        "first five of all tuples'. By chance: where the distinct values come in a random order.",
+    ),
+    "validation, test": (
+        ("(validation)", ", validation"),
+        "Tuples that training never saw: those kept back from the train split, to choose by, and those of the test "
+        "split, to compare by.",
+    ),
+    "mse": (("mse", "reconstruction error"), "Mean squared error of reconstructions, in units of [-1, 1]."),
     "revision_mse": (("revision_mse",), "Mean squared change that the data chain makes."),
     "loss_elbo": (("loss_elbo",), "The negative bound that the VAE learns from; constants are left out."),
     "loss_generator, loss_inference, loss_energy": (("loss_generator",), "What each network's update minimises."),

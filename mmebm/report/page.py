@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Best", "Html", "details", "document", "element", "figure", "join", "number", "table", "tree"]
+__all__ = ["Best", "Html", "details", "document", "element", "figure", "join", "number", "table", "tree", "with_error"]
 
 VOID: Final = ("img", "meta")
 # A list of numbers longer than this is told by its ends.
@@ -105,6 +105,17 @@ def number(value: Any) -> str:
             return str(value)
         return f"{value:.4g}" if value != int(value) or abs(value) >= 1e6 else f"{value:.0f}"
     return str(value)
+
+
+def with_error(value: float, error: float) -> str:
+    """A value beside its standard error: the error to two digits, and the value as far."""
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return number(value)
+    digits = 1 - math.floor(math.log10(error))
+    if digits > 6:  # zeros that nobody counts
+        return f"{value:.2g} ± {error:.2g}"
+    digits = max(digits, 0)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Html:

@@ -17,12 +17,13 @@ from typing import Any, Final
 
 from mmebm import __version__
 from mmebm.evaluation import figures
+from mmebm.evaluation.heldout import summary
 from mmebm.evaluation.neighbours import Neighbours
 from mmebm.files import write_atomically
 from mmebm.report import pictures
 from mmebm.report.glossary import glossary
 from mmebm.report.mixing import sentences
-from mmebm.report.page import Html, details, document, element, figure, join, number, table, tree
+from mmebm.report.page import Html, details, document, element, figure, join, number, table, tree, with_error
 from mmebm.report.verdict import Verdict, judge
 from mmebm.training.run import CHECKPOINT, Run
 
@@ -41,10 +42,17 @@ NAMES: Final = {
     "chance_pair": "by chance, pairs",
     "entropy": "lowest class entropy",
     "frechet": "Frechet distance",
+    "kernel": "kernel distance",
+    "bound": "bound, nats",
+    "mse": "reconstruction error",
+    "cross_mse": "from the others",
+    "retrieval": "found, among first 5",
+    "chance": "found by chance",
     "class_share_min": "rarest class",
     "class_share_max": "commonest class",
 }
-SHOWN: Final = {"classifiers", "floor", "points", "conditional", "settings", "seconds", "skipped", "sweep"}
+HELD: Final = {"vae": "VAE after the warm-up", "x0": "trained networks"}  # of whose numbers of held-out tuples
+SHOWN: Final = {"classifiers", "floor", "points", "conditional", "heldout", "settings", "seconds", "skipped", "sweep"}
 
 
 # Curves that are looked at when something else is wrong.
@@ -256,7 +264,11 @@ def _numbers(of: Opened) -> Html | None:
     if points:
         if isinstance(m.get("floor"), Mapping):
             points["real against real"] = m["floor"]
-        parts.append(_points(points))
+        kernels = {name: row["kernel"] for name, row in points.items() if isinstance(row.get("kernel"), Mapping)}
+        parts.append(_points({name: {**row, **kernel_of(row)} for name, row in points.items()}))
+        if len(next(iter(kernels.values()), {}).get("by_modality", ())) > 1:
+            parts += [element("h3", "Kernel distance to real tuples, by modality"), _points(_by_modality(kernels))]
+    parts.append(_held(m.get("heldout")))
     if m.get("classifiers"):
         accuracy = ", ".join(f"{name} {number(share)}" for name, share in m["classifiers"].items())
         parts.append(element("p", f"Judged by the project's classifiers, test accuracy: {accuracy}.", class_="lead"))
@@ -278,6 +290,50 @@ def _numbers(of: Opened) -> Html | None:
     return join(*parts) if parts else None
 
 
+def kernel_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The kernel distance of whole tuples among a point's numbers, and its error, as they stand in a table."""
+    joint = row["kernel"].get("joint") if isinstance(row.get("kernel"), Mapping) else None
+    return {"kernel": joint["value"], "kernel_error": joint["error"]} if isinstance(joint, Mapping) else {}
+
+
+def _by_modality(kernels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    return {
+        point: {
+            key: value
+            for name, found in kernel.get("by_modality", {}).items()
+            for key, value in ((name, found["value"]), (f"{name}_error", found["error"]))
+        }
+        for point, kernel in kernels.items()
+    }
+
+
+def heldout_of(of: Mapping[str, Any]) -> dict[str, float]:
+    """What held-out tuples say of a model, a number of each kind, as they stand in a table."""
+    out = {key: value for key, value in summary(of).items() if key != "kernel"}
+    if "bound_error" in of:
+        out["bound_error"] = of["bound_error"]
+    if "retrieval" in of:
+        out |= {"retrieval_error": of["retrieval"].get("error", 0.0), "chance": of["retrieval"]["chance"]}
+    return out
+
+
+def _held(heldout: Any) -> Html | None:
+    """The numbers of tuples that training never saw, by networks and split."""
+    rows = {
+        f"{HELD.get(name, name)}, {split}": {**heldout_of(of), "n": of.get("n")}
+        for name, splits in (heldout.items() if isinstance(heldout, Mapping) else ())
+        for split, of in splits.items()
+        if isinstance(of, Mapping)
+    }
+    if not rows:
+        return None
+    text = (
+        "Errors are mean squares in units of [-1, 1], averaged over modalities: decoded from a z inferred from all of "
+        "them, and from all others. Found: given one modality, another one of the tuple."
+    )
+    return join(element("h3", "Held-out tuples"), _points(rows), element("p", text, class_="lead"))
+
+
 def _points(points: Mapping[str, Mapping[str, Any]], corner: str = "") -> Html:
     """One row per point; an error joins its value, and the class shares are a range."""
     single = (k for row in points.values() for k, v in row.items() if not isinstance(v, (Mapping, list)))
@@ -288,10 +344,9 @@ def _points(points: Mapping[str, Mapping[str, Any]], corner: str = "") -> Html:
 
     def value(row: Mapping[str, Any], name: str) -> Any:
         value, error = row.get(name), row.get(f"{name}_error")
-        if not isinstance(value, (int, float)) or not isinstance(error, (int, float)) or not error > 0:
+        if not isinstance(value, (int, float)) or not isinstance(error, (int, float)):
             return value
-        digits = max(1 - math.floor(math.log10(error)), 0)  # the error to two digits, and the value as far
-        return f"{value:.{digits}f} ± {error:.{digits}f}"
+        return with_error(value, error)
 
     def share(value: Any) -> str:
         return f"{value:.2g}" if isinstance(value, (int, float)) else number(value)

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mmebm.report.page import number
+from mmebm.evaluation.heldout import TOP
+from mmebm.report.page import number, with_error
 
-__all__ = ["Rule", "Verdict", "judge"]
+__all__ = ["Rule", "Verdict", "heldout_by", "judge"]
 
 EVEN: Final = 0.8  # of the real tuples' class entropy
 RARE: Final = 0.2  # of the rarest real class
@@ -21,7 +22,9 @@ SPREAD: Final = 0.5
 COPIES: Final = 0.5
 GOOD, FAIR = 0.8, 0.5  # of the way from chance to real tuples
 SETTLED: Final = 0.02
+WORSE: Final = 0.05  # of held-out tuples' error, beyond which training has gone on too long
 RHAT: Final = 1.1
+VALID: Final = "valid_mse"  # the log's name of the reconstruction error of the validation's tuples
 POINTS: Final = {
     "vae": "the VAE",
     "frozen": "the frozen VAE's chain",
@@ -75,17 +78,20 @@ def judge(
     real = (metrics or {}).get("floor")
     real = real if isinstance(real, Mapping) else {}
     finished = total > 0 and iteration >= total
+    heldout = heldout_by(metrics or {})
     rules = [
         Rule("finished", "training has reached its last iteration", f"{iteration} of {total or '?'}", finished),
         _settled(log, stages),
+        _overfits(log, stages),
         _classes(row, real),
         _spread(compared),
         _copies(compared),
         _coherence(row, real),
+        _related(heldout),
         _mixes(mixing),
     ]
     by = {rule.name: rule for rule in rules}
-    share = _share(row, real)
+    share, related = _share(row, real), by["related"].holds
     word = next(
         (
             word
@@ -93,8 +99,10 @@ def judge(
                 ("not finished", not finished),
                 ("collapsed", by["classes"].holds is False or by["spread"].holds is False),
                 ("copies", by["copies"].holds is False),
+                ("overfitted", by["overfits"].holds is False),
                 ("not converged", by["settled"].holds is False),
-                ("not judged", share is None),
+                ("not judged", share is None and related is None),
+                ("related", share is None and related is True),
                 ("good", share is not None and share >= GOOD),
                 ("fair", share is not None and share >= FAIR),
             )
@@ -103,8 +111,9 @@ def judge(
         "poor",
     )
     said = [
-        _opening(word, by),
+        _opening(word, by, share),
         _samples_said(last, row, real),
+        _heldout_said(heldout, row, real),
         _langevin_said(points),
         _compared_said(compared),
         _mixing_said(by["mixing"]),
@@ -127,12 +136,12 @@ def _share(row: Mapping[str, Any], real: Mapping[str, Any]) -> float | None:
     return (joint - chance) / (most - chance)
 
 
-def _settled(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]) -> Rule:
-    asks = (
-        f"the reconstruction error (mse) no longer falls: in the last fifth of the last stage that logs it, by "
-        f"less than {SETTLED:.0%} or two standard errors against the fifth before"
-    )
-    rows = [entry for entry in log if _is_number(entry.get("mse"), entry.get("iteration"))]
+def _fifths(
+    key: str, log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]
+) -> list[tuple[float, float]]:
+    """Mean and squared standard error of each fifth of what the last stage that logs ``key`` logged of it; none where
+    a fifth is less than three numbers."""
+    rows = [entry for entry in log if _is_number(entry.get(key), entry.get("iteration"))]
     begins, at = [], 0
     for stage in stages:
         begins.append(at)
@@ -142,13 +151,69 @@ def _settled(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any
         rows = [entry for entry in rows if entry["iteration"] > begin]
     part = len(rows) // 5
     if part < 3:
+        return []
+    values = [float(entry[key]) for entry in rows[-5 * part :]]
+    fifths = [values[i * part : (i + 1) * part] for i in range(5)]
+    return [(statistics.fmean(fifth), statistics.variance(fifth) / part) for fifth in fifths]
+
+
+def _settled(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]) -> Rule:
+    asks = (
+        "the reconstruction error no longer falls, of the validation's tuples where it was logged often enough, else "
+        f"of those trained on: in the last fifth of the last stage that logs it, by less than {SETTLED:.0%} or two "
+        "standard errors against the fifth before"
+    )
+    held = _fifths(VALID, log, stages)
+    fifths = held or _fifths("mse", log, stages)
+    if not fifths:
         return Rule("settled", asks)
-    before, after = ([float(entry["mse"]) for entry in some] for some in (rows[-2 * part : -part], rows[-part:]))
-    a, b = statistics.fmean(before), statistics.fmean(after)
-    error = ((statistics.variance(before) + statistics.variance(after)) / part) ** 0.5
+    (a, before), (b, after) = fifths[-2:]
     fell = (a - b) / a if a > 0 else 0.0
-    found = f"{'fell' if fell >= 0 else 'rose'} by {abs(fell):.1%}, from {number(a)} to {number(b)}"
-    return Rule("settled", asks, found, not (fell > SETTLED and a - b > 2 * error))
+    found = (
+        f"{'fell' if fell >= 0 else 'rose'} by {abs(fell):.1%}, from {number(a)} to {number(b)}"
+        f"{' (validation)' if held else ''}"
+    )
+    return Rule("settled", asks, found, not (fell > SETTLED and a - b > 2 * (before + after) ** 0.5))
+
+
+def _overfits(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]) -> Rule:
+    asks = (
+        "the reconstruction error of the validation's tuples in the last fifth of the last stage is at most "
+        f"{WORSE:.0%} or two standard errors above that of the best fifth"
+    )
+    fifths = _fifths(VALID, log, stages)
+    if not fifths:
+        return Rule("overfits", asks)
+    (best, least), (last, error) = min(fifths), fifths[-1]
+    rose = (last - best) / best if best > 0 else 0.0
+    found = f"{number(last)}, {rose:.1%} above the best fifth's {number(best)}"
+    return Rule("overfits", asks, found, not (rose > WORSE and last - best > 2 * (least + error) ** 0.5))
+
+
+def heldout_by(metrics: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """What held-out tuples say of the last networks: of the validation where there was one, else of the test split, so
+    that runs can be chosen by a verdict without looking at the tuples that they are compared on."""
+    found = metrics.get("heldout")
+    found = found if isinstance(found, Mapping) else {}
+    of = next((found[name] for name in ("x0", "vae") if isinstance(found.get(name), Mapping)), {})
+    for split in ("validation", "test"):
+        if isinstance(of.get(split), Mapping) and of[split]:
+            return split, of[split]
+    return "", {}
+
+
+def _related(heldout: tuple[str, Mapping[str, Any]]) -> Rule:
+    asks = (
+        f"of held-out tuples a modality is found among the first {TOP} given another one, more often than by chance by "
+        "two standard errors over the tuples"
+    )
+    split, of = heldout
+    found = of.get("retrieval")
+    if not isinstance(found, Mapping) or not _is_number(*(found.get(key) for key in ("top", "error", "chance"))):
+        return Rule("related", asks)
+    top, error, chance = found["top"], found["error"], found["chance"]
+    said = f"{_percent(top, error)} of {of.get('n', '?')} ({split}), by chance {_percent(chance)}"
+    return Rule("related", asks, said, top - chance > 2 * error)
 
 
 def _classes(row: Mapping[str, Any], real: Mapping[str, Any]) -> Rule:
@@ -208,18 +273,24 @@ def _mixes(mixing: Mapping[str, Any] | None) -> Rule:
     )
 
 
-def _opening(word: str, by: Mapping[str, Rule]) -> str:
+def _opening(word: str, by: Mapping[str, Rule], share: float | None) -> str:
     return {
         "not finished": f"Training has not finished: iteration {by['finished'].found}.",
         "collapsed": "The samples have collapsed: some of what the data holds is missing from them or nearly so.",
         "copies": "The samples are close to copies of training tuples.",
         "not converged": f"Training had not converged when it ended: the reconstruction error {by['settled'].found} "
         "over the last fifth of its stage. More iterations would improve it.",
-        "not judged": "Nothing says whether the modalities of a sample belong together: that needs labels, and numbers "
-        "by `mmebm evaluate`. The samples themselves must tell.",
+        "overfitted": "Training has gone on for too long: the reconstruction error of held-out tuples is "
+        f"{by['overfits'].found}. checkpoint.best keeps the best state.",
+        "not judged": "Nothing says whether the modalities of a sample belong together: that needs numbers of held-out "
+        "tuples, or labels, by `mmebm evaluate`. The samples themselves must tell.",
+        "related": "The model knows which values of the modalities belong together. How often those of a sample do, "
+        "only labels or a look at the samples can tell.",
         "good": "The samples are good: their modalities agree nearly as often as those of real tuples.",
         "fair": "The samples are fair: their modalities agree well beyond chance, and not as often as real ones.",
-        "poor": "The samples are poor: their modalities agree too seldom.",
+        "poor": "The samples are poor: their modalities agree too seldom."
+        if share is not None
+        else "The model is poor: it shows no sign of knowing which values of the modalities belong together.",
     }[word]
 
 
@@ -240,6 +311,27 @@ def _samples_said(last: str | None, row: Mapping[str, Any], real: Mapping[str, A
     if _is_number(row.get("class_share_min"), row.get("class_share_max")):
         said += f". Class shares go from {_percent(row['class_share_min'])} to {_percent(row['class_share_max'])}"
     return said + "."
+
+
+def _heldout_said(heldout: tuple[str, Mapping[str, Any]], row: Mapping[str, Any], real: Mapping[str, Any]) -> str:
+    """What is known without labels: how held-out tuples are found, and how far samples are from real tuples."""
+    (split, of), said = heldout, []
+    found = of.get("retrieval")
+    if isinstance(found, Mapping) and _is_number(found.get("top"), found.get("chance")):
+        said.append(
+            f"Of {of.get('n', 'the')} held-out tuples ({split}) a modality is among the first {TOP} that another one "
+            f"points to for {_percent(found['top'], found.get('error'))}; by chance it would be "
+            f"{_percent(found['chance'])}."
+        )
+    far, floor = (each.get("kernel", {}).get("joint", {}) for each in (row, real))
+    if _is_number(far.get("value"), far.get("error"), floor.get("value"), floor.get("error")):
+        apart = far["value"] - floor["value"] > 2 * math.hypot(far["error"], floor["error"])
+        said.append(
+            f"By their kernel distance {row.get('n', 'the')} samples can {'' if apart else 'not '}be told from as many "
+            f"real tuples ({with_error(far['value'], far['error'])}; between real ones "
+            f"{with_error(floor['value'], floor['error'])})."
+        )
+    return " ".join(said)
 
 
 def _langevin_said(points: Mapping[str, Mapping[str, Any]]) -> str:

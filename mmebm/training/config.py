@@ -516,8 +516,9 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
     """``config`` with dotted fields set from text, e.g. ``{"data_chain.steps": "60", "loss.elbo": "0"}``.
 
     Values are JSON where they parse, or as Python writes them, else strings; a stage is addressed by its position,
-    ``stages.0.iterations``; a field that is a dict itself takes new keys, ``data.options.copies``; a part that is None,
-    such as ``latent_prior``, begins with its defaults where a field of it is set.
+    ``stages.0.iterations``; a field that is a dict itself takes new keys, ``data.options.copies`` or
+    ``model.decoders.photo.path``; a part that is None, such as ``latent_prior``, begins with its defaults where a field
+    of it is set.
 
     Raises:
         ValueError: for an unknown field, naming it and the fields there are; for a value that a field cannot have.
@@ -528,6 +529,8 @@ def override(config: Config, changes: Mapping[str, str]) -> Config:
         kind: Any = config
         *parents, last = dotted.split(".")
         for name in parents:
+            if isinstance(kind, dict) and isinstance(target, dict):  # of any keys, such as model.decoders
+                target.setdefault(name, {})
             below, part = _step_into(target, name, dotted), _part(kind, name)
             if below is None and dataclasses.is_dataclass(kind):
                 below = target[name] = _defaults(kind_of(hints(type(kind))[name]))

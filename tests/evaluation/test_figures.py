@@ -6,7 +6,9 @@ import dataclasses
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from mmebm.evaluation.figures import (
     revision_grid,
     sample_grid,
     scatter,
+    style,
     sweep,
     trace,
     traces,
@@ -423,3 +426,17 @@ def test_scatter_has_a_colour_for_each_model(tmp_path: Path):
     assert shares[0][0] > 0 and shares[0][1] == 0 and min(shares[1]) > 0
     with pytest.raises(ValueError, match="at least one point"):
         scatter({"left": {"vae": []}}, tmp_path / "s.png", x="", y="")
+
+
+def test_characters_that_no_font_has_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(style, "WIDE", ())
+    monkeypatch.setattr(style, "_said", [])
+    blocks = {"x": {"word": np.array(["owl", "\U00012000"])}}  # a cuneiform sign
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("a.png", "b.png"):
+            sample_grid(blocks, tmp_path / name)
+    told = [row.getMessage() for row in caplog.records if "no font here draws" in row.getMessage()]
+    assert len(told) == 1 and "CUNEIFORM SIGN A" in told[0]

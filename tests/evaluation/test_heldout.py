@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mmebm.evaluation.heldout import (
     METRICS,
+    chance_of_top,
     comparable,
     held_out,
     importance_bound,
@@ -95,10 +97,25 @@ def test_equal_candidates_are_right_too(seed: int) -> None:
     s = system({"a": Scale(one), "b": Scale(one)}, {name: Posterior(one, 1e-3) for name in ("a", "b")})
     found = retrieval(s, {"a": words, "b": words})
     assert found["top"] == 1.0
-    # the first five of 90 words of three kinds miss a kind of r with probability prod (90 - r - k) / (90 - k)
-    counts = words.sum(0).long()[words.argmax(1)].tolist()
-    luck = sum(1 - math.comb(90 - r, 5) / math.comb(90, 5) for r in counts) / 90
-    assert found["chance"] == pytest.approx(luck)
+    # of ten kinds or so of more than five each, only the first kind's are among the first five
+    assert int(words.sum(0).min()) >= 5 and found["chance"] == pytest.approx(1 / D)
+    # a decoder that says the same for all ranks one kind first, and is at chance: six standard errors of the kinds
+    dumb = system({"a": Scale(0 * one), "b": Scale(0 * one)}, {name: Posterior(one, 1e-3) for name in ("a", "b")})
+    lean = words + 1e-3 * torch.randn(D, generator=rng) * words  # so that the kinds lie at different distances from 0
+    shares = words.sum(0) / len(words)
+    assert retrieval(dumb, {"a": lean, "b": lean})["top"] in [pytest.approx(float(share)) for share in shares]
+
+
+@pytest.mark.parametrize("kinds", ["aaaaaaa", "aabbcccdefg", "abcdefghij", "aaaaaaaaaabbbccdefg"])
+def test_chance_is_that_of_random_orders_of_the_values(kinds: str) -> None:
+    rng, n = random.Random(0), 4000
+    hits = 0
+    for _ in range(n):
+        order = rng.sample(sorted(set(kinds)), len(set(kinds)))
+        own = rng.choice(kinds)
+        hits += sum(kinds.count(kind) for kind in order[: order.index(own)]) < 5
+    share = chance_of_top([kinds.count(kind) for kind in kinds])
+    assert abs(hits / n - share) <= 6 * math.sqrt(share * (1 - share) / n) + 1e-12
 
 
 def test_the_gaussian_kernel_distance_of_two_normals(seed: int) -> None:

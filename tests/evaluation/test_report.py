@@ -245,7 +245,8 @@ def test_runs_compared_on_a_page(trained: dict[str, Path], folder: Path, tmp_pat
     (folder / "metrics.json").write_text(
         json.dumps(
             {
-                "points": {"xk": {**point(0.9), "frechet": 7.0}},
+                "points": {"xk": {**point(0.9), "frechet": 7.0, "kernel": {"joint": {"value": 0.1, "error": 0.01}}}},
+                "heldout": {"x0": {"test": {"n": 50, "bound": -9.0, "bound_error": 1.0, "mse": {"a": 0.2, "b": 0.4}}}},
                 "conditional": {"C: B + data chain": {"by_given": {"1": 0.625}}},
                 "seconds": {"training": 60.0},
             }
@@ -258,7 +259,9 @@ def test_runs_compared_on_a_page(trained: dict[str, Path], folder: Path, tmp_pat
     assert page.headings[0] == "3 runs compared"
     assert {"Verdicts", "Numbers", "Settings that differ", "Samples", "Training"} <= set(page.headings)
     # coherence is better in one, the distance in the other; of equal entropies and shares none is
-    assert re.findall('class="best">([^<]*)<', html) == ["0.9 ± 0.011", "3.5"]
+    assert re.findall('class="best">([^<]*)<', html) == ["0.900 ± 0.011", "3.5"]
+    # without labels these are all there is: kernel distance, bound and the mean error of held-out tuples
+    assert {"kernel distance", "0.100 ± 0.010", "bound, nats", "-9.0 ± 1.0", "0.3"} <= set(page.words)
     assert "loss.elbo" in page.words and "0.125" in page.words and "loss.beta" not in page.words
     assert "bare: samples: there is no checkpoint" in page.text and "half: numbers: `mmebm evaluate" in page.text
     assert page.tags.count("img") == 2 and all(link.startswith(("data:image/png", "#")) for link in page.links)
@@ -273,7 +276,19 @@ ONE_CLASS = {"entropy": 0.2, "class_share_min": 0.0}
 EVEN = {"entropy": 0.99, "class_share_min": 0.07}
 FALLING = [{"iteration": i, "mse": 1.0 / i} for i in range(10, 101, 1)]
 FLAT = [{"iteration": i, "mse": 0.1 + 0.01 * (i % 2)} for i in range(10, 101, 1)]
+RISING = [{"iteration": i, "valid_mse": 0.1 + 0.01 * (i > 82) + 0.001 * (i % 2)} for i in range(11, 101)]
 REAL = {**point(0.99), **EVEN}
+GOOD = {"metrics": {"points": {"xk": {**point(0.95), **EVEN}}, "floor": REAL}}
+
+
+def unlabelled(**found: tuple[float, float]) -> dict[str, Any]:
+    """A run without labels, and (found, by chance) of a split of held-out tuples."""
+    heldout = {
+        split: {"n": 50, "retrieval": {"top": top, "error": 0.02, "chance": chance}}
+        for split, (top, chance) in found.items()
+    }
+    kernel = lambda value: {"n": 50, "kernel": {"joint": {"value": value, "error": 0.01}}}
+    return {"metrics": {"points": {"xk": kernel(0.5)}, "floor": kernel(0.0), "heldout": {"x0": heldout}}, "log": FLAT}
 
 
 @pytest.mark.parametrize(
@@ -306,9 +321,18 @@ REAL = {**point(0.99), **EVEN}
                 "log": FLAT,
                 "compared": {"nearest": 1.0, "spread": {"photo": 0.9}},
             },
-            "needs labels",
+            "needs numbers of held-out tuples, or labels",
         ),
-        ("not judged", {}, "needs labels"),
+        ("not judged", {}, "needs numbers of held-out tuples, or labels"),
+        # without labels held-out tuples speak, those of the validation where there are any
+        ("related", unlabelled(validation=(0.5, 0.1), test=(0.1, 0.1)), "(validation) a modality is among the first 5"),
+        ("poor", unlabelled(validation=(0.12, 0.1), test=(0.9, 0.1)), "by chance it would be 10.0 %"),
+        ("related", unlabelled(test=(0.5, 0.1)), "samples can be told from as many real tuples (0.500 ± 0.010;"),
+        ("poor", unlabelled(test=(0.05, 0.1)), "no sign of knowing which values"),
+        # and their error counts, whatever that of the tuples trained on does
+        ("overfitted", {"log": [*FALLING, *RISING]}, "10.0% above the best fifth's 0.1005"),
+        ("not converged", {"log": [{**row, "valid_mse": row["mse"]} for row in FALLING]}, "(validation)"),
+        ("good", {**GOOD, "log": [{**row, "valid_mse": 0.1} for row in FALLING]}, "are good"),
         ("not finished", {"iteration": 50}, "iteration 50 of 100"),
         (
             "good",

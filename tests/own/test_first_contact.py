@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,30 @@ def test_files_to_a_model(files: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["sample", "copy", "--n", "3", "--out", "s.npz", "--device", "cpu"]) == 0
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--set", "stages=[]"], "stages has no iteration, so there is nothing to train"),
+        (["--dry-run", "--init-from", "nowhere"], "no checkpoint at nowhere"),
+        (["--dry-run", "--set", "model.decoders.foto.path=a:B"], "model.decoders names 'foto'; the modalities are"),
+        (["--set", "data.options.codec_options.dmi=3"], "text autoencoder has no setting 'dmi', only dim, "),
+    ],
+)
+def test_what_a_run_would_stumble_over_is_said_first(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("few").mkdir()
+    if "codec_options" in words[1]:
+        Path("few/told.txt").write_text("\n".join(f"bird {i}" for i in range(40)))
+    Path("few/t.csv").write_text("a,b\n" + "1,2\n2,1\n" * 20)
+    assert main(["init", "few"]) == 0
+    assert main(["train", "--config", "few.toml", *QUICK, *words]) == 1
+    told = capsys.readouterr().err
+    assert message in told and "fitting" not in told
+
+
 def np_rows(n: int) -> Any:
     import torch
 
@@ -174,11 +199,110 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, monkeypatch: pytest
     Path("two/n.npy").write_bytes(b"no array")
     assert "two/n.npy cannot be read" in refused()
     Path("two/n.npy").unlink()
-    np.save("two/n.npy", np.array([[1.0], [np.nan], [3.0]]))
+    np.save("two/n.npy", np.array([[1.0], [np.inf], [3.0]]))
     assert "n: row" in refused() and "not finite" in refused()
     Path("nothing").mkdir()
     assert main(["init", "nothing"]) == 1
     assert "holds no images, tables, texts or arrays" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_marked_and_trained_around(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = list(csv.reader(Path("birds/measures.csv").read_text().splitlines()))
+    rows[3][1], rows[9][2], rows[5][3], rows[7][4] = "", "NA", "", ""
+    with Path("birds/measures.csv").open("w", newline="") as out:
+        csv.writer(out, delimiter=";").writerows(
+            [[cell.replace(".", ",") if i and j in (1, 2) else cell for j, cell in enumerate(row)]
+             for i, row in enumerate(rows)]
+        )  # fmt: skip
+    Path("birds/told/bird07.txt").write_text("\n")
+    Path("birds/line.txt").write_text("\ufeff" + "one\ntwo\n" * 30, encoding="utf-8")
+    Path("birds/notes.pdf").write_bytes(b"")
+    Path("birds/photo/readme.md").write_text("")
+    depth = np.load("birds/depth.npy")
+    depth[11, 2, 2] = np.nan
+    np.save("birds/depth.npy", depth)
+    assert main(["init", "birds", "--size", "12"]) == 0
+    said = capsys.readouterr().out
+    assert "line: 2 words: one, two" in said  # and no byte order mark in front of one
+    assert "paired by row, and not by name: depth, line; their first row is that of 'bird00'" in said
+    assert "not read: notes.pdf, 1 of photo/" in said and "labels: 0, 1" in said
+    lacking = {}
+    for split in ("train", "test"):
+        for file in Path("birds-arrays", split).glob("*.present.npy"):
+            lacking[file.name] = lacking.get(file.name, 0) + int((~np.load(file)).sum())
+    assert lacking == {
+        f"{name}.present.npy": n for name, n in (("measures", 2), ("colour", 1), ("told", 1), ("depth", 1))
+    }
+    labels = np.concatenate([np.load(f"birds-arrays/{split}/labels.npy") for split in ("train", "test")])
+    assert sorted(set(labels)) == [-1, 0, 1] and (labels == -1).sum() == 1
+    fit = ["--set", 'data.options.codec_options={"rounds": 1, "round": 5, "dim": 8}']
+    assert main(["train", "--config", "birds.toml", "--name", "r", *QUICK, *fit]) == 0, capsys.readouterr().err
+    assert np.isfinite(mmebm.load("runs/r").sample(5)["measures"]).all()
+
+
+def test_images_with_texts_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pair/inner").mkdir(parents=True)
+    for i in range(12):
+        for place in ("pair", "pair/inner"):
+            Image.fromarray(np.full((70 + i, 9, 3), 20 * i, np.uint8)).save(f"{place}/x{i}.webp", lossless=True)
+            Path(place, f"x{i}.txt").write_text(f"number {i} of {place}", encoding="utf-8")
+    assert main(["init", "pair"]) == 0
+    said = capsys.readouterr().out
+    for words in ("image: images 1x32x32", "inner: images 1x32x32", "text: captions, 12", "inner-text: captions, 12"):
+        assert words in said, said
+    image, text = (np.load(f"pair-arrays/train/{name}.npy") for name in ("image", "text"))
+    assert [f"number {pixels.mean() / 20:.0f} of pair" for pixels in image] == text.tolist()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a,b\n" + b"1,x\n" * 20 + b"12 cm,y\n", "column a holds 20 numbers and, in row 22 of the file, '12 cm'"),
+        (b"a\n" + b"1\n" * 20 + b"inf\n", "in row 22 of the file, 'inf': write a number, or leave the cell empty"),
+        (b"a,b\n1,\n2,\n", "column b is empty: delete it"),
+        (b"a,a\n1,2\n2,3\n", "two columns of one name"),
+        (b"a,b\n1,\n,2\n", "every row lacks one of its numbers"),
+        (b"a,b\n1,x\n,\n", "row 2 has no modality at all"),
+        ("a\ncafé\n".encode("latin-1"), "t.csv is not UTF-8 (byte 5)"),
+    ],
+)
+def test_tables_that_cannot_be_meant(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t").mkdir()
+    Path("t/t.csv").write_bytes(content)
+    assert main(["init", "t"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_rows_that_are_not_what_meta_says_are_found_before_anything_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*args: Any, **options: Any) -> None:
+        raise AssertionError("a codec is fitted")
+
+    monkeypatch.setattr(sys.modules["mmebm.data.folder"], "caption_codec", fit)  # the name is also the function's
+    (tmp_path / "train").mkdir()
+    words, sound = np.array(["owl", "tit"] * 50), np.zeros((100, 2))
+    words[99], sound[98, 1] = "", np.inf
+    np.save(tmp_path / "train/a.npy", np.array([f"caption {i}" for i in range(100)]))
+    np.save(tmp_path / "train/word.npy", words)
+    (tmp_path / "meta.json").write_text(
+        '{"modalities": {"a": {"kind": "caption"}, "word": {"kind": "text", "words": ["owl", "tit"]}}}'
+    )
+    with pytest.raises(ValueError, match=r"row 99 has unknown words \[''\] \(1 such rows\); .* in word.present.npy"):
+        load_data("folder", "train", path=tmp_path)
+    np.save(tmp_path / "train/word.present.npy", words != "")
+    np.save(tmp_path / "train/sound.npy", sound)
+    with pytest.raises(ValueError, match=r"row 98 has values that are not finite .* where 'sound' is missing"):
+        load_data("folder", "train", path=tmp_path)
+    np.save(tmp_path / "train/sound.present.npy", np.arange(100) != 98)
+    with pytest.raises(AssertionError, match="a codec is fitted"):
+        load_data("folder", "train", path=tmp_path)
 
 
 @pytest.mark.parametrize("preset", ["demo", "paper", "polymnist-14", "polymnist-5k", "base"])

@@ -69,6 +69,14 @@ def test_chain_needs_one_of_step_and_travel() -> None:
     assert math.isclose(ChainConfig(step=0.2).size(), 0.2)  # type: ignore[arg-type]
 
 
+def test_tables_of_any_keys_take_new_ones_at_any_depth() -> None:
+    changes = {"model.decoders.photo.path": "a:B", "model.decoders.photo.arguments.width": "8"}
+    decoder = override(preset("base"), changes).model.decoders["photo"]
+    assert decoder == override(
+        preset("base"), {"model.decoders": '{"photo": {"path": "a:B", "arguments": {"width": 8}}}'}
+    ).model.decoders["photo"]  # fmt: skip
+
+
 # the first words of the error: the path of the field, and what would do
 WRONG = {
     "data_chain.clamp=no": 'data_chain.clamp must be true or false, got "no"',
