@@ -1,33 +1,36 @@
 // A whole Langevin chain on a sum of MLP terms, in one launch. The definition is mmebm/ops/langevin_mlp/reference.py.
 //
-// A block owns `rows` chains (16, 8 or 4) for all steps. State, gradient, activations and slopes act' stay in shared
-// memory, a row per chain; nothing but the records leaves the block before the last step. Chains share only weights, so
-// blocks never wait for each other, and a captured graph is one node.
+// A cluster of 1, 2, 4 or 8 blocks owns 8 chains for all steps; a single block also 16 of them, or 4. State, gradient,
+// activations and slopes act' stay in shared memory, a row per chain; nothing but the records leaves it before the last
+// step. Chains share only weights, so clusters never wait for each other, and a captured graph is one node.
 //
-// Weights. They are read where they lie, as (outputs, inputs), straight into the registers that the products need: at
-// each step from L2 if need be, but as many layers as fit beside the state are copied into shared memory first, in
-// bf16 for bf16 products, and stay for all steps. Why: 64-200-200-1 has 211 KB of fp32 weights, each of which a step
-// takes twice. An SM gets about 64 bytes a cycle from L2 and 128 from shared memory, and a load waits some 250 cycles
-// for L2 and 30 for shared memory, which 8 warps a block do not hide. In bf16 these are 106 KB, and stay; in fp32 the
-// first layer and what else fits. Nothing is repacked outside: a captured graph sees new weights. (Estimates for an
-// H100: no device was there to measure on.)
+// Clusters (compute capability 9.0 or later). A step is a sequence of small products, and 100 chains in blocks of 8 use
+// 13 multiprocessors. So the blocks of a cluster share the work on the same chains: the tiles of each product, rows of
+// chains, elements of the update. Each has a copy of what all read, and who makes a number writes it to all copies over
+// distributed shared memory; `sync` is the cluster's barrier, six a step for two hidden layers. Slopes, which only their
+// makers need, stay. A block keeps its own share of the weights. No sum is cut, so that no result depends on the cluster.
 //
-// Products. A warp computes `rows` x a few columns over the whole depth, alone: no barrier and no staging inside a
-// product, because with 16 rows no two warps read the same weight. A lane takes four consecutive units of the depth at
-// a time, 16 bytes in one access for the forward pass and four coalesced ones for the backward pass, which reads
-// columns of the same matrix. The order of a sum is free, so that the fragments of mma.sync take them in this order
-// from both operands: what PTX calls k = 2q, 2q + 1, 2q + 8, 2q + 9 of m16n8k16 (q: lane modulo 4) are units 4q to
-// 4q + 3, and likewise for two m16n8k8. Several loads of weights are on their way before the first is used.
-//     fp32     FMA units: a lane has 4 rows of a column
+// Weights. As many layers as fit beside the state are copied into shared memory first, in bf16 for bf16 products, and
+// stay for all steps; the rest is read where it lies, as (outputs, inputs), from L2. Why: 64-200-200-1 has 211 KB of
+// fp32 weights, each of which a step takes twice. An SM gets about 64 bytes a cycle from L2 and 128 from shared memory,
+// and a load waits some 250 cycles for L2 and 30 for shared memory, which 8 warps a block do not hide. A cluster's blocks
+// keep tiles of the matrix for the forward pass and of the transposed one for the backward pass; a single block keeps
+// the matrix once and reads it in both directions. Nothing is repacked outside: a captured graph sees new weights.
+// (Estimates for an H100: no device was there to measure on.)
+//
+// Products. A warp computes a tile of 8 or 16 outputs x 8 chains over the whole depth, alone: no barrier and no staging
+// inside a product. Several loads of weights are on their way before the first is used.
+//     fp32     FMA units: a lane has 4 outputs x 4 chains and an eighth of the depth, whose sums a butterfly adds up
 //     tf32x3   each operand as a sum of two tf32 numbers, three products; what is left out is 2^-22 of the product
-//     bf16     operands rounded to nearest even
-// Sums are fp32, in parts of 64 units (256 for bf16), so that rounding errors stay those of a short sum.
+//     bf16     operands rounded to nearest even; weights by ldmatrix, transposed for columns
+// Sums are fp32, those of the tensor cores in parts of 16 (tf32x3) and 64 units (bf16), so that rounding errors stay
+// those of a short sum.
 //
 // Everything else is elementwise or a sum over a chain's row, which a warp takes lane by lane and ends in a butterfly.
 // All orders are functions of the widths alone: a chain's result depends neither on the chains beside it, nor on
-// `rows`, nor on where weights lie.
+// `rows` or the cluster, nor on where weights lie.
 //
-// The code is templates over a team: a block on the device; one thread on the host, which does the lanes of a warp one
+// The code is templates over a team: a cluster on the device; one thread on the host, which does the lanes of a warp one
 // after the other and the tensor cores' products by the layout that the PTX manual gives for their fragments.
 //
 // Limits: those of mmebm/ops/terms.py. The widest of everything fits shared memory (163 KB on sm_80) with 4 chains.
@@ -71,7 +74,6 @@ struct BlockTeam {
   static constexpr int LANES = 1;
   int block, doublings;  // this one of the 2^doublings of its cluster
 
-  __device__ int blocks() const { return 1 << doublings; }
   // neighbours are on different multiprocessors, so that each has a share of short work
   __device__ int thread() const { return static_cast<int>(threadIdx.x) << doublings | block; }
   __device__ int threads() const { return THREADS << doublings; }
@@ -119,7 +121,7 @@ struct BlockTeam {
     *at = v;
 #if __CUDA_ARCH__ >= 900
     const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-    for (int i = 1; i < blocks(); ++i) {
+    for (int i = 1; i < 1 << doublings; ++i) {
       asm volatile(
           "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }" ::"r"(here),
           "r"(block ^ i), "f"(v)
@@ -136,7 +138,7 @@ struct BlockTeam {
       const float* const from = at + (i >> (bits - 2)) * ld + 4 * (i & ((1 << (bits - 2)) - 1));
       const float4 v = *reinterpret_cast<const float4*>(from);
       const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(from));
-      for (int j = 1; j < blocks(); ++j) {
+      for (int j = 1; j < 1 << doublings; ++j) {
         asm volatile(
             "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; "
             "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }" ::"r"(here),
@@ -296,13 +298,12 @@ static float cut_sum(const float (&a)[N], const float (&b)[N], float c) {
   return up ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// A lane has 4 outputs x 4 chains and every eighth four of the units: of 8 bytes that it reads four are used by one
-// multiplication, and a warp's 16 reads of 16 bytes, 64 turns at the banks, stand against 64 FMA instructions of the
-// same number of turns at its scheduler, of which there are four a multiprocessor.
+// A lane has 4 outputs x 4 chains and four units of each 32: 8 reads of 16 bytes for 64 FMA instructions. Four lanes
+// beside each other read the same units, of two rows each.
 struct Fp32 {
   using Stored = float;
   static constexpr int UNITS = 32, RESULTS = 2;
-  static constexpr int AHEAD = 2, OCTETS = 1;
+  static constexpr int AHEAD = 1, OCTETS = 1;
   static constexpr bool FRESH = false;
   struct Weights {
     Four output[4];  // four units each
@@ -808,9 +809,12 @@ MMEBM_HD const DeviceLayer& last_layer(const DeviceChain& c, const DeviceTerm& t
 struct Tile {
   float* memory;
   int first;
-  uint64_t seed;
-  uint32_t step;
 };
+
+// Words of the noise, in shared memory: two of the seed, one of the first step.
+MMEBM_HD uint32_t word_at(const DeviceChain& c, const Tile& tile, int which) {
+  return float_bits(tile.memory[c.at_words + which]);
+}
 
 MMEBM_HD int chain_of(const DeviceChain& c, const Tile& tile, int row) {
   return smaller(tile.first + row, c.chains - 1);
@@ -869,6 +873,13 @@ MMEBM_LARGE void begin(const Team& team, const DeviceChain& c, const Tile& tile)
     if (c.doublings > 0) copy<Mode>(team, c, c.layers[l], tile.memory, true);
   }
   team.sync();
+  team.each_here(1, [&](int) {
+    const uint64_t seed = c.seed.at == nullptr ? c.seed.value : static_cast<uint64_t>(*c.seed.at);
+    const uint64_t step = c.first_step.at == nullptr ? c.first_step.value : static_cast<uint64_t>(*c.first_step.at);
+    float* const words = tile.memory + c.at_words;
+    words[0] = bits_float(static_cast<uint32_t>(seed)), words[1] = bits_float(static_cast<uint32_t>(seed >> 32));
+    words[2] = bits_float(static_cast<uint32_t>(step));
+  });
   const int rows = c.rows, inputs = c.inputs;
   team.each_here(rows * inputs, [&](int i) {
     const int row = i / inputs, at = i - row * inputs;
@@ -1018,8 +1029,9 @@ MMEBM_LARGE void move(const Team& team, const DeviceChain& c, const Tile& tile, 
   const auto of = [&](Field f) { return constant(c, k, t, f, chain); };
   Normals z = {0.0f, 0.0f, 0.0f, 0.0f};
   if (noise) {
-    z = normals_of(words_of(chain, block, {tile.seed, tile.step + static_cast<uint32_t>(k), tensor.stream,
-                                           c.chain_offset}));
+    const uint64_t seed = static_cast<uint64_t>(word_at(c, tile, 1)) << 32 | word_at(c, tile, 0);
+    const uint32_t step = word_at(c, tile, 2) + static_cast<uint32_t>(k);
+    z = normals_of(words_of(chain, block, {seed, step, tensor.stream, c.chain_offset}));
   }
   const float scale = of(F_NOISE_SCALE);
   const float noises[4] = {scale * z.n0, scale * z.n1, scale * z.n2, scale * z.n3};
@@ -1120,9 +1132,6 @@ MMEBM_LARGE void run(const Team& team, const DeviceChain& c, int number, float* 
   Tile tile;
   tile.memory = memory;
   tile.first = number * c.rows;
-  tile.seed = c.seed.at == nullptr ? c.seed.value : static_cast<uint64_t>(*c.seed.at);
-  tile.step = static_cast<uint32_t>(c.first_step.at == nullptr ? c.first_step.value
-                                                               : static_cast<uint64_t>(*c.first_step.at));
   begin<Mode>(team, c, tile);
   for (int k = 0; k < c.steps; ++k) {
     if (c.frozen != nullptr) {
@@ -1229,6 +1238,8 @@ bool lay_out(DeviceChain& chain, Precision precision, int rows, int blocks, int6
     chain.at_values[i] = take(chain.ld_values[i]);
   }
   chain.at_rows = take(2 + chain.tensor_count);
+  chain.at_words = at;
+  at += 3;
   at = up_to(at, 4);
   chain.at_weights = at;
   if (4 * static_cast<int64_t>(at) > bytes) return false;

@@ -65,7 +65,8 @@ struct DeviceChain {
   int32_t rows = 16;      // chains of a block
   int32_t doublings = 0;  // 2^doublings blocks, a cluster, share the work on the same chains
   int32_t ld_x = 0, ld_slopes = 0, ld_values[2] = {0, 0};
-  int32_t at_old = 0, at_g = 0, at_slopes = 0, at_values[2] = {0, 0}, at_rows = 0, at_weights = 0, floats = 0;
+  int32_t at_old = 0, at_g = 0, at_slopes = 0, at_values[2] = {0, 0}, at_rows = 0, at_words = 0;
+  int32_t at_weights = 0, floats = 0;
 };
 
 // Loads the kernels, which a graph capture might not allow at its first launch. Returns a cudaError code.
