@@ -19,12 +19,11 @@
 // (Estimates for an H100: no device was there to measure on.)
 //
 // Products. A warp computes a tile of 8 or 16 outputs x 8 chains over the whole depth, alone: no barrier and no staging
-// inside a product. Several loads of weights are on their way before the first is used.
+// inside a product.
 //     fp32     FMA units: a lane has 4 outputs x 4 chains and an eighth of the depth, whose sums a butterfly adds up
 //     tf32x3   each operand as a sum of two tf32 numbers, three products; what is left out is 2^-22 of the product
 //     bf16     operands rounded to nearest even; weights by ldmatrix, transposed for columns
-// Sums are fp32, those of the tensor cores in parts of 16 (tf32x3) and 64 units (bf16), so that rounding errors stay
-// those of a short sum.
+// Sums are fp32, those of the tensor cores in parts of 16 units, so that rounding errors stay those of a short sum.
 //
 // Everything else is elementwise or a sum over a chain's row, which a warp takes lane by lane and ends in a butterfly.
 // All orders are functions of the widths alone: a chain's result depends neither on the chains beside it, nor on
@@ -72,18 +71,19 @@ MMEBM_HD int smaller(int a, int b) { return a < b ? a : b; }
 
 struct BlockTeam {
   static constexpr int LANES = 1;
-  int block, doublings;  // this one of the 2^doublings of its cluster
+  const DeviceChain& chain;
+  int block;  // which of its cluster's
 
   // neighbours are on different multiprocessors, so that each has a share of short work
-  __device__ int thread() const { return static_cast<int>(threadIdx.x) << doublings | block; }
-  __device__ int threads() const { return THREADS << doublings; }
-  __device__ int warp() const { return static_cast<int>(threadIdx.x) / WARP << doublings | block; }
-  __device__ int warps() const { return WARPS << doublings; }
+  __device__ int thread() const { return static_cast<int>(threadIdx.x) << chain.doublings | block; }
+  __device__ int threads() const { return THREADS << chain.doublings; }
+  __device__ int warp() const { return static_cast<int>(threadIdx.x) / WARP << chain.doublings | block; }
+  __device__ int warps() const { return WARPS << chain.doublings; }
   __device__ int lane(int) const { return static_cast<int>(threadIdx.x) % WARP; }
   __device__ bool leads() const { return threadIdx.x % WARP == 0; }
   __device__ void sync() const {
 #if __CUDA_ARCH__ >= 900
-    if (doublings > 0) {
+    if (chain.doublings > 0) {
       asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
       return;
     }
@@ -121,7 +121,7 @@ struct BlockTeam {
     *at = v;
 #if __CUDA_ARCH__ >= 900
     const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-    for (int i = 1; i < 1 << doublings; ++i) {
+    for (int i = 1; i < 1 << chain.doublings; ++i) {
       asm volatile(
           "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }" ::"r"(here),
           "r"(block ^ i), "f"(v)
@@ -132,13 +132,13 @@ struct BlockTeam {
   // Sends what a warp has written here, `rows` rows of 2^bits numbers, to the other blocks' copies.
   __device__ __forceinline__ void share(const float* at, int ld, int rows, int bits) const {
 #if __CUDA_ARCH__ >= 900
-    if (doublings == 0) return;
+    if (chain.doublings == 0) return;
     __syncwarp();
     for (int i = lane(0); i < rows << (bits - 2); i += WARP) {
       const float* const from = at + (i >> (bits - 2)) * ld + 4 * (i & ((1 << (bits - 2)) - 1));
       const float4 v = *reinterpret_cast<const float4*>(from);
       const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(from));
-      for (int j = 1; j < 1 << doublings; ++j) {
+      for (int j = 1; j < 1 << chain.doublings; ++j) {
         asm volatile(
             "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; "
             "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }" ::"r"(here),
@@ -268,8 +268,7 @@ MMEBM_HD Four weights_at(const Matrix<float>& w, int n, int k) {
 //
 //   bits        2^bits outputs of a tile; narrow: only 4 chains
 //   UNITS       of the depth that a warp takes at a time
-//   AHEAD       of these whose weights are on their way at a time, as many as registers allow
-//   FRESH       sums over AHEAD * UNITS begin at zero and are added up
+//   UNROLL      of these that are worked at side by side, where weights stay in shared memory
 //   OCTETS      most tiles above each other that a warp takes at a time
 //   Weights, Inputs   a lane's operands for UNITS of the depth, inputs of 8 chains
 //   Sums        a lane's part of the tile; finish: its RESULTS numbers, of chain `row` and output `column`
@@ -303,8 +302,7 @@ static float cut_sum(const float (&a)[N], const float (&b)[N], float c) {
 struct Fp32 {
   using Stored = float;
   static constexpr int UNITS = 32, RESULTS = 2;
-  static constexpr int AHEAD = 1, OCTETS = 1;
-  static constexpr bool FRESH = false;
+  static constexpr int UNROLL = 2, OCTETS = 1;
   struct Weights {
     Four output[4];  // four units each
   };
@@ -407,6 +405,13 @@ struct Fragments {
   MMEBM_HD int row(Geometry g, int e) { return 2 * (g.lane % 4) + e % 2; }
   MMEBM_HD int column(Geometry g, int e) { return g.lane / 4 + 8 * (e / 2); }
   template <int LANES>
+  MMEBM_LARGE void add(Sums (&sums)[LANES], const Sums (&more)[LANES]) {
+    for (int l = 0; l < LANES; ++l) {
+      MMEBM_UNROLL
+      for (int e = 0; e < RESULTS; ++e) sums[l].v[e] += more[l].v[e];
+    }
+  }
+  template <int LANES>
   MMEBM_LARGE void finish(const Sums (&sums)[LANES], Results (&out)[LANES]) {
     for (int l = 0; l < LANES; ++l) out[l] = sums[l];
   }
@@ -414,8 +419,7 @@ struct Fragments {
 
 struct Bf16 : Fragments {
   using Stored = uint16_t;
-  static constexpr int AHEAD = 4;
-  static constexpr bool FRESH = true;
+  static constexpr int UNROLL = 4;
   struct Weights {
     uint32_t v[4];
   };
@@ -477,11 +481,13 @@ struct Bf16 : Fragments {
     }
     return {{bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])}};
   }
+  // 16 units go into a fresh zero: see Tf32x3
   template <int LANES>
   MMEBM_LARGE void multiply(Sums (&sums)[LANES], const Inputs (&b)[LANES], const Weights (&a)[LANES]) {
+    Sums own[LANES] = {};
 #if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 800
-    float(&c)[4] = sums->v;
+    float(&c)[4] = own->v;
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -501,7 +507,7 @@ struct Bf16 : Fragments {
     }
     for (int l = 0; l < LANES; ++l) {
       for (int e = 0; e < 4; ++e) {
-        float& c = sums[l].v[e];
+        float& c = own[l].v[e];
         const Geometry g = {l, 8};
         for (int first = 0; first < 16; first += 8) {
           float a8[8], b8[8];
@@ -511,6 +517,7 @@ struct Bf16 : Fragments {
       }
     }
 #endif
+    add(sums, own);
   }
 };
 
@@ -540,8 +547,7 @@ MMEBM_HD Split split(float v) {
 // m16n8k8 take them in this order from both sides.
 struct Tf32x3 : Fragments {
   using Stored = float;
-  static constexpr int AHEAD = 2;
-  static constexpr bool FRESH = false;
+  static constexpr int UNROLL = 2;
   struct Weights {
     Four output[2];
   };
@@ -614,10 +620,9 @@ struct Tf32x3 : Fragments {
   // tensor core cuts its sums off, towards zero, and over a whole sum these errors would pile up.
   template <int LANES>
   MMEBM_LARGE void multiply(Sums (&sums)[LANES], const Inputs (&b)[LANES], const Weights (&a)[LANES]) {
-    Sums own[LANES];
+    Sums own[LANES] = {};
     uint32_t high[2][LANES][4], low[2][LANES][4];
     for (int l = 0; l < LANES; ++l) {
-      own[l] = {{0.0f, 0.0f, 0.0f, 0.0f}};
       MMEBM_UNROLL
       for (int i = 0; i < 8; ++i) {
         const Split s = split(a[l].output[i % 2].v[i / 2]);
@@ -633,10 +638,7 @@ struct Tf32x3 : Fragments {
     for (int i = 0; i < 2; ++i) {
       once(own, [&](int l) { return high[i][l]; }, [&](int l) { return b[l].high + 2 * i; });
     }
-    for (int l = 0; l < LANES; ++l) {
-      MMEBM_UNROLL
-      for (int e = 0; e < RESULTS; ++e) sums[l].v[e] += own[l].v[e];
-    }
+    add(sums, own);
   }
 };
 
@@ -654,51 +656,27 @@ struct Target {
 template <class Mode, bool COLUMN, bool STAYS, int N, class S, class Team>
 MMEBM_LARGE void tile(const Team& team, const Matrix<S>& w, int depth, const float* a, int ld, int rows,
                       const Target& to) {
-  constexpr int LANES = Team::LANES, AHEAD = Mode::AHEAD, UNITS = Mode::UNITS;
-  using Sums = typename Mode::Sums;
-  Sums total[N][LANES];
-  const auto clear = [](Sums(&sums)[N][LANES]) {
+  constexpr int LANES = Team::LANES;
+  typename Mode::Sums total[N][LANES];
+  MMEBM_UNROLL
+  for (int o = 0; o < N; ++o) {
+    for (int l = 0; l < LANES; ++l) total[o][l] = {};
+  }
+  const int end = up_to(depth, Mode::UNITS);
+#if defined(__CUDA_ARCH__)
+  // with more than one, what reads the matrix itself takes more registers than there are
+#pragma unroll(STAYS ? Mode::UNROLL : 1)
+#endif
+  for (int k = 0; k < end; k += Mode::UNITS) {
+    typename Mode::Weights weights[LANES];
+    for (int l = 0; l < LANES; ++l) {
+      weights[l] = Mode::template fetch<COLUMN, STAYS>(w, k, Geometry{team.lane(l), rows});
+    }
     MMEBM_UNROLL
     for (int o = 0; o < N; ++o) {
-      for (int l = 0; l < LANES; ++l) sums[o][l] = Sums{};
-    }
-  };
-  clear(total);
-  const int end = up_to(depth, UNITS);
-#if defined(__CUDA_ARCH__)
-#pragma unroll 1
-#endif
-  for (int k = 0; k < end; k += AHEAD * UNITS) {
-    typename Mode::Weights weights[AHEAD][LANES];
-    MMEBM_UNROLL
-    for (int i = 0; i < AHEAD; ++i) {
-      if (k + i * UNITS >= end) break;
-      for (int l = 0; l < LANES; ++l) {
-        weights[i][l] = Mode::template fetch<COLUMN, STAYS>(w, k + i * UNITS, Geometry{team.lane(l), rows});
-      }
-    }
-    Sums fresh[N][LANES];
-    if (Mode::FRESH) clear(fresh);
-    MMEBM_UNROLL
-    for (int i = 0; i < AHEAD; ++i) {
-      if (k + i * UNITS >= end) break;
-      MMEBM_UNROLL
-      for (int o = 0; o < N; ++o) {
-        typename Mode::Inputs inputs[LANES];
-        for (int l = 0; l < LANES; ++l) {
-          inputs[l] = Mode::load(a + 8 * o * ld, ld, k + i * UNITS, Geometry{team.lane(l), rows});
-        }
-        Mode::template multiply<LANES>(Mode::FRESH ? fresh[o] : total[o], inputs, weights[i]);
-      }
-    }
-    if (Mode::FRESH) {
-      MMEBM_UNROLL
-      for (int o = 0; o < N; ++o) {
-        for (int l = 0; l < LANES; ++l) {
-          MMEBM_UNROLL
-          for (int e = 0; e < Mode::RESULTS; ++e) total[o][l].v[e] += fresh[o][l].v[e];
-        }
-      }
+      typename Mode::Inputs inputs[LANES];
+      for (int l = 0; l < LANES; ++l) inputs[l] = Mode::load(a + 8 * o * ld, ld, k, Geometry{team.lane(l), rows});
+      Mode::template multiply<LANES>(total[o], inputs, weights);
     }
   }
   MMEBM_UNROLL
@@ -1155,7 +1133,7 @@ template <class Mode>
 __global__ void __launch_bounds__(THREADS, 2) chain_kernel(const __grid_constant__ DeviceChain chain) {
   extern __shared__ float4 shared_memory[];  // float4: aligned to 16 bytes
   const int block = static_cast<int>(blockIdx.x), doublings = chain.doublings;
-  run<Mode>(BlockTeam{block & ((1 << doublings) - 1), doublings}, chain, block >> doublings,
+  run<Mode>(BlockTeam{chain, block & ((1 << doublings) - 1)}, chain, block >> doublings,
             reinterpret_cast<float*>(shared_memory));
 }
 
