@@ -302,7 +302,7 @@ static float cut_sum(const float (&a)[N], const float (&b)[N], float c) {
 struct Fp32 {
   using Stored = float;
   static constexpr int UNITS = 32, RESULTS = 2;
-  static constexpr int UNROLL = 2, OCTETS = 1;
+  static constexpr int UNROLL = 1, OCTETS = 1;
   struct Weights {
     Four output[4];  // four units each
   };
@@ -547,7 +547,7 @@ MMEBM_HD Split split(float v) {
 // m16n8k8 take them in this order from both sides.
 struct Tf32x3 : Fragments {
   using Stored = float;
-  static constexpr int UNROLL = 2;
+  static constexpr int UNROLL = 1;
   struct Weights {
     Four output[2];
   };
