@@ -70,6 +70,7 @@ QUICK = ("latent 100 x 64", "images 64 x 3 x 32 x 32", "16M")
 # What docs/kernels.md counts, and what a multiprocessor does (H100, H200): lanes a cycle, and cycles a second of a guess
 # between the clock of the data sheet and the highest.
 LANES, CLOCK = 128, 1.7e9
+BANDWIDTH = 3.0e12  # bytes a second, of an H100's copy, where none was measured
 # of an update, without statistics and norm clip: instructions an element
 INSTRUCTIONS = {
     ("cuda", "float32"): 65,
@@ -78,7 +79,7 @@ INSTRUCTIONS = {
     ("triton", "bfloat16"): 85,
 }
 # of the latent prior's chain: warp instructions of a block and a step, of which a multiprocessor issues LANES / 32 a cycle
-CHAIN_INSTRUCTIONS = {"cuda, fp32": CUDA_FP32, "cuda, tf32x3": CUDA_TF32X3, "cuda, bf16": CUDA_BF16}
+CHAIN_INSTRUCTIONS = {"cuda, fp32": 14_597, "cuda, tf32x3": 11_377, "cuda, bf16": 8_075}
 
 
 def shell(*command: str) -> str:
@@ -481,8 +482,8 @@ def predictions(report: dict[str, Any]) -> str:
         copy = measured(results["copy of the same bytes"], "graph")
         for room in ("cuda", "triton"):
             arithmetic = 1e6 * found["elements"] * INSTRUCTIONS[room, case.rpartition(", ")[2]] / issued
-            predicted = None if copy is None else max(copy, arithmetic)
-            rows.append((f"{room}: {case}", predicted, measured(results.get(room, {}), "graph")))
+            memory = 1e6 * found["bytes"] / BANDWIDTH if copy is None else copy
+            rows.append((f"{room}: {case}", max(memory, arithmetic), measured(results.get(room, {}), "graph")))
     latent = report["latent_chain"].get("results", {})
     for name in [f"{room}, {precision}" for precision in LatentChain.precisions for room in ("cuda", "triton")]:
         count = CHAIN_INSTRUCTIONS.get(name)

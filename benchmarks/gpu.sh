@@ -38,10 +38,15 @@ needed=(numpy:numpy pybind11:pybind11 ninja:ninja setuptools:setuptools pytest:p
         pydantic:pydantic safetensors:safetensors tomli_w:tomli-w sklearn:scikit-learn scipy:scipy skimage:scikit-image
         mlxtend:mlxtend matplotlib:matplotlib PIL:pillow shtab:shtab tqdm:tqdm)
 [ -n "$rehearse" ] || needed+=(torchebm:torchebm)
-missing=()
-for pair in "${needed[@]}"; do
-    "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('${pair%%:*}') is None)" || missing+=("${pair##*:}")
-done
+mapfile -t missing < <("$python" - "${needed[@]}" << 'END'
+import sys
+from importlib.util import find_spec
+
+for module, package in (pair.split(":") for pair in sys.argv[1:]):
+    if find_spec(module) is None:
+        print(package)
+END
+)
 if [ ${#missing[@]} -gt 0 ]; then
     # torchebm asks for another torch than a machine may have: its own needs are above
     command=("$python" -m pip install -q --no-deps ${WHEELS:+--no-index --find-links "$WHEELS"} "${missing[@]}")
@@ -63,7 +68,7 @@ else
 fi
 
 step "every implementation against its reference"
-"$python" -m mmebm backends ${rehearse:---check}
+if [ -n "$rehearse" ]; then "$python" -m mmebm backends; else "$python" -m mmebm backends --check; fi
 
 step "timings"
 options=($rehearse ${out:+--out "$out"})
