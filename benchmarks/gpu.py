@@ -12,9 +12,9 @@ instead of a time. Last come whole chains: on a convolutional energy by hand, in
 that of a latent prior, eager, compiled and in one launch of Triton or CUDA C++, each also as a replayed graph; and a
 whole training iteration of five convolutional modalities, with the chains by hand and by the library.
 
-Writes one JSON file with the device, driver, versions and commit, and ends in a table of what docs/kernels.md predicts
-beside what was measured. ``--rehearse`` goes without a device: the same code on the CPU where the CPU can, a round each,
-no time recorded.
+Writes one JSON file with the device, driver, versions and commit, and ends in a table of what docs/kernels.md
+predicts beside what was measured. ``--rehearse`` goes without a device: the same code on the CPU where the CPU can, a
+round each, no time recorded.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ STATES: dict[str, list[tuple[int, ...]]] = {
 }
 QUICK = ("latent 100 x 64", "images 64 x 3 x 32 x 32", "16M")
 
-# What docs/kernels.md counts, and what a multiprocessor does (H100, H200): lanes a cycle, and cycles a second of a guess
-# between the clock of the data sheet and the highest.
+# What docs/kernels.md counts, and what a multiprocessor does (H100, H200): lanes a cycle, and cycles a second, a guess
+# between the data sheet's clock and the highest
 LANES, CLOCK = 128, 1.7e9
 BANDWIDTH = 3.0e12  # bytes a second, of an H100's copy, where none was measured
 # of an update, without statistics and norm clip: instructions an element
@@ -78,7 +78,7 @@ INSTRUCTIONS = {
     ("cuda", "bfloat16"): 71,
     ("triton", "bfloat16"): 85,
 }
-# of the latent prior's chain: warp instructions of a block and a step, of which a multiprocessor issues LANES / 32 a cycle
+# of the latent prior's chain: warp instructions of a block and step; a multiprocessor issues LANES / 32 a cycle
 CHAIN_INSTRUCTIONS = {"cuda, fp32": 14_597, "cuda, tf32x3": 11_377, "cuda, bf16": 8_075}
 
 
@@ -393,7 +393,7 @@ class LatentChain:
         core, samplers = import_module("torchebm.core"), import_module("torchebm.samplers")
 
         class Model(core.BaseModel):
-            def forward(model, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+            def forward(model, x: torch.Tensor) -> torch.Tensor:
                 return self.net(x)[:, 0] + 0.5 * x.square().sum(1)
 
         relative = S / (2 * A) ** 0.5
@@ -495,7 +495,7 @@ def predictions(report: dict[str, Any]) -> str:
         rows.append((f"{Chain.name}: {name}", None, measured(report["chain"].get("results", {}), name)))
     if report["environment"]["device"].startswith("none"):
         rows = [(name, predicted, None) for name, predicted, _ in rows]
-    number = lambda value: "-" if value is None else f"{value:,.1f}"  # noqa: E731
+    number = lambda value: "-" if value is None else f"{value:,.1f}"
     lines = [f"{'microseconds':64} {'predicted':>12} {'measured':>12}"]
     return "\n".join(lines + [f"{name:64} {number(a):>12} {number(b):>12}" for name, a, b in rows])
 

@@ -379,7 +379,7 @@ def test_gradients_are_as_near_as_fp32_is(
 
 @pytest.mark.parametrize("precision", ("fp32", "tf32x3", "bf16"))
 def test_results_do_not_depend_on_the_block(host: dict[str, int], seed: int, draw: Any, precision: Any) -> None:
-    """Bit for bit: how many chains and blocks a cluster has, what is in shared memory, and what other chains there are."""
+    """Bit for bit: a cluster's chains and blocks, what is in shared memory, and what other chains there are."""
     chains = 21
     terms = [
         draw.residual(chains, 70, 200, 256, 300, mask=chains),
