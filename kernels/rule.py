@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """The update rule in Triton, for the kernels of whole chains, on MLPs and on nets, and what they share with the step.
 
-The definition is :mod:`mmebm.ops.langevin_step.reference`. :mod:`mmebm.kernels.langevin_step`, which has no table, states
-it in its own form, without branches.
+The definition is :mod:`mmebm.ops.langevin_step.reference`. :mod:`mmebm.kernels.langevin_step`, which has no table,
+states it in its own form, without branches.
 
     g = clip(g);  g = f g;  g = g + x / prior_std^2
     d = s xi - a g;  d = clamp(d);  y = x + d;  y = clamp(y)
