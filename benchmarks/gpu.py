@@ -391,10 +391,11 @@ class LatentChain:
 
     def torchebm(self) -> Callable[[], torch.Tensor]:
         core, samplers = import_module("torchebm.core"), import_module("torchebm.samplers")
+        net = self.net
 
         class Model(core.BaseModel):
-            def forward(model, x: torch.Tensor) -> torch.Tensor:
-                return self.net(x)[:, 0] + 0.5 * x.square().sum(1)
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return net(x)[:, 0] + 0.5 * x.square().sum(1)
 
         relative = S / (2 * A) ** 0.5
         sampler = samplers.LangevinDynamics(Model(), step_size=A, noise_scale=relative, device=DEVICE)
