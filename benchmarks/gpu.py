@@ -1,6 +1,6 @@
 """Times the Langevin update on a GPU: Triton and CUDA C++ against eager PyTorch, torch.compile and a copy of the bytes.
 
-    python benchmarks/gpu.py [--out FILE] [--quick]
+    python benchmarks/gpu.py [--out FILE] [--quick] [--rehearse]
 
 Every candidate does the same work on the same tensors: ``x <- clamp(x - a g + s xi)`` with fresh noise for every
 tensor of the state. The floor is measured, not looked up: a device copy of as many bytes as the update has to move (x
@@ -12,7 +12,9 @@ instead of a time. Last come whole chains: on a convolutional energy by hand, in
 that of a latent prior, eager, compiled and in one launch of Triton or CUDA C++, each also as a replayed graph; and a
 whole training iteration of five convolutional modalities, with the chains by hand and by the library.
 
-Writes one JSON file with the device, driver, versions and commit.
+Writes one JSON file with the device, driver, versions and commit, and ends in a table of what docs/kernels.md
+predicts beside what was measured. ``--rehearse`` goes without a device: the same code on the CPU where the CPU can, a
+round each, no time recorded.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import triton
@@ -63,6 +67,20 @@ STATES: dict[str, list[tuple[int, ...]]] = {
 }
 QUICK = ("latent 100 x 64", "images 64 x 3 x 32 x 32", "16M")
 
+# What docs/kernels.md counts, and what a multiprocessor does (H100, H200): lanes a cycle, and cycles a second, a guess
+# between the data sheet's clock and the highest
+LANES, CLOCK = 128, 1.7e9
+BANDWIDTH = 3.0e12  # bytes a second, of an H100's copy, where none was measured
+# of an update, without statistics and norm clip: instructions an element
+INSTRUCTIONS = {
+    ("cuda", "float32"): 65,
+    ("triton", "float32"): 69,
+    ("cuda", "bfloat16"): 71,
+    ("triton", "bfloat16"): 85,
+}
+# of the latent prior's chain: warp instructions of a block and step; a multiprocessor issues LANES / 32 a cycle
+CHAIN_INSTRUCTIONS = {"cuda, fp32": 14_597, "cuda, tf32x3": 11_377, "cuda, bf16": 8_075}
+
 
 def shell(*command: str) -> str:
     try:
@@ -71,7 +89,15 @@ def shell(*command: str) -> str:
         return f"unknown ({type(error).__name__})"
 
 
+def wait() -> None:
+    """For the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def environment() -> dict[str, object]:
+    if DEVICE.type != "cuda":
+        return {"device": "none (a rehearsal)", "multiprocessors": 132, "torch": torch.__version__}
     properties = torch.cuda.get_device_properties(DEVICE)
     return {
         "device": properties.name,
@@ -96,6 +122,10 @@ def eager(x: list[torch.Tensor], g: list[torch.Tensor]) -> list[torch.Tensor]:
         xi.add_(torch.randn_like(xi), alpha=S)
         xi.clamp_(LOW, HIGH)
     return x
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False) if DEVICE.type == "cuda" else function
 
 
 def candidates(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[list[torch.Tensor], list[torch.Tensor]], object]]:
@@ -124,7 +154,7 @@ def candidates(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[list[torch.
         "cuda, statistics": cuda(params, True),
         "cuda, norm clip": cuda(clipped, False),
         "eager": eager,
-        "torch.compile": torch.compile(eager, dynamic=False),
+        "torch.compile": compiled(eager),
     }
 
 
@@ -158,6 +188,10 @@ def correct(name: str, call: Callable, shapes: list[tuple[int, ...]], dtype: tor
 
 def batch_time(call: Callable[[], object], calls: int) -> float:
     """Seconds of device time a call, of one batch of ``calls``."""
+    if DEVICE.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -168,6 +202,8 @@ def batch_time(call: Callable[[], object], calls: int) -> float:
 
 
 def graphed(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
+    if DEVICE.type != "cuda":
+        raise RuntimeError("a rehearsal has no graphs")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -194,12 +230,12 @@ def host_time(call: Callable[[], object]) -> float:
     """Seconds the host spends on a call; the device is given time to keep up between batches."""
     times = []
     for _ in range(20):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         for _ in range(10):
             call()
         times.append((time.perf_counter() - start) / 10)
-    torch.cuda.synchronize()
+    wait()
     return statistics.median(times)
 
 
@@ -218,11 +254,11 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int) -> d
     out: dict[str, object] = {"elements": elements, "bytes": moved, "results": {}}
     results: dict[str, dict[str, object]] = {}
     for name, function in candidates(shapes).items():
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         try:
             function([xi.clone() for xi in x], g)
-            torch.cuda.synchronize()
+            wait()
             first = time.perf_counter() - start
             wrong = correct(name, function, shapes, dtype)
         except Exception as error:
@@ -242,7 +278,7 @@ def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int) -> d
         try:
             graphs[name] = graphed(call, many)
         except Exception as error:
-            torch.cuda.synchronize()
+            wait()
             results[name]["graph_error"] = f"{type(error).__name__}: {error}"[:500]
     times: dict[str, list[float]] = {name: [] for name in calls}
     replayed: dict[str, list[float]] = {name: [] for name in graphs}
@@ -294,11 +330,11 @@ class Chain:
         calls: dict[str, Callable[[], object]] = {
             "by hand": self.by_hand,
             "loop": lambda: self.sampled(False),
-            "captured": lambda: self.sampled(True),
+            "captured": lambda: self.sampled(DEVICE.type == "cuda"),
         }
         start = time.perf_counter()
-        replayed, wanted = self.sampled(True), self.sampled(False)
-        torch.cuda.synchronize()
+        replayed, wanted = self.sampled(DEVICE.type == "cuda"), self.sampled(False)
+        wait()
         found: dict[str, object] = {"first_calls_s": time.perf_counter() - start, "reason": replayed.info["reason"]}
         if not all(torch.equal(replayed.state[name], wanted.state[name]) for name in self.shapes):
             return {**found, "error": "the captured chain differs from the loop"}
@@ -341,7 +377,7 @@ class LatentChain:
             for precision in self.precisions
         }
         self.x = torch.randn(100, 64, device=DEVICE)
-        self.compiled = torch.compile(self.step, dynamic=False)
+        self.compiled = compiled(self.step)
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         grad = torch.func.grad(lambda z: self.net(z).sum())(x)
@@ -353,11 +389,25 @@ class LatentChain:
             x = step(x)
         return x
 
+    def torchebm(self) -> Callable[[], torch.Tensor]:
+        core, samplers = import_module("torchebm.core"), import_module("torchebm.samplers")
+        net = self.net
+
+        class Model(core.BaseModel):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return net(x)[:, 0] + 0.5 * x.square().sum(1)
+
+        relative = S / (2 * A) ** 0.5
+        sampler = samplers.LangevinDynamics(Model(), step_size=A, noise_scale=relative, device=DEVICE)
+        return lambda: sampler.sample(x=self.x, n_steps=self.steps)
+
     def measure(self, rounds: int) -> dict[str, object]:
         calls: dict[str, Callable[[], torch.Tensor]] = {
             "eager": lambda: self.loop(self.step),
             "torch.compile": lambda: self.loop(self.compiled),
         }
+        if find_spec("torchebm") is not None:
+            calls["torchebm"] = self.torchebm()
         found: dict[str, object] = {}
         wanted = run_in(None, self.problems["fp32"], self.x, 5, 0).x
         for precision, problem in self.problems.items():
@@ -373,7 +423,9 @@ class LatentChain:
                 calls[f"{name}, {precision}"] = lambda room=room, problem=problem: (
                     room.run(problem, self.x, self.steps, 0).x
                 )
-        graphs = {f"{name}, in a graph": graphed(call, 1).replay for name, call in calls.items()}
+        # torchebm's loop waits for the device
+        kept = [name for name in calls if name != "torchebm" and DEVICE.type == "cuda"]
+        graphs = {f"{name}, in a graph": graphed(calls[name], 1).replay for name in kept}
         timed: dict[str, Callable[[], object]] = {**calls, **graphs}
         times: dict[str, list[float]] = {name: [] for name in timed}
         for turn in range(rounds + 3):
@@ -416,31 +468,75 @@ def table(case: str, found: dict) -> str:
     return "\n".join(lines)
 
 
+def predictions(report: dict[str, Any]) -> str:
+    """A line for each time that docs/kernels.md says something about, and the peers beside them: microseconds."""
+    issued = report["environment"]["multiprocessors"] * LANES * CLOCK
+    rows: list[tuple[str, float | None, float | None]] = []
+
+    def measured(result: dict[str, Any], *keys: str) -> float | None:
+        for key in keys:
+            result = result.get(key, {})
+        return result.get("median_us")  # type: ignore[return-value]
+
+    for case, found in report["cases"].items():
+        results = found["results"]
+        copy = measured(results["copy of the same bytes"], "graph")
+        for room in ("cuda", "triton"):
+            arithmetic = 1e6 * found["elements"] * INSTRUCTIONS[room, case.rpartition(", ")[2]] / issued
+            memory = 1e6 * found["bytes"] / BANDWIDTH if copy is None else copy
+            rows.append((f"{room}: {case}", max(memory, arithmetic), measured(results.get(room, {}), "graph")))
+    latent = report["latent_chain"].get("results", {})
+    for name in [f"{room}, {precision}" for precision in LatentChain.precisions for room in ("cuda", "triton")]:
+        count = CHAIN_INSTRUCTIONS.get(name)
+        bound = None if count is None else 1e6 * LatentChain.steps * count / (LANES / 32 * CLOCK)
+        rows.append((f"latent prior: {name}, at least", bound, measured(latent, f"{name}, in a graph")))
+    for name in ("eager", "torchebm", "torch.compile", "torch.compile, in a graph"):
+        rows.append((f"latent prior: {name}", None, measured(latent, name)))
+    for name in ("by hand", "captured"):
+        rows.append((f"{Chain.name}: {name}", None, measured(report["chain"].get("results", {}), name)))
+    if report["environment"]["device"].startswith("none"):
+        rows = [(name, predicted, None) for name, predicted, _ in rows]
+    number = lambda value: "-" if value is None else f"{value:,.1f}"
+    lines = [f"{'microseconds':64} {'predicted':>12} {'measured':>12}"]
+    return "\n".join(lines + [f"{name:64} {number(a):>12} {number(b):>12}" for name, a, b in rows])
+
+
 def main() -> int:
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-<device>-<date>.json")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--rounds", type=int, default=21, help="batches that count (default 21)")
+    parser.add_argument("--rehearse", action="store_true", help="without a device: see above")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if arguments.rehearse:
+        DEVICE = torch.device("cpu")
+        arguments.rounds = 1
+    elif not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
         return 1
-    report: dict[str, object] = {"environment": environment(), "rounds": arguments.rounds}
+    report: dict[str, Any] = {"environment": environment(), "rounds": arguments.rounds}
     cases: dict[str, object] = {}
-    for name in QUICK if arguments.quick else STATES:
+    names = QUICK[:2] if arguments.rehearse else QUICK if arguments.quick else tuple(STATES)
+    for name in names:
         for dtype in (torch.float32, torch.bfloat16):
             case = f"{name}, {str(dtype).removeprefix('torch.')}"
             cases[case] = found = measure(STATES[name], dtype, arguments.rounds)
             print(table(case, found), flush=True)
-            torch.cuda.empty_cache()
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
     report["cases"] = cases
     report["chain"] = chain = {"case": Chain.name, **Chain().measure(arguments.rounds)}
     print(json.dumps(chain, indent=1), flush=True)
     report["latent_chain"] = latent = {"case": LatentChain.name, **LatentChain().measure(arguments.rounds)}
     print(json.dumps(latent, indent=1), flush=True)
-    case = "polymnist-5k, convolutional, batch 128"
-    report["training_iteration"] = whole = {"case": case, **training_iteration(arguments.rounds)}
-    print(json.dumps(whole, indent=1), flush=True)
+    if not (arguments.quick or arguments.rehearse):
+        case = "polymnist-5k, convolutional, batch 128"
+        report["training_iteration"] = whole = {"case": case, **training_iteration(arguments.rounds)}
+        print(json.dumps(whole, indent=1), flush=True)
+    print(predictions(report), flush=True)
+    if arguments.rehearse:
+        return 0
     device = str(report["environment"]["device"]).lower().replace(" ", "-")  # type: ignore[index]
     out = arguments.out or ROOT / "benchmarks" / "results" / f"gpu-{device}-{datetime.now():%Y%m%d-%H%M%S}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -63,37 +63,33 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from mmebm.kernels.activations import CODES, activate, tanh
-from mmebm.kernels.langevin_step import _number, _signed64
 from mmebm.kernels.philox import box_muller, key_words, philox
+from mmebm.kernels.rule import (
+    BEFORE,
+    CLAMP_NOISE,
+    ENERGY,
+    FREEZE,
+    GRAD_NORM,
+    GRADIENT,
+    NOISE_SCALE,
+    NOISY,
+    NORM,
+    NORM_CLIP,
+    OBSERVED,
+    bounded,
+    clip,
+    constant_of,
+    dot,
+    norm_factor,
+    number_of,
+    proposed,
+    signed64,
+    todo_of,
+)
 from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 
 __all__ = ["TILES", "Plan", "Tile", "gradient", "refusal", "run", "supports", "tile_of"]
-
-# What a launch does: bits of ``todo``
-_CLIP: Final = tl.constexpr(1 << 0)
-_NORM: Final = tl.constexpr(1 << 1)
-_MAX: Final = tl.constexpr(1 << 2)
-_PRIOR: Final = tl.constexpr(1 << 3)
-_BOUNDS: Final = tl.constexpr(1 << 4)
-_BEFORE: Final = tl.constexpr(1 << 5)  # noise before the gradient, else after
-_CLAMP_NOISE: Final = tl.constexpr(1 << 6)
-_OBSERVED: Final = tl.constexpr(1 << 7)
-_FREEZE: Final = tl.constexpr(1 << 8)
-_ENERGY: Final = tl.constexpr(1 << 9)  # record it
-_GRAD_NORM: Final = tl.constexpr(1 << 10)
-_GRADIENT: Final = tl.constexpr(1 << 11)  # no step: the gradient is the result
-_NOISY: Final = tl.constexpr(1 << 12)
-
-# Columns of the table of constants, in the order of mmebm.ops.langevin_mlp.FIELDS
-_STEP_SIZE: Final = tl.constexpr(0)
-_NOISE_SCALE: Final = tl.constexpr(1)
-_GRAD_CLIP: Final = tl.constexpr(2)
-_NORM_CLIP: Final = tl.constexpr(3)
-_MAX_UPDATE: Final = tl.constexpr(4)
-_PRECISION: Final = tl.constexpr(5)
-_LOWER: Final = tl.constexpr(6)
-_UPPER: Final = tl.constexpr(7)
 
 # The program: kinds of operation, and the words of one
 _HIDDEN: Final = tl.constexpr(0)  # h = act(a W + b), and act'
@@ -156,21 +152,6 @@ UNIT: Final = 16  # offsets and widths are multiples of it, so that rows are rea
 
 
 @triton.jit
-def _dot(a, b, acc, MODE: tl.constexpr):
-    if MODE == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b, acc)
-    elif MODE == "rounded":
-        # The interpreter has no bf16 products, and its conversion cuts off: to nearest even, from the bits
-        bits = a.to(tl.int32, bitcast=True)
-        near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        return tl.dot(tl.where(a == a, near, a), b.to(tl.float32), acc, input_precision="ieee")
-    elif MODE == "tf32x3":
-        return tl.dot(a, b, acc, input_precision="tf32x3")
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
 def _word(table, at):
     return tl.load(table + at)
 
@@ -178,12 +159,6 @@ def _word(table, at):
 @triton.jit
 def _real(table, at):
     return tl.load(table + at).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _constant(row, tensor, chain, width, by_chain, FIELD: tl.constexpr):
-    """A constant of each chain and column: (BM, DB)."""
-    return tl.load(row + ((tensor * 8 + FIELD) * width)[None, :] + (chain * by_chain)[:, None])
 
 
 @triton.jit
@@ -203,20 +178,11 @@ def _noise(table, tensors_at, quads_at, first, chain_word, step_word, k0, k1, BM
 
 
 @triton.jit
-def _between(y, row, tensor, chain, width, by_chain):
-    # by comparisons: NaN stays NaN, and bounds that are not there change nothing
-    low = _constant(row, tensor, chain, width, by_chain, _LOWER)
-    y = tl.where(y < low, low, y)
-    high = _constant(row, tensor, chain, width, by_chain, _UPPER)
-    return tl.where(y > high, high, y)
-
-
-@triton.jit
 def _kept(observed, observed_stride, chain, source, flags, todo):
     """Where a value stays: padding, tensors that do not move, observed elements. (BM, DB)"""
     moves = (source >= 0) & ((flags & _MOVING) != 0)
     keep = ((chain * 0)[:, None] + (1 - moves.to(tl.int32))[None, :]) != 0
-    if (todo & _OBSERVED) != 0:
+    if (todo & OBSERVED) != 0:
         p = observed + chain.to(tl.int64)[:, None] * observed_stride + source[None, :]
         keep = keep | (tl.load(p, mask=(source >= 0)[None, :] & (chain >= 0)[:, None], other=0) != 0)
     return keep
@@ -224,41 +190,8 @@ def _kept(observed, observed_stride, chain, source, flags, todo):
 
 @triton.jit
 def _scaled(xi, row, tensor, flags, chain, width, by_chain):
-    s = _constant(row, tensor, chain, width, by_chain, _NOISE_SCALE)
+    s = constant_of(row, tensor, chain, width, by_chain, NOISE_SCALE)
     return tl.where(((flags & _COLUMN_NOISY) != 0)[None, :], s * xi, 0.0)
-
-
-@triton.jit
-def _clipped(g, row, tensor, chain, width, by_chain, todo):
-    if (todo & _CLIP) != 0:
-        c = _constant(row, tensor, chain, width, by_chain, _GRAD_CLIP)
-        g = tl.where(g > c, c, g)
-        g = tl.where(g < -c, -c, g)
-    return g
-
-
-@triton.jit
-def _moved(x, g, noise, row, tensor, chain, width, by_chain, todo):
-    """The rule from the clipped gradient on, but for what keeps its value."""
-    if (todo & _PRIOR) != 0:
-        p = _constant(row, tensor, chain, width, by_chain, _PRECISION)
-        g = g + tl.where(p != 0.0, x * p, 0.0)
-    d = noise - _constant(row, tensor, chain, width, by_chain, _STEP_SIZE) * g
-    if (todo & _MAX) != 0:
-        m = _constant(row, tensor, chain, width, by_chain, _MAX_UPDATE)
-        d = tl.where(d > m, m, d)
-        d = tl.where(d < -m, -m, d)
-    y = x + d
-    if (todo & _BOUNDS) != 0:
-        y = _between(y, row, tensor, chain, width, by_chain)
-    return y
-
-
-@triton.jit
-def _factor(squares, limit):
-    """Of a norm clip. Exactly 1 up to the limit, infinite ones too; a NaN norm stays NaN."""
-    norm = tl.sqrt_rn(squares)
-    return tl.where(norm <= limit, 1.0, tl.div_rn(limit, norm))
 
 
 @triton.jit
@@ -332,8 +265,8 @@ def _perturb(
         xi = _noise(table, tensors_at, quads_at, c, chain_word, step_word, k0, k1, BM, NB)
         old = tl.load(own + (x_at + col)[None, :])
         y = old + _scaled(xi, row, tensor, flags, chain, width, by_chain)
-        if (todo & _CLAMP_NOISE) != 0:
-            y = _between(y, row, tensor, chain, width, by_chain)
+        if (todo & CLAMP_NOISE) != 0:
+            y = bounded(y, row, tensor, chain, width, by_chain)
         keep = _kept(observed, observed_stride, chain, source, flags, todo)
         tl.store(own + (c_at + col)[None, :], tl.where(keep, old, y))
     tl.debug_barrier()
@@ -370,7 +303,7 @@ def _update(
 ):
     """The rule, from c and the gradient to n, and for frozen chains back to x. Returns (squared norm, alive)."""
     # the factors of the norm clip, one for each tensor
-    if (todo & _NORM) != 0:
+    if (todo & NORM) != 0:
         for t in range(tensors):
             start = _word(table, tensors_at + 4 * t)
             end = _word(table, tensors_at + 4 * t + 1)
@@ -381,11 +314,11 @@ def _update(
                     col_t = c_t + tl.arange(0, NB)
                     of_t = (col_t < end)[None, :]
                     g_t = tl.load(own + (g_at + col_t)[None, :], mask=of_t, other=0.0)
-                    g_t = _clipped(g_t, row, t + tl.zeros([NB], tl.int32), chain, width, by_chain, todo)
+                    g_t = clip(g_t, row, t + tl.zeros([NB], tl.int32), chain, width, by_chain, todo)
                     g_t = tl.where(of_t, g_t, 0.0)
                     sum_t += tl.sum(g_t * g_t, axis=1)
-                limit = tl.load(row + (t * 8 + _NORM_CLIP) * width + chain * by_chain)
-                factor = _factor(sum_t, limit)
+                limit = tl.load(row + (t * 8 + NORM_CLIP) * width + chain * by_chain)
+                factor = norm_factor(sum_t, limit)
             tl.store(own + factors_at + t, factor[:, None])
         tl.debug_barrier()
 
@@ -398,24 +331,24 @@ def _update(
         tensor = flags >> 2
         # the noise first: it needs most registers, and nothing has to be kept meanwhile
         noise = tl.zeros([BM, NB], tl.float32)
-        if (todo & (_BEFORE | _NOISY)) == _NOISY:
+        if (todo & (BEFORE | NOISY)) == NOISY:
             noise = _noise(table, tensors_at, quads_at, c, chain_word, step_word, k0, k1, BM, NB)
             noise = _scaled(noise, row, tensor, flags, chain, width, by_chain)
         current = tl.load(own + (c_at + col)[None, :])
         g = tl.load(own + (g_at + col)[None, :])
         moves = (source >= 0) & ((flags & _MOVING) != 0)
         squares += tl.sum(tl.where(moves[None, :], g * g, 0.0), axis=1)
-        g = _clipped(g, row, tensor, chain, width, by_chain, todo)
-        if (todo & _NORM) != 0:
+        g = clip(g, row, tensor, chain, width, by_chain, todo)
+        if (todo & NORM) != 0:
             g = g * tl.load(own + (factors_at + tensor)[None, :])
-        y = _moved(current, g, noise, row, tensor, chain, width, by_chain, todo)
+        y = proposed(current, g, noise, row, tensor, chain, width, by_chain, todo)
         y = tl.where(_kept(observed, observed_stride, chain, source, flags, todo), current, y)
         # inf - inf and NaN - NaN are NaN, anything finite minus itself is 0
         bad = ((y - y) != 0.0) & moves[None, :]
         finite = finite & (1 - tl.max(bad.to(tl.int32), axis=1))
         tl.store(own + (n_at + col)[None, :], y)
     tl.debug_barrier()
-    if (todo & _FREEZE) != 0:
+    if (todo & FREEZE) != 0:
         alive = alive & finite
         for c_f in range(0, columns, NB):
             col_f = c_f + tl.arange(0, NB)
@@ -478,8 +411,8 @@ def _chain_kernel(
     columns = columns16 * 16
     x_at, c_at, n_at, g_at = x16 * 16, c16 * 16, n16 * 16, g16 * 16
     own = scratch + (pid.to(tl.int64) * BM + tl.arange(0, BM))[:, None] * (ld16 * 16)
-    k0, k1 = key_words(_number(seed, seed_at))
-    first_step = _number(step, step_at)
+    k0, k1 = key_words(number_of(seed, seed_at))
+    first_step = number_of(step, step_at)
     for tile in range(pid, tl.cdiv(chains, BM), tl.num_programs(0)):
         here = tile * BM + tl.arange(0, BM)
         inside = here < chains
@@ -492,7 +425,7 @@ def _chain_kernel(
         for k in range(steps):
             row = constants + k * constant_step
             step_word = (first_step + k).to(tl.uint32)
-            if (todo & _BEFORE) != 0:
+            if (todo & BEFORE) != 0:
                 _perturb(
                     own,
                     table,
@@ -537,7 +470,7 @@ def _chain_kernel(
                         kk = j + tl.arange(0, KB)
                         a = tl.load(own + (a_at + kk)[None, :])
                         b = tl.load(w + b_at + kk[:, None] * N + n[None, :], mask=ok[None, :], other=0.0)
-                        acc = _dot(a, b, acc, MODE)
+                        acc = dot(a, b, acc, MODE)
                     if kind <= _OUTPUT:
                         acc += tl.load(v + v_at + n, mask=ok, other=0.0)[None, :]
                     if kind <= _HEAD:
@@ -572,9 +505,9 @@ def _chain_kernel(
                     tl.store(own + (out_at + n)[None, :], acc, mask=ok[None, :])
                 tl.debug_barrier()
 
-            if (todo & _ENERGY) != 0:
+            if (todo & ENERGY) != 0:
                 tl.store(energy + k * chains.to(tl.int64) + here, e, mask=inside)
-            if (todo & _GRADIENT) == 0:
+            if (todo & GRADIENT) == 0:
                 squares, alive = _update(
                     own,
                     table,
@@ -603,12 +536,12 @@ def _chain_kernel(
                     BM,
                     NB,
                 )
-                if (todo & _GRAD_NORM) != 0:
+                if (todo & GRAD_NORM) != 0:
                     tl.store(norms + k * chains.to(tl.int64) + here, tl.sqrt_rn(squares), mask=inside)
 
-        result_at = tl.where((todo & _GRADIENT) != 0, g16, x16) * 16
+        result_at = tl.where((todo & GRADIENT) != 0, g16, x16) * 16
         _deliver(out + row_at, own, table, columns_at, columns, result_at, inside, NB)
-        if (todo & _FREEZE) != 0:
+        if (todo & FREEZE) != 0:
             tl.store(frozen + here, (1 - alive).to(tl.uint8), mask=inside)
 
 
@@ -1012,13 +945,13 @@ def _goals(plan: Plan, terms: Sequence[Term], v: Tensor, chains: int) -> tuple[T
 def _address(value: int | Tensor, device: torch.device, name: str) -> tuple[int, int, Tensor | None]:
     """(value, address, tensor to keep alive): an int is sent as it is, a device tensor by its address."""
     if not isinstance(value, Tensor):
-        return _signed64(int(value)), 0, None
+        return signed64(int(value)), 0, None
     if value.numel() != 1 or value.dtype.is_floating_point:
         raise ValueError(f"{name} must be an int or 1-element int tensor, got {tuple(value.shape)} {value.dtype}")
     if value.device != device:
         if value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device}, got {value.device}")
-        return _signed64(int(value)), 0, None
+        return signed64(int(value)), 0, None
     value = value.to(torch.int64)
     return 0, value.data_ptr(), value
 
@@ -1144,22 +1077,7 @@ def run(
         before,
         tile or tile_of(chains, chain.precision),
     )
-    todo = 0
-    for bit, wanted in (
-        (_CLIP, chain.has("grad_clip")),
-        (_NORM, chain.has("grad_norm_clip")),
-        (_MAX, chain.has("max_update")),
-        (_PRIOR, chain.has("prior_precision")),
-        (_BOUNDS, chain.has("low") or chain.has("high")),
-        (_BEFORE, before),
-        (_CLAMP_NOISE, chain.clamp_noise),
-        (_OBSERVED, chain.observed is not None),
-        (_FREEZE, chain.freeze),
-        (_ENERGY, energy),
-        (_GRAD_NORM, grad_norm),
-        (_NOISY, any(chain.noisy)),
-    ):
-        todo |= bit.value * wanted
+    todo = todo_of(chain) | ENERGY.value * energy | GRAD_NORM.value * grad_norm
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments: dict[str, Any] = {"out": out, "offset": chain.chain_offset, "tensors": tensors, "todo": todo}
     records: dict[str, Tensor] = {}
@@ -1213,7 +1131,7 @@ def gradient(terms: Sequence[Term], x: Tensor, *, tile: Tile | None = None) -> t
         False,
         tile or tile_of(chains, "fp32"),
     )
-    arguments = {"out": out, "energy": energy, "todo": _GRADIENT.value | _ENERGY.value}
+    arguments = {"out": out, "energy": energy, "todo": GRADIENT.value | ENERGY.value}
     with _guard(x.device):
         _launch(made, terms, x.contiguous(), "fp32", arguments, chains, 1)
     return energy, out

@@ -63,6 +63,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mmebm import noise
 from mmebm.kernels.philox import key_words, normals, rounding_halves, split4, split8, stochastic_round
+from mmebm.kernels.rule import number_of, signed64
 from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, StepStats, per_chain_or_single
 
 __all__ = ["TritonStepper", "supports"]
@@ -150,15 +151,6 @@ def _select(t, values, K: tl.constexpr, STRIDE: tl.constexpr, T: tl.constexpr):
     out = values[K]
     for i in tl.static_range(1, T):
         out = tl.where(t == i, values[i * STRIDE + K], out)
-    return out
-
-
-@triton.jit
-def _number(value, address):
-    """An int64: the argument itself, or what a 1-element tensor holds now."""
-    out = value.to(tl.int64)
-    if address != 0:
-        out = tl.load(address.to(tl.int64).to(tl.pointer_type(tl.int64)))
     return out
 
 
@@ -364,8 +356,8 @@ def _map_kernel(
     n = (_select(t, ns, 0, 1, T) - 3) >> 1
     meta = _select(t, metas, 0, 1, T)
     stream = ((_select(t, streams, 0, 1, T) - 3) >> 1).to(tl.uint32)
-    k0, k1 = key_words(_number(seed, seed_at))
-    step_word = _number(step, step_at).to(tl.uint32)
+    k0, k1 = key_words(number_of(seed, seed_at))
+    step_word = number_of(step, step_at).to(tl.uint32)
 
     per_chain = (n + (G - 1)) // G
     groups = chains * per_chain
@@ -579,8 +571,8 @@ def _chain_kernel(
     chain_ok = chain < chains
     row = block * R + tl.arange(0, R)
     row_ok = row < chains
-    k0, k1 = key_words(_number(seed, seed_at))
-    step_word = _number(step, step_at).to(tl.uint32)
+    k0, k1 = key_words(number_of(seed, seed_at))
+    step_word = number_of(step, step_at).to(tl.uint32)
 
     outside = tl.zeros([B], tl.int32)
     if (todo & _SHARED) != 0:
@@ -827,10 +819,6 @@ def _bits(*names: str) -> int:
     )
 
 
-def _signed64(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
-
-
 class TritonStepper:
     """The update in Triton: all tensors in one launch a step, in place.
 
@@ -867,13 +855,13 @@ class TritonStepper:
     def _number(self, value: int | Tensor, device: torch.device, name: str) -> tuple[int, int, Tensor | None]:
         """(value, address, tensor to keep alive): an int is sent as it is, a device tensor by its address."""
         if not isinstance(value, Tensor):
-            return _signed64(int(value)), 0, None
+            return signed64(int(value)), 0, None
         if value.numel() != 1 or value.dtype.is_floating_point:
             raise ValueError(f"{name} must be an int or 1-element int tensor, got {tuple(value.shape)} {value.dtype}")
         if value.device != device:
             if value.device.type != "cpu":
                 raise ValueError(f"{name} must be on {device}, got {value.device}")
-            return _signed64(int(value)), 0, None
+            return signed64(int(value)), 0, None
         value = value.to(torch.int64)
         return 0, value.data_ptr(), value
 

@@ -34,23 +34,23 @@ import triton
 import triton.language as tl
 
 from mmebm.kernels.activations import CODES, activate
-from mmebm.kernels.langevin_mlp import (
-    _BEFORE,
-    _CLAMP_NOISE,
-    _FREEZE,
-    _NOISE_SCALE,
-    _NOISY,
-    _NORM,
-    _NORM_CLIP,
-    _OBSERVED,
-    _between,
-    _clipped,
-    _constant,
-    _dot,
-    _factor,
-    _moved,
-)
 from mmebm.kernels.philox import key_words, normal_of, normals
+from mmebm.kernels.rule import (
+    BEFORE,
+    CLAMP_NOISE,
+    FREEZE,
+    NOISE_SCALE,
+    NOISY,
+    NORM,
+    NORM_CLIP,
+    OBSERVED,
+    bounded,
+    clip,
+    constant_of,
+    dot,
+    norm_factor,
+    proposed,
+)
 
 __all__ = [
     "BLOCK",
@@ -158,13 +158,13 @@ def _taps(r, pad, dilation, stride, period, kernel, spread):
 
 @triton.jit
 def _scaled_noise(xi, row, tensor, chain, width, by_chain):
-    return _constant(row, tensor, chain, width, by_chain, _NOISE_SCALE) * xi
+    return constant_of(row, tensor, chain, width, by_chain, NOISE_SCALE) * xi
 
 
 @triton.jit
 def _new_state(x, g, noise, kept, row, tensor, chain, width, by_chain, todo):
     """The one rule after the norm clip; ``tensor`` and ``chain`` are vectors of one element."""
-    y = _moved(x, g, noise, row, tensor, chain, width, by_chain, todo)
+    y = proposed(x, g, noise, row, tensor, chain, width, by_chain, todo)
     return tl.where(kept != 0, x, y)
 
 
@@ -306,7 +306,7 @@ def product_kernel(
             mask=ok_n[:, None] & ok_k[None, :],
             other=0.0,
         )
-        acc = _dot(weight, value, acc, MODE)
+        acc = dot(weight, value, acc, MODE)
 
     channel = group * N + n
     at = channel[:, None] * (OH * OW) + ((q_y * stride_y + r_y) * OW + q_x * stride_x + r_x)[None, :]
@@ -330,13 +330,13 @@ def product_kernel(
             noise = _scaled_noise(xi, constant_row, of, one, constant_width, constant_chain)
         old = tl.load(a + (place + x_at), mask=ok, other=0.0)
         kept = tl.zeros([BN, BM], tl.uint8)
-        if (todo & _OBSERVED) != 0:
+        if (todo & OBSERVED) != 0:
             seen = observed + own_chain.to(tl.int64) * observed_stride + start
             kept = tl.load(seen + at, mask=ok, other=0)
         squares = tl.sum(tl.sum(tl.where(ok, acc * acc, 0.0), axis=1), axis=0)
         slot = tl.program_id(1) * (classes * tiles) + part
         tl.store(partials + own_chain.to(tl.int64) * parts + out_at + slot, squares)
-        g = _clipped(acc, constant_row, of, one, constant_width, constant_chain, todo)
+        g = clip(acc, constant_row, of, one, constant_width, constant_chain, todo)
         new = _new_state(old, g, noise, kept, constant_row, of, one, constant_width, constant_chain, todo)
         tl.store(a + (place + x_at), new, mask=ok)
     else:
@@ -586,7 +586,7 @@ def _noise_of_tile(quad, numbers, chain, step, stream, B: tl.constexpr):
 @triton.jit
 def _kept_of_tile(observed, observed_stride, chain, at, ok, todo, B: tl.constexpr):
     kept = tl.zeros([B // 4, 4], tl.uint8)
-    if (todo & _OBSERVED) != 0:
+    if (todo & OBSERVED) != 0:
         kept = tl.load(observed + chain.to(tl.int64) * observed_stride + at, mask=ok, other=0)
     return kept
 
@@ -627,8 +627,8 @@ def perturb_kernel(
             if tl.load(words + _TENSOR_NOISY) != 0:
                 xi = _noise_of_tile(quad, numbers, chain, step, tl.load(words + _STREAM), B)
                 y = old + _scaled_noise(xi, constant_row, of, one, constant_width, constant_chain)
-            if (todo & _CLAMP_NOISE) != 0:
-                y = _between(y, constant_row, of, one, constant_width, constant_chain)
+            if (todo & CLAMP_NOISE) != 0:
+                y = bounded(y, constant_row, of, one, constant_width, constant_chain)
             kept = _kept_of_tile(observed, observed_stride, chain, start + e, ok, todo, B)
             keep = (kept != 0) | (tl.load(words + _TENSOR_MOVES) == 0)
             tl.store(row + c_at + start + e, tl.where(keep, old, y), mask=ok)
@@ -685,35 +685,35 @@ def rule_kernel(
             moves = tl.load(words + _TENSOR_MOVES)
             of = tl.zeros([1], tl.int32) + t
             factor = 1.0
-            if (todo & _NORM) != 0:  # noqa: SIM102 (Triton's "and" loads both sides)
+            if (todo & NORM) != 0:  # noqa: SIM102 (Triton's "and" loads both sides)
                 if tl.load(words + _TENSOR_NORMED) != 0:
                     clipped = tl.zeros([B // 4, 4], tl.float32)
                     for first in range(0, width, B):
                         _quad, e, ok = _tile_of_tensor(first, width, B)
                         g = tl.load(row + g_at + start + e, mask=ok, other=0.0)
-                        g = _clipped(g, constant_row, of, one, constant_width, constant_chain, todo)
+                        g = clip(g, constant_row, of, one, constant_width, constant_chain, todo)
                         clipped += tl.where(ok, g * g, 0.0)
-                    limit = tl.load(constant_row + (t * 8 + _NORM_CLIP) * constant_width + chain * constant_chain)
-                    factor = _factor(tl.sum(tl.sum(clipped, axis=1), axis=0), limit)
+                    limit = tl.load(constant_row + (t * 8 + NORM_CLIP) * constant_width + chain * constant_chain)
+                    factor = norm_factor(tl.sum(tl.sum(clipped, axis=1), axis=0), limit)
             for first2 in range(0, width, B):
                 quad, e, ok = _tile_of_tensor(first2, width, B)
                 x = tl.load(row + c_at + start + e, mask=ok, other=0.0)
                 y = x
                 if moves != 0:
                     noise = tl.zeros([B // 4, 4], tl.float32)
-                    if ((todo & (_BEFORE | _NOISY)) == _NOISY) & (noisy != 0):
+                    if ((todo & (BEFORE | NOISY)) == NOISY) & (noisy != 0):
                         xi = _noise_of_tile(quad, numbers, chain, step, stream, B)
                         noise = _scaled_noise(xi, constant_row, of, one, constant_width, constant_chain)
                     g = tl.load(row + g_at + start + e, mask=ok, other=0.0)
                     squares += g * g
-                    g = _clipped(g, constant_row, of, one, constant_width, constant_chain, todo) * factor
+                    g = clip(g, constant_row, of, one, constant_width, constant_chain, todo) * factor
                     kept = _kept_of_tile(observed, observed_stride, chain, start + e, ok, todo, B)
                     y = _new_state(x, g, noise, kept, constant_row, of, one, constant_width, constant_chain, todo)
                     # anything finite minus itself is 0
                     bad = tl.where(ok & ((y - y) != 0.0), 1, 0)
                     finite = finite & (1 - tl.max(tl.max(bad, axis=1), axis=0))
                 tl.store(row + n_at + start + e, y, mask=ok)
-        if (todo & _FREEZE) != 0:
+        if (todo & FREEZE) != 0:
             finite = finite & tl.load(alive + chain)
             tl.debug_barrier()  # all warps have read it
             tl.store(alive + chain, finite)

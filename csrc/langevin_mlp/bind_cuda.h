@@ -131,21 +131,20 @@ inline Precision precision_from(int precision) {
   return static_cast<Precision>(precision);
 }
 
-// A binding for one function: the chain's arguments, then two more.
-template <class Last, class F>
+// A binding for one function: the chain's arguments, then those of `Last`.
+template <class... Last, class F>
 auto chain_function(const F& function) {
   return [function](uintptr_t x, int64_t chains, int64_t inputs, const pybind11::list& terms,
                     const pybind11::list& tensors, uintptr_t constants, int64_t rows, int64_t columns,
                     uintptr_t observed, bool observed_rows, int64_t steps, uint64_t seed, uintptr_t seed_at,
                     uint64_t step, uintptr_t step_at, uint32_t chain_offset, bool noise_before, bool clamp_noise,
-                    uintptr_t out, uintptr_t energy, uintptr_t grad_norm, uintptr_t frozen, int precision, int where,
-                    Last last) {
+                    uintptr_t out, uintptr_t energy, uintptr_t grad_norm, uintptr_t frozen, int precision, Last... last) {
     const DeviceChain chain =
         device_chain(x, chains, inputs, terms, tensors, constants, rows, columns, observed, observed_rows, steps, seed,
                      seed_at, step, step_at, chain_offset, noise_before, clamp_noise, out, energy, grad_norm, frozen);
     const Precision as = precision_from(precision);
     pybind11::gil_scoped_release release;
-    return function(chain, as, where, last);
+    return function(chain, as, last...);
   };
 }
 
@@ -154,14 +153,15 @@ inline void bind_langevin_mlp(pybind11::module_& m) {
   m.def("prepare_langevin_mlp", &prepare_langevin_mlp,
         "Load the kernels on a device, before a graph capture needs them; returns a cudaError code.",
         py::arg("device"));
-  m.def("langevin_mlp", chain_function<uint64_t>(&langevin_mlp_cuda),
+  m.def("langevin_mlp", chain_function<int, uint64_t>(&langevin_mlp_cuda),
         "A whole chain, by positional arguments: x, chains, inputs, terms, tensors, constants, rows, columns, "
         "observed, observed_rows, steps, seed, seed_at, step, step_at, chain_offset, noise_before, clamp_noise, out, "
         "energy, grad_norm, frozen, precision, device, cuda_stream. Of addresses, observed, energy, grad_norm, frozen "
         "may be 0. Returns a cudaError code.");
-  m.def("host_langevin_mlp", chain_function<int64_t>(&langevin_mlp_host),
-        "The same by the same device functions on host memory; instead of the last two, the chains of a block (16, 8 "
-        "or 4) and the bytes of shared memory it has. False if they do not fit.");
+  m.def("host_langevin_mlp", chain_function<int, int, int64_t>(&langevin_mlp_host),
+        "The same by the same device functions on host memory; instead of the last two, the chains of a cluster (8, "
+        "or 4 or 16 in one block), its blocks (1, 2, 4 or 8) and the bytes of shared memory each has. False if they do "
+        "not fit.");
   m.def("host_mlp_activation",
         [](int activation, float slope, uintptr_t in, uintptr_t value, uintptr_t derivative, int64_t n) {
           if (activation < 0 || activation >= ACTIVATIONS || n < 0 || ((!in || !value || !derivative) && n > 0)) {

@@ -1,33 +1,35 @@
 // A whole Langevin chain on a sum of MLP terms, in one launch. The definition is mmebm/ops/langevin_mlp/reference.py.
 //
-// A block owns `rows` chains (16, 8 or 4) for all steps. State, gradient, activations and slopes act' stay in shared
-// memory, a row per chain; nothing but the records leaves the block before the last step. Chains share only weights, so
-// blocks never wait for each other, and a captured graph is one node.
+// A cluster of 1, 2, 4 or 8 blocks owns 8 chains for all steps; a single block also 16 of them, or 4. State, gradient,
+// activations and slopes act' stay in shared memory, a row per chain; nothing but the records leaves it before the last
+// step. Chains share only weights, so clusters never wait for each other, and a captured graph is one node.
 //
-// Weights. They are read where they lie, as (outputs, inputs), straight into the registers that the products need: at
-// each step from L2 if need be, but as many layers as fit beside the state are copied into shared memory first, in
-// bf16 for bf16 products, and stay for all steps. Why: 64-200-200-1 has 211 KB of fp32 weights, each of which a step
-// takes twice. An SM gets about 64 bytes a cycle from L2 and 128 from shared memory, and a load waits some 250 cycles
-// for L2 and 30 for shared memory, which 8 warps a block do not hide. In bf16 these are 106 KB, and stay; in fp32 the
-// first layer and what else fits. Nothing is repacked outside: a captured graph sees new weights. (Estimates for an
-// H100: no device was there to measure on.)
+// Clusters (compute capability 9.0 or later). A step is a sequence of small products, and 100 chains in blocks of 8 use
+// 13 multiprocessors. So the blocks of a cluster share the work on the same chains: the tiles of each product, rows of
+// chains, elements of the update. Each has a copy of what all read, and who makes a number writes it to all copies over
+// distributed shared memory; `sync` is the cluster's barrier, six a step for two hidden layers. Slopes, which only their
+// makers need, stay. A block keeps its own share of the weights. No sum is cut, so that no result depends on the cluster.
 //
-// Products. A warp computes `rows` x a few columns over the whole depth, alone: no barrier and no staging inside a
-// product, because with 16 rows no two warps read the same weight. A lane takes four consecutive units of the depth at
-// a time, 16 bytes in one access for the forward pass and four coalesced ones for the backward pass, which reads
-// columns of the same matrix. The order of a sum is free, so that the fragments of mma.sync take them in this order
-// from both operands: what PTX calls k = 2q, 2q + 1, 2q + 8, 2q + 9 of m16n8k16 (q: lane modulo 4) are units 4q to
-// 4q + 3, and likewise for two m16n8k8. Several loads of weights are on their way before the first is used.
-//     fp32     FMA units: a lane has 4 rows of a column
+// Weights. As many layers as fit beside the state are copied into shared memory first, in bf16 for bf16 products, and
+// stay for all steps; the rest is read where it lies, as (outputs, inputs), from L2. Why: 64-200-200-1 has 211 KB of
+// fp32 weights, each of which a step takes twice. An SM gets about 64 bytes a cycle from L2 and 128 from shared memory,
+// and a load waits some 250 cycles for L2 and 30 for shared memory, which 8 warps a block do not hide. A cluster's blocks
+// keep tiles of the matrix for the forward pass and of the transposed one for the backward pass; a single block keeps
+// the matrix once and reads it in both directions. Nothing is repacked outside: a captured graph sees new weights.
+// (Estimates for an H100: no device was there to measure on.)
+//
+// Products. A warp computes a tile of 8 or 16 outputs x 8 chains over the whole depth, alone: no barrier and no staging
+// inside a product.
+//     fp32     FMA units: a lane has 4 outputs x 4 chains and an eighth of the depth, whose sums a butterfly adds up
 //     tf32x3   each operand as a sum of two tf32 numbers, three products; what is left out is 2^-22 of the product
-//     bf16     operands rounded to nearest even
-// Sums are fp32, in parts of 64 units (256 for bf16), so that rounding errors stay those of a short sum.
+//     bf16     operands rounded to nearest even; weights by ldmatrix, transposed for columns
+// Sums are fp32, those of the tensor cores in parts of 16 units, so that rounding errors stay those of a short sum.
 //
 // Everything else is elementwise or a sum over a chain's row, which a warp takes lane by lane and ends in a butterfly.
 // All orders are functions of the widths alone: a chain's result depends neither on the chains beside it, nor on
-// `rows`, nor on where weights lie.
+// `rows` or the cluster, nor on where weights lie.
 //
-// The code is templates over a team: a block on the device; one thread on the host, which does the lanes of a warp one
+// The code is templates over a team: a cluster on the device; one thread on the host, which does the lanes of a warp one
 // after the other and the tensor cores' products by the layout that the PTX manual gives for their fragments.
 //
 // Limits: those of mmebm/ops/terms.py. The widest of everything fits shared memory (163 KB on sm_80) with 4 chains.
@@ -50,7 +52,10 @@ constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
 
 static_assert(sizeof(DeviceChain) <= 4096, "kernel parameters are limited to 4 KB");
 
-MMEBM_HD int up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
+// n >= 0
+MMEBM_HD int up_to(int n, int unit) {
+  return static_cast<int>((static_cast<uint32_t>(n) + unit - 1) / unit * unit);
+}
 
 MMEBM_HD int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -62,19 +67,42 @@ MMEBM_HD int smaller(int a, int b) { return a < b ? a : b; }
 #define MMEBM_LARGE static __host__ __device__ __attribute__((noinline))
 #endif
 
-// -- teams: who does the work of a block. LANES: the lanes of a warp that one thread does.
+// -- teams: who does the work of a cluster of blocks. LANES: the lanes of a warp that one thread does.
 
 struct BlockTeam {
   static constexpr int LANES = 1;
+  const DeviceChain& chain;
+  int block;  // which of its cluster's
 
-  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
-  __device__ int threads() const { return THREADS; }
-  __device__ int warp() const { return static_cast<int>(threadIdx.x) / WARP; }
-  __device__ int warps() const { return WARPS; }
+  // neighbours are on different multiprocessors, so that each has a share of short work
+  __device__ int thread() const { return static_cast<int>(threadIdx.x) << chain.doublings | block; }
+  __device__ int threads() const { return THREADS << chain.doublings; }
+  __device__ int warp() const { return static_cast<int>(threadIdx.x) / WARP << chain.doublings | block; }
+  __device__ int warps() const { return WARPS << chain.doublings; }
   __device__ int lane(int) const { return static_cast<int>(threadIdx.x) % WARP; }
   __device__ bool leads() const { return threadIdx.x % WARP == 0; }
-  __device__ void sync() const { __syncthreads(); }
+  __device__ void sync() const {
+#if __CUDA_ARCH__ >= 900
+    if (chain.doublings > 0) {
+      asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+      return;
+    }
+#endif
+    __syncthreads();
+  }
   __device__ void sync_warp() const { __syncwarp(); }
+  // f(i) for i below n, by the threads of this block alone
+  template <class F>
+  __device__ __forceinline__ void each_here(int n, const F& f) const {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += THREADS) f(i);
+  }
+  // f(block, its memory) for the blocks whose memory this one fills
+  template <class F>
+  __device__ __forceinline__ void each_block(float* memory, int, const F& f) const {
+    f(block, memory);
+  }
+  // The memory in which the weights of tile `t` are.
+  __device__ const float* weights_of(const float* memory, int, int) const { return memory; }
   // f(i) for i below n, by the lanes of a warp
   template <class F>
   __device__ __forceinline__ void each(int n, const F& f) const {
@@ -88,10 +116,44 @@ struct BlockTeam {
     for (int reach = WARP / 2; reach > 0; reach /= 2) v += __shfl_xor_sync(~0u, v, reach);
     return v;
   }
+  // Writes to all blocks' copies of a number.
+  __device__ __forceinline__ void put(float* at, float v) const {
+    *at = v;
+#if __CUDA_ARCH__ >= 900
+    const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+    for (int i = 1; i < 1 << chain.doublings; ++i) {
+      asm volatile(
+          "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }" ::"r"(here),
+          "r"(block ^ i), "f"(v)
+          : "memory");
+    }
+#endif
+  }
+  // Sends what a warp has written here, `rows` rows of 2^bits numbers, to the other blocks' copies.
+  __device__ __forceinline__ void share(const float* at, int ld, int rows, int bits) const {
+#if __CUDA_ARCH__ >= 900
+    if (chain.doublings == 0) return;
+    __syncwarp();
+    for (int i = lane(0); i < rows << (bits - 2); i += WARP) {
+      const float* const from = at + (i >> (bits - 2)) * ld + 4 * (i & ((1 << (bits - 2)) - 1));
+      const float4 v = *reinterpret_cast<const float4*>(from);
+      const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(from));
+      for (int j = 1; j < 1 << chain.doublings; ++j) {
+        asm volatile(
+            "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; "
+            "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }" ::"r"(here),
+            "r"(block ^ j), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+            : "memory");
+      }
+    }
+#endif
+  }
 };
 
+// All blocks of a cluster: what they hold copies of is there once, their weights are side by side.
 struct HostTeam {
   static constexpr int LANES = WARP;
+  int doublings;
 
   __host__ __device__ int thread() const { return 0; }
   __host__ __device__ int threads() const { return 1; }
@@ -101,6 +163,17 @@ struct HostTeam {
   __host__ __device__ bool leads() const { return true; }
   __host__ __device__ void sync() const {}
   __host__ __device__ void sync_warp() const {}
+  template <class F>
+  __host__ __device__ void each_here(int n, const F& f) const {
+    for (int i = 0; i < n; ++i) f(i);
+  }
+  template <class F>
+  __host__ __device__ void each_block(float* memory, int floats, const F& f) const {
+    for (int i = 0; i < 1 << doublings; ++i) f(i, memory + i * static_cast<int64_t>(floats));
+  }
+  __host__ __device__ const float* weights_of(const float* memory, int floats, int t) const {
+    return memory + (t & ((1 << doublings) - 1)) * static_cast<int64_t>(floats);
+  }
   template <class F>
   __host__ __device__ void each(int n, const F& f) const {
     for (int i = 0; i < n; ++i) f(i);
@@ -115,6 +188,8 @@ struct HostTeam {
     }
     return v[0];
   }
+  __host__ __device__ void put(float* at, float v) const { *at = v; }
+  __host__ __device__ void share(const float*, int, int, int) const {}
 };
 
 // -- weights
@@ -123,16 +198,13 @@ struct Four {
   float v[4];
 };
 
-// Four bf16 numbers.
-struct Pairs {
-  uint32_t v[2];
-};
-
-// (outputs, inputs). `wide`: four units of a row from a multiple of 4 on are one access, zeros behind its end.
+// Where a tile's weights are. Those that stay in shared memory: zeros behind what there is, `at` is that of the tile's
+// first output, in `rows` rows. Else the matrix (outputs, inputs) itself, of which `first` is the tile's first output;
+// `wide`: four numbers of a row from a multiple of 4 on are one access, zeros behind its end.
 template <class S>
 struct Matrix {
   const S* at;
-  int ld, inputs, outputs;
+  int ld, rows, inputs, outputs, first;
   bool wide;
 };
 
@@ -160,60 +232,49 @@ MMEBM_HD Four load4(const float* p) {
 #endif
 }
 
-// Units k to k + 3 of the sum for output n of a product: forward along a row, backward down a column.
-template <bool BACK>
-MMEBM_HD Four fetch(const Matrix<float>& w, int n, int k) {
-  Four out = {{0.0f, 0.0f, 0.0f, 0.0f}};
-  if (BACK) {
-    if (n >= w.inputs) return out;
-    MMEBM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (k + i < w.outputs) out.v[i] = w.at[(k + i) * w.ld + n];
-    }
-  } else if (n < w.outputs && k < w.inputs) {
-    const float* p = w.at + n * w.ld + k;
-    if (w.wide) return load4(p);
-    MMEBM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (k + i < w.inputs) out.v[i] = p[i];
-    }
-  }
-  return out;
-}
-
-template <bool BACK>
-MMEBM_HD Pairs fetch(const Matrix<uint16_t>& w, int n, int k) {
-  Pairs out = {{0, 0}};
-  if (BACK) {
-    if (n >= w.inputs) return out;
-    MMEBM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (k + i < w.outputs) out.v[i / 2] |= static_cast<uint32_t>(w.at[(k + i) * w.ld + n]) << 16 * (i % 2);
-    }
-  } else if (n < w.outputs && k < w.inputs) {
-    const uint16_t* p = w.at + n * w.ld + k;  // always wide
+MMEBM_HD void load2(const float* p, float* out) {
 #if defined(__CUDA_ARCH__)
-    const uint2 v = *reinterpret_cast<const uint2*>(p);
-    out.v[0] = v.x, out.v[1] = v.y;
+  const float2 v = *reinterpret_cast<const float2*>(p);
+  out[0] = v.x, out[1] = v.y;
 #else
-    memcpy(&out, p, sizeof out);
+  out[0] = p[0], out[1] = p[1];
 #endif
+}
+
+// The weight of output n of the tile for unit k of the sum, forward along a row, or COLUMN: backward, down a column.
+template <bool COLUMN>
+MMEBM_HD float weight_at(const Matrix<float>& w, int n, int k) {
+  n += w.first;
+  if (COLUMN) return n < w.inputs && k < w.outputs ? w.at[k * w.ld + n] : 0.0f;
+  return n < w.outputs && k < w.inputs ? w.at[n * w.ld + k] : 0.0f;
+}
+
+// Four weights side by side: of units k on, or COLUMN: of outputs n on.
+template <bool COLUMN>
+MMEBM_HD Four weights_at(const Matrix<float>& w, int n, int k) {
+  Four out = {{0.0f, 0.0f, 0.0f, 0.0f}};
+  const int row = COLUMN ? k : n + w.first, column = COLUMN ? n + w.first : k;
+  if (row >= w.outputs || column >= w.inputs) return out;
+  const float* p = w.at + row * w.ld + column;
+  if (w.wide) return load4(p);
+  MMEBM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (column + i < w.inputs) out.v[i] = p[i];
   }
   return out;
 }
 
-// -- products. A mode says which rows and columns of a warp's tile a lane has, and multiplies.
+// -- products. A warp computes tiles of 2^bits outputs x 8 chains; a mode says how.
 //
-//   UNITS       of the depth that a warp takes at a time; first_unit(lane): the first of a lane's four
-//   LOADS       of four weights a lane that are on their way at a time: as many as registers allow, MOST beside the
-//               sums of four tiles
-//   PART        units summed one after the other; parts of a longer sum are added up
-//   columns     of one tile of the warp
-//   A, B        operands of a lane, from four units of `rows` rows or of one column
-//   row, column of element e of a lane's sums
+//   bits        2^bits outputs of a tile; narrow: only 4 chains
+//   UNITS       of the depth that a warp takes at a time
+//   UNROLL      of these that are worked at side by side, where weights stay in shared memory
+//   OCTETS      most tiles above each other that a warp takes at a time
+//   Weights, Inputs   a lane's operands for UNITS of the depth, inputs of 8 chains
+//   Sums        a lane's part of the tile; finish: its RESULTS numbers, of chain `row` and output `column`
 
-struct Sum {
-  float v[4];
+struct Geometry {
+  int lane, rows;
 };
 
 // A tensor core's sum on the host: products of tf32 or 16-bit numbers and an accumulator, aligned to the largest of
@@ -236,108 +297,227 @@ static float cut_sum(const float (&a)[N], const float (&b)[N], float c) {
   return up ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
+// A lane has 4 outputs x 4 chains and four units of each 32: 8 reads of 16 bytes for 64 FMA instructions. Four lanes
+// beside each other read the same units, of two rows each.
 struct Fp32 {
   using Stored = float;
-  static constexpr int UNITS = 4, LOADS = 8, MOST = 4, PART = 64;
-  struct A {
-    Four row[4];
+  static constexpr int UNITS = 32, RESULTS = 2;
+  static constexpr int UNROLL = 1, OCTETS = 1;
+  struct Weights {
+    Four output[4];  // four units each
   };
-  using B = Four;
+  struct Inputs {
+    Four chain[4];
+  };
+  struct Sums {
+    float v[16];  // 4 * chain + output
+  };
+  struct Results {
+    float v[RESULTS];
+  };
 
-  // 128 elements a tile: lanes side by side in a column group, each with every RG-th row, RG = rows / 4
-  MMEBM_HD int columns(int rows) { return 4 * WARP / rows; }
-  MMEBM_HD int column(int lane, int, int rows) { return lane % columns(rows); }
-  MMEBM_HD int row(int lane, int e, int rows) { return lane / columns(rows) + rows / 4 * e; }
-  MMEBM_HD int weight_column(int lane, int rows) { return lane % columns(rows); }
-  MMEBM_HD int first_unit(int) { return 0; }
-  MMEBM_LARGE A load(const float* a, int ld, int k, int lane, int rows) {
-    A out;
+  MMEBM_HD int bits(bool narrow) { return narrow ? 4 : 3; }
+  // lanes beside each other share units: 2 groups of outputs x 2 of chains, or 4 of outputs where there are 4 chains
+  MMEBM_HD int outputs_at(Geometry g) { return 4 * (g.rows == 4 ? g.lane & 3 : g.lane & 1); }
+  MMEBM_HD int chains_at(Geometry g) { return g.rows == 4 ? 0 : 4 * (g.lane >> 1 & 1); }
+  MMEBM_HD int part(Geometry g) { return g.lane >> 2; }
+  MMEBM_HD int row(Geometry g, int) { return chains_at(g) + (part(g) >> 1); }
+  MMEBM_HD int column(Geometry g, int e) { return outputs_at(g) + 2 * (part(g) & 1) + e; }
+
+  template <bool COLUMN, bool STAYS>
+  MMEBM_LARGE Weights fetch(const Matrix<float>& w, int k, Geometry g) {
+    Weights out;
+    const int n = outputs_at(g), first = k + 4 * part(g);
     MMEBM_UNROLL
-    for (int e = 0; e < 4; ++e) out.row[e] = load4(a + row(lane, e, rows) * ld + k);
+    for (int i = 0; i < 4; ++i) {
+      Four four = {{0.0f, 0.0f, 0.0f, 0.0f}};
+      if (!STAYS) {
+        four = COLUMN ? weights_at<true>(w, n, first + i) : weights_at<false>(w, n + i, first);
+      } else if (!COLUMN) {
+        four = load4(w.at + (n + i) * w.ld + first);
+      } else if (first < w.rows) {
+        four = load4(w.at + (first + i) * w.ld + n);
+      }
+      MMEBM_UNROLL
+      for (int j = 0; j < 4; ++j) out.output[COLUMN ? j : i].v[COLUMN ? i : j] = four.v[j];
+    }
     return out;
   }
-  MMEBM_HD B operand(const Four& w) { return w; }
+  MMEBM_LARGE Inputs load(const float* a, int ld, int k, Geometry g) {
+    Inputs out;
+    MMEBM_UNROLL
+    for (int i = 0; i < 4; ++i) out.chain[i] = load4(a + (chains_at(g) + i) * ld + k + 4 * part(g));
+    return out;
+  }
   template <int LANES>
-  MMEBM_LARGE void multiply(Sum* sums, int stride, const A* a, const B* b) {
+  MMEBM_LARGE void multiply(Sums (&sums)[LANES], const Inputs (&a)[LANES], const Weights (&b)[LANES]) {
     for (int l = 0; l < LANES; ++l) {
       MMEBM_UNROLL
       for (int i = 0; i < 4; ++i) {
         MMEBM_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          Sum& sum = sums[l * stride];
-          sum.v[e] = fmaf(a[l].row[e].v[i], b[l * stride].v[i], sum.v[e]);
+        for (int at = 0; at < 16; ++at) {
+          sums[l].v[at] = fmaf(a[l].chain[at / 4].v[i], b[l].output[at % 4].v[i], sums[l].v[at]);
         }
       }
     }
   }
+  // Of two lanes each gives the other half of its sums.
+  template <int HALF, int LANES>
+  MMEBM_LARGE void fold(Sums (&sums)[LANES]) {
+#if defined(__CUDA_ARCH__)
+    float(&v)[16] = sums->v;
+    const bool upper = (threadIdx.x & 2u * HALF) != 0;
+    MMEBM_UNROLL
+    for (int i = 0; i < HALF; ++i) {
+      const float mine = upper ? v[HALF + i] : v[i], other = upper ? v[i] : v[HALF + i];
+      v[i] = mine + __shfl_xor_sync(~0u, other, 2 * HALF);
+    }
+#else
+    Sums next[LANES];
+    for (int l = 0; l < LANES; ++l) {
+      const int from = (l & 2 * HALF) != 0 ? HALF : 0;
+      for (int i = 0; i < HALF; ++i) next[l].v[i] = sums[l].v[from + i] + sums[l ^ 2 * HALF].v[from + i];
+    }
+    for (int l = 0; l < LANES; ++l) memcpy(sums[l].v, next[l].v, sizeof(float) * HALF);
+#endif
+  }
+  // Over the eight lanes of a part of the tile, each of which ends with two of 16 sums.
+  template <int LANES>
+  MMEBM_LARGE void finish(Sums (&sums)[LANES], Results (&out)[LANES]) {
+    fold<8>(sums);
+    fold<4>(sums);
+    fold<2>(sums);
+    for (int l = 0; l < LANES; ++l) out[l] = {{sums[l].v[0], sums[l].v[1]}};
+  }
 };
 
-// What both modes of the tensor cores share: tiles of 16 x 8, a lane as in the manual (PTX ISA, "Matrix fragments for
-// mma"): group = lane / 4 has rows group and group + 8 and the weights of column group, q = lane % 4 the units 4 q on.
+// What both modes of the tensor cores share: weights are the 16 rows of a product's left side, chains the 8 columns of
+// its right side (PTX ISA, "Matrix fragments for mma"): a lane, of group g = lane / 4 and q = lane % 4, has the weights
+// of outputs g and g + 8, the inputs of chain g and the sums of chains 2 q and 2 q + 1.
 struct Fragments {
-  MMEBM_HD int columns(int) { return 8; }
-  MMEBM_HD int column(int lane, int e, int) { return 2 * (lane % 4) + e % 2; }
-  MMEBM_HD int row(int lane, int e, int) { return lane / 4 + 8 * (e / 2); }
-  MMEBM_HD int weight_column(int lane, int) { return lane / 4; }
-  MMEBM_HD int first_unit(int lane) { return 4 * (lane % 4); }
-  // Four units of row `which` of the lane's two, zeros behind the block's rows.
-  MMEBM_HD Four load_row(const float* a, int ld, int k, int lane, int rows, int which) {
-    const int at = lane / 4 + 8 * which;
-    return at < rows ? load4(a + at * ld + k) : Four{{0.0f, 0.0f, 0.0f, 0.0f}};
+  static constexpr int UNITS = 16, RESULTS = 4, OCTETS = 2;
+  struct Sums {
+    float v[RESULTS];
+  };
+  using Results = Sums;
+
+  MMEBM_HD int bits(bool) { return 4; }
+  MMEBM_HD int row(Geometry g, int e) { return 2 * (g.lane % 4) + e % 2; }
+  MMEBM_HD int column(Geometry g, int e) { return g.lane / 4 + 8 * (e / 2); }
+  template <int LANES>
+  MMEBM_LARGE void add(Sums (&sums)[LANES], const Sums (&more)[LANES]) {
+    for (int l = 0; l < LANES; ++l) {
+      MMEBM_UNROLL
+      for (int e = 0; e < RESULTS; ++e) sums[l].v[e] += more[l].v[e];
+    }
+  }
+  template <int LANES>
+  MMEBM_LARGE void finish(const Sums (&sums)[LANES], Results (&out)[LANES]) {
+    for (int l = 0; l < LANES; ++l) out[l] = sums[l];
   }
 };
 
 struct Bf16 : Fragments {
   using Stored = uint16_t;
-  static constexpr int UNITS = 16, LOADS = 8, MOST = 8, PART = 256;
-  struct A {
+  static constexpr int UNROLL = 4;
+  struct Weights {
     uint32_t v[4];
   };
-  using B = Pairs;
+  struct Inputs {
+    uint32_t v[2];
+  };
 
-  MMEBM_LARGE A load(const float* a, int ld, int k, int lane, int rows) {
-    const Four low = load_row(a, ld, k, lane, rows, 0), high = load_row(a, ld, k, lane, rows, 1);
-    return {{bf16_pair(low.v[0], low.v[1]), bf16_pair(high.v[0], high.v[1]), bf16_pair(low.v[2], low.v[3]),
-             bf16_pair(high.v[2], high.v[3])}};
+  // One ldmatrix for a warp: four matrices of 8 x 8, whose 32 rows the lanes point at. COLUMN: rows are units, and the
+  // lanes get them transposed.
+  template <bool COLUMN, bool STAYS>
+  MMEBM_LARGE Weights fetch(const Matrix<uint16_t>& w, int k, Geometry g) {
+    Weights out;
+#if defined(__CUDA_ARCH__)
+    const int high = g.lane >> 3 & 1, behind = g.lane >> 4, line = g.lane & 7;
+    const uint16_t* p = COLUMN ? w.at + (k + line + 8 * behind) * w.ld + 8 * high
+                               : w.at + (line + 8 * high) * w.ld + k + 8 * behind;
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+    if (COLUMN) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(out.v[0]), "=r"(out.v[1]), "=r"(out.v[2]), "=r"(out.v[3])
+                   : "r"(at)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(out.v[0]), "=r"(out.v[1]), "=r"(out.v[2]), "=r"(out.v[3])
+                   : "r"(at)
+                   : "memory");
+    }
+#else
+    for (int i = 0; i < 4; ++i) {
+      const int n = g.lane / 4 + 8 * (i % 2), unit = k + 2 * (g.lane % 4) + 8 * (i / 2);
+      const uint16_t* p = COLUMN ? w.at + unit * w.ld + n : w.at + n * w.ld + unit;
+      out.v[i] = p[0] | static_cast<uint32_t>(p[COLUMN ? w.ld : 1]) << 16;
+    }
+#endif
+    return out;
   }
-  MMEBM_HD B operand(const Four& w) { return {{bf16_pair(w.v[0], w.v[1]), bf16_pair(w.v[2], w.v[3])}}; }
-  MMEBM_HD B operand(const Pairs& w) { return w; }
+  template <bool COLUMN, bool STAYS>
+  MMEBM_LARGE Weights fetch(const Matrix<float>& w, int k, Geometry g) {
+    Weights out;
+    MMEBM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int n = g.lane / 4 + 8 * (i % 2), unit = k + 2 * (g.lane % 4) + 8 * (i / 2);
+      float two[2] = {0.0f, 0.0f};
+      if (!COLUMN && w.wide) {
+        if (n + w.first < w.outputs && unit < w.inputs) load2(w.at + (n + w.first) * w.ld + unit, two);
+      } else {
+        two[0] = weight_at<COLUMN>(w, n, unit), two[1] = weight_at<COLUMN>(w, n, unit + 1);
+      }
+      out.v[i] = bf16_pair(two[0], two[1]);
+    }
+    return out;
+  }
+  MMEBM_LARGE Inputs load(const float* a, int ld, int k, Geometry g) {
+    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (g.lane / 4 < g.rows) {
+      const float* p = a + g.lane / 4 * ld + k + 2 * (g.lane % 4);
+      load2(p, v), load2(p + 8, v + 2);
+    }
+    return {{bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])}};
+  }
+  // 16 units go into a fresh zero: see Tf32x3
   template <int LANES>
-  MMEBM_LARGE void multiply(Sum* sums, int stride, const A* a, const B* b) {
+  MMEBM_LARGE void multiply(Sums (&sums)[LANES], const Inputs (&b)[LANES], const Weights (&a)[LANES]) {
+    Sums own[LANES] = {};
 #if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 800
-    float(&c)[4] = sums->v;
+    float(&c)[4] = own->v;
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a->v[0]), "r"(a->v[1]), "r"(a->v[2]), "r"(a->v[3]), "r"(b->v[0]), "r"(b->v[1]));
 #endif
 #else
-    float left[16][16], right[16][8];
+    float left[16][16], right[8][16];
     for (int l = 0; l < LANES; ++l) {
       for (int half = 0; half < 2; ++half) {
         for (int i = 0; i < 4; ++i) {
           left[l / 4 + 8 * (i % 2)][2 * (l % 4) + 8 * (i / 2) + half] = bf16_float(a[l].v[i] >> 16 * half & 0xffffu);
         }
         for (int i = 0; i < 2; ++i) {
-          right[2 * (l % 4) + 8 * i + half][l / 4] = bf16_float(b[l * stride].v[i] >> 16 * half & 0xffffu);
+          right[l / 4][2 * (l % 4) + 8 * i + half] = bf16_float(b[l].v[i] >> 16 * half & 0xffffu);
         }
       }
     }
     for (int l = 0; l < LANES; ++l) {
       for (int e = 0; e < 4; ++e) {
-        float& c = sums[l * stride].v[e];
+        float& c = own[l].v[e];
+        const Geometry g = {l, 8};
         for (int first = 0; first < 16; first += 8) {
           float a8[8], b8[8];
-          for (int k = 0; k < 8; ++k) {
-            a8[k] = left[row(l, e, 16)][first + k];
-            b8[k] = right[first + k][column(l, e, 16)];
-          }
+          for (int k = 0; k < 8; ++k) a8[k] = left[column(g, e)][first + k], b8[k] = right[row(g, e)][first + k];
           c = cut_sum(a8, b8, c);
         }
       }
     }
 #endif
+    add(sums, own);
   }
 };
 
@@ -363,57 +543,72 @@ MMEBM_HD Split split(float v) {
   return {high, tf32_bits(v - bits_float(high))};
 }
 
+// A lane takes four consecutive units, 16 bytes, of 16: the order of a sum is free, so that the fragments of two
+// m16n8k8 take them in this order from both sides.
 struct Tf32x3 : Fragments {
   using Stored = float;
-  static constexpr int UNITS = 16, LOADS = 4, MOST = 4, PART = 64;
-  // The operand of two m16n8k8, split once for all tiles beside each other.
-  struct A {
-    uint32_t high[2][4], low[2][4];
+  static constexpr int UNROLL = 1;
+  struct Weights {
+    Four output[2];
   };
-  using B = Four;
+  struct Inputs {
+    uint32_t high[4], low[4];  // split once for the tiles of a warp
+  };
 
-  MMEBM_LARGE A load(const float* a, int ld, int k, int lane, int rows) {
-    const Four row[2] = {load_row(a, ld, k, lane, rows, 0), load_row(a, ld, k, lane, rows, 1)};
-    A out;
+  template <bool COLUMN, bool STAYS>
+  MMEBM_LARGE Weights fetch(const Matrix<float>& w, int k, Geometry g) {
+    Weights out;
     MMEBM_UNROLL
     for (int i = 0; i < 2; ++i) {
-      MMEBM_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const Split s = split(row[j % 2].v[2 * i + j / 2]);
-        out.high[i][j] = s.high, out.low[i][j] = s.low;
+      const int n = g.lane / 4 + 8 * i, first = k + 4 * (g.lane % 4);
+      if constexpr (COLUMN) {
+        MMEBM_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          out.output[i].v[j] = STAYS ? w.at[(first + j) * w.ld + n] : weight_at<true>(w, n, first + j);
+        }
+      } else {
+        out.output[i] = STAYS ? load4(w.at + n * w.ld + first) : weights_at<false>(w, n, first);
       }
     }
     return out;
   }
-  MMEBM_HD B operand(const Four& w) { return w; }
+  MMEBM_LARGE Inputs load(const float* a, int ld, int k, Geometry g) {
+    Four v = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    if (g.lane / 4 < g.rows) v = load4(a + g.lane / 4 * ld + k + 4 * (g.lane % 4));
+    Inputs out;
+    MMEBM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Split s = split(v.v[i]);
+      out.high[i] = s.high, out.low[i] = s.low;
+    }
+    return out;
+  }
 
-  // `a(l)`: the four numbers of lane l
-  template <int LANES, class F>
-  MMEBM_LARGE void once(Sum* sums, const F& a, const uint32_t (*b)[2]) {
+  // One m16n8k8: `a(l)` the four numbers of lane l on the left, `b(l)` its two on the right
+  template <int LANES, class A, class B>
+  MMEBM_LARGE void once(Sums (&sums)[LANES], const A& a, const B& b) {
 #if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 800
     float(&c)[4] = sums->v;
-    const uint32_t* const left = a(0);
+    const uint32_t *const left = a(0), *const right = b(0);
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(b[0][0]), "r"(b[0][1]));
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
 #endif
 #else
     float left[16][8], right[8][8];
     for (int l = 0; l < LANES; ++l) {
       for (int i = 0; i < 4; ++i) left[l / 4 + 8 * (i % 2)][l % 4 + 4 * (i / 2)] = bits_float(a(l)[i]);
-      for (int i = 0; i < 2; ++i) right[l % 4 + 4 * i][l / 4] = bits_float(b[l][i]);
+      for (int i = 0; i < 2; ++i) right[l / 4][l % 4 + 4 * i] = bits_float(b(l)[i]);
     }
     for (int l = 0; l < LANES; ++l) {
       for (int e = 0; e < 4; ++e) {
         float& c = sums[l].v[e];
+        const Geometry g = {l, 8};
         for (int first = 0; first < 8; first += 4) {
           float a4[4], b4[4];
-          for (int k = 0; k < 4; ++k) {
-            a4[k] = left[row(l, e, 16)][first + k];
-            b4[k] = right[first + k][column(l, e, 16)];
-          }
+          for (int k = 0; k < 4; ++k) a4[k] = left[column(g, e)][first + k], b4[k] = right[row(g, e)][first + k];
           c = cut_sum(a4, b4, c);
         }
       }
@@ -424,162 +619,159 @@ struct Tf32x3 : Fragments {
   // The six products of 16 units go into a fresh zero, the small ones first, and ordinary additions take that up: a
   // tensor core cuts its sums off, towards zero, and over a whole sum these errors would pile up.
   template <int LANES>
-  MMEBM_LARGE void multiply(Sum* sums, int stride, const A* a, const B* b) {
-    Sum own[LANES];
-    uint32_t high[2][LANES][2], low[2][LANES][2];
+  MMEBM_LARGE void multiply(Sums (&sums)[LANES], const Inputs (&b)[LANES], const Weights (&a)[LANES]) {
+    Sums own[LANES] = {};
+    uint32_t high[2][LANES][4], low[2][LANES][4];
     for (int l = 0; l < LANES; ++l) {
-      own[l] = {{0.0f, 0.0f, 0.0f, 0.0f}};
       MMEBM_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const Split s = split(b[l * stride].v[i]);
-        high[i / 2][l][i % 2] = s.high, low[i / 2][l][i % 2] = s.low;
+      for (int i = 0; i < 8; ++i) {
+        const Split s = split(a[l].output[i % 2].v[i / 2]);
+        high[i / 4][l][i % 4] = s.high, low[i / 4][l][i % 4] = s.low;
       }
     }
     MMEBM_UNROLL
     for (int i = 0; i < 2; ++i) {
-      once<LANES>(own, [&](int l) { return a[l].low[i]; }, high[i]);
-      once<LANES>(own, [&](int l) { return a[l].high[i]; }, low[i]);
+      once(own, [&](int l) { return low[i][l]; }, [&](int l) { return b[l].high + 2 * i; });
+      once(own, [&](int l) { return high[i][l]; }, [&](int l) { return b[l].low + 2 * i; });
     }
     MMEBM_UNROLL
-    for (int i = 0; i < 2; ++i) once<LANES>(own, [&](int l) { return a[l].high[i]; }, high[i]);
-    for (int l = 0; l < LANES; ++l) {
-      MMEBM_UNROLL
-      for (int e = 0; e < 4; ++e) sums[l * stride].v[e] += own[l].v[e];
+    for (int i = 0; i < 2; ++i) {
+      once(own, [&](int l) { return high[i][l]; }, [&](int l) { return b[l].high + 2 * i; });
     }
+    add(sums, own);
   }
 };
 
 enum class Put { store, times, add };
 
-// Where a product goes: rows of `count` numbers, zeros behind them up to a multiple of 16.
+// Where a product goes: rows of stride `ld`.
 struct Target {
   float* at;
-  int ld, count;
-  const float* bias;
+  int ld;
   Put put;
 };
 
-// T tiles of columns from n0 on.
+// A warp's tile of N times 8 chains: the sums over the whole depth.
 #pragma nv_exec_check_disable
-template <class Mode, bool BACK, int T, class S, class Team>
-MMEBM_LARGE void tiles(const Team& team, const Matrix<S>& w, const float* a, int ld, int n0, int rows,
+template <class Mode, bool COLUMN, bool STAYS, int N, class S, class Team>
+MMEBM_LARGE void tile(const Team& team, const Matrix<S>& w, int depth, const float* a, int ld, int rows,
                       const Target& to) {
-  constexpr int LANES = Team::LANES, CHUNKS = (T == 4 ? Mode::MOST : Mode::LOADS) / T, PART = Mode::PART;
-  static_assert(PART % (CHUNKS * Mode::UNITS) == 0, "chunks must not straddle parts");
-  using Raw = decltype(fetch<BACK>(w, 0, 0));
-  const int depth = BACK ? w.outputs : w.inputs, columns = Mode::columns(rows);
-  Sum total[LANES][T];
-  for (int l = 0; l < LANES; ++l) {
-    MMEBM_UNROLL
-    for (int t = 0; t < T; ++t) total[l][t] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+  constexpr int LANES = Team::LANES;
+  typename Mode::Sums total[N][LANES];
+  MMEBM_UNROLL
+  for (int o = 0; o < N; ++o) {
+    for (int l = 0; l < LANES; ++l) total[o][l] = {};
   }
-  for (int part = 0; part < depth; part += PART) {
-    const int end = smaller(depth, part + PART);
-    Sum sums[LANES][T];
-    for (int l = 0; l < LANES; ++l) {
-      MMEBM_UNROLL
-      for (int t = 0; t < T; ++t) sums[l][t] = {{0.0f, 0.0f, 0.0f, 0.0f}};
-    }
+  const int end = up_to(depth, Mode::UNITS);
 #if defined(__CUDA_ARCH__)
-#pragma unroll 1
+  // with more than one, what reads the matrix itself takes more registers than there are
+#pragma unroll(STAYS ? Mode::UNROLL : 1)
 #endif
-    for (int k = part; k < end; k += CHUNKS * Mode::UNITS) {
-      Raw raw[LANES][CHUNKS][T];
-      for (int l = 0; l < LANES; ++l) {
-        const int lane = team.lane(l), n = n0 + Mode::weight_column(lane, rows), first = k + Mode::first_unit(lane);
-        MMEBM_UNROLL
-        for (int c = 0; c < CHUNKS; ++c) {
-          MMEBM_UNROLL
-          for (int t = 0; t < T; ++t) raw[l][c][t] = fetch<BACK>(w, n + t * columns, first + c * Mode::UNITS);
-        }
-      }
-      MMEBM_UNROLL
-      for (int c = 0; c < CHUNKS; ++c) {
-        const int at = k + c * Mode::UNITS;
-        if (at >= end) break;
-        typename Mode::A left[LANES];
-        typename Mode::B right[LANES][T];
-        for (int l = 0; l < LANES; ++l) {
-          const int lane = team.lane(l);
-          left[l] = Mode::load(a, ld, at + Mode::first_unit(lane), lane, rows);
-          MMEBM_UNROLL
-          for (int t = 0; t < T; ++t) right[l][t] = Mode::operand(raw[l][c][t]);
-        }
-        MMEBM_UNROLL
-        for (int t = 0; t < T; ++t) Mode::template multiply<LANES>(&sums[0][t], T, left, &right[0][t]);
-      }
-    }
+  for (int k = 0; k < end; k += Mode::UNITS) {
+    typename Mode::Weights weights[LANES];
     for (int l = 0; l < LANES; ++l) {
-      MMEBM_UNROLL
-      for (int t = 0; t < T; ++t) {
-        MMEBM_UNROLL
-        for (int e = 0; e < 4; ++e) total[l][t].v[e] += sums[l][t].v[e];
-      }
+      weights[l] = Mode::template fetch<COLUMN, STAYS>(w, k, Geometry{team.lane(l), rows});
+    }
+    MMEBM_UNROLL
+    for (int o = 0; o < N; ++o) {
+      typename Mode::Inputs inputs[LANES];
+      for (int l = 0; l < LANES; ++l) inputs[l] = Mode::load(a + 8 * o * ld, ld, k, Geometry{team.lane(l), rows});
+      Mode::template multiply<LANES>(total[o], inputs, weights);
     }
   }
-  const int written = up_to(to.count, 16);
-  for (int l = 0; l < LANES; ++l) {
-    const int lane = team.lane(l);
-    MMEBM_UNROLL
-    for (int t = 0; t < T; ++t) {
+  MMEBM_UNROLL
+  for (int o = 0; o < N; ++o) {
+    typename Mode::Results results[LANES];
+    Mode::template finish<LANES>(total[o], results);
+    for (int l = 0; l < LANES; ++l) {
+      const Geometry g = {team.lane(l), rows};
       MMEBM_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int row = Mode::row(lane, e, rows), n = n0 + t * columns + Mode::column(lane, e, rows);
-        if (row >= rows || n >= written) continue;
-        float* const at = to.at + row * to.ld + n;
-        float v = total[l][t].v[e];
-        if (to.bias != nullptr && n < to.count) v += to.bias[n];
+      for (int e = 0; e < Mode::RESULTS; ++e) {
+        const int row = 8 * o + Mode::row(g, e);
+        if (row >= rows) continue;
+        float* const at = to.at + row * to.ld + Mode::column(g, e);
+        float v = results[l].v[e];
         if (to.put == Put::times) v *= *at;
         if (to.put == Put::add) v += *at;
-        *at = n < to.count ? v : 0.0f;
+        *at = v;
       }
     }
   }
 }
 
-// All columns; `finish` takes what a warp has just written, by itself: the first column and how many.
+// All chains of the block.
 #pragma nv_exec_check_disable
-template <class Mode, bool BACK, class S, class Team, class F>
-MMEBM_LARGE void product(const Team& team, const Matrix<S>& w, const float* a, int ld, int rows, const Target& to,
-                        const F& finish) {
-  const int columns = Mode::columns(rows), written = up_to(to.count, 16);
-  // as many tiles a warp as leave none without work
-  const int all = (written + columns - 1) / columns, count = all <= WARPS ? 1 : all <= 2 * WARPS ? 2 : 4;
-  for (int n0 = team.warp() * count * columns; n0 < written; n0 += team.warps() * count * columns) {
-    if (count == 1) {
-      tiles<Mode, BACK, 1>(team, w, a, ld, n0, rows, to);
-    } else if (count == 2) {
-      tiles<Mode, BACK, 2>(team, w, a, ld, n0, rows, to);
-    } else {
-      tiles<Mode, BACK, 4>(team, w, a, ld, n0, rows, to);
-    }
-    finish(n0, smaller(count * columns, written - n0));
+template <class Mode, bool COLUMN, bool STAYS, class S, class Team>
+MMEBM_LARGE void tiles(const Team& team, const Matrix<S>& w, int depth, const float* a, int ld, int rows,
+                       const Target& to) {
+  if (Mode::OCTETS == 2 && rows > 8) {
+    tile<Mode, COLUMN, STAYS, Mode::OCTETS>(team, w, depth, a, ld, rows, to);
+    return;
+  }
+  for (int o = 0; o < rows; o += 8) {
+    tile<Mode, COLUMN, STAYS, 1>(team, w, depth, a + o * ld, ld, rows, Target{to.at + o * to.ld, to.ld, to.put});
   }
 }
 
-// The stride of a layer's copy in shared memory, in elements: at most two lanes on a bank in both directions.
+// Buffers hold rows of a layer's numbers and zeros behind them, up to a multiple of this: products read them.
+constexpr int PAD = 32;
+
+// The stride of a copy of a matrix in shared memory, in elements, for a sum over `depth`: what eight lanes, or the
+// eight rows of an ldmatrix, read in one turn lies in different banks. Of a copy that is read in both directions with
+// tf32, at most two lanes on one.
 template <class Mode>
-MMEBM_HD int copy_ld(const DeviceLayer& layer) {
-  return up_to(layer.inputs, 16) + (sizeof(typename Mode::Stored) == 2 ? 8 : 4);
+MMEBM_HD int copy_ld(int depth, bool both) {
+  if (Mode::UNITS == 32) return up_to(depth, 32) + 4;
+  if (sizeof(typename Mode::Stored) == 2) return up_to(depth, 16) + 8;
+  return both ? up_to(depth, 16) + 4 : up_to(depth, 32) + 16;
 }
 
+// Rows of the copy: tiles of a block's share.
+MMEBM_HD int copy_rows(int outputs, int bits, int doublings) {
+  const int tiles = up_to(outputs, 1 << bits) >> bits;
+  return up_to(tiles, 1 << doublings) >> doublings << bits;
+}
+
+// The outputs of a layer, or BACK: the derivatives in its inputs, from rows `a` of stride `ld`. A warp takes up its tile
+// by itself: `use` one number (row, which, whether there is such a number), `done` the tile (its first number, bits).
 #pragma nv_exec_check_disable
-template <class Mode, bool BACK, class Team, class F>
-MMEBM_HD void layer_product(const Team& team, const DeviceLayer& layer, const float* memory, const float* a, int ld_a,
-                            int rows, const Target& to, const F& finish) {
+template <class Mode, bool BACK, class Team, class F, class Done>
+MMEBM_LARGE void product(const Team& team, const DeviceChain& c, const DeviceLayer& layer, const float* memory,
+                         const float* a, int ld, const Target& to, const F& use, const Done& done) {
   using Stored = typename Mode::Stored;
+  const int rows = c.rows, bits = Mode::bits(rows == 4);
   const int inputs = layer.inputs, outputs = layer.outputs;
-  const bool wide = inputs % 4 == 0 && reinterpret_cast<uint64_t>(layer.weight) % 16 == 0, stays = layer.place >= 0;
-  const Stored* copy = reinterpret_cast<const Stored*>(memory + (stays ? layer.place : 0));
-  const int ld = copy_ld<Mode>(layer);
-  if constexpr (sizeof(Stored) == 4) {
-    // one address space for both: half the code
-    const Matrix<float> w = {stays ? copy : layer.weight, stays ? ld : inputs, inputs, outputs, stays || wide};
-    product<Mode, BACK>(team, w, a, ld_a, rows, to, finish);
-  } else if (stays) {
-    product<Mode, BACK>(team, Matrix<Stored>{copy, ld, inputs, outputs, true}, a, ld_a, rows, to, finish);
-  } else {
-    product<Mode, BACK>(team, Matrix<float>{layer.weight, inputs, inputs, outputs, wide}, a, ld_a, rows, to, finish);
+  const int depth = BACK ? outputs : inputs, count = BACK ? inputs : outputs;
+  if (team.warp() << bits >= up_to(count, PAD)) return;
+  const bool both = c.doublings == 0, wide = inputs % 4 == 0 && reinterpret_cast<uint64_t>(layer.weight) % 16 == 0;
+  const int place = BACK && !both ? layer.place_back : layer.place;
+  for (int t = team.warp(); t << bits < up_to(count, PAD); t += team.warps()) {
+    const int n0 = t << bits;
+    const Target here = {to.at + n0, to.ld, to.put};
+    if (n0 >= count) {
+      team.each(rows << bits, [&](int i) { here.at[(i >> bits) * to.ld + (i & ((1 << bits) - 1))] = 0.0f; });
+    } else if (place < 0) {
+      const Matrix<float> w = {layer.weight, inputs, outputs, inputs, outputs, n0, wide};
+      tiles<Mode, BACK, false>(team, w, depth, a, ld, rows, here);
+    } else {
+      Matrix<Stored> w = {reinterpret_cast<const Stored*>(team.weights_of(memory, c.floats, t) + place), 0, 0, 0, 0, 0,
+                          true};
+      w.ld = copy_ld<Mode>(both ? inputs : depth, both);
+      w.rows = copy_rows(outputs, bits, 0);
+      if (BACK && both) {
+        w.at += n0;
+        tiles<Mode, BACK, true>(team, w, depth, a, ld, rows, here);
+      } else {
+        w.at += (t >> c.doublings << bits) * w.ld;
+        tiles<Mode, false, true>(team, w, depth, a, ld, rows, here);
+      }
+    }
+    team.sync_warp();
+    team.each(rows << bits, [&](int i) {
+      const int n = n0 + (i & ((1 << bits) - 1));
+      use(i >> bits, n, n < count);
+    });
+    done(n0, bits);
   }
 }
 
@@ -595,9 +787,12 @@ MMEBM_HD const DeviceLayer& last_layer(const DeviceChain& c, const DeviceTerm& t
 struct Tile {
   float* memory;
   int first;
-  uint64_t seed;
-  uint32_t step;
 };
+
+// Words of the noise, in shared memory: two of the seed, one of the first step.
+MMEBM_HD uint32_t word_at(const DeviceChain& c, const Tile& tile, int which) {
+  return float_bits(tile.memory[c.at_words + which]);
+}
 
 MMEBM_HD int chain_of(const DeviceChain& c, const Tile& tile, int row) {
   return smaller(tile.first + row, c.chains - 1);
@@ -618,32 +813,56 @@ MMEBM_HD float constant(const DeviceChain& c, int k, int tensor, Field f, int ch
   return c.constants[((row * c.tensor_count + tensor) * FIELDS + f) * columns + (c.constant_chains ? chain : 0)];
 }
 
+// A layer's weights into shared memory: of all outputs, or of a cluster's blocks each the tiles that it computes,
+// BACK: of the transposed matrix.
+#pragma nv_exec_check_disable
+template <class Mode, class Team>
+MMEBM_LARGE void copy(const Team& team, const DeviceChain& c, const DeviceLayer& layer, float* memory, bool back) {
+  using Stored = typename Mode::Stored;
+  const int place = back ? layer.place_back : layer.place;
+  if (place < 0) return;
+  const int outputs = back ? layer.inputs : layer.outputs, depth = back ? layer.outputs : layer.inputs;
+  const int bits = Mode::bits(c.rows == 4), rows = copy_rows(outputs, bits, c.doublings);
+  const int ld = copy_ld<Mode>(depth, c.doublings == 0);
+  team.each_block(memory, c.floats, [&](int block, float* own) {
+    Stored* const to = reinterpret_cast<Stored*>(own + place);
+    team.each_here(rows * ld, [&](int i) {
+      // along the rows of the matrix, also where it is transposed
+      const int row = back ? i % rows : i / ld, k = back ? i / rows : i % ld;
+      const int n = ((row >> bits << c.doublings | block) << bits) + (row & ((1 << bits) - 1));
+      const bool real = n < outputs && k < depth;
+      const float v = !real ? 0.0f : layer.weight[back ? k * outputs + n : n * depth + k];
+      if constexpr (sizeof(Stored) == 2) {
+        to[row * ld + k] = static_cast<uint16_t>(bf16_pair(v, 0.0f));
+      } else {
+        to[row * ld + k] = v;
+      }
+    });
+  });
+}
+
 #pragma nv_exec_check_disable
 template <class Mode, class Team>
 MMEBM_LARGE void begin(const Team& team, const DeviceChain& c, const Tile& tile) {
   // zeros behind the rows of all buffers: a product reads them
-  for (int i = team.thread(); i < c.at_weights; i += team.threads()) tile.memory[i] = 0.0f;
+  team.each_here(c.at_weights, [&](int i) { tile.memory[i] = 0.0f; });
   for (int l = 0; l < c.layer_count; ++l) {
-    const DeviceLayer& layer = c.layers[l];
-    if (layer.place < 0) continue;
-    using Stored = typename Mode::Stored;
-    Stored* const copy = reinterpret_cast<Stored*>(tile.memory + layer.place);
-    const int ld = copy_ld<Mode>(layer), inputs = layer.inputs;
-    for (int i = team.thread(); i < layer.outputs * ld; i += team.threads()) {
-      const int n = i / ld, k = i - n * ld;
-      const float v = k < inputs ? layer.weight[n * inputs + k] : 0.0f;
-      if constexpr (sizeof(Stored) == 2) {
-        copy[i] = static_cast<uint16_t>(bf16_pair(v, 0.0f));
-      } else {
-        copy[i] = v;
-      }
-    }
+    copy<Mode>(team, c, c.layers[l], tile.memory, false);
+    if (c.doublings > 0) copy<Mode>(team, c, c.layers[l], tile.memory, true);
   }
   team.sync();
-  for (int row = team.warp(); row < c.rows; row += team.warps()) {
-    const float* from = c.x + static_cast<int64_t>(chain_of(c, tile, row)) * c.inputs;
-    team.each(c.inputs, [&](int i) { tile.memory[row * c.ld_x + i] = from[i]; });
-  }
+  team.each_here(1, [&](int) {
+    const uint64_t seed = c.seed.at == nullptr ? c.seed.value : static_cast<uint64_t>(*c.seed.at);
+    const uint64_t step = c.first_step.at == nullptr ? c.first_step.value : static_cast<uint64_t>(*c.first_step.at);
+    float* const words = tile.memory + c.at_words;
+    words[0] = bits_float(static_cast<uint32_t>(seed)), words[1] = bits_float(static_cast<uint32_t>(seed >> 32));
+    words[2] = bits_float(static_cast<uint32_t>(step));
+  });
+  const int rows = c.rows, inputs = c.inputs;
+  team.each_here(rows * inputs, [&](int i) {
+    const int row = i / inputs, at = i - row * inputs;
+    tile.memory[row * c.ld_x + at] = c.x[static_cast<int64_t>(chain_of(c, tile, row)) * inputs + at];
+  });
   team.sync();
 }
 
@@ -665,7 +884,7 @@ MMEBM_LARGE void residual(const Team& team, const DeviceChain& c, const DeviceTe
       float d = term.pull * r;
       if (term.laplace) d = r > 0.0f ? term.pull : r < 0.0f ? -term.pull : term.pull * r;  // a NaN stays one
       if (term.tanh) d *= fmaf(-v, v, 1.0f);
-      here[j] = d;
+      team.put(here + j, d);
       return term.laplace ? magnitude(r) : r * r;
     });
     if (team.leads()) *energy_at(c, tile, row) += term.half * sum;
@@ -682,7 +901,7 @@ MMEBM_LARGE void quadratic(const Team& team, const DeviceChain& c, const DeviceT
     float* const g = tile.memory + c.at_g + row * c.ld_x;
     const float sum = team.sum(c.inputs, [&](int i) {
       const float moved = x[i] - mean[i], pull = precision[i] * moved;
-      g[i] = add ? g[i] + pull : pull;
+      team.put(g + i, add ? g[i] + pull : pull);
       return pull * moved;
     });
     if (team.leads()) *energy_at(c, tile, row) += 0.5f * sum;
@@ -714,25 +933,30 @@ MMEBM_LARGE void evaluate(const Team& team, const DeviceChain& c, const Tile& ti
     for (int l = 0; l < (scalar ? hidden : term.depth); ++l) {
       const bool is_hidden = l < hidden, is_head = scalar && l + 1 == hidden;
       const float* in = l == 0 ? x : memory + c.at_values[(l - 1) % 2];
-      const Target to = {memory + c.at_values[l % 2], c.ld_values[l % 2], layers[l].outputs, layers[l].bias,
-                         Put::store};
-      layer_product<Mode, false>(
-          team, layers[l], memory, in, l == 0 ? c.ld_x : c.ld_values[(l - 1) % 2], c.rows, to,
-          [&](int n0, int width) {
-            if (!is_hidden) return;
-            team.sync_warp();
-            team.each(c.rows * width, [&](int item) {
-              const int row = item / width, n = n0 + item - row * width;
-              float* const at = to.at + row * to.ld + n;
-              Activated both = activate(static_cast<Activation>(term.activation), *at, term.slope);
-              const bool real = n < to.count;
+      float* const to = memory + c.at_values[l % 2];
+      const int ld_to = c.ld_values[l % 2];
+      const float* bias = layers[l].bias;
+      product<Mode, false>(
+          team, c, layers[l], memory, in, l == 0 ? c.ld_x : c.ld_values[(l - 1) % 2], Target{to, ld_to, Put::store},
+          [&](int row, int n, bool real) {
+            float* const at = to + row * ld_to + n;
+            float v = *at;
+            if (bias != nullptr && real) v += bias[n];
+            if (is_hidden) {
+              Activated both = activate(static_cast<Activation>(term.activation), v, term.slope);
               // the last hidden layer of a scalar: back through its output at once
               if (is_head) both.derivative *= real ? term.weight * last.weight[n] : 0.0f;
-              *at = real ? both.value : 0.0f;
+              v = both.value;
               slopes[row * c.ld_slopes + n] = real ? both.derivative : 0.0f;
-            });
+            }
+            *at = real ? v : 0.0f;
+          },
+          [&](int n0, int bits) {
+            // other slopes are used where they were made, and a head's values in the energy only
+            if (is_head) team.share(slopes + n0, c.ld_slopes, c.rows, bits);
+            if (!is_head || c.energy != nullptr) team.share(to + n0, ld_to, c.rows, bits);
           });
-      if (is_hidden) slopes += up_to(to.count, 16);
+      if (is_hidden) slopes += up_to(layers[l].outputs, PAD);
       team.sync();
     }
     // backward: a layer's slopes become dE/da in place
@@ -752,20 +976,24 @@ MMEBM_LARGE void evaluate(const Team& team, const DeviceChain& c, const Tile& ti
     }
     for (int l = scalar ? hidden - 1 : hidden; l >= 0; --l) {
       if (l < hidden) {
-        slopes -= up_to(layers[l].outputs, 16);
+        slopes -= up_to(layers[l].outputs, PAD);
         d = slopes;
         ld = c.ld_slopes;
       }
-      Target to = {g, c.ld_x, c.inputs, nullptr, put};
-      if (l > 0) to = {slopes - up_to(layers[l].inputs, 16), c.ld_slopes, layers[l].inputs, nullptr, Put::times};
-      layer_product<Mode, true>(team, layers[l], memory, d, ld, c.rows, to, [](int, int) {});
+      const Target to = l > 0 ? Target{slopes - up_to(layers[l].inputs, PAD), c.ld_slopes, Put::times}
+                              : Target{g, c.ld_x, put};
+      product<Mode, true>(team, c, layers[l], memory, d, ld, to, [](int, int, bool) {},
+                          [&](int n0, int bits) { team.share(to.at + n0, to.ld, c.rows, bits); });
       team.sync();
     }
   }
 }
 
 // Four elements of one tensor of one chain, drawn together: x + noise before the gradient is taken, or the update.
-MMEBM_LARGE void move(const DeviceChain& c, const Tile& tile, int k, int row, int quad, bool perturb) {
+#pragma nv_exec_check_disable
+template <class Team>
+MMEBM_LARGE void move(const Team& team, const DeviceChain& c, const Tile& tile, int k, int row, int quad,
+                      bool perturb) {
   int t = 0;
   while (t + 1 < c.tensor_count && quad >= c.tensors[t + 1].first_quad) ++t;
   const DeviceTensor& tensor = c.tensors[t];
@@ -779,8 +1007,9 @@ MMEBM_LARGE void move(const DeviceChain& c, const Tile& tile, int k, int row, in
   const auto of = [&](Field f) { return constant(c, k, t, f, chain); };
   Normals z = {0.0f, 0.0f, 0.0f, 0.0f};
   if (noise) {
-    z = normals_of(words_of(chain, block, {tile.seed, tile.step + static_cast<uint32_t>(k), tensor.stream,
-                                           c.chain_offset}));
+    const uint64_t seed = static_cast<uint64_t>(word_at(c, tile, 1)) << 32 | word_at(c, tile, 0);
+    const uint32_t step = word_at(c, tile, 2) + static_cast<uint32_t>(k);
+    z = normals_of(words_of(chain, block, {seed, step, tensor.stream, c.chain_offset}));
   }
   const float scale = of(F_NOISE_SCALE);
   const float noises[4] = {scale * z.n0, scale * z.n1, scale * z.n2, scale * z.n3};
@@ -804,7 +1033,7 @@ MMEBM_LARGE void move(const DeviceChain& c, const Tile& tile, int k, int row, in
     float y = perturb && !noise ? x[j] : x[j] + d;
     if (bounds && has(tensor, F_LOW)) y = at_least(y, of(F_LOW));
     if (bounds && has(tensor, F_HIGH)) y = at_most(y, of(F_HIGH));
-    x[j] = y;
+    team.put(x + j, y);
   }
 }
 
@@ -813,7 +1042,7 @@ template <class Team>
 MMEBM_LARGE void move_all(const Team& team, const DeviceChain& c, const Tile& tile, int k, bool perturb) {
   for (int item = team.thread(); item < c.rows * c.quads; item += team.threads()) {
     const int row = item / c.quads;
-    move(c, tile, k, row, item - row * c.quads, perturb);
+    move(team, c, tile, k, row, item - row * c.quads, perturb);
   }
   team.sync();
 }
@@ -822,6 +1051,7 @@ MMEBM_LARGE void move_all(const Team& team, const DeviceChain& c, const Tile& ti
 #pragma nv_exec_check_disable
 template <class Team>
 MMEBM_LARGE void norms(const Team& team, const DeviceChain& c, const Tile& tile, int k) {
+  if (!c.norm_clip && c.grad_norm == nullptr && c.energy == nullptr) return;
   for (int row = team.warp(); row < c.rows; row += team.warps()) {
     const float* g = tile.memory + c.at_g + row * c.ld_x;
     const int chain = chain_of(c, tile, row);
@@ -840,7 +1070,7 @@ MMEBM_LARGE void norms(const Team& team, const DeviceChain& c, const Tile& tile,
       }));
       // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
       const float bound = constant(c, k, t, F_NORM_CLIP, chain);
-      if (team.leads()) *factor_at(c, tile, row, t) = norm <= bound ? 1.0f : bound / norm;
+      if (team.leads()) team.put(factor_at(c, tile, row, t), norm <= bound ? 1.0f : bound / norm);
     }
     if (team.leads() && tile.first + row < c.chains) {
       const int64_t at = static_cast<int64_t>(k) * c.chains + tile.first + row;
@@ -848,7 +1078,8 @@ MMEBM_LARGE void norms(const Team& team, const DeviceChain& c, const Tile& tile,
       if (c.energy != nullptr) c.energy[at] = *energy_at(c, tile, row);
     }
   }
-  team.sync();
+  // nothing else here is read by another warp
+  if (c.norm_clip) team.sync();
 }
 
 // Chains with an inf or NaN in a moving tensor go back to where they were, for good.
@@ -868,7 +1099,7 @@ MMEBM_LARGE void freeze(const Team& team, const DeviceChain& c, const Tile& tile
     if (broken == 0.0f) continue;
     team.sync_warp();  // all lanes have read whether it was dead
     if (team.leads()) *dead_at(c, tile, row) = 1.0f;
-    team.each(c.inputs, [&](int i) { x[i] = old[i]; });
+    team.each(c.inputs, [&](int i) { team.put(x + i, old[i]); });
   }
   team.sync();
 }
@@ -879,13 +1110,10 @@ MMEBM_LARGE void run(const Team& team, const DeviceChain& c, int number, float* 
   Tile tile;
   tile.memory = memory;
   tile.first = number * c.rows;
-  tile.seed = c.seed.at == nullptr ? c.seed.value : static_cast<uint64_t>(*c.seed.at);
-  tile.step = static_cast<uint32_t>(c.first_step.at == nullptr ? c.first_step.value
-                                                               : static_cast<uint64_t>(*c.first_step.at));
   begin<Mode>(team, c, tile);
   for (int k = 0; k < c.steps; ++k) {
     if (c.frozen != nullptr) {
-      for (int i = team.thread(); i < c.rows * c.ld_x; i += team.threads()) memory[c.at_old + i] = memory[i];
+      team.each_here(c.rows * c.ld_x, [&](int i) { memory[c.at_old + i] = memory[i]; });
       team.sync();
     }
     if (c.noise_before) move_all(team, c, tile, k, true);
@@ -904,36 +1132,53 @@ MMEBM_LARGE void run(const Team& team, const DeviceChain& c, int number, float* 
 template <class Mode>
 __global__ void __launch_bounds__(THREADS, 2) chain_kernel(const __grid_constant__ DeviceChain chain) {
   extern __shared__ float4 shared_memory[];  // float4: aligned to 16 bytes
-  run<Mode>(BlockTeam(), chain, static_cast<int>(blockIdx.x), reinterpret_cast<float*>(shared_memory));
+  const int block = static_cast<int>(blockIdx.x), doublings = chain.doublings;
+  run<Mode>(BlockTeam{chain, block & ((1 << doublings) - 1)}, chain, block >> doublings,
+            reinterpret_cast<float*>(shared_memory));
 }
 
 template <class Mode>
 void run_on_host(const DeviceChain& chain) {
-  std::vector<float> memory(static_cast<size_t>(chain.floats));
+  std::vector<float> memory(static_cast<size_t>(chain.floats) << chain.doublings);
   for (int i = 0; i * static_cast<int64_t>(chain.rows) < chain.chains; ++i) {
-    run<Mode>(HostTeam(), chain, i, memory.data());
+    run<Mode>(HostTeam{chain.doublings}, chain, i, memory.data());
+  }
+}
+
+template <class F>
+auto with_mode(Precision precision, const F& f) {
+  switch (precision) {
+    case Precision::tf32x3: return f(Tf32x3());
+    case Precision::bf16: return f(Bf16());
+    default: return f(Fp32());
   }
 }
 
 const void* kernel_of(Precision precision) {
-  switch (precision) {
-    case Precision::tf32x3: return reinterpret_cast<const void*>(chain_kernel<Tf32x3>);
-    case Precision::bf16: return reinterpret_cast<const void*>(chain_kernel<Bf16>);
-    default: return reinterpret_cast<const void*>(chain_kernel<Fp32>);
-  }
+  return with_mode(precision, [](auto mode) { return reinterpret_cast<const void*>(chain_kernel<decltype(mode)>); });
 }
 
-// The stride of rows of `width` floats, such that what the lanes of a warp read of several rows lies in other banks.
+// The stride of rows of `width` floats, such that what a warp reads of several rows in one turn lies in other banks.
 int row_ld(int width, Precision precision) {
-  if (precision == Precision::fp32) return up_to(width, 32) + 4;
-  const int padded = up_to(width, 16);
-  return padded % 32 == 16 ? padded : padded + 16;
+  const int behind = precision == Precision::fp32 ? 4 : precision == Precision::tf32x3 ? 16 : 8;
+  return up_to(width, PAD) + behind;
+}
+
+// Floats of a copy of a layer in one block of a cluster.
+int copy_floats(const DeviceLayer& layer, Precision precision, bool back, int rows, int doublings) {
+  return with_mode(precision, [&](auto mode) {
+    using Mode = decltype(mode);
+    const int outputs = back ? layer.inputs : layer.outputs, depth = back ? layer.outputs : layer.inputs;
+    const int size = copy_rows(outputs, Mode::bits(rows == 4), doublings) * copy_ld<Mode>(depth, doublings == 0);
+    return size * static_cast<int>(sizeof(typename Mode::Stored)) / 4;
+  });
 }
 
 }  // namespace
 
-bool lay_out(DeviceChain& chain, Precision precision, int rows, int64_t bytes) {
-  if (rows != 16 && rows != 8 && rows != 4) return false;
+bool lay_out(DeviceChain& chain, Precision precision, int rows, int blocks, int64_t bytes) {
+  const bool known = (blocks == 1 && (rows == 16 || rows == 4)) || rows == 8;
+  if (!known || (blocks != 1 && blocks != 2 && blocks != 4 && blocks != 8)) return false;
   int values[2] = {0, 0}, slopes = 0, quads = 0;
   for (int i = 0; i < chain.term_count; ++i) {
     const DeviceTerm& term = chain.terms[i];
@@ -943,16 +1188,18 @@ bool lay_out(DeviceChain& chain, Precision precision, int rows, int64_t bytes) {
     for (int l = 0; l < outputs; ++l) {
       const int width = chain.layers[term.first_layer + l].outputs;
       values[l % 2] = std::max(values[l % 2], width);
-      if (l < hidden) sum += up_to(width, 16);
+      if (l < hidden) sum += up_to(width, PAD);
     }
     slopes = std::max(slopes, sum);
   }
   for (int t = 0; t < chain.tensor_count; ++t) {
     chain.tensors[t].first_quad = static_cast<uint16_t>(quads);
     quads += (chain.tensors[t].width + 3) / 4;
+    chain.norm_clip |= chain.tensors[t].moving && has(chain.tensors[t], F_NORM_CLIP);
   }
   chain.quads = quads;
   chain.rows = rows;
+  chain.doublings = blocks == 8 ? 3 : blocks / 2;
   chain.ld_x = row_ld(chain.inputs, precision);
   chain.ld_slopes = row_ld(slopes, precision);
   int at = rows * chain.ld_x;
@@ -969,22 +1216,26 @@ bool lay_out(DeviceChain& chain, Precision precision, int rows, int64_t bytes) {
     chain.at_values[i] = take(chain.ld_values[i]);
   }
   chain.at_rows = take(2 + chain.tensor_count);
+  chain.at_words = at;
+  at += 3;
   at = up_to(at, 4);
   chain.at_weights = at;
   if (4 * static_cast<int64_t>(at) > bytes) return false;
+  const auto place = [&](const DeviceLayer& layer, bool back) {
+    const int floats = copy_floats(layer, precision, back, rows, chain.doublings);
+    if (4 * (static_cast<int64_t>(at) + floats) > bytes) return -1;
+    at += floats;
+    return at - floats;
+  };
   for (int i = 0; i < chain.term_count; ++i) {
     const DeviceTerm& term = chain.terms[i];
     if (term.kind == DeviceTermKind::quadratic) continue;
     for (int l = 0; l < term.depth; ++l) {
       DeviceLayer& layer = chain.layers[term.first_layer + l];
-      layer.place = -1;
       // the output of a scalar is no product
-      if (term.kind == DeviceTermKind::scalar && l + 1 == term.depth) continue;
-      const int floats = precision == Precision::bf16 ? layer.outputs * copy_ld<Bf16>(layer) / 2
-                                                      : layer.outputs * copy_ld<Fp32>(layer);
-      if (4 * (static_cast<int64_t>(at) + floats) > bytes) continue;
-      layer.place = at;
-      at += floats;
+      const bool product = term.kind != DeviceTermKind::scalar || l + 1 < term.depth;
+      layer.place = product ? place(layer, false) : -1;
+      layer.place_back = product && blocks > 1 ? place(layer, true) : -1;
     }
   }
   chain.floats = at;
@@ -1003,37 +1254,53 @@ int prepare_langevin_mlp(int device) {
 
 int langevin_mlp_cuda(DeviceChain chain, Precision precision, int device, uint64_t cuda_stream) {
   // The static runtime of this library keeps its own notion of the current device, apart from torch's.
-  int code = cudaSetDevice(device), processors = 0, bytes = 0;
+  int code = cudaSetDevice(device), processors = 0, bytes = 0, major = 0;
   if (code == cudaSuccess) code = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (code == cudaSuccess) code = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (code != cudaSuccess) return code;
-  // Without tensor cores a block of fewer chains is done sooner, as long as there are multiprocessors for all; with
-  // them 16 take as long as 4.
-  int rows = 16;
-  if (precision == Precision::fp32) rows = chain.chains <= 4 * processors ? 4 : chain.chains <= 8 * processors ? 8 : 16;
-  while (!lay_out(chain, precision, rows, bytes)) {
+  // A step is a sequence of small products, and its time that of one block: as long as there are multiprocessors for
+  // all, tiles of 8 chains and clusters of as many blocks as have a few thousand weights each to multiply with, less
+  // than that does not pay for their barriers. Where there are no clusters, 4 chains a block on the FMA units; the
+  // tensor cores take as long for 4 as for 8.
+  int64_t weights = 0;
+  for (int l = 0; l < chain.layer_count; ++l) weights += chain.layers[l].inputs * chain.layers[l].outputs;
+  const int tiles = (chain.chains + 7) / 8;
+  int rows = chain.chains <= 8 * processors ? 8 : 16, blocks = 1;
+  if (major < 9) {
+    if (precision == Precision::fp32 && chain.chains <= 4 * processors) rows = 4;
+  } else {
+    while (blocks < 8 && 2 * blocks * tiles <= processors && 8192 * blocks <= weights) blocks *= 2;
+  }
+  while (!lay_out(chain, precision, rows, blocks, bytes)) {
     if (rows == 4) return cudaErrorInvalidConfiguration;
     rows /= 2;
+    if (rows == 4) blocks = 1;
   }
   const void* kernel = kernel_of(precision);
   const size_t shared = sizeof(float) * static_cast<size_t>(chain.floats);
   code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (code != cudaSuccess) return code;
   void* arguments[] = {&chain};
-  const unsigned int grid = static_cast<unsigned int>((static_cast<int64_t>(chain.chains) + rows - 1) / rows);
-  code = cudaLaunchKernel(kernel, dim3(grid), dim3(THREADS), arguments, shared,
-                          reinterpret_cast<cudaStream_t>(cuda_stream));
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned int>(blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(static_cast<unsigned int>((static_cast<int64_t>(chain.chains) + rows - 1) / rows * blocks));
+  launch.blockDim = dim3(THREADS);
+  launch.dynamicSmemBytes = shared;
+  launch.stream = reinterpret_cast<cudaStream_t>(cuda_stream);
+  launch.attrs = &cluster;
+  launch.numAttrs = blocks > 1 ? 1 : 0;
+  code = cudaLaunchKernelExC(&launch, kernel, arguments);
   cudaGetLastError();
   return code;
 }
 
-bool langevin_mlp_host(DeviceChain chain, Precision precision, int rows, int64_t bytes) {
-  if (!lay_out(chain, precision, rows, bytes)) return false;
-  switch (precision) {
-    case Precision::tf32x3: run_on_host<Tf32x3>(chain); break;
-    case Precision::bf16: run_on_host<Bf16>(chain); break;
-    default: run_on_host<Fp32>(chain);
-  }
+bool langevin_mlp_host(DeviceChain chain, Precision precision, int rows, int blocks, int64_t bytes) {
+  if (!lay_out(chain, precision, rows, blocks, bytes)) return false;
+  with_mode(precision, [&](auto mode) { run_on_host<decltype(mode)>(chain); });
   return true;
 }
 

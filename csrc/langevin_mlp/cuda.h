@@ -18,7 +18,9 @@ enum class Precision : int32_t { fp32, tf32x3, bf16 };
 struct DeviceLayer {
   const float* weight = nullptr;  // (outputs, inputs)
   const float* bias = nullptr;    // (outputs,) or null
-  int32_t place = -1;             // of its copy in shared memory, in floats; -1: read from `weight`
+  // of its copies in shared memory, in floats; -1: read from `weight`. The second: transposed, where a cluster's blocks
+  // share the work, else the first serves both directions
+  int32_t place = -1, place_back = -1;
   uint16_t inputs = 0, outputs = 0;
 };
 
@@ -56,27 +58,29 @@ struct DeviceChain {
   const uint8_t* observed = nullptr;  // (chains or 1, inputs) or null
   const float* constants = nullptr;  // (steps or 1, tensors, FIELDS, chains or 1)
   bool observed_rows = false, constant_steps = false, constant_chains = false;
-  bool noise_before = false, clamp_noise = false;
+  bool noise_before = false, clamp_noise = false, norm_clip = false;
   StepNumber seed, first_step;
   uint32_t chain_offset = 0;
   // How a block's shared memory is laid out, in floats
-  int32_t rows = 16;  // chains of a block
+  int32_t rows = 16;      // chains of a block
+  int32_t doublings = 0;  // 2^doublings blocks, a cluster, share the work on the same chains
   int32_t ld_x = 0, ld_slopes = 0, ld_values[2] = {0, 0};
-  int32_t at_old = 0, at_g = 0, at_slopes = 0, at_values[2] = {0, 0}, at_rows = 0, at_weights = 0, floats = 0;
+  int32_t at_old = 0, at_g = 0, at_slopes = 0, at_values[2] = {0, 0}, at_rows = 0, at_words = 0;
+  int32_t at_weights = 0, floats = 0;
 };
 
 // Loads the kernels, which a graph capture might not allow at its first launch. Returns a cudaError code.
 int prepare_langevin_mlp(int device);
 
-// Lays out a block of `rows` chains with up to `bytes` of shared memory: weights that fit beside the state stay there
-// for all steps. False if not even the state fits.
-bool lay_out(DeviceChain& chain, Precision precision, int rows, int64_t bytes);
+// Lays out a cluster of `blocks` (1, 2, 4, 8) for `rows` chains (8; 4 or 16 in one block), each with up to `bytes` of
+// shared memory: weights that fit beside the state stay there for all steps. False if not even the state fits.
+bool lay_out(DeviceChain& chain, Precision precision, int rows, int blocks, int64_t bytes);
 
 // All steps. Returns a cudaError code; nothing synchronises.
 int langevin_mlp_cuda(DeviceChain chain, Precision precision, int device, uint64_t cuda_stream);
-// The same functions on host memory, the tensor cores' products emulated; rows and bytes as for `lay_out`. False if
-// nothing fits.
-bool langevin_mlp_host(DeviceChain chain, Precision precision, int rows, int64_t bytes);
+// The same functions on host memory, the tensor cores' products emulated; the rest as for `lay_out`. False if nothing
+// fits.
+bool langevin_mlp_host(DeviceChain chain, Precision precision, int rows, int blocks, int64_t bytes);
 
 // An activation and its derivative alone, on the host.
 void mlp_activation_host(Activation kind, float slope, const float* in, float* value, float* derivative, int64_t n);

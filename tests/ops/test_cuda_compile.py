@@ -138,8 +138,14 @@ def test_wide_accesses_and_tensor_cores(library: Path, tmp_path: Path) -> None:
             assert loads >= WIDE["load"] and stores >= WIDE["store"], (arch, loads, stores)
         if not mode:
             continue
-        # the weights of one, two and four tiles side by side, at least a load each
-        assert loads >= 1 + 2 + 4, (arch, kernel, loads)
+        # of a matrix that is read where it lies: eight bytes a lane for bf16
+        wide = loads if mode != "Bf16" else len(re.findall(r"\bLDG?\.E(?:\.\w+)*\.64\b", section))
+        assert wide >= 2, (arch, kernel, wide)
+        # shared memory that stays: rows and columns by ldmatrix, for the second transposed
+        matrices = {bool("T" in name) for name in re.findall(r"\bLDSM\.16\.(\w+)\.4\b", section)}
+        assert matrices == ({False, True} if mode == "Bf16" else set()), (arch, kernel, matrices)
+        # barriers of clusters
+        assert (("UCGABAR_WAIT" in section) or ("UCGABAR_ARV" in section)) == (arch != "sm_80"), (arch, kernel)
         wanted = MATRIX[mode]
         assert bool(re.search(wanted or r"\bHMMA\b", section)) == (wanted is not None), (arch, kernel)
     assert seen == {(arch, kernel) for arch in architectures(library) for kernel in REGISTERS}

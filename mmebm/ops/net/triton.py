@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from mmebm import noise
-from mmebm.kernels import langevin_mlp as rule
+from mmebm.kernels.langevin_mlp import refusal
 from mmebm.kernels.net import FUNCTIONS
+from mmebm.kernels.rule import signed64, todo_of
 from mmebm.native import BackendError
 from mmebm.ops.langevin_mlp import FIELDS, MlpResult
 from mmebm.ops.net.graph import Activation, Input, Net, check_net, pack, shapes_of, tensors_of
@@ -39,24 +40,6 @@ _MOST: Final = (1 << 31) - 1
 # Workspaces that are kept, and the numbers of all their rows (2 GiB): the least recently used go first
 _WORKSPACES: Final = 8
 _KEPT: Final = 1 << 29
-
-
-def _todo(chain: NetChain) -> int:
-    """The options as the kernels' word of bits."""
-    before = chain.noise_at == "before"
-    bits = (
-        (rule._CLIP, chain.has("grad_clip")),
-        (rule._NORM, chain.has("grad_norm_clip")),
-        (rule._MAX, chain.has("max_update")),
-        (rule._PRIOR, chain.has("prior_precision")),
-        (rule._BOUNDS, chain.has("low") or chain.has("high")),
-        (rule._BEFORE, before),
-        (rule._CLAMP_NOISE, chain.clamp_noise),
-        (rule._OBSERVED, chain.observed is not None),
-        (rule._FREEZE, chain.freeze),
-        (rule._NOISY, any(chain.noisy)),
-    )
-    return sum(bit.value for bit, wanted in bits if wanted)
 
 
 # -- the workspace
@@ -118,7 +101,7 @@ class _Workspace:
             "constant_step": tensors * len(FIELDS) * width if rows > 1 else 0,
             "constant_width": width,
             "constant_chain": int(width > 1),
-            "todo": 0 if chain is None else _todo(chain),
+            "todo": 0 if chain is None else todo_of(chain),
         }
         self.calls = []
         for launch in plan.launches:
@@ -178,7 +161,7 @@ class _Workspace:
             if isinstance(value, Tensor):
                 self.numbers[i].copy_(value.reshape(()))
             else:
-                self.numbers[i].fill_(rule._signed64(int(value)))
+                self.numbers[i].fill_(signed64(int(value)))
         self.counts.zero_()
         self.alive.fill_(1)
 
@@ -286,7 +269,7 @@ class _Turn:
 
 def supports_energy(net: Net, x: Tensor) -> str | None:
     """``None`` if :func:`energy_and_gradient` takes ``net`` at the flat state ``x``, else the reason why not."""
-    reason = rule.refusal(x)
+    reason = refusal(x)
     if reason is not None:
         return reason
     if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] == 0:
@@ -318,7 +301,7 @@ def supports(chain: NetChain, x: Tensor) -> str | None:
     reason = supports_energy(chain.net, x)
     if reason is None and chain.precision not in _MODES:
         reason = f"precision={chain.precision!r} is not built for nets, only {', '.join(map(repr, _MODES))}"
-    return reason or rule.refusal(x, chain.precision)
+    return reason or refusal(x, chain.precision)
 
 
 # -- the op

@@ -54,10 +54,10 @@ def _extension() -> None:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The room on CPU tensors: the same checks and arguments, the launch by the host's function. Its settings."""
-    settings = {"rows": 16, "bytes": SHARED["sm_90"]}
+    settings = {"rows": 16, "blocks": 1, "bytes": SHARED["sm_90"]}
 
     def launch(x: Tensor, arguments: tuple[Any, ...]) -> None:
-        assert native.cuda().host_langevin_mlp(*arguments, settings["rows"], settings["bytes"])
+        assert native.cuda().host_langevin_mlp(*arguments, *settings.values())
 
     monkeypatch.setattr(room, "_launch", launch)
     monkeypatch.setattr(room, "supports", room._reason)
@@ -379,7 +379,7 @@ def test_gradients_are_as_near_as_fp32_is(
 
 @pytest.mark.parametrize("precision", ("fp32", "tf32x3", "bf16"))
 def test_results_do_not_depend_on_the_block(host: dict[str, int], seed: int, draw: Any, precision: Any) -> None:
-    """Bit for bit: how many chains a block has, which weights are in shared memory, and what other chains there are."""
+    """Bit for bit: a cluster's chains and blocks, what is in shared memory, and what other chains there are."""
     chains = 21
     terms = [
         draw.residual(chains, 70, 200, 256, 300, mask=chains),
@@ -391,9 +391,12 @@ def test_results_do_not_depend_on_the_block(host: dict[str, int], seed: int, dra
     chain = make_chain(terms, (33, 37), chains, seed, params=params, precision=precision)
     whole = everything(room.run(chain, x, 3, 0, energy=True, grad_norm=True))
     assert torch.isfinite(whole).all()
-    for rows, size in ((16, 120_000), (16, 90_000), (8, 227 * 1024), (8, 60_000), (4, 100_000), (4, 30_000)):
-        host.update(rows=rows, bytes=size)
-        assert torch.equal(everything(room.run(chain, x, 3, 0, energy=True, grad_norm=True)), whole), (rows, size)
+    single = ((16, 120_000), (16, 96_000), (8, 227 * 1024), (8, 60_000), (4, 100_000), (4, 30_000))
+    clusters = ((blocks, size) for blocks in (2, 4, 8) for size in (50_000, 80_000, 227 * 1024))
+    for rows, blocks, size in (*((r, 1, s) for r, s in single), *((8, b, s) for b, s in clusters)):
+        host.update(rows=rows, blocks=blocks, bytes=size)
+        again = everything(room.run(chain, x, 3, 0, energy=True, grad_norm=True))
+        assert torch.equal(again, whole), (rows, blocks, size)
     part = slice(9, 14)
     few = replace(
         chain,
