@@ -145,7 +145,7 @@ def _linear_map(one: Callable[[Tensor], Tensor], size: int) -> Tensor:
 
 
 def _separable(r: Recorder, x: Tensor, out: Tensor, maps: Sequence[Tensor]) -> int:
-    """``out`` as a map of rows times a map of columns, each (out, in), of ``x``; over one dimension of columns alone."""
+    """``out`` as a map of rows times one of columns, each (out, in), of ``x``; of columns alone over one dimension."""
     rows, columns = maps if len(maps) == 2 else (torch.ones(1, 1, dtype=maps[0].dtype, device=CPU), maps[0])
     most = [int((m != 0).sum(1).max()) for m in (rows, columns)]
     weight, index = [], []
