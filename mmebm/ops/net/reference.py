@@ -82,8 +82,8 @@ _VALUES: Final[dict[type, Callable[[Any, list[Tensor]], Tensor]]] = {
 }
 
 
-def energy(x: Tensor, net: Net) -> Tensor:
-    """E(x), (chains,), differentiable in ``x`` (chains, inputs) and in the tensors of ``net``."""
+def values_of(x: Tensor, net: Net) -> list[Tensor]:
+    """The value (chains, *shape) of each node."""
     values: list[Tensor] = []
     for node, shape in zip(net.nodes, shapes_of(net), strict=True):
         if isinstance(node, graph.Input):
@@ -93,7 +93,12 @@ def energy(x: Tensor, net: Net) -> Tensor:
         else:
             raise ValueError(f"a net has no {type(node).__name__}")
         values.append(value.reshape(-1, *shape))
-    return values[-1].reshape(-1)
+    return values
+
+
+def energy(x: Tensor, net: Net) -> Tensor:
+    """E(x), (chains,), differentiable in ``x`` (chains, inputs) and in the tensors of ``net``."""
+    return values_of(x, net)[-1].reshape(-1)
 
 
 def energy_and_gradient(x: Tensor, net: Net, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:

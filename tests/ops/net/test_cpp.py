@@ -19,7 +19,7 @@ from mmebm.models import JointEnergy, SharedGenerator
 from mmebm.ops.common.params import StepParams
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import cpp, op, reference
-from mmebm.ops.net.graph import Activation, Add, Affine, Input, Net, Node, pack, shapes_of, unpack
+from mmebm.ops.net.graph import Activation, Add, Affine, Input, Net, Node, pack, unpack
 
 # The normals may be this far from their float64 values (mmebm.noise).
 NORMAL_TOLERANCE = 2e-6
@@ -239,10 +239,9 @@ def double_net(net: Net) -> Net:
 
 def kink_distance(net: Net, x: Tensor) -> Tensor:
     """Per chain, how far the nearest kink is from the numbers of the forward pass."""
-    values: list[Tensor] = []
+    values = reference.values_of(x, net)
     nearest = x.new_full((x.shape[0],), float("inf"))
-    for node, shape in zip(net.nodes, shapes_of(net), strict=True):
-        values.append(reference._forward(node, values, x).reshape(-1, *shape))
+    for node in net.nodes:
         if isinstance(node, Activation) and node.function in ("relu", "leaky_relu", "elu", "abs"):
             nearest = torch.minimum(nearest, values[node.x].flatten(1).abs().amin(1))
     return nearest
