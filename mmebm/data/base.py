@@ -10,16 +10,19 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Kind", "Modality", "MultimodalDataset", "Pool", "Split", "TextCodec"]
+__all__ = ["SPLITS", "Kind", "Modality", "MultimodalDataset", "Pool", "Split", "TextCodec", "files_of"]
 
 Kind = Literal["image", "text", "vector", "caption"]
-Split = Literal["train", "test"]
+# Settings are chosen on "validation"; "test" is for what is reported at the end (docs/study.md).
+Split = Literal["train", "validation", "test"]
+
+SPLITS: tuple[str, ...] = get_args(Split)
 
 
 class TextCodec(Protocol):
@@ -231,7 +234,7 @@ class MultimodalDataset:
 
     Args:
         name: the name it was loaded by.
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: the seed of the pairing (and of the crops, where there are any).
         modalities: ``M`` modalities with distinct names.
         classes: class names; label ``c`` stands for ``classes[c]``, and -1 for unlabelled. Empty for sets without
@@ -243,6 +246,10 @@ class MultimodalDataset:
         present: bool ``(n, M)``, False where a tuple lacks a modality, at least one True in each row; None if all are
             there. The index of what is absent must be in range and is not looked at otherwise.
         info: where the data came from: sources, versions, seeds, sizes. Plain values only, ready for JSON.
+        items: modality name -> int64 (instances,), which source item each instance shows: a digit on three crops is one
+            item three times, and equal numbers are one item in whichever modality (and split, of :func:`mmebm.data.load`'s
+            sets with a validation). -1 where an
+            instance is of no item, as a word that all tuples of a class share. None: every instance is an item.
 
     Raises:
         ValueError: if these do not fit together, for instance where a tuple mixes classes.
@@ -259,6 +266,7 @@ class MultimodalDataset:
     labels: Tensor
     info: dict[str, Any] = field(default_factory=dict)
     present: Tensor | None = None
+    items: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         names = [modality.name for modality in self.modalities]
@@ -282,6 +290,12 @@ class MultimodalDataset:
                 raise ValueError(
                     f"{of} must lie in [0, {len(self.classes)}), or be -1 for unlabelled, "
                     f"got [{int(labels.min())}, {int(labels.max())}]"
+                )
+        for name in names if self.items is not None else ():
+            of_instance = self.items.get(name)
+            if of_instance is None or of_instance.dtype != torch.int64 or len(of_instance) != len(self.pools[name]):
+                raise ValueError(
+                    f"items must have int64 ({len(self.pools[name])},) for {name!r}, or be None as a whole"
                 )
         if self.present is not None:
             if self.present.dtype != torch.bool or self.present.shape != self.index.shape:
@@ -378,6 +392,36 @@ class MultimodalDataset:
             raise IndexError(f"rows must lie in [0, {n}), got [{int(rows.min())}, {int(rows.max())}]")
         return rows.to(self.index.device)
 
+    def item_numbers(self) -> Tensor:
+        """Which items each tuple shows, int64 ``(n, M)`` on the CPU; -1 for none. Without ``items`` instances of
+        different modalities are numbered apart."""
+        index, start, columns = self.index.cpu(), 0, []
+        for column, modality in enumerate(self.modalities):
+            if self.items is None:
+                columns.append(start + index[:, column])
+                start += len(self.pools[modality.name])
+            else:
+                columns.append(self.items[modality.name].cpu()[index[:, column]])
+        found = torch.stack(columns, dim=1)
+        return found if self.present is None else found.masked_fill(~self.present.cpu(), -1)
+
+    def groups(self) -> Tensor:
+        """Which tuples hang together, int64 ``(n,)`` on the CPU: two tuples have one number if they share an item, or
+        are joined by others that do. A part of the tuples that shares no item with the rest is made of whole groups."""
+        numbers = self.item_numbers().numpy()
+        tuples, columns = np.nonzero(numbers >= 0)
+        different, of = np.unique(numbers[tuples, columns], return_inverse=True)
+        group = np.arange(len(self))
+        while True:  # the least number of a group spreads by its items until nothing moves
+            least = np.full(len(different), len(self))
+            np.minimum.at(least, of, group[tuples])
+            new = group.copy()
+            np.minimum.at(new, tuples, least[of])
+            new = new[new]
+            if np.array_equal(new, group):
+                return torch.from_numpy(group)
+            group = new
+
     def subset(self, rows: Tensor) -> MultimodalDataset:
         """The tuples ``rows``, int64 ``(b,)``, in this order, as a set of their own; the pools are shared.
 
@@ -422,6 +466,11 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def files_of(split: Split) -> Literal["train", "test"]:
+    """The split whose files hold ``split``: validation items are part of the published train files."""
+    return "test" if split == "test" else "train"
 
 
 def refuse_path(name: str, path: str | os.PathLike[str] | None) -> None:
