@@ -125,7 +125,7 @@ def completions(run: Run, out: Path, seed: int) -> list[Path]:
 
 def classes(run: Run, out: Path, seed: int) -> list[Path]:
     """Figure A.1: accuracy of classes read off z by the number of modalities, before and after the latent chain."""
-    found = latent_report(encoders(run.system), run.dataset("train"), run.dataset("test"), seed=seed)
+    found = latent_report(encoders(run.system), run.dataset("train"), run.unseen(), seed=seed)
     of = found["mean, 500 rows"]
     sizes = [int(size) for size in of["q"]["by_given"]]
     panel = {name: list(of[key]["by_given"].values()) for key, name in (("q", "q(z | x)"), ("z_k", "z_k"))}

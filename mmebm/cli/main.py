@@ -188,7 +188,12 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--given-file", metavar="FILE", help="condition on arrays of your own: an .npz file, one array per modality"
     )
-    sample.add_argument("--split", default="test", choices=("train", "test"), help="where --given takes them from")
+    sample.add_argument(
+        "--split",
+        default=None,
+        choices=("train", "validation", "test"),
+        help="where --given takes them from (default: the validation, or where the run has none the test split)",
+    )
     sample.add_argument(
         "--steps",
         type=_steps,

@@ -19,6 +19,7 @@ from mmebm.cli.common import pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
 from mmebm.cli.threads import cores
+from mmebm.data import has_validation
 from mmebm.files import FolderLock, check_writable, new_folder, write_atomically
 from mmebm.plugins import Logger, find, import_modules
 from mmebm.training import PRESETS, Callback, Config, Trainer, checkpoint, fitting, parallel, preset
@@ -269,7 +270,10 @@ def prepare(
     import_modules(config.imports)
     _use_threads(threads or config.threads)
     data = load_data(config, "train", folder)
-    trainer = Trainer(config, data, device, processes=parallel.Processes.here())
+    validation = None
+    if config.validation.every and has_validation(config.data.name, config.data.path):
+        validation = load_data(config, "validation", folder)
+    trainer = Trainer(config, data, device, processes=parallel.Processes.here(), validation=validation)
     if content is not None:
         try:
             trainer.load_state_dict(content)

@@ -6,9 +6,10 @@ person or a metric reads: images in [0, 1], words and captions as strings, vecto
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -22,6 +23,8 @@ Kind = Literal["image", "text", "vector", "caption"]
 # Settings are chosen on "validation"; "test" is for what is reported at the end (docs/study.md).
 Split = Literal["train", "validation", "test"]
 
+# In so many tuples one image may be and still be something that was photographed, not the emblem of a class.
+OFTEN = 20
 SPLITS: tuple[str, ...] = get_args(Split)
 
 
@@ -247,9 +250,9 @@ class MultimodalDataset:
             there. The index of what is absent must be in range and is not looked at otherwise.
         info: where the data came from: sources, versions, seeds, sizes. Plain values only, ready for JSON.
         items: modality name -> int64 (instances,), which source item each instance shows: a digit on three crops is one
-            item three times, and equal numbers are one item in whichever modality (and split, of :func:`mmebm.data.load`'s
-            sets with a validation). -1 where an
-            instance is of no item, as a word that all tuples of a class share. None: every instance is an item.
+            item three times, and equal numbers are one item in whichever modality (and in whichever split, of the sets
+            in :data:`mmebm.data.WITH_VALIDATION`). -1 where an instance is of no item, as a word that all tuples of a
+            class share. None: every instance is an item, but for words.
 
     Raises:
         ValueError: if these do not fit together, for instance where a tuple mixes classes.
@@ -393,12 +396,13 @@ class MultimodalDataset:
         return rows.to(self.index.device)
 
     def item_numbers(self) -> Tensor:
-        """Which items each tuple shows, int64 ``(n, M)`` on the CPU; -1 for none. Without ``items`` instances of
-        different modalities are numbered apart."""
+        """Which items each tuple shows, int64 ``(n, M)`` on the CPU; -1 for none. Without ``items`` the instances of
+        every modality but words are numbered apart."""
         index, start, columns = self.index.cpu(), 0, []
         for column, modality in enumerate(self.modalities):
             if self.items is None:
-                columns.append(start + index[:, column])
+                word = modality.kind == "text"
+                columns.append(torch.full((len(self),), -1) if word else start + index[:, column])
                 start += len(self.pools[modality.name])
             else:
                 columns.append(self.items[modality.name].cpu()[index[:, column]])
@@ -407,8 +411,12 @@ class MultimodalDataset:
 
     def groups(self) -> Tensor:
         """Which tuples hang together, int64 ``(n,)`` on the CPU: two tuples have one number if they share an item, or
-        are joined by others that do. A part of the tuples that shares no item with the rest is made of whole groups."""
-        numbers = self.item_numbers().numpy()
+        are joined by others that do. A part of the tuples that shares no item with the rest is made of whole groups.
+
+        Images that are the same number by number are one item too, as a photograph is that stands in several rows. One
+        in more than 20 tuples and a hundredth of them is none (an emblem of its class, a blank), and files are not
+        compared."""
+        numbers = np.concatenate([self.item_numbers().numpy(), *self._equal_images()], axis=1)
         tuples, columns = np.nonzero(numbers >= 0)
         different, of = np.unique(numbers[tuples, columns], return_inverse=True)
         group = np.arange(len(self))
@@ -421,6 +429,23 @@ class MultimodalDataset:
             if np.array_equal(new, group):
                 return torch.from_numpy(group)
             group = new
+
+    def _equal_images(self) -> list[np.ndarray]:
+        """``(n, 1)`` for each image modality whose instances can be compared: numbers of their own for the different
+        images, -1 where there is none."""
+        columns, start = [], 2**50
+        for column, modality in enumerate(self.modalities):
+            pool = self.pools[modality.name]
+            of = getattr(pool, "same", None)
+            if modality.kind != "image" or not (isinstance(pool, Tensor) or of is not None):
+                continue
+            same = first_equal(row.tobytes() for row in pool.cpu().numpy()) if isinstance(pool, Tensor) else of()
+            numbers = same[self.index[:, column].cpu().numpy()]
+            here = np.ones(len(self), dtype=bool) if self.present is None else self.present[:, column].cpu().numpy()
+            common = np.bincount(numbers[here], minlength=len(pool))[numbers] > max(OFTEN, len(self) // 100)
+            columns.append(np.where(here & ~common, start + numbers, -1)[:, None])
+            start += len(pool)
+        return columns
 
     def subset(self, rows: Tensor) -> MultimodalDataset:
         """The tuples ``rows``, int64 ``(b,)``, in this order, as a set of their own; the pools are shared.
@@ -471,6 +496,15 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
 def files_of(split: Split) -> Literal["train", "test"]:
     """The split whose files hold ``split``: validation items are part of the published train files."""
     return "test" if split == "test" else "train"
+
+
+def first_equal(rows: Iterable[bytes]) -> np.ndarray:
+    """Of each the number of the first that is equal, int64."""
+    first: dict[bytes, int] = {}
+    return np.array(
+        [first.setdefault(hashlib.blake2b(row, digest_size=16).digest(), at) for at, row in enumerate(rows)],
+        dtype=np.int64,
+    )
 
 
 def refuse_path(name: str, path: str | os.PathLike[str] | None) -> None:

@@ -8,7 +8,6 @@ path/test/...             or path/train.npz, path/test.npz with arrays of the sa
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +148,7 @@ def folder(
         index=torch.from_numpy(index[rows]),
         labels=torch.from_numpy(labels[rows]),
         present=None if present is None else torch.from_numpy(present[rows]),
-        items=_items(arrays, names, modalities, total),
+        items=_items(arrays, names, total),
         info={
             "options": {"n": n, "stream": stream},
             "seed": seed,
@@ -166,30 +165,18 @@ def has_split(path: str | os.PathLike[str], split: str) -> bool:
     return any((Path(path) / split).glob("*.npy")) or (Path(path) / f"{split}.npz").is_file()
 
 
-def _items(
-    arrays: Mapping[str, _Array], names: Sequence[str], modalities: Sequence[Modality], total: int
-) -> dict[str, Tensor]:
-    """Of each row the item that it shows: as ``items`` says, and one for images that are the same."""
-    if ITEMS in arrays:
-        said = arrays[ITEMS]
-        if said.values.shape != (total,) or said.values.dtype.kind not in "iuUS":
-            raise ValueError(
-                f"{said.source} must hold integers or strings ({total},), one for each row, got "
-                f"{said.values.dtype} {said.values.shape}"
-            )
-        rows = np.unique(said.values, return_inverse=True)[1].astype(np.int64)
-    else:
-        rows = np.arange(total)
-    out = {}
-    for name, modality in zip(names, modalities, strict=True):
-        first: dict[bytes, int] = {}
-        of = rows.copy()
-        if modality.kind == "image":
-            values = arrays[name].values
-            for row in range(total):
-                of[row] = first.setdefault(hashlib.blake2b(values[row].tobytes(), digest_size=16).digest(), rows[row])
-        out[name] = torch.from_numpy(of)
-    return out
+def _items(arrays: Mapping[str, _Array], names: Sequence[str], total: int) -> dict[str, Tensor] | None:
+    """Of each row the item that it shows, where the folder says so."""
+    if ITEMS not in arrays:
+        return None
+    said = arrays[ITEMS]
+    if said.values.dtype.kind not in "iuUS" or said.values.ndim != 1:
+        raise ValueError(
+            f"{said.source} must hold integers or strings ({total},), one for each row, got {said.values.dtype} "
+            f"{said.values.shape}"
+        )
+    rows = torch.from_numpy(np.unique(said.values, return_inverse=True)[1].astype(np.int64))
+    return dict.fromkeys(names, rows)
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ class CropPool:
 
 
 def crop_corners(shape: tuple[int, int], split: Split) -> tuple[Ints, Ints]:
-    """Where a crop of ``split`` may begin in a photograph of ``shape`` ``(H, W)``: the columns, ``(c,)``, and for each of
-    them the rows, ``(r, c)``.
+    """Where a crop of ``split`` may begin in a photograph of ``shape`` ``(H, W)``: the columns, ``(c,)``, and for each
+    of them the rows, ``(r, c)``.
 
     No pixel is in reach of two splits. Raises ValueError for a photograph too small to hold crops of train and test
     (28x336 is the least), or of the validation (168x336).

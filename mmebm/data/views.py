@@ -89,6 +89,8 @@ def views(
     parts = split_by_class(labels, "views")
     modalities = tuple(_modality(name, tables[name][parts["train"]], deviations) for name in names)
     mine = parts[split]
+    if not len(mine):
+        raise ValueError(f"{len(labels)} digits are too few for a {split} split, which is a part of each class")
     pools = {}
     for modality in modalities:
         values = tables[modality.name][mine]

@@ -166,7 +166,7 @@ def opened(
     if run is not None:
         of.info["config"] = json.loads(run.config.to_json())
         try:
-            run.dataset("test")
+            run.unseen()
             of.neighbours = Neighbours(run.dataset("train"), seed=seed)
             of.compared = pictures.compared(run, of.neighbours, seed=seed)
         except (OSError, ValueError, ImportError) as error:

@@ -361,10 +361,12 @@ class GuardConfig(Settings):
 
 @dataclass(frozen=True)
 class ValidationConfig(Settings):
-    """Tuples of the training split that are kept from training, and measured on the way (docs/training-runs.md).
+    """Tuples that are kept from training, and measured on the way (docs/training-runs.md).
 
-    ``every``: iterations between two measurements; 0: none, and nothing is kept back. ``share`` of the tuples that lack
-    no modality is kept back, at most ``rows``; which ones is drawn once, by ``data.seed``, and stored with the run.
+    ``every``: iterations between two measurements; 0: none. They are the set's validation split, at most ``rows`` of
+    it. Of a set without one, ``share`` of the tuples that lack no modality is kept back, at most ``rows``, with a tuple
+    all that share an item with it (none, for ``every`` 0); which ones is drawn once, by ``data.seed``, and stored with
+    the run.
     """
 
     every: Count = 0

@@ -199,13 +199,38 @@ class Run:
         return self._sets[split]
 
     def validation(self) -> MultimodalDataset | None:
-        """The tuples of the train split that training kept back (``config.validation``); None where it kept none."""
+        """Tuples that training saw no item of: the validation split, or those of the train split that training kept
+        back (``config.validation``). None where there are none, as of a run of a version that had no such split."""
         rows = self.content.get("held")
-        return self.dataset("train").subset(rows) if rows is not None and len(rows) else None
+        if rows is not None and len(rows):
+            return dataclasses.replace(self.dataset("train").subset(rows), split="validation")
+        return self.dataset("validation") if self.content.get("validation") == "split" else None
+
+    @property
+    def judged_on(self) -> Literal["validation", "test"]:
+        """The split that a run is looked at on unless it is the end: its validation, or where it has none the test."""
+        rows = self.content.get("held")
+        kept = rows is not None and len(rows) > 0
+        return "validation" if kept or self.content.get("validation") == "split" else "test"
+
+    def unseen(self, split: data.Split | None = None) -> MultimodalDataset:
+        """The tuples of ``split``, or of :attr:`judged_on`.
+
+        Raises:
+            ValueError: for the validation of a run that has none.
+        """
+        split = split or self.judged_on
+        found = self.validation() if split == "validation" else self.dataset(split)
+        if found is None:
+            raise ValueError(
+                f"{self.folder} has no validation: its set has no such split, and training kept nothing back. Train "
+                "with --validation.every 500, or take --split test"
+            )
+        return found
 
     def real(self, n: int, *, split: data.Split = "train", seed: int = 0) -> dict[str, Tensor]:
         """``n`` real tuples (as many as there are, where fewer), drawn without putting back."""
-        held = self.dataset(split)
+        held = self.dataset("train") if split == "train" else self.unseen(split)
         rows = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))[:n]
         return held.batch(rows.to(self.device))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmebm import noise
+from mmebm.data import WITH_VALIDATION, has_validation
 from mmebm.data.base import MultimodalDataset
 from mmebm.data.mapped import as_set
 from mmebm.data.stream import Prefetch, WorkerBatches
@@ -70,11 +71,14 @@ class Trainer:
         processes: this process among those that share the rows of an iteration.
         networks: of the user's own, ``{"encoders": {modality: module}, "decoders": {...}, "energy": module, "prior":
             module}``, any of them; these modules are trained themselves (docs/your-model.md).
+        validation: tuples of which ``data`` shows no item, such as ``load("digits", "validation")``. None: where
+            ``config.validation`` asks for some, they are kept back from ``data``, whole groups of tuples that share an
+            item (:meth:`mmebm.data.MultimodalDataset.groups`).
         callbacks: called on the way (:class:`mmebm.training.callbacks.Callback`).
 
     Attributes:
         data: the tuples that are trained on.
-        validation: those of ``data`` that were kept from it (``config.validation``), or None.
+        validation: those that it is validated on, at most ``config.validation.rows``, or None.
         stop: set it, such as to a signal's number, to end after the iteration in hand.
 
     Raises:
@@ -89,6 +93,7 @@ class Trainer:
         *,
         processes: Processes | None = None,
         networks: Mapping[str, Any] | None = None,
+        validation: MultimodalDataset | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         data = as_set(data)
@@ -105,7 +110,10 @@ class Trainer:
             )
         self.callbacks = list(callbacks)
         self._whole, self._reading = data, describe(data)
-        self._split(kept_back(config, data))
+        self._apart = validation and drawn_rows(config, validation)
+        # where a run finds tuples that training never saw
+        self.unseen = "split" if validation is not None or _has_split(config, data) else None
+        self._split(kept_back(config, data) if validation is None else torch.empty(0, dtype=torch.int64))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.system = System(config, shapes, self.networks).to(self.device)
@@ -505,15 +513,17 @@ class Trainer:
     # -- validation ------------------------------------------------------------------------------------------------
 
     def _split(self, held: Tensor) -> None:
-        """Trains on all tuples but ``held``, which are kept for the validation."""
+        """Trains on all tuples but ``held``, which are kept for the validation, and those that share an item."""
         self.held, whole = held, self._whole
-        left = torch.ones(len(whole), dtype=torch.bool)
-        left[held] = False
-        rest = whole if not len(held) else whole.subset(left.nonzero().flatten())
+        rest, validation = whole, self._apart
+        if len(held):
+            group = whole.groups()
+            rest = whole.subset((~torch.isin(group, group[held])).nonzero().flatten())
+            validation, self.unseen = dataclasses.replace(whole.subset(held), split="validation"), "held"
         if not len(rest):
             raise ValueError(f"the validation keeps all {len(whole)} tuples back: lower validation.share")
         self.data = rest.to(self.device)
-        self.validation = whole.subset(held).to(self.device) if len(held) else None
+        self.validation = None if validation is None else validation.to(self.device)
 
     def validate(self, *, seed: int | None = None) -> dict[str, float]:
         """The numbers of the held-out tuples (:func:`mmebm.evaluation.heldout.summary`), of the weights that a run
@@ -669,6 +679,7 @@ class Trainer:
             "data": self._reading,
             "networks": {name: class_name(net) for name, net in self.networks.items()},
             "held": self.held,
+            "validation": self.unseen,
             "best": self.best,
             **self._written(),
         }
@@ -715,6 +726,8 @@ class Trainer:
             )
         if not torch.equal(held, self.held):
             self._split(held)
+        # a run of a version that trained on what is the validation split now has none
+        self.unseen = state.get("validation", "held" if len(held) else None)
         if not 0 <= state["iteration"] <= self.total:
             raise ValueError(f"iteration {state['iteration']} of {self.total} that are configured")
         try:
@@ -728,7 +741,7 @@ class Trainer:
 
 def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
     """The tuples that the validation keeps from training, int64 in order: of those that lack no modality, by the seed
-    of the data alone."""
+    of the data alone; with a tuple all that share an item with it."""
     v = config.validation
     if not v.every:
         return torch.empty(0, dtype=torch.int64)
@@ -738,5 +751,31 @@ def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
         raise ValueError(
             f"the data has {len(data)} tuples, too few to keep some for a validation: set validation.every = 0"
         )
+    group = data.groups()
+    names, sizes = group[whole].unique(return_counts=True)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.data.seed))
+    chosen, total = [], 0
+    for number, size in zip(names[order].tolist(), sizes[order].tolist(), strict=True):
+        if total + size <= count:
+            chosen.append(number)
+            total += size
+    if total < 2:
+        own = f"pass validation=load({data.name!r}, 'validation')" if data.name in WITH_VALIDATION else "give it apart"
+        raise ValueError(
+            f"the tuples of {data.name!r} hang together by the items that they share, in groups of at least "
+            f"{int(sizes.min())}, so that no {count} of {len(whole)} can be kept for a validation: {own}, or set "
+            "validation.every = 0"
+        )
+    return whole[torch.isin(group[whole], torch.tensor(chosen))]
+
+
+def drawn_rows(config: Config, validation: MultimodalDataset) -> MultimodalDataset:
+    """At most ``config.validation.rows`` of the tuples that lack no modality, drawn by the seed of the data."""
+    whole = usable_rows(validation, labelled=False)
     rng = torch.Generator().manual_seed(config.data.seed)
-    return whole[torch.randperm(len(whole), generator=rng)[:count]].sort().values
+    return validation.subset(whole[torch.randperm(len(whole), generator=rng)[: config.validation.rows]].sort().values)
+
+
+def _has_split(config: Config, data: MultimodalDataset) -> bool:
+    """Whether ``data`` is the train split of a set that has a validation split."""
+    return data.split == "train" and data.name == config.data.name and has_validation(data.name, config.data.path)

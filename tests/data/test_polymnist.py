@@ -68,7 +68,7 @@ def test_crops_of_the_splits_share_no_pixel(shape: tuple[int, int]) -> None:
     reached = {split: np.zeros(shape, dtype=bool) for split in ("train", "validation", "test")}
     for split, pixels in reached.items():
         if split == "validation" and shape[0] < 168:
-            with pytest.raises(ValueError, match="no room for validation crops .*: 168x336 is the least"):
+            with pytest.raises(ValueError, match=r"no room for validation crops .*: 168x336 is the least"):
                 crop_corners(shape, "validation")
             continue
         columns, rows = crop_corners(shape, split)  # type: ignore[arg-type]

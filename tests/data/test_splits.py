@@ -181,6 +181,11 @@ def test_rows_of_a_folder_hang_together_by_items_and_by_equal_images(tmp_path: P
     data = load("folder", "train", path=tmp_path)
     assert [m.name for m in data.modalities] == ["photo", "sound"]
     assert data.groups().tolist() == [0, 0, 2, 2, 4, 4, 0]
+    # an emblem of the class is no photograph of one thing
+    many = tmp_path / "many" / "train"
+    many.mkdir(parents=True)
+    np.save(many / "photo.npy", np.repeat(photos[:2], (30, 5), axis=0))
+    assert load("folder", "train", path=many.parent).groups().tolist() == [*range(30), *[30] * 5]
     with pytest.raises(ValueError, match=r"has no validation split of its own \(no validation/\*.npy"):
         load("folder", "validation", path=tmp_path)
     (tmp_path / "validation").mkdir()
