@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mmebm import __version__
 from mmebm.cli.common import pick_device
+from mmebm.data.base import Split
 from mmebm.evaluation import FeatureExtractor, Inception, Lite0, data_chain, figures
-from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
+from mmebm.evaluation.classifiers import Classifiers, Judge, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
 from mmebm.files import check_writable, write_atomically
@@ -20,6 +23,8 @@ from mmebm.training.fitting import CHECKPOINTS
 from mmebm.training.run import Run
 from mmebm.training.system import System
 
+TEST_USES = "test-uses.json"
+JUDGES: dict[Judge, str] = {"convolutional": "classifiers.pt", "gradients": "second-judge.pt"}
 TITLES = {
     "vae": "VAE only",
     "frozen": "frozen: Langevin on top of the VAE",
@@ -35,7 +40,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     run = Run(
         arguments.run, pick_device(arguments.device), prior_steps=arguments.prior_steps, data_path=arguments.data_path
     )
-    n = min(arguments.n, len(run.dataset("test")))
+    split = arguments.split or run.judged_on
+    n = min(arguments.n, len(run.unseen(split)))
     more: dict[str, Any] = {"features": [_network(name, run) for name in arguments.features]}
     systems = _systems(run)
     judges = {name: find("judges", name) for name in arguments.judge}
@@ -51,8 +57,27 @@ def evaluate(arguments: argparse.Namespace) -> int:
             for name, system in chains.items()
             if system is not None and name in run.points
         }
-    arguments.result = report(run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, own=judges, **more)
+    arguments.result = report(
+        run, split=split, n=arguments.n, steps=arguments.steps, seed=arguments.seed, own=judges, **more
+    )
     return 0
+
+
+def metrics_file(run: Run, split: Split) -> str:
+    """The name of a file of numbers: what a run is usually looked at on is in metrics.json."""
+    return "metrics.json" if split == run.judged_on else f"metrics-{split}.json"
+
+
+def _uses_of_test(run: Run, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Writes into the run's folder that the test split is used now, with which settings; all uses so far."""
+    kept = run.folder.parent.name == CHECKPOINTS  # a checkpoint that was kept is of its run
+    file = (run.folder.parent.parent if kept else run.folder) / TEST_USES
+    uses = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    uses.append({"when": now, "version": __version__, "checkpoint": run.folder.name if kept else "last", **settings})
+    text = json.dumps(uses, indent=2)
+    write_atomically(file, lambda to: to.write(text.encode()))
+    return uses
 
 
 def _systems(run: Run) -> dict[str, System]:
@@ -71,38 +96,53 @@ def _network(name: str, run: Run) -> FeatureExtractor:
     raise ValueError(f"--features takes lite0 or inception:FILE, got {name!r}")
 
 
-def _classifiers(run: Run) -> Classifiers | None:
-    """The run's classifiers, fitted once and kept in its folder; None for sets without classes."""
-    if not run.dataset("test").classes:
-        return None
-    path = run.folder / "classifiers.pt"
-    # a checkpoint that was kept is judged by those of its run
-    for file in (path, run.folder.parent.parent / path.name):
-        if file.is_file() and (file == path or run.folder.parent.name == CHECKPOINTS):
-            return Classifiers.load(file, run.device)
-    print("fitting the classifiers that judge the samples")
-    judges = fit_classifiers(run.dataset("train"), run.dataset("test"), device=run.device)
-    judges.save(path)
+def _judges(run: Run, split: Split) -> list[Classifiers]:
+    """The run's judges of both kinds, each fitted once to one half of the training items and kept in its folder; none
+    for sets without classes. Their draws are of the run's seed."""
+    tuples = run.unseen(split)
+    if not tuples.classes:
+        return []
+    judges = []
+    for half, (kind, name) in enumerate(JUDGES.items()):
+        path = run.folder / name
+        # a checkpoint that was kept is judged by those of its run
+        files = [path, *([run.folder.parent.parent / name] if run.folder.parent.name == CHECKPOINTS else [])]
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            judges.append(Classifiers.load(file, run.device))
+            continue
+        print(f"fitting the classifiers that judge the samples, {kind}")
+        fitted = fit_classifiers(
+            run.trained(), tuples, kind=kind, half=half, seed=run.config.seed % 2**62, device=run.device
+        )
+        fitted.save(path)
+        judges.append(fitted)
     return judges
 
 
 def report(
     run: Run,
     *,
+    split: Split | None = None,
     n: int = 2000,
     steps: int | None = None,
     seed: int = 0,
     own: Mapping[str, Callable[..., Mapping[str, float]]] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``own`` are
+    """Measures the run on ``split``, prints the table, and writes the numbers and the pictures into its folder. The
+    test split is written down as used, and how often it was is part of what is printed and written. ``own`` are
     functions of the samples of a point and of real tuples, ``{modality: natural values}`` both, that return numbers by
     name; ``more`` are options of :func:`mmebm.evaluation.evaluate.evaluate`."""
-    check_writable(run.folder / "metrics.json")
-    judges = _classifiers(run)
-    test = run.dataset("test")
+    split = split or run.judged_on
+    file = metrics_file(run, split)
+    check_writable(run.folder / file)
+    test = run.unseen(split)
     points, seconds = {}, {}
     n = min(n, len(test))
+    settings = {**run.settings(steps), "seed": seed, "n": n, "split": split}
+    uses = _uses_of_test(run, settings | {"also": sorted(more)}) if split == "test" else []
+    judges = _judges(run, split)
     for point in run.points:
         started = time.perf_counter()
         points[point] = run.sample(n, point, seed=seed, steps=steps)
@@ -112,16 +152,16 @@ def report(
         points,
         run.completions(steps),
         test,
-        run.dataset("train"),
-        judges,
+        run.trained(),
+        judges[0] if judges else None,
+        second=judges[1] if judges else None,
         seed=seed,
         heldout=_systems(run) if run.infers else None,
-        validation=run.validation(),
         **more,
     )
     if own:
         names = {m.name: m for m in test.modalities}
-        real = {name: names[name].natural(x) for name, x in run.real(n, split="test", seed=seed).items()}
+        real = {name: names[name].natural(x) for name, x in run.real(n, split=split, seed=seed).items()}
         natural = {p: {name: names[name].natural(x) for name, x in of.items()} for p, of in points.items()}
         result["judges"] = {
             name: {point: {key: float(value) for key, value in judge(x, real).items()} for point, x in natural.items()}
@@ -130,11 +170,14 @@ def report(
     seconds["evaluation"] = time.perf_counter() - started
     if run.seconds_training is not None:
         seconds["training"] = run.seconds_training
-    settings = {**run.settings(steps), "seed": seed, "n": n}
     result = {"settings": settings, "seconds": seconds, "peak_memory_mib": run.peak_memory, **result}
+    if uses:
+        result["test"] = {"evaluated": len(uses), "uses": uses}
     text = json.dumps(result, indent=2)
-    write_atomically(run.folder / "metrics.json", lambda file: file.write(text.encode()))
+    write_atomically(run.folder / file, lambda to: to.write(text.encode()))
     print(table(result))
+    if uses:
+        print(said_of_test(len(uses)))
     for name, by_point in result.get("judges", {}).items():
         for point, values in by_point.items():
             print(f"{name}, {point}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}")
@@ -150,8 +193,18 @@ def report(
         frames = {name: _frames(m, states[name]) for name, m in names.items()}
         figures.trajectory_grid(frames, marks, run.folder / "trajectory.png")
     _curves(run)
-    print(f"pictures and metrics.json are in {run.folder}")
+    print(f"pictures and {file} are in {run.folder}")
     return result
+
+
+def said_of_test(times: int) -> str:
+    """How often the test split was used, and what that means."""
+    if times == 1:
+        return "test split evaluated once, now"
+    return (
+        f"test split evaluated {times} times, this one included ({TEST_USES} lists them): what was chosen after the "
+        "first is chosen on test"
+    )
 
 
 def _frames(modality: Any, states: Any) -> Any:

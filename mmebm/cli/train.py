@@ -320,4 +320,9 @@ def fit(trainer: Trainer, folder: Path, *, quiet: bool = False, loggers: Sequenc
     """:func:`mmebm.training.fitting.fit` with a progress bar, and TensorBoard where it is installed."""
     makers = [*loggers, *([TensorBoard] if TensorBoard not in loggers and find_spec("tensorboard") else [])]
     with Progress(trainer.config.stages, trainer.iteration, quiet=quiet) as progress:
-        return fitting.fit(trainer, folder, loggers=makers, show=progress.show)
+
+        def show(row: dict[str, Any]) -> None:
+            progress.stages = trainer.config.stages  # stages that end by their seconds get other numbers on the way
+            progress.show(row)
+
+        return fitting.fit(trainer, folder, loggers=makers, show=show)

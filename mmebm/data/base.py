@@ -461,6 +461,17 @@ class MultimodalDataset:
             present=None if self.present is None else self.present[rows],
         )
 
+    def labelled_only(self) -> MultimodalDataset:
+        """The same set, its pools' labels only of the instances that its tuples show, and -1 for all others."""
+        labels = {}
+        for column, modality in enumerate(self.modalities):
+            of = self.pool_labels[modality.name]
+            rows = self.index[:, column]
+            seen = torch.zeros(len(of), dtype=torch.bool, device=of.device)
+            seen[rows if self.present is None else rows[self.present[:, column]]] = True
+            labels[modality.name] = torch.where(seen, of, -1)
+        return replace(self, pool_labels=labels)
+
     def to(self, device: torch.device | str) -> MultimodalDataset:
         """The same set with its tensors on ``device``; those already there are shared, not copied.
 

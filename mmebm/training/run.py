@@ -177,7 +177,10 @@ class Run:
 
     @property
     def seconds_training(self) -> float | None:
-        """Seconds of training by the log: iterations times seconds per iteration; None without one."""
+        """Seconds of training: measured, where the stages end by it; else by the log, iterations times seconds per
+        iteration; None without one."""
+        if self.content.get("elapsed"):
+            return float(sum(self.content["elapsed"].values()))
         rows, total, last = self.log(), 0.0, 0
         for row in rows:
             if "seconds_per_iteration" in row:
@@ -203,8 +206,17 @@ class Run:
         back (``config.validation``). None where there are none, as of a run of a version that had no such split."""
         rows = self.content.get("held")
         if rows is not None and len(rows):
-            return dataclasses.replace(self.dataset("train").subset(rows), split="validation")
+            return dataclasses.replace(self.dataset("train").subset(rows), split="validation").labelled_only()
         return self.dataset("validation") if self.content.get("validation") == "split" else None
+
+    def trained(self) -> MultimodalDataset:
+        """The tuples that training saw; instances that it did not see have no label."""
+        rows, whole = self.content.get("held"), self.dataset("train")
+        if rows is None or not len(rows):
+            return whole
+        group = whole.groups()
+        held = torch.isin(group, group[rows.cpu()])
+        return whole.subset((~held).nonzero().flatten()).labelled_only()
 
     @property
     def judged_on(self) -> Literal["validation", "test"]:
@@ -339,6 +351,7 @@ class Run:
             "latent_steps": c.latent_chain.steps,
             "latent_step": float(self.system.latent_step),
             "prior_steps": self.system.prior.steps,
+            **({"clock": c.clock} if any(stage.seconds is not None for stage in c.stages) else {}),
             "backend": c.backend,
             "device": str(self.device),
         }

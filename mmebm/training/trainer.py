@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,8 @@ class Trainer:
         self.latent_starts = LatentStarts(s, config.start, len(self.data))
         self.guard = Guard(config.guard)
         self.iteration = 0
+        # seconds of the iterations of each stage that has some, by its number
+        self.elapsed: dict[int, float] = {}
         # forward and backward passes of single tuples through an energy or a generator, in chains
         self.evaluations = 0
         # systems as they were on the way: "vae" after the warm-up, "frozen" after the energy learned alone
@@ -349,6 +352,33 @@ class Trainer:
             left -= stage.iterations
         return len(self.config.stages), 0
 
+    def _done(self, index: int, k: int) -> float:
+        """How much of a stage is over at its iteration ``k``: by its seconds where it has some."""
+        stage = self.config.stages[index]
+        if stage.seconds is not None:
+            return min(self.elapsed.get(index, 0.0) / stage.seconds, 1.0)
+        return k / max(stage.iterations - 1, 1)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() if self.config.clock == "wall" else time.process_time()
+
+    def _timed(self, index: int, k: int) -> Stage:
+        """The stage, made to end with iteration ``k`` where its seconds are over, and to go on where they are not."""
+        stage = self.config.stages[index]
+        assert stage.seconds is not None
+        over = torch.tensor([self.elapsed[index] >= stage.seconds], dtype=torch.float64, device=self.device)
+        self.processes.average([over])  # over for all where it is for one
+        iterations = k + 1 if over.item() else max(stage.iterations, k + 2)
+        if not over.item() and iterations > stage.iterations:
+            iterations = 2 * iterations
+        if iterations != stage.iterations:
+            stage = dataclasses.replace(stage, iterations=iterations)
+            stages = self.config.stages
+            self.config = self.config.replace(stages=(*stages[:index], stage, *stages[index + 1 :]))
+        return stage
+
     def _begin(self, stage: Stage, done: float) -> None:
         """Sets what holds at this point of the stage: learning rate, who learns, and the settings that ramp."""
         self.lr = (stage.lr + (stage.final_lr - stage.lr) * done) * 0.5**self.guard.rollbacks
@@ -398,7 +428,10 @@ class Trainer:
         if all(isinstance(pool, Tensor) for pool in self.data.pools.values()):
             return None
         parts, workers, ahead = range(self.config.accumulate), self.config.data.workers, self.config.data.ahead
-        coming = (self.rows(i, part) for i in range(self.iteration, self.total) for part in parts)
+        # where stages end is not known beforehand if it is by their seconds
+        open_ended = any(stage.seconds is not None for stage in self.config.stages)
+        numbers = itertools.count(self.iteration) if open_ended else range(self.iteration, self.total)
+        coming = (self.rows(i, part) for i in numbers for part in parts)
         if workers:
             return WorkerBatches(self.data, coming, workers=workers, ahead=ahead, seed=self.config.seed)
         return Prefetch(self.data, coming, depth=ahead)
@@ -447,7 +480,8 @@ class Trainer:
         while self.iteration < self.total and not self.stop:
             stage_index, k = self._position()
             stage = self.config.stages[stage_index]
-            self._begin(stage, k / max(stage.iterations - 1, 1))
+            self._begin(stage, self._done(stage_index, k))
+            clock = self._clock() if stage.seconds is not None else 0.0
             if not k:
                 for callback in self.callbacks:
                     callback.on_stage(self, stage)
@@ -459,6 +493,9 @@ class Trainer:
                 if k == 0:  # what an earlier stage was after is no part of this one's mean
                     self.averaged.n_averaged.zero_()
                 self.averaged.update_parameters(self.system)
+            if stage.seconds is not None:
+                self.elapsed[stage_index] = self.elapsed.get(stage_index, 0.0) + self._clock() - clock
+                stage = self._timed(stage_index, k)
             self.iteration += 1
             for callback in self.callbacks:
                 callback.on_iteration(self)
@@ -493,6 +530,8 @@ class Trainer:
                     seconds_per_iteration=seconds,
                     evaluations=self.evaluations,
                 )
+                if stage.seconds is not None:
+                    mean["stage_seconds"] = self.elapsed[stage_index]
                 if due:
                     mean.update({f"valid_{name}": value for name, value in self.validate().items()})
                     if self._is_best(mean):
@@ -675,6 +714,7 @@ class Trainer:
             "iteration": self.iteration,
             "rollbacks": self.guard.rollbacks,
             "evaluations": self.evaluations,
+            "elapsed": {str(index): seconds for index, seconds in self.elapsed.items()},
             "snapshots": self.snapshots,
             "data": self._reading,
             "networks": {name: class_name(net) for name, net in self.networks.items()},
@@ -737,6 +777,7 @@ class Trainer:
         self.iteration, self.guard.rollbacks = state["iteration"], state["rollbacks"]
         self.evaluations, self.snapshots = state["evaluations"], dict(state["snapshots"])
         self.best = state.get("best")
+        self.elapsed = {int(index): seconds for index, seconds in state.get("elapsed", {}).items()}
 
 
 def kept_back(config: Config, data: MultimodalDataset) -> Tensor:

@@ -196,7 +196,7 @@ def test_instances_without_a_label_are_left_out():
     # half of the instances would be right only half of the time
     assert fit_classifiers(toy(), partial, steps=30).accuracy == pytest.approx(judges.accuracy, abs=0.05)
     none = dict.fromkeys(pools, torch.full((120,), -1))
-    with pytest.raises(ValueError, match="test needs at least one labelled instance of 'image', got none"):
+    with pytest.raises(ValueError, match="needs at least one labelled instance of 'image', got none"):
         fit_classifiers(toy(), replace(whole, labels=none["image"], pool_labels=none), steps=1)
 
 
