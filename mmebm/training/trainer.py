@@ -334,6 +334,8 @@ class Trainer:
         row["loss_energy"] = loss_e.detach()
         row["energy_real"], row["energy_revised"] = real_mean.detach(), revised_mean.detach()
         row["gap"] = row["energy_real"] - row["energy_revised"]
+        # of single energies about their means: what the gap is large or small beside
+        row["energy_spread"] = ((up.var() + down.var()) / 2).sqrt().detach() if len(up) > 1 else up.new_zeros(())
         row["gap_start"] = row["energy_real"] - at_start
 
     # -- running ---------------------------------------------------------------------------------------------------
