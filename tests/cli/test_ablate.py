@@ -82,7 +82,7 @@ def test_grid_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads((out / "table.json").read_text())["split"] == "validation"
     (pair,) = of["pairs"]
     assert (pair["of"], pair["minus"]) == ("abp/x0", "abp/vae")
-    x0, vae = ([r["numbers"]["frechet"] for r in of["rows"] if r["point"] == p][0]["values"] for p in ("x0", "vae"))
+    x0, vae = (next(r["numbers"]["frechet"] for r in of["rows"] if r["point"] == p)["values"] for p in ("x0", "vae"))
     assert pair["differences"]["frechet"]["values"] == pytest.approx([x0[0] - vae[0], x0[1] - vae[1]])
     text = (out / "table-test.md").read_text()
     assert "test split evaluated once" in text and "Paired differences" in text and "| abp/x0 | abp/vae | " in text
