@@ -128,7 +128,8 @@ class Reference:
             out.update(_coherence(self.classifiers.predict(samples), self.classifiers.classes))
             own = distances.pop(OWN)
             found = _network(own)
-            out.update({"kernel_features" if name == "kernel" else name: value for name, value in found.items()})
+            names = {"kernel": "kernel_features", "kernel_error": "kernel_features_error"}
+            out.update({names.get(name, name): value for name, value in found.items()})
             if self.second is not None:
                 out["second_judge"] = _coherence(self.second.predict(samples), self.second.classes)
         if self.extractors:
@@ -195,9 +196,9 @@ def evaluate_samples(
         alone would give of both (``chance_joint``, ``chance_pair``), the smallest and largest class share over the
         modalities and the lowest normalised entropy; ``spread`` by modality, relative to the real tuples, and the least
         of them ``spread_min``; on the judges' features, per modality that has some and as means over them, ``frechet``,
-        the cubic kernel distance ``kernel_features`` with its standard error ``kernel_error``, ``precision`` and
-        ``recall``; and ``kernel``, the Gaussian kernel distance of whole tuples. With ``features`` the same distances
-        of each network under ``features``, for images.
+        the cubic kernel distance ``kernel_features`` with its standard error, ``precision`` and ``recall``; and
+        ``kernel``, the Gaussian kernel distance of whole tuples. With ``features`` the same distances of each network
+        under ``features``, for images.
     """
     return Reference(real, classifiers.modalities, classifiers, n_classes, features).measure(samples)
 
@@ -525,7 +526,11 @@ def table(result: Mapping[str, Any]) -> str:
         for name, p in every:
             of = [p.get(key) for key in ("precision", "recall")]
             cells = [f"{value:>{width}.3f}" if value is not None else " " * width for value, width in zip(of, (10, 8))]
-            kernel = f"{p['kernel_features']:>9.4f} ±{p['kernel_error']:.4f}" if p.get("kernel_features") else " " * 17
+            kernel = (
+                f"{p['kernel_features']:>9.4f} ±{p['kernel_features_error']:.4f}"
+                if p.get("kernel_features")
+                else " " * 17
+            )
             near = f"{p['nearest']:>9.2f}" if p.get("nearest") is not None else " " * 9
             spreads = "  ".join(f"{m} {v:.2f}" for m, v in p.get("spread", {}).items() if v is not None)
             lines.append(f"{name:<22}{''.join(cells)}{kernel}{near}  {spreads}")

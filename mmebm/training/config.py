@@ -356,9 +356,17 @@ class Stage(Settings):
 
 @dataclass(frozen=True)
 class GuardConfig(Settings):
-    """When training has gone astray and what is done: back to the last good state, at most ``rollbacks`` times."""
+    """When training has gone astray and what is done: back to the last good state, at most ``rollbacks`` times.
+
+    ``max_gap``: of the energy gap in any iteration. ``max_separation``: of the gap over ``every`` iterations, in
+    standard deviations of single energies, once the energy has learned for ``grace`` iterations: beyond about two the
+    energy tells nearly every real tuple from every revised one, the chain cannot follow it any more, and what it
+    teaches is of saturated images (0: no limit; nor is there one for chains from noise, which are far behind at first).
+    """
 
     max_gap: Weight = 1e4
+    max_separation: Weight = 2.5
+    grace: Count = 200
     every: Size = 50
     rollbacks: Count = 3
     latent_alarm: Positive = 1.3

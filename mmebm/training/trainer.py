@@ -135,7 +135,8 @@ class Trainer:
             self.energy_terms.append(ShuffledTuples(config.shuffled_tuples))
         self.data_starts = DataStarts(s, config.start, seed=config.seed)
         self.latent_starts = LatentStarts(s, config.start, len(self.data))
-        self.guard = Guard(config.guard)
+        noise_starts = config.start.data == "noise"
+        self.guard = Guard(dataclasses.replace(config.guard, max_separation=0.0) if noise_starts else config.guard)
         self.iteration = 0
         # seconds of the iterations of each stage that has some, by its number
         self.elapsed: dict[int, float] = {}
@@ -715,6 +716,7 @@ class Trainer:
             "config": self.config.to_json(),
             "iteration": self.iteration,
             "rollbacks": self.guard.rollbacks,
+            "guarded": self.guard.learned,
             "evaluations": self.evaluations,
             "elapsed": {str(index): seconds for index, seconds in self.elapsed.items()},
             "snapshots": self.snapshots,
@@ -778,7 +780,7 @@ class Trainer:
             raise ValueError(f"it does not belong to its configuration: {type(error).__name__} {error}") from error
         self.iteration, self.guard.rollbacks = state["iteration"], state["rollbacks"]
         self.evaluations, self.snapshots = state["evaluations"], dict(state["snapshots"])
-        self.best = state.get("best")
+        self.best, self.guard.learned = state.get("best"), state.get("guarded", 0)
         self.elapsed = {int(index): seconds for index, seconds in state.get("elapsed", {}).items()}
 
 
