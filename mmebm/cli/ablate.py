@@ -216,7 +216,8 @@ def tuned(names: Sequence[str], folder: Path, arguments: argparse.Namespace) -> 
 def numbers_of(metrics: Mapping[str, Any], point: str) -> dict[str, float]:
     """The numbers of one run at one of its points, by name; conditional ones where the point is completed from."""
     row = metrics["points"][point]
-    out = {key: value for key, value in row.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+    out = {key: float(value) for key, value in numbers.items()}
     second = row.get("second_judge", {})
     out |= {f"second_{key}": second[key] for key in ("joint_coherence", "class_share_min") if key in second}
     last = list(metrics["points"])[-1]

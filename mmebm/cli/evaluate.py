@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from mmebm import __version__
 from mmebm.cli.common import pick_device
@@ -25,6 +25,7 @@ from mmebm.training.system import System
 
 TEST_USES = "test-uses.json"
 JUDGES: dict[Judge, str] = {"convolutional": "classifiers.pt", "gradients": "second-judge.pt"}
+HALVES: tuple[Literal[0, 1], ...] = (0, 1)
 TITLES = {
     "vae": "VAE only",
     "frozen": "frozen: Langevin on top of the VAE",
@@ -103,7 +104,7 @@ def _judges(run: Run, split: Split) -> list[Classifiers]:
     if not tuples.classes:
         return []
     judges = []
-    for half, (kind, name) in enumerate(JUDGES.items()):
+    for half, (kind, name) in zip(HALVES, JUDGES.items(), strict=True):
         path = run.folder / name
         # a checkpoint that was kept is judged by those of its run
         files = [path, *([run.folder.parent.parent / name] if run.folder.parent.name == CHECKPOINTS else [])]

@@ -294,12 +294,15 @@ class MultimodalDataset:
                     f"{of} must lie in [0, {len(self.classes)}), or be -1 for unlabelled, "
                     f"got [{int(labels.min())}, {int(labels.max())}]"
                 )
-        for name in names if self.items is not None else ():
-            of_instance = self.items.get(name)
-            if of_instance is None or of_instance.dtype != torch.int64 or len(of_instance) != len(self.pools[name]):
+        for name, of_instance in (self.items or {}).items():
+            count = len(self.pools[name]) if name in names else 0
+            if of_instance.dtype != torch.int64 or of_instance.shape != (count,):
                 raise ValueError(
-                    f"items must have int64 ({len(self.pools[name])},) for {name!r}, or be None as a whole"
+                    f"items of {name!r} must be int64 ({count},), one number for each instance, got "
+                    f"{of_instance.dtype} {tuple(of_instance.shape)}"
                 )
+        if self.items is not None and list(self.items) != names:
+            raise ValueError(f"items must have the modalities' names {names}, or be None, got {list(self.items)}")
         if self.present is not None:
             if self.present.dtype != torch.bool or self.present.shape != self.index.shape:
                 raise ValueError(
@@ -436,10 +439,15 @@ class MultimodalDataset:
         columns, start = [], 2**50
         for column, modality in enumerate(self.modalities):
             pool = self.pools[modality.name]
-            of = getattr(pool, "same", None)
-            if modality.kind != "image" or not (isinstance(pool, Tensor) or of is not None):
+            compare = getattr(pool, "same", None)
+            if modality.kind != "image":
                 continue
-            same = first_equal(row.tobytes() for row in pool.cpu().numpy()) if isinstance(pool, Tensor) else of()
+            if isinstance(pool, Tensor):
+                same = first_equal(row.tobytes() for row in pool.cpu().numpy())
+            elif compare is not None:
+                same = compare()
+            else:
+                continue
             numbers = same[self.index[:, column].cpu().numpy()]
             here = np.ones(len(self), dtype=bool) if self.present is None else self.present[:, column].cpu().numpy()
             common = np.bincount(numbers[here], minlength=len(pool))[numbers] > max(OFTEN, len(self) // 100)

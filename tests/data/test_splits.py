@@ -161,10 +161,10 @@ def test_groups_are_those_found_by_search(seed: int) -> None:
 
 
 def test_items_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"items must have int64 \(2,\) for 'v0'"):
+    with pytest.raises(ValueError, match=r"items of 'v0' must be int64 \(2,\).* got torch.int64 \(1,\)"):
         tiny([[0], [1]], {"v0": [0]})
-    with pytest.raises(ValueError, match="for 'v0', or be None as a whole"):
-        tiny([[0]], {"other": [0]})
+    with pytest.raises(ValueError, match=r"items must have the modalities' names \['v0', 'v1'\].* got \['v0'\]"):
+        tiny([[0, 0]], {"v0": [0]})
 
 
 # ------------------------------------------------------------------------------ a folder of one's own
