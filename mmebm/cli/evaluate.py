@@ -101,7 +101,7 @@ def _judges(run: Run, split: Split) -> list[Classifiers]:
     """The run's judges of both kinds, each fitted once to one half of the training items and kept in its folder; none
     for sets without classes. Their draws are of the run's seed."""
     tuples = run.unseen(split)
-    if not tuples.classes:
+    if not tuples.classes or not bool((tuples.labels >= 0).any()):
         return []
     judges = []
     for half, (kind, name) in zip(HALVES, JUDGES.items(), strict=True):

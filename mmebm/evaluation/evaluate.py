@@ -427,9 +427,9 @@ def evaluate(
     reference = reference_of(real)
     # the ceiling: real tuples against others of the same split, in two halves where there are no more
     half = n if 2 * n <= len(order) else len(order) // 2
-    if half < 2:
-        raise ValueError(f"{test.split} has {len(order)} tuples, and at least 4 are needed")
-    beside, other = test.batch(order[:half]), test.batch(order[half : 2 * half])
+    few = half < 2
+    half = len(order) if few else half
+    beside, other = test.batch(order[:half]), test.batch(order[:half] if few else order[half : 2 * half])
     result: dict[str, Any] = {
         "split": test.split,
         "classifiers": judges.tested(test) if judges else {},
@@ -440,6 +440,8 @@ def evaluate(
         "conditional": {},
     }
     skipped: dict[str, str] = {}
+    if few:
+        skipped["floor"] = f"it needs two halves of two tuples, there are {len(order)}: these are against themselves"
     if "kernel" not in result["floor"]:
         skipped["kernel"] = f"it needs {LEAST_FOR_KERNEL} tuples at least, there are {n}"
     if features and not result["floor"]["features"]:
