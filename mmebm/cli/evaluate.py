@@ -7,8 +7,10 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
+
+import torch
 
 from mmebm import __version__
 from mmebm.cli.common import pick_device
@@ -17,8 +19,9 @@ from mmebm.evaluation import FeatureExtractor, Inception, Lite0, data_chain, fig
 from mmebm.evaluation.classifiers import Classifiers, Judge, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
+from mmebm.evaluation.matching import Features, match_report, match_table, matched_pairs
 from mmebm.files import check_writable, write_atomically
-from mmebm.plugins import find
+from mmebm.plugins import by_path, find
 from mmebm.training.fitting import CHECKPOINTS
 from mmebm.training.run import Run
 from mmebm.training.system import System
@@ -43,13 +46,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
     )
     split = arguments.split or run.judged_on
     n = min(arguments.n, len(run.unseen(split)))
-    more: dict[str, Any] = {"features": [_network(name, run) for name in arguments.features]}
+    networks, functions = split_features(arguments.features, run)
+    more: dict[str, Any] = {"features": networks}
     systems = _systems(run)
     judges = {name: find("judges", name) for name in arguments.judge}
     for name in ("pairs", "latent", "likelihood"):
         if getattr(arguments, name):
             if not run.infers and name != "likelihood":
                 raise ValueError(f"--{name} needs an inference network, which this run does not train")
+            if name == "latent" and not classes_shared(run):
+                raise ValueError("--latent reads classes off z, and no test tuple has the class of a training tuple")
             more[name] = systems
     if arguments.sweep:
         chains = {"frozen": run.frozen, "xk": run.system}
@@ -59,7 +65,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
             if system is not None and name in run.points
         }
     arguments.result = report(
-        run, split=split, n=arguments.n, steps=arguments.steps, seed=arguments.seed, own=judges, **more
+        run,
+        split=split,
+        n=arguments.n,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        own=judges,
+        functions=functions,
+        **more,
     )
     return 0
 
@@ -94,14 +107,53 @@ def _network(name: str, run: Run) -> FeatureExtractor:
         return Lite0(device=run.device)
     if kind == "inception" and file:
         return Inception(file, device=run.device)
-    raise ValueError(f"--features takes lite0 or inception:FILE, got {name!r}")
+    raise ValueError(f"--features takes lite0, inception:FILE or MODALITY=package.module:function, got {name!r}")
+
+
+def split_features(names: Sequence[str], run: Run) -> tuple[list[FeatureExtractor], dict[str, Features]]:
+    """What ``--features`` names: networks for distances, and functions by modality for the score of captions.
+
+    Images that have no function of their own are seen by the first network there.
+
+    Raises:
+        ValueError: for a name that is none, or a modality that the score does not look at.
+    """
+    networks = [_network(name, run) for name in names if "=" not in name]
+    pairs = matched_pairs(run.modalities)
+    known = {m.name: m for pair in pairs for m in pair}
+    functions: dict[str, Features] = {}
+    if networks:
+        functions = {m.name: _of_network(networks[0]) for m in known.values() if m.kind == "image"}
+    for name in names:
+        modality, equals, path = name.partition("=")
+        if equals and modality not in known:
+            raise ValueError(
+                f"--features {name}: the score of captions looks at {sorted(known) or 'nothing in this set'}"
+            )
+        if equals:
+            functions[modality] = by_path(path)
+    return networks, functions
+
+
+def _of_network(network: FeatureExtractor) -> Features:
+    """Its features of images in [0, 1]."""
+    return lambda images: network.features(torch.from_numpy(images) * 2 - 1)
+
+
+def classes_shared(run: Run, split: Split | None = None) -> bool:
+    """Whether the training tuples and those of ``split`` have a class in common: of CUB's species as divided in its
+    captions, none is in train and in test."""
+    classes = [set(data.labels.unique().tolist()) - {-1} for data in (run.dataset("train"), run.unseen(split))]
+    return bool(classes[0] & classes[1])
 
 
 def _judges(run: Run, split: Split) -> list[Classifiers]:
     """The run's judges of both kinds, each fitted once to one half of the training items and kept in its folder; none
-    for sets without classes. Their draws are of the run's seed."""
+    where there is nothing for them to learn. Their draws are of the run's seed."""
     tuples = run.unseen(split)
-    if not tuples.classes or not bool((tuples.labels >= 0).any()):
+    if not classes_shared(run, split):
+        if tuples.classes:
+            print(f"no classifiers: the {split} tuples are of other classes than the training tuples")
         return []
     judges = []
     for half, (kind, name) in zip(HALVES, JUDGES.items(), strict=True):
@@ -129,12 +181,14 @@ def report(
     steps: int | None = None,
     seed: int = 0,
     own: Mapping[str, Callable[..., Mapping[str, float]]] | None = None,
+    functions: Mapping[str, Features] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Measures the run on ``split``, prints the table, and writes the numbers and the pictures into its folder. The
     test split is written down as used, and how often it was is part of what is printed and written. ``own`` are
     functions of the samples of a point and of real tuples, ``{modality: natural values}`` both, that return numbers by
-    name; ``more`` are options of :func:`mmebm.evaluation.evaluate.evaluate`."""
+    name; ``functions`` are features by modality for the score of captions (:mod:`mmebm.evaluation.matching`); ``more``
+    are options of :func:`mmebm.evaluation.evaluate.evaluate`."""
     split = split or run.judged_on
     file = metrics_file(run, split)
     check_writable(run.folder / file)
@@ -168,6 +222,9 @@ def report(
             name: {point: {key: float(value) for key, value in judge(x, real).items()} for point, x in natural.items()}
             for name, judge in own.items()
         }
+    matching = match_report(points, run.completions(steps), test, run.trained(), functions, seed=seed)
+    if matching:
+        result["matching"] = matching
     seconds["evaluation"] = time.perf_counter() - started
     if run.seconds_training is not None:
         seconds["training"] = run.seconds_training
@@ -179,6 +236,8 @@ def report(
     print(table(result))
     if uses:
         print(said_of_test(len(uses)))
+    if matching:
+        print(f"\n{match_table(matching)}")
     for name, by_point in result.get("judges", {}).items():
         for point, values in by_point.items():
             print(f"{name}, {point}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}")

@@ -5,6 +5,7 @@ metrics       coherence, chance, balance, distances, precision, recall, spread: 
 intervals     means over seeds with Student's intervals, alone and of pairs
 features      networks trained elsewhere whose features the distances may be taken on
 latent        classes read off the latent before and after its chain; interpolation
+matching      how well a caption fits an image
 heldout       tuples that training never saw: likely, rebuilt, found and imitated, with or without labels
 likelihood    log p(X) of the generator by annealed importance sampling
 sweep         metrics against the number of test-time steps

@@ -58,7 +58,7 @@ class Network(nn.Module):
     def __init__(self, features: nn.Module, classes: int, size: int = FEATURES) -> None:
         super().__init__()
         self.features = features
-        self.head = nn.Linear(size, classes)
+        self.head: nn.Linear = nn.Linear(size, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -213,8 +213,8 @@ class Classifiers:
         self.classes = classes
         self.kind: Judge = kind
         self.modalities = modalities
-        self.accuracy = dict(accuracy)
-        self.device = torch.device(device)
+        self.accuracy: dict[str, float] = dict(accuracy)
+        self.device: torch.device = torch.device(device)
         self._networks = {
             name: None if net is None else net.to(self.device).eval().requires_grad_(False)
             for name, net in networks.items()

@@ -17,8 +17,8 @@ class Guard:
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
-        self.rollbacks = 0
-        self.learned = 0  # iterations of the energy that were looked at
+        self.rollbacks: int = 0
+        self.learned: int = 0  # iterations of the energy that were looked at
 
     def reason(self, rows: Sequence[Mapping[str, float]]) -> str | None:
         """Why the last iterations are not to be trusted, or None."""
