@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from mmebm import __version__
 from mmebm.cli.common import pick_device
+from mmebm.data.base import Split
 from mmebm.evaluation import FeatureExtractor, Inception, Lite0, data_chain, figures
-from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
+from mmebm.evaluation.classifiers import Classifiers, Judge, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate as measure
 from mmebm.evaluation.evaluate import table
 from mmebm.evaluation.matching import Features, match_report, match_table, matched_pairs
@@ -23,6 +26,9 @@ from mmebm.training.fitting import CHECKPOINTS
 from mmebm.training.run import Run
 from mmebm.training.system import System
 
+TEST_USES = "test-uses.json"
+JUDGES: dict[Judge, str] = {"convolutional": "classifiers.pt", "gradients": "second-judge.pt"}
+HALVES: tuple[Literal[0, 1], ...] = (0, 1)
 TITLES = {
     "vae": "VAE only",
     "frozen": "frozen: Langevin on top of the VAE",
@@ -38,7 +44,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     run = Run(
         arguments.run, pick_device(arguments.device), prior_steps=arguments.prior_steps, data_path=arguments.data_path
     )
-    n = min(arguments.n, len(run.dataset("test")))
+    split = arguments.split or run.judged_on
+    n = min(arguments.n, len(run.unseen(split)))
     networks, functions = split_features(arguments.features, run)
     more: dict[str, Any] = {"features": networks}
     systems = _systems(run)
@@ -58,9 +65,33 @@ def evaluate(arguments: argparse.Namespace) -> int:
             if system is not None and name in run.points
         }
     arguments.result = report(
-        run, n=arguments.n, steps=arguments.steps, seed=arguments.seed, own=judges, functions=functions, **more
+        run,
+        split=split,
+        n=arguments.n,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        own=judges,
+        functions=functions,
+        **more,
     )
     return 0
+
+
+def metrics_file(run: Run, split: Split) -> str:
+    """The name of a file of numbers: what a run is usually looked at on is in metrics.json."""
+    return "metrics.json" if split == run.judged_on else f"metrics-{split}.json"
+
+
+def _uses_of_test(run: Run, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Writes into the run's folder that the test split is used now, with which settings; all uses so far."""
+    kept = run.folder.parent.name == CHECKPOINTS  # a checkpoint that was kept is of its run
+    file = (run.folder.parent.parent if kept else run.folder) / TEST_USES
+    uses = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    uses.append({"when": now, "version": __version__, "checkpoint": run.folder.name if kept else "last", **settings})
+    text = json.dumps(uses, indent=2)
+    write_atomically(file, lambda to: to.write(text.encode()))
+    return uses
 
 
 def _systems(run: Run) -> dict[str, System]:
@@ -109,33 +140,43 @@ def _of_network(network: FeatureExtractor) -> Features:
     return lambda images: network.features(torch.from_numpy(images) * 2 - 1)
 
 
-def classes_shared(run: Run) -> bool:
-    """Whether the train and the test split have a class in common: of CUB's species as divided in its captions, none
-    is in both."""
-    classes = [set(run.dataset(split).labels.unique().tolist()) - {-1} for split in ("train", "test")]
+def classes_shared(run: Run, split: Split | None = None) -> bool:
+    """Whether the training tuples and those of ``split`` have a class in common: of CUB's species as divided in its
+    captions, none is in train and in test."""
+    classes = [set(data.labels.unique().tolist()) - {-1} for data in (run.dataset("train"), run.unseen(split))]
     return bool(classes[0] & classes[1])
 
 
-def _classifiers(run: Run) -> Classifiers | None:
-    """The run's classifiers, fitted once and kept in its folder; None where there is nothing for them to learn."""
-    if not classes_shared(run):
-        if run.dataset("test").classes:
-            print("no classifiers: the test tuples are of other classes than the training tuples")
-        return None
-    path = run.folder / "classifiers.pt"
-    # a checkpoint that was kept is judged by those of its run
-    for file in (path, run.folder.parent.parent / path.name):
-        if file.is_file() and (file == path or run.folder.parent.name == CHECKPOINTS):
-            return Classifiers.load(file, run.device)
-    print("fitting the classifiers that judge the samples")
-    judges = fit_classifiers(run.dataset("train"), run.dataset("test"), device=run.device)
-    judges.save(path)
+def _judges(run: Run, split: Split) -> list[Classifiers]:
+    """The run's judges of both kinds, each fitted once to one half of the training items and kept in its folder; none
+    where there is nothing for them to learn. Their draws are of the run's seed."""
+    tuples = run.unseen(split)
+    if not classes_shared(run, split):
+        if tuples.classes:
+            print(f"no classifiers: the {split} tuples are of other classes than the training tuples")
+        return []
+    judges = []
+    for half, (kind, name) in zip(HALVES, JUDGES.items(), strict=True):
+        path = run.folder / name
+        # a checkpoint that was kept is judged by those of its run
+        files = [path, *([run.folder.parent.parent / name] if run.folder.parent.name == CHECKPOINTS else [])]
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            judges.append(Classifiers.load(file, run.device))
+            continue
+        print(f"fitting the classifiers that judge the samples, {kind}")
+        fitted = fit_classifiers(
+            run.trained(), tuples, kind=kind, half=half, seed=run.config.seed % 2**62, device=run.device
+        )
+        fitted.save(path)
+        judges.append(fitted)
     return judges
 
 
 def report(
     run: Run,
     *,
+    split: Split | None = None,
     n: int = 2000,
     steps: int | None = None,
     seed: int = 0,
@@ -143,15 +184,20 @@ def report(
     functions: Mapping[str, Features] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Measures the run, prints the table, and writes ``metrics.json`` and the pictures into its folder. ``own`` are
+    """Measures the run on ``split``, prints the table, and writes the numbers and the pictures into its folder. The
+    test split is written down as used, and how often it was is part of what is printed and written. ``own`` are
     functions of the samples of a point and of real tuples, ``{modality: natural values}`` both, that return numbers by
     name; ``functions`` are features by modality for the score of captions (:mod:`mmebm.evaluation.matching`); ``more``
     are options of :func:`mmebm.evaluation.evaluate.evaluate`."""
-    check_writable(run.folder / "metrics.json")
-    judges = _classifiers(run)
-    test = run.dataset("test")
+    split = split or run.judged_on
+    file = metrics_file(run, split)
+    check_writable(run.folder / file)
+    test = run.unseen(split)
     points, seconds = {}, {}
     n = min(n, len(test))
+    settings = {**run.settings(steps), "seed": seed, "n": n, "split": split}
+    uses = _uses_of_test(run, settings | {"also": sorted(more)}) if split == "test" else []
+    judges = _judges(run, split)
     for point in run.points:
         started = time.perf_counter()
         points[point] = run.sample(n, point, seed=seed, steps=steps)
@@ -161,32 +207,35 @@ def report(
         points,
         run.completions(steps),
         test,
-        run.dataset("train"),
-        judges,
+        run.trained(),
+        judges[0] if judges else None,
+        second=judges[1] if judges else None,
         seed=seed,
         heldout=_systems(run) if run.infers else None,
-        validation=run.validation(),
         **more,
     )
     if own:
         names = {m.name: m for m in test.modalities}
-        real = {name: names[name].natural(x) for name, x in run.real(n, split="test", seed=seed).items()}
+        real = {name: names[name].natural(x) for name, x in run.real(n, split=split, seed=seed).items()}
         natural = {p: {name: names[name].natural(x) for name, x in of.items()} for p, of in points.items()}
         result["judges"] = {
             name: {point: {key: float(value) for key, value in judge(x, real).items()} for point, x in natural.items()}
             for name, judge in own.items()
         }
-    matching = match_report(points, run.completions(steps), test, run.dataset("train"), functions, seed=seed)
+    matching = match_report(points, run.completions(steps), test, run.trained(), functions, seed=seed)
     if matching:
         result["matching"] = matching
     seconds["evaluation"] = time.perf_counter() - started
     if run.seconds_training is not None:
         seconds["training"] = run.seconds_training
-    settings = {**run.settings(steps), "seed": seed, "n": n}
     result = {"settings": settings, "seconds": seconds, "peak_memory_mib": run.peak_memory, **result}
+    if uses:
+        result["test"] = {"evaluated": len(uses), "uses": uses}
     text = json.dumps(result, indent=2)
-    write_atomically(run.folder / "metrics.json", lambda file: file.write(text.encode()))
+    write_atomically(run.folder / file, lambda to: to.write(text.encode()))
     print(table(result))
+    if uses:
+        print(said_of_test(len(uses)))
     if matching:
         print(f"\n{match_table(matching)}")
     for name, by_point in result.get("judges", {}).items():
@@ -204,8 +253,18 @@ def report(
         frames = {name: _frames(m, states[name]) for name, m in names.items()}
         figures.trajectory_grid(frames, marks, run.folder / "trajectory.png")
     _curves(run)
-    print(f"pictures and metrics.json are in {run.folder}")
+    print(f"pictures and {file} are in {run.folder}")
     return result
+
+
+def said_of_test(times: int) -> str:
+    """How often the test split was used, and what that means."""
+    if times == 1:
+        return "test split evaluated once, now"
+    return (
+        f"test split evaluated {times} times, this one included ({TEST_USES} lists them): what was chosen after the "
+        "first is chosen on test"
+    )
 
 
 def _frames(modality: Any, states: Any) -> Any:

@@ -135,7 +135,7 @@ def caption_score(run: Run, number: str, functions: Mapping[str, Features], seed
     point = (run.points or ("vae",))[-1]
     points = {point: run.sample(SCORED, point, seed=seed)} if number == "7" else {}
     ways = {} if number == "7" else run.completions()
-    return match_report(points, ways, run.dataset("test"), run.dataset("train"), functions, n=SCORED, seed=seed)
+    return match_report(points, ways, run.unseen(), run.trained(), functions, n=SCORED, seed=seed)
 
 
 def completions(run: Run, out: Path, seed: int) -> list[Path]:
@@ -149,8 +149,10 @@ def completions(run: Run, out: Path, seed: int) -> list[Path]:
 def classes(run: Run, out: Path, seed: int) -> list[Path]:
     """Figure A.1: accuracy of classes read off z by the number of modalities, before and after the latent chain."""
     if not classes_shared(run):
-        raise ValueError("there is no class to read off z: the set has none, or its test tuples are of other classes")
-    found = latent_report(encoders(run.system), run.dataset("train"), run.dataset("test"), seed=seed)
+        raise ValueError(
+            "there is no class to read off z: the set has none, or its tuples to test are of other classes"
+        )
+    found = latent_report(encoders(run.system), run.trained(), run.unseen(), seed=seed)
     of = found["mean, 500 rows"]
     sizes = [int(size) for size in of["q"]["by_given"]]
     panel = {name: list(of[key]["by_given"].values()) for key, name in (("q", "q(z | x)"), ("z_k", "z_k"))}

@@ -143,7 +143,45 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="variants or grids of them: components (default), levers, starts, baselines, study",
     )
-    ablate.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
+    ablate.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0, 1],
+        help="of all that is drawn: weights, pairing and judges (default: 0 1; five for what is claimed)",
+    )
+    ablate.add_argument(
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="A:B",
+        help="differences by seed, with intervals, such as full:vae or full/xk:full/x0 (points; default: the last)",
+    )
+    ablate.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        help="what the table is measured on (default: the validation). test is for the end; its use is written down",
+    )
+    ablate.add_argument(
+        "--tune",
+        nargs="+",
+        default=[],
+        metavar="GRID",
+        help="first try these settings with every variant and go on with its best on the validation: published, or "
+        "FIELD=VALUE,VALUE,...",
+    )
+    ablate.add_argument("--select", default="joint_coherence", help="number to choose by (default: joint_coherence)")
+    ablate.add_argument("--tune-seeds", nargs="+", type=int, default=[0], help="seeds of the tries (default: 0)")
+    ablate.add_argument("--tune-scale", type=float, default=1.0, help="times the length of a try (default: 1)")
+    ablate.add_argument(
+        "--seconds", type=float, default=None, help="stop the training of every variant at so many measured seconds"
+    )
+    ablate.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="of --seconds: cpu does not count what else the machine does (default: wall)",
+    )
     ablate.add_argument("--out", default="runs/ablation", help="folder of the runs and the table")
     ablate.add_argument("--scale", type=float, default=1.0, help="times the iterations of every stage (default: 1)")
     ablate.add_argument("--n", type=int, default=2000, help="samples per point (default: 2000)")
@@ -188,7 +226,12 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--given-file", metavar="FILE", help="condition on arrays of your own: an .npz file, one array per modality"
     )
-    sample.add_argument("--split", default="test", choices=("train", "test"), help="where --given takes them from")
+    sample.add_argument(
+        "--split",
+        default=None,
+        choices=("train", "validation", "test"),
+        help="where --given takes them from (default: the validation, or where the run has none the test split)",
+    )
     sample.add_argument(
         "--steps",
         type=_steps,
@@ -202,6 +245,13 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "the numbers of a run", "Print and write metrics.json.")
     of_run(evaluate)
+    evaluate.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        help="tuples to measure on (default: the validation, to choose settings by). test is for the end: each use is "
+        "written down in the run's folder, and the result says how many there were. A run without a validation has the "
+        "test split alone",
+    )
     evaluate.add_argument("--n", type=int, default=2000, help="samples per point (default: 2000)")
     evaluate.add_argument(
         "--steps", type=int, default=None, help="steps of the data chain (default: as configured for samples)"

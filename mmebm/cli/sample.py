@@ -52,7 +52,8 @@ def sample(arguments: argparse.Namespace) -> int:
         unknown = sorted(set(arguments.given) - set(names))
         if unknown:
             raise ValueError(f"--given names {unknown}; the modalities are {names}")
-        data = run.dataset(arguments.split)
+        split = arguments.split or run.judged_on
+        data = run.dataset("train") if split == "train" else run.unseen(split)
         # every tuple once before any comes twice
         generator = torch.Generator().manual_seed(arguments.seed)
         rounds = -(-arguments.n // len(data))
@@ -82,7 +83,7 @@ def sample(arguments: argparse.Namespace) -> int:
         "start": arguments.start,
         "given": arguments.given or [],
         "mode": arguments.mode if arguments.given else None,
-        "split": arguments.split if arguments.given else None,
+        "split": (arguments.split or run.judged_on) if arguments.given else None,
         "seconds": seconds,
     }
     _store(out, arrays, [m.name for m in modalities], info)

@@ -19,6 +19,7 @@ from mmebm.cli.common import pick_device
 from mmebm.cli.evaluate import report
 from mmebm.cli.progress import Progress
 from mmebm.cli.threads import cores
+from mmebm.data import has_validation
 from mmebm.files import FolderLock, check_writable, new_folder, write_atomically
 from mmebm.plugins import Logger, find, import_modules
 from mmebm.training import PRESETS, Callback, Config, Trainer, checkpoint, fitting, parallel, preset
@@ -281,7 +282,10 @@ def prepare(
     import_modules(config.imports)
     _use_threads(threads or config.threads)
     data = load_data(config, "train", folder)
-    trainer = Trainer(config, data, device, processes=parallel.Processes.here())
+    validation = None
+    if config.validation.every and has_validation(config.data.name, config.data.path):
+        validation = load_data(config, "validation", folder)
+    trainer = Trainer(config, data, device, processes=parallel.Processes.here(), validation=validation)
     if content is not None:
         try:
             trainer.load_state_dict(content)
@@ -324,4 +328,9 @@ def fit(trainer: Trainer, folder: Path, *, quiet: bool = False, loggers: Sequenc
     """:func:`mmebm.training.fitting.fit` with a progress bar, and TensorBoard where it is installed."""
     makers = [*loggers, *([TensorBoard] if TensorBoard not in loggers and find_spec("tensorboard") else [])]
     with Progress(trainer.config.stages, trainer.iteration, quiet=quiet) as progress:
-        return fitting.fit(trainer, folder, loggers=makers, show=progress.show)
+
+        def show(row: dict[str, Any]) -> None:
+            progress.stages = trainer.config.stages  # stages that end by their seconds get other numbers on the way
+            progress.show(row)
+
+        return fitting.fit(trainer, folder, loggers=makers, show=show)

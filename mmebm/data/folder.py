@@ -9,7 +9,7 @@ path/test/...             or path/train.npz, path/test.npz with arrays of the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
@@ -25,11 +25,12 @@ from mmebm.data.pairing import choose
 from mmebm.data.pools import ArrayPool, held
 from mmebm.data.texts import read_json
 
-__all__ = ["folder"]
+__all__ = ["folder", "has_split"]
 
 LABELS: Final = "labels"
 PRESENT: Final = "present"
 LOOKED_AT: Final = 2**28  # bytes of an array that is checked whole when it is loaded
+ITEMS: Final = "items"
 KEYS: Final = {
     "image": {"kind", "range", "layout"},
     "vector": {"kind", "range"},
@@ -68,8 +69,12 @@ def folder(
     or ``present`` ``(n, M)`` with a column for each modality in their order. What an array holds for an absent instance
     is never looked at.
 
+    Which rows show one thing, such as five sentences of one photograph: ``items`` ``(n,)``, integers or strings, equal
+    for these rows. Rows of one item, and rows whose image is the same pixel by pixel, are never divided between
+    training and the part that is kept back to validate on.
+
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"test"``, or ``"validation"`` where the folder has it.
         seed: of the choice of ``n``; without ``n`` nothing is drawn.
         path: the folder.
         n: take this many tuples at random, all by default.
@@ -96,6 +101,7 @@ def folder(
             f"no {split} split: looked for {root / split / '*.npy'} and {root / f'{split}.npz'}. "
             "Save each modality with numpy.save, one row for each tuple"
         )
+    # what is said of one split holds for the others: words and classes are those of train and of test
     other = _arrays(root, "test" if split == "train" else "train") or {}
     meta_file, meta = _meta(root)
     names = _names(arrays, meta, meta_file)
@@ -146,6 +152,7 @@ def folder(
         index=torch.from_numpy(index[rows]),
         labels=torch.from_numpy(labels[rows]),
         present=None if present is None else torch.from_numpy(present[rows]),
+        items=_items(arrays, names, total),
         info={
             "options": {"n": n, "stream": stream},
             "seed": seed,
@@ -155,6 +162,25 @@ def folder(
             "sources": [{"what": name, "file": arrays[name].source} for name in names],
         },
     )
+
+
+def has_split(path: str | os.PathLike[str], split: str) -> bool:
+    """Whether a folder has arrays of ``split``."""
+    return any((Path(path) / split).glob("*.npy")) or (Path(path) / f"{split}.npz").is_file()
+
+
+def _items(arrays: Mapping[str, _Array], names: Sequence[str], total: int) -> dict[str, Tensor] | None:
+    """Of each row the item that it shows, where the folder says so."""
+    if ITEMS not in arrays:
+        return None
+    said = arrays[ITEMS]
+    if said.values.dtype.kind not in "iuUS" or said.values.ndim != 1:
+        raise ValueError(
+            f"{said.source} must hold integers or strings ({total},), one for each row, got {said.values.dtype} "
+            f"{said.values.shape}"
+        )
+    rows = torch.from_numpy(np.unique(said.values, return_inverse=True)[1].astype(np.int64))
+    return dict.fromkeys(names, rows)
 
 
 @dataclass(frozen=True)
@@ -218,7 +244,7 @@ def _meta(root: Path) -> tuple[Path, dict[str, Any]]:
 
 def _names(arrays: Mapping[str, _Array], meta: Mapping[str, Any], meta_file: Path) -> list[str]:
     """The modalities: as meta.json has them, then the others by name."""
-    mine = [name for name in arrays if name not in (LABELS, PRESENT) and not name.endswith(f".{PRESENT}")]
+    mine = [name for name in arrays if name not in (LABELS, PRESENT, ITEMS) and not name.endswith(f".{PRESENT}")]
     named = list(meta.get("modalities", {}))
     missing = sorted(set(named) - set(mine))
     if missing or not mine:

@@ -11,13 +11,12 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmebm.data.base import Split
 from mmebm.data.pools import dense
 
 __all__ = ["read_idx", "read_mnist"]
@@ -58,7 +57,7 @@ def read_idx(file: str | os.PathLike[str]) -> NDArray[Any]:
 
 
 def read_mnist(
-    folder: str | os.PathLike[str], split: Split
+    folder: str | os.PathLike[str], split: Literal["train", "test"]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, Any]]:
     """Images and labels of MNIST or a set in its format, from a folder.
 

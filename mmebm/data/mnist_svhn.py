@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, check_count
+from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, check_count, files_of
 from mmebm.data.idx import read_mnist
 from mmebm.data.packages import DIGIT_WORDS, INSTALL
-from mmebm.data.pairing import below, choose, pair_by_class, random_words
+from mmebm.data.pairing import FROM_TEST, below, choose, pair_by_class, random_words, split_of_training
 from mmebm.data.pools import ArrayPool, held, load_tensor
 
 __all__ = ["ALPHABET", "LENGTH", "CharacterCodec", "mnist_svhn", "mnist_svhn_text", "read_svhn"]
@@ -97,13 +97,16 @@ def mnist_svhn(
 
     * MNIST as :func:`mmebm.data.idx.read_mnist` looks for it: idx files there or in ``MNIST/raw``.
     * SVHN: ``{split}_32x32.mat`` there or in ``SVHN``. Its class 10 is the digit 0.
+    A tenth of the train images of each class, the same under every seed, are the validation's; pairs of a file that mix
+    them with others are in neither split.
+
     * which belong together: ``{split}-ms-mnist-idx.pt`` and ``{split}-ms-svhn-idx.pt``, or
       ``mnist_svhn_idx_data_mul_{k}/{split}/{mnist,svhn}_idx.pt``, tensors ``(n,)`` of rows. Where they are not there
       the pairs are drawn: of each class ``multiplicity`` times the smaller of its two counts, at most ``per_class``, as
       many as published, with other draws.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: of the drawn pairs, and of the choice of ``n``.
         path: the folder.
         n: take this many tuples at random, all by default (about a million for train).
@@ -149,7 +152,9 @@ def mnist_svhn_text(
     return _load("mnist-svhn-text", split, seed, path, n, pairs, multiplicity, per_class, stream, text)
 
 
-def read_svhn(folder: str | os.PathLike[str], split: Split) -> tuple[NDArray[np.uint8], Ints, dict[str, Any]]:
+def read_svhn(
+    folder: str | os.PathLike[str], split: Literal["train", "test"]
+) -> tuple[NDArray[np.uint8], Ints, dict[str, Any]]:
     """SVHN's cropped digits from ``{split}_32x32.mat`` in ``folder``, or in ``SVHN`` or ``svhn`` below it.
 
     Returns:
@@ -212,19 +217,26 @@ def _load(
         raise ValueError(f"pairs must be 'auto', 'files' or 'draw', got {pairs!r}")
     n = None if n is None else check_count("n", n)
     multiplicity, per_class = check_count("multiplicity", multiplicity), check_count("per_class", per_class)
-    digits, of_digit, digit_source = read_mnist(path, split)
-    houses, of_house, house_source = read_svhn(path, split)
-    pool_labels = {"mnist": of_digit, "svhn": of_house}
-    found = _pair_files(Path(path), split, multiplicity, pairs)
+    files = files_of(split)
+    digits, of_digit, digit_source = read_mnist(path, files)
+    houses, of_house, house_source = read_svhn(path, files)
+    found = _pair_files(Path(path), files, multiplicity, pairs)
+    sources = (("mnist", of_digit), ("svhn", of_house))
+    parts = [split_of_training(of_instance, f"mnist-svhn/{key}", split) for key, of_instance in sources]
     if found is None:
+        # the instances that are paired, and then their rows among all
+        of_digit_here, of_house_here = of_digit[parts[0]], of_house[parts[1]]
         counts = [
-            multiplicity * min(int((of_digit == c).sum()), int((of_house == c).sum()), per_class) for c in range(10)
+            multiplicity * min(int((of_digit_here == c).sum()), int((of_house_here == c).sum()), per_class)
+            for c in range(10)
         ]
         if not sum(counts):
             raise ValueError(f"{digit_source['file']} and {house_source['file']} have no class in common")
-        index, labels = pair_by_class(pool_labels, DIGIT_WORDS, sum(counts), seed, "mnist-svhn", split, counts=counts)
+        here = {"mnist": of_digit_here, "svhn": of_house_here}
+        index, labels = pair_by_class(here, DIGIT_WORDS, sum(counts), seed, "mnist-svhn", split, counts=counts)
+        index = np.stack([part[index[:, column]] for column, part in enumerate(parts)], axis=1)
     else:
-        columns = [_rows(file, len(of_instance)) for file, of_instance in zip(found, pool_labels.values())]
+        columns = [_rows(file, len(of_instance)) for file, (_, of_instance) in zip(found, sources)]
         if len(columns[0]) != len(columns[1]):
             raise ValueError(
                 f"{found[0]} has {len(columns[0])} rows and {found[1].name} {len(columns[1])}: they must "
@@ -238,8 +250,20 @@ def _load(
                 f"{found[0]} and {found[1].name} pair different digits in {mixed} of {len(labels)} "
                 "tuples: they were made for other files, or their names are swapped"
             )
+        mine = np.isin(index[:, 0], parts[0]) & np.isin(index[:, 1], parts[1])
+        index, labels = index[mine], labels[mine]
+        if not len(labels):
+            raise ValueError(
+                f"{found[0]} and {found[1].name} pair no two images of the {split} split: pairs='draw' does"
+            )
     rows = choose(n, len(labels), path, seed, name, split)
     index, labels = index[rows], labels[rows]
+    # the pools hold the split's own instances and no others
+    index = np.stack([np.searchsorted(part, index[:, column]) for column, part in enumerate(parts)], axis=1)
+    digits, of_digit, houses, of_house = digits[parts[0]], of_digit[parts[0]], houses[parts[1]], of_house[parts[1]]
+    pool_labels = {"mnist": of_digit, "svhn": of_house}
+    start = FROM_TEST if split == "test" else 0
+    items = {"mnist": start + 2 * parts[0], "svhn": start + 2 * parts[1] + 1}
 
     modalities = [Modality("mnist", (1, *digits.shape[1:]), "image"), Modality("svhn", (3, 32, 32), "image")]
     arrays = [
@@ -251,6 +275,7 @@ def _load(
         modality, codes, of_text, column = _text(text, labels, seed, split)
         modalities.append(modality)
         pools["text"], pool_labels["text"] = codes, of_text
+        items["text"] = np.full(len(of_text), -1)
         index = np.concatenate([index, column[:, None]], axis=1)
     options = {"n": n, "pairs": pairs, "multiplicity": multiplicity, "per_class": per_class, "stream": stream}
     return MultimodalDataset(
@@ -271,6 +296,7 @@ def _load(
             "pairs": "drawn" if found is None else [str(file) for file in found],
             "sources": [digit_source, house_source],
         },
+        items={key: torch.from_numpy(of_instance) for key, of_instance in items.items()},
     )
 
 
@@ -290,7 +316,7 @@ def _text(text: str, labels: Ints, seed: int, split: Split) -> tuple[Modality, T
     return Modality("text", (codec.size,), "caption", codec=codec), codes, of_text, column
 
 
-def _pair_files(path: Path, split: Split, multiplicity: int, pairs: str) -> tuple[Path, Path] | None:
+def _pair_files(path: Path, split: str, multiplicity: int, pairs: str) -> tuple[Path, Path] | None:
     if pairs == "draw":
         return None
     candidates = [(path / f"{split}-ms-mnist-idx.pt", path / f"{split}-ms-svhn-idx.pt")]

@@ -14,11 +14,27 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SPLIT_SEED", "below", "choose", "pair_by_class", "permutation", "random_words", "split_by_class"]
+__all__ = [
+    "FROM_TEST",
+    "SPLIT_SEED",
+    "TEST_SHARE",
+    "VALIDATION_SHARE",
+    "below",
+    "choose",
+    "pair_by_class",
+    "permutation",
+    "random_words",
+    "split_by_class",
+    "split_of_training",
+]
 
 # Which instance belongs to train and which to test is a property of the benchmark, not of a run: no option changes it,
-# so that a model trained under one pairing seed can be judged under another without having seen a test digit.
+# so that a model trained under one pairing seed can be judged under another without having seen a test digit. The same
+# holds for the validation: settings chosen on it under one seed were never trained on under another.
 SPLIT_SEED: Final = 20260101
+TEST_SHARE: Final = 0.2  # of the items of a source without a test part of its own
+VALIDATION_SHARE: Final = 0.1  # of those that are left
+FROM_TEST: Final = 2**40  # added to the number of an item of a test file, which is none of the train file's
 
 Ints = NDArray[np.int64]
 
@@ -44,15 +60,41 @@ def below(words: np.random.PCG64, bound: int, n: int) -> Ints:
     return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
-def split_by_class(labels: Ints, name: str, *, test_share: float = 0.2) -> dict[str, Ints]:
-    """Rows of the train and the test part, ascending: each class gives ``round(test_share * count)`` rows to test."""
-    test: list[Ints] = []
+def split_by_class(
+    labels: Ints, name: str, *, test_share: float = TEST_SHARE, validation_share: float = VALIDATION_SHARE
+) -> dict[str, Ints]:
+    """The rows of each part, ascending: of every class ``round(test_share * count)`` are "test", of what is left
+    ``round(validation_share * left)`` are "validation", and the others "train"."""
+    parts: dict[str, list[Ints]] = {"train": [], "validation": [], "test": []}
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        order = permutation(random_words(SPLIT_SEED, "split", name, int(label)), len(rows))
-        test.append(rows[order[: round(test_share * len(rows))]])
-    held_out = np.sort(np.concatenate(test)).astype(np.int64)
-    return {"train": np.setdiff1d(np.arange(len(labels), dtype=np.int64), held_out), "test": held_out}
+        order = rows[permutation(random_words(SPLIT_SEED, "split", name, int(label)), len(rows))]
+        test = round(test_share * len(rows))
+        validation = test + round(validation_share * (len(rows) - test))
+        for part, of_class in zip(
+            ("test", "validation", "train"), (order[:test], order[test:validation], order[validation:]), strict=True
+        ):
+            parts[part].append(of_class)
+    empty = np.empty(0, dtype=np.int64)
+    return {part: np.sort(np.concatenate([empty, *rows])).astype(np.int64) for part, rows in parts.items()}
+
+
+def split_of_training(labels: Ints, name: str, split: str, *, validation_share: float = VALIDATION_SHARE) -> Ints:
+    """The rows of ``split`` among items that come divided into train and test already: all of those of the test part,
+    and of the train part those that :func:`split_by_class` gives to "train" or "validation".
+
+    Raises:
+        ValueError: where there are too few items of a class for a validation.
+    """
+    if split == "test":
+        return np.arange(len(labels), dtype=np.int64)
+    parts = split_by_class(labels, name, test_share=0.0, validation_share=validation_share)
+    if split == "validation" and not len(parts[split]):
+        raise ValueError(
+            f"no validation: of every class a part of {validation_share:.2g} is kept from training, and "
+            f"{len(labels)} items are too few for one"
+        )
+    return parts[split]
 
 
 def pair_by_class(

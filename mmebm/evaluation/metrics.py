@@ -21,6 +21,7 @@ __all__ = [
     "Agreement",
     "ClassBalance",
     "KernelDistance",
+    "PrecisionRecall",
     "agreement_by_class",
     "binomial_error",
     "chance_agreement",
@@ -32,6 +33,8 @@ __all__ = [
     "joint_coherence",
     "kernel_distance",
     "pair_agreement",
+    "precision_recall",
+    "spread",
 ]
 
 
@@ -56,6 +59,14 @@ class ClassBalance(NamedTuple):
     minimum: Tensor
     maximum: Tensor
     entropy: Tensor
+
+
+class PrecisionRecall(NamedTuple):
+    """``precision``: share of the samples that look like real ones. ``recall``: share of real ones that the samples
+    come near to."""
+
+    precision: float
+    recall: float
 
 
 class KernelDistance(NamedTuple):
@@ -293,6 +304,54 @@ def gaussian_kernel_distance(
         sides[1].append(y / h)
     columns = [torch.cat(parts, dim=1) for parts in sides]
     return _in_parts(lambda u, v: (-0.5 * torch.cdist(u, v).square()).exp(), *columns, subsets=subsets, seed=seed)
+
+
+def precision_recall(samples: Tensor, real: Tensor, *, neighbours: int = 3) -> PrecisionRecall:
+    """Improved precision and recall (Kynkaanniemi et al., NeurIPS 2019): what part of the samples lies within the real
+    ones' reach, and what part of the real ones within that of the samples.
+
+    The reach of a set is the union of balls about its rows, each as wide as the distance to the row's ``neighbours``-th
+    nearest other row. Samples that are few and good have a high precision and a low recall. Two sets of one law have
+    the same value below 1 in both, which depends on their sizes: print it beside the result.
+
+    Args:
+        samples: features ``(n, d)``, any floating dtype, n > neighbours.
+        real: ``(m, d)``, m > neighbours.
+        neighbours: which neighbour's distance is the radius, at least 1.
+
+    Raises:
+        TypeError, ValueError: for other shapes or types, too few rows, or values that are inf or NaN.
+    """
+    if neighbours < 1:
+        raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+    samples, real = _check_features(samples, real, least=neighbours + 1)
+
+    def covered(points: Tensor, by: Tensor) -> float:
+        own = torch.cdist(by, by)
+        own.fill_diagonal_(math.inf)
+        radius = own.kthvalue(neighbours, dim=1).values
+        return (torch.cdist(points, by) <= radius).any(1).double().mean().item()
+
+    return PrecisionRecall(covered(samples, real), covered(real, samples))
+
+
+def spread(samples: Tensor, real: Tensor) -> float | None:
+    """How far samples lie apart, by how far real ones do: the root of the ratio of their variances, each summed over
+    the elements. 1 for samples as various as real ones, towards 0 for prototypes.
+
+    Args:
+        samples: ``(n, ...)``, n >= 2, in model space or in features.
+        real: ``(m, ...)``, m >= 2.
+
+    Returns:
+        The ratio, or None where the real ones are all alike.
+
+    Raises:
+        TypeError, ValueError: for other shapes or types, too few rows, or values that are inf or NaN.
+    """
+    a, b = _check_features(samples.flatten(1), real.flatten(1), least=2)
+    of_real = b.var(0).sum()
+    return (a.var(0).sum() / of_real).sqrt().item() if of_real > 0 else None
 
 
 def binomial_error(p: float, n: int) -> float:

@@ -236,7 +236,7 @@ def data_subject(run: Run, classifiers: Classifiers | None = None, *, chains: in
     Followed are the energy, the first two principal components of every modality (those of real data), and with
     ``classifiers`` the class of every modality and whether all agree.
     """
-    system, test, train = run.system, run.dataset("test"), run.dataset("train")
+    system, test, train = run.system, run.unseen(), run.dataset("train")
     rng = torch.Generator().manual_seed(seed)
     real = train.batch(_some(train, REAL, rng))
     components = {name: _components(value) for name, value in real.items()}
@@ -282,7 +282,7 @@ def latent_subject(
     Each tuple has its own posterior, so chains are compared within it. Followed are the energy, |z|, two principal
     components of inferred z, the squared error of what z decodes to, and with ``classifiers`` its classes.
     """
-    system, test, train = run.system, run.dataset("test"), run.dataset("train")
+    system, test, train = run.system, run.unseen(), run.dataset("train")
     rng = torch.Generator().manual_seed(seed)
     on_device = torch.Generator(system.device).manual_seed(seed)
     few = test.batch(_some(test, tuples, rng))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmebm.data.base import MultimodalDataset
+from mmebm.evaluation import metrics
 from mmebm.evaluation.latent import usable_rows
 from mmebm.state import Batch
 
@@ -62,20 +63,27 @@ class Neighbours:
 
         Returns:
             ``nearest``: the median distance from a sample to the nearest training tuple, over that from a real one:
-            near 0 for copies. ``spread``: by modality, the samples' standard deviation over that of training tuples:
-            near 0 where all samples are alike.
+            near 0 for copies. ``nearest_by_modality``: the same of each modality by itself, which tells copies of
+            images in tuples that were never there. ``spread``: by modality, the samples' standard deviation over that
+            of training tuples: near 0 where all samples are alike.
         """
-        distance = [torch.cdist(self._scaled(x), self._points).min(1).values.median() for x in (samples, real)]
-        spread = {
-            name: float((_variance(x) / self.variance[name]).sqrt())
-            for name, x in _flat(samples).items()
-            if self.variance[name] > 0
+        flat, real_flat, own = _flat(samples), _flat(real), _flat(self.tuples)
+        varied = [name for name in own if self.variance[name] > 0]
+        return {
+            "nearest": _ratio(self._scaled(samples), self._scaled(real), self._points),
+            "nearest_by_modality": {name: _ratio(flat[name], real_flat[name], own[name]) for name in varied},
+            "spread": {name: metrics.spread(flat[name], own[name]) for name in varied},
         }
-        return {"nearest": float(distance[0] / distance[1]) if distance[1] > 0 else None, "spread": spread}
 
 
 def _flat(x: Batch) -> dict[str, Tensor]:
     return {name: value.detach().float().flatten(1) for name, value in x.items()}
+
+
+def _ratio(samples: Tensor, real: Tensor, points: Tensor) -> float | None:
+    """The samples' median distance to the nearest of ``points`` by that of real ones; None where that is 0."""
+    distance = [torch.cdist(x, points).min(1).values.median() for x in (samples, real)]
+    return float(distance[0] / distance[1]) if distance[1] > 0 else None
 
 
 def _variance(x: Tensor) -> Tensor:

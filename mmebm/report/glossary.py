@@ -61,6 +61,24 @@ TERMS: Final[dict[str, tuple[tuple[str, ...], str]]] = {
         "covariance of their features. 0 for equal sets; it falls with the number of samples, so "
         "compare equal numbers only.",
     ),
+    "second judge": (
+        ("second judge",),
+        "Classifiers of another kind, trained on the other half of the items: a coherence that both see is no weakness "
+        "of one of them.",
+    ),
+    "precision, recall": (
+        ("precision", "recall"),
+        "Share of samples within the reach of real tuples, and of real tuples within that of samples.",
+    ),
+    "spread": (
+        ("spread",),
+        "Standard deviation of the samples by that of real tuples, of the least varied modality: below 1 they are "
+        "prototypes.",
+    ),
+    "training tuples": (
+        ("training tuples",),
+        "The same numbers for what the model learned from: those of a model that only copies.",
+    ),
     "kernel distance": (
         ("kernel",),
         "Squared maximum mean discrepancy, of whole tuples or of features, unbiased: 0 up to its error for samples of "

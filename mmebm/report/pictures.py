@@ -129,7 +129,7 @@ def natural(run: Run, x: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _real(run: Run, count: int, seed: int) -> dict[str, Tensor]:
-    test = run.dataset("test")
+    test = run.unseen()
     rows = usable_rows(test, labelled=False)
     return test.batch(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]])
 

@@ -31,6 +31,7 @@ __all__ = ["write_report"]
 
 MIXING: Final = "mixing.json"
 METRICS: Final = "metrics.json"
+TEST_METRICS: Final = "metrics-test.json"
 LOG: Final = "log.jsonl"
 CONFIG: Final = "config.json"
 
@@ -50,9 +51,27 @@ NAMES: Final = {
     "chance": "found by chance",
     "class_share_min": "rarest class",
     "class_share_max": "commonest class",
+    "second_joint_coherence": "by the second judge",
+    "kernel_features": "kernel distance of features",
+    "spread_min": "least spread",
+    "nearest": "nearest training tuple",
+}
+SHOWN: Final = {
+    "classifiers",
+    "conditional",
+    "floor",
+    "heldout",
+    "points",
+    "second_judge",
+    "seconds",
+    "settings",
+    "skipped",
+    "split",
+    "sweep",
+    "test",
+    "training",
 }
 HELD: Final = {"vae": "VAE after the warm-up", "x0": "trained networks"}  # of whose numbers of held-out tuples
-SHOWN: Final = {"classifiers", "floor", "points", "conditional", "heldout", "settings", "seconds", "skipped", "sweep"}
 
 
 # Curves that are looked at when something else is wrong.
@@ -84,6 +103,7 @@ class Opened:
     mixing: dict[str, Any] | None
     drawings: Path
     seed: int
+    on_test: dict[str, Any] | None = None  # numbers, where the run was evaluated on test too
     missing: list[str] = field(default_factory=list)
     neighbours: Neighbours | None = None  # None without the data too
     compared: dict[str, Any] | None = None
@@ -167,6 +187,7 @@ def opened(
         info=_json(folder / CONFIG) or {},
         log=_log(folder / LOG),
         metrics=_json(folder / METRICS),
+        on_test=_json(folder / TEST_METRICS),
         drawings=drawings,
         seed=seed,
         mixing=dict(mixing) if mixing is not None else _json(folder / MIXING),
@@ -174,7 +195,7 @@ def opened(
     if run is not None:
         of.info["config"] = json.loads(run.config.to_json())
         try:
-            run.dataset("test")
+            run.unseen()
             of.neighbours = Neighbours(run.dataset("train"), seed=seed)
             of.compared = pictures.compared(run, of.neighbours, seed=seed)
         except (OSError, ValueError, ImportError) as error:
@@ -188,6 +209,7 @@ def opened(
 def _page(of: Opened) -> str:
     sections: list[tuple[str, str, Callable[[Opened], Html | None]]] = [
         ("numbers", "Numbers", _numbers),
+        ("test", "Numbers on the test split", _on_test),
         ("samples", "Samples", _samples),
         ("chains", "Chains, step by step", _revisions),
         ("conditional", "Given some modalities", _conditional),
@@ -260,18 +282,11 @@ def _numbers(of: Opened) -> Html | None:
                 class_="note",
             )
         )
+    parts += _told(m)
     points = {name: row for name, row in m.get("points", {}).items() if isinstance(row, Mapping)}
     if points:
-        if isinstance(m.get("floor"), Mapping):
-            points["real against real"] = m["floor"]
-        kernels = {name: row["kernel"] for name, row in points.items() if isinstance(row.get("kernel"), Mapping)}
-        parts.append(_points({name: {**row, **kernel_of(row)} for name, row in points.items()}))
-        if len(next(iter(kernels.values()), {}).get("by_modality", ())) > 1:
-            parts += [element("h3", "Kernel distance to real tuples, by modality"), _points(_by_modality(kernels))]
+        parts += _points_and_real(points, m)
     parts.append(_held(m.get("heldout")))
-    if m.get("classifiers"):
-        accuracy = ", ".join(f"{name} {number(share)}" for name, share in m["classifiers"].items())
-        parts.append(element("p", f"Judged by the project's classifiers, test accuracy: {accuracy}.", class_="lead"))
     if isinstance(m.get("skipped"), Mapping):
         parts += [element("h3", "Not measured"), tree(m["skipped"])]
     completed = {name: row for name, row in m.get("conditional", {}).items() if isinstance(row, Mapping)}
@@ -332,6 +347,47 @@ def _held(heldout: Any) -> Html | None:
         "them, and from all others. Found: given one modality, another one of the tuple."
     )
     return join(element("h3", "Held-out tuples"), _points(rows), element("p", text, class_="lead"))
+
+
+def _on_test(of: Opened) -> Html | None:
+    m = of.on_test or {}
+    points = {name: row for name, row in m.get("points", {}).items() if isinstance(row, Mapping)}
+    return join(*_told(m), *_points_and_real(points, m)) if points else None
+
+
+def _told(m: Mapping[str, Any]) -> list[Html]:
+    """On what the numbers are, and how often that was used where it should be used once."""
+    if "split" not in m:
+        return []
+    times = m.get("test", {}).get("evaluated")
+    used = f", which was evaluated {times} {'time' if times == 1 else 'times'}" if times else ""
+    return [element("p", f"Measured on the {m['split']} split{used}.", class_="lead" if times in (None, 1) else "note")]
+
+
+def _points_and_real(points: Mapping[str, Mapping[str, Any]], m: Mapping[str, Any]) -> list[Html]:
+    """A row for each point, for real tuples against others, and for training tuples; and how good the judges are."""
+    rows = dict(points)
+    for name, key in (("real against real", "floor"), ("training tuples", "training")):
+        if isinstance(m.get(key), Mapping):
+            rows[name] = m[key]
+    kernels = {name: row["kernel"] for name, row in rows.items() if isinstance(row.get("kernel"), Mapping)}
+    for name, row in rows.items():
+        second = row.get("second_judge")
+        if isinstance(second, Mapping):
+            keys = ("joint_coherence", "joint_coherence_error")
+            rows[name] = {**row, **{f"second_{key}": second[key] for key in keys if key in second}}
+    parts = [_points({name: {**row, **kernel_of(row)} for name, row in rows.items()})]
+    if len(next(iter(kernels.values()), {}).get("by_modality", ())) > 1:
+        parts += [element("h3", "Kernel distance to real tuples, by modality"), _points(_by_modality(kernels))]
+    second = m.get("second_judge")
+    for what, accuracy in (
+        ("Judged by the project's classifiers, accuracy", m.get("classifiers")),
+        ("The second judge", second.get("accuracy") if isinstance(second, Mapping) else None),
+    ):
+        if accuracy:
+            each = ", ".join(f"{name} {number(share)}" for name, share in accuracy.items())
+            parts.append(element("p", f"{what}: {each}.", class_="lead"))
+    return parts
 
 
 def _points(points: Mapping[str, Mapping[str, Any]], corner: str = "") -> Html:

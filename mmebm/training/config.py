@@ -326,6 +326,10 @@ class Stage(Settings):
     evaluation calls "frozen": the EBM on top of the VAE as it is. ``ramp`` moves other settings linearly from one value
     to another over the stage, by their names in the configuration: ``{"loss.elbo": (1, 0), "data_chain.steps":
     (5, 30)}`` (weights of ``loss``, and the steps of the two chains, rounded).
+
+    ``seconds``: the stage ends once its iterations took so many, measured by the run's ``clock`` without validations
+    and checkpoints, and rates and ramps follow that time; ``iterations`` is then how many they were, or before its end
+    a guess.
     """
 
     kind: Literal["warmup", "prior", "joint"]
@@ -334,6 +338,7 @@ class Stage(Settings):
     final_lr: Weight = 1.0
     train: tuple[str, ...] | None = None
     ramp: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -351,9 +356,17 @@ class Stage(Settings):
 
 @dataclass(frozen=True)
 class GuardConfig(Settings):
-    """When training has gone astray and what is done: back to the last good state, at most ``rollbacks`` times."""
+    """When training has gone astray and what is done: back to the last good state, at most ``rollbacks`` times.
+
+    ``max_gap``: of the energy gap in any iteration. ``max_separation``: of the gap over ``every`` iterations, in
+    standard deviations of single energies, once the energy has learned for ``grace`` iterations: beyond about two the
+    energy tells nearly every real tuple from every revised one, the chain cannot follow it any more, and what it
+    teaches is of saturated images (0: no limit; nor is there one for chains from noise, which are far behind at first).
+    """
 
     max_gap: Weight = 1e4
+    max_separation: Weight = 2.5
+    grace: Count = 200
     every: Size = 50
     rollbacks: Count = 3
     latent_alarm: Positive = 1.3
@@ -361,10 +374,12 @@ class GuardConfig(Settings):
 
 @dataclass(frozen=True)
 class ValidationConfig(Settings):
-    """Tuples of the training split that are kept from training, and measured on the way (docs/training-runs.md).
+    """Tuples that are kept from training, and measured on the way (docs/training-runs.md).
 
-    ``every``: iterations between two measurements; 0: none, and nothing is kept back. ``share`` of the tuples that lack
-    no modality is kept back, at most ``rows``; which ones is drawn once, by ``data.seed``, and stored with the run.
+    ``every``: iterations between two measurements; 0: none. They are the set's validation split, at most ``rows`` of
+    it. Of a set without one, ``share`` of the tuples that lack no modality is kept back, at most ``rows``, with a tuple
+    all that share an item with it (none, for ``every`` 0); which ones is drawn once, by ``data.seed``, and stored with
+    the run.
     """
 
     every: Count = 0
@@ -400,6 +415,9 @@ class Config(Settings):
     ``ema``: the decay of an exponential moving average of all weights, once an iteration and begun anew in each stage,
     which a run then samples with (0: none). Training itself, chains included, uses the weights as they are.
 
+    ``clock`` measures the seconds of stages that have some: "wall", or "cpu", the processor time of all the process's
+    threads, which does not count what else the machine does.
+
     For convolutional networks: ``precision="bf16"`` runs the energies of both chains and the losses under autocast (the
     chains' states, the updates and the weights stay float32; a chain that is one fused call is not affected), and
     ``channels_last`` lays the weights out so, which the activations then follow. Neither was measured on a GPU yet.
@@ -429,6 +447,7 @@ class Config(Settings):
     threads: Size | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
+    clock: Literal["wall", "cpu"] = "wall"
     imports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -508,7 +527,7 @@ def extended(config: Config, iterations: int) -> Config:
         return config
     last = run[-1]
     ramp = {name: (end, end) for name, (_, end) in last.ramp.items()}
-    more = dataclasses.replace(last, iterations=iterations, lr=last.final_lr, ramp=ramp)
+    more = dataclasses.replace(last, iterations=iterations, lr=last.final_lr, ramp=ramp, seconds=None)
     return config.replace(stages=(*config.stages, more))
 
 

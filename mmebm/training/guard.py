@@ -18,6 +18,7 @@ class Guard:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.rollbacks: int = 0
+        self.learned: int = 0  # iterations of the energy that were looked at
 
     def reason(self, rows: Sequence[Mapping[str, float]]) -> str | None:
         """Why the last iterations are not to be trusted, or None."""
@@ -30,7 +31,21 @@ class Guard:
                 return f"the energy gap is {gap:.3g} (limit {self.config.max_gap:.3g})"
             if row.get("frozen_chains", 0.0) > 0:
                 return f"{row['frozen_chains']:.0f} chains turned non-finite"
-        return None
+        return self._apart([row for row in rows if row.get("energy_spread", 0.0) > 0])
+
+    def _apart(self, rows: Sequence[Mapping[str, float]]) -> str | None:
+        """Whether the energy separates real from revised tuples so well that the chain is lost."""
+        self.learned += len(rows)
+        limit = self.config.max_separation
+        if not rows or not limit or self.learned <= self.config.grace:
+            return None
+        gap, spread = (math.fsum(row[name] for row in rows) / len(rows) for name in ("gap", "energy_spread"))
+        if abs(gap) <= limit * spread:
+            return None
+        return (
+            f"the energy gap is {gap:.3g}, {abs(gap) / spread:.2g} standard deviations of an energy (limit "
+            f"{limit:.2g}): the chain cannot follow the energy"
+        )
 
     def alarm(self, row: Mapping[str, float]) -> str | None:
         """A warning that does not stop training: revised latents far outside the prior mean a step too long."""

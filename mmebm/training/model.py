@@ -282,7 +282,7 @@ class Model:
             **plain,
         }
         if "data" not in described:
-            described["data"] = describe(self._run.dataset("test"))
+            described["data"] = describe(self._run.dataset("train"))
         data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
         write_atomically(folder / WEIGHTS, lambda file: file.write(data))
         for modality in self.modalities.values():

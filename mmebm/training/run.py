@@ -180,7 +180,10 @@ class Run:
 
     @property
     def seconds_training(self) -> float | None:
-        """Seconds of training by the log: iterations times seconds per iteration; None without one."""
+        """Seconds of training: measured, where the stages end by it; else by the log, iterations times seconds per
+        iteration; None without one."""
+        if self.content.get("elapsed"):
+            return float(sum(self.content["elapsed"].values()))
         rows, total, last = self.log(), 0.0, 0
         for row in rows:
             if "seconds_per_iteration" in row:
@@ -202,13 +205,47 @@ class Run:
         return self._sets[split]
 
     def validation(self) -> MultimodalDataset | None:
-        """The tuples of the train split that training kept back (``config.validation``); None where it kept none."""
+        """Tuples that training saw no item of: the validation split, or those of the train split that training kept
+        back (``config.validation``). None where there are none, as of a run of a version that had no such split."""
         rows = self.content.get("held")
-        return self.dataset("train").subset(rows) if rows is not None and len(rows) else None
+        if rows is not None and len(rows):
+            return dataclasses.replace(self.dataset("train").subset(rows), split="validation").labelled_only()
+        return self.dataset("validation") if self.content.get("validation") == "split" else None
+
+    def trained(self) -> MultimodalDataset:
+        """The tuples that training saw; instances that it did not see have no label."""
+        rows, whole = self.content.get("held"), self.dataset("train")
+        if rows is None or not len(rows):
+            return whole
+        group = whole.groups()
+        held = torch.isin(group, group[rows.cpu()])
+        return whole.subset((~held).nonzero().flatten()).labelled_only()
+
+    @property
+    def judged_on(self) -> Literal["validation", "test"]:
+        """The split that a run is looked at on unless it is the end: its validation, or where it has none the test."""
+        rows = self.content.get("held")
+        kept = rows is not None and len(rows) > 0
+        return "validation" if kept or self.content.get("validation") == "split" else "test"
+
+    def unseen(self, split: data.Split | None = None) -> MultimodalDataset:
+        """The tuples of ``split``, or of :attr:`judged_on`.
+
+        Raises:
+            ValueError: for the validation of a run that has none.
+        """
+        split = split or self.judged_on
+        found = self.validation() if split == "validation" else self.dataset(split)
+        if found is None:
+            raise ValueError(
+                f"{self.folder} has no validation: its set has no such split, and training kept nothing back. Train "
+                "with --validation.every 500, or take --split test"
+            )
+        return found
 
     def real(self, n: int, *, split: data.Split = "train", seed: int = 0) -> dict[str, Tensor]:
         """``n`` real tuples (as many as there are, where fewer), drawn without putting back."""
-        held = self.dataset(split)
+        held = self.dataset("train") if split == "train" else self.unseen(split)
         rows = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))[:n]
         return held.batch(rows.to(self.device))
 
@@ -317,6 +354,7 @@ class Run:
             "latent_steps": c.latent_chain.steps,
             "latent_step": float(self.system.latent_step),
             "prior_steps": self.system.prior.steps,
+            **({"clock": c.clock} if any(stage.seconds is not None for stage in c.stages) else {}),
             "backend": c.backend,
             "device": str(self.device),
         }

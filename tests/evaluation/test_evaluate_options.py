@@ -29,8 +29,12 @@ class Judges:
     learned: tuple[str, ...] = ("vector",)
 
     def __init__(self, modalities: tuple[Modality, ...]) -> None:
+        self.kind = "certain"
         self.modalities = tuple(reversed(modalities))
         self.accuracy = {m.name: 1.0 for m in modalities}
+
+    def tested(self, data: MultimodalDataset) -> dict[str, float]:
+        return self.accuracy
 
     def predict(self, batch: Batch) -> Tensor:
         return torch.stack([(batch[m.name].flatten(1).mean(1) > 0).long() for m in self.modalities], 1)
@@ -229,7 +233,14 @@ def test_everything_at_each_point_as_plain_data(system: Any, make_set: MakeSet, 
             return evaluate(points, complete, test, train, judges(test), conditional_rows=40, seed=seed, **options)
 
     plain = measured()
-    assert set(plain) == {"classifiers", "floor", "points", "conditional"}
+    assert set(plain) == {"split", "classifiers", "floor", "training", "points", "conditional"}
+    # the reference is 50 of 80, and the ceiling two halves of these
+    assert plain["floor"]["n"] == 40 and plain["training"]["n"] == plain["points"]["x0"]["n"] == 50
+    other = measured(second=judges(test))
+    assert other["second_judge"]["accuracy"] == other["classifiers"] and set(other) - set(plain) == {"second_judge"}
+    assert other["points"]["xk"]["second_judge"]["joint_coherence"] == other["points"]["xk"]["joint_coherence"]
+    assert other["conditional"]["decode"]["by_given_second"] == other["conditional"]["decode"]["by_given"]
+    assert "by the second judge" in table(other)
     systems = {"vae": system, "x0": system}
     elsewhere = data_chain(system, 50, seed=seed, start=points["x0"])
     full = measured(

@@ -20,6 +20,8 @@ from mmebm.evaluation.metrics import (
     joint_coherence,
     kernel_distance,
     pair_agreement,
+    precision_recall,
+    spread,
 )
 
 # float64 sums of up to a few thousand terms: relative error below n eps = 5e-13; ten times that.
@@ -232,3 +234,52 @@ BROKEN = torch.tensor([[1.0], [float("nan")]])
 def test_bad_input_is_refused_by_name_and_value(call, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------ precision, recall and spread
+
+
+def reference_precision_recall(samples: np.ndarray, real: np.ndarray, k: int) -> tuple[float, float]:
+    """The definition in loops."""
+
+    def reach(points: np.ndarray) -> list[float]:
+        return [sorted(np.linalg.norm(np.delete(points, i, 0) - p, axis=1))[k - 1] for i, p in enumerate(points)]
+
+    def share(points: np.ndarray, by: np.ndarray) -> float:
+        radii = reach(by)
+        return float(np.mean([any(np.linalg.norm(p - q) <= r for q, r in zip(by, radii, strict=True)) for p in points]))
+
+    return share(samples, real), share(real, samples)
+
+
+def test_precision_and_recall_are_the_definition(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for n, m, d, k, shift in ((9, 14, 2, 1, 0.5), (20, 8, 5, 3, 1.0), (6, 6, 1, 5, 0.0)):
+        samples, real = random.normal(size=(n, d)) * 0.7 + shift, random.normal(size=(m, d))
+        found = precision_recall(torch.from_numpy(samples), torch.from_numpy(real), neighbours=k)
+        assert found == pytest.approx(reference_precision_recall(samples, real, k))
+
+
+def test_precision_and_recall_tell_prototypes_from_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(600, 4, generator=generator)
+    few = torch.randn(600, 4, generator=generator) * 0.1  # good and all alike
+    wide = torch.randn(600, 4, generator=generator) * 4  # all over the place
+    same = torch.randn(600, 4, generator=generator)
+    assert precision_recall(few, real).precision > 0.95 and precision_recall(few, real).recall < 0.1
+    assert precision_recall(wide, real).precision < 0.3 and precision_recall(wide, real).recall > 0.9
+    assert min(precision_recall(same, real)) > 0.8
+    with pytest.raises(ValueError, match="neighbours must be at least 1, got 0"):
+        precision_recall(same, real, neighbours=0)
+    with pytest.raises(ValueError, match="at least 4 samples, got 3"):
+        precision_recall(same[:3], real)
+
+
+def test_spread_is_the_ratio_of_standard_deviations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(4000, 3, 5, 5, generator=generator)
+    other = torch.randn(4000, 3, 5, 5, generator=generator)
+    assert spread(0.25 * other + 7, real) == pytest.approx(0.25, abs=0.01)
+    assert spread(real[:1].expand(9, -1, -1, -1), real) == 0 and spread(real, torch.ones(5, 3, 5, 5)) is None
+    # by hand: variances 2 + 8 of the samples, 1/2 + 2 of the real ones
+    assert spread(torch.tensor([[0.0, 0], [2, 4]]), torch.tensor([[0.0, 0], [1, 2]])) == pytest.approx(2.0)

@@ -71,8 +71,8 @@ def test_a_stored_split_is_the_split(config: Config, data: MultimodalDataset) ->
     assert not torch.equal(grown.held, first.held)
     grown.load_state_dict(state)
     assert torch.equal(grown.held, first.held) and len(grown.data) == 64 - len(first.held)
-    with pytest.raises(ValueError, match=r"it validates on tuple \d+, and the data has 20"):
-        Trainer(config.replace(validation=CHECKED), data.subset(torch.arange(20))).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"it validates on tuple \d+, and the data has 42"):
+        Trainer(config.replace(validation=CHECKED), data.subset(torch.arange(42))).load_state_dict(state)
 
 
 def test_measuring_changes_nothing(config: Config, data: MultimodalDataset) -> None:

@@ -21,6 +21,7 @@ from mmebm.training.config import (
     ModelConfig,
     ShuffledTuplesConfig,
     Stage,
+    ValidationConfig,
 )
 
 # Sets with classes: rows that the inference network finds near are of the same one and no negatives (ten classes).
@@ -67,6 +68,8 @@ def _config(
         ),
         latent_prior=LatentPriorConfig(width=200, chain=ChainConfig(steps=60, step=0.2, sample_steps=120)),
         shuffled_tuples=shuffled,
+        # sets of finished tuples keep some of them back; those that are built of items have a validation split
+        validation=ValidationConfig(every=5_000, share=0.05, rows=2_000),
         batch=batch,
         ema=0.999,
         precision="bf16",
