@@ -1,9 +1,9 @@
-"""The networks of the paper's system: joint energy, shared generator, joint inference; and a latent energy prior."""
+"""The networks of the paper's system: joint energy, shared generator, joint inference; and priors of the latent."""
 
 from mmebm.models.generator import SharedGenerator
 from mmebm.models.inference import Expert, JointInference
 from mmebm.models.joint_energy import JointEnergy
-from mmebm.models.latent_prior import GaussianPrior, LatentPrior, OwnPrior, standard_normal
+from mmebm.models.latent_prior import GaussianPrior, LatentPrior, MixturePrior, OwnPrior, Prior, standard_normal
 
 __all__ = [
     "Expert",
@@ -11,7 +11,9 @@ __all__ = [
     "JointEnergy",
     "JointInference",
     "LatentPrior",
+    "MixturePrior",
     "OwnPrior",
+    "Prior",
     "SharedGenerator",
     "standard_normal",
 ]

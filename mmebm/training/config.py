@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from mmebm.choices import Activation, Joint, Metric, Net
+from mmebm.choices import Activation, FittedTo, Joint, Metric, Net, PriorKind
 from mmebm.training.settings import (
     Count,
     Decay,
@@ -207,8 +207,10 @@ class LossConfig(Settings):
     ``objective`` names the bound of the warm-up (:mod:`mmebm.training.objectives`), with ``objective_options`` such as
     ``{"samples": 10}`` for "mmvae", and ``beta`` weighs its divergence;
     ``elbo`` keeps that bound in the joint stage, on real tuples, ``elbo_revised`` takes it on revised ones;
-    ``inference`` is the likelihood of the mixture or its lower bound per expert; ``energy`` weighs the joint energy's
-    loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
+    ``contrastive`` is an extension: so many times the InfoNCE between the experts' means
+    (:func:`mmebm.training.objectives.contrastive`, at ``contrastive_temperature``) is taken from that bound, wherever
+    the bound is used. ``inference`` is the likelihood of the mixture or its lower bound per expert; ``energy`` weighs
+    the joint energy's loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
     """
 
     generator_real: Weight = 1.0
@@ -222,6 +224,8 @@ class LossConfig(Settings):
     beta: Weight = 1.0
     elbo: Weight = 0.0
     elbo_revised: Weight = 0.0
+    contrastive: Weight = 0.0
+    contrastive_temperature: Positive = 0.1
     energy_l2: Weight = 0.0
 
     def __post_init__(self) -> None:
@@ -254,12 +258,24 @@ class LossConfig(Settings):
 
 @dataclass(frozen=True)
 class LatentPriorConfig(Settings):
-    """Extension: an energy on z, learned with short latent chains in its own stage and in the joint stage.
+    """Extension: a prior of z that is learned from the posterior's samples of training tuples.
+
+    ``kind``: "energy", an energy on z, learned with short latent chains in its own stage and in the joint stage; or
+    "mixture", a mixture of ``components`` Gaussians with full covariance, fitted by scikit-learn in the one iteration
+    of a stage "prior" to ``samples`` such z, ``regularisation`` added to the variances. It rests in the joint stage, is
+    drawn from exactly, and ``width``, ``depth``, ``chain``, ``adam`` and ``energy_l2`` are not for it.
+    ``posterior``: whose samples a stage "prior" learns from: "inference", q(z | X) as it is configured, or another
+    joint of the same experts.
 
     Twice the steps of training for samples (``chain.sample_steps``) raised their coherence on PolyMNIST; many more cost
     class balance (benchmarks/study).
     """
 
+    kind: PriorKind = "energy"
+    posterior: FittedTo = "inference"
+    components: Size = 30
+    regularisation: Positive = 1e-3
+    samples: Size = 8000
     width: Size = 128
     depth: Count = 2
     chain: ChainConfig = field(default_factory=lambda: ChainConfig(steps=60, step=0.2))
@@ -438,6 +454,15 @@ class Config(Settings):
                 f"checkpoint.best={self.checkpoint.best!r} goes by the validation, and validation.every "
                 "is 0: give it a number of iterations"
             )
+        if self.latent_prior is not None and self.latent_prior.kind == "mixture":
+            for i, stage in enumerate(self.stages):
+                if stage.kind == "prior" and stage.iterations > 1:
+                    raise ValueError(
+                        f"latent_prior.kind='mixture' is fitted in one iteration: stages[{i}].iterations must be 0 or "
+                        f"1, got {stage.iterations}"
+                    )
+            if self.model.prior is not None:
+                raise ValueError("model.prior is a network of an energy: latent_prior.kind must be 'energy'")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
         if not isinstance(self.channels_last, bool):

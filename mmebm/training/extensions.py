@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mmebm.models import GaussianPrior, LatentPrior
+from mmebm.models import LatentPrior
 from mmebm.state import Batch
 from mmebm.training.config import LatentPriorConfig, ShuffledTuplesConfig
 from mmebm.training.optimise import Optimiser
@@ -60,19 +60,6 @@ class ShuffledTuples:
         }
 
 
-class PriorTeacher(Protocol):
-    """Learns the prior of the latent from samples of the posterior and its own."""
-
-    def update(self, posterior: Tensor, own: Tensor, lr: float) -> dict[str, Tensor]: ...
-
-
-class NoTeacher:
-    """N(0, I) has nothing to learn."""
-
-    def update(self, posterior: Tensor, own: Tensor, lr: float) -> dict[str, Tensor]:
-        return {}
-
-
 class LatentPriorTeacher:
     """Maximum likelihood of the latent energy: E falls at the posterior's samples and rises at the prior's own."""
 
@@ -85,12 +72,3 @@ class LatentPriorTeacher:
         gap = up.mean() - down.mean()
         self.optimiser.step(gap + self.l2 * (up.square().mean() + down.square().mean()), lr)
         return {"prior_gap": gap.detach()}
-
-
-def prior_teacher(
-    prior: GaussianPrior | LatentPrior, config: LatentPriorConfig | None, optimiser: Optimiser | None
-) -> PriorTeacher:
-    """The teacher that fits the prior."""
-    if isinstance(prior, LatentPrior) and config is not None and optimiser is not None:
-        return LatentPriorTeacher(prior, config, optimiser)
-    return NoTeacher()

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from mmebm.diagnostics import largest_stable_step
 from mmebm.energies.lower import Symbol, call, residual
-from mmebm.models import GaussianPrior, JointEnergy, JointInference, LatentPrior, OwnPrior, SharedGenerator
+from mmebm.models import (
+    GaussianPrior,
+    JointEnergy,
+    JointInference,
+    LatentPrior,
+    MixturePrior,
+    OwnPrior,
+    Prior,
+    SharedGenerator,
+)
 from mmebm.models.generator import latent_columns
 from mmebm.samplers import Langevin, Samples
 from mmebm.state import Batch
@@ -141,9 +150,11 @@ class System(nn.Module):
             private=m.private,
             encoders=parts["encoders"],
         )
-        self.prior: GaussianPrior | LatentPrior = GaussianPrior(latent)
+        self.prior: Prior = GaussianPrior(latent)
         p = config.latent_prior
-        if p is not None:
+        if p is not None and p.kind == "mixture":
+            self.prior = MixturePrior(latent, p.components)
+        elif p is not None:
             chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
             self.prior = (
                 OwnPrior(latent, chain, p.chain.steps, own["prior"])

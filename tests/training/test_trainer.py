@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mmebm.training.config import (
     ChainConfig,
     Config,
     GuardConfig,
+    LatentPriorConfig,
     LossConfig,
     ModelConfig,
     Stage,
@@ -464,3 +466,61 @@ def test_posteriors_of_two_batches_are_one_graph(config: Config, data: Multimoda
 def test_precision_and_layout_are_checked(field: str, value: Any, config: Config) -> None:
     with pytest.raises((ValueError, TypeError), match=f"{field} must be"):
         config.replace(**{field: value})
+
+
+def mixture(config: Config, **options: Any) -> Config:
+    prior = LatentPriorConfig(kind="mixture", posterior="product", components=2, samples=60)
+    prior = dataclasses.replace(prior, **options)
+    return config.replace(latent_prior=prior, stages=(Stage("warmup", 4), Stage("prior", 1), Stage("joint", 3)))
+
+
+def test_mixture_is_fitted_in_its_stage_and_rests_in_the_joint_one(config: Config, data: MultimodalDataset) -> None:
+    pytest.importorskip("sklearn")
+    trainer = Trainer(mixture(config).replace(ema=0.9), data)
+    seen: list[tuple[str, Tensor]] = [("start", trainer.system.prior.means.clone())]
+    for row in trainer.run():
+        seen.append((row["stage"], trainer.system.prior.means.clone()))
+        if row["stage"] == "prior":
+            # it explains the product's samples at least as well as N(0, I) does
+            z = trainer.system.inference.sample(trainer.data.batch(torch.arange(64)), joint="product")
+            assert (-trainer.system.prior(z)).mean() > 0
+    after = dict(seen)
+    assert torch.equal(after["start"], after["warmup"]) and not torch.equal(after["warmup"], after["prior"])
+    assert torch.equal(after["prior"], after["joint"])
+    assert trainer.averaged is not None
+    assert torch.equal(trainer.averaged.module.prior.means, after["prior"])  # type: ignore[union-attr]
+
+
+def test_mixture_resumes_and_loads_without_scikit_learn(
+    config: Config, data: MultimodalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    whole = Trainer(mixture(config), data)
+    list(whole.run())
+    half = Trainer(mixture(config), data)
+    for row in half.run():
+        if row["stage"] == "prior":
+            break
+    state = half.state_dict()
+    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    resumed = Trainer(mixture(config), data)
+    resumed.load_state_dict(state)
+    list(resumed.run())
+    for name, value in whole.system.state_dict().items():
+        assert torch.equal(value, resumed.system.state_dict()[name]), name
+
+
+def test_mixture_takes_one_iteration(config: Config) -> None:
+    with pytest.raises(ValueError, match=r"stages\[1\].iterations must be 0 or 1, got 4"):
+        mixture(config).replace(stages=(Stage("warmup", 4), Stage("prior", 4)))
+
+
+def test_contrastive_tells_rows_apart(config: Config, data: MultimodalDataset) -> None:
+    """It joins the loss of the warm-up and of the joint stage's bound, and falls."""
+    losses = dataclasses.replace(config.loss, contrastive=20.0)
+    config = config.replace(loss=losses, stages=(Stage("warmup", 40), Stage("joint", 4)), latent_prior=None)
+    rows = list(Trainer(config, data).run())
+    first, last = rows[0]["loss_contrastive"], rows[-1]["loss_contrastive"]
+    assert rows[-1]["stage"] == "joint" and last < first
+    off = config.replace(loss=dataclasses.replace(losses, contrastive=0.0))
+    assert "loss_contrastive" not in next(iter(Trainer(off, data).run()))
