@@ -9,7 +9,7 @@ Activation = Literal["relu", "leaky_relu", "silu", "gelu", "softplus", "tanh", "
 Joint = Literal["mixture", "product", "product_without_prior", "mixture_of_products"]
 # What the prior of the latent is (mmebm.models.latent_prior)
 PriorKind = Literal["energy", "mixture"]
-# Whose samples it learns from: q(z | X) as configured, or another joint of the same experts
+# Whose samples a prior learns from, and completions start from: q(z | X) as configured, or another joint
 FittedTo = Literal["inference", "mixture", "product", "product_without_prior", "mixture_of_products"]
 # What a validation picks the best checkpoint by (mmebm.evaluation.heldout)
 Metric = Literal["bound", "mse", "cross_mse", "retrieval", "kernel"]

@@ -84,7 +84,9 @@ class Measure:
     def __init__(self, valid: MultimodalDataset, judges: Classifiers, n: int) -> None:
         self.valid, self.judges, self.n = valid, judges, min(n, len(valid))
         self.real = valid.batch(torch.arange(self.n))
-        self.features = judges.features(self.real)
+        # each instance once: tuples repeat them, and a repeated one would have no distance to its neighbours
+        pools = {m: pool[: self.n] for m, pool in valid.pools.items() if isinstance(pool, Tensor)}
+        self.features = {m: judges.features({m: pool})[m] for m, pool in pools.items() if m in judges.learned}
 
     def joint(self, samples: dict[str, Tensor]) -> dict[str, Any]:
         """Joint samples."""
@@ -94,7 +96,7 @@ class Measure:
         kernels = [k["value"] for k in found["kernel_by_modality"].values()]
         out["kernel"] = sum(kernels) / len(kernels)
         features = self.judges.features(samples)
-        both = [precision_recall(features[m], self.features[m]) for m in self.judges.learned]
+        both = [precision_recall(features[m][: len(of)], of) for m, of in self.features.items()]
         out["precision"], out["recall"] = (sum(values) / len(both) for values in zip(*both, strict=True))
         out["spread"] = {m: (v.std(0).mean() / self.real[m].std(0).mean()).item() for m, v in samples.items()}
         return out

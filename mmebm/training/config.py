@@ -42,6 +42,7 @@ NETWORKS = ("generator", "inference", "energy", "prior")
 TAUGHT = {
     "warmup": ("generator", "inference"),
     "prior": ("prior",),
+    "matching": ("energy",),
     "joint": ("generator", "inference", "energy", "prior"),
 }
 
@@ -210,7 +211,9 @@ class LossConfig(Settings):
     ``contrastive`` is an extension: so many times the InfoNCE between the experts' means
     (:func:`mmebm.training.objectives.contrastive`, at ``contrastive_temperature``) is taken from that bound, wherever
     the bound is used. ``inference`` is the likelihood of the mixture or its lower bound per expert; ``energy`` weighs
-    the joint energy's loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
+    the joint energy's loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2. Against chains that run away,
+    ``energy_trim`` leaves that share of a batch's revised tuples, those of the highest energies, out of the loss, and
+    ``energy_clamp`` keeps the difference of the two means from falling below minus that.
     """
 
     generator_real: Weight = 1.0
@@ -227,6 +230,8 @@ class LossConfig(Settings):
     contrastive: Weight = 0.0
     contrastive_temperature: Positive = 0.1
     energy_l2: Weight = 0.0
+    energy_trim: Decay = 0.0
+    energy_clamp: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,13 +312,15 @@ class ShuffledTuplesConfig(Settings):
 class StartConfig(Settings):
     """Where the chains start, in training (:mod:`mmebm.training.starts`; at test another one may be asked for).
 
-    ``data`` is one of :data:`DATA_STARTS`, ``latent`` one of :data:`LATENT_STARTS` or "unimodal:NAME". ``noise``: the
-    standard deviation that "data+noise" adds; ``buffer``: chains kept by "buffer", which restart from the generator
+    ``data`` is one of :data:`DATA_STARTS`, ``latent`` one of :data:`LATENT_STARTS` or "unimodal:NAME"; ``completion``
+    is the joint that completions infer z from, "inference" the one that is configured. ``noise``: the standard
+    deviation that "data+noise" adds; ``buffer``: chains kept by "buffer", which restart from the generator
     with probability ``reinit``.
     """
 
     data: DataStart = "generator"
     latent: str = "inference"
+    completion: FittedTo = "inference"
     noise: Weight = 0.3
     buffer: Size = 2000
     reinit: Share = 0.05
@@ -335,7 +342,8 @@ _RAMPS = {
 
 @dataclass(frozen=True)
 class Stage(Settings):
-    """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (latent energy), "joint" (the paper).
+    """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (of the latent), "matching" (the energy's
+    gradient is taught the way from g(z) to X, without a chain) and "joint" (the paper).
 
     Learning rates go linearly from ``lr`` to ``final_lr`` times the configured ones over the stage. ``train`` names the
     networks that learn (None: all that the kind teaches); a joint stage that trains the energy alone leaves what the
@@ -344,7 +352,7 @@ class Stage(Settings):
     (5, 30)}`` (weights of ``loss``, and the steps of the two chains, rounded).
     """
 
-    kind: Literal["warmup", "prior", "joint"]
+    kind: Literal["warmup", "prior", "matching", "joint"]
     iterations: Count
     lr: Weight = 1.0
     final_lr: Weight = 1.0

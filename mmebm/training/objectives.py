@@ -12,10 +12,11 @@ otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,21 +80,54 @@ def single_expert(
     beta: float,
     present: Batch | None = None,
     experts: Experts | None = None,
+    self_reconstruction: Literal["full", "detached"] = "full",
 ) -> tuple[Tensor, Tensor]:
     """Each row encoded by one component c of the configured joint, picked uniformly; all its modalities decoded.
 
         E_{z ~ q_c} log p(X | z) - beta KL(q_c || N(0, I))
 
     The average over c bounds the mixture's bound from below (the divergence is convex).
+
+    Args:
+        generator, inference, x, rng, beta, present, experts: as every :class:`Objective`.
+        self_reconstruction: "full", the formula; or "detached": the same value, but no gradient of log p(x_m | z)
+            reaches expert m through the shared elements of z, so that what only x_m itself needs goes into its private
+            ones (networks with ``private`` > 0) and z keeps what the others can read off it.
     """
-    components, weights = inference.join(experts or inference.encode(x, present))
+    if self_reconstruction not in ("full", "detached"):
+        raise ValueError(f"self_reconstruction must be 'full' or 'detached', got {self_reconstruction!r}")
+    experts = experts or inference.encode(x, present)
+    components, weights = inference.join(experts)
     chosen = pick(weights, rng, uniform=present is None)
     rows = torch.arange(chosen.shape[0], device=chosen.device)
-    each = [Expert(*parts) for parts in zip(*components, strict=True)]
-    z = torch.stack([c.sample(rng) for c in each])[chosen, rows]
+    picked = Expert(components.mean[chosen, rows], components.logvar[chosen, rows])
+    noise = torch.stack(
+        [
+            torch.randn(picked.mean.shape, generator=rng, device=rows.device, dtype=picked.mean.dtype)
+            for _ in range(len(weights))
+        ]
+    )[chosen, rows]
+    z = picked.mean + (0.5 * picked.logvar).exp() * noise
     kl = components.kl()[chosen, rows]
-    nll = generator.negative_log_likelihood(x, z, present)
-    return -(nll + beta * kl).mean(), z.detach()
+    if self_reconstruction == "full":
+        nll = generator.negative_log_likelihood(x, z, present)
+        return -(nll + beta * kl).mean(), z.detach()
+    terms = []
+    for m, (name, value) in enumerate(x.items()):
+        joined, _ = inference.join(_held_back(experts, m, inference.shared))
+        own = joined.mean[chosen, rows] + (0.5 * joined.logvar[chosen, rows]).exp() * noise
+        terms.append(generator.negative_log_likelihood({name: value}, own, present))
+    return -(torch.stack(terms).sum(0) + beta * kl).mean(), z.detach()
+
+
+def _held_back(experts: Experts, m: int, shared: int) -> Experts:
+    """The same experts, without the gradients of what expert ``m`` says of the first ``shared`` elements."""
+
+    def held(value: Tensor) -> Tensor:
+        own = torch.cat([value[m, :, :shared].detach(), value[m, :, shared:]], dim=1)
+        return torch.cat([value[:m], own[None], value[m + 1 :]])
+
+    return dataclasses.replace(experts, mean=held(experts.mean), logvar=held(experts.logvar))
 
 
 def mvae(

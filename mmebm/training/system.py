@@ -276,7 +276,8 @@ class System(nn.Module):
             data_steps: 0 leaves the decoded modalities; None the configured number of steps, the given held (mode C).
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        z = self.inference.sample(given, generator)
+        joint = self.config.start.completion
+        z = self.inference.sample(given, generator, joint=None if joint == "inference" else joint)
         z = self.revise_latent(z, given, seed=seed, steps=latent_steps).state
         x = {**self.generator(z), **given}
         if data_steps != 0 and len(given) < len(x):

@@ -144,6 +144,7 @@ class Trainer:
         self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
             "warmup": self.warmup_step,
             "prior": self.prior_step,
+            "matching": self.matching_step,
             "joint": self.joint_step,
         }
 
@@ -211,6 +212,37 @@ class Trainer:
         settings = self.config.latent_prior
         joint = None if settings is None or settings.posterior == "inference" else settings.posterior
         return self.system.inference.sample(x, rng, joint=joint, present=present)
+
+    def matching_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
+        """The energy's gradient is taught the way from the decoded z of a tuple to the tuple, without a chain.
+
+            |(K s_m^2 / 2) dE/dx_m (x_t) + X_m - g_m(z)|^2 per element,   x_t = g(z) + t (X - g(z)),   z ~ q(z | X)
+
+        with t uniform in [0, 1] and K steps of size s_m as the data chain is configured: from g(z), and without noise,
+        it would end at X.
+        """
+        s, n = self.system, batch.size
+        with torch.no_grad():
+            z = s.inference.sample(batch.x, rng, present=batch.present)
+            x = batch.x if batch.present is None else self._fill(batch, z, noise.draw_seed(rng))
+            x_0 = s.generator(z)
+        t = torch.rand(n, generator=rng, device=self.device)
+        way = {name: value - x_0[name] for name, value in x.items()}
+        at = {
+            name: (x_0[name] + t.reshape(-1, *[1] * (step.dim() - 1)) * step).requires_grad_()
+            for name, step in way.items()
+        }
+        size = self.config.data_chain.size()
+        with s.autocast():
+            grads = torch.autograd.grad(widen(s.energy(at)).sum(), list(at.values()), create_graph=True)
+            missed = []
+            for (name, step), grad in zip(way.items(), grads, strict=True):
+                each = size[name] if isinstance(size, Mapping) else size
+                missed.append((self.data_steps * each**2 / 2 * grad + step).flatten(1).square())
+            loss = torch.cat(missed, dim=1).mean()
+        self.optimisers["energy"].step(loss, self.lr)
+        before = torch.cat([step.flatten(1) for step in way.values()], dim=1).square().mean()
+        return {"loss_matching": loss.detach(), "way": before}
 
     # -- their parts -----------------------------------------------------------------------------------------------
 
@@ -344,7 +376,11 @@ class Trainer:
             # differences of large energies: not in the 8 bits of a bfloat16
             up, down = widen(s.energy(real)), widen(s.energy(x_n))
             real_mean, revised_mean = up.mean(), down.mean()
-            loss_e = real_mean - revised_mean + loss.energy_l2 * (up.square().mean() + down.square().mean())
+            kept = down.sort().values[: max(round((1 - loss.energy_trim) * len(down)), 1)].mean()
+            gap = real_mean - (kept if loss.energy_trim else revised_mean)
+            loss_e = (gap if loss.energy_clamp is None else gap.clamp(min=-loss.energy_clamp)) + loss.energy_l2 * (
+                up.square().mean() + down.square().mean()
+            )
             for term in self.energy_terms:
                 loss_e = loss_e + term(s, real, up, rng)
         self.optimisers["energy"].step(loss.energy * loss_e, self.lr)

@@ -6,6 +6,7 @@ average of samples: it has to meet its expectation within 7 standard errors, whi
 t with 39 degrees of freedom exceeds 7 with probability 2e-8).
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -466,3 +467,39 @@ def test_contrastive_of_rows_with_one_modality_is_nothing() -> None:
     assert value.item() == 0 and grad.abs().max() == 0
     with pytest.raises(ValueError, match="temperature must be above 0"):
         contrastive(_experts(means, has), temperature=0.0)
+
+
+def test_detached_self_reconstruction_cuts_one_path() -> None:
+    """The value is the formula's; the likelihood of a modality teaches the shared part of its own expert nothing, the
+    shared parts of the others and every private part what it did."""
+    shapes = {"a": (3,), "b": (4,)}
+    torch.manual_seed(0)
+    generator = SharedGenerator(shapes, 8, width=8, depth=1, private=2)
+    inference = JointInference(shapes, 8, width=8, depth=1, private=2, joint="product")
+    x = {name: torch.randn(5, *shape) for name, shape in shapes.items()}
+
+    def grads(option: str, target: str) -> tuple[Tensor, Tensor]:
+        weights = {name: float(name == target) for name in shapes}
+        one = SharedGenerator(shapes, 8, width=8, depth=1, private=2, weights=weights)
+        one.load_state_dict(generator.state_dict())
+        experts = inference.encode(x)
+        mean = experts.mean.detach().requires_grad_()
+        bound, _ = objective("single_expert", self_reconstruction=option)(
+            one,
+            inference,
+            x,
+            torch.Generator().manual_seed(1),
+            beta=0.0,
+            experts=dataclasses.replace(experts, mean=mean, logvar=experts.logvar.detach()),
+        )
+        return bound.detach(), torch.autograd.grad(bound, mean)[0]
+
+    for m, target in enumerate(shapes):
+        (value, full), (same, cut) = grads("full", target), grads("detached", target)
+        torch.testing.assert_close(value, same)
+        assert full[m, :, :4].abs().max() > 0 and cut[m, :, :4].abs().max() == 0
+        other = full.clone()
+        other[m, :, :4] = 0
+        torch.testing.assert_close(cut, other)
+    with pytest.raises(ValueError, match="self_reconstruction must be 'full' or 'detached', got 'of'"):
+        grads("of", "a")
