@@ -3,10 +3,19 @@
 from mmebm.models.generator import SharedGenerator
 from mmebm.models.inference import Expert, JointInference
 from mmebm.models.joint_energy import JointEnergy
-from mmebm.models.latent_prior import GaussianPrior, LatentPrior, MixturePrior, OwnPrior, Prior, standard_normal
+from mmebm.models.latent_prior import (
+    FlowPrior,
+    GaussianPrior,
+    LatentPrior,
+    MixturePrior,
+    OwnPrior,
+    Prior,
+    standard_normal,
+)
 
 __all__ = [
     "Expert",
+    "FlowPrior",
     "GaussianPrior",
     "JointEnergy",
     "JointInference",

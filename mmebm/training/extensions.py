@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mmebm.models import LatentPrior
+from mmebm.models import FlowPrior, LatentPrior
 from mmebm.state import Batch
 from mmebm.training.config import LatentPriorConfig, ShuffledTuplesConfig
 from mmebm.training.optimise import Optimiser
@@ -60,15 +61,24 @@ class ShuffledTuples:
         }
 
 
-class LatentPriorTeacher:
-    """Maximum likelihood of the latent energy: E falls at the posterior's samples and rises at the prior's own."""
+class PriorTeacher:
+    """Learns the prior of the latent from samples of the posterior and, for an energy, its own."""
 
-    def __init__(self, prior: LatentPrior, config: LatentPriorConfig, optimiser: Optimiser) -> None:
+    def __init__(self, prior: LatentPrior | FlowPrior, config: LatentPriorConfig, optimiser: Optimiser) -> None:
         self.prior, self.l2, self.optimiser = prior, config.energy_l2, optimiser
 
-    def update(self, posterior: Tensor, own: Tensor, lr: float) -> dict[str, Tensor]:
-        """One step on z (n, latent) of both kinds; returns the energy gap for the log."""
-        up, down = self.prior(posterior), self.prior(own)
+    def update(
+        self, posterior: Tensor, own: Callable[[], Tensor], rng: torch.Generator, lr: float
+    ) -> dict[str, Tensor]:
+        """One step on z (n, latent); returns what is logged.
+
+        An energy falls at ``posterior`` and rises at what ``own`` draws from it; a flow is matched to ``posterior``.
+        """
+        if isinstance(self.prior, FlowPrior):
+            loss = self.prior.loss(posterior, rng)
+            self.optimiser.step(loss, lr)
+            return {"prior_loss": loss.detach()}
+        up, down = self.prior(posterior), self.prior(own())
         gap = up.mean() - down.mean()
         self.optimiser.step(gap + self.l2 * (up.square().mean() + down.square().mean()), lr)
         return {"prior_gap": gap.detach()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmebm.diagnostics import largest_stable_step
 from mmebm.energies.lower import Symbol, call, residual
 from mmebm.models import (
+    FlowPrior,
     GaussianPrior,
     JointEnergy,
     JointInference,
@@ -154,6 +155,8 @@ class System(nn.Module):
         p = config.latent_prior
         if p is not None and p.kind == "mixture":
             self.prior = MixturePrior(latent, p.components)
+        elif p is not None and p.kind == "flow":
+            self.prior = FlowPrior(latent, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
         elif p is not None:
             chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
             self.prior = (

@@ -19,13 +19,13 @@ from mmebm.data.mapped import as_set
 from mmebm.data.stream import Prefetch, WorkerBatches
 from mmebm.evaluation.heldout import METRICS, held_out, summary
 from mmebm.evaluation.latent import usable_rows
-from mmebm.models import LatentPrior, MixturePrior
+from mmebm.models import FlowPrior, LatentPrior, MixturePrior
 from mmebm.ops.common.layout import widen
 from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.callbacks import Callback
 from mmebm.training.config import TAUGHT, Config, Stage, fitted
-from mmebm.training.extensions import EnergyTerm, LatentPriorTeacher, ShuffledTuples
+from mmebm.training.extensions import EnergyTerm, PriorTeacher, ShuffledTuples
 from mmebm.training.guard import Guard, TrainingDiverged
 from mmebm.training.networks import class_name, flat_networks, own_names
 from mmebm.training.objectives import contrastive, objective
@@ -113,7 +113,7 @@ class Trainer:
             self.system = System(config, shapes, self.networks).to(self.device)
         s = self.system
         adams = {"generator": config.generator, "inference": config.inference, "energy": config.energy}
-        if config.latent_prior is not None and isinstance(s.prior, LatentPrior):
+        if config.latent_prior is not None and isinstance(s.prior, (LatentPrior, FlowPrior)):
             adams["prior"] = config.latent_prior.adam
         self.optimisers = {
             name: Optimiser(getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes)
@@ -122,9 +122,9 @@ class Trainer:
         # the weights' moving average, which a run samples with; the chains of training keep to the weights themselves
         self.averaged = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         self.objective = objective(config.loss.objective, **config.loss.objective_options)
-        self.prior_teacher: LatentPriorTeacher | None = None
-        if config.latent_prior is not None and isinstance(s.prior, LatentPrior):
-            self.prior_teacher = LatentPriorTeacher(s.prior, config.latent_prior, self.optimisers["prior"])
+        self.prior_teacher: PriorTeacher | None = None
+        if config.latent_prior is not None and isinstance(s.prior, (LatentPrior, FlowPrior)):
+            self.prior_teacher = PriorTeacher(s.prior, config.latent_prior, self.optimisers["prior"])
         self.energy_terms: list[EnergyTerm] = []
         if config.shuffled_tuples is not None:
             self.energy_terms.append(ShuffledTuples(config.shuffled_tuples))
@@ -177,8 +177,11 @@ class Trainer:
         # an extension: the latent prior, where there is one
         if "prior" in teach and z_k is not None and self.prior_teacher is not None:
             drawn = start.z if self.config.start.data == "generator" else None
-            own = drawn if isinstance(drawn, Tensor) else self._prior(batch, seeds[0])
-            row.update(self.prior_teacher.update(z_k, own, self.lr))
+
+            def own() -> Tensor:
+                return drawn if isinstance(drawn, Tensor) else self._prior(batch, seeds[0])
+
+            row.update(self.prior_teacher.update(z_k, own, rng, self.lr))
         return row
 
     def warmup_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
@@ -204,7 +207,8 @@ class Trainer:
         if self.prior_teacher is None:
             return {}
         posterior = self._posterior(batch.x, rng, batch.present)
-        return self.prior_teacher.update(posterior, self._prior(batch, noise.draw_seed(rng)), self.lr)
+        seed = noise.draw_seed(rng)
+        return self.prior_teacher.update(posterior, lambda: self._prior(batch, seed), rng, self.lr)
 
     @torch.no_grad()
     def _posterior(self, x: Batch, rng: torch.Generator, present: Mapping[str, Tensor] | None) -> Tensor:

@@ -588,3 +588,16 @@ def test_completions_start_from_the_joint_that_is_asked_for(config: Config, data
         z = s.inference.sample(given, torch.Generator().manual_seed(3), joint=name)
         done = s.complete(given, seed=3, latent_steps=0, data_steps=0)
         torch.testing.assert_close(done["grey"], s.generator(z)["grey"])
+
+
+def test_flow_learns_in_its_stage_and_along(config: Config, data: MultimodalDataset) -> None:
+    prior = dataclasses.replace(config.latent_prior, kind="flow", posterior="product")
+    trainer = Trainer(config.replace(latent_prior=prior), data)
+    before = networks(trainer)
+    rows = list(trainer.run())
+    assert "prior" in changed(before, networks(trainer))
+    assert {row["stage"] for row in rows if "prior_loss" in row} == {"prior", "joint"}
+    one = trainer.system.generate(3, seed=1)
+    assert all(torch.isfinite(v).all() for v in one.values())
+    with pytest.raises(ValueError, match="is a network of an energy"):
+        config.replace(latent_prior=prior, model=dataclasses.replace(config.model, prior="a:B"))
