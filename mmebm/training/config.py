@@ -268,8 +268,8 @@ class LatentPriorConfig(Settings):
     ``kind``: "energy", an energy on z, learned with short latent chains in its own stage and in the joint stage;
     "flow", learned in both too but without a chain, drawn from in ``chain.steps`` of Heun's rule
     (:class:`mmebm.models.FlowPrior`; the rest of ``chain`` and ``energy_l2`` are not for it); or "mixture",
-    ``components`` Gaussians with full covariance, fitted by scikit-learn in the one iteration of a stage "prior" to
-    ``samples`` such z, ``regularisation`` added to the variances. A mixture rests in the joint stage, is drawn from
+    ``components`` Gaussians with full covariance, fitted by scikit-learn in the first iteration of each stage
+    "prior", whose others do nothing, to ``samples`` such z, ``regularisation`` added to the variances. A mixture rests in the joint stage, is drawn from
     exactly, and ``width``, ``depth``, ``chain``, ``adam`` and ``energy_l2`` are not for it.
     ``posterior``: whose samples a stage "prior" learns from: "inference", q(z | X) as it is configured, or another
     joint of the same experts.
@@ -469,13 +469,6 @@ class Config(Settings):
             raise ValueError(
                 f"model.prior is a network of an energy: latent_prior.kind must be 'energy', got {p.kind!r}"
             )
-        if p is not None and p.kind == "mixture":
-            for i, stage in enumerate(self.stages):
-                if stage.kind == "prior" and stage.iterations > 1:
-                    raise ValueError(
-                        f"latent_prior.kind='mixture' is fitted in one iteration: stages[{i}].iterations must be 0 or "
-                        f"1, got {stage.iterations}"
-                    )
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")
         if not isinstance(self.channels_last, bool):

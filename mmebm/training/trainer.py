@@ -196,6 +196,8 @@ class Trainer:
         """The latent prior learns the aggregated posterior; the other networks rest."""
         s, settings = self.system, self.config.latent_prior
         if isinstance(s.prior, MixturePrior) and settings is not None:
+            if self._position()[1] or batch.offset != self._share()[0]:
+                return {}  # it is there
             # not of this process's share: the same on all of them
             rng = self._rng(purpose=FIT, rank=0)
             rows = torch.randint(len(self.data), (settings.samples,), generator=rng, device=self.device)

@@ -76,7 +76,7 @@ def cost(config: Config, stage: Stage) -> float:
         return costs.get(loss.objective, 1.0)
     if stage.kind == "prior":
         prior = config.latent_prior
-        return costs["fit"] if prior is not None and prior.kind == "mixture" else 1.0
+        return costs["fit"] / max(stage.iterations, 1) if prior is not None and prior.kind == "mixture" else 1.0
     if stage.kind == "matching":
         return 1.0
     teach = [name for name in stage.train or TAUGHT["joint"] if name != "prior" or config.latent_prior is not None]
@@ -433,20 +433,16 @@ GRIDS["study"] = (*GRIDS["components"], *GRIDS["baselines"])
 
 
 def scaled(config: Config, factor: float) -> Config:
-    """``config`` with ``factor`` times the iterations in every stage, save the one in which a mixture is fitted.
+    """``config`` with ``factor`` times the iterations in every stage.
 
     Raises:
         ValueError: for a factor that is not positive.
     """
     if not factor > 0:
         raise ValueError(f"factor must be positive, got {factor!r}")
-    fits = config.latent_prior is not None and config.latent_prior.kind == "mixture"
     return config.replace(
         stages=tuple(
-            stage
-            if fits and stage.kind == "prior"
-            else dataclasses.replace(stage, iterations=max(round(factor * stage.iterations), 1))
-            for stage in config.stages
+            dataclasses.replace(stage, iterations=max(round(factor * stage.iterations), 1)) for stage in config.stages
         )
     )
 

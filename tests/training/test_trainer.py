@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmebm.data.base import MultimodalDataset
 from mmebm.data.pools import ArrayPool
+from mmebm.models import MixturePrior
 from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.training import PRESETS, Trainer, TrainingDiverged, checkpoint, preset
 from mmebm.training.config import (
@@ -510,9 +511,15 @@ def test_mixture_resumes_and_loads_without_scikit_learn(
         assert torch.equal(value, resumed.system.state_dict()[name]), name
 
 
-def test_mixture_takes_one_iteration(config: Config) -> None:
-    with pytest.raises(ValueError, match=r"stages\[1\].iterations must be 0 or 1, got 4"):
-        mixture(config).replace(stages=(Stage("warmup", 4), Stage("prior", 4)))
+def test_mixture_is_fitted_once_a_stage(
+    config: Config, data: MultimodalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    fits: list[int] = []
+    monkeypatch.setattr(MixturePrior, "fit", lambda self, z, **kwargs: fits.append(len(z)))
+    stages = (Stage("warmup", 2), Stage("prior", 5), Stage("joint", 2), Stage("prior", 1))
+    list(Trainer(mixture(config).replace(stages=stages, accumulate=2), data).run())
+    assert fits == [60, 60]
 
 
 def test_contrastive_tells_rows_apart(config: Config, data: MultimodalDataset) -> None:
