@@ -268,9 +268,9 @@ class LatentPriorConfig(Settings):
     ``kind``: "energy", an energy on z, learned with short latent chains in its own stage and in the joint stage;
     "flow", learned in both too but without a chain, drawn from in ``chain.steps`` of Heun's rule
     (:class:`mmebm.models.FlowPrior`; the rest of ``chain`` and ``energy_l2`` are not for it); or "mixture",
-    ``components`` Gaussians with full covariance, fitted by scikit-learn in the first iteration of each stage
-    "prior", whose others do nothing, to ``samples`` such z, ``regularisation`` added to the variances. A mixture rests in the joint stage, is drawn from
-    exactly, and ``width``, ``depth``, ``chain``, ``adam`` and ``energy_l2`` are not for it.
+    ``components`` Gaussians with full covariance, fitted by scikit-learn in the first iteration of each stage "prior",
+    whose others do nothing, to ``samples`` such z, ``regularisation`` added to the variances. A mixture rests in the
+    joint stage, is drawn from exactly, and ``width``, ``depth``, ``chain``, ``adam`` and ``energy_l2`` are not for it.
     ``posterior``: whose samples a stage "prior" learns from: "inference", q(z | X) as it is configured, or another
     joint of the same experts.
 

@@ -389,7 +389,7 @@ def test_switches_run(inference: str, model: dict[str, object], config: Config, 
 def test_paper_preset_has_no_extension() -> None:
     paper, demo = preset("paper"), preset("demo")
     assert paper.latent_prior is None and paper.shuffled_tuples is None and paper.loss.elbo == 0
-    assert demo.latent_prior is not None and demo.shuffled_tuples is not None
+    assert paper.loss.contrastive == 0 and demo.latent_prior is not None and demo.loss.contrastive > 0
     known = re.escape(f"preset must be one of {sorted(PRESETS)}, got 'x'")
     with pytest.raises(ValueError, match=known):
         preset("x")
