@@ -311,6 +311,7 @@ class Run:
             "evaluations": self.content["evaluations"],
             "data_start": c.start.data,
             "latent_start": c.start.latent,
+            "completion": c.start.completion,
             "data_steps": data_steps,
             "data_step": c.data_chain.size(),
             "data_noise": c.data_chain.noise,

@@ -118,7 +118,8 @@ def _then_joint(config: Config, plain: Config, before: tuple[Stage, ...], **chan
 
 
 def _plain(config: Config) -> Config:
-    return _with(config.replace(latent_prior=None, shuffled_tuples=None), elbo=0.0, contrastive=0.0)
+    start = dataclasses.replace(config.start, completion="inference")
+    return _with(config.replace(latent_prior=None, shuffled_tuples=None, start=start), elbo=0.0, contrastive=0.0)
 
 
 def full(config: Config) -> Config:

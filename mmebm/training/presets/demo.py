@@ -13,6 +13,7 @@ from mmebm.training.config import (
     LossConfig,
     ModelConfig,
     Stage,
+    StartConfig,
 )
 from mmebm.training.variants import OF_TEN_CLASSES
 
@@ -25,11 +26,13 @@ def config() -> Config:
         stages=(
             Stage("warmup", 8000, lr=1.0, final_lr=0.3),
             Stage("prior", 1),
-            Stage("joint", 2000, lr=0.5, final_lr=0.1),
+            Stage("joint", 700, lr=0.5, final_lr=0.3),
             # generator and inference network rest: the energy catches up with them
-            Stage("joint", 3000, lr=0.5, final_lr=0.05, train=("energy",)),
+            Stage("joint", 1500, lr=0.5, final_lr=0.05, train=("energy",)),
         ),
         latent_prior=LatentPriorConfig(kind="mixture", posterior="product"),
+        # given two modalities .991 for .980 on validation tuples; given one the same (benchmarks/study/levers)
+        start=StartConfig(completion="product"),
         # experts that agree need no negatives made of other classes, and no number of classes
         shuffled_tuples=None,
     )
