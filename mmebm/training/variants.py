@@ -39,7 +39,7 @@ COSTS: dict[str, dict[str, float]] = {
         "prior": 0.7,
         "data": 2.05,
         "energy": 0.7,
-        "fit": 100.0,
+        "fit": 170.0,
         "mvae": 2.6,
         "mmvae": 2.05,
         "mopoe": 1.1,
