@@ -9,6 +9,7 @@ from mmebm.training.config import (
     LossConfig,
     ModelConfig,
     Stage,
+    StartConfig,
 )
 from mmebm.training.variants import OF_TEN_CLASSES
 
@@ -18,6 +19,7 @@ def config() -> Config:
     return energy_prior().replace(
         preset="polymnist-14",
         loss=LossConfig(elbo=1.0, energy_l2=0.01, contrastive=60.0),
+        # the lengths fill the time of the preset before; not yet run whole
         stages=(
             Stage("warmup", 8000, final_lr=0.3),
             Stage("prior", 1),
@@ -26,6 +28,8 @@ def config() -> Config:
             Stage("joint", 1800, lr=0.5, final_lr=0.05, train=("energy",)),
         ),
         latent_prior=LatentPriorConfig(kind="mixture", posterior="product"),
+        # decoded, given four modalities .97 for .85 of the mixture, given one .83 for .84 (benchmarks/study/levers)
+        start=StartConfig(completion="product"),
         shuffled_tuples=None,
     )
 
