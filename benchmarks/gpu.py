@@ -392,7 +392,7 @@ def training_iteration(rounds: int) -> dict[str, object]:
     times: dict[str, list[float]] = {}
     for implementation in ("eager", "mmebm"):
         with bench.chains(implementation):
-            one = bench.iterations("polymnist-5k", implementation, DEVICE)
+            one = bench.iterations("polymnist-5k", DEVICE)
             for turn in range(rounds + 3):
                 started = time.perf_counter()
                 one()

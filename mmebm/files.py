@@ -15,6 +15,7 @@ import secrets
 import socket
 import struct
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -263,6 +264,7 @@ class FolderLock:
 
     Args:
         folder: it is made where it is not there.
+        wait: until it is free, with a warning that says for whom; by default it is an error that it is not.
 
     Raises:
         ValueError: naming the folder and who is at work there.
@@ -271,8 +273,10 @@ class FolderLock:
 
     NAME: Final = ".lock"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / self.NAME
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
+        self.folder: Path = folder
+        self.path: Path = folder / self.NAME
+        told = False
         self._new = _missing(folder)
         self._handle: int | None = None
         while self._handle is None:
@@ -284,7 +288,16 @@ class FolderLock:
             except OSError as error:
                 raise unwritable(self.path, error) from error
             try:
-                self._take(handle)
+                try:
+                    self._take(handle)
+                except ValueError as error:
+                    if not wait:
+                        raise
+                    if not told:
+                        warnings.warn(f"waiting: {error}", stacklevel=2)
+                    told = True
+                    time.sleep(0.2)
+                    continue
                 # where the one before has removed its file in between this is a lock on nothing
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(handle), os.stat(self.path)):
                     self._handle, handle = handle, -1

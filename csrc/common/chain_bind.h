@@ -1,5 +1,4 @@
-// What the bindings of whole chains share: a job as a dict of named fields, and Ctrl-C while it runs. What is checked
-// here is that sizes fit together; tensors are checked, and kept alive, where their addresses are taken (mmebm/ops).
+// What the bindings of whole chains share: the fields of a job, and Ctrl-C while it runs.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,18 +11,11 @@
 #include <thread>
 #include <vector>
 
+#include "common/bind.h"
 #include "common/chain_job.h"
 #include "common/isa.h"
 
 namespace mmebm {
-
-// The address in a field; null only where it may be absent.
-template <class T>
-T* address_of(const pybind11::dict& d, const char* name, bool optional = false) {
-  const uintptr_t address = d.contains(name) ? pybind11::cast<uintptr_t>(d[name]) : 0;
-  if (address == 0 && !optional) throw pybind11::value_error(std::string(name) + " is null");
-  return reinterpret_cast<T*>(address);
-}
 
 // Looks for signals (Ctrl-C) while a chain runs without the interpreter's lock, so that it ends within INTERVAL and a
 // few steps. Python runs their handlers in its main thread only; the thread that called looks, for itself and the others.
@@ -90,10 +82,10 @@ inline ChainCall chain_call(const pybind11::dict& d, int64_t most_inputs, Isa (*
   namespace py = pybind11;
   ChainCall call;
   ChainJob& job = call.job;
-  call.isa = isa_from(py::cast<std::string>(d["isa"]));
-  call.threads = py::cast<int>(d["threads"]);
-  job.chains = py::cast<int64_t>(d["chains"]);
-  job.inputs = py::cast<int64_t>(d["inputs"]);
+  call.isa = isa_from(field<std::string>(d, "isa"));
+  call.threads = field<int>(d, "threads");
+  job.chains = field<int64_t>(d, "chains");
+  job.inputs = field<int64_t>(d, "inputs");
   if (job.chains < 0 || job.inputs < 1 || job.inputs > most_inputs) {
     throw py::value_error("chains or inputs is out of range");
   }
@@ -105,15 +97,15 @@ inline ChainCall chain_call(const pybind11::dict& d, int64_t most_inputs, Isa (*
     return call;
   }
   int64_t begin = 0;
-  for (const py::handle& item : py::cast<py::list>(d["tensors"])) {
+  for (const py::handle& item : field<py::list>(d, "tensors")) {
     const py::dict t = py::cast<py::dict>(item);
     ChainTensor part;
     part.begin = begin;
-    part.width = py::cast<int64_t>(t["width"]);
-    part.stream = py::cast<uint32_t>(t["stream"]);
-    part.noisy = py::cast<bool>(t["noisy"]);
-    part.moving = py::cast<bool>(t["moving"]);
-    part.present = py::cast<uint32_t>(t["present"]);
+    part.width = field<int64_t>(t, "width");
+    part.stream = field<uint32_t>(t, "stream");
+    part.noisy = field<bool>(t, "noisy");
+    part.moving = field<bool>(t, "moving");
+    part.present = field<uint32_t>(t, "present");
     if (part.width < 0 || part.width > job.inputs - begin) throw py::value_error("widths do not fit the inputs");
     begin += part.width;
     call.tensors.push_back(part);
@@ -121,24 +113,24 @@ inline ChainCall chain_call(const pybind11::dict& d, int64_t most_inputs, Isa (*
   if (begin != job.inputs) throw py::value_error("widths do not fit the inputs");
   job.tensors = call.tensors.data();
   job.tensor_count = static_cast<int64_t>(call.tensors.size());
-  job.steps = py::cast<int64_t>(d["steps"]);
+  job.steps = field<int64_t>(d, "steps");
   job.constants = address_of<const float>(d, "constants");
-  job.constant_rows = py::cast<int64_t>(d["rows"]);
-  job.constant_columns = py::cast<int64_t>(d["columns"]);
+  job.constant_rows = field<int64_t>(d, "rows");
+  job.constant_columns = field<int64_t>(d, "columns");
   if (job.steps < 0 || (job.constant_rows != 1 && job.constant_rows < job.steps) ||
       (job.constant_columns != 1 && job.constant_columns != job.chains)) {
     throw py::value_error("steps or the table of constants is out of range");
   }
   job.observed = address_of<const uint8_t>(d, "observed", true);
-  job.observed_stride = py::cast<int64_t>(d["observed_stride"]);
+  job.observed_stride = field<int64_t>(d, "observed_stride");
   if (job.observed_stride != 0 && job.observed_stride != job.inputs) {
     throw py::value_error("the stride of observed is off");
   }
-  job.seed = py::cast<uint64_t>(d["seed"]);
-  job.first_step = py::cast<uint32_t>(d["first_step"]);
-  job.chain_offset = py::cast<uint32_t>(d["chain_offset"]);
-  job.noise_before = py::cast<bool>(d["noise_before"]);
-  job.clamp_noise = py::cast<bool>(d["clamp_noise"]);
+  job.seed = field<uint64_t>(d, "seed");
+  job.first_step = field<uint32_t>(d, "first_step");
+  job.chain_offset = field<uint32_t>(d, "chain_offset");
+  job.noise_before = field<bool>(d, "noise_before");
+  job.clamp_noise = field<bool>(d, "clamp_noise");
   job.out = address_of<float>(d, "out", empty);
   job.grad_norm = address_of<float>(d, "grad_norm", true);
   job.frozen = address_of<uint8_t>(d, "frozen", true);

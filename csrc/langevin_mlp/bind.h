@@ -24,7 +24,7 @@ inline MlpStackTerm mlp_term(const pybind11::dict& d, int64_t inputs) {
   namespace py = pybind11;
   MlpStackTerm out;
   MlpTerm& term = out.term;
-  const std::string kind = py::cast<std::string>(d["kind"]);
+  const std::string kind = field<std::string>(d, "kind");
   if (kind == "quadratic") {
     term.kind = TermKind::quadratic;
     term.mean = address_of<const float>(d, "mean");
@@ -32,26 +32,26 @@ inline MlpStackTerm mlp_term(const pybind11::dict& d, int64_t inputs) {
     return out;
   }
   int64_t width = inputs;
-  for (const py::handle& item : py::cast<py::list>(d["layers"])) {
+  for (const py::handle& item : field<py::list>(d, "layers")) {
     const py::dict layer = py::cast<py::dict>(item);
     MlpLayer l;
     l.weight = address_of<const float>(layer, "weight");
     l.bias = address_of<const float>(layer, "bias", true);
-    l.inputs = py::cast<int64_t>(layer["inputs"]);
-    l.outputs = py::cast<int64_t>(layer["outputs"]);
+    l.inputs = field<int64_t>(layer, "inputs");
+    l.outputs = field<int64_t>(layer, "outputs");
     if (l.inputs != width || l.outputs < 1 || l.outputs > 1 << 20) {
       throw py::value_error("sizes of layers do not fit together");
     }
     width = l.outputs;
     out.layers.push_back(l);
   }
-  const int activation = py::cast<int>(d["activation"]);
+  const int activation = field<int>(d, "activation");
   if (out.layers.empty() || activation < 0 || activation >= ACTIVATIONS) {
     throw py::value_error("a stack needs a layer and an activation that is known");
   }
   term.activation = static_cast<Activation>(activation);
-  term.slope = py::cast<float>(d["slope"]);
-  term.weight = py::cast<double>(d["weight"]);
+  term.slope = field<float>(d, "slope");
+  term.weight = field<double>(d, "weight");
   if (kind == "scalar") {
     term.kind = TermKind::scalar;
     if (width != 1) throw py::value_error("a scalar term must have one output");
@@ -59,12 +59,12 @@ inline MlpStackTerm mlp_term(const pybind11::dict& d, int64_t inputs) {
   }
   if (kind != "residual") throw py::value_error("kind of a term must be scalar, residual or quadratic");
   term.kind = TermKind::residual;
-  term.scale = py::cast<double>(d["scale"]);
-  term.laplace = py::cast<bool>(d["laplace"]);
-  term.tanh = py::cast<bool>(d["tanh"]);
+  term.scale = field<double>(d, "scale");
+  term.laplace = field<bool>(d, "laplace");
+  term.tanh = field<bool>(d, "tanh");
   term.target = address_of<const float>(d, "target");
   term.observed = address_of<const uint8_t>(d, "observed", true);
-  term.observed_stride = py::cast<int64_t>(d["observed_stride"]);
+  term.observed_stride = field<int64_t>(d, "observed_stride");
   if (term.observed_stride != 0 && term.observed_stride != width) throw py::value_error("stride of observed is off");
   return out;
 }
@@ -84,6 +84,8 @@ inline void bind_langevin_mlp(pybind11::module_& m, Isa (*isa_from)(const std::s
         py::arg("job"), py::arg("terms"));
   m.def("mlp_energy", run, "One evaluation of a sum of terms, the same of a job without steps.", py::arg("job"),
         py::arg("terms"));
+  m.def("mlp_tiles", [isa_from](int64_t chains, const std::string& isa) { return mlp_tiles(chains, isa_from(isa)); },
+        "In how many tiles, each the work of one thread, the chains are cut at most.", py::arg("chains"), py::arg("isa"));
   m.def("mlp_activation",
         [isa_from](int activation, float slope, uintptr_t in, uintptr_t value, uintptr_t derivative, int64_t n,
                    const std::string& isa) {

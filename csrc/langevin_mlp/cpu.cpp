@@ -47,7 +47,25 @@ Floats floats(int64_t n) {
 // What a tile may take of the second-level cache, beside the weights that all tiles read.
 constexpr int64_t TILE_BYTES = 512 << 10;
 
+// The batch in vectors of chains, and a small rest of it, which is a tile of its own, in quads.
+struct Cut {
+  int64_t units, rest;
+
+  Cut(int64_t chains, const MlpLoops& loops)
+      : units(chains / loops.lanes), rest(chains % loops.lanes) {
+    if (rest > loops.quads) {
+      ++units;
+      rest = 0;
+    }
+  }
+};
+
 }  // namespace
+
+int64_t mlp_tiles(int64_t chains, Isa isa) {
+  const Cut cut(chains, mlp_loops(isa));
+  return cut.units + (cut.rest > 0);
+}
 
 void langevin_mlp(MlpJob job, std::vector<MlpStackTerm>& stacks, Isa isa, int threads) {
   const MlpLoops& loops = mlp_loops(isa);
@@ -77,9 +95,8 @@ void langevin_mlp(MlpJob job, std::vector<MlpStackTerm>& stacks, Isa isa, int th
   job.terms = terms.data();
   job.term_count = static_cast<int64_t>(terms.size());
 
-  // A small rest of the batch is a tile of its own, in quads.
-  const int64_t rest = job.chains % loops.lanes <= loops.quads ? job.chains % loops.lanes : 0;
-  const int64_t units = (job.chains - rest + loops.lanes - 1) / loops.lanes;
+  const Cut cut(job.chains, loops);
+  const int64_t units = cut.units, rest = cut.rest;
   // The size of the other tiles: the one with which the threads have the least to do one after the other. Of equal ones
   // two vectors come before three, and one last (a third vector gains nothing over two, a second one 5 to 10 percent;
   // one core of a Xeon with AVX-512, 2026-11-22).

@@ -19,6 +19,9 @@ struct MlpStackTerm {
 // Runs `job` (its terms are filled in here) on up to `threads` threads.
 void langevin_mlp(MlpJob job, std::vector<MlpStackTerm>& terms, Isa isa, int threads);
 
+// In how many tiles, each the work of one thread, it cuts the chains where there are threads for them.
+int64_t mlp_tiles(int64_t chains, Isa isa);
+
 // value and derivative of an activation, n numbers each.
 void mlp_activation(Activation kind, float slope, const float* in, float* value, float* derivative, int64_t n, Isa isa);
 

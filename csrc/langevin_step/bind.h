@@ -104,28 +104,24 @@ inline void bind_langevin_step(pybind11::module_& m, Isa (*isa_from)(const std::
            },
            "x + noise, in place.", py::arg("x"), py::arg("seed"), py::arg("step"), py::arg("threads"))
       .def("step",
-           [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise,
-              int threads) {
-             StepCall call(self);
-             take_addresses(self, x, "x", false);
-             take_addresses(self, grad, "grad", true);
-             call(threads, [&](int with) { self.step(seed, step, noise, nullptr, with); });
-           },
-           "One step, in place.", py::arg("x"), py::arg("grad"), py::arg("seed"), py::arg("step"), py::arg("noise"),
-           py::arg("threads"))
-      .def("step_stats",
            [](LangevinStep& self, py::handle x, py::handle grad, uint64_t seed, uint32_t step, bool noise, int threads,
-              uintptr_t grad_norm, uintptr_t displacement, uintptr_t clipped, uintptr_t nonfinite) {
+              const py::object& sums) {
              StepCall call(self);
              take_addresses(self, x, "x", false);
              take_addresses(self, grad, "grad", true);
-             const StepSums sums = {reinterpret_cast<float*>(grad_norm), reinterpret_cast<float*>(displacement),
-                                    reinterpret_cast<int64_t*>(clipped), reinterpret_cast<int64_t*>(nonfinite)};
-             call(threads, [&](int with) { self.step(seed, step, noise, &sums, with); });
+             StepSums to = {};
+             const bool sum = !sums.is_none();
+             if (sum) {
+               const py::dict d = sums;
+               to = {address_of<float>(d, "grad_norm", true), address_of<float>(d, "displacement", true),
+                     address_of<int64_t>(d, "clipped", true), address_of<int64_t>(d, "nonfinite", true)};
+             }
+             call(threads, [&](int with) { self.step(seed, step, noise, sum ? &to : nullptr, with); });
            },
-           "The same with sums per chain, written to float32, float32, int64 and int64 of length chains.", py::arg("x"),
-           py::arg("grad"), py::arg("seed"), py::arg("step"), py::arg("noise"), py::arg("threads"),
-           py::arg("grad_norm"), py::arg("displacement"), py::arg("clipped"), py::arg("nonfinite"));
+           "One step, in place. sums, or None: where grad_norm, displacement (float32), clipped and nonfinite (int64) of "
+           "each chain go.",
+           py::arg("x"), py::arg("grad"), py::arg("seed"), py::arg("step"), py::arg("noise"), py::arg("threads"),
+           py::arg("sums") = py::none());
 }
 
 }  // namespace mmebm

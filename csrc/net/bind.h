@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,13 @@ namespace mmebm {
 inline NetSpec net_spec(const pybind11::dict& d) {
   namespace py = pybind11;
   NetSpec s;
-  const int kind = py::cast<int>(d["kind"]);
-  if (kind < 0 || kind > static_cast<int>(NetNodeKind::logsumexp)) throw py::value_error("kind is out of range");
-  s.kind = static_cast<NetNodeKind>(kind);
-  for (const py::handle& x : py::cast<py::tuple>(d["xs"])) s.xs.push_back(py::cast<int32_t>(x));
-  const py::tuple shape = py::cast<py::tuple>(d["shape"]);
+  const std::string kind = field<std::string>(d, "kind");
+  size_t number = 0;
+  while (number < std::size(NET_NODE_KINDS) && kind != NET_NODE_KINDS[number]) ++number;
+  if (number == std::size(NET_NODE_KINDS)) throw py::value_error("there is no kind " + kind);
+  s.kind = static_cast<NetNodeKind>(number);
+  for (const py::handle& x : field<py::tuple>(d, "xs")) s.xs.push_back(py::cast<int32_t>(x));
+  const py::tuple shape = field<py::tuple>(d, "shape");
   s.channels = py::cast<int64_t>(shape[0]);
   s.height = py::cast<int64_t>(shape[1]);
   s.width = py::cast<int64_t>(shape[2]);
@@ -37,11 +40,11 @@ inline NetSpec net_spec(const pybind11::dict& d) {
     }
   };
   switch (s.kind) {
-    case NetNodeKind::input: s.start = py::cast<int64_t>(d["start"]); break;
+    case NetNodeKind::input: s.start = field<int64_t>(d, "start"); break;
     case NetNodeKind::conv: {
       s.weight = address_of<const float>(d, "weight");
       s.bias = address_of<const float>(d, "bias", true);
-      const py::tuple sizes = py::cast<py::tuple>(d["sizes"]);
+      const py::tuple sizes = field<py::tuple>(d, "sizes");
       for (size_t i = 0; i < 4; ++i) {
         s.sizes[i] = py::cast<int64_t>(sizes[i]);
         if (s.sizes[i] < 1 || s.sizes[i] > 1 << 20) throw py::value_error("sizes are out of range");
@@ -49,9 +52,9 @@ inline NetSpec net_spec(const pybind11::dict& d) {
       pair("stride", s.stride);
       pair("padding", s.padding);
       pair("dilation", s.dilation);
-      s.groups = py::cast<int64_t>(d["groups"]);
-      s.transposed = py::cast<bool>(d["transposed"]);
-      s.tiles = py::cast<bool>(d["tiles"]);
+      s.groups = field<int64_t>(d, "groups");
+      s.transposed = field<bool>(d, "transposed");
+      s.tiles = field<bool>(d, "tiles");
       if (s.stride[0] < 1 || s.stride[1] < 1 || s.dilation[0] < 1 || s.dilation[1] < 1 || s.groups < 1 ||
           s.sizes[0] % s.groups != 0) {
         throw py::value_error("stride, dilation or groups is out of range");
@@ -63,20 +66,20 @@ inline NetSpec net_spec(const pybind11::dict& d) {
       s.bias = address_of<const float>(d, "bias", true);
       break;
     case NetNodeKind::activation:
-      s.function = py::cast<int32_t>(d["function"]);
-      s.slope = py::cast<float>(d["slope"]);
+      s.function = field<int32_t>(d, "function");
+      s.slope = field<float>(d, "slope");
       if (s.function < 0 || s.function >= FUNCTIONS) throw py::value_error("function is out of range");
       break;
     case NetNodeKind::add:
-      for (const py::handle& c : py::cast<py::tuple>(d["coefficients"])) s.coefficients.push_back(py::cast<float>(c));
+      for (const py::handle& c : field<py::tuple>(d, "coefficients")) s.coefficients.push_back(py::cast<float>(c));
       if (s.coefficients.size() != s.xs.size()) throw py::value_error("coefficients do not fit what is read");
       [[fallthrough]];
     case NetNodeKind::affine:
       s.shift = address_of<const float>(d, "shift", true);
-      s.shift_per_chain = py::cast<bool>(d["shift_per_chain"]);
+      s.shift_per_chain = field<bool>(d, "shift_per_chain");
       if (s.kind == NetNodeKind::affine) {
         s.scale = address_of<const float>(d, "scale");
-        s.scale_per_chain = py::cast<bool>(d["scale_per_chain"]);
+        s.scale_per_chain = field<bool>(d, "scale_per_chain");
       }
       break;
     case NetNodeKind::product:
@@ -86,12 +89,12 @@ inline NetSpec net_spec(const pybind11::dict& d) {
     case NetNodeKind::logsumexp:
       s.index = address_of<const int64_t>(d, "index");
       s.index_weight = address_of<const float>(d, "index_weight", true);
-      s.terms = py::cast<int64_t>(d["terms"]);
+      s.terms = field<int64_t>(d, "terms");
       if (s.terms < 1 || s.terms > most) throw py::value_error("terms is out of range");
       break;
     case NetNodeKind::norm:
-      s.groups = py::cast<int64_t>(d["groups"]);
-      s.eps = py::cast<float>(d["eps"]);
+      s.groups = field<int64_t>(d, "groups");
+      s.eps = field<float>(d, "eps");
       break;
     case NetNodeKind::view: break;
   }
@@ -138,6 +141,12 @@ inline void bind_net(pybind11::module_& m, Isa (*isa_from)(const std::string&)) 
         py::arg("nodes"));
   m.def("net_energy", run, "One evaluation of a net, the same of a job without steps.", py::arg("job"),
         py::arg("nodes"));
+  m.def("net_tiles",
+        [isa_from](int64_t chains, int threads, const std::string& isa) {
+          return net_tiles(chains, isa_from(isa), threads);
+        },
+        "In how many tiles, each the work of one thread, a net cuts the chains.", py::arg("chains"), py::arg("threads"),
+        py::arg("isa"));
 }
 
 }  // namespace mmebm

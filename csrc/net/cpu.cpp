@@ -1078,14 +1078,20 @@ std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
 
 }  // namespace
 
+int64_t net_tiles(int64_t chains, Isa isa, int threads) {
+  int64_t total = 0;
+  for (const Part& part : parts_of(chains, isa, std::max(threads, 1))) total += part.count;
+  return total;
+}
+
 void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threads) {
   threads = std::max(threads, 1);
   std::vector<Part> parts = parts_of(job.chains, isa, threads);
   std::deque<Planner> planners;
-  int64_t total = 0, size = 0;
+  const int64_t total = net_tiles(job.chains, isa, threads);
+  int64_t size = 0;
   for (const Part& part : parts) {
     planners.emplace_back(job, nodes, *part.loops);
-    total += part.count;
     size = std::max(size, planners.back().plan().rows * part.loops->lanes);
   }
   threads = static_cast<int>(std::min<int64_t>(threads, total));

@@ -12,8 +12,10 @@
 
 namespace mmebm {
 
-// In the order of _KINDS in mmebm/ops/net/cpp.py.
 enum class NetNodeKind { input, view, conv, linear, activation, add, affine, product, map, norm, logsumexp };
+// The same by name.
+constexpr const char* NET_NODE_KINDS[] = {"input",  "view",    "conv", "linear", "activation", "add",
+                                          "affine", "product", "map",  "norm",   "logsumexp"};
 
 // A node as the caller describes it; fields as the kind needs them. Addresses are the caller's.
 struct NetSpec {
@@ -42,5 +44,8 @@ struct NetSpec {
 // Runs `job` on up to `threads` threads. Throws std::invalid_argument where an index is out of range or sizes do not
 // fit together, and std::bad_alloc where a net needs more memory than there is.
 void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threads);
+
+// In how many tiles, each the work of one thread, it cuts the chains.
+int64_t net_tiles(int64_t chains, Isa isa, int threads);
 
 }  // namespace mmebm

@@ -512,7 +512,8 @@ struct Net {
   }
 
   void backward() const {
-    store(row(value(plan.last).grad), setf(1.0f));
+    const NetValue& last = value(plan.last);
+    store(row(last.grad + last.at(0, 0)), setf(1.0f));  // a convolution's value has a border
     for (int64_t k = plan.node_count - 1; k >= 0; --k) {
       const NetNode& n = plan.nodes[k];
       const NetValue& out = value(n.out);
@@ -590,7 +591,8 @@ void tile(const ChainJob& job, const NetPlan& plan, int64_t first, float* arena)
   const auto evaluate = [&](bool energy) {
     net.forward();
     net.backward();
-    if (energy) store(t.energy, load(net.row(plan.values[plan.last].value)));
+    const NetValue& last = plan.values[plan.last];
+    if (energy) store(t.energy, load(net.row(last.value + last.at(0, 0))));
   };
   if (job.gradient) {
     evaluate(true);

@@ -1,4 +1,4 @@
-// mmebm._cpu.residual. mmebm/ops/residual.py checks tensors, keeps them alive and passes addresses.
+// mmebm._cpu.residual, called by mmebm/ops/residual/cpp.py.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,67 +7,61 @@
 #include <string>
 #include <vector>
 
+#include "common/bind.h"
 #include "residual/cpu.h"
 
 namespace mmebm {
 
-// A tuple as `_describe` in mmebm/ops/residual.py makes it, in the order of the casts.
-inline ResidualTensor residual_tensor(const pybind11::tuple& from, int64_t chains) {
-  namespace py = pybind11;
-  if (from.size() != 14) throw py::value_error("a modality has 14 entries");
-  size_t next = 0;
-  const auto integer = [&from, &next] { return from[next++].cast<int64_t>(); };
-  const auto number = [&from, &next] { return from[next++].cast<double>(); };
-  const auto address = [&from, &next] { return from[next++].cast<uintptr_t>(); };
+// The fields of a modality:
+//   likelihood, positions, classes   // a Likelihood; terms of a chain; predictions of each term
+//   prediction, storage              // [chains, classes, positions]; storage: a Storage
+//   target, target_storage           // [chains, positions]; int64 where categorical
+//   observed, observed_rows          // [chains, or 1 without observed_rows, positions] bool, optional
+//   scale, scales, weight, weights   // a number, or [chains] float32 where the address is not 0
+//   grad                             // as prediction, optional
+inline ResidualTensor residual_tensor(const pybind11::dict& d, int64_t chains) {
+  const int likelihood = field<int>(d, "likelihood");
   ResidualTensor t;
-  const int64_t likelihood = integer();
-  t.positions = integer();
-  t.classes = integer();
-  const int64_t storage = integer(), target_storage = integer();
-  t.prediction = reinterpret_cast<const void*>(address());
-  t.target = reinterpret_cast<const void*>(address());
-  t.observed = reinterpret_cast<const uint8_t*>(address());
-  t.observed_rows = integer() != 0;
-  t.scale.value = number();
-  t.scale.values = reinterpret_cast<const float*>(address());
-  t.weight.value = number();
-  t.weight.values = reinterpret_cast<const float*>(address());
-  t.grad = reinterpret_cast<void*>(address());
-  if (likelihood < 0 || likelihood > 2 || storage < 0 || storage > 2 || target_storage < 0 || target_storage > 2) {
-    throw py::value_error("a likelihood or storage is not in [0, 2]");
-  }
+  t.positions = field<int64_t>(d, "positions");
+  t.classes = field<int64_t>(d, "classes");
   const int64_t most = int64_t{1} << 40;
+  if (likelihood < 0 || likelihood > 2) throw pybind11::value_error("likelihood is not in [0, 2]");
   if (t.positions < 0 || t.classes < 0 || t.positions > most || t.classes >= int64_t{1} << 31 ||
       (t.classes > 0 && t.positions > most / t.classes) || (likelihood != 2 && t.classes != 1)) {
-    throw py::value_error("positions or classes are out of range");
-  }
-  if (chains > 0 && t.positions * t.classes > 0 && (!t.prediction || !t.target)) {
-    throw py::value_error("an address is null");
+    throw pybind11::value_error("positions or classes are out of range");
   }
   t.likelihood = static_cast<Likelihood>(likelihood);
-  t.storage = static_cast<Storage>(storage);
-  t.target_storage = static_cast<Storage>(target_storage);
+  t.storage = storage_from(field<int>(d, "storage"));
+  t.target_storage = storage_from(field<int>(d, "target_storage"));
+  const bool empty = chains == 0 || t.positions * t.classes == 0;
+  t.prediction = address_of<const void>(d, "prediction", empty);
+  t.target = address_of<const void>(d, "target", empty);
+  t.observed = address_of<const uint8_t>(d, "observed", true);
+  t.observed_rows = field<bool>(d, "observed_rows");
+  t.scale = {field<double>(d, "scale"), address_of<const float>(d, "scales", true)};
+  t.weight = {field<double>(d, "weight"), address_of<const float>(d, "weights", true)};
+  t.grad = address_of<void>(d, "grad", true);
   return t;
 }
 
 inline void bind_residual(pybind11::module_& m, Isa (*isa_from)(const std::string&)) {
   namespace py = pybind11;
   m.def("residual",
-        [isa_from](const py::list& modalities, int64_t chains, uintptr_t value_ptr, int threads,
-                   const std::string& isa) {
+        [isa_from](const py::dict& job) {
+          const int64_t chains = field<int64_t>(job, "chains");
           if (chains < 0) throw py::value_error("chains must not be negative");
-          if (value_ptr == 0 && chains > 0) throw py::value_error("value_ptr is null");
+          float* value = address_of<float>(job, "value", chains == 0);
           std::vector<ResidualTensor> tensors;
-          tensors.reserve(modalities.size());
-          for (const py::handle& each : modalities) {
-            tensors.push_back(residual_tensor(each.cast<py::tuple>(), chains));
+          for (const py::handle& each : field<py::list>(job, "modalities")) {
+            tensors.push_back(residual_tensor(py::cast<py::dict>(each), chains));
           }
-          const Isa chosen = isa_from(isa);
+          const Isa isa = isa_from(field<std::string>(job, "isa"));
+          const int threads = field<int>(job, "threads");
           py::gil_scoped_release release;
-          residual(tensors, chains, reinterpret_cast<float*>(value_ptr), threads, chosen);
+          residual(tensors, chains, value, threads, isa);
         },
-        "Fill float32 (chains,) at value_ptr with the sum over modalities, and their gradients.", py::arg("modalities"),
-        py::arg("chains"), py::arg("value_ptr"), py::arg("threads") = 1, py::arg("isa") = "auto");
+        "Fill `value`, float32 [chains], with the sum over `modalities`, and their gradients; chains, threads, isa.",
+        py::arg("job"));
 }
 
 }  // namespace mmebm

@@ -6,16 +6,20 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmebm.cli.common import pick_device
+from mmebm.cli.evaluate import classes_shared, split_features
 from mmebm.evaluation import figures
 from mmebm.evaluation.latent import encoders, interpolate_prior, latent_report
+from mmebm.evaluation.matching import Features, match_report, match_table
 from mmebm.files import check_writable
 from mmebm.report import pictures
 from mmebm.report.sections import columns_of
 from mmebm.training.run import Run, read_log
 
 COLUMNS, PATHS = 12, 3
+SCORED = 256  # rows of the score of captions
 
 
 def figure(arguments: argparse.Namespace) -> int:
@@ -26,14 +30,21 @@ def figure(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out must end in .png, got {arguments.out!r}")
     check_writable(out)
     folders = list(dict.fromkeys(Path(run) for run in arguments.run))
+    if arguments.features and number not in ("7", "8"):
+        raise ValueError(f"--features are for the score of captions, of figures 7 and 8, got figure {number}")
+    arguments.result = {}
     if number in SEVERAL:
         written = [SEVERAL[number](folders, out)]
     else:
         if len(folders) > 1:
             raise ValueError(f"figure {number} is of one run, got {len(folders)}")
         run = Run(folders[0], pick_device(arguments.device), data_path=arguments.data_path)
+        functions = split_features(arguments.features, run)[1]
         written = ONE[number](run, out, arguments.seed)
-    arguments.result = {"out": [str(path) for path in written]}
+        if number in ("7", "8") and (score := caption_score(run, number, functions, arguments.seed)):
+            arguments.result["matching"] = score
+            print(match_table(score))
+    arguments.result["out"] = [str(path) for path in written]
     print("\n".join(map(str, written)))
     return 0
 
@@ -63,9 +74,13 @@ def coherence_and_distance(folders: Sequence[Path], out: Path) -> Path:
         if ways and "1" in ways[-1]["by_given"]:
             given.setdefault(model, []).append((beta, last["frechet"], ways[-1]["by_given"]["1"]))
 
+    # one preset's variants by their own names
+    presets = {model.partition("/")[0] for model in joint}
+    short = {model: model.partition("/")[2] or model if len(presets) == 1 else model for model in joint}
+
     def noted(models: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[str, list[tuple[float, float, str]]]:
         return {
-            model: [(x, y, f"{beta:g}" if len(points) > 1 else "") for beta, x, y in sorted(points)]
+            short[model]: [(x, y, f"β={beta:g}" if len(points) > 1 else "") for beta, x, y in sorted(points)]
             for model, points in models.items()
         }
 
@@ -115,6 +130,14 @@ def paths(run: Run, out: Path, seed: int) -> list[Path]:
     return [figures.interpolation_grid(strips, out)]
 
 
+def caption_score(run: Run, number: str, functions: Mapping[str, Features], seed: int) -> dict[str, Any]:
+    """How well captions fit images: in joint samples of the last point (figure 7), or in completions (8)."""
+    point = (run.points or ("vae",))[-1]
+    points = {point: run.sample(SCORED, point, seed=seed)} if number == "7" else {}
+    ways = {} if number == "7" else run.completions()
+    return match_report(points, ways, run.dataset("test"), run.dataset("train"), functions, n=SCORED, seed=seed)
+
+
 def completions(run: Run, out: Path, seed: int) -> list[Path]:
     """Figures 8 and 10: each modality given alone, and the others as every way completes them."""
     written = pictures.completions(run, out, seed=seed)
@@ -125,12 +148,14 @@ def completions(run: Run, out: Path, seed: int) -> list[Path]:
 
 def classes(run: Run, out: Path, seed: int) -> list[Path]:
     """Figure A.1: accuracy of classes read off z by the number of modalities, before and after the latent chain."""
+    if not classes_shared(run):
+        raise ValueError("there is no class to read off z: the set has none, or its test tuples are of other classes")
     found = latent_report(encoders(run.system), run.dataset("train"), run.dataset("test"), seed=seed)
     of = found["mean, 500 rows"]
     sizes = [int(size) for size in of["q"]["by_given"]]
     panel = {name: list(of[key]["by_given"].values()) for key, name in (("q", "q(z | x)"), ("z_k", "z_k"))}
     title = "accuracy of classes read off z"
-    return [figures.lines({title: panel}, out, x=sizes, label="modalities given", columns=1)]
+    return [figures.lines({title: panel}, out, x=sizes, label="modalities given", columns=1, counts=True)]
 
 
 SEVERAL: dict[str, Callable[[Sequence[Path], Path], Path]] = {

@@ -216,7 +216,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NETWORK",
-        help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your weights",
+        help="distances on images by lite0 (the package is in the extra 'features') or by inception:FILE, your "
+        "weights; for the score of captions MODALITY=package.module:function, of your own",
     )
     more.add_argument(
         "--judge",
@@ -257,6 +258,13 @@ def parser() -> argparse.ArgumentParser:
     figure.add_argument("figure", choices=("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "A.1"), help="its number")
     of_run(figure, "+")
     figure.add_argument("--out", default=None, help="the .png to write (default: figure-N.png, here)")
+    figure.add_argument(
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="NETWORK",
+        help="for the score of captions of 7 and 8: MODALITY=package.module:function, lite0 or inception:FILE",
+    )
     figure.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     device(figure)
 

@@ -34,7 +34,8 @@ class Progress:
     """
 
     def __init__(self, stages: Sequence[Stage], iteration: int, *, quiet: bool = False) -> None:
-        self.stages, self.quiet = stages, quiet
+        self.stages: Sequence[Stage] = stages
+        self.quiet: bool = quiet
         self.tqdm: Any = None
         if not quiet and sys.stderr.isatty():
             try:
@@ -45,9 +46,9 @@ class Progress:
                 ) from error
             self.tqdm = tqdm
         self.bar: Any = None
-        self.stage = -1
-        self.iteration = iteration
-        self.said = 0.0
+        self.stage: int = -1
+        self.iteration: int = iteration
+        self.said: float = 0.0
 
     def __enter__(self) -> Progress:
         return self

@@ -24,7 +24,6 @@ from mmebm.plugins import Logger, find, import_modules
 from mmebm.training import PRESETS, Callback, Config, Trainer, checkpoint, fitting, parallel, preset
 from mmebm.training.config import extended, merged, override
 from mmebm.training.loggers import TensorBoard, logger
-from mmebm.training.networks import chain_reports
 from mmebm.training.reading import keep_codecs
 from mmebm.training.run import CHECKPOINT, LOG, Run, load_data
 from mmebm.training.settings import read_file, to_toml
@@ -221,7 +220,7 @@ def dry_run(config: Config, device: torch.device) -> dict[str, Any]:
     print(
         f"  latent {model.latent}; parameters: {', '.join(f'{name} {size:,}' for name, size in sizes.items() if size)}"
     )
-    reports = chain_reports(trainer.system)
+    reports = trainer.chain_reports()
     for name, line in reports.items():
         print(f"{name}: {line}")
     times = [row["seconds_per_iteration"] for row in trainer.run()][1::2]  # the first of two also warms up
@@ -307,7 +306,7 @@ def prepare(
             f"{folder}: {config.preset} on {data.name} ({len(data)} tuples), {device}, "
             f"{trainer.total - trainer.iteration} iterations"
         )
-        for name, line in chain_reports(trainer.system).items():
+        for name, line in trainer.chain_reports().items():
             print(f"{name}: {line}")
     return trainer
 

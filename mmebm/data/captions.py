@@ -28,7 +28,7 @@ from mmebm.data.packages import pillow
 from mmebm.data.pairing import below, choose, random_words
 from mmebm.data.pools import FilePool, held
 from mmebm.data.text_codec import TextAutoencoder, fit_text_autoencoder
-from mmebm.files import check_writable
+from mmebm.files import FolderLock, check_writable
 
 __all__ = ["ImageCaptions", "cache_folder", "caption_codec", "check_option", "image_files"]
 
@@ -39,7 +39,7 @@ Ints = NDArray[np.int64]
 Codec = str | os.PathLike[str] | TextCodec | None
 Take = Literal["all", "one"]
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -77,28 +77,42 @@ def caption_codec(
         train = list(captions())
         key = json.dumps([CODEC_SEED, settings, train], sort_keys=True)
         path = cache_folder() / f"captions-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-        if path.exists():
-            try:
-                model = TextAutoencoder.load(path)
-            except (FileNotFoundError, ValueError) as error:
-                raise ValueError(f"{error}; delete it, and another is fitted") from error
-        else:
-            try:
-                check_writable(path)
-            except OSError as error:
-                raise ValueError(
-                    f"a text autoencoder must be fitted to the captions of {name!r}, which takes a while, "
-                    f"and could not be kept: {error}. Set XDG_CACHE_HOME to a folder that can be written, "
-                    "or give codec="
-                ) from error
+        model = _kept(path) or _fitted(name, train, path, settings)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return model, {"codec": "TextAutoencoder", "file": str(path), "sha256": digest, "dim": model.dim, **model.info}
+
+
+def _kept(path: Path) -> TextAutoencoder | None:
+    """The codec that was kept at ``path``; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return TextAutoencoder.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error}; delete it, and another is fitted") from error
+
+
+def _fitted(name: str, train: Sequence[str], path: Path, settings: dict[str, Any]) -> TextAutoencoder:
+    """A codec fitted now and kept at ``path``, by one process: those that want the same wait for it."""
+    try:
+        check_writable(path)
+        lock = FolderLock(path.with_suffix(".fitting"), wait=True)
+    except OSError as error:
+        raise ValueError(
+            f"a text autoencoder must be fitted to the captions of {name!r}, which takes a while, and could not be "
+            f"kept: {error}. Set XDG_CACHE_HOME to a folder that can be written, or give codec="
+        ) from error
+    try:
+        if (model := _kept(path)) is None:
             # A warning because it takes a while and there is nothing else to see
             logger.warning(
                 "fitting a text autoencoder to the %d captions of %r, once; it is kept in %s", len(train), name, path
             )
             model = fit_text_autoencoder(train, seed=CODEC_SEED, log=logger.info, **settings)
             model.save(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return model, {"codec": "TextAutoencoder", "file": str(path), "sha256": digest, "dim": model.dim, **model.info}
+        return model
+    finally:
+        lock.release(remove_empty=True)
 
 
 def check_option(name: str, value: object, known: Sequence[str]) -> None:

@@ -42,7 +42,8 @@ def coco(
 
     ``path`` is the folder that holds ``annotations/captions_{train,val}{2014,2017}.json`` and the images in
     ``{train,val}{2014,2017}/`` or ``images/{train,val}{2014,2017}/``, under the names that the annotations give. The
-    test split here is COCO's "val": its own test split has no public captions.
+    test split here is COCO's "val": its own test split has no public captions. Images that are listed and not there are
+    left out, with a warning that says how many: a part of the set is a set.
 
     Args:
         split: ``"train"`` or ``"test"``.
@@ -72,12 +73,12 @@ def coco(
         raise ValueError(f"year must be 2014 or 2017, got {year!r}")
     root = Path(path)
     year = year or next((year for year in YEARS if _annotations(root, split, year).is_file()), YEARS[0])
-    found = _read(root, split, year)
+    names, captions_of = _captions(_annotations(root, split, year))
+    found = _images(root, split, year, names, captions_of)
 
     def train() -> list[str]:
-        if split == "train":
-            return [caption for own in found.captions for caption in own]
-        return [caption for own in _captions(_annotations(root, "train", year))[1].values() for caption in own]
+        every = captions_of if split == "train" else _captions(_annotations(root, "train", year))[1]
+        return [caption for own in every.values() for caption in own]
 
     fitted = caption_codec("coco", train, codec, dim=dim, **SETTINGS)
     options = {"n": n, "size": size, "captions": captions, "year": year, "stream": stream, "dim": dim}
@@ -147,20 +148,25 @@ def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     return of, captions
 
 
-def _read(root: Path, split: Split, year: int) -> ImageCaptions:
-    file = _annotations(root, split, year)
-    names, captions = _captions(file)
-    part = f"{PART[split]}{year}"
+def _images(
+    root: Path, split: Split, year: int, names: dict[int, str], captions: dict[int, list[str]]
+) -> ImageCaptions:
+    """The images that are there; a part of COCO is COCO, too."""
+    file, part = _annotations(root, split, year), f"{PART[split]}{year}"
     folders = (root / part, root / "images" / part)
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"no images: looked for {' and '.join(map(str, folders))}")
-    there = {entry.name for entry in os.scandir(folder)}
-    absent = sorted(name for name in names.values() if name not in there)
-    if absent:
+    listed = {entry.name for entry in os.scandir(folder)}
+    there = [number for number, name in names.items() if name in listed]
+    if absent := sorted(set(names.values()) - listed):
         first = folder / absent[0]
-        raise FileNotFoundError(f"{first} is missing ({len(absent)} such images), and {file} lists it")
-    labels = np.full(len(names), -1, dtype=np.int64)
-    sources = [{"what": "COCO", "folder": str(folder), "annotations": str(file)}]
-    images = [folder / name for name in names.values()]
-    return ImageCaptions("coco", split, images, list(captions.values()), labels, (), sources)
+        if not there:
+            raise FileNotFoundError(f"{first} is missing, and so are all {len(absent)} images that {file} lists")
+        skipped = Skipped()
+        skipped.add(f"an image that {file.name} lists is missing and left out", str(first), len(absent))
+        skipped.say()
+    labels = np.full(len(there), -1, dtype=np.int64)
+    sources = [{"what": "COCO", "folder": str(folder), "annotations": str(file), "missing": len(absent)}]
+    images = [folder / names[number] for number in there]
+    return ImageCaptions("coco", split, images, [captions[number] for number in there], labels, (), sources)

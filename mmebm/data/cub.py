@@ -20,6 +20,7 @@ __all__ = ["cub"]
 
 PER_IMAGE: Final = 10
 TEXT: Final = {"train": "text_trainvalclasses.txt", "test": "text_testclasses.txt"}
+TEXTS: Final = ("text_c10", "cvpr2016_cub/text_c10", "birds/text_c10", "text")
 # Published loaders keep words seen more than three times, and 32 places
 SETTINGS: Final[dict[str, Any]] = {"length": 32, "least": 4, "hidden": 256, "batch": 128, "learning_rate": 2e-3}
 
@@ -44,7 +45,8 @@ def cub(
       of a text belongs to image ``i // 10`` in the order of sorted folders and sorted names; the splits have different
       species. A text is read by line and never by sentence: some lines hold two.
     * ``CUB_200_2011`` as published: ``images.txt``, ``train_test_split.txt``, ``images/``; and ``text_c10`` in it or
-      beside it, with ``{NNN.Class}/{image}.txt``, a caption a line. Both splits have all species.
+      beside it (also in ``cvpr2016_cub`` or ``birds``, or named ``text``), with ``{NNN.Class}/{image}.txt``, a caption
+      a line. Both splits have all species. An image without a file or without captions is left out, with a warning.
 
     Args:
         split: ``"train"`` or ``"test"``.
@@ -183,25 +185,37 @@ def _published(root: Path, split: Split) -> ImageCaptions:
     if other or set(in_train.values()) - {"0", "1"}:
         what = f"image {other[0]} is in one and not in the other" if other else "it holds something else than 0 and 1"
         raise ValueError(f"{root / 'train_test_split.txt'} does not fit {root / 'images.txt'}: {what}")
-    folders = (root / "text_c10", root.parent / "text_c10")
+    # beside CUB_200_2011 or in it, or as the archives of captions unpack there
+    folders = [at / below for at in (root, root.parent) for below in TEXTS]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
             f"no captions: looked for {' and '.join(map(str, folders))}, with a file "
             "{NNN.Class}/{image}.txt for each image"
         )
+
+    def text_of(name: str) -> Path:
+        return folder / Path(name).with_suffix(".txt")
+
     classes = tuple(sorted({name.split("/")[0] for name in names.values()}))
     number_of = {name: k for k, name in enumerate(classes)}
     chosen = [names[number] for number in names if (in_train[number] == "1") == (split == "train")]
     if not chosen:
         raise ValueError(f"{root / 'train_test_split.txt'} has no image of the {split} split")
-    images = [root / "images" / name for name in chosen]
-    absent = [file for file in images if not file.is_file()]
-    if absent:
-        raise FileNotFoundError(f"{absent[0]} is missing ({len(absent)} such images), and images.txt lists it")
+    # paired by name: what is missing moves nothing else
     skipped, captions = Skipped(), []
+    for what, file_of in (("image", lambda name: root / "images" / name), ("file of captions", text_of)):
+        there = [name for name in chosen if file_of(name).is_file()]
+        if len(there) < len(chosen):
+            first = file_of(min(set(chosen) - set(there)))
+            if not there:
+                raise FileNotFoundError(f"{first} is missing, and so is every {what} of the {split} split")
+            lost = f"an image of images.txt whose {what} is missing is left out"
+            skipped.add(lost, str(first), len(chosen) - len(there))
+        chosen = there
+    images = [root / "images" / name for name in chosen]
     for name in chosen:
-        file = folder / Path(name).with_suffix(".txt")
+        file = text_of(name)
         captions.append(read_lines(file, skipped))
         if "" in captions[-1]:
             skipped.add(

@@ -46,7 +46,7 @@ class CharacterCodec:
     """
 
     def __init__(self, length: int = LENGTH, alphabet: str = ALPHABET) -> None:
-        self.length = check_count("length", length)
+        self.length: int = check_count("length", length)
         if not alphabet.startswith(" ") or len(set(alphabet)) != len(alphabet):
             raise ValueError(f"alphabet must be distinct characters, the first a space, got {alphabet!r}")
         self.alphabet = alphabet

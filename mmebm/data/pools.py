@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class ArrayPool:
             space; by default they are taken as they are.
     """
 
-    values: NDArray
+    values: NDArray[Any]
     modality: Modality
     source: str
     prepare: Callable[[NDArray], NDArray] = np.asarray
@@ -124,7 +125,7 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[2]} pixels, {shape[0]} channels" if len(shape) == 3 else f"shape {shape}"
 
 
-def average_areas(images: NDArray, size: int) -> NDArray[np.float64]:
+def average_areas(images: NDArray[Any], size: int) -> NDArray[np.float64]:
     """Images ``(..., H, H)`` made smaller: the means of their square areas, float64 ``(..., size, size)``.
 
     Means of bytes are exact, whatever the order of summation.

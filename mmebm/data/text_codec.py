@@ -103,16 +103,18 @@ class TextAutoencoder(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, settings: TextSettings, info: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.vocabulary, self.settings, self.info = vocabulary, settings, dict(info or {})
+        self.vocabulary: Vocabulary = vocabulary
+        self.settings: TextSettings = settings
+        self.info: dict[str, Any] = dict(info or {})
         sizes = settings
-        self.words = nn.Embedding(len(vocabulary), sizes.embedding)
+        self.words: nn.Embedding = nn.Embedding(len(vocabulary), sizes.embedding)
         nn.init.normal_(self.words.weight, std=sizes.embedding**-0.5)  # its rows are the output layer's, too
-        self.reader = nn.GRU(sizes.embedding, sizes.hidden, batch_first=True, bidirectional=True)
-        self.to_code = nn.Linear(2 * sizes.hidden, sizes.dim)
-        self.to_state = nn.Linear(sizes.dim, sizes.hidden)
-        self.writer = nn.GRU(sizes.embedding + sizes.dim, sizes.hidden, batch_first=True)
-        self.to_word = nn.Linear(sizes.hidden, sizes.embedding)
-        self.bias = nn.Parameter(torch.zeros(len(vocabulary)))
+        self.reader: nn.GRU = nn.GRU(sizes.embedding, sizes.hidden, batch_first=True, bidirectional=True)
+        self.to_code: nn.Linear = nn.Linear(2 * sizes.hidden, sizes.dim)
+        self.to_state: nn.Linear = nn.Linear(sizes.dim, sizes.hidden)
+        self.writer: nn.GRU = nn.GRU(sizes.embedding + sizes.dim, sizes.hidden, batch_first=True)
+        self.to_word: nn.Linear = nn.Linear(sizes.hidden, sizes.embedding)
+        self.bias: nn.Parameter = nn.Parameter(torch.zeros(len(vocabulary)))
 
     @property
     def dim(self) -> int:

@@ -45,7 +45,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = [nn.Flatten()]
         for i, (a, b) in enumerate(itertools.pairwise((inputs, *hidden, 1))):
             layers += ([_MODULES[activation]()] if i else []) + [nn.Linear(a, b)]
-        self.net = nn.Sequential(*layers)
+        self.net: nn.Sequential = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(chains, ...) -> (chains,)."""

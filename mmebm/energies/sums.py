@@ -27,11 +27,11 @@ class Sum(nn.Module):
         super().__init__()
         if not energies or not all(callable(e) for e in energies):
             raise TypeError(f"Sum takes at least one energy, each callable, got {energies!r:.80}")
-        self.weights = [1.0] * len(energies) if weights is None else [float(w) for w in weights]
+        self.weights: list[float] = [1.0] * len(energies) if weights is None else [float(w) for w in weights]
         if len(self.weights) != len(energies):
             raise ValueError(f"weights must be {len(energies)} numbers, one per energy, got {len(self.weights)}")
-        self.energies = list(energies)
-        self.parts = nn.ModuleList(e for e in energies if isinstance(e, nn.Module))
+        self.energies: list[Callable[..., Any]] = list(energies)
+        self.parts: nn.ModuleList = nn.ModuleList(e for e in energies if isinstance(e, nn.Module))
 
     def forward(self, x: Any) -> Tensor:
         """The state -> (chains,)."""

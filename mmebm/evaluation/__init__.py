@@ -4,6 +4,7 @@ classifiers   one small judge per modality, trained here and always in eval mode
 metrics       coherence, chance, balance, Frechet and kernel distances: pure functions of predictions and features
 features      networks trained elsewhere whose features the distances may be taken on
 latent        classes read off the latent before and after its chain; interpolation
+matching      how well a caption fits an image
 heldout       tuples that training never saw: likely, rebuilt, found and imitated, with or without labels
 likelihood    log p(X) of the generator by annealed importance sampling
 sweep         metrics against the number of test-time steps

@@ -41,7 +41,7 @@ class Network(nn.Module):
     def __init__(self, features: nn.Module, classes: int) -> None:
         super().__init__()
         self.features = features
-        self.head = nn.Linear(FEATURES, classes)
+        self.head: nn.Linear = nn.Linear(FEATURES, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -135,8 +135,8 @@ class Classifiers:
     ) -> None:
         self.classes = classes
         self.modalities = modalities
-        self.accuracy = dict(accuracy)
-        self.device = torch.device(device)
+        self.accuracy: dict[str, float] = dict(accuracy)
+        self.device: torch.device = torch.device(device)
         self._networks = {
             name: None if net is None else net.to(self.device).eval().requires_grad_(False)
             for name, net in networks.items()

@@ -74,8 +74,10 @@ class Reference:
         names = [extractor.name for extractor in features]
         if len(set(names)) < len(names) or OWN in names:
             raise ValueError(f"features must have distinct names, other than {OWN!r}, got {names}")
-        self.modalities, self.classifiers, self.n_classes = tuple(modalities), classifiers, n_classes
-        self.extractors = tuple(features)
+        self.modalities: tuple[Any, ...] = tuple(modalities)
+        self.classifiers: Classifiers | None = classifiers
+        self.n_classes: int = n_classes
+        self.extractors: tuple[FeatureExtractor, ...] = tuple(features)
         self._real, self._tuples = self.features(real), _first(real)
 
     def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

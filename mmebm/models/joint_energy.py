@@ -41,7 +41,7 @@ class JointEnergy(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.shapes = dict(shapes)
+        self.shapes: dict[str, tuple[int, ...]] = dict(shapes)
         self.scale = scale
         trunks: dict[str, nn.Module] = {}
         total = 0
@@ -51,8 +51,8 @@ class JointEnergy(nn.Module):
                 encoder(shape, features, net=net, width=trunk_width, depth=depth, act=act) if conv else nn.Flatten()
             )
             total += features if conv else math.prod(shape)
-        self.trunks = nn.ModuleDict(trunks)
-        self.fusion = mlp([total, *[width] * depth, 1], act)
+        self.trunks: nn.ModuleDict = nn.ModuleDict(trunks)
+        self.fusion: nn.Sequential = mlp([total, *[width] * depth, 1], act)
         if spectral:
             spectral_norm(self)
 

@@ -62,8 +62,10 @@ class LatentPrior(nn.Module):
         self, latent: int, sampler: Langevin, steps: int, *, width: int = 128, depth: int = 2, act: str = "silu"
     ) -> None:
         super().__init__()
-        self.latent, self.sampler, self.steps = latent, sampler, steps
-        self.net = mlp([latent, *[width] * depth, 1], act)
+        self.latent: int = latent
+        self.sampler: Langevin = sampler
+        self.steps: int = steps
+        self.net: nn.Sequential = mlp([latent, *[width] * depth, 1], act)
 
     def forward(self, z: Tensor) -> Tensor:
         """(n, latent) -> (n,)."""
@@ -84,7 +86,10 @@ class OwnPrior(LatentPrior):
 
     def __init__(self, latent: int, sampler: Langevin, steps: int, net: nn.Module) -> None:
         nn.Module.__init__(self)
-        self.latent, self.sampler, self.steps, self.net = latent, sampler, steps, net
+        self.latent: int = latent
+        self.sampler: Langevin = sampler
+        self.steps: int = steps
+        self.net: nn.Module = net
 
     def forward(self, z: Tensor) -> Tensor:
         """(n, latent) -> (n,)."""

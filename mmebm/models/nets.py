@@ -62,7 +62,8 @@ class Residual(nn.Module):
 
     def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
-        self.body, self.shortcut = body, shortcut
+        self.body: nn.Module = body
+        self.shortcut: nn.Module = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut(x) + 0.1 * self.body(x)

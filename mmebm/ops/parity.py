@@ -515,7 +515,7 @@ def _dynamics(module: ModuleType, backend: str, device: torch.device) -> Iterato
     prob, accepted, error = (torch.zeros(chains, dtype=torch.float32, device=_CPU) for _ in range(3))
     total = torch.zeros(chains, dtype=torch.float64, device=_CPU)
     ever = torch.zeros(chains, dtype=torch.bool, device=_CPU)
-    op.set_outputs(prob, accepted, error, total, ever)
+    op.set_outputs(accept_prob=prob, accepted=accepted, energy_error=error, prob_sum=total, ever_accepted=ever)
     op.hmc_start(step)
     op.leap([g[1]])
     op.hmc_end([g[2]], new_energy, step)

@@ -29,7 +29,7 @@ from mmebm.samplers.samples import NONFINITE, NonFinite, Samples, report_nonfini
 from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.settings import choice
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
-from mmebm.samplers.watch import Callback, Watch
+from mmebm.samplers.watch import Watch
 from mmebm.state import State, flag, flatten, like_state
 
 S = TypeVar("S", bound=State)  # the state's structure
@@ -46,9 +46,11 @@ class Steps:
     shapes: Mapping[str, tuple[int, ...]] = {}
 
     def __init__(self, p: Problem, x: list[Tensor]) -> None:
-        self.problem, self.x = p, x
-        self.chains, self.device = x[0].shape[0], x[0].device
-        self.freeze = p.sampler.on_nonfinite == "freeze"
+        self.problem: Problem = p
+        self.x: list[Tensor] = x
+        self.chains: int = x[0].shape[0]
+        self.device: torch.device = x[0].device
+        self.freeze: bool = p.sampler.on_nonfinite == "freeze"
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         """Step ``k`` of this run; what of the step is recorded, where the problem asks for it."""
@@ -289,19 +291,13 @@ class Sampler:
         pairs = zip(x, out, p.masks, strict=True)
         return [t if mask is True else torch.where(mask, t, y) if mask is not False else y for t, y, mask in pairs]
 
-    def _sample(
-        self,
-        energy: Any,
-        state: State,
-        steps: int,
-        *,
-        inplace: bool = False,
-        progress: bool = False,
-        callback: Callback | None = None,
-        **arguments: Any,
-    ) -> Samples:
-        """``sample``, with the arguments of :func:`mmebm.samplers.arguments.resolve`."""
-        p, tensors, seed = resolve(self, energy, state, steps, inplace=inplace, **arguments)
+    def _sample(self, given: Mapping[str, Any]) -> Samples:
+        """``sample``, whose arguments by name are ``given``: those of :func:`mmebm.samplers.arguments.resolve`, what
+        the sampler carries, and ``progress`` and ``callback``."""
+        arguments = {name: value for name, value in given.items() if name not in ("self", *self.carries)}
+        progress, callback = arguments.pop("progress"), arguments.pop("callback")
+        carried = {name: given[name] for name in self.carries}
+        p, tensors, seed = resolve(self, carried=carried, **arguments)
         flag("progress", progress)
         watch = None
         if progress or callback is not None:
@@ -314,10 +310,10 @@ class Sampler:
             if watch is not None:
                 watch.close()
         taken = run.info.get("steps", p.steps)
-        if inplace:
+        if given["inplace"]:
             with torch.no_grad():
-                for given, new in zip(tensors, x, strict=True):
-                    given.copy_(new)
+                for t, new in zip(tensors, x, strict=True):
+                    t.copy_(new)
             x = tensors
         place = {"seed": seed, "steps": taken, "first_step": p.first_step, "next_step": p.first_step + taken}
         info = {**place, "nonfinite": broken, **run.info}

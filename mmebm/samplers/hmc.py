@@ -164,24 +164,7 @@ class HMC(Sampler):
             >>> bool((then.state == mmebm.HMC(0.1, adapt=20).sample(energy, x, 20, seed=0).state).all())
             True
         """
-        return self._sample(
-            energy,
-            state,
-            steps,
-            args=args,
-            kwargs=kwargs,
-            observed=observed,
-            carried={"adaptation": adaptation},
-            seed=seed,
-            generator=generator,
-            chain_offset=chain_offset,
-            first_step=first_step,
-            record=record,
-            thin=thin,
-            inplace=inplace,
-            progress=progress,
-            callback=callback,
-        )
+        return self._sample(locals())
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         rows = rows_of(self, _NUMBERS, p.keys, tensors, p.first_step, p.steps)
@@ -312,8 +295,7 @@ class _CppTrajectories(_Trajectories):
         }
         self.energy, self.g = torch.zeros_like(self.out["accepted"]), self.op.g
         self.op.set_energy(self.energy)
-        prob, accepted, error = self.out.values()
-        self.op.set_outputs(prob, accepted, error, self.prob_sum, self.ever)
+        self.op.set_outputs(**self.out, prob_sum=self.prob_sum, ever_accepted=self.ever)
         self._row: dict[str, list[Any]] | None = None
 
     def restart(self, energy: Tensor, g: list[Tensor]) -> None:

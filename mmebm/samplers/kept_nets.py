@@ -69,8 +69,8 @@ def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: 
     for kind in {type(item): None for item in seen if isinstance(item, nn.Module)}:
         for owner in kind.__mro__:
             if not in_library(owner):
-                fields = {n: v for n, v in vars(owner).items() if isinstance(v, _WORDS) and not n.startswith("__")}
-                key.add(fields)
+                own: list[tuple[str, Any]] = [each for each in vars(owner).items() if not each[0].startswith("__")]
+                key.add({name: value for name, value in own if isinstance(value, _WORDS)})
     return key
 
 
@@ -81,14 +81,15 @@ def trace(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     log_prob: bool = False,
-) -> Traced:
-    """As :func:`mmebm.energies.trace.trace`."""
+    only_kept: bool = False,
+) -> Traced | None:
+    """As :func:`mmebm.energies.trace.trace`; with ``only_kept`` None where the net is not kept."""
     kwargs = kwargs or {}
     seen = tracing.examined(energy, args, kwargs)
     key = _identity(energy, state, args, kwargs, seen)
     key.both(log_prob)
     if key.refusal is not None:
-        return tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)
+        return None if only_kept else tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)
     place = tuple(id(item) for item in seen if isinstance(item, nn.Module)), tuple(key.kind)
     with _lock:
         kept = _kept.get(place)
@@ -99,6 +100,8 @@ def trace(
         if same.tape.static:
             return same
         return tracing.retrace(same, dict(zip(map(id, kept.given), key.inputs, strict=True)), log_prob)
+    if only_kept:
+        return None
     found = tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)
     weights = [t for n in found.net.nodes if isinstance(n, (Conv, Linear)) for t in (n.weight, n.bias) if t is not None]
     found.tape.tie(key.held, key.inputs, weights)

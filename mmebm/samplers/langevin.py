@@ -331,27 +331,7 @@ class Langevin(Sampler):
             >>> out.trace["energy"].shape, out.trajectory["x"].shape, bool((out.state["y"] == 1).all())
             (torch.Size([20, 8]), torch.Size([2, 8, 2]), True)
         """
-        return self._sample(
-            energy,
-            state,
-            steps,
-            args=args,
-            kwargs=kwargs,
-            observed=observed,
-            blocks=blocks,
-            seed=seed,
-            generator=generator,
-            chain_offset=chain_offset,
-            first_step=first_step,
-            record=record,
-            thin=thin,
-            offload=offload,
-            inplace=inplace,
-            chunk_size=chunk_size,
-            differentiable=differentiable,
-            progress=progress,
-            callback=callback,
-        )
+        return self._sample(locals())
 
     def _without_steps(self) -> str | None:
         return 'bounds_at="end", as it is in no chain\'s end' if self.bounds_at == "end" else super()._without_steps()
@@ -505,48 +485,6 @@ def langevin(
         >>> x.shape
         torch.Size([100, 2])
     """
-    sampler = Langevin(
-        step_size,
-        noise_scale,
-        temperature,
-        noise_at=noise_at,
-        clamp_noise=clamp_noise,
-        grad_clip=grad_clip,
-        grad_norm_clip=grad_norm_clip,
-        norm_over=norm_over,
-        max_update=max_update,
-        prior_std=prior_std,
-        bounds=bounds,
-        bounds_at=bounds_at,
-        outside=outside,
-        project=project,
-        finish=finish,
-        accept=accept,
-        log_prob=log_prob,
-        score=score,
-        mode=mode,
-        rng=rng,
-        backend=backend,
-        precision=precision,
-        capture=capture,
-        on_nonfinite=on_nonfinite,
-    )
-    out = sampler.sample(
-        energy,
-        state,
-        steps,
-        args=args,
-        kwargs=kwargs,
-        observed=observed,
-        blocks=blocks,
-        seed=seed,
-        generator=generator,
-        chain_offset=chain_offset,
-        first_step=first_step,
-        inplace=inplace,
-        chunk_size=chunk_size,
-        differentiable=differentiable,
-        progress=progress,
-        callback=callback,
-    )
-    return out.state
+    given = locals()
+    options = {f.name: given.pop(f.name) for f in dataclasses.fields(Langevin) if f.init and f.name in given}
+    return Langevin(**options).sample(**given).state

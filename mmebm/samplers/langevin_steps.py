@@ -30,13 +30,17 @@ def run(p: Problem, tensors: list[Tensor]) -> Run:
 class LangevinSteps(Steps):
     """The steps of one run: holds what goes along the chain (frozen chains, the cached energy)."""
 
+    backend: str
+    reason: str
+    differentiates: bool
+
     def __init__(self, p: Problem, tensors: list[Tensor]) -> None:
         super().__init__(p, tensors)
-        sampler = self.sampler = p.sampler
+        sampler = p.sampler
         # the update takes the sign of a log density's gradient; the Metropolis test wants dE/dx
         score = (sampler.log_prob or sampler.score) and sampler.accept is None
-        self.target = Target.of(p, downhill=not score)
-        self.params = [[[row[i] for i in group] for group in p.blocks] for row in p.params]
+        self.target: Target = Target.of(p, downhill=not score)
+        self.params: list[list[list[Any]]] = [[[row[i] for i in group] for group in p.blocks] for row in p.params]
         self.steppers: list[op.Stepper] = []
         self.references: list[op.Stepper] = []
         self.backend, self.reason = "torch", "nothing to update"
@@ -64,22 +68,22 @@ class LangevinSteps(Steps):
         every = torch.ones(self.chains, dtype=torch.bool, device=self.device)
         self.alive = p.carried["alive"].clone() if "alive" in p.carried else every
         # who was accepted at all
-        self.ever = torch.zeros_like(self.alive) if sampler.accept is not None else None
+        self.ever: Tensor | None = torch.zeros_like(self.alive) if sampler.accept is not None else None
         # the accepted point's energy and gradients (by tensor) are the next update's: one gradient per update
         self.cached: tuple[Tensor | None, dict[int, Tensor]] | None = None
-        self.moving = p.moving
-        self.reuses = sampler.accept is not None and len(p.calls) == 1
+        self.moving: list[int] = p.moving
+        self.reuses: bool = sampler.accept is not None and len(p.calls) == 1
         self.temperatures: list[float | Tensor] = []
         if sampler.accept == "metropolis" and self.moving:
             names = [p.keys[i] for i in self.moving]
             self.temperatures = [metropolis.temperature([row[i] for i in self.moving], names) for row in p.params]
         # what a step must do besides the update, known before the chain starts
-        self.noise_first = sampler.noise_at == "before"
-        self.projects = any(function is not None for function in p.project)
-        self.stats = any(name not in ("energy", "accepted") for name in p.record)
-        self.wants_energy = not sampler.score
+        self.noise_first: bool = sampler.noise_at == "before"
+        self.projects: bool = any(function is not None for function in p.project)
+        self.stats: bool = any(name not in ("energy", "accepted") for name in p.record)
+        self.wants_energy: bool = not sampler.score
         # what may make a finite update of a gradient that is not
-        self.hides = (
+        self.hides: bool = (
             self.projects
             or sampler.outside == "reject"
             or any(
@@ -90,9 +94,9 @@ class LangevinSteps(Steps):
             )
         )
         revised = self.noise_first or self.projects or sampler.accept is not None or self.freeze
-        self.measures = "displacement" in p.record and revised
-        self.keeps_old = sampler.accept is not None or self.freeze or self.measures
-        self.test = self._test(tensors)
+        self.measures: bool = "displacement" in p.record and revised
+        self.keeps_old: bool = sampler.accept is not None or self.freeze or self.measures
+        self.test: dynamics.Proposals | None = self._test(tensors)
         self.olds: list[Tensor] = []
         self.differentiates = False
         if self.reuses and "gradient" in p.carried:
@@ -104,7 +108,7 @@ class LangevinSteps(Steps):
     def _test(self, tensors: list[Tensor]) -> dynamics.Proposals | None:
         """The Metropolis test in C++, or None where it runs in PyTorch."""
         p = self.problem
-        if self.sampler.accept != "metropolis" or len(p.blocks) != 1 or self.sampler.rng != "philox":
+        if self.problem.sampler.accept != "metropolis" or len(p.blocks) != 1 or self.problem.sampler.rng != "philox":
             return None
         group = p.blocks[0]
         mine = [tensors[i] for i in group]
@@ -165,11 +169,11 @@ class LangevinSteps(Steps):
         y, stats = stepper.step(current, grads, params, position, with_noise=not self.noise_first, stats=self.stats)
         if self.projects:
             y = [self._project(i, t) for i, t in zip(group, y, strict=True)]
-        if self.sampler.accept is None and self.freeze:
+        if self.problem.sampler.accept is None and self.freeze:
             for t in y:
                 dynamics.finite_rows_(self.alive, t.detach())
             y = where(self.alive, y, old)
-        if self.sampler.accept is not None:
+        if self.problem.sampler.accept is not None:
             if self.test is not None and "energy" in p.record and energy is not None:
                 energy = energy.clone()  # accepted ones are written over it
             moved, y = self._accept(b, k, x, old, y, energy, slopes, create_graph)
@@ -210,7 +214,7 @@ class LangevinSteps(Steps):
         scalar energy does not say which chain made it what it is.
         """
         energies = [energy.detach()] if energy is not None and energy.dim() else []
-        if self.sampler.accept is None:
+        if self.problem.sampler.accept is None:
             for t in (*energies, *(self._moving(group, grads) if self.hides or self.freeze else ())):
                 dynamics.finite_rows_(self.alive, t)
         elif self.cached is None:
@@ -258,7 +262,7 @@ class LangevinSteps(Steps):
     ) -> tuple[Tensor, list[Tensor]]:
         """The chains that move from ``old`` to ``y``, boolean (chains,), and the block's tensors then."""
         group = self.problem.blocks[b]
-        energy = one_per_chain(f'accept="{self.sampler.accept}"', energy)
+        energy = one_per_chain(f'accept="{self.problem.sampler.accept}"', energy)
         trial = list(x)
         for i, t in zip(group, y, strict=True):
             trial[i] = t
@@ -268,11 +272,11 @@ class LangevinSteps(Steps):
         ends = [new_slopes[i] for i in group]
         if self.test is not None and energy.dtype is new_energy.dtype is torch.float32:
             return self._tested(k, old, y, energy, slopes, new_energy, ends, params), y
-        if self.sampler.accept == "descent":
+        if self.problem.sampler.accept == "descent":
             moved = new_energy < energy
         else:
             starts, masks = [slopes[i] for i in group], [self.problem.mask(i) for i in group]
-            t, norm_over = self._temperature(k), self.sampler.norm_over
+            t, norm_over = self._temperature(k), self.problem.sampler.norm_over
             ratio = metropolis.log_ratio(old, y, starts, ends, energy, new_energy, params, masks, t, norm_over)
             moved = self._uniform(b, k, ratio) < ratio.exp()
         # a broken proposal is never accepted, nor does a frozen chain move
@@ -322,7 +326,7 @@ class LangevinSteps(Steps):
     def _uniform(self, b: int, k: int, like: Tensor) -> Tensor:
         """The numbers in [0, 1) that decide about block ``b`` in step ``k``, one per chain."""
         p = self.problem
-        if self.sampler.rng == "torch":
+        if self.problem.sampler.rng == "torch":
             return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=p.generator)
         draw = noise if isinstance(p.seed, Tensor) or isinstance(p.first_step, Tensor) else drawn
         place = p.draw(k, noise.stream(p.blocks[b][0], noise.ACCEPT))

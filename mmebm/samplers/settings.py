@@ -202,6 +202,9 @@ def langevin_rows(
     def constants(i: int) -> dict[str, Any]:
         now: dict[str, Any] = {}
         for name, each in settings.items():
+            if each[i] is None:
+                now[name] = None
+                continue
             label = _label("bounds" if name in ("low", "high") else name, i, keys)
             allowed, needed = NUMBERS.get(name, BOUND), name in ("step_size", "temperature")
             convert = functools.partial(value, name, i)

@@ -183,24 +183,7 @@ class ParallelTempering(Sampler):
             >>> out.info["swap_acceptance"].shape, out.info["ladder"].shape
             (torch.Size([100, 1]), torch.Size([100, 2, 2]))
         """
-        return self._sample(
-            energy,
-            state,
-            steps,
-            args=args,
-            kwargs=kwargs,
-            observed=observed,
-            carried={"ladder": ladder},
-            seed=seed,
-            generator=generator,
-            chain_offset=chain_offset,
-            first_step=first_step,
-            record=record,
-            thin=thin,
-            inplace=inplace,
-            progress=progress,
-            callback=callback,
-        )
+        return self._sample(locals())
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         if isinstance(p.first_step, Tensor):

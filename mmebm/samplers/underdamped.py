@@ -146,24 +146,7 @@ class Underdamped(Sampler):
             >>> bool((then.state == sampler.sample(energy, x, 20, seed=0).state).all())
             True
         """
-        return self._sample(
-            energy,
-            state,
-            steps,
-            args=args,
-            kwargs=kwargs,
-            observed=observed,
-            carried={"velocity": velocity},
-            seed=seed,
-            generator=generator,
-            chain_offset=chain_offset,
-            first_step=first_step,
-            record=record,
-            thin=thin,
-            inplace=inplace,
-            progress=progress,
-            callback=callback,
-        )
+        return self._sample(locals())
 
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         rows = rows_of(self, _NUMBERS, p.keys, tensors, p.first_step, p.steps)

@@ -34,9 +34,12 @@ class Watch:
     ) -> None:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be a function of the number of steps and the state, got {callback!r:.80}")
-        self.steps, self.every = steps, thin or max(-(-steps // PARTS), 1)
-        self.build, self.callback, self.progress = build, callback, progress
-        self.began = time.monotonic()
+        self.steps: int = steps
+        self.every: int = thin or max(-(-steps // PARTS), 1)
+        self.build: Structure = build
+        self.callback: Callback | None = callback
+        self.progress: bool = progress
+        self.began: float = time.monotonic()
         self.said, self.open = self.began, False
 
     def due(self, done: int) -> bool:
@@ -57,11 +60,11 @@ class Watch:
         terminal = sys.stderr.isatty()
         if not last and now - self.said < (0.1 if terminal else SECONDS):
             return
-        self.said = now
+        self.said: float = now
         seconds = now - self.began
         rate = f", {done / seconds:.3g} a second" if seconds > 0 else ""
         line = f"step {done} of {self.steps} ({done / max(self.steps, 1):.0%}), {seconds:.1f} s{rate}"
-        self.open = terminal and not last
+        self.open: bool = terminal and not last
         # a line of a terminal is written over
         text, end = (f"\r{line:<70}", "" if self.open else "\n") if terminal else (line, "\n")
         print(text, end=end, file=sys.stderr, flush=True)

@@ -5,6 +5,8 @@ The call is ``langevin_mlp`` for a sum of MLPs, else ``langevin_net`` for what :
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -74,7 +76,8 @@ class _Refusals:
         what = energy.__code__ if isinstance(energy, types.FunctionType) else energy
         shapes = tuple((t.shape, t.device) if self._whole else t.shape[1:] for t in tensors)
         modes = tuple((id(m), getattr(m, "training", None)) for m in modules_of(energy))
-        return self._known.get([what], (type(energy), modes, shapes), lambda: {"why": None, "chains": 0})
+        rest: Any = (energy.__class__, modes, shapes)
+        return self._known.get([what], rest, lambda: {"why": None, "chains": 0, "net": False})
 
     def get(self, energy: Any, tensors: Sequence[Tensor]) -> str | None:
         """Why ``energy`` is not to be tried at this chain, or None."""
@@ -87,6 +90,14 @@ class _Refusals:
     def add(self, energy: Any, tensors: Sequence[Tensor], why: str) -> None:
         """Notes that ``energy`` was refused."""
         self._entry(energy, tensors)["why"] = why
+
+    def is_net(self, energy: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``energy`` was traced before."""
+        return self._entry(energy, tensors)["net"]
+
+    def add_net(self, energy: Any, tensors: Sequence[Tensor]) -> None:
+        """Notes that ``energy`` was traced."""
+        self._entry(energy, tensors)["net"] = True
 
 
 _refusals = _Refusals()
@@ -109,28 +120,38 @@ def _net_missing(backend: str, device: torch.device) -> str | None:
 def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
     """What the energy computes, or why neither op can say it."""
     args, kwargs = p.calls[0]
+    state = p.build(tensors)
+    given: dict[str, Any] = {"args": args, "kwargs": kwargs, "log_prob": p.sampler.log_prob}
+    missing = _net_missing(p.sampler.backend, tensors[0].device)
+    traced_before, auto = _refusals.is_net(p.energy, tensors), dispatch.requested(p.sampler.backend)[0] == "auto"
+    better = _elsewhere.get(p.energy, tensors) if traced_before and auto else None
+    if missing is None and better is None and traced_before:
+        # what was no sum of MLPs is none as long as its net is the kept one
+        with contextlib.suppress(CannotLower):
+            traced = trace(p.energy, state, **given, only_kept=True)
+            if traced is not None:
+                return traced
     try:
-        lowered = lower(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=p.sampler.log_prob)
+        lowered = lower(p.energy, state, **given)
         wide = too_wide(lowered.terms)
         if wide is None:
             return lowered
         reason = f"the energy has {wide}"
     except CannotLower as error:
         reason = f"the energy is not a sum of MLPs: {error}"
-    missing = _net_missing(p.sampler.backend, tensors[0].device)
     if missing is not None:
         return f"{reason}; nets of other layers {missing}"
-    if dispatch.requested(p.sampler.backend)[0] == "auto":
-        better = _elsewhere.get(p.energy, tensors)
-        if better is not None:
-            return f"{reason}; as a net: {better}"
+    if better is not None:
+        return f"{reason}; as a net: {better}"
     known = _refusals.get(p.energy, tensors)
     if known is not None:
         return f"{reason}; nor a net: {known}"
     try:
-        traced = trace(p.energy, p.build(tensors), args=args, kwargs=kwargs, log_prob=p.sampler.log_prob)
+        traced = trace(p.energy, state, **given)
+        assert traced is not None
         # without one the gradient is little of the time, and the loop's update is fused as it is
         if any(isinstance(node, (Conv, Linear)) for node in traced.net.nodes):
+            _refusals.add_net(p.energy, tensors)
             return traced
         why = "it has no layer"
     except CannotLower as error:
@@ -186,6 +207,7 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         if isinstance(understood, Traced) and device.type == "cuda":
             _elsewhere.add(p.energy, tensors, why)
         return why
+    chain = dataclasses.replace(chain, checked=True)
 
     target = Target.of(p)
     check = Check(target, understood, op.name_of(module))
@@ -194,7 +216,7 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         return reason
 
     def apart(rows: Tensor) -> list[Tensor]:
-        return [part.reshape(t.shape) for part, t in zip(rows.split(widths, dim=1), tensors, strict=True)]
+        return [part.reshape(t.shape) for part, t in zip(torch.split(rows, list(widths), dim=1), tensors, strict=True)]
 
     alive: Tensor | None = p.carried.get("alive")
     # that is, in their energy or gradient
@@ -238,7 +260,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         home = "cpu" if p.offload else device
         rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)
         trajectory = [
-            part.reshape(len(kept), *t.shape) for part, t in zip(rows.split(widths, dim=2), tensors, strict=True)
+            part.reshape(len(kept), *t.shape)
+            for part, t in zip(torch.split(rows, list(widths), dim=2), tensors, strict=True)
         ]
     if frozen is not None:
         broken = broken | frozen

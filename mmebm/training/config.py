@@ -39,7 +39,7 @@ LATENT_STARTS = (
 )
 NETWORKS = ("generator", "inference", "energy", "prior")
 # Who learns in a stage that does not say.
-TAUGHT = {
+TAUGHT: dict[str, tuple[str, ...]] = {
     "warmup": ("generator", "inference"),
     "prior": ("prior",),
     "matching": ("energy",),

@@ -14,6 +14,7 @@ from mmebm.models import FlowPrior, LatentPrior
 from mmebm.state import Batch
 from mmebm.training.config import LatentPriorConfig, ShuffledTuplesConfig
 from mmebm.training.optimise import Optimiser
+from mmebm.training.parallel import Processes
 from mmebm.training.system import System
 
 
@@ -24,20 +25,28 @@ class EnergyTerm(Protocol):
 
 
 class ShuffledTuples:
-    """Real modalities of different rows: right marginals, no agreement. softplus(E(real) - E(shuffled)), averaged."""
+    """Real modalities of different rows: right marginals, no agreement. softplus(E(real) - E(shuffled)), averaged.
 
-    def __init__(self, config: ShuffledTuplesConfig) -> None:
-        self.config = config
+    Args:
+        config: their kind and weight.
+        processes: that share the rows of an iteration; a row's others are taken from all of them.
+        rows: of all of them together.
+    """
+
+    def __init__(self, config: ShuffledTuplesConfig, processes: Processes | None = None, rows: int = 0) -> None:
+        self.config, self.processes, self.rows = config, processes or Processes(), rows
 
     def __call__(self, system: System, x: Batch, real: Tensor, rng: torch.Generator) -> Tensor:
         shuffled = self.hard(system, x, rng) if self.config.kind == "hard" else self.uniform(x, rng)
         return self.config.weight * softplus(real - system.energy(shuffled)).mean()
 
-    @staticmethod
-    def uniform(x: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    def uniform(self, x: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Each modality from a row of its own."""
+        n = len(next(iter(x.values())))
+        every = self.processes.gather(x, self.rows)
         return {
-            name: value[torch.randperm(len(value), generator=rng, device=value.device)] for name, value in x.items()
+            name: value[torch.randperm(len(value), generator=rng, device=value.device)[:n]]
+            for name, value in every.items()
         }
 
     @torch.no_grad()
@@ -45,10 +54,11 @@ class ShuffledTuples:
         """Some modalities of each row, not all, from a row that is near in the latent and yet of another class."""
         z = torch.stack([component.mean for component in system.inference(x)]).mean(0)
         n, device = len(z), z.device
-        order = torch.cdist(z, z).argsort(dim=1)  # the row itself comes first
-        low = max(1, math.ceil(self.config.same * n))
-        high = max(low + 1, math.ceil((self.config.same + self.config.near) * n))
-        if high > n:
+        every, all_z = self.processes.gather(x, self.rows), self.processes.gather({"z": z}, self.rows)["z"]
+        order = torch.cdist(z, all_z).argsort(dim=1)  # the row itself comes first
+        low = max(1, math.ceil(self.config.same * len(all_z)))
+        high = max(low + 1, math.ceil((self.config.same + self.config.near) * len(all_z)))
+        if high > len(all_z):
             return self.uniform(x, rng)
         other = order[torch.arange(n, device=device), torch.randint(low, high, (n,), generator=rng, device=device)]
         luck = torch.rand(n, len(x), generator=rng, device=device)
@@ -56,7 +66,7 @@ class ShuffledTuples:
         change = (luck > 0.5).scatter(1, luck.argmax(1, keepdim=True), True)
         change = change.scatter(1, luck.argmin(1, keepdim=True), False)
         return {
-            name: torch.where(change[:, j].reshape(-1, *[1] * (value.dim() - 1)), value[other], value)
+            name: torch.where(change[:, j].reshape(-1, *[1] * (value.dim() - 1)), every[name][other], value)
             for j, (name, value) in enumerate(x.items())
         }
 
@@ -65,7 +75,9 @@ class PriorTeacher:
     """Learns the prior of the latent from samples of the posterior and, for an energy, its own."""
 
     def __init__(self, prior: LatentPrior | FlowPrior, config: LatentPriorConfig, optimiser: Optimiser) -> None:
-        self.prior, self.l2, self.optimiser = prior, config.energy_l2, optimiser
+        self.prior: LatentPrior | FlowPrior = prior
+        self.l2: float = config.energy_l2
+        self.optimiser: Optimiser = optimiser
 
     def update(
         self, posterior: Tensor, own: Callable[[], Tensor], rng: torch.Generator, lr: float

@@ -27,6 +27,7 @@ __all__ = ["CHECKPOINTS", "fit", "peak_memory"]
 CHECKPOINTS = "checkpoints"  # the folder of those that are kept, each a run's folder itself
 PICTURE = "samples.png"
 COLUMNS = 12  # samples in a picture
+ONE_SIGNAL = 1.0  # seconds in which a signal that comes again is the same one
 
 
 def fit(
@@ -61,8 +62,9 @@ def fit(
         >>> fit(trainer, "runs/mine")
     """
     if not trainer.processes.first:
-        for _ in trainer.run():
-            pass
+        with _signals(trainer):
+            for _ in trainer.run():
+                pass
         return trainer.iteration >= trainer.total
     folder, settings = Path(folder), trainer.config.checkpoint
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,10 +167,16 @@ class _Keeper:
 def _signals(trainer: Trainer) -> Iterator[threading.Event]:
     """Ctrl-C and SIGTERM end the iteration in hand; SIGUSR1 sets the event that is given."""
 
+    first: list[float] = []
+
     def stop(number: int, frame: Any) -> None:
         # the first signal ends the iteration in hand and saves; a second one ends at once, the last save stays
-        trainer.stop = number
+        first.append(time.monotonic())
+        if first[-1] - first[0] < ONE_SIGNAL:  # torchrun passes on what the terminal has sent to all anyway
+            trainer.stop = number
+            return
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.raise_signal(number)
 
     asked = threading.Event()
     handlers: dict[int, Callable[[int, Any], None]] = {signal.SIGINT: stop, signal.SIGTERM: stop}

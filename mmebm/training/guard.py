@@ -17,7 +17,7 @@ class Guard:
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
-        self.rollbacks = 0
+        self.rollbacks: int = 0
 
     def reason(self, rows: Sequence[Mapping[str, float]]) -> str | None:
         """Why the last iterations are not to be trusted, or None."""

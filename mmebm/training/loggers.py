@@ -11,7 +11,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import numpy as np
 
@@ -26,7 +26,10 @@ class Started:
     """Base of the loggers here: where a run goes on, for those that keep what they had before."""
 
     def __init__(self, folder: Path, config: dict[str, Any], *, iteration: int = 0, rollbacks: int = 0) -> None:
-        self.folder, self.config, self.iteration, self.rollbacks = folder, config, iteration, rollbacks
+        self.folder: Path = folder
+        self.config: dict[str, Any] = config
+        self.iteration: int = iteration
+        self.rollbacks: int = rollbacks
 
     def write(self, row: dict[str, Any]) -> None:
         """See :class:`mmebm.plugins.Logger`."""
@@ -43,7 +46,7 @@ class JsonLines(Started):
 
     def __init__(self, folder: Path, config: dict[str, Any], **start: int) -> None:
         super().__init__(folder, config, **start)
-        self.path = folder / LOG
+        self.path: Path = folder / LOG
         rows, back = [], 0
         for row in read_log(folder) if self.iteration else []:
             back += "rolled_back" in row
@@ -52,7 +55,7 @@ class JsonLines(Started):
             rows.append(row)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.path, lambda file: file.write(text.encode()))
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file: TextIO = self.path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         try:
@@ -74,7 +77,7 @@ class TensorBoard(Started):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ModuleNotFoundError("the logger 'tensorboard' needs it: pip install tensorboard") from error
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1)
+        self.board: SummaryWriter = SummaryWriter(str(folder / "tensorboard"), purge_step=self.iteration + 1)
         self.board.add_text("configuration", f"```\n{json.dumps(config, indent=2)}\n```", self.iteration)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -94,10 +97,10 @@ class WandB(Started):
 
     def __init__(self, folder: Path, config: dict[str, Any], **start: int) -> None:
         super().__init__(folder, config, **start)
-        self.wandb = _installed("wandb")
+        self.wandb: Any = _installed("wandb")
         kept = folder / "wandb-id"
         known = kept.read_text(encoding="utf-8").strip() if self.iteration and kept.is_file() else None
-        self.run = self.wandb.init(dir=str(folder), name=folder.name, config=config, id=known, resume="allow")
+        self.run: Any = self.wandb.init(dir=str(folder), name=folder.name, config=config, id=known, resume="allow")
         write_atomically(kept, lambda file: file.write(self.run.id.encode()))
 
     def write(self, row: dict[str, Any]) -> None:
@@ -117,13 +120,13 @@ class MLflow(Started):
 
     def __init__(self, folder: Path, config: dict[str, Any], **start: int) -> None:
         super().__init__(folder, config, **start)
-        self.client = _installed("mlflow").MlflowClient()
+        self.client: Any = _installed("mlflow").MlflowClient()
         kept = folder / "mlflow-id"
         if self.iteration and kept.is_file():
             self.id = kept.read_text(encoding="utf-8").strip()
             self.client.update_run(self.id, status="RUNNING")
         else:
-            self.id = self.client.create_run(_experiment(self.client), run_name=folder.name).info.run_id
+            self.id: str = self.client.create_run(_experiment(self.client), run_name=folder.name).info.run_id
             write_atomically(kept, lambda file: file.write(self.id.encode()))
             self.client.log_dict(self.id, config, "config.json")
             for name, value in _flat(config).items():

@@ -171,12 +171,12 @@ def _aside(module: nn.Module) -> Iterator[tuple[torch.device, torch.Generator]]:
             part.training = mode
 
 
-def chain_reports(system: System) -> dict[str, str]:
-    """How each chain of the system runs here, and why: a line for each, found out by one step of two chains."""
+def chain_reports(system: System, batch: int) -> dict[str, str]:
+    """How each chain of the system runs here, and why: a line for each, found out by two steps of ``batch`` chains."""
     g, device = system.generator, system.device
     rng = torch.Generator(device).manual_seed(0)
-    z = torch.randn(2, system.latent, generator=rng, device=device)
-    x = {m: 2 * torch.rand(2, *shape, generator=rng, device=device) - 1 for m, shape in g.shapes.items()}
+    z = torch.randn(batch, system.latent, generator=rng, device=device)
+    x = {m: 2 * torch.rand(batch, *shape, generator=rng, device=device) - 1 for m, shape in g.shapes.items()}
     chains: dict[str, Callable[[], Samples]] = {
         "data chain": lambda: system.revise_data(x, seed=0, steps=2),
         "latent chain": lambda: system.revise_latent(z, x, seed=0, steps=2),

@@ -20,14 +20,24 @@ class Optimiser:
         config: Adam's numbers.
         accumulate: an update is made at every ``accumulate``-th call, with the mean of their gradients.
         processes: over which the gradients are averaged.
+        weight: of this process's gradients among them (:meth:`Processes.weight`).
     """
 
     def __init__(
-        self, module: nn.Module, config: AdamConfig, *, accumulate: int = 1, processes: Processes | None = None
+        self,
+        module: nn.Module,
+        config: AdamConfig,
+        *,
+        accumulate: int = 1,
+        processes: Processes | None = None,
+        weight: float = 1.0,
     ) -> None:
-        self.config, self.accumulate, self.processes = config, accumulate, processes or Processes()
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(
+        self.config: AdamConfig = config
+        self.accumulate: int = accumulate
+        self.processes: Processes = processes or Processes()
+        self.weight: float = weight
+        self.parameters: list[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
+        self.adam: torch.optim.Adam = torch.optim.Adam(
             self.parameters,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
@@ -52,7 +62,7 @@ class Optimiser:
         held = [p.grad for p in self.parameters if p.grad is not None]
         if self.accumulate > 1:
             torch._foreach_div_(held, float(self.accumulate))
-        self.processes.average(held)
+        self.processes.average(held, weight=self.weight)
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         for group in self.adam.param_groups:

@@ -43,12 +43,19 @@ class Processes:
         """The rows of ``n`` that are this process's: from, to."""
         return n * self.rank // self.world, n * (self.rank + 1) // self.world
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor's mean over the processes, in place; one call of the network for all of them."""
+    def weight(self, n: int) -> float:
+        """What a mean over this process's share of ``n`` rows counts in their whole mean, times the processes: 1 where
+        all shares are alike."""
+        begin, end = self.share(n)
+        return self.world * (end - begin) / n
+
+    def average(self, tensors: Sequence[Tensor], *, weight: float = 1.0) -> None:
+        """Each tensor's mean over the processes, in place; one call of the network for all of them. ``weight`` is this
+        process's (:meth:`weight`)."""
         if self.world == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat.mul_(weight))
         flat /= self.world
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
@@ -67,6 +74,14 @@ class Processes:
             dist.all_gather(every, padded)
             out[name] = torch.cat([rows[: b - a] for rows, (a, b) in zip(every, sizes, strict=True)])
         return out
+
+    def largest(self, value: int) -> int:
+        """The largest ``value`` of any process, on all of them; on the CPU, so that no GPU is waited for."""
+        if self.world == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, on all of them; where it raises OSError or ValueError all do."""
@@ -93,8 +108,11 @@ def start(device: torch.device) -> Processes:
     """Joins the processes that ``torchrun`` started; alone without it. NCCL on GPUs, Gloo elsewhere."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
+            if device.index is not None:
+                raise ValueError(f"each process has a GPU of its own: use --device cuda, not {device}")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # tensors of a GPU go by NCCL, those on the CPU by Gloo
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Processes.here()
 
 

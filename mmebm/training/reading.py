@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmebm.data.base import Modality, MultimodalDataset, TextCodec
+from mmebm.data.mnist_svhn import CharacterCodec
 from mmebm.data.text_codec import TextAutoencoder
 
 CODEC = "codec.pt"
@@ -32,10 +33,22 @@ def describe(data: MultimodalDataset) -> Description:
                 "centre": list(m.centre),
                 "spread": list(m.spread),
                 "settings": dict(settings.get(m.name, {})),
+                "codec": _small_codec(m.codec),
             }
             for m in data.modalities
         ],
     }
+
+
+def _small_codec(codec: TextCodec | None) -> dict[str, Any] | None:
+    """What makes a codec without weights again; None for others, which are files (:func:`keep_codecs`)."""
+    if isinstance(codec, CharacterCodec):
+        return {"characters": codec.alphabet, "length": codec.length}
+    return None
+
+
+def _made_again(small: Mapping[str, Any] | None) -> TextCodec | None:
+    return None if small is None else CharacterCodec(small["length"], small["characters"])
 
 
 def modalities_of(description: Mapping[str, Any], codecs: Mapping[str, TextCodec]) -> tuple[Modality, ...]:
@@ -46,7 +59,7 @@ def modalities_of(description: Mapping[str, Any], codecs: Mapping[str, TextCodec
             tuple(m["shape"]),
             m["kind"],
             tuple(m["words"]),
-            codecs.get(m["name"]),
+            codecs.get(m["name"]) or _made_again(m.get("codec")),
             tuple(m["centre"]),
             tuple(m["spread"]),
         )

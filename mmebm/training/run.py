@@ -65,9 +65,12 @@ class Run:
         content: dict[str, Any] | None = None,
         networks: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.networks = Path(folder), networks
-        self.device = torch.device(device)
-        self.content = checkpoint.load(self.folder / CHECKPOINT, self.device) if content is None else content
+        self.folder: Path = Path(folder)
+        self.networks: Mapping[str, Any] | None = networks
+        self.device: torch.device = torch.device(device)
+        self.content: dict[str, Any] = (
+            checkpoint.load(self.folder / CHECKPOINT, self.device) if content is None else content
+        )
         self.config = Config.from_json(self.content["config"])
         prior = self.config.latent_prior
         if prior_steps is not None:
@@ -80,19 +83,19 @@ class Run:
             chain = dataclasses.replace(prior.chain, sample_steps=prior_steps)
             self.config = self.config.replace(latent_prior=dataclasses.replace(prior, chain=chain))
         if data_path is not None:
-            self.config = self.config.replace(data=dataclasses.replace(self.config.data, path=data_path))
+            self.config: Config = self.config.replace(data=dataclasses.replace(self.config.data, path=data_path))
         import_modules(self.config.imports)
-        self.processes = Processes.here()
+        self.processes: Processes = Processes.here()
         self._sets: dict[str, MultimodalDataset] = {}
-        self.modalities = self._modalities()
-        self.shapes = {m.name: m.shape for m in self.modalities}
+        self.modalities: tuple[Modality, ...] = self._modalities()
+        self.shapes: dict[str, tuple[int, ...]] = {m.name: m.shape for m in self.modalities}
         self._own = self._networks()
         weights, snapshots = checkpoint.weights(self.content), self.content["snapshots"]
-        self.system = self._system(weights)
+        self.system: System = self._system(weights)
         # the VAE by itself: its own weights, and the prior it was trained with
-        self.vae = self._system(snapshots.get("vae", weights), plain=True)
-        self.frozen = self._system(snapshots["frozen"]) if "frozen" in snapshots else None
-        self.starts = DataStarts(self.system, self.config.start, seed=self.config.seed)
+        self.vae: System = self._system(snapshots.get("vae", weights), plain=True)
+        self.frozen: System | None = self._system(snapshots["frozen"]) if "frozen" in snapshots else None
+        self.starts: DataStarts = DataStarts(self.system, self.config.start, seed=self.config.seed)
         self.starts.load_state_dict(self.content["starts"]["data"])
 
     def _modalities(self) -> tuple[Modality, ...]:

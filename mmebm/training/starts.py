@@ -54,7 +54,9 @@ class DataStarts:
     """The starts of the data chain of one system; holds the buffer of persistent chains."""
 
     def __init__(self, system: System, config: StartConfig, *, seed: int) -> None:
-        self.system, self.config, self.seed = system, config, seed
+        self.system: System = system
+        self.config: StartConfig = config
+        self.seed: int = seed
         self._buffer: ReplayBuffer | None = None
 
     @property
@@ -148,7 +150,8 @@ class LatentStarts:
     """The starts of the latent chain; holds where the chain of each training tuple ended."""
 
     def __init__(self, system: System, config: StartConfig, tuples: int) -> None:
-        self.system, self.config = system, config
+        self.system: System = system
+        self.config: StartConfig = config
         self.ends: Tensor | None = None
         if config.latent == "persistent":
             self.ends = torch.full((tuples, system.latent), float("nan"), device=system.device)

@@ -45,7 +45,9 @@ class Posterior:
     mmebm_pure = True
 
     def __init__(self, generator: SharedGenerator, prior: nn.Module, x: Batch) -> None:
-        self.generator, self.prior, self.x = generator, prior, dict(x)
+        self.generator: SharedGenerator = generator
+        self.prior: nn.Module = prior
+        self.x: dict[str, Tensor] = dict(x)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.generator.negative_log_likelihood(self.x, z) + self.prior(z)
@@ -70,7 +72,10 @@ class PartialPosterior:
     mmebm_pure = True
 
     def __init__(self, generator: SharedGenerator, prior: nn.Module, x: Batch, present: Mapping[str, Tensor]) -> None:
-        self.generator, self.prior, self.x, self.present = generator, prior, dict(x), dict(present)
+        self.generator: SharedGenerator = generator
+        self.prior: nn.Module = prior
+        self.x: dict[str, Tensor] = dict(x)
+        self.present: dict[str, Tensor] = dict(present)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.generator.negative_log_likelihood(self.x, z, present=self.present) + self.prior(z)
@@ -112,7 +117,7 @@ class System(nn.Module):
             raise ValueError(
                 "a prior of your own needs latent_prior, which says how it is sampled and learns: it is None"
             )
-        self.energy = (
+        self.energy: nn.Module | JointEnergy = (
             own["energy"]
             if "energy" in own
             else JointEnergy(
@@ -127,7 +132,7 @@ class System(nn.Module):
                 scale=m.energy_scale,
             )
         )
-        self.generator = SharedGenerator(
+        self.generator: SharedGenerator = SharedGenerator(
             shapes,
             latent,
             net=m.net,
@@ -140,7 +145,7 @@ class System(nn.Module):
             private=m.private,
             decoders=parts["decoders"],
         )
-        self.inference = JointInference(
+        self.inference: JointInference = JointInference(
             shapes,
             latent,
             net=m.net,
@@ -168,7 +173,7 @@ class System(nn.Module):
         if not isinstance(start, (int, float)):
             raise ValueError(f"the latent chain takes one step, got {start!r}")
         self.register_buffer("latent_step", torch.tensor(float(start)))
-        self.data_sampler = sampler_of(config.data_chain, config.data_chain.size(), config.backend)
+        self.data_sampler: Langevin = sampler_of(config.data_chain, config.data_chain.size(), config.backend)
         check_shapes(self, own)
         if config.channels_last:
             self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -24,11 +24,11 @@ from mmebm.ops.common.layout import widen
 from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.callbacks import Callback
-from mmebm.training.config import TAUGHT, Config, Stage, fitted
+from mmebm.training.config import TAUGHT, Config, LossConfig, Stage, fitted
 from mmebm.training.extensions import EnergyTerm, PriorTeacher, ShuffledTuples
 from mmebm.training.guard import Guard, TrainingDiverged
-from mmebm.training.networks import class_name, flat_networks, own_names
-from mmebm.training.objectives import contrastive, objective
+from mmebm.training.networks import Networks, chain_reports, class_name, flat_networks, own_names
+from mmebm.training.objectives import Objective, contrastive, objective
 from mmebm.training.optimise import Optimiser
 from mmebm.training.parallel import Processes
 from mmebm.training.reading import check_range, check_reading, describe, keep_codecs
@@ -95,42 +95,49 @@ class Trainer:
     ) -> None:
         data = as_set(data)
         shapes = {m.name: m.shape for m in data.modalities}
-        self.config, self.device = fitted(config.checked(), shapes), torch.device(device)
+        self.config: Config = fitted(config.checked(), shapes)
+        self.device: torch.device = torch.device(device)
         config = self.config
-        self.networks = flat_networks(networks, shapes)
+        self.networks: Networks = flat_networks(networks, shapes)
         check_range(data, [name.partition(".")[2] for name in (*self.networks, *own_names(config.model))])
-        self.processes = processes or Processes()
+        self.processes: Processes = processes or Processes()
         if config.batch // config.accumulate < self.processes.world:
             raise ValueError(
                 f"batch={config.batch} in {config.accumulate} parts has no row for each of "
                 f"{self.processes.world} processes"
             )
-        self.callbacks = list(callbacks)
+        self.callbacks: list[Callback] = list(callbacks)
         self._whole, self._reading = data, describe(data)
         self._split(kept_back(config, data))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.system = System(config, shapes, self.networks).to(self.device)
+            self.system: System = System(config, shapes, self.networks).to(self.device)
         s = self.system
         adams = {"generator": config.generator, "inference": config.inference, "energy": config.energy}
         if config.latent_prior is not None and isinstance(s.prior, (LatentPrior, FlowPrior)):
             adams["prior"] = config.latent_prior.adam
-        self.optimisers = {
-            name: Optimiser(getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes)
+        part = config.batch // config.accumulate
+        self._weight = self.processes.weight(part)
+        self.optimisers: dict[str, Optimiser] = {
+            name: Optimiser(
+                getattr(s, name), adam, accumulate=config.accumulate, processes=self.processes, weight=self._weight
+            )
             for name, adam in adams.items()
         }
         # the weights' moving average, which a run samples with; the chains of training keep to the weights themselves
-        self.averaged = AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-        self.objective = objective(config.loss.objective, **config.loss.objective_options)
+        self.averaged: AveragedModel | None = (
+            AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        )
+        self.objective: Objective = objective(config.loss.objective, **config.loss.objective_options)
         self.prior_teacher: PriorTeacher | None = None
         if config.latent_prior is not None and isinstance(s.prior, (LatentPrior, FlowPrior)):
             self.prior_teacher = PriorTeacher(s.prior, config.latent_prior, self.optimisers["prior"])
         self.energy_terms: list[EnergyTerm] = []
         if config.shuffled_tuples is not None:
-            self.energy_terms.append(ShuffledTuples(config.shuffled_tuples))
-        self.data_starts = DataStarts(s, config.start, seed=config.seed)
-        self.latent_starts = LatentStarts(s, config.start, len(self.data))
-        self.guard = Guard(config.guard)
+            self.energy_terms.append(ShuffledTuples(config.shuffled_tuples, self.processes, part))
+        self.data_starts: DataStarts = DataStarts(s, config.start, seed=config.seed)
+        self.latent_starts: LatentStarts = LatentStarts(s, config.start, len(self.data))
+        self.guard: Guard = Guard(config.guard)
         self.iteration = 0
         # forward and backward passes of single tuples through an energy or a generator, in chains
         self.evaluations = 0
@@ -415,14 +422,15 @@ class Trainer:
 
     def _begin(self, stage: Stage, done: float) -> None:
         """Sets what holds at this point of the stage: learning rate, who learns, and the settings that ramp."""
-        self.lr = (stage.lr + (stage.final_lr - stage.lr) * done) * 0.5**self.guard.rollbacks
-        self.teach = tuple(name for name in stage.train or TAUGHT[stage.kind] if name in self.optimisers)
+        self.lr: float = (stage.lr + (stage.final_lr - stage.lr) * done) * 0.5**self.guard.rollbacks
+        learners = stage.train or TAUGHT[stage.kind]
+        self.teach: tuple[str, ...] = tuple(name for name in learners if name in self.optimisers)
         now = stage.settings(done)
-        self.loss = dataclasses.replace(
+        self.loss: LossConfig = dataclasses.replace(
             self.config.loss, **{k.partition(".")[2]: v for k, v in now.items() if k.startswith("loss.")}
         )
-        self.data_steps = round(now.get("data_chain.steps", self.config.data_chain.steps))
-        self.latent_steps = round(now.get("latent_chain.steps", self.config.latent_chain.steps))
+        self.data_steps: int = round(now.get("data_chain.steps", self.config.data_chain.steps))
+        self.latent_steps: int = round(now.get("latent_chain.steps", self.config.latent_chain.steps))
 
     def _rng(self, *, iteration: int | None = None, purpose: int = 0, rank: int | None = None) -> torch.Generator:
         """The generator of an iteration (this one), on this process, for one purpose."""
@@ -439,6 +447,11 @@ class Trainer:
     def _share(self) -> tuple[int, int]:
         """This process's rows of a part of an iteration: from, to."""
         return self.processes.share(self.config.batch // self.config.accumulate)
+
+    def chain_reports(self) -> dict[str, str]:
+        """How each chain of as many rows as this process's part of an iteration runs here, and why: a line for each."""
+        begin, end = self._share()
+        return chain_reports(self.system, end - begin)
 
     def rows(self, iteration: int, part: int = 0) -> Tensor:
         """The tuples, drawn uniformly, of one part of an iteration on this process; known before its turn comes."""
@@ -511,7 +524,8 @@ class Trainer:
         rows: list[Row] = []
         self._reader = self._ahead()
         started = time.perf_counter()
-        while self.iteration < self.total and not self.stop:
+        stop = self._stopped()
+        while self.iteration < self.total and not stop:
             stage_index, k = self._position()
             stage = self.config.stages[stage_index]
             self._begin(stage, k / max(stage.iterations - 1, 1))
@@ -533,7 +547,8 @@ class Trainer:
             # what is due at an iteration does not move when a run stops and goes on
             due = bool(checks) and self.iteration % checks == 0
             kept = bool(keeps) and self.iteration % keeps == 0
-            if len(rows) < every and not (last or due or kept or self.stop):
+            stop = self._stopped()
+            if len(rows) < every and not (last or due or kept or stop):
                 continue
             seconds = (time.perf_counter() - started) / len(rows)
             numbers = self._numbers(rows)
@@ -567,9 +582,15 @@ class Trainer:
                 alarm = self.guard.alarm(mean)
                 yield self._told({**mean, "alarm": alarm} if alarm else mean)
             started = time.perf_counter()
+            stop = self._stopped()  # whoever was given the row may have set it
         if self._reader is not None:
             self._reader.close()
         self._reader = None
+
+    def _stopped(self) -> bool:
+        """Whether any process is to stop: all of them end after the same iteration, whoever got a signal first."""
+        self.stop = self.processes.largest(self.stop)
+        return bool(self.stop)
 
     def _told(self, row: Row) -> Row:
         """``row``, with what the callbacks put into it."""
@@ -581,14 +602,15 @@ class Trainer:
 
     def _split(self, held: Tensor) -> None:
         """Trains on all tuples but ``held``, which are kept for the validation."""
-        self.held, whole = held, self._whole
+        self.held: Tensor = held
+        whole = self._whole
         left = torch.ones(len(whole), dtype=torch.bool)
         left[held] = False
         rest = whole if not len(held) else whole.subset(left.nonzero().flatten())
         if not len(rest):
             raise ValueError(f"the validation keeps all {len(whole)} tuples back: lower validation.share")
-        self.data = rest.to(self.device)
-        self.validation = whole.subset(held).to(self.device) if len(held) else None
+        self.data: Any = rest.to(self.device)
+        self.validation: Any | None = whole.subset(held).to(self.device) if len(held) else None
 
     def validate(self, *, seed: int | None = None) -> dict[str, float]:
         """The numbers of the held-out tuples (:func:`mmebm.evaluation.heldout.summary`), of the weights that a run
@@ -673,7 +695,7 @@ class Trainer:
             flat = torch.tensor(
                 [float(value) for row in rows for value in row.values()], dtype=torch.float64, device=self.device
             )
-            self.processes.average([flat])
+            self.processes.average([flat], weight=self._weight)
             values = iter(flat.tolist())
             return [{name: next(values) for name in row} for row in rows]
         return [{name: float(value) for name, value in row.items()} for row in rows]
@@ -796,8 +818,10 @@ class Trainer:
             self._restore(state)
         except (RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(f"it does not belong to its configuration: {type(error).__name__} {error}") from error
-        self.iteration, self.guard.rollbacks = state["iteration"], state["rollbacks"]
-        self.evaluations, self.snapshots = state["evaluations"], dict(state["snapshots"])
+        self.iteration: int = state["iteration"]
+        self.guard.rollbacks = state["rollbacks"]
+        self.evaluations: int = state["evaluations"]
+        self.snapshots = dict(state["snapshots"])
         self.best = state.get("best")
 
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mmebm.training.config import TAUGHT, ChainConfig, Config, LatentPriorConfig, ShuffledTuplesConfig, Stage
+from mmebm.training.config import TAUGHT, ChainConfig, Config, LatentPriorConfig, ShuffledTuplesConfig, Stage, override
 from mmebm.training.objectives import JOINT_OF
 
 # What the parts of a joint iteration take, in iterations of the warm-up: the losses of generator and inference network
@@ -327,6 +327,38 @@ def latent_start(name: str) -> Callable[[Config], Config]:
     return change
 
 
+# What the lineage sets otherwise than our presets do, a field or a few at a time (docs/method.md has the table).
+LINEAGE: dict[str, dict[str, str]] = {
+    "weights": {"loss.generator_revised": "50"},
+    "spectral": {"loss.energy_l2": "0", "model.spectral": "true", "model.energy_scale": "10"},
+    "sigma": {"model.sigma": "0.3"},
+    "latent": {"model.latent": "128"},
+    "noise": {"data_chain.noise": "0.001"},
+    "unbounded": {"data_chain.clamp": "false"},
+    "activation": {"model.activation": "relu"},
+    "adam": {
+        "energy.lr": "1e-4",
+        **{
+            f"{network}.{field}": value
+            for network, lr in (("generator", "3e-4"), ("inference", "1e-4"))
+            for field, value in (("lr", lr), ("beta1", "0"), ("beta2", "0.9"), ("weight_decay", "5e-4"))
+        },
+    },
+}
+LINEAGE["all"] = {field: value for fields in LINEAGE.values() for field, value in fields.items()}
+
+
+def as_lineage(name: str) -> Callable[[Config], Config]:
+    """The paper's loop with some settings of its lineage."""
+    fields = LINEAGE[name]
+
+    def change(config: Config) -> Config:
+        return override(paper(config), fields)
+
+    change.__doc__ = f"The paper's loop with {', '.join(f'{field}={value}' for field, value in fields.items())}."
+    return change
+
+
 def baseline(objective: str) -> Callable[[Config], Config]:
     """A published multimodal VAE on the same networks."""
 
@@ -390,6 +422,7 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "paper+contrastive": paper_contrastive,
     **{f"full-{part}": full_without(part) for part in PARTS},
     **{name: baseline(name) for name in BASELINES},
+    **{f"lineage={name}": as_lineage(name) for name in LINEAGE},
 }
 VARIANTS |= {f"{name}+prior": with_prior(name) for name in LATENT_ONLY}
 VARIANTS |= {
@@ -433,6 +466,7 @@ GRIDS |= {
     "generators": ("paper", "start=independent"),
     "noise": tuple(name for name in VARIANTS if name.startswith("noise=")),
     "inference": ("paper", "independent-inference"),
+    "lineage": ("paper", *(f"lineage={name}" for name in LINEAGE)),
 }
 GRIDS["study"] = (*GRIDS["components"], *GRIDS["baselines"])
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mmebm.cli.evaluate import classes_shared
 from mmebm.cli.main import main
 from mmebm.data.text_codec import TextAutoencoder, TextSettings
 from mmebm.data.words import Vocabulary
@@ -20,9 +23,9 @@ CLASSES = ("001.Grey_bird", "002.Red_bird")
 
 @pytest.fixture
 def cub(tmp_path: Path) -> Path:
-    """The layout of CUB's image-caption files, with 16 training and 8 test images of two classes."""
+    """The layout of CUB's image-caption files, with 24 training and 20 test images of two classes."""
     root, rng = tmp_path / "cub", np.random.default_rng(0)
-    for split, lines, per_class in (("train", "text_trainvalclasses.txt", 8), ("test", "text_testclasses.txt", 4)):
+    for split, lines, per_class in (("train", "text_trainvalclasses.txt", 12), ("test", "text_testclasses.txt", 10)):
         captions = []
         for c, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
@@ -34,7 +37,9 @@ def cub(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_run_keeps_its_codec(cub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_its_codec(
+    cub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [f"a {a} bird with a {b} wing." for a, b in itertools.product(("grey", "red"), ("small", "long"))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -82,3 +87,40 @@ def test_a_run_keeps_its_codec(cub: Path, tmp_path: Path, capsys: pytest.Capture
     drawn, known = (set(" ".join(texts).replace(".", " .").split()) for texts in (arrays["caption"], words))
     assert drawn <= known | {"<unk>"}
     assert (tmp_path / "r" / "codec.pt").read_bytes() == kept
+
+    # the score of captions: with the plain features, and with functions given by import path
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    found = metrics["matching"]["image ~ caption"]
+    assert found["real"]["n"] == 20 and found["fitted_to"] == 24 and set(found["points"]) == {"vae", "x0", "xk"}
+    assert found["features"] == {"image": "plain", "caption": "plain"}
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "birdfeatures.py").write_text(
+        "def look(images):\n    return images.mean((2, 3))\n"
+        "def read(texts):\n    return [['grey' in text, 'red' in text, 'small' in text] for text in texts]\n"
+    )
+    own = ["--features", "image=birdfeatures:look", "caption=birdfeatures:read"]
+    capsys.readouterr()
+    for number in ("7", "8"):
+        out = ["--out", str(tmp_path / "f.png"), "--device", "cpu", "--json"]
+        assert main(["figure", number, str(tmp_path / "r"), *own, *out]) == 0
+        said, told = capsys.readouterr()
+        found = json.loads(said)["matching"]["image ~ caption"]
+        assert found["features"] == {"image": "given", "caption": "given"}
+        assert bool(found["points"]) == (number == "7") and bool(found["given image"]) == (number == "8")
+        assert "real tuples" in told and "image -> caption" in told
+    for wrong, message in (
+        (["7", "--features", "word=birdfeatures:look"], r"looks at ['caption', 'image']"),
+        (["7", "--features", "clip"], "takes lite0, inception:FILE or MODALITY=package.module:function"),
+        (["9", "--features", "lite0"], "of figures 7 and 8"),
+    ):
+        assert main(["figure", wrong[0], str(tmp_path / "r"), *wrong[1:], "--device", "cpu"]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "shared"), [([0, 1], [1, 2], True), ([0, 1], [2], False), ([-1], [-1], False)]
+)
+def test_classes_that_no_training_tuple_has_judge_nothing(train: list[int], test: list[int], shared: bool) -> None:
+    """As the species of CUB, whose captions come in two splits without a species in both."""
+    sets = {"train": SimpleNamespace(labels=torch.tensor(train)), "test": SimpleNamespace(labels=torch.tensor(test))}
+    assert classes_shared(cast(Any, SimpleNamespace(dataset=sets.__getitem__))) == shared

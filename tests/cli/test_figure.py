@@ -93,8 +93,8 @@ def test_a_point_is_what_the_metrics_say(run: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("mmebm.cli.figure.figures.scatter", lambda panels, out, **_: seen.update(panels) or out)
     coherence_and_distance(folders, tmp_path / "f.png")
     assert seen == {
-        "unconditional": {"demo/vae": [(10.0, 0.75, "1"), (50.0, 0.25, "5")]},
-        "one modality given": {"demo/vae": [(10.0, 0.375, "1"), (50.0, 0.125, "5")]},
+        "unconditional": {"vae": [(10.0, 0.75, "β=1"), (50.0, 0.25, "β=5")]},
+        "one modality given": {"vae": [(10.0, 0.375, "β=1"), (50.0, 0.125, "β=5")]},
     }
 
 

@@ -7,6 +7,8 @@ import json
 import logging
 import random
 import shutil
+import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from mmebm.data.cub import cub
 from mmebm.data.emoji import emoji_captions, in_test, unicode_set
 from mmebm.data.texts import read_lines
 from mmebm.data.words import END, UNKNOWN, Vocabulary, join, tokens
+from mmebm.files import FolderLock
 
 # by name: mmebm.data gives the functions their names
-cub_module = importlib.import_module("mmebm.data.cub")
+cub_module, coco_module = (importlib.import_module(f"mmebm.data.{name}") for name in ("cub", "coco"))
 
 ENGLISH = f"{emoji_module.CLDR}/annotations/en.xml"
 TABLE = f"{emoji_module.CLDR}/properties/labels.txt"
@@ -284,9 +287,7 @@ def test_an_empty_line_moves_no_caption(tmp_path: Path, change: str) -> None:
         ("CUB_200_2011/train_test_split.txt", "1 7\n2 0\n3 0\n4 0\n5 1\n6 1", ValueError, "else than 0 and 1"),
         ("CUB_200_2011/train_test_split.txt", "1 1\n1 0\n", ValueError, r"split\.txt, line 2: not a new number"),
         ("CUB_200_2011/train_test_split.txt", None, FileNotFoundError, r"train_test_split\.txt is missing"),
-        ("text_c10/002.Wren/Bird_2.txt", None, FileNotFoundError, r"002\.Wren.Bird_2\.txt is missing"),
         ("text_c10/002.Wren/Bird_2.txt", "", ValueError, r"002\.Wren.Bird_2\.txt holds no caption"),
-        ("CUB_200_2011/images/002.Wren/Bird_2.jpg", None, FileNotFoundError, r"Bird_2\.jpg is missing \(1 such images"),
     ],
 )
 def test_published_cub_that_does_not_pair_up(
@@ -299,6 +300,80 @@ def test_published_cub_that_does_not_pair_up(
         (tmp_path / file).write_text(content)
     with pytest.raises(error, match=message):
         cub("train", path=tmp_path, size=8, codec=Numbers())
+
+
+@pytest.mark.parametrize("lost", ["text_c10/002.Wren/Bird_2.txt", "CUB_200_2011/images/002.Wren/Bird_2.jpg"])
+def test_what_is_missing_from_published_cub_is_left_out(tmp_path: Path, lost: str) -> None:
+    """Images are paired by name, so that no other loses its captions."""
+    write_published_cub(tmp_path)
+    before = numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers()))
+    (tmp_path / lost).unlink()
+    with pytest.warns(UserWarning, match=r"Bird_2\.\w+: an image of images\.txt whose .* is missing .*\(1 in all\)"):
+        after = numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers()))
+    numbers = {number for number, _ in after}
+    assert len({number for number, _ in before} - numbers) == 1
+    assert after == [pair for pair in before if pair[0] in numbers]
+    for file in (tmp_path / lost).parent.parent.rglob("*" + Path(lost).suffix):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"is missing, and so is every .* of the train split"):
+        cub("train", path=tmp_path, size=8, codec=Numbers())
+
+
+@pytest.mark.parametrize("below", ["cvpr2016_cub/text_c10", "birds/text_c10", "text", "CUB_200_2011/text"])
+def test_captions_where_their_archives_put_them(tmp_path: Path, below: str) -> None:
+    write_published_cub(tmp_path)
+    before = numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers()))
+    (tmp_path / below).parent.mkdir(exist_ok=True)
+    (tmp_path / "text_c10").rename(tmp_path / below)
+    assert numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers())) == before
+
+
+def test_images_missing_from_coco_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others keep their captions, and the codec is that of all captions, whichever split asks for it."""
+    write_coco(tmp_path)
+    before = numbers_of(coco("train", path=tmp_path, size=8, captions="all", codec=Numbers()))
+    (tmp_path / "train2014/COCO_train2014_000000000004.jpg").unlink()
+    with pytest.warns(UserWarning, match=r"0*4\.jpg: an image that captions_train2014\.json .* left out \(1 in all\)"):
+        after = coco("train", path=tmp_path, size=8, captions="all", codec=Numbers())
+    assert numbers_of(after) == [pair for pair in before if pair[0] != 4] and len(after) < len(before)
+    assert after.info["sources"][0]["missing"] == 1
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        coco_module, "caption_codec", lambda name, train, *_, **__: (asked.append(train()), (Numbers(), {}))[1]
+    )
+    with pytest.warns(UserWarning, match="left out"):
+        coco("train", path=tmp_path, size=8)
+    coco("test", path=tmp_path, size=8)
+    assert asked[0] == asked[1] and len(asked[0]) == len(before)
+
+
+def test_one_process_fits_a_codec_and_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processes of torchrun do, which all want it at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    captions = ["a red bird", "a blue bird"] * 4
+    ready, _ = caption_codec("cub", lambda: captions, None, **QUICK)
+    (file,) = (tmp_path / "mmebm").glob("*.pt")
+    kept = file.read_bytes()
+    file.unlink()
+    monkeypatch.setattr(module, "fit_text_autoencoder", lambda *_, **__: pytest.fail("fitted by two"))
+    lock, found = FolderLock(file.with_suffix(".fitting")), []
+
+    def wants() -> None:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found.append(caption_codec("cub", lambda: captions, None, **QUICK)[0])
+        found.append([str(one.message) for one in said])
+
+    other = threading.Thread(target=wants)
+    other.start()
+    other.join(0.5)
+    assert other.is_alive()  # it waits
+    file.write_bytes(kept)
+    lock.release(remove_empty=True)
+    other.join(20)
+    assert torch.equal(found[0].encode(captions), ready.encode(captions))
+    assert len(found[1]) == 1 and "waiting:" in found[1][0]
+    assert list((tmp_path / "mmebm").iterdir()) == [file]
 
 
 def test_where_cub_was_looked_for(tmp_path: Path) -> None:
@@ -383,7 +458,7 @@ def test_a_bad_annotation_of_coco_is_left_out(tmp_path: Path, wrong: Any) -> Non
         ("id", ValueError, r"captions_train2014\.json, images\[2\]: .* an integer 'id'"),
         ("name", ValueError, r"captions_train2014\.json, images\[2\]: .* a string 'file_name', got .*3"),
         ("list", ValueError, r"captions_train2014\.json is not a caption file"),
-        ("image", FileNotFoundError, r"COCO_train2014_000000000004\.jpg is missing \(1 such"),
+        ("images", FileNotFoundError, r"COCO_train2014_000000000001\.jpg is missing, and so are all 4 images"),
         ("folder", FileNotFoundError, r"no images: looked for .*train2014 and .*images.train2014"),
         ("file", FileNotFoundError, r"captions_train2017\.json is missing.*cocodataset"),
     ],
@@ -409,8 +484,9 @@ def test_coco_that_does_not_pair_up(tmp_path: Path, change: str, error: type[Exc
         content["images"][2]["file_name"] = 3
     elif change == "list":
         content = [content]  # type: ignore[assignment]
-    elif change == "image":
-        (tmp_path / "train2014" / images[4]["file_name"]).unlink()
+    elif change == "images":
+        for image in images.values():
+            (tmp_path / "train2014" / image["file_name"]).unlink()
     elif change == "folder":
         shutil.rmtree(tmp_path / "train2014")
     file.write_text(json.dumps(content)[: 80 if change == "cut" else None])

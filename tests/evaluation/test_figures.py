@@ -30,7 +30,7 @@ from mmebm.evaluation.figures import (
     traces,
     trajectory_grid,
 )
-from mmebm.evaluation.figures.grids import BROKEN, CELL
+from mmebm.evaluation.figures.grids import BROKEN, CELL, GAP, READABLE, _fit_words, _height
 from mmebm.evaluation.figures.plots import ACCENT, COLOURS, _pieces
 from mmebm.evaluation.figures.style import DPI
 
@@ -73,8 +73,9 @@ def test_sample_grid_has_a_column_per_sample(tmp_path: Path):
     assert seven.shape[1] - five.shape[1] == pytest.approx(2 * CELL * DPI, abs=1)
     assert seven.shape[0] == five.shape[0]
     one = read(sample_grid({"a": samples(5)}, path))
-    # Two images and two half rows a block, and its title of .34 inches.
-    assert five.shape[0] - one.shape[0] == pytest.approx((3 * CELL + 0.34) * DPI, abs=1)
+    # Two images, a half row and the lines of the caption a block, and its title of .34 inches.
+    rows = 2.5 + _height(samples(5)["word"])
+    assert five.shape[0] - one.shape[0] == pytest.approx((rows * CELL + 0.34) * DPI, abs=1)
 
 
 def test_sample_grid_shows_each_value_where_it_belongs(tmp_path: Path):
@@ -110,6 +111,25 @@ def test_equal_figures_are_equal_files(tmp_path: Path):
     assert sample_grid({"t": samples(2)}, tmp_path / "two.png").read_bytes() == one
     other = {**samples(2), "word": np.array(["one", "two"])}
     assert sample_grid({"t": other}, tmp_path / "two.png").read_bytes() != one  # the words are drawn
+
+
+def test_a_caption_has_the_lines_that_it_needs(tmp_path: Path) -> None:
+    """A row grows with its longest text, and ends in dots only where that would be twice as high as an image."""
+    caption = "this bird is white and grey in color, with it having few black wings."
+    heights = []
+    for text in ("seven", caption, caption * 20):
+        blocks = {"t": {"caption": np.array([text, "short"])}}
+        heights.append(read(sample_grid(blocks, tmp_path / "f.png")).shape[0])
+    assert heights[0] < heights[1] < heights[2] < heights[0] + 2 * CELL * DPI
+    room = (1 - 4 * GAP, _height(np.array([caption])) - 2 * GAP)
+    words, size = _fit_words(caption, *room)
+    assert size >= READABLE and words.split() == caption.split()
+
+
+def test_few_whole_numbers_have_their_own_ticks(tmp_path: Path) -> None:
+    panel = {"a": {"b": [0.2, 0.4, 0.3]}}
+    pictures = [read(lines(panel, tmp_path / "f.png", x=[1, 2, 3], counts=counts)) for counts in (False, True)]
+    assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()
 
 
 def test_trajectory_grid_has_a_row_per_step(tmp_path: Path):

@@ -65,8 +65,8 @@ class _Extension:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(self._real, name)
-        if name == "LangevinStep" and self._function in ("step", "step_stats", "perturb"):
-            return lambda *arguments: _Step(real(*arguments), self)
+        if name == "LangevinStep" and self._function in ("step", "perturb"):
+            return lambda **arguments: _Step(real(**arguments), self)
         return self.faulty(real) if name == self._function else real
 
     def faulty(self, real: Any) -> Any:
@@ -74,7 +74,9 @@ class _Extension:
             if self._of is None:
                 raise RuntimeError("the kernel is broken")
             out = real(*arguments)
-            _wrong(self._of(arguments), self._by)
+            place = self._of(arguments)
+            if place is not None:
+                _wrong(place, self._by)
             return out
 
         return call
@@ -157,17 +159,17 @@ FAULTS: dict[str, tuple[Callable[[str], Tensor], str, Callable[[Any], int]]] = {
     "langevin_step": (_one_step, "step", lambda a: a[0][-1]),
     "langevin_mlp": (_chain, "langevin_mlp", lambda a: a[0]["out"]),
     "mlp_energy": (_energy, "mlp_energy", lambda a: a[0]["gradient"]),
-    "residual": (_likelihood, "residual", lambda a: a[2]),
+    "residual": (_likelihood, "residual", lambda a: a[0]["value"]),
     "net_energy": (_net_gradient, "net_energy", lambda a: a[0]["energy"]),
     "langevin_net": (_net_chain, "langevin_net", lambda a: a[0]["out"]),
 }
 MORE = {
     "words": ("noise", "philox_words", lambda a: a[0]),
     "perturb": ("langevin_step", "perturb", lambda a: a[0][0]),
-    "grad_norm": ("langevin_step", "step_stats", lambda a: a[6]),
+    "grad_norm": ("langevin_step", "step", lambda a: a[6] and a[6]["grad_norm"]),
     "chain's energy": ("langevin_mlp", "langevin_mlp", lambda a: a[0]["energy"]),
     "value": ("mlp_energy", "mlp_energy", lambda a: a[0]["energy"]),
-    "gradient": ("residual", "residual", lambda a: a[0][2][-1]),
+    "gradient": ("residual", "residual", lambda a: a[0]["modalities"][2]["grad"]),
 }
 
 
@@ -182,7 +184,7 @@ def test_a_fault_in_the_steps_of_exact_samplers(raises: bool, monkeypatch: pytes
 
     expected = call()
     parity.clear()
-    broken = _Extension("exchange", None if raises else lambda a: a[0][0])
+    broken = _Extension("exchange", None if raises else lambda a: a[0]["tensors"][0]["values"])
     monkeypatch.setattr(native, "cpu", lambda: broken)
     with pytest.warns(RuntimeWarning, match="cpp is not used for dynamics on cpu"):
         got = call()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmebm.energies import MLP, Gaussian
+from mmebm.ops.langevin_mlp import cpp as mlp_room
+from mmebm.ops.net import cpp as net_room
 from mmebm.samplers import Langevin, Samples, langevin
 from mmebm.samplers.schedules import linear
 
@@ -291,3 +293,19 @@ def test_every_chain_of_the_demo_is_one_call(seed: int) -> None:
     prior = system.prior.sampler.sample(system.prior, z, 3, seed=seed)  # pyright: ignore
     for out in (data, given, latent, prior):
         assert out.info["op"] == "langevin_mlp", out.info["reason"]
+
+
+def test_a_chain_in_pieces_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    for kind in (mlp_room, net_room):
+        real = kind.supports
+        monkeypatch.setattr(kind, "supports", lambda c, x, real=real: looks.append(c) or real(c, x))
+    conv = nn.Conv2d(1, 2, 3)
+    for energy, start in (
+        (MLP(4, (8,)), torch.randn(3, 4)),
+        (lambda x: conv(x).square().flatten(1).sum(1), torch.randn(3, 1, 4, 4)),
+    ):
+        Langevin(0.01).sample(energy, start, 1, seed=0)  # the parity case looks too
+        looks.clear()
+        out = Langevin(0.01).sample(energy, start, 6, seed=0, thin=1)
+        assert out.info["op"] != "langevin_step" and len(looks) == 1 and not looks[0].checked

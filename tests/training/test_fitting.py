@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 
 import mmebm
 from mmebm.data.base import MultimodalDataset
-from mmebm.training import Trainer, checkpoint
+from mmebm.training import Trainer, checkpoint, fitting
 from mmebm.training.callbacks import Callback
 from mmebm.training.config import CheckpointConfig, Config, GuardConfig, Stage, ValidationConfig
 from mmebm.training.fitting import fit
@@ -301,3 +303,16 @@ def test_a_data_set_of_dicts_behind_workers_trains_alike_and_resumes(config: Con
         ends.append(trainer.system.state_dict())
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches a process from the terminal and from torchrun: it still ends the iteration in hand."""
+    trainer: Any = SimpleNamespace(stop=0)
+    with fitting._signals(trainer):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert trainer.stop == signal.SIGINT
+        monkeypatch.setattr(fitting, "ONE_SIGNAL", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -64,12 +64,16 @@ def test_shares_cover_all_rows_once() -> None:
 
 
 def test_gradients_of_all_processes_are_averaged(both: list[dict[str, Any]]) -> None:
+    """Nine rows, four here and five there: each row counts the same."""
     torch.manual_seed(0)
-    net, x = torch.nn.Linear(5, 2), torch.randn(10, 5)
+    net, x = torch.nn.Linear(5, 2), torch.randn(9, 5)
     optimiser = Optimiser(net, AdamConfig())
+    whole = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
     for _ in range(3):
         optimiser.step(net(x).square().mean())
     for one in both:
+        # Adam's update has the gradient's sign and hardly its size: look at the gradient itself
+        torch.testing.assert_close(one["gradient"], torch.cat([g.flatten() for g in whole]))
         for name, value in one["linear"].items():
             # another order of sums, through Adam's division by small second moments
             torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-4, atol=1e-6)
@@ -102,6 +106,37 @@ def test_samples_do_not_depend_on_the_number_of_processes(folder: Path, both: li
             for name, value in run.sample(31, point, seed=7).items():
                 # matrix products over another number of rows: rounding, carried through 60 + 4 steps
                 torch.testing.assert_close(x[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_all_stop_after_the_same_iteration(both: list[dict[str, Any]]) -> None:
+    assert both[0]["stopped"] == both[1]["stopped"] == [7, 15, 7]
+
+
+def test_negatives_come_from_all_processes(both: list[dict[str, Any]]) -> None:
+    """The third to fifth nearest of all nine rows, which are the own one and its neighbours by number."""
+    seen = set()
+    for rank, one in enumerate(both):
+        begin, end = Processes(rank, 2).share(9)
+        for drawn in one["hard"]:
+            for at, own in enumerate(range(begin, end)):
+                values = {float(drawn[name][at]) for name in ("a", "b")}
+                (other,) = values - {float(own)}  # one of the two has changed, and the other has not
+                order = sorted(range(9), key=lambda k: abs(k - own))
+                far = [abs(order[k] - own) for k in (2, 4)]
+                assert far[0] <= abs(other - own) <= far[1], (own, other)
+                seen.add((rank, int(other)))
+        parts = torch.stack([torch.stack([drawn["a"], drawn["b"]]) for drawn in one["uniform"]])
+        assert set(parts.flatten().tolist()) == set(range(9))
+        assert all(len(set(part.flatten().tolist())) == end - begin for pair in parts for part in pair)
+    assert {(0, 4), (0, 5), (1, 2), (1, 3)} <= seen
+
+
+def test_shares_that_differ_are_weighted() -> None:
+    for world, n in ((2, 9), (3, 10), (4, 8)):
+        parts = [Processes(rank, world) for rank in range(world)]
+        sizes = [b - a for a, b in (p.share(n) for p in parts)]
+        assert [p.weight(n) / world for p in parts] == pytest.approx([size / n for size in sizes])
+    assert Processes().weight(5) == 1.0
 
 
 def test_too_small_a_batch_is_named() -> None:

@@ -16,7 +16,9 @@ from mmebm.training import PRESETS, Config, Trainer, preset
 from mmebm.training.config import ChainConfig, LatentPriorConfig
 from mmebm.training.networks import chain_reports
 from mmebm.training.presets import published
+from mmebm.training.run import Run
 from mmebm.training.system import System
+from mmebm.training.variants import COSTS
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "study" / "published" / "measure.py"
 pytest.importorskip("PIL", reason="the extra 'train' reads images")
@@ -76,6 +78,21 @@ def test_a_preset_trains_from_the_published_layout(name: str, measure: ModuleTyp
     still = {key for key, value in trainer.system.named_parameters() if torch.equal(value, before[key])}
     # the energy's constant: real and revised tuples move it by the same, up to what bfloat16 keeps of energy_l2
     assert still <= {"energy.fusion.4.bias"}
+    # the run is a model without its data: samples in natural space, captions as strings
+    trainer.save(tmp_path / "run")
+    run = Run(tmp_path / "run", data_path=str(tmp_path / "gone"))
+    x = run.sample(3, run.points[-1], seed=seed)
+    for m in run.modalities:
+        natural = m.natural(x[m.name])
+        assert len(natural) == 3 and (natural.dtype.kind == "U") == (m.kind == "caption")
+
+
+def test_costs_have_every_part(measure: ModuleType, tmp_path: Path, seed: int) -> None:
+    """What the benchmark measures is what an entry of COSTS holds, and none is free."""
+    config = narrow(measure.prepared("cub", tmp_path, n=8, seed=seed)).replace(precision="fp32", channels_last=False)
+    data = load(config.data.name, "train", path=tmp_path, **config.data.options)
+    found = measure.costs(config, data, repeats=1)
+    assert set(found) >= set(COSTS["polymnist-5k"]) and all(value > 0 for value in found.values())
 
 
 def test_the_sets_of_the_presets_are_those_that_are_written(measure: ModuleType) -> None:
@@ -87,10 +104,10 @@ def test_both_chains_are_one_call_in_float32(name: str, measure: ModuleType, tmp
     """Under autocast they are not, and the report says so."""
     need("cpp")
     config = narrow(preset(name))
-    fused = chain_reports(System(config.replace(precision="fp32"), SHAPES[name]))
+    fused = chain_reports(System(config.replace(precision="fp32"), SHAPES[name]), 2)
     assert all(line.startswith("one fused call") for line in fused.values()), fused
     if config.precision == "bf16":
-        lines = chain_reports(System(config.replace(precision="bf16"), SHAPES[name]))
+        lines = chain_reports(System(config.replace(precision="bf16"), SHAPES[name]), 2)
         assert "autocast is on" in lines["data chain"] and "autocast is on" in lines["latent chain"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from mmebm.training.extensions import ShuffledTuples
 from mmebm.training.optimise import Optimiser
 from mmebm.training.starts import DataStarts, LatentStarts
 from mmebm.training.trainer import Minibatch
-from mmebm.training.variants import GRIDS, LATENT_ONLY, VARIANTS, budget, cost, variant
+from mmebm.training.variants import GRIDS, LATENT_ONLY, LINEAGE, VARIANTS, budget, cost, variant
 
 LATENTS = (*LATENT_STARTS, "unimodal:vector")
 
@@ -383,3 +384,19 @@ def test_variants_have_the_presets_budget(base: str) -> None:
     for name in VARIANTS:
         config = preset(f"{base}/{name}")
         assert abs(budget(config) - whole) <= max(cost(config, stage) for stage in config.stages)
+
+
+def test_settings_of_the_lineage() -> None:
+    """Each variant is the paper's loop but for its fields, none of which is there already; the last has all of them."""
+
+    def flat(value: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {name: value}
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}".strip(".")).items()}
+
+    paper = flat(json.loads(preset("paper/paper").to_json()))
+    for name, fields in LINEAGE.items():
+        other = flat(json.loads(preset(f"paper/lineage={name}").to_json()))
+        changed = {field for field in other if other[field] != paper[field]}
+        assert changed == {"preset", *fields}, name
+    assert set(LINEAGE["all"]) == {field for fields in LINEAGE.values() for field in fields}

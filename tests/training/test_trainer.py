@@ -608,3 +608,20 @@ def test_flow_learns_in_its_stage_and_along(config: Config, data: MultimodalData
     assert all(torch.isfinite(v).all() for v in one.values())
     with pytest.raises(ValueError, match="is a network of an energy"):
         config.replace(latent_prior=prior, model=dataclasses.replace(config.model, prior="a:B"))
+
+
+def test_the_report_is_of_the_chains_that_run(config: Config, data: MultimodalDataset, need: Any) -> None:
+    """It says what so many rows of an iteration do on so many threads."""
+    need("cpp")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for batch, accumulate, idle in ((96, 1, False), (96, 48, True)):
+            trainer = Trainer(config.replace(batch=batch, accumulate=accumulate), data)
+            for name, line in trainer.chain_reports().items():
+                assert line.startswith("one fused call") and ("2 chains keep 1 of 2 threads" in line) is idle, (
+                    name,
+                    line,
+                )
+    finally:
+        torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """What an iteration of the presets of published sets takes: on this machine measured, on a GPU estimated by operations.
 
     python benchmarks/study/published/measure.py polymnist cub-128 [--batch 8] [--precision fp32] [--json FILE]
+    python benchmarks/study/published/measure.py polymnist cub --costs       # for mmebm/training/variants.py
 
 Each set is written in its published layout, random images of the published sizes, and trained from there as `mmebm
 train --preset NAME --data-path FOLDER` does: two iterations of each kind of stage, of which the second counts. Nothing
@@ -22,6 +23,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mmebm.data import load
+from mmebm.data import MultimodalDataset, load
 from mmebm.data.text_codec import fit_text_autoencoder
 from mmebm.training import Config, Trainer, preset
 from mmebm.training.config import Stage
 from mmebm.training.networks import chain_reports
+from mmebm.training.variants import GRIDS, variant
 
 # What one GPU of 80 GB is taken to do: its makers' dense bf16 peak, and the share of it that such networks may reach.
 PEAK, SHARE = 312e12, 0.3
@@ -160,6 +163,41 @@ def saved_bytes(trainer: Trainer) -> float:
     return sum(size for at, size in kept.items() if at not in weights) / batch.size
 
 
+def costs(config: Config, data: MultimodalDataset, repeats: int = 5) -> dict[str, float]:
+    """What the parts of a joint iteration take, in iterations of the warm-up: an entry of
+    mmebm.training.variants.COSTS. The best of some repeats of each; on the CPU."""
+
+    def seconds(work: Callable[[], Any]) -> float:
+        found = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
+        return min(found[1:])  # the first one also warms up
+
+    plain = config.replace(loss=dataclasses.replace(config.loss, elbo=0.0), stages=(Stage("joint", 1),))
+    rng = torch.Generator().manual_seed(0)
+    t = Trainer(plain, data)
+    batch = t.batch()
+    z_0 = t.system.prior.draw(batch.size, seed=0, device=t.device)
+    x_0 = t.system.decode(z_0)
+    x_k, z_k = t._data_chain(batch, x_0, 1, {}), t._latent_chain(batch, rng, 2, {})
+    parts: dict[str, Callable[[], Any]] = {
+        "posterior": lambda: t._teach_vae(batch, z_k, None, None, rng, {}),
+        "revised": lambda: t._teach_vae(batch, None, x_k, z_0, rng, {}),
+        "latent": lambda: t._latent_chain(batch, rng, 2, {}),
+        "prior": lambda: t.prior_teacher.update(z_k, t._prior(batch, 3), t.lr),
+        "data": lambda: t._data_chain(batch, x_0, 1, {}),
+        "energy": lambda: t._teach_energy(batch.x, x_0, x_k, rng, {}),
+    }
+    unit = seconds(lambda: t.warmup_step(batch, rng))
+    found = {name: seconds(work) / unit for name, work in parts.items()}
+    for name in GRIDS["baselines"]:
+        other = Trainer(variant(config, name).replace(stages=(Stage("warmup", 1),)), data)
+        found[name] = seconds(lambda other=other: other.warmup_step(other.batch(), rng)) / unit
+    return {name: round(value, 2) for name, value in found.items()}
+
+
 def measure(name: str, batch: int, precision: str) -> dict[str, Any]:
     """One preset in this process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -202,8 +240,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--costs", action="store_true", help="the presets' entries of COSTS, and nothing else")
     a = parser.parse_args()
     torch.set_num_threads(1)
+    if a.costs:
+        for name in a.presets:
+            with tempfile.TemporaryDirectory() as folder:
+                config = prepared(name, Path(folder)).replace(batch=a.batch, precision=a.precision, channels_last=False)
+                data = load(config.data.name, "train", path=folder, **config.data.options)
+                print(json.dumps({name: costs(config, data)}))
+        return
     if len(a.presets) == 1:
         results = [measure(a.presets[0], a.batch, a.precision)]
     else:  # a process each: the peak of memory is a process's

@@ -96,10 +96,10 @@ class Symbol:
     rules: Mapping[str, Callable[..., Any]] = {}  # by an operation's name; mmebm.energies.lower.rules fills it
 
     def __init__(self, shape: Sequence[int], means: Any, layout: Layout, memory: Memory | None = None) -> None:
-        self.shape = torch.Size(shape)
+        self.shape: torch.Size = torch.Size(shape)
         self.means = means
         self.layout = layout
-        self.memory = memory or Memory()
+        self.memory: Memory = memory or Memory()
         self._writes = self.memory.writes
 
     # -- operations
@@ -142,7 +142,7 @@ class Symbol:
             refuse("it changes the shape of a tensor in place")
         self.memory.writes += 1
         self._writes = self.memory.writes
-        self.means = other.means
+        self.means: Any = other.means
         return self
 
     def quadratic(self, mean: Tensor, precision: Tensor) -> Symbol:
@@ -186,17 +186,30 @@ class Symbol:
     def __iter__(self) -> NoReturn:
         refuse("it iterates over chains")
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:  # equality is refused, not identity
+        return id(self)
 
-    __neg__, __abs__, __getitem__ = _operator("neg"), _operator("abs"), _operator("getitem")
-    __add__, __radd__, __iadd__ = _operator("add"), _operator("add", swap=True), _operator("add", inplace=True)
-    __sub__, __rsub__, __isub__ = _operator("sub"), _operator("sub", swap=True), _operator("sub", inplace=True)
-    __mul__, __rmul__, __imul__ = _operator("mul"), _operator("mul", swap=True), _operator("mul", inplace=True)
-    __truediv__, __rtruediv__ = _operator("div"), _operator("div", swap=True)
-    __itruediv__ = _operator("div", inplace=True)
-    __pow__, __rpow__, __ipow__ = _operator("pow"), _operator("pow", swap=True), _operator("pow", inplace=True)
-    __matmul__, __rmatmul__ = _operator("matmul"), _operator("matmul", swap=True)
-    __imatmul__ = _operator("matmul", inplace=True)
+    __neg__: Callable[..., Any] = _operator("neg")
+    __abs__: Callable[..., Any] = _operator("abs")
+    __getitem__: Callable[..., Any] = _operator("getitem")
+    __add__: Callable[..., Any] = _operator("add")
+    __radd__: Callable[..., Any] = _operator("add", swap=True)
+    __iadd__: Callable[..., Any] = _operator("add", inplace=True)
+    __sub__: Callable[..., Any] = _operator("sub")
+    __rsub__: Callable[..., Any] = _operator("sub", swap=True)
+    __isub__: Callable[..., Any] = _operator("sub", inplace=True)
+    __mul__: Callable[..., Any] = _operator("mul")
+    __rmul__: Callable[..., Any] = _operator("mul", swap=True)
+    __imul__: Callable[..., Any] = _operator("mul", inplace=True)
+    __truediv__: Callable[..., Any] = _operator("div")
+    __rtruediv__: Callable[..., Any] = _operator("div", swap=True)
+    __itruediv__: Callable[..., Any] = _operator("div", inplace=True)
+    __pow__: Callable[..., Any] = _operator("pow")
+    __rpow__: Callable[..., Any] = _operator("pow", swap=True)
+    __ipow__: Callable[..., Any] = _operator("pow", inplace=True)
+    __matmul__: Callable[..., Any] = _operator("matmul")
+    __rmatmul__: Callable[..., Any] = _operator("matmul", swap=True)
+    __imatmul__: Callable[..., Any] = _operator("matmul", inplace=True)
 
 
 def _operation(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

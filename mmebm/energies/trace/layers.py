@@ -144,8 +144,9 @@ def _linear_map(one: Callable[[Tensor], Tensor], size: int) -> Tensor:
     return one(torch.eye(size, dtype=torch.float64, device=CPU).unsqueeze(1)).squeeze(1).t()
 
 
-def _separable(r: Recorder, x: Tensor, rows: Tensor, columns: Tensor, sides: tuple[int, ...]) -> int:
-    """A map of rows times a map of columns, each (out, in), to ``sides`` positions."""
+def _separable(r: Recorder, x: Tensor, out: Tensor, maps: Sequence[Tensor]) -> int:
+    """``out`` as a map of rows times a map of columns, each (out, in), of ``x``; over one dimension of columns alone."""
+    rows, columns = maps if len(maps) == 2 else (torch.ones(1, 1, dtype=maps[0].dtype, device=CPU), maps[0])
     most = [int((m != 0).sum(1).max()) for m in (rows, columns)]
     weight, index = [], []
     for m, k in zip((rows, columns), most, strict=True):
@@ -155,7 +156,7 @@ def _separable(r: Recorder, x: Tensor, rows: Tensor, columns: Tensor, sides: tup
     at = index[0][:, None, :, None] * x.shape[-1] + index[1][None, :, None, :]
     by = weight[0][:, None, :, None] * weight[1][None, :, None, :]
     shape = (rows.shape[0] * columns.shape[0], -1)
-    return _pooled(r, x, at.reshape(shape), by.reshape(shape), sides)
+    return _pooled(r, x, at.reshape(shape), by.reshape(shape), out.shape[2:])
 
 
 @rule("_adaptive_avg_pool2d")
@@ -164,7 +165,7 @@ def _adaptive_avg_pool2d(r: Recorder, out: Tensor, x: Tensor, size: Sequence[int
         _linear_map(lambda e, n=n: F.adaptive_avg_pool1d(e, n), side)
         for side, n in zip(x.shape[2:], out.shape[2:], strict=True)
     ]
-    return _separable(r, x, *maps, tuple(out.shape[2:]))
+    return _separable(r, x, out, maps)
 
 
 def _upsampled(name: str, function: Callable[[Tensor, int, bool, Any], Tensor]) -> None:
@@ -176,9 +177,7 @@ def _upsampled(name: str, function: Callable[[Tensor, int, bool, Any], Tensor]) 
         for i, (side, n) in enumerate(zip(x.shape[2:], out.shape[2:], strict=True)):
             scale = scales[i] if i < len(scales) else None
             maps.append(_linear_map(lambda e, n=n, s=scale: function(e, n, align, s), side))
-        if len(maps) == 1:
-            maps = [torch.ones(1, 1, dtype=torch.float64, device=CPU), *maps]
-        return _separable(r, x, *maps, tuple(out.shape[2:]))
+        return _separable(r, x, out, maps)
 
 
 _aten = torch.ops.aten

@@ -108,11 +108,11 @@ class Tape:
         for step in self._steps:
             read = [t for t in tensors_in((step.args, step.kwargs)) if id(t) not in self._stubs]
             if step.name not in _LITERALS and not memory(t for t in read if id(t) not in made) <= places | inputs:
-                self.valid = False
+                self.valid: bool = False
             if step.apply is None:
                 made.update(id(t) for t in tensors_in(step.result))
             elif read and step.name not in _LAYERS:
-                self.static = False
+                self.static: bool = False
 
     def replay(self, recorder: Recorder, given: Mapping[int, Tensor]) -> Any:
         """Writes the call down once more, and returns what stands for the energy's result.

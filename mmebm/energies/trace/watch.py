@@ -57,7 +57,8 @@ class Rewrite(TorchFunctionMode):
 
     def __init__(self, watched: Callable[[Any], Any], tape: Tape) -> None:
         super().__init__()
-        self.watched, self.tape = watched, tape
+        self.watched: Callable[[Any], Any] = watched
+        self.tape: Tape = tape
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -97,7 +98,8 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, recorder: Recorder, tape: Tape) -> None:
         super().__init__()
-        self.recorder, self.tape = recorder, tape
+        self.recorder: Recorder = recorder
+        self.tape: Tape = tape
         self.own: dict[int, Tensor] = {}  # storages made during the call, kept
 
     def _own(self, result: Any) -> None:

@@ -22,6 +22,7 @@ BROKEN: Final = (0.86, 0.15, 0.47)  # where a value is inf or NaN: no grey or di
 CELL: Final = 0.62  # inches
 TEXT_HEIGHT: Final = 0.5  # of a cell: a word needs less room than an image
 GAP: Final = 0.05  # of a cell, on each side
+READABLE: Final = 5.25  # points, at which a row is made high enough for its texts
 
 Limit = tuple[np.ndarray, np.ndarray]  # the ends of the colour scale of each dimension of a vector
 
@@ -186,7 +187,8 @@ def _grid(
         names = dict.fromkeys(name for group in groups for name in group.rows)
         shapes[title] = {}
         for name in names:
-            shapes[title][name] = _height(next(group.rows[name] for group in groups if name in group.rows))
+            shown = [group.rows[name][:span] for group, span in zip(groups, spans[title]) if name in group.rows]
+            shapes[title][name] = max(map(_height, shown))
 
     limits = _limits(group.rows for groups in blocks.values() for group in groups)
 
@@ -220,7 +222,7 @@ def _grid(
             for group, span, wide in zip(groups, spans[title], widths[title]):
                 values = group.rows.get(name, ())
                 for column in range(min(span, len(values))):
-                    _draw(axes, values[column], x + column, y, cell, limits[name])
+                    _draw(axes, values[column], x + column, y, cell, limits[name], tall=cell)
                 x += wide + between
             y += cell
         x = 0.0
@@ -303,12 +305,21 @@ def trajectory_grid(
     return write(figure, path)
 
 
-def _draw(axes: Axes, value: Any, x: float, y: float, height: float, limit: Limit | None, width: float = 1.0) -> None:
-    """One sample of one modality into the cell whose upper left corner is ``(x, y)``."""
+def _draw(
+    axes: Axes,
+    value: Any,
+    x: float,
+    y: float,
+    height: float,
+    limit: Limit | None,
+    width: float = 1.0,
+    tall: float = TEXT_HEIGHT,
+) -> None:
+    """One sample of one modality into the cell whose upper left corner is ``(x, y)``; text is ``tall`` in it."""
     if isinstance(value, str):
         from matplotlib.patches import FancyBboxPatch
 
-        tall = min(height, TEXT_HEIGHT) - 2 * GAP
+        tall = min(height, tall) - 2 * GAP
         box = (x + GAP, y + (height - tall) / 2)
         axes.add_patch(
             FancyBboxPatch(
@@ -408,7 +419,12 @@ def _count(name: str, values: np.ndarray) -> int:
 
 
 def _height(values: np.ndarray) -> float:
-    return 1.0 if values.ndim == 4 else TEXT_HEIGHT
+    """Of a row, in cells: a text gets the lines that it needs at a readable size, up to a height of two."""
+    if values.dtype.kind not in "UO":
+        return 1.0 if values.ndim == 4 else TEXT_HEIGHT
+    letters = int((1 - 4 * GAP) * 72 * CELL / (0.6 * READABLE))
+    lines = max(len(textwrap.wrap(str(text), letters)) for text in values)
+    return min(max(TEXT_HEIGHT, 2.5 * GAP + lines * 1.2 * READABLE / (72 * CELL)), 2.0)
 
 
 def _word_width(values: np.ndarray) -> float:

@@ -234,6 +234,7 @@ def lines(
     marks: Mapping[str, float] | None = None,
     logarithmic: bool = False,
     columns: int = 3,
+    counts: bool = False,
 ) -> Path:
     """Quantities against the step (or another ``x``), one panel each, a coloured line per series.
 
@@ -246,6 +247,7 @@ def lines(
         marks: name -> position of a vertical line, such as the steps of training.
         logarithmic: ``x`` on a logarithmic axis, linear below 10.
         columns: panels side by side.
+        counts: ``x`` are a few whole numbers: each has a dot and a tick, and nothing is between them.
 
     Returns:
         ``path``.
@@ -265,8 +267,8 @@ def lines(
                     raise ValueError(
                         f"{what}[{title!r}][{name!r}] must have {len(at)} values, one for each x, got {len(given)}"
                     )
-            part.append(_Line(name, at, _floats(values), None if error is None else _floats(error)))
-        parts.append(_Panel(title, label, part, logarithmic))
+            part.append(_Line(name, at, _floats(values), None if error is None else _floats(error), dots=counts))
+        parts.append(_Panel(title, label, part, logarithmic, tuple(at.tolist()) if counts else ()))
     return _multiples("panels", parts, path, columns, marks or {})
 
 
@@ -382,6 +384,8 @@ def scatter(
     width = 4.0 * len(panels) + legend
     figure, handles = new_figure(width, 3.4), {}
     drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+    from matplotlib.patheffects import withStroke
+
     for axes, (title, models) in zip(drawn, panels.items(), strict=True):
         style_axes(axes, title)
         for name, points in models.items():
@@ -390,14 +394,21 @@ def scatter(
             style = {"color": COLOURS[k % len(COLOURS)], "marker": "osD^vP*"[k // len(COLOURS) % 7]}
             handles[name] = axes.plot(across, up, markersize=5, linewidth=0.8, **style)[0]
             for at, note in zip(zip(across, up, strict=True), notes, strict=True):
-                axes.annotate(note, at, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=FAINT)
+                text = axes.annotate(note, at, xytext=(0, 5), textcoords="offset points", ha="center", zorder=5)
+                text.set(fontsize=6.5, color=INK, path_effects=[withStroke(linewidth=2, foreground="white")])
         axes.margins(0.12)
         axes.set_xlabel(x, fontsize=8, color=FAINT)
         axes.set_ylabel(y, fontsize=8, color=FAINT)
+    figure.tight_layout(pad=0.6, w_pad=1.4, rect=(0, 0, 1 - legend / width, 1))
     figure.legend(
-        [handles[name] for name in names], names, loc="center right", frameon=False, fontsize=8, labelcolor=INK
+        [handles[name] for name in names],
+        names,
+        loc="center left",
+        bbox_to_anchor=(1 - legend / width, 0.5),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
     )
-    figure.tight_layout(pad=0.6, w_pad=1.4, rect=(0, 0, 1 - 1.5 / (4.4 * len(panels) + 1.6), 1))
     return write(figure, path)
 
 
@@ -417,6 +428,7 @@ class _Panel:
     label: str
     series: Sequence[_Line]
     logarithmic: bool
+    ticks: tuple[float, ...] = ()  # where they are all there is
 
 
 def _multiples(
@@ -468,7 +480,12 @@ def _multiples(
             axes.minorticks_off()
         if len(every := np.concatenate([line.x for line in part.series])):
             axes.margins(x=0.02)
-            axes.set_xlim(left=min(np.nanmin(every), 0.0) if np.nanmin(every) >= 0 else None)
+            # from nought, unless what is shown begins late, as a stage does
+            near = 0 <= np.nanmin(every) <= 0.1 * np.nanmax(every)
+            axes.set_xlim(left=0.0 if near else None)
+        if part.ticks:
+            axes.set_xticks(part.ticks, [f"{tick:g}" for tick in part.ticks])
+            axes.set_xlim(min(part.ticks) - 0.25, max(part.ticks) + 0.25)
         for name, position in marks.items():
             axes.axvline(position, color="#9aa7b6", linewidth=0.8, linestyle=(0, (3, 2)), zorder=0)
             axes.annotate(

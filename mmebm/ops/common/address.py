@@ -27,6 +27,7 @@ __all__ = [
     "same_memory",
     "step_addresses",
     "surroundings",
+    "unfit",
     "wrapped",
 ]
 
@@ -119,6 +120,18 @@ def obstacle(t: Any) -> str | None:
     if type(t) not in _PLAIN and not isinstance(t, FakeTensor):
         return f"{type(t).__name__}, not a plain tensor"  # what it computes need not lie in its memory
     return wrapped(t)
+
+
+def unfit(what: str, x: Tensor, tensors: Sequence[Tensor], other: torch.dtype) -> str | None:
+    """Why no fused chain runs from the state ``x`` on the ``tensors`` of ``what``, or ``None``: all are to be plain and
+    float32, those of ``what`` may be ``other``."""
+    for name, t in (("the state", x), *((f"a tensor of {what}", t) for t in tensors)):
+        if t.dtype is not torch.float32 and (t is x or t.dtype is not other):
+            return f"{name} is {t.dtype}, taken is float32"
+        reason = obstacle(t)
+        if reason is not None:
+            return f"{name} is {reason}"
+    return None
 
 
 def plain(name: str, t: Tensor) -> Tensor:

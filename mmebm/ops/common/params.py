@@ -67,7 +67,7 @@ class StepRows(Sequence[list[StepParams]]):
     """
 
     def __init__(self, columns: Sequence[dict[str, Any]], steps: int) -> None:
-        self.columns = list(columns)
+        self.columns: list[dict[str, Any]] = list(columns)
         self._length = steps if any(varies(column) for each in columns for column in each.values()) else 1
 
     def __len__(self) -> int:

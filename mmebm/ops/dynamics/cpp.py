@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mmebm import native
+from mmebm import native, noise
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import address, readable
 from mmebm.ops.noise import native_reason
@@ -108,14 +108,14 @@ class Dynamics:
         keeps: bool,
         freeze: bool,
     ) -> None:
-        self.x = [t.contiguous() for t in x]
-        self.shapes = [t.shape for t in self.x]
-        self.chains = self.x[0].shape[0]
+        self.x: list[Tensor] = [t.contiguous() for t in x]
+        self.shapes: list[torch.Size] = [t.shape for t in self.x]
+        self.chains: int = self.x[0].shape[0]
         self.alive = alive
         fresh = lambda: [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in self.x]
-        self.y = fresh() if keeps else self.x
-        self.v = fresh()
-        self.g = fresh() if keeps else []
+        self.y: list[Tensor] = fresh() if keeps else self.x
+        self.v: list[Tensor] = fresh()
+        self.g: list[Tensor] = fresh() if keeps else []
         self._before = fresh() if keeps else []
         self._masks = [mask.contiguous() if isinstance(mask, Tensor) else None for mask in masks]
         self._constants: list[dict[str, Any]] = [{} for _ in self.x]
@@ -124,20 +124,30 @@ class Dynamics:
         self._given: Sequence[Tensor] | None = None
         self._grads: list[Tensor] = []
         self._places: list[int] = []
+        moving = [
+            {
+                "numel": math.prod(t.shape[1:]),
+                "index": index,
+                "observed": _address(self._masks[i]),
+                "x": _address(t),
+                "y": _address(self.y[i]),
+                "v": _address(self.v[i]),
+                "before": _address(self._before[i]) if keeps else 0,
+                "g": _address(self.g[i]) if keeps else 0,
+            }
+            for i, (t, index) in enumerate(zip(self.x, indices, strict=True))
+        ]
         self._op = native.cpu().Dynamics(
-            self.chains, chain_offset & 0xFFFFFFFF, seed & (1 << 64) - 1, _address(alive), freeze, dispatch.isa()
+            {
+                "chains": self.chains,
+                "chain_offset": chain_offset & noise.MASK32,
+                "seed": seed & (1 << 64) - 1,
+                "alive": _address(alive),
+                "freeze": freeze,
+                "isa": dispatch.isa(),
+                "tensors": moving,
+            }
         )
-        for i, (t, index) in enumerate(zip(self.x, indices, strict=True)):
-            self._op.add(
-                math.prod(t.shape[1:]),
-                index,
-                _address(self._masks[i]),
-                _address(t),
-                _address(self.y[i]),
-                _address(self.v[i]),
-                _address(self._before[i]) if keeps else 0,
-                _address(self.g[i]) if keeps else 0,
-            )
 
     @property
     def _threads(self) -> int:
@@ -151,7 +161,7 @@ class Dynamics:
             if name in known and known[name] is value:
                 continue
             kind, number, held = _kind(value, self.x[i])
-            self._op.set(i, SLOTS.index(name), kind, number, _address(held))
+            self._op.set(tensor=i, slot=SLOTS.index(name), kind=kind, value=number, values=_address(held))
             known[name] = value
             self._held[i, name] = held
 
@@ -170,10 +180,11 @@ class Dynamics:
         self._held["energy"] = energy
         self._op.energies(_address(energy))
 
-    def set_outputs(self, prob: Tensor, accepted: Tensor, error: Tensor, prob_sum: Tensor, ever: Tensor) -> None:
-        """Where HMC's decisions go: float32 (chains,), the sum float64, the last one bool."""
-        self._held["outputs"] = prob, accepted, error, prob_sum, ever
-        self._op.outputs(*map(_address, (prob, accepted, error, prob_sum, ever)))
+    def set_outputs(self, **to: Tensor) -> None:
+        """Where HMC's decisions go, (chains,): ``accept_prob``, ``accepted``, ``energy_error`` in float32, ``prob_sum``
+        in float64, and ``ever_accepted``, bool."""
+        self._held["outputs"] = to
+        self._op.outputs({name: _address(t) for name, t in to.items()})
 
     def _addresses(self, grads: Sequence[Tensor]) -> list[int]:
         """Of gradients, which are held until the next ones come."""
@@ -184,7 +195,7 @@ class Dynamics:
 
     def hmc_start(self, step: int) -> None:
         """Velocities drawn, half a kick by ``g``, a drift: ``y``."""
-        self._op.hmc_start(step & 0xFFFFFFFF, self._threads)
+        self._op.hmc_start(step & noise.MASK32, self._threads)
 
     def leap(self, grads: Sequence[Tensor]) -> None:
         """A kick by the gradient at ``y``, and a drift."""
@@ -193,11 +204,11 @@ class Dynamics:
     def hmc_end(self, grads: Sequence[Tensor], energy: Tensor, step: int) -> None:
         """The last half kick by the gradient at ``y``, and the decision."""
         energy = energies(energy, self.chains)
-        self._op.hmc_end(self._addresses(grads), _address(energy), step & 0xFFFFFFFF, self._threads)
+        self._op.hmc_end(self._addresses(grads), _address(energy), step & noise.MASK32, self._threads)
 
     def baoa(self, grads: Sequence[Tensor], step: int) -> None:
         """Kick by the gradient at ``x``, drift, friction with noise, drift: ``y``."""
-        self._op.baoa(self._addresses(grads), step & 0xFFFFFFFF, self._threads)
+        self._op.baoa(self._addresses(grads), step & noise.MASK32, self._threads)
 
     def baoab_end(self, grads: Sequence[Tensor], energy: Tensor | None) -> None:
         """The last kick by the gradient at ``y``; chains that are not finite are marked and, frozen, stay at ``x``."""
@@ -224,20 +235,31 @@ class Proposals:
         keep: bool,
         rows_per_chain: int = 1,
     ) -> None:
-        rows = self.rows = shapes[0][0]
+        rows = shapes[0][0]
+        self.rows: int = rows
         self.shapes = shapes
-        self.prob = torch.zeros(rows, dtype=torch.float32, device="cpu")
-        self.accepted = torch.zeros(rows, dtype=torch.bool, device="cpu")
+        self.prob: Tensor = torch.zeros(rows, dtype=torch.float32, device="cpu")
+        self.accepted: Tensor = torch.zeros(rows, dtype=torch.bool, device="cpu")
         self._masks = [None if mask is None else mask.expand(shape).contiguous() for mask, shape in zip(masks, shapes)]
         self._known: list[Any] = [None] * len(shapes)
         self._held: dict[Any, Any] = {}
         self._op = native.cpu().Proposals(
-            rows, rows_per_chain, chain_offset & 0xFFFFFFFF, seed & (1 << 64) - 1, stream, keep, dispatch.isa()
+            {
+                "rows": rows,
+                "rows_per_chain": rows_per_chain,
+                "chain_offset": chain_offset & noise.MASK32,
+                "seed": seed & (1 << 64) - 1,
+                "stream": stream,
+                "keep": keep,
+                "isa": dispatch.isa(),
+                "tensors": [
+                    {"numel": math.prod(shape[1:]), "observed": _address(mask)}
+                    for shape, mask in zip(shapes, self._masks, strict=True)
+                ],
+            }
         )
-        for shape, mask in zip(shapes, self._masks, strict=True):
-            self._op.add(math.prod(shape[1:]), _address(mask))
         self._large = sum(math.prod(shape) for shape in shapes) >= _LARGE
-        self._op.outputs(_address(self.prob), _address(self.accepted), 0)
+        self.set_alive(None)
 
     @staticmethod
     def takes(params: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
@@ -253,7 +275,7 @@ class Proposals:
             for slot, name in enumerate(PROPOSAL_SLOTS):
                 value = getattr(p, name)
                 kind, number, held = (-1, 0.0, None) if value is None else _kind(value, t)
-                self._op.set(i, slot, kind, number, _address(held))
+                self._op.set(tensor=i, slot=slot, kind=kind, value=number, values=_address(held))
                 self._held[i, slot] = held
             self._known[i] = p
         if temperature is self._held.get("given"):
@@ -270,7 +292,8 @@ class Proposals:
     def set_alive(self, alive: Tensor | None) -> None:
         """bool (rows,): False never moves."""
         self._held["alive"] = alive
-        self._op.outputs(_address(self.prob), _address(self.accepted), _address(alive))
+        to = {"accept_prob": self.prob, "accepted": self.accepted, "alive": alive}
+        self._op.outputs({name: _address(t) for name, t in to.items()})
 
     def decide(
         self,
@@ -285,9 +308,14 @@ class Proposals:
         """The decision, in ``prob`` and ``accepted``. ``x``, ``y``, ``grad_x`` and ``energy`` are the caller's own,
         float32 and contiguous; what the energy returned may be anything."""
         grad_y, new_energy = _floats(grad_y, self.shapes), energies(new_energy, self.rows)
-        columns = [[_address(t) for t in tensors] for tensors in (x, y, grad_x, grad_y)]
-        threads = torch.get_num_threads() if self._large else 1
-        self._op.decide(*columns, _address(energy), _address(new_energy), step & 0xFFFFFFFF, threads)
+        lists = {"x": x, "y": y, "gx": grad_x, "gy": grad_y}
+        self._op.decide(
+            **{name: [_address(t) for t in tensors] for name, tensors in lists.items()},
+            energy=_address(energy),
+            new_energy=_address(new_energy),
+            step=step & noise.MASK32,
+            threads=torch.get_num_threads() if self._large else 1,
+        )
 
 
 def exchange(
@@ -298,39 +326,29 @@ def exchange(
     step: int,
     stream: int,
     chain_offset: int,
-    inverse: Tensor,
-    energy: Tensor,
-    alive: Tensor,
-    origin: Tensor,
-    prob: Tensor,
-    prob_sum: Tensor,
     side: int,
+    **rows: Tensor,
 ) -> None:
     """Exchanges neighbours (side, side + 1), ... of a ladder in place: rows of ``tensors`` and what there is per row.
 
     Args:
         tensors: float32 (chains * rungs, ...), contiguous, as are all.
-        inverse: float32 (rungs,), 1 / T.
-        energy, alive: float32 and bool (chains * rungs,); a row that is not alive stays where it is.
-        origin: int64 (chains, rungs). prob, prob_sum: float32 (chains, rungs - 1), written and added to.
+        rows: ``inverse``, float32 (rungs,), 1 / T; ``energy`` and ``alive``, float32 and bool (chains * rungs,), a row
+            that is not alive stays where it is; ``origin``, int64 (chains, rungs); ``prob`` and ``prob_sum``, float32
+            (chains, rungs - 1), written and added to.
     """
-    chains = energy.shape[0] // rungs
     native.cpu().exchange(
-        [_address(t) for t in tensors],
-        [math.prod(t.shape[1:]) for t in tensors],
-        chains,
-        rungs,
-        seed & (1 << 64) - 1,
-        step & 0xFFFFFFFF,
-        stream,
-        chain_offset & 0xFFFFFFFF,
-        _address(inverse),
-        _address(energy),
-        _address(alive),
-        _address(origin),
-        _address(prob),
-        _address(prob_sum),
-        side,
+        {
+            "tensors": [{"values": _address(t), "numel": math.prod(t.shape[1:])} for t in tensors],
+            "chains": rows["energy"].shape[0] // rungs,
+            "rungs": rungs,
+            "seed": seed & (1 << 64) - 1,
+            "step": step & noise.MASK32,
+            "stream": stream,
+            "chain_offset": chain_offset & noise.MASK32,
+            "side": side,
+            **{name: _address(t) for name, t in rows.items()},
+        }
     )
 
 

@@ -92,6 +92,17 @@ def supports_options(chain: MlpChain, x: Tensor) -> str | None:
     return None
 
 
+def note(chain: MlpChain, x: Tensor) -> str | None:
+    """What to know of a chain that :func:`run` takes, or ``None``."""
+    return idle_threads(x, native.cpu().mlp_tiles(x.shape[0], dispatch.isa()))
+
+
+def idle_threads(x: Tensor, tiles: int) -> str | None:
+    """That so many tiles, each the work of one thread, are too few for the threads there are; or ``None``."""
+    threads = torch.get_num_threads()
+    return None if tiles >= threads else f"{x.shape[0]} chains keep {tiles} of {threads} threads busy"
+
+
 def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[dict[str, Any]]:
     """The terms as ``mmebm._cpu`` takes them (:file:`csrc/langevin_mlp/bind.h` names the fields)."""
 
@@ -99,7 +110,7 @@ def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[d
         return addresses(name, t, dtype)
 
     out: list[dict[str, Any]] = []
-    for term in check_terms(terms, x.shape[0], x.shape[1], x.device):
+    for term in terms:
         if isinstance(term, Quadratic):
             mean, precision = at("mean", term.mean), at("precision", term.precision)
             out.append({"kind": "quadratic", "mean": mean, "precision": precision})
@@ -208,7 +219,7 @@ def call_chain(
 
 def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tensor]:
     """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
-    described = lambda addresses: _described(terms, x, addresses)
+    described = lambda addresses: _described(check_terms(terms, x.shape[0], x.shape[1], x.device), x, addresses)
     return call_energy("mlp_energy", x, described, supports_energy(terms, x))
 
 
@@ -216,14 +227,11 @@ def run(
     chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
 ) -> MlpResult:
     """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
-    return call_chain(
-        "langevin_mlp",
-        chain,
-        x,
-        lambda addresses: _described(chain.terms, x, addresses),
-        steps,
-        first_step,
-        energy=energy,
-        grad_norm=grad_norm,
-        reason=supports(chain, x),
-    )
+    reason = None
+    if not chain.checked:
+        reason = supports(chain, x)
+        if reason is None:
+            check_terms(chain.terms, x.shape[0], x.shape[1], x.device)
+    described = lambda addresses: _described(chain.terms, x, addresses)
+    records = {"energy": energy, "grad_norm": grad_norm}
+    return call_chain("langevin_mlp", chain, x, described, steps, first_step, **records, reason=reason)

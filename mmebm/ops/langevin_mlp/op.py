@@ -5,6 +5,7 @@ table of constants; :class:`MlpChain` holds all that stays the same along the ch
 
     supports(chain, x) -> None, or the reason why not
     run(chain, x, steps, first_step, energy=, grad_norm=) -> MlpResult
+    note(chain, x) -> None, or what to know of a chain that it takes; may be absent
 
 which leaves ``x`` as it is.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.common.address import require_dense, unfit
 from mmebm.ops.common.layout import per_chain, widen
 from mmebm.ops.common.params import Constant, NoiseAt, StepNumbers, StepParams, StepRows, per_tensor
 from mmebm.ops.langevin_mlp.reference import langevin_mlp as reference
@@ -79,6 +80,8 @@ class MlpChain:
         noise_at, clamp_noise, freeze: see :func:`mmebm.ops.langevin_mlp.reference.langevin_mlp`.
         precision: of the matrix products on a GPU: "fp32", "tf32x3" (three tf32 products, about fp32), or "bf16"
             operands; sums are fp32 always. Elsewhere fp32.
+        checked: whether :func:`room` has found the problem sound, and the module that it gave has taken it from a state
+            of this shape: a module's ``run`` then does not look again, at pieces of the chain (:meth:`rows`) either.
     """
 
     terms: tuple[Term, ...]
@@ -95,6 +98,7 @@ class MlpChain:
     clamp_noise: bool = False
     freeze: bool = False
     precision: Precision = "fp32"
+    checked: bool = False
 
     def has(self, field: str) -> bool:
         """Whether a moving tensor has the constant ``field``."""
@@ -178,21 +182,27 @@ def constants_of(
 
 def _from_columns(params: StepRows) -> tuple[Tensor, tuple[int, ...]] | None:
     """The table of constants that are all numbers, float64, without a row being made; None where some are tensors."""
-    steps, present = len(params), [0] * len(params.columns)
-    table = torch.empty((steps, len(present), len(FIELDS), 1), dtype=torch.float64, device="cpu")
+    numbers, present, series = [], [0] * len(params.columns), []
     for i, column in enumerate(params.columns):
         for f, name in enumerate(_PARAMS):
             value = column[name]
             if value is None:
-                table[:, i, f, 0] = _NEUTRAL[f]
+                numbers.append(_NEUTRAL[f])
                 continue
-            if not isinstance(value, (float, StepNumbers)):
-                return None
             present[i] |= 1 << f
-            if name == "prior_std":
-                numbers = [value] if isinstance(value, float) else value
-                value = torch.tensor([1 / number**2 for number in numbers], dtype=torch.float64, device="cpu")
-            table[:, i, f, 0] = value.vector if isinstance(value, StepNumbers) else value
+            if isinstance(value, StepNumbers):
+                series.append((i, f, value))
+                value = 1.0
+            elif not isinstance(value, float):
+                return None
+            numbers.append(1 / value**2 if name == "prior_std" else value)
+    table = torch.tensor(numbers, dtype=torch.float64, device="cpu").reshape(1, len(present), len(FIELDS), 1)
+    if series:
+        table = table.repeat(len(params), 1, 1, 1)
+    for i, f, each in series:
+        prior = _PARAMS[f] == "prior_std"  # Python's square, which is not always torch's
+        vector = torch.tensor([1 / v**2 for v in each], dtype=torch.float64, device="cpu") if prior else each.vector
+        table[:, i, f, 0] = vector
     return table, tuple(present)
 
 
@@ -201,18 +211,8 @@ def _from_columns(params: StepRows) -> tuple[Tensor, tuple[int, ...]] | None:
 
 def _refusal(module: ModuleType, chain: MlpChain, x: Tensor) -> str | None:
     """Why ``module`` does not take this chain, or ``None``."""
-    if x.dtype != torch.float32:
-        return f"the state is {x.dtype}, taken is float32"
-    if any(t.dtype != torch.float32 for term in chain.terms for t in tensors_of(term) if t.dtype != torch.bool):
-        return "the terms are not all float32"
-    for name, t in (
-        ("the state", x),
-        *(("a tensor of the terms", t) for each in chain.terms for t in tensors_of(each)),
-    ):
-        reason = obstacle(t)
-        if reason is not None:
-            return f"{name} is {reason}"
-    return too_wide(chain.terms) or module.supports(chain, x)
+    tensors = [t for term in chain.terms for t in tensors_of(term)]
+    return unfit("the terms", x, tensors, torch.bool) or too_wide(chain.terms) or module.supports(chain, x)
 
 
 def room(backend: str, chain: MlpChain, x: Tensor) -> tuple[ModuleType | None, str]:
@@ -221,12 +221,21 @@ def room(backend: str, chain: MlpChain, x: Tensor) -> tuple[ModuleType | None, s
     "auto" takes C++ on the CPU and Triton, then CUDA, on a GPU; see :func:`mmebm.ops.dispatch.choose`.
 
     Raises:
-        ValueError: for an unknown backend.
+        TypeError, ValueError: for an unknown backend, and for terms that do not fit together.
         BackendError: where a backend asked for by name does not take this chain.
     """
     refusal = lambda _, module: _refusal(module, chain, x)
     chosen = dispatch.choose("langevin_mlp", backend, x.device, refusal, chain.precision)
-    return chosen.module, chosen.reason
+    if chosen.module is not None:
+        check_terms(chain.terms, x.shape[0], x.shape[1], x.device)
+    return chosen.module, noted(chosen, chain, x)
+
+
+def noted(chosen: dispatch.Choice, chain: MlpChain, x: Tensor) -> str:
+    """The reason for the choice, and what the module has to say of the chain."""
+    say = getattr(chosen.module, "note", None)
+    note = None if say is None else say(chain, x)
+    return chosen.reason if note is None else f"{chosen.reason}; {note}"
 
 
 def name_of(module: ModuleType) -> str:
@@ -350,6 +359,7 @@ def _op(
     )
     with torch.no_grad():
         module, _ = room(backend, chain, x)
+        chain = dataclasses.replace(chain, checked=True)
         result = run(module, chain, x, steps, first_step, energy=True, grad_norm=True)
     frozen = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device) if result.frozen is None else result.frozen
     assert result.energy is not None and result.grad_norm is not None

@@ -12,17 +12,8 @@ from torch import Tensor
 from mmebm import native, noise
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import known_addresses, step_addresses
-from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, StepStats
-from mmebm.ops.langevin_step.native import (
-    CHAIN,
-    ELEMENT,
-    LIMITS,
-    SCALAR,
-    STORAGE,
-    NativeStepper,
-    state_reason,
-    stats_and_addresses,
-)
+from mmebm.ops.common.params import FIELDS, StepOptions, StepParams
+from mmebm.ops.langevin_step.native import CHAIN, ELEMENT, LIMITS, SCALAR, STORAGE, NativeStepper, state_reason
 
 __all__ = ["CppStepper", "cpp_reason"]
 
@@ -57,14 +48,26 @@ class CppStepper(NativeStepper):
         reason = cpp_reason(x, options)
         if reason is not None:
             raise native.BackendError(f"cpp: {reason}")
-        op = native.cpu().LangevinStep(x[0].shape[0], options.chain_offset & noise.MASK32, options.bits, dispatch.isa())
+        op = native.cpu().LangevinStep(
+            chains=x[0].shape[0],
+            chain_offset=options.chain_offset & noise.MASK32,
+            options=options.bits,
+            isa=dispatch.isa(),
+        )
         super().__init__(op, options, x)
         self._plain_seed = not isinstance(options.seed, Tensor)
         self._seed = options.seed & (1 << 64) - 1 if self._plain_seed else options.seed
         self._large = sum(t.numel() for t in x) >= 1 << 14
         for i, (t, index, noisy) in enumerate(zip(x, options.streams, options.noisy, strict=True)):
             channels = t.shape[1] if self._orders[i] is torch.channels_last else 1
-            op.add(math.prod(t.shape[1:]), index, noisy, STORAGE[t.dtype], self._mask_address(i), channels)
+            op.add(
+                numel=math.prod(t.shape[1:]),
+                index=index,
+                noisy=noisy,
+                storage=STORAGE[t.dtype],
+                observed=self._mask_address(i),
+                channels=channels,
+            )
         row_major = all(order is torch.contiguous_format for order in self._orders)
         self._given = None if row_major else self._orders
 
@@ -91,44 +94,25 @@ class CppStepper(NativeStepper):
         return int(self._seed) & (1 << 64) - 1, int(step) & noise.MASK32
 
     def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
+        self._check_counts(x=x, params=params)
         x = self._prepare(x, params)
         threads = torch.get_num_threads() if self._large else 1
         self._op.perturb(known_addresses(x), *self._words(step), threads)
         return x
 
-    def step(
-        self,
-        x: list[Tensor],
-        grad: Sequence[Tensor],
-        params: Sequence[StepParams],
-        step: int | Tensor,
-        *,
-        with_noise: bool,
-        stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:
-        # A step over a few thousand elements takes 3 us in C++: this function counts. What is as it was in the last
-        # step needs no look; a gradient is a new tensor each time.
+    def _unchanged(
+        self, x: Sequence[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams]
+    ) -> tuple[list[int], list[int]] | None:
         known, settled = self._x, self._params
-        if len(x) != len(known) or len(grad) != len(known) or len(params) != len(known):
-            counts = f"got {len(x)}, {len(grad)} and {len(params)}"
-            raise ValueError(f"x, grad and params must have {len(known)} entries, {counts}")
-        found = step_addresses(
+        return step_addresses(
             x, grad, params, known, settled, self._grad_dtypes, self._shapes, self._grad_sizes, self._given
         )
-        if found is None or self._copied:
-            x = self._prepare(x, params)
-            # what was copied must live until C++ has read it
-            grad = [self._gradient(i, g) for i, g in enumerate(grad)]
-            found = known_addresses(x), known_addresses(grad)
-        places, gradients = found
+
+    def _run(
+        self, x: list[int], grad: list[int], step: int | Tensor, with_noise: bool, sums: dict[str, int] | None
+    ) -> None:
         if self._plain_seed and type(step) is int:
             seed, word = self._seed, step & 0xFFFFFFFF
         else:
             seed, word = self._words(step)
-        threads = torch.get_num_threads() if self._large else 1
-        if not stats:
-            self._op.step(places, gradients, seed, word, with_noise, threads)
-            return x, None
-        out, places_out = stats_and_addresses(x[0].shape[0], self._device)
-        self._op.step_stats(places, gradients, seed, word, with_noise, threads, *places_out)
-        return x, out
+        self._op.step(x, grad, seed, word, with_noise, torch.get_num_threads() if self._large else 1, sums)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.ops.common.address import address, known_addresses, readable
-from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, StepStats, per_chain_or_single
-from mmebm.ops.langevin_step.native import CHAIN, ONE, STORAGE, NativeStepper, state_reason, stats_and_addresses
+from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, per_chain_or_single
+from mmebm.ops.langevin_step.native import CHAIN, ONE, STORAGE, NativeStepper, state_reason
 
 __all__ = ["CudaStepper", "cuda_reason"]
 
@@ -61,12 +61,21 @@ class CudaStepper(NativeStepper):
 
     def __init__(self, options: StepOptions, x: Sequence[Tensor]) -> None:
         self._require(options, x)
-        op = native.cuda().LangevinStep(x[0].shape[0], options.chain_offset & noise.MASK32, options.bits)
+        op = native.cuda().LangevinStep(
+            chains=x[0].shape[0], chain_offset=options.chain_offset & noise.MASK32, options=options.bits
+        )
         super().__init__(op, options, x)
         self._seed = self._number("seed", options.seed)
         for i, (t, index, noisy, mask) in enumerate(zip(x, options.streams, options.noisy, self._masks, strict=True)):
             rows = mask is not None and mask.shape[0] > 1
-            op.add(math.prod(t.shape[1:]), index, noisy, STORAGE[t.dtype], self._mask_address(i), rows)
+            op.add(
+                numel=math.prod(t.shape[1:]),
+                index=index,
+                noisy=noisy,
+                storage=STORAGE[t.dtype],
+                observed=self._mask_address(i),
+                observed_rows=rows,
+            )
 
     def _require(self, options: StepOptions, x: Sequence[Tensor]) -> None:
         reason = cuda_reason(x, options)
@@ -106,13 +115,13 @@ class CudaStepper(NativeStepper):
         value = readable(name, value.to(torch.int64), self._device, (torch.int64,))
         return 0, address(name, value, self._device, torch.int64), value
 
-    def _call(self, function: str, *arguments: Any) -> None:
+    def _call(self, function: str, **arguments: Any) -> None:
         """One function of the extension on the current stream."""
         index = self._device.index
         guard = nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)
         with guard:
             queue = torch.cuda.current_stream(index).cuda_stream
-            code = getattr(self._op, function)(*arguments, index, queue)
+            code = getattr(self._op, function)(**arguments, device=index, cuda_stream=queue)
         native.check_cuda(code, f"langevin_step ({function})")
 
     @staticmethod
@@ -123,41 +132,33 @@ class CudaStepper(NativeStepper):
                 torch.autograd.graph.increment_version(t)
 
     def perturb(self, x: list[Tensor], params: Sequence[StepParams], step: int | Tensor) -> list[Tensor]:
+        self._check_counts(x=x, params=params)
         x = self._prepare(x, params)
         word, place, _alive = self._number("step", step)
-        self._call("perturb", known_addresses(x), *self._seed[:2], word, place)
+        seed, seed_at, _ = self._seed
+        self._call("perturb", x=known_addresses(x), seed=seed, seed_at=seed_at, step=word, step_at=place)
         self._written(x)
         return x
 
-    def step(
-        self,
-        x: list[Tensor],
-        grad: Sequence[Tensor],
-        params: Sequence[StepParams],
-        step: int | Tensor,
-        *,
-        with_noise: bool,
-        stats: bool,
-    ) -> tuple[list[Tensor], StepStats | None]:
-        x = self._prepare(x, params)
-        if len(grad) != len(x):
-            raise ValueError(f"x, grad and params must have {len(x)} entries, got {len(x)}, {len(grad)}, {len(params)}")
-        gradients = [self._gradient(i, g) for i, g in enumerate(grad)]
+    def _run(
+        self, x: list[int], grad: list[int], step: int | Tensor, with_noise: bool, sums: dict[str, int] | None
+    ) -> None:
         word, place, _alive = self._number("step", step)
-        size = self._op.scratch_bytes(stats)
+        seed, seed_at, _ = self._seed
+        size = self._op.scratch_bytes(sums is not None)
         scratch = torch.empty(size, dtype=torch.uint8, device=self._device) if size else None
-        found, places = stats_and_addresses(x[0].shape[0], self._device) if stats else (None, [0, 0, 0, 0])
         self._call(
             "step",
-            known_addresses(x),
-            known_addresses(gradients),
-            *self._seed[:2],
-            word,
-            place,
-            with_noise,
-            0 if scratch is None else address("the scratch", scratch, self._device, torch.uint8),
-            places[0],
-            places[2],
+            x=x,
+            grad=grad,
+            seed=seed,
+            seed_at=seed_at,
+            step=word,
+            step_at=place,
+            noise=with_noise,
+            scratch=0 if scratch is None else address("the scratch", scratch, self._device, torch.uint8),
+            # two of each, one after the other
+            floats=0 if sums is None else sums["grad_norm"],
+            counts=0 if sums is None else sums["clipped"],
         )
-        self._written(x)
-        return x, found
+        self._written(self._x)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from mmebm import noise
-from mmebm.ops.common.address import MOST_CHAINS, address, obstacle, plain, readable, require_dense, same_memory
+from mmebm.ops.common.address import (
+    MOST_CHAINS,
+    address,
+    known_addresses,
+    obstacle,
+    plain,
+    readable,
+    require_dense,
+    same_memory,
+)
 from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, StepStats
 
 LIMITS: Final = frozenset(("grad_clip", "grad_norm_clip", "max_update", "low", "high"))
@@ -52,15 +61,13 @@ def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-def stats_and_addresses(chains: int, device: torch.device) -> tuple[StepStats, list[int]]:
-    """Statistics to be filled, and the addresses of the four."""
+def stats_and_addresses(chains: int, device: torch.device) -> tuple[StepStats, dict[str, int]]:
+    """Statistics to be filled, and the address of each."""
     norms = torch.empty((2, chains), dtype=torch.float32, device=device)
     counts = torch.empty((2, chains), dtype=torch.int64, device=device)
     out = StepStats(*norms.unbind(), *counts.unbind())
-    return out, [
-        address("a statistic", t, device, t.dtype)
-        for t in (out.grad_norm, out.displacement, out.clipped, out.nonfinite)
-    ]
+    each = [(name, getattr(out, name)) for name in StepStats.__slots__]
+    return out, {name: address(name, t, device, t.dtype) for name, t in each}
 
 
 class NativeStepper:
@@ -137,13 +144,16 @@ class NativeStepper:
             self._set_tensor(i, slot, value)
             return
         if value is None:
-            self._op.set(i, slot, ABSENT, 0.0, 0)
+            self._hand_over(i, slot, ABSENT)
         elif value != value and FIELDS[slot] in LIMITS:
             raise ValueError(f"{FIELDS[slot]} of tensor {i} must not be NaN")
         else:
-            self._op.set(i, slot, SCALAR, value, 0)
+            self._hand_over(i, slot, SCALAR, value)
         self._alive.pop((i, slot), None)
         self._copied.pop((i, slot), None)
+
+    def _hand_over(self, i: int, slot: int, kind: int, value: float = 0.0, values: int = 0) -> None:
+        self._op.set(tensor=i, slot=slot, kind=kind, value=value, values=values)
 
     def _set_tensor(self, i: int, slot: int, given: Tensor) -> None:
         name = FIELDS[slot]
@@ -157,9 +167,10 @@ class NativeStepper:
         value = value.detach().to(torch.float32).resolve_neg().contiguous()
         self._check(i, slot, value)
         if kind == SCALAR:
-            self._op.set(i, slot, kind, float(value), 0)
+            self._hand_over(i, slot, kind, float(value))
         else:
-            self._op.set(i, slot, kind, 0.0, address(f"{name} of tensor {i}", value, self._device, torch.float32))
+            place = address(f"{name} of tensor {i}", value, self._device, torch.float32)
+            self._hand_over(i, slot, kind, values=place)
         self._alive[i, slot] = value
         if kind == SCALAR or not same_memory(value, given):
             self._copied[i, slot] = given, _version(given)
@@ -220,9 +231,53 @@ class NativeStepper:
 
     def _prepare(self, x: list[Tensor], params: Sequence[StepParams]) -> list[Tensor]:
         """Take in what is not as it was in the last step; the state's tensors as the extension needs them."""
-        if len(x) != len(self._shapes) or len(params) != len(self._shapes):
-            raise ValueError(f"x and params must have {len(self._shapes)} entries, got {len(x)} and {len(params)}")
         if not all(map(operator.is_, x, self._x)):
             x = self._state(x)
         self._constants(params)
         return x
+
+    # -- the step
+
+    def _check_counts(self, **lists: Sequence[Any]) -> None:
+        if any(len(each) != len(self._shapes) for each in lists.values()):
+            names, counts = (
+                f"{', '.join(words[:-1])} and {words[-1]}"
+                for words in (list(lists), [str(len(v)) for v in lists.values()])
+            )
+            raise ValueError(f"{names} must have {len(self._shapes)} entries, got {counts}")
+
+    def _unchanged(
+        self, x: Sequence[Tensor], grad: Sequence[Tensor], params: Sequence[StepParams]
+    ) -> tuple[list[int], list[int]] | None:
+        """The addresses of ``x`` and ``grad`` where all is as it was in the last step but the gradients' numbers."""
+        return None
+
+    def _run(
+        self, x: list[int], grad: list[int], step: int | Tensor, with_noise: bool, sums: dict[str, int] | None
+    ) -> None:
+        """The extension's step of what lies at these addresses."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        x: list[Tensor],
+        grad: Sequence[Tensor],
+        params: Sequence[StepParams],
+        step: int | Tensor,
+        *,
+        with_noise: bool,
+        stats: bool,
+    ) -> tuple[list[Tensor], StepStats | None]:
+        # A step over a few thousand elements takes 3 us in C++: this function counts. What is as it was in the last
+        # step needs no look; a gradient is a new tensor each time.
+        if not len(x) == len(grad) == len(params) == len(self._shapes):
+            self._check_counts(x=x, grad=grad, params=params)
+        places = None if self._copied else self._unchanged(x, grad, params)
+        if places is None:
+            x = self._prepare(x, params)
+            # what was copied must live until the extension has read it
+            grad = [self._gradient(i, g) for i, g in enumerate(grad)]
+            places = known_addresses(x), known_addresses(grad)
+        out, sums = stats_and_addresses(x[0].shape[0], self._device) if stats else (None, None)
+        self._run(*places, step, with_noise, sums)
+        return x, out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.common.address import require_dense, unfit
 from mmebm.ops.mlp_energy.reference import mlp_energy as reference
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 
@@ -25,14 +25,8 @@ __all__ = ["mlp_energy"]
 
 def _refusal(module: ModuleType, terms: tuple[Term, ...], x: Tensor) -> str | None:
     """Why ``module`` does not take these arguments, or ``None``."""
-    tensors = [x, *(t for term in terms for t in tensors_of(term))]
-    if any(t.dtype != torch.float32 for t in tensors if t.dtype != torch.bool):
-        return "x and the terms are not all float32"
-    for t in tensors:
-        reason = obstacle(t)
-        if reason is not None:
-            return f"{'x' if t is x else 'a tensor of the terms'} is {reason}"
-    return too_wide(terms) or module.supports_energy(terms, x)
+    tensors = [t for term in terms for t in tensors_of(term)]
+    return unfit("the terms", x, tensors, torch.bool) or too_wide(terms) or module.supports_energy(terms, x)
 
 
 def _op(x: Tensor, tensors: list[Tensor | None], terms: str, backend: str) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.common.address import require_dense, unfit
 from mmebm.ops.langevin_mlp import MlpChain, MlpResult
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import reference
@@ -43,12 +43,9 @@ class NetChain(MlpChain):
 
 def _refusal(module: ModuleType, net: Net, chain: NetChain | None, x: Tensor, backend: str) -> str | None:
     """Why ``module`` does not take this net or chain, or is not to for ``backend`` "auto"; or ``None``."""
-    if x.dtype != torch.float32 or any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors_of(net)):
-        return "the state and the net are not all float32"
-    for name, t in (("the state", x), *(("a tensor of the net", t) for t in tensors_of(net))):
-        reason = obstacle(t)
-        if reason is not None:
-            return f"{name} is {reason}"
+    reason = unfit("the net", x, tensors_of(net), torch.int64)
+    if reason is not None:
+        return reason
     reason = module.supports_energy(net, x) if chain is None else module.supports(chain, x)
     if reason is None and dispatch.requested(backend)[0] == "auto" and hasattr(module, "slower"):
         reason = module.slower(net, x, "fp32" if chain is None else chain.precision)
@@ -62,14 +59,14 @@ def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, s
     :func:`mmebm.ops.dispatch.choose`.
 
     Raises:
-        ValueError: for an unknown backend.
+        TypeError, ValueError: for an unknown backend, and for nodes that do not fit together.
         BackendError: where a backend asked for by name does not take this chain.
     """
     refusal = lambda _, module: _refusal(module, chain.net, chain, x, backend)
     chosen = dispatch.choose("langevin_net", backend, x.device, refusal, chain.precision)
-    say = getattr(chosen.module, "note", None)
-    note = None if say is None else say(chain, x)
-    return chosen.module, chosen.reason if note is None else f"{chosen.reason}; {note}"
+    if chosen.module is not None:
+        check_net(chain.net, x.shape[0], x.shape[1], x.device)
+    return chosen.module, mlp.noted(chosen, chain, x)
 
 
 def name_of(module: ModuleType) -> str:

@@ -5,6 +5,7 @@ The gradient is autograd's. With ``create_graph`` both are differentiable in x a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -39,46 +40,59 @@ def _gathered(values: list[Tensor], index: Tensor) -> Tensor:
     return torch.where(index < 0, torch.zeros((), dtype=flat.dtype, device=flat.device), taken)
 
 
-def _forward(node: Any, values: list[Tensor], state: Tensor) -> Tensor:
-    """The value (chains, elements...) of a node, up to its shape."""
-    if isinstance(node, graph.Input):
-        size = torch.Size(node.shape).numel()
-        return state[:, node.start : node.start + size]
-    if isinstance(node, graph.View):
-        return values[node.x]
-    if isinstance(node, graph.Conv):
-        return _conv(node, values[node.x])
-    if isinstance(node, graph.Linear):
-        return F.linear(values[node.x].flatten(1), node.weight, node.bias)
-    if isinstance(node, graph.Activation):
-        return _FUNCTIONS[node.function](values[node.x], *([node.slope] if node.function in _SLOPED else []))
-    if isinstance(node, graph.Add):
-        total: Any = 0.0 if node.shift is None else node.shift
-        for x, c in zip(node.xs, node.coefficients, strict=True):
-            total = total + c * values[x]
-        return total
-    if isinstance(node, graph.Affine):
-        y = values[node.x] * node.scale
-        return y if node.shift is None else y + node.shift
-    if isinstance(node, graph.Product):
-        return values[node.a] * values[node.b]
-    if isinstance(node, graph.Map):
-        taken = _gathered([values[x] for x in node.xs], node.index)
-        return (taken if node.weight is None else taken * node.weight).sum(2)
-    if isinstance(node, graph.LogSumExp):
-        return values[node.x].flatten(1)[:, node.index].logsumexp(2)
-    if isinstance(node, graph.Norm):
-        parts = values[node.x].flatten(1).unflatten(1, (node.groups, -1))
-        centred = parts - parts.mean(2, keepdim=True)
-        return centred / (centred.square().mean(2, keepdim=True) + node.eps).sqrt()
-    raise ValueError(f"a net has no {type(node).__name__}")
+def _add(node: graph.Add, values: list[Tensor]) -> Tensor:
+    total: Any = 0.0 if node.shift is None else node.shift
+    for x, c in zip(node.xs, node.coefficients, strict=True):
+        total = total + c * values[x]
+    return total
+
+
+def _affine(node: graph.Affine, values: list[Tensor]) -> Tensor:
+    y = values[node.x] * node.scale
+    return y if node.shift is None else y + node.shift
+
+
+def _map(node: graph.Map, values: list[Tensor]) -> Tensor:
+    taken = _gathered([values[x] for x in node.xs], node.index)
+    return (taken if node.weight is None else taken * node.weight).sum(2)
+
+
+def _norm(node: graph.Norm, values: list[Tensor]) -> Tensor:
+    parts = values[node.x].flatten(1).unflatten(1, (node.groups, -1))
+    centred = parts - parts.mean(2, keepdim=True)
+    return centred / (centred.square().mean(2, keepdim=True) + node.eps).sqrt()
+
+
+def _activation(node: graph.Activation, values: list[Tensor]) -> Tensor:
+    return _FUNCTIONS[node.function](values[node.x], *([node.slope] if node.function in _SLOPED else []))
+
+
+# The value (chains, elements...) of a node of each kind but the input, up to its shape, from those before it
+_VALUES: Final[dict[type, Callable[[Any, list[Tensor]], Tensor]]] = {
+    graph.View: lambda node, values: values[node.x],
+    graph.Conv: lambda node, values: _conv(node, values[node.x]),
+    graph.Linear: lambda node, values: F.linear(values[node.x].flatten(1), node.weight, node.bias),
+    graph.Activation: _activation,
+    graph.Add: _add,
+    graph.Affine: _affine,
+    graph.Product: lambda node, values: values[node.a] * values[node.b],
+    graph.Map: _map,
+    graph.LogSumExp: lambda node, values: values[node.x].flatten(1)[:, node.index].logsumexp(2),
+    graph.Norm: _norm,
+}
 
 
 def energy(x: Tensor, net: Net) -> Tensor:
     """E(x), (chains,), differentiable in ``x`` (chains, inputs) and in the tensors of ``net``."""
     values: list[Tensor] = []
     for node, shape in zip(net.nodes, shapes_of(net), strict=True):
-        values.append(_forward(node, values, x).reshape(-1, *shape))
+        if isinstance(node, graph.Input):
+            value = x[:, node.start : node.start + math.prod(shape)]
+        elif type(node) in _VALUES:
+            value = _VALUES[type(node)](node, values)
+        else:
+            raise ValueError(f"a net has no {type(node).__name__}")
+        values.append(value.reshape(-1, *shape))
     return values[-1].reshape(-1)
 
 

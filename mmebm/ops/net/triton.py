@@ -349,11 +349,12 @@ def run(
     chain: NetChain, x: Tensor, steps: int, first_step: int | Tensor, *, energy: bool = False, grad_norm: bool = False
 ) -> MlpResult:
     """``steps`` steps from the flat state ``x``, which stays as it is; see :func:`supports`."""
-    reason = supports(chain, x)
+    reason = None if chain.checked else supports(chain, x)
     if reason is None and 1 < chain.constants.shape[0] < steps:
         reason = f"{steps} steps with constants for {chain.constants.shape[0]}"
     _require("langevin_net", reason)
-    check_net(chain.net, x.shape[0], x.shape[1], x.device)
+    if not chain.checked:
+        check_net(chain.net, x.shape[0], x.shape[1], x.device)
     workspace = _workspace(chain.net, x, chain, max(steps, chain.constants.shape[0]))
     with torch.no_grad(), _Turn(workspace, x.device):
         workspace.fill(chain.net, x)

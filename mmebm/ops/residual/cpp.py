@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -54,12 +54,13 @@ def residual(
     grads = [torch.empty(y.shape, dtype=y.dtype, device=device) for y in predictions] if gradients else []
     addresses = Addresses(device)
 
-    def factor(name: str, value: float | Tensor) -> tuple[float, int]:
+    def factor(name: str, i: int, value: float | Tensor) -> dict[str, Any]:
         if not isinstance(value, Tensor):
-            return value, 0
-        return math.nan, addresses(name, value.to(torch.float32).expand(chains), torch.float32)
+            return {name: value, f"{name}s": 0}
+        each = value.to(torch.float32).expand(chains)
+        return {name: math.nan, f"{name}s": addresses(f"{name}[{i}]", each, torch.float32)}
 
-    modalities = []
+    modalities: list[dict[str, Any]] = []
     for i, (y, target, kind) in enumerate(zip(predictions, targets, likelihood, strict=True)):
         number = _LIKELIHOODS.index(kind)
         mask = observed[i]
@@ -72,24 +73,30 @@ def residual(
         if mask is not None:
             mask = mask.expand(target.shape if rows else (1, *target.shape[1:]))
         modalities.append(
-            (
-                number,
-                math.prod(target.shape[1:]),
-                classes,
-                _STORAGE[y.dtype],
-                _STORAGE.get(target.dtype, 0),
-                addresses(f"predictions[{i}]", y, y.dtype),
-                addresses(f"targets[{i}]", target, target.dtype),
-                addresses(f"observed[{i}]", mask, torch.bool),
-                int(rows),
-                *factor(f"scale[{i}]", scale[i]),
-                *factor(f"weight[{i}]", weight[i]),
-                addresses.output("a gradient", grads[i]) if gradients else 0,
-            )
+            {
+                "likelihood": number,
+                "positions": math.prod(target.shape[1:]),
+                "classes": classes,
+                "prediction": addresses(f"predictions[{i}]", y, y.dtype),
+                "storage": _STORAGE[y.dtype],
+                "target": addresses(f"targets[{i}]", target, target.dtype),
+                "target_storage": _STORAGE.get(target.dtype, 0),
+                "observed": addresses(f"observed[{i}]", mask, torch.bool),
+                "observed_rows": rows,
+                **factor("scale", i, scale[i]),
+                **factor("weight", i, weight[i]),
+                "grad": addresses.output("a gradient", grads[i]) if gradients else 0,
+            }
         )
     value = torch.empty(chains, dtype=torch.float32, device=device)
     small = sum(y.numel() for y in predictions) < _SMALL
     native.cpu().residual(
-        modalities, chains, addresses.output("value", value), 1 if small else torch.get_num_threads(), dispatch.isa()
+        {
+            "modalities": modalities,
+            "chains": chains,
+            "value": addresses.output("value", value),
+            "threads": 1 if small else torch.get_num_threads(),
+            "isa": dispatch.isa(),
+        }
     )
     return value, grads

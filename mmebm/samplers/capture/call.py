@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -49,13 +50,17 @@ class Call:
     """One call of a chain, taken apart: ``identity`` of what a graph has baked in, and the values that it has not."""
 
     def __init__(self, p: Problem, tensors: list[Tensor]) -> None:
-        sampler, self.problem, self.device = p.sampler, p, tensors[0].device
+        sampler = p.sampler
+        self.problem: Problem = p
+        self.device: torch.device = tensors[0].device
+        self.rebuild: Callable[[Any], Callable[..., Any]]
         self.rebuild, parts, fixed = parts_of(p.energy)
         self.tree: dict[str, Any] = {"state": tensors, "calls": p.calls, "parts": parts, "masks": p.masks}
         self.numbers: dict[torch.dtype, list[float]] = {}
         # the ratio of Metropolis takes the temperature in double precision, which a number is and a tensor is not
-        self.static = () if sampler.accept == "metropolis" else _STATIC
-        made = self.identity = Identity(self.device, training=sampler.mode == "keep")
+        self.static: tuple[str, ...] = () if sampler.accept == "metropolis" else _STATIC
+        made = Identity(self.device, training=sampler.mode == "keep")
+        self.identity: Identity = made
         made.both(
             self.device,
             _numerics(self.device),
@@ -105,7 +110,7 @@ class Static:
     numbers: dict[torch.dtype, Tensor]
     seed: Tensor
     first_step: Tensor
-    written: dict[torch.dtype, list[float]] = field(default_factory=dict)
+    written: dict[torch.dtype, list[float]] = field(default_factory=dict[torch.dtype, list[float]])
 
     @classmethod
     def like(cls, call: Call) -> Static:

@@ -131,8 +131,10 @@ class CudaGraph:
     """A ``torch.cuda.CUDAGraph`` with its own memory pool, ordered after its last use."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any, device: torch.device) -> None:
-        self.graph, self.outputs, self.device = graph, outputs, device
-        self.event = torch.cuda.Event()
+        self.graph: torch.cuda.CUDAGraph = graph
+        self.outputs: Any = outputs
+        self.device: torch.device = device
+        self.event: torch.cuda.Event = torch.cuda.Event()
 
     def wait(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.event)

@@ -63,7 +63,8 @@ class Identity:
     """
 
     def __init__(self, device: torch.device, *, training: bool) -> None:
-        self.device, self.training = device, training
+        self.device: torch.device = device
+        self.training: bool = training
         self.full: list[Any] = []
         self.kind: list[Any] = []
         self.inputs: list[Tensor] = []

@@ -32,7 +32,9 @@ class Kept:
     """What the warm-up may write to, put back on leaving; ``changed`` says what could not be."""
 
     def __init__(self, identity: Identity) -> None:
-        self.buffers = [(m, name, m._buffers[name]) for m, name in identity.buffers]
+        self.buffers: list[tuple[nn.Module, str, Tensor | None]] = [
+            (m, name, m._buffers[name]) for m, name in identity.buffers
+        ]
         self.tensors: list[tuple[Tensor, int, Tensor | None]] = []
         for t in {id(t): t for t in identity.held}.values():
             if not t.is_inference():

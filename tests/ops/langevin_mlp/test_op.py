@@ -814,3 +814,14 @@ def test_a_clip_given_in_some_steps_only(seed: int) -> None:
     torch.testing.assert_close(whole[1], whole[0], rtol=0, atol=3 * (NORMAL_TOLERANCE + FLOAT_TOLERANCE))
     unclipped = op.run(None, make_chain(terms, (5,), 4, seed), x, 1, 0).x
     assert torch.equal(op.run(None, chain.rows(0, 1), x, 1, 0).x, unclipped)
+
+
+def test_idle_threads_are_said(isa: str, seed: int, draw: Any) -> None:
+    terms = [Scalar(draw.stack(9, 4, 1))]
+    chain = make_chain(terms, (4, 5), 64, seed)
+    torch.set_num_threads(2)
+    try:
+        reasons = {n: op.room("cpp", chain, draw.normal(n, 9))[1] for n in (1, 64)}
+    finally:
+        torch.set_num_threads(1)
+    assert "1 chains keep 1 of 2 threads busy" in reasons[1] and "threads" not in reasons[64]

@@ -48,8 +48,8 @@ class HostStepper(room.CudaStepper):
     def _require(self, options: op.StepOptions, x: Sequence[Tensor]) -> None:
         assert room.state_reason(x, options, "cpu") is None
 
-    def _call(self, function: str, *arguments: Any) -> None:
-        assert getattr(self._op, f"host_{function}")(*arguments) == 0
+    def _call(self, function: str, **arguments: Any) -> None:
+        assert getattr(self._op, f"host_{function}")(**arguments) == 0
 
 
 def make_options(x: Sequence[Tensor], seed: int, **changes: Any) -> op.StepOptions:
@@ -619,10 +619,10 @@ def test_stepper_names_what_is_wrong(seed: int) -> None:
     for name, changes in {
         r"x\[1\]": {"x": [x[0], torch.zeros(3, 6)]},
         r"x\[0\]": {"x": [x[0].double(), x[1]]},
-        "x and params": {"x": x[:1]},
+        "x, grad and params": {"x": x[:1]},
         r"grad\[0\]": {"grad": [torch.zeros(3, 41), grad[1]]},
         r"grad\[1\]": {"grad": [grad[0], torch.zeros(3, 5, device="meta")]},
-        "got 2, 1, 2": {"grad": grad[:1]},
+        "got 2, 1 and 2": {"grad": grad[:1]},
         "low of tensor 0": {"params": [plain(low=math.nan), params[1]]},
         "step_size of tensor 0": {"params": [plain(step_size=torch.ones(40)), params[1]]},
         "high of tensor 1": {"params": [params[0], plain(high=torch.ones(3, 5))]},

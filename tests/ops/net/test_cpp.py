@@ -572,3 +572,17 @@ def test_refusals(torch_seed: int) -> None:
         cpp.run(replace(chain, constants=chain.constants.repeat(2, 1, 1, 1)), x, 3, 0)
     with pytest.raises(native.BackendError, match="not built for cuda"):
         op.room("cuda", chain, x)
+
+
+def test_memory_is_bounded_by_the_machines(torch_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, x = make_chain("tutorial", 33, torch_seed)
+    torch.set_num_threads(2)
+    try:
+        needed = cpp._buffers(chain.net, 33)
+        monkeypatch.setattr(cpp, "_machine", lambda: int(needed / cpp._SHARE) - 8)
+        assert "GiB of buffers on 2 threads" in str(cpp.supports(chain, x))
+        assert op.room("auto", chain, x)[0] is None
+        torch.set_num_threads(1)  # half as much
+        assert cpp.supports(chain, x) is None
+    finally:
+        torch.set_num_threads(1)

@@ -479,33 +479,35 @@ def test_names_what_is_wrong(name: str) -> None:
 
 def test_binding_refuses_what_would_crash() -> None:
     cpu = native.cpu()
-    good = [0, 4, 1, 0, 0, Y.data_ptr(), T.data_ptr(), 0, 0, 1.0, 0, 1.0, 0, 0]
     value = torch.empty(3)
+    names = ("likelihood", "storage", "target_storage", "observed", "observed_rows", "scales", "weights", "grad")
+    good = dict.fromkeys(names, 0)
+    good.update(positions=4, classes=1, prediction=Y.data_ptr(), target=T.data_ptr(), scale=1.0, weight=1.0)
+    whole = {"chains": 3, "value": value.data_ptr(), "threads": 1, "isa": "auto"}
 
-    def call(chains: int = 3, to: int | None = None, **changes: Any) -> None:
-        row = list(good)
-        for index, entry in changes.items():
-            row[int(index[1:])] = entry
-        cpu.residual([tuple(row)], chains, value.data_ptr() if to is None else to)
+    def call(**changes: Any) -> None:
+        row = {name: changes.get(name, entry) for name, entry in good.items()}
+        cpu.residual({"modalities": [row], **{name: changes.get(name, entry) for name, entry in whole.items()}})
 
     call()
     assert value.tolist() == [0.0] * 3
     for wrong in (
         {"chains": -1},
-        {"to": 0},
-        {"_0": 3},
-        {"_1": -1},
-        {"_1": 2**41},
-        {"_2": 2},
-        {"_3": 3},
-        {"_4": -1},
-        {"_5": 0},
-        {"_6": 0},
-        {"_0": 2, "_2": 2**31},
+        {"value": 0},
+        {"likelihood": 3},
+        {"positions": -1},
+        {"positions": 2**41},
+        {"classes": 2},
+        {"storage": 3},
+        {"target_storage": -1},
+        {"prediction": 0},
+        {"target": 0},
+        {"likelihood": 2, "classes": 2**31},
     ):
         with pytest.raises(ValueError):
             call(**wrong)
-    with pytest.raises(ValueError, match="14 entries"):
-        cpu.residual([tuple(good[:-1])], 3, value.data_ptr())
+    for name in ("likelihood", "positions", "observed_rows", "scale"):
+        with pytest.raises(KeyError, match=name):
+            cpu.residual({"modalities": [{k: v for k, v in good.items() if k != name}], **whole})
     with pytest.raises((RuntimeError, TypeError)):
-        call(_1=1.5)
+        call(positions=1.5)
