@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from mmebm import noise
 from mmebm.data.base import check_count
-from mmebm.models import GaussianPrior, SharedGenerator
+from mmebm.models import FlowPrior, GaussianPrior, SharedGenerator
 from mmebm.samplers import HMC
 from mmebm.state import Batch
 
@@ -164,6 +164,8 @@ def log_likelihood(
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
     """
+    if isinstance(prior, FlowPrior):
+        raise ValueError("prior must have a density, up to a constant, and that of a FlowPrior is not known")
     names = list(generator.shapes)
     if not x or set(x) - set(names):
         raise ValueError(f"x must hold some of the modalities {names}, got {sorted(x)}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from mmebm.choices import Activation, Joint, Metric, Net
+from mmebm.choices import Activation, FittedTo, Joint, Metric, Net, PriorKind
 from mmebm.training.settings import (
     Count,
     Decay,
@@ -42,6 +42,7 @@ NETWORKS = ("generator", "inference", "energy", "prior")
 TAUGHT: dict[str, tuple[str, ...]] = {
     "warmup": ("generator", "inference"),
     "prior": ("prior",),
+    "matching": ("energy",),
     "joint": ("generator", "inference", "energy", "prior"),
 }
 
@@ -207,8 +208,12 @@ class LossConfig(Settings):
     ``objective`` names the bound of the warm-up (:mod:`mmebm.training.objectives`), with ``objective_options`` such as
     ``{"samples": 10}`` for "mmvae", and ``beta`` weighs its divergence;
     ``elbo`` keeps that bound in the joint stage, on real tuples, ``elbo_revised`` takes it on revised ones;
-    ``inference`` is the likelihood of the mixture or its lower bound per expert; ``energy`` weighs the joint energy's
-    loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2.
+    ``contrastive`` is an extension: so many times the InfoNCE between the experts' means
+    (:func:`mmebm.training.objectives.contrastive`, at ``contrastive_temperature``) is taken from that bound, wherever
+    the bound is used. ``inference`` is the likelihood of the mixture or its lower bound per expert; ``energy`` weighs
+    the joint energy's loss and ``energy_l2`` adds that much of E(real)^2 + E(fake)^2. Against chains that run away,
+    ``energy_trim`` leaves that share of a batch's revised tuples, those of the highest energies, out of the loss, and
+    ``energy_clamp`` keeps the difference of the two means from falling below minus that.
     """
 
     generator_real: Weight = 1.0
@@ -222,7 +227,11 @@ class LossConfig(Settings):
     beta: Weight = 1.0
     elbo: Weight = 0.0
     elbo_revised: Weight = 0.0
+    contrastive: Weight = 0.0
+    contrastive_temperature: Positive = 0.1
     energy_l2: Weight = 0.0
+    energy_trim: Decay = 0.0
+    energy_clamp: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,12 +263,26 @@ class LossConfig(Settings):
 
 @dataclass(frozen=True)
 class LatentPriorConfig(Settings):
-    """Extension: an energy on z, learned with short latent chains in its own stage and in the joint stage.
+    """Extension: a prior of z that is learned from the posterior's samples of training tuples.
+
+    ``kind``: "energy", an energy on z, learned with short latent chains in its own stage and in the joint stage;
+    "flow", learned in both too but without a chain, drawn from in ``chain.steps`` of Heun's rule
+    (:class:`mmebm.models.FlowPrior`; the rest of ``chain`` and ``energy_l2`` are not for it); or "mixture",
+    ``components`` Gaussians with full covariance, fitted by scikit-learn in the first iteration of each stage "prior",
+    whose others do nothing, to ``samples`` such z, ``regularisation`` added to the variances. A mixture rests in the
+    joint stage, is drawn from exactly, and ``width``, ``depth``, ``chain``, ``adam`` and ``energy_l2`` are not for it.
+    ``posterior``: whose samples a stage "prior" learns from: "inference", q(z | X) as it is configured, or another
+    joint of the same experts.
 
     Twice the steps of training for samples (``chain.sample_steps``) raised their coherence on PolyMNIST; many more cost
     class balance (benchmarks/study).
     """
 
+    kind: PriorKind = "energy"
+    posterior: FittedTo = "inference"
+    components: Size = 30
+    regularisation: Positive = 1e-3
+    samples: Size = 8000
     width: Size = 128
     depth: Count = 2
     chain: ChainConfig = field(default_factory=lambda: ChainConfig(steps=60, step=0.2))
@@ -291,13 +314,15 @@ class ShuffledTuplesConfig(Settings):
 class StartConfig(Settings):
     """Where the chains start, in training (:mod:`mmebm.training.starts`; at test another one may be asked for).
 
-    ``data`` is one of :data:`DATA_STARTS`, ``latent`` one of :data:`LATENT_STARTS` or "unimodal:NAME". ``noise``: the
-    standard deviation that "data+noise" adds; ``buffer``: chains kept by "buffer", which restart from the generator
+    ``data`` is one of :data:`DATA_STARTS`, ``latent`` one of :data:`LATENT_STARTS` or "unimodal:NAME"; ``completion``
+    is the joint that completions infer z from, "inference" the one that is configured. ``noise``: the standard
+    deviation that "data+noise" adds; ``buffer``: chains kept by "buffer", which restart from the generator
     with probability ``reinit``.
     """
 
     data: DataStart = "generator"
     latent: str = "inference"
+    completion: FittedTo = "inference"
     noise: Weight = 0.3
     buffer: Size = 2000
     reinit: Share = 0.05
@@ -319,7 +344,8 @@ _RAMPS = {
 
 @dataclass(frozen=True)
 class Stage(Settings):
-    """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (latent energy), "joint" (the paper).
+    """``iterations`` of one kind of step: "warmup" (multimodal VAE), "prior" (of the latent), "matching" (the energy's
+    gradient is taught the way from g(z) to X, without a chain) and "joint" (the paper).
 
     Learning rates go linearly from ``lr`` to ``final_lr`` times the configured ones over the stage. ``train`` names the
     networks that learn (None: all that the kind teaches); a joint stage that trains the energy alone leaves what the
@@ -332,7 +358,7 @@ class Stage(Settings):
     a guess.
     """
 
-    kind: Literal["warmup", "prior", "joint"]
+    kind: Literal["warmup", "prior", "matching", "joint"]
     iterations: Count
     lr: Weight = 1.0
     final_lr: Weight = 1.0
@@ -456,6 +482,11 @@ class Config(Settings):
             raise ValueError(
                 f"checkpoint.best={self.checkpoint.best!r} goes by the validation, and validation.every "
                 "is 0: give it a number of iterations"
+            )
+        p = self.latent_prior
+        if p is not None and p.kind != "energy" and self.model.prior is not None:
+            raise ValueError(
+                f"model.prior is a network of an energy: latent_prior.kind must be 'energy', got {p.kind!r}"
             )
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch={self.batch}, got {self.accumulate}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mmebm.models import GaussianPrior, LatentPrior
+from mmebm.models import FlowPrior, LatentPrior
 from mmebm.state import Batch
 from mmebm.training.config import LatentPriorConfig, ShuffledTuplesConfig
 from mmebm.training.optimise import Optimiser
@@ -70,39 +71,26 @@ class ShuffledTuples:
         }
 
 
-class PriorTeacher(Protocol):
-    """Learns the prior of the latent from samples of the posterior and its own."""
+class PriorTeacher:
+    """Learns the prior of the latent from samples of the posterior and, for an energy, its own."""
 
-    def update(self, posterior: Tensor, own: Tensor, lr: float) -> dict[str, Tensor]: ...
-
-
-class NoTeacher:
-    """N(0, I) has nothing to learn."""
-
-    def update(self, posterior: Tensor, own: Tensor, lr: float) -> dict[str, Tensor]:
-        return {}
-
-
-class LatentPriorTeacher:
-    """Maximum likelihood of the latent energy: E falls at the posterior's samples and rises at the prior's own."""
-
-    def __init__(self, prior: LatentPrior, config: LatentPriorConfig, optimiser: Optimiser) -> None:
-        self.prior: LatentPrior = prior
+    def __init__(self, prior: LatentPrior | FlowPrior, config: LatentPriorConfig, optimiser: Optimiser) -> None:
+        self.prior: LatentPrior | FlowPrior = prior
         self.l2: float = config.energy_l2
         self.optimiser: Optimiser = optimiser
 
-    def update(self, posterior: Tensor, own: Tensor, lr: float) -> dict[str, Tensor]:
-        """One step on z (n, latent) of both kinds; returns the energy gap for the log."""
-        up, down = self.prior(posterior), self.prior(own)
+    def update(
+        self, posterior: Tensor, own: Callable[[], Tensor], rng: torch.Generator, lr: float
+    ) -> dict[str, Tensor]:
+        """One step on z (n, latent); returns what is logged.
+
+        An energy falls at ``posterior`` and rises at what ``own`` draws from it; a flow is matched to ``posterior``.
+        """
+        if isinstance(self.prior, FlowPrior):
+            loss = self.prior.loss(posterior, rng)
+            self.optimiser.step(loss, lr)
+            return {"prior_loss": loss.detach()}
+        up, down = self.prior(posterior), self.prior(own())
         gap = up.mean() - down.mean()
         self.optimiser.step(gap + self.l2 * (up.square().mean() + down.square().mean()), lr)
         return {"prior_gap": gap.detach()}
-
-
-def prior_teacher(
-    prior: GaussianPrior | LatentPrior, config: LatentPriorConfig | None, optimiser: Optimiser | None
-) -> PriorTeacher:
-    """The teacher that fits the prior."""
-    if isinstance(prior, LatentPrior) and config is not None and optimiser is not None:
-        return LatentPriorTeacher(prior, config, optimiser)
-    return NoTeacher()

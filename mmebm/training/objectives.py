@@ -12,23 +12,25 @@ otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmebm.choices import Joint
 from mmebm.models.generator import SharedGenerator
-from mmebm.models.inference import Expert, JointInference, pick
+from mmebm.models.inference import Expert, Experts, JointInference, pick
 from mmebm.state import Batch
 
 __all__ = [
     "JOINT_OF",
     "OBJECTIVES",
     "Objective",
+    "contrastive",
     "mmvae",
     "mmvae_plus",
     "mopoe",
@@ -51,6 +53,7 @@ class Objective(Protocol):
         *,
         beta: float,
         present: Batch | None = None,
+        experts: Experts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The bound of a batch.
 
@@ -60,6 +63,7 @@ class Objective(Protocol):
             rng: of the draw.
             beta: weight of the divergences.
             present: {modality: bool (n,)}, which rows have it; None where all have all. Every row has one at least.
+            experts: ``inference.encode(x, present)``, where it is there already.
 
         Returns:
             The bound averaged over rows, a scalar, and the z of one sample per row (n, latent), detached.
@@ -75,21 +79,55 @@ def single_expert(
     *,
     beta: float,
     present: Batch | None = None,
+    experts: Experts | None = None,
+    self_reconstruction: Literal["full", "detached"] = "full",
 ) -> tuple[Tensor, Tensor]:
     """Each row encoded by one component c of the configured joint, picked uniformly; all its modalities decoded.
 
         E_{z ~ q_c} log p(X | z) - beta KL(q_c || N(0, I))
 
     The average over c bounds the mixture's bound from below (the divergence is convex).
+
+    Args:
+        generator, inference, x, rng, beta, present, experts: as every :class:`Objective`.
+        self_reconstruction: "full", the formula; or "detached": the same value, but no gradient of log p(x_m | z)
+            reaches expert m through the shared elements of z, so that what only x_m itself needs goes into its private
+            ones (networks with ``private`` > 0) and z keeps what the others can read off it.
     """
-    components, weights = inference.join(inference.encode(x, present))
+    if self_reconstruction not in ("full", "detached"):
+        raise ValueError(f"self_reconstruction must be 'full' or 'detached', got {self_reconstruction!r}")
+    experts = experts or inference.encode(x, present)
+    components, weights = inference.join(experts)
     chosen = pick(weights, rng, uniform=present is None)
     rows = torch.arange(chosen.shape[0], device=chosen.device)
-    each = [Expert(*parts) for parts in zip(*components, strict=True)]
-    z = torch.stack([c.sample(rng) for c in each])[chosen, rows]
+    picked = Expert(components.mean[chosen, rows], components.logvar[chosen, rows])
+    noise = torch.stack(
+        [
+            torch.randn(picked.mean.shape, generator=rng, device=rows.device, dtype=picked.mean.dtype)
+            for _ in range(len(weights))
+        ]
+    )[chosen, rows]
+    z = picked.mean + (0.5 * picked.logvar).exp() * noise
     kl = components.kl()[chosen, rows]
-    nll = generator.negative_log_likelihood(x, z, present)
-    return -(nll + beta * kl).mean(), z.detach()
+    if self_reconstruction == "full":
+        nll = generator.negative_log_likelihood(x, z, present)
+        return -(nll + beta * kl).mean(), z.detach()
+    terms = []
+    for m, (name, value) in enumerate(x.items()):
+        joined, _ = inference.join(_held_back(experts, m, inference.shared))
+        own = joined.mean[chosen, rows] + (0.5 * joined.logvar[chosen, rows]).exp() * noise
+        terms.append(generator.negative_log_likelihood({name: value}, own, present))
+    return -(torch.stack(terms).sum(0) + beta * kl).mean(), z.detach()
+
+
+def _held_back(experts: Experts, m: int, shared: int) -> Experts:
+    """The same experts, without the gradients of what expert ``m`` says of the first ``shared`` elements."""
+
+    def held(value: Tensor) -> Tensor:
+        own = torch.cat([value[m, :, :shared].detach(), value[m, :, shared:]], dim=1)
+        return torch.cat([value[:m], own[None], value[m + 1 :]])
+
+    return dataclasses.replace(experts, mean=held(experts.mean), logvar=held(experts.logvar))
 
 
 def mvae(
@@ -100,6 +138,7 @@ def mvae(
     *,
     beta: float,
     present: Batch | None = None,
+    experts: Experts | None = None,
     subsets: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Product of experts with sub-sampled training (Wu and Goodman, NeurIPS 2018).
@@ -112,12 +151,12 @@ def mvae(
     most the average of log p(X_S) over the same S.
 
     Args:
-        generator, inference, x, rng, beta, present: as every :class:`Objective`.
+        generator, inference, x, rng, beta, present, experts: as every :class:`Objective`.
         subsets: how many random ones.
     """
     if subsets < 0:
         raise ValueError(f"subsets must be at least 0, got {subsets!r}")
-    experts = inference.encode(x, present)
+    experts = experts or inference.encode(x, present)
     has = experts.has.T
     n, count = has.shape
     alone = torch.eye(count, dtype=torch.bool, device=has.device)[:, None] & has
@@ -140,6 +179,7 @@ def mmvae(
     *,
     beta: float,
     present: Batch | None = None,
+    experts: Experts | None = None,
     samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Mixture of experts, a stratum per expert (Shi et al., NeurIPS 2019; its looser bound).
@@ -151,10 +191,10 @@ def mmvae(
     paper's doubly reparameterised estimator for K > 1 is not used.
 
     Args:
-        generator, inference, x, rng, beta, present: as every :class:`Objective`.
+        generator, inference, x, rng, beta, present, experts: as every :class:`Objective`.
         samples: K per expert; above 1 with ``beta`` other than 1 this is no bound.
     """
-    return _stratified(generator, inference, x, rng, beta, present, samples, auxiliary=None)
+    return _stratified(generator, inference, x, rng, beta, present, experts, samples, auxiliary=None)
 
 
 def mmvae_plus(
@@ -165,6 +205,7 @@ def mmvae_plus(
     *,
     beta: float,
     present: Batch | None = None,
+    experts: Experts | None = None,
     samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """:func:`mmvae` of u, with private latents (Palumbo, Daunhawer and Vogt, ICLR 2023).
@@ -179,7 +220,8 @@ def mmvae_plus(
     w_m, and not that of the model that generates.
 
     Args:
-        generator, inference, x, rng, beta, present: as every :class:`Objective`; both networks with ``private`` > 0.
+        generator, inference, x, rng, beta, present, experts: as every :class:`Objective`; both networks with
+            ``private`` > 0.
         samples: K per expert, as in :func:`mmvae`.
 
     Raises:
@@ -191,7 +233,7 @@ def mmvae_plus(
             f"private={inference.private} in the inference network"
         )
     logvar = torch.cat([inference.auxiliary.new_zeros(inference.shared), inference.auxiliary.flatten()])
-    return _stratified(generator, inference, x, rng, beta, present, samples, auxiliary=logvar)
+    return _stratified(generator, inference, x, rng, beta, present, experts, samples, auxiliary=logvar)
 
 
 def mopoe(
@@ -202,6 +244,7 @@ def mopoe(
     *,
     beta: float,
     present: Batch | None = None,
+    experts: Experts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mixture of the products over all subsets (Sutter, Daunhawer and Vogt, ICLR 2021).
 
@@ -210,7 +253,7 @@ def mopoe(
     over the non-empty subsets S of what the row has. The likelihood is taken at a z of one S per row, picked uniformly;
     the divergences of all S are in closed form. By convexity their mean is at least that of the mixture.
     """
-    experts = inference.encode(x, present)
+    experts = experts or inference.encode(x, present)
     components, weights = inference.join(experts, "mixture_of_products")
     chosen = pick(weights, rng, uniform=present is None)
     rows = torch.arange(chosen.shape[0], device=chosen.device)
@@ -227,6 +270,7 @@ def mvtcae(
     *,
     beta: float,
     present: Batch | None = None,
+    experts: Experts | None = None,
     alpha: float = 5 / 6,
 ) -> tuple[Tensor, Tensor]:
     """Total correlation: the joint posterior is also drawn to each expert (Hwang et al., NeurIPS 2021).
@@ -238,12 +282,12 @@ def mvtcae(
     where M = 1. M counts what the row has. It is no bound of log p(X): the weight of KL(q || N(0, I)) is below 1.
 
     Args:
-        generator, inference, x, rng, beta, present: as every :class:`Objective`.
+        generator, inference, x, rng, beta, present, experts: as every :class:`Objective`.
         alpha: share of the conditional divergences (the paper's code: tc_ratio), in [0, 1).
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), got {alpha!r}")
-    experts = inference.encode(x, present)
+    experts = experts or inference.encode(x, present)
     stacked, _ = inference.join(experts, "product_without_prior")
     joined = Expert(stacked.mean[0], stacked.logvar[0])
     z = joined.sample(rng)
@@ -270,13 +314,14 @@ def _stratified(
     rng: torch.Generator,
     beta: float,
     present: Batch | None,
+    experts: Experts | None,
     samples: int,
     auxiliary: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The mixture's bound over all of z, or, with the log-variances of r over z, over u (see :func:`mmvae_plus`)."""
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples!r}")
-    experts = inference.encode(x, present)
+    experts = experts or inference.encode(x, present)
     count, n, latent = experts.mean.shape
     weights = experts.has.to(experts.mean.dtype) / experts.has.sum(0)
     # strata first, then samples, then the experts whose density is taken
@@ -301,6 +346,43 @@ def _stratified(
     chosen = pick(weights, rng, uniform=present is None)
     kept = z[chosen, 0, torch.arange(n, device=z.device)]
     return (weights * bound).sum(0).mean(), kept.detach()
+
+
+def contrastive(experts: Experts, *, shared: int | None = None, temperature: float = 0.1) -> Tensor:
+    """Symmetric InfoNCE between the experts' means: which row of modality b belongs to this row of modality a.
+
+        mean over a != b and rows i of  -log exp(u_ai . u_bi / t) / sum_j exp(u_ai . u_bj / t),   u = mean / |mean|
+
+    with t the temperature, over the shared elements of the means. A row takes part in a pair of modalities where it has
+    both; the sum over j goes over the rows that do. Rows are those of this process (van den Oord, Li and Vinyals,
+    arXiv 1807.03748; between two modalities Radford et al., ICML 2021).
+
+    Args:
+        experts: of :meth:`mmebm.models.JointInference.encode`.
+        shared: how many elements of z, from the first on, all modalities share; None for all.
+        temperature: t, above 0.
+
+    Returns:
+        A scalar of nats: log n where nothing is told apart among n rows; 0 where no row has two modalities.
+
+    Example:
+        >>> eye = torch.eye(4)[None].expand(2, 4, 4)
+        >>> every = torch.ones(2, 4, 4, dtype=torch.bool)
+        >>> experts = Experts(("a", "b"), eye, torch.zeros_like(eye), every, every[..., 0])
+        >>> bool(contrastive(experts) < 1e-3)
+        True
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+    # autocast would take the similarities in 16 bits
+    with torch.autocast(experts.mean.device.type, enabled=False):
+        u = nn.functional.normalize(experts.mean[..., :shared], dim=-1)
+        similar = torch.einsum("aid,bjd->abij", u, u) / temperature
+        both = experts.has[:, None] & experts.has
+        lowest = torch.finfo(similar.dtype).min
+        log_p = similar.masked_fill(~both[:, :, None], lowest).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+        counted = both & ~torch.eye(len(u), dtype=torch.bool, device=u.device)[..., None]
+        return -torch.where(counted, log_p, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 OBJECTIVES: Final[dict[str, Objective]] = {

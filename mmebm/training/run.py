@@ -76,6 +76,10 @@ class Run:
         if prior_steps is not None:
             if prior is None:
                 raise ValueError(f"prior_steps={prior_steps} is for runs with a latent prior, which this one lacks")
+            if prior.kind == "mixture":
+                raise ValueError(
+                    f"prior_steps={prior_steps} is for priors that a chain draws from: this run's is exact"
+                )
             chain = dataclasses.replace(prior.chain, sample_steps=prior_steps)
             self.config = self.config.replace(latent_prior=dataclasses.replace(prior, chain=chain))
         if data_path is not None:
@@ -347,6 +351,7 @@ class Run:
             "evaluations": self.content["evaluations"],
             "data_start": c.start.data,
             "latent_start": c.start.latent,
+            "completion": c.start.completion,
             "data_steps": data_steps,
             "data_step": c.data_chain.size(),
             "data_noise": c.data_chain.noise,

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from mmebm.diagnostics import largest_stable_step
 from mmebm.energies.lower import Symbol, call, residual
-from mmebm.models import GaussianPrior, JointEnergy, JointInference, LatentPrior, OwnPrior, SharedGenerator
+from mmebm.models import (
+    FlowPrior,
+    GaussianPrior,
+    JointEnergy,
+    JointInference,
+    LatentPrior,
+    MixturePrior,
+    OwnPrior,
+    Prior,
+    SharedGenerator,
+)
 from mmebm.models.generator import latent_columns
 from mmebm.samplers import Langevin, Samples
 from mmebm.state import Batch
@@ -146,9 +156,13 @@ class System(nn.Module):
             private=m.private,
             encoders=parts["encoders"],
         )
-        self.prior: GaussianPrior | LatentPrior = GaussianPrior(latent)
+        self.prior: Prior = GaussianPrior(latent)
         p = config.latent_prior
-        if p is not None:
+        if p is not None and p.kind == "mixture":
+            self.prior = MixturePrior(latent, p.components)
+        elif p is not None and p.kind == "flow":
+            self.prior = FlowPrior(latent, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
+        elif p is not None:
             chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
             self.prior = (
                 OwnPrior(latent, chain, p.chain.steps, own["prior"])
@@ -270,7 +284,8 @@ class System(nn.Module):
             data_steps: 0 leaves the decoded modalities; None the configured number of steps, the given held (mode C).
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        z = self.inference.sample(given, generator)
+        joint = self.config.start.completion
+        z = self.inference.sample(given, generator, joint=None if joint == "inference" else joint)
         z = self.revise_latent(z, given, seed=seed, steps=latent_steps).state
         x = {**self.generator(z), **given}
         if data_steps != 0 and len(given) < len(x):

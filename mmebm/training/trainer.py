@@ -21,15 +21,16 @@ from mmebm.data.mapped import as_set
 from mmebm.data.stream import Prefetch, WorkerBatches
 from mmebm.evaluation.heldout import METRICS, held_out, summary
 from mmebm.evaluation.latent import usable_rows
+from mmebm.models import FlowPrior, LatentPrior, MixturePrior
 from mmebm.ops.common.layout import widen
 from mmebm.state import Batch
 from mmebm.training import checkpoint
 from mmebm.training.callbacks import Callback
 from mmebm.training.config import TAUGHT, Config, LossConfig, Stage, fitted
-from mmebm.training.extensions import EnergyTerm, PriorTeacher, ShuffledTuples, prior_teacher
+from mmebm.training.extensions import EnergyTerm, PriorTeacher, ShuffledTuples
 from mmebm.training.guard import Guard, TrainingDiverged
 from mmebm.training.networks import Networks, chain_reports, class_name, flat_networks, own_names
-from mmebm.training.objectives import Objective, objective
+from mmebm.training.objectives import Objective, contrastive, objective
 from mmebm.training.optimise import Optimiser
 from mmebm.training.parallel import Processes
 from mmebm.training.reading import check_range, check_reading, describe, keep_codecs
@@ -39,6 +40,7 @@ from mmebm.training.system import System
 __all__ = ["Trainer", "TrainingDiverged"]
 
 Row = dict[str, Any]
+FIT = 1 << 31  # the purpose of what a fit draws, beside those of an iteration's parts
 
 
 class Minibatch(NamedTuple):
@@ -121,7 +123,7 @@ class Trainer:
             self.system: System = System(config, shapes, self.networks).to(self.device)
         s = self.system
         adams = {"generator": config.generator, "inference": config.inference, "energy": config.energy}
-        if config.latent_prior is not None:
+        if config.latent_prior is not None and isinstance(s.prior, (LatentPrior, FlowPrior)):
             adams["prior"] = config.latent_prior.adam
         part = config.batch // config.accumulate
         self._weight = self.processes.weight(part)
@@ -136,7 +138,9 @@ class Trainer:
             AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         )
         self.objective: Objective = objective(config.loss.objective, **config.loss.objective_options)
-        self.prior_teacher: PriorTeacher = prior_teacher(s.prior, config.latent_prior, self.optimisers.get("prior"))
+        self.prior_teacher: PriorTeacher | None = None
+        if config.latent_prior is not None and isinstance(s.prior, (LatentPrior, FlowPrior)):
+            self.prior_teacher = PriorTeacher(s.prior, config.latent_prior, self.optimisers["prior"])
         self.energy_terms: list[EnergyTerm] = []
         if config.shuffled_tuples is not None:
             self.energy_terms.append(ShuffledTuples(config.shuffled_tuples, self.processes, part))
@@ -160,6 +164,7 @@ class Trainer:
         self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
             "warmup": self.warmup_step,
             "prior": self.prior_step,
+            "matching": self.matching_step,
             "joint": self.joint_step,
         }
 
@@ -190,24 +195,80 @@ class Trainer:
             self._teach_energy(real, x_0, x_n, rng, row)
 
         # an extension: the latent prior, where there is one
-        if "prior" in teach and z_k is not None:
+        if "prior" in teach and z_k is not None and self.prior_teacher is not None:
             drawn = start.z if self.config.start.data == "generator" else None
-            own = drawn if isinstance(drawn, Tensor) else self._prior(batch, seeds[0])
-            row.update(self.prior_teacher.update(z_k, own, self.lr))
+
+            def own() -> Tensor:
+                return drawn if isinstance(drawn, Tensor) else self._prior(batch, seeds[0])
+
+            row.update(self.prior_teacher.update(z_k, own, rng, self.lr))
         return row
 
     def warmup_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
         """Generator and inference network as a multimodal VAE."""
+        row: Row = {}
         with self.system.autocast():
-            bound, z = self._bound(batch.x, rng, batch.present)
+            bound, z = self._bound(batch.x, rng, row, "loss_elbo", batch.present)
         self._update_vae(-bound)
-        return {"loss_elbo": -bound.detach(), "mse": self._squared_error(batch, z)}
+        return {**row, "mse": self._squared_error(batch, z)}
 
     def prior_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
         """The latent prior learns the aggregated posterior; the other networks rest."""
+        s, settings = self.system, self.config.latent_prior
+        if isinstance(s.prior, MixturePrior) and settings is not None:
+            if self._position()[1] or batch.offset != self._share()[0]:
+                return {}  # it is there
+            # not of this process's share: the same on all of them
+            rng = self._rng(purpose=FIT, rank=0)
+            rows = torch.randint(len(self.data), (settings.samples,), generator=rng, device=self.device)
+            parts = [(self.data.batch(some), self._present(some, rng)) for some in rows.split(1000)]
+            z = torch.cat([self._posterior(x, rng, present) for x, present in parts])
+            s.prior.fit(z, regularisation=settings.regularisation, seed=self.config.seed)
+            self.processes.average(list(s.prior.buffers()))
+            return {"prior_fit": -s.prior.log_prob(z).mean()}
+        if self.prior_teacher is None:
+            return {}
+        posterior = self._posterior(batch.x, rng, batch.present)
+        seed = noise.draw_seed(rng)
+        return self.prior_teacher.update(posterior, lambda: self._prior(batch, seed), rng, self.lr)
+
+    @torch.no_grad()
+    def _posterior(self, x: Batch, rng: torch.Generator, present: Mapping[str, Tensor] | None) -> Tensor:
+        """Samples of the posterior that the latent prior learns."""
+        settings = self.config.latent_prior
+        joint = None if settings is None or settings.posterior == "inference" else settings.posterior
+        return self.system.inference.sample(x, rng, joint=joint, present=present)
+
+    def matching_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
+        """The energy's gradient is taught the way from the decoded z of a tuple to the tuple, without a chain.
+
+            |(K s_m^2 / 2) dE/dx_m (x_t) + X_m - g_m(z)|^2 per element,   x_t = g(z) + t (X - g(z)),   z ~ q(z | X)
+
+        with t uniform in [0, 1] and K steps of size s_m as the data chain is configured: from g(z), and without noise,
+        it would end at X.
+        """
+        s, n = self.system, batch.size
         with torch.no_grad():
-            posterior = self.system.inference.sample(batch.x, rng, present=batch.present)
-        return self.prior_teacher.update(posterior, self._prior(batch, noise.draw_seed(rng)), self.lr)
+            z = s.inference.sample(batch.x, rng, present=batch.present)
+            x = batch.x if batch.present is None else self._fill(batch, z, noise.draw_seed(rng))
+            x_0 = s.generator(z)
+        t = torch.rand(n, generator=rng, device=self.device)
+        way = {name: value - x_0[name] for name, value in x.items()}
+        at = {
+            name: (x_0[name] + t.reshape(-1, *[1] * (step.dim() - 1)) * step).requires_grad_()
+            for name, step in way.items()
+        }
+        size = self.config.data_chain.size()
+        with s.autocast():
+            grads = torch.autograd.grad(widen(s.energy(at)).sum(), list(at.values()), create_graph=True)
+            missed = []
+            for (name, step), grad in zip(way.items(), grads, strict=True):
+                each = size[name] if isinstance(size, Mapping) else size
+                missed.append((self.data_steps * each**2 / 2 * grad + step).flatten(1).square())
+            loss = torch.cat(missed, dim=1).mean()
+        self.optimisers["energy"].step(loss, self.lr)
+        before = torch.cat([step.flatten(1) for step in way.values()], dim=1).square().mean()
+        return {"loss_matching": loss.detach(), "way": before}
 
     # -- their parts -----------------------------------------------------------------------------------------------
 
@@ -263,11 +324,19 @@ class Trainer:
         return self.system.fill(batch.x, batch.present, z, seed=seed, steps=self.data_steps, chain_offset=batch.offset)
 
     def _bound(
-        self, x: Batch, rng: torch.Generator, present: Mapping[str, Tensor] | None = None
+        self, x: Batch, rng: torch.Generator, row: Row, name: str, present: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The configured multimodal VAE's bound, averaged over the rows, and the z it used."""
-        s = self.system
-        return self.objective(s.generator, s.inference, x, rng, beta=self.loss.beta, present=present)
+        """The configured multimodal VAE's bound, averaged over the rows, and the z it used; the bound without the
+        contrastive term that is taken from it goes into ``row`` under ``name``, negative as losses are."""
+        s, loss = self.system, self.loss
+        experts = s.inference.encode(x, present)
+        bound, z = self.objective(s.generator, s.inference, x, rng, beta=loss.beta, present=present, experts=experts)
+        row[name] = -bound.detach()
+        if loss.contrastive:
+            apart = contrastive(experts, shared=s.inference.shared, temperature=loss.contrastive_temperature)
+            row[name.replace("elbo", "contrastive")] = apart.detach()
+            bound = bound - loss.contrastive * apart
+        return bound, z
 
     @torch.no_grad()
     def _squared_error(self, batch: Minibatch, z: Tensor) -> Tensor:
@@ -313,8 +382,7 @@ class Trainer:
                     ("loss_elbo_revised", loss.elbo_revised, x_k, None),
                 ):
                     if weight and x is not None:
-                        bound = self._bound(x, rng, present)[0]
-                        losses[name], row[name] = -weight * bound, -bound.detach()
+                        losses[name] = -weight * self._bound(x, rng, row, name, present)[0]
         if losses:
             self._update_vae(torch.stack(list(losses.values())).sum())
 
@@ -334,7 +402,11 @@ class Trainer:
             # differences of large energies: not in the 8 bits of a bfloat16
             up, down = widen(s.energy(real)), widen(s.energy(x_n))
             real_mean, revised_mean = up.mean(), down.mean()
-            loss_e = real_mean - revised_mean + loss.energy_l2 * (up.square().mean() + down.square().mean())
+            kept = down.sort().values[: max(round((1 - loss.energy_trim) * len(down)), 1)].mean()
+            gap = real_mean - (kept if loss.energy_trim else revised_mean)
+            loss_e = (gap if loss.energy_clamp is None else gap.clamp(min=-loss.energy_clamp)) + loss.energy_l2 * (
+                up.square().mean() + down.square().mean()
+            )
             for term in self.energy_terms:
                 loss_e = loss_e + term(s, real, up, rng)
         self.optimisers["energy"].step(loss.energy * loss_e, self.lr)
@@ -402,12 +474,12 @@ class Trainer:
         self.data_steps: int = round(now.get("data_chain.steps", self.config.data_chain.steps))
         self.latent_steps: int = round(now.get("latent_chain.steps", self.config.latent_chain.steps))
 
-    def _rng(self, *, iteration: int | None = None, purpose: int = 0) -> torch.Generator:
+    def _rng(self, *, iteration: int | None = None, purpose: int = 0, rank: int | None = None) -> torch.Generator:
         """The generator of an iteration (this one), on this process, for one purpose."""
         counter = (
             self.iteration if iteration is None else iteration,
             self.guard.rollbacks,
-            self.processes.rank,
+            self.processes.rank if rank is None else rank,
             purpose,
         )
         key = (self.config.seed & noise.MASK32, (self.config.seed >> 32) & noise.MASK32)
@@ -432,9 +504,7 @@ class Trainer:
     def batch(self, part: int = 0, x: dict[str, Tensor] | None = None) -> Minibatch:
         """This process's share of a part of this iteration; ``x`` are its tuples where they are there already."""
         rows = self.rows(self.iteration, part)
-        present = self.data.presence(rows)
-        if self.config.data.missing:
-            present = self._lose(present, len(rows), self._rng(purpose=1 + self.config.accumulate + part))
+        present = self._present(rows, self._rng(purpose=1 + self.config.accumulate + part))
         offset = part * (self.config.batch // self.config.accumulate) + self._share()[0]
         return Minibatch(self.data.batch(rows) if x is None else x, rows, present, offset)
 
@@ -452,6 +522,11 @@ class Trainer:
         if workers:
             return WorkerBatches(self.data, coming, workers=workers, ahead=ahead, seed=self.config.seed)
         return Prefetch(self.data, coming, depth=ahead)
+
+    def _present(self, rows: Tensor, rng: torch.Generator) -> dict[str, Tensor] | None:
+        """Which modalities the tuples ``rows`` have, after what ``data.missing`` takes away."""
+        present = self.data.presence(rows)
+        return self._lose(present, len(rows), rng) if self.config.data.missing else present
 
     def _lose(self, present: Mapping[str, Tensor] | None, n: int, rng: torch.Generator) -> dict[str, Tensor]:
         """``present`` with modalities dropped at random, one at least kept in each row."""

@@ -17,8 +17,8 @@ from mmebm.training.objectives import JOINT_OF
 # What the parts of a joint iteration take, in iterations of the warm-up: the losses of generator and inference network
 # on real tuples with their revised z ("posterior") and on revised tuples with theirs ("revised"); the latent chain;
 # drawing from the prior and its update; one data chain; the energy's update. The warm-up's bound counts 1 where it is
-# kept. And an iteration of the warm-up by a baseline's bound, 1 where it is not here. Measured on one thread each, two
-# runs at a time on two cores.
+# kept. And an iteration of the warm-up by a baseline's bound, 1 where it is not here, and the fit of a mixture.
+# Measured on one thread each, two runs at a time on two cores.
 COSTS: dict[str, dict[str, float]] = {
     "demo": {
         "posterior": 0.85,
@@ -27,6 +27,7 @@ COSTS: dict[str, dict[str, float]] = {
         "prior": 0.8,
         "data": 1.65,
         "energy": 0.45,
+        "fit": 230.0,
         "mvae": 1.8,
         "mmvae": 1.4,
         "mmvae+": 1.45,
@@ -38,6 +39,7 @@ COSTS: dict[str, dict[str, float]] = {
         "prior": 0.7,
         "data": 2.05,
         "energy": 0.7,
+        "fit": 170.0,
         "mvae": 2.6,
         "mmvae": 2.05,
         "mopoe": 1.1,
@@ -50,6 +52,7 @@ COSTS: dict[str, dict[str, float]] = {
         "prior": 0.4,
         "data": 3.15,
         "energy": 1.15,
+        "fit": 60.0,
         "mvae": 3.8,
         "mmvae": 2.85,
         "mopoe": 1.05,
@@ -58,12 +61,16 @@ COSTS: dict[str, dict[str, float]] = {
 }
 
 
+# Hard negatives of sets with ten classes: in a batch of 100 a row and its nearest eleven count as one class
+OF_TEN_CLASSES = ShuffledTuplesConfig(weight=12.0, kind="hard", same=0.12, near=0.3)
+
+
 def _with(config: Config, **loss: Any) -> Config:
     return config.replace(loss=dataclasses.replace(config.loss, **loss))
 
 
 def _costs(config: Config) -> dict[str, float]:
-    return COSTS.get(config.preset.partition("/")[0], COSTS["demo"])
+    return COSTS.get(config.preset.partition("/")[0].removesuffix("-energy-prior"), COSTS["demo"])
 
 
 def cost(config: Config, stage: Stage) -> float:
@@ -72,6 +79,9 @@ def cost(config: Config, stage: Stage) -> float:
     if stage.kind == "warmup":
         return costs.get(loss.objective, 1.0)
     if stage.kind == "prior":
+        prior = config.latent_prior
+        return costs["fit"] / max(stage.iterations, 1) if prior is not None and prior.kind == "mixture" else 1.0
+    if stage.kind == "matching":
         return 1.0
     teach = [name for name in stage.train or TAUGHT["joint"] if name != "prior" or config.latent_prior is not None]
     vae = {"generator", "inference"} & set(teach)
@@ -108,7 +118,8 @@ def _then_joint(config: Config, plain: Config, before: tuple[Stage, ...], **chan
 
 
 def _plain(config: Config) -> Config:
-    return _with(config.replace(latent_prior=None, shuffled_tuples=None), elbo=0.0)
+    start = dataclasses.replace(config.start, completion="inference")
+    return _with(config.replace(latent_prior=None, shuffled_tuples=None, start=start), elbo=0.0, contrastive=0.0)
 
 
 def full(config: Config) -> Config:
@@ -171,8 +182,12 @@ def paper_elbo(config: Config) -> Config:
 def paper_prior(config: Config) -> Config:
     """The paper's loop with the latent energy prior."""
     plain = _plain(config).replace(latent_prior=config.latent_prior or LatentPriorConfig())
-    before = tuple(stage for stage in config.stages if stage.kind != "joint")
-    return _then_joint(config, plain, before)
+    return _then_joint(config, plain, (*_warmup(config), _prior_stage(config)))
+
+
+def paper_contrastive(config: Config) -> Config:
+    """The paper's loop with the contrastive term, which needs the bound that it is taken from in the joint stage."""
+    return _then_joint(config, _contrasted(_with(_plain(config), elbo=1.0), config), _warmup(config))
 
 
 def paper_shuffled(config: Config) -> Config:
@@ -183,7 +198,7 @@ def paper_shuffled(config: Config) -> Config:
 def paper_hard(config: Config) -> Config:
     """The paper's loop with hard shuffled tuples as negatives, those of the preset where it has them."""
     own = config.shuffled_tuples
-    hard = own if own is not None and own.kind == "hard" else ShuffledTuplesConfig(kind="hard")
+    hard = own if own is not None and own.kind == "hard" else OF_TEN_CLASSES
     return paper(config).replace(shuffled_tuples=hard)
 
 
@@ -201,14 +216,68 @@ def staged(config: Config) -> Config:
     return _then_joint(config, plain, (*before, alone))
 
 
-def vae_prior(config: Config) -> Config:
-    """The VAE with the latent energy prior, and no energy on data: what the prior alone is worth."""
-    plain = _plain(config).replace(latent_prior=config.latent_prior or LatentPriorConfig())
+def _contrasted(plain: Config, config: Config) -> Config:
+    """``plain`` with the contrastive term of ``config``, or of the demo's weight where it has none."""
+    return _with(plain, contrastive=config.loss.contrastive or 5.0)
+
+
+def _prior_stage(config: Config) -> Stage:
+    """The preset's first stage of the latent prior, or a fifth of its budget."""
     own = [stage for stage in config.stages if stage.kind == "prior"]
-    prior = own[0] if own else Stage("prior", round(budget(config) / 5), final_lr=0.5)
-    first = (*_warmup(config), Stage("warmup", 0))[0]
-    left = budget(config) - prior.iterations * cost(plain, prior)
-    return plain.replace(stages=(dataclasses.replace(first, iterations=max(round(left), 0)), prior))
+    return own[0] if own else Stage("prior", round(budget(config) / 5), final_lr=0.5)
+
+
+def with_prior(name: str) -> Callable[[Config], Config]:
+    """A multimodal VAE with the preset's latent prior, and no energy on data: what the prior alone is worth."""
+
+    def change(config: Config) -> Config:
+        plain = VARIANTS[name](config).replace(latent_prior=config.latent_prior or LatentPriorConfig())
+        prior = _prior_stage(config)
+        left = budget(config) - prior.iterations * cost(plain, prior)
+        first = plain.stages[0]
+        first = dataclasses.replace(first, iterations=max(round(left / cost(plain, first)), 0))
+        return plain.replace(stages=(first, prior))
+
+    change.__doc__ = f"{name!r} with the preset's latent prior, and no energy on data."
+    return change
+
+
+def with_contrastive(name: str) -> Callable[[Config], Config]:
+    """A multimodal VAE with the contrastive term."""
+
+    def change(config: Config) -> Config:
+        return _contrasted(VARIANTS[name](config), config)
+
+    change.__doc__ = f"{name!r} with the contrastive term between its experts."
+    return change
+
+
+# What `full` is made of, each with the setting that it is without it.
+PARTS: dict[str, Callable[[Config], Config]] = {
+    "prior": lambda config: config.replace(
+        latent_prior=None, stages=tuple(stage for stage in config.stages if stage.kind != "prior")
+    ),
+    "contrastive": lambda config: _with(config, contrastive=0.0),
+    "shuffled": lambda config: config.replace(shuffled_tuples=None),
+    "elbo": lambda config: _with(config, elbo=0.0),
+    "matching": lambda config: config.replace(
+        stages=tuple(stage for stage in config.stages if stage.kind != "matching")
+    ),
+}
+
+
+def full_without(part: str) -> Callable[[Config], Config]:
+    """The preset without one of :data:`PARTS`, the seconds that it took given to the warm-up."""
+
+    def change(config: Config) -> Config:
+        less = PARTS[part](config)
+        first, *rest = less.stages
+        left = budget(config) - sum(stage.iterations * cost(less, stage) for stage in rest)
+        first = dataclasses.replace(first, iterations=max(round(left / cost(less, first)), 0))
+        return less.replace(stages=(first, *rest))
+
+    change.__doc__ = f"The preset without its part {part!r}."
+    return change
 
 
 def independent_inference(config: Config) -> Config:
@@ -325,6 +394,9 @@ MODALITIES = {
     "coco": 2,
 }
 
+BASELINES = ("mvae", "mmvae", "mopoe", "mvtcae", "mmvae+")
+LATENT_ONLY = ("vae", *BASELINES)  # no energy on data
+
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "full": full,
     "paper": paper,
@@ -336,7 +408,6 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "frozen": frozen,
     "no-warmup": no_warmup,
     "staged": staged,
-    "vae+prior": vae_prior,
     "independent-inference": independent_inference,
     **{f"noise={steps}": noise_steps(steps) for steps in (10, 30, 60, 100)},
     "paper+elbo": paper_elbo,
@@ -348,8 +419,16 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
         for name in ("noise", "data+noise", "buffer", "independent", "shuffled", "aggregated")
     },
     **{f"latent={name}": latent_start(name) for name in ("product", "mixture_of_products", "prior", "persistent")},
-    **{name: baseline(name) for name in ("mvae", "mmvae", "mopoe", "mvtcae", "mmvae+")},
+    "paper+contrastive": paper_contrastive,
+    **{f"full-{part}": full_without(part) for part in PARTS},
+    **{name: baseline(name) for name in BASELINES},
     **{f"lineage={name}": as_lineage(name) for name in LINEAGE},
+}
+VARIANTS |= {f"{name}+prior": with_prior(name) for name in LATENT_ONLY}
+VARIANTS |= {
+    f"{name}+contrastive": with_contrastive(name)
+    for name in list(VARIANTS)
+    if name.removesuffix("+prior") in LATENT_ONLY
 }
 
 # Three points a model on the plane of coherence and distance, as multimodal VAEs are compared.
@@ -359,9 +438,24 @@ VARIANTS |= {f"{name}@beta={beta:g}": at_beta(name, beta) for name in SWEPT for 
 
 GRIDS: dict[str, tuple[str, ...]] = {
     "components": ("vae", "abp", "ebm", "coopnets", "coop-vae", "frozen", "paper", "full"),
-    "levers": ("paper", "paper+elbo", "paper+prior", "paper+shuffled", "paper+hard", "start=aggregated", "full"),
+    "levers": (
+        "paper",
+        "paper+elbo",
+        "paper+contrastive",
+        "paper+prior",
+        "paper+shuffled",
+        "paper+hard",
+        "start=aggregated",
+        *(f"full-{part}" for part in PARTS),
+        "full",
+    ),
     "starts": ("paper", *(name for name in VARIANTS if name.startswith(("start=", "latent=")))),
-    "baselines": ("mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"),
+    "baselines": BASELINES,
+    # what the data-space revision adds beyond a learned prior, with and without the contrastive term
+    "priors": (
+        *(f"{name}{more}" for name in LATENT_ONLY for more in ("", "+prior", "+contrastive", "+prior+contrastive")),
+        "full",
+    ),
 }
 # What a referee asks: does the result hang on the warm-up, on stages, on the prior; and the paper's figures 1, 2 and 3.
 GRIDS |= {

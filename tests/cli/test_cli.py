@@ -105,7 +105,8 @@ def test_a_run_samples_with_its_own_length_of_the_prior_chain(tmp_path: Path) ->
     stages = json.dumps([{"kind": "warmup", "iterations": 2}, {"kind": "prior", "iterations": 2}])
     lengths = ["latent_prior.chain.steps=3", "latent_prior.chain.sample_steps=7"]
     changes = [f"stages={stages}", "data.options.n=200", *lengths]
-    trainer = prepare(tmp_path / "run", torch.device("cpu"), configure("demo", changes=changes), threads=1)
+    chained = configure("demo-energy-prior", changes=changes)
+    trainer = prepare(tmp_path / "run", torch.device("cpu"), chained, threads=1)
     assert fit(trainer, tmp_path / "run")
     run, s, here = Run(tmp_path / "run"), trainer.system, torch.device("cpu")
     assert s.prior.steps == 3 and run.settings()["prior_steps"] == 7
@@ -126,6 +127,10 @@ def test_a_run_samples_with_its_own_length_of_the_prior_chain(tmp_path: Path) ->
     assert fit(prepare(tmp_path / "plain", torch.device("cpu"), plain, threads=1), tmp_path / "plain")
     with pytest.raises(ValueError, match="prior_steps=5 is for runs with a latent prior"):
         Run(tmp_path / "plain", prior_steps=5)
+    exact = configure("demo", changes=[f"stages={stages}", "data.options.n=200"])
+    assert fit(prepare(tmp_path / "exact", torch.device("cpu"), exact, threads=1), tmp_path / "exact")
+    with pytest.raises(ValueError, match="prior_steps=5 is for priors that a chain draws from"):
+        Run(tmp_path / "exact", prior_steps=5)
 
 
 def test_metrics_have_every_point_and_setting(run: Path) -> None:

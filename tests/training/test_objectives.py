@@ -6,6 +6,7 @@ average of samples: it has to meet its expectation within 7 standard errors, whi
 t with 39 degrees of freedom exceeds 7 with probability 2e-8).
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -16,7 +17,8 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 from mmebm.models import JointInference, SharedGenerator
-from mmebm.training.objectives import JOINT_OF, OBJECTIVES, objective
+from mmebm.models.inference import Experts
+from mmebm.training.objectives import JOINT_OF, OBJECTIVES, contrastive, objective
 
 SIZES = {"a": 2, "b": 1, "c": 3}
 SIGMA = 0.8
@@ -428,3 +430,76 @@ def test_bad_input_is_refused(seed: int) -> None:
     nothing = {m: torch.arange(12) != 5 for m in SHAPES}
     with pytest.raises(ValueError, match="present must leave every row at least one modality of x, but row 5 has none"):
         objective("mmvae")(generator, inference, x, rng, beta=1.0, present=nothing)
+
+
+def _experts(means: Tensor, has: Tensor) -> Experts:
+    says = has[..., None].expand_as(means)
+    names = tuple("abcdef"[: len(means)])
+    return Experts(names, torch.where(says, means, 0.0), torch.zeros_like(means), says, has)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_contrastive_is_the_formula(missing: bool) -> None:
+    """Against the definition, row by row: pairs of modalities that a row has, among the rows that have both."""
+    rng = torch.Generator().manual_seed(0)
+    count, n, shared, t = 3, 6, 4, 0.2
+    means = torch.randn(count, n, 7, generator=rng)
+    has = torch.rand(count, n, generator=rng) < 0.6 if missing else torch.ones(count, n, dtype=torch.bool)
+    has[0] |= ~has.any(0)
+    terms = []
+    for a in range(count):
+        for b in range(count):
+            rows = [i for i in range(n) if has[a, i] and has[b, i]]
+            for i in rows if a != b else []:
+                u = means[a, i, :shared] / means[a, i, :shared].norm()
+                against = [float(u @ means[b, j, :shared] / means[b, j, :shared].norm()) / t for j in rows]
+                own = against[rows.index(i)]
+                terms.append(math.log(sum(math.exp(s) for s in against)) - own)
+    found = contrastive(_experts(means, has), shared=shared, temperature=t)
+    assert found.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def test_contrastive_of_rows_with_one_modality_is_nothing() -> None:
+    means = torch.randn(2, 4, 3, requires_grad=True)
+    has = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    value = contrastive(_experts(means, has))
+    (grad,) = torch.autograd.grad(value, means)
+    assert value.item() == 0 and grad.abs().max() == 0
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        contrastive(_experts(means, has), temperature=0.0)
+
+
+def test_detached_self_reconstruction_cuts_one_path() -> None:
+    """The value is the formula's; the likelihood of a modality teaches the shared part of its own expert nothing, the
+    shared parts of the others and every private part what it did."""
+    shapes = {"a": (3,), "b": (4,)}
+    torch.manual_seed(0)
+    generator = SharedGenerator(shapes, 8, width=8, depth=1, private=2)
+    inference = JointInference(shapes, 8, width=8, depth=1, private=2, joint="product")
+    x = {name: torch.randn(5, *shape) for name, shape in shapes.items()}
+
+    def grads(option: str, target: str) -> tuple[Tensor, Tensor]:
+        weights = {name: float(name == target) for name in shapes}
+        one = SharedGenerator(shapes, 8, width=8, depth=1, private=2, weights=weights)
+        one.load_state_dict(generator.state_dict())
+        experts = inference.encode(x)
+        mean = experts.mean.detach().requires_grad_()
+        bound, _ = objective("single_expert", self_reconstruction=option)(
+            one,
+            inference,
+            x,
+            torch.Generator().manual_seed(1),
+            beta=0.0,
+            experts=dataclasses.replace(experts, mean=mean, logvar=experts.logvar.detach()),
+        )
+        return bound.detach(), torch.autograd.grad(bound, mean)[0]
+
+    for m, target in enumerate(shapes):
+        (value, full), (same, cut) = grads("full", target), grads("detached", target)
+        torch.testing.assert_close(value, same)
+        assert full[m, :, :4].abs().max() > 0 and cut[m, :, :4].abs().max() == 0
+        other = full.clone()
+        other[m, :, :4] = 0
+        torch.testing.assert_close(cut, other)
+    with pytest.raises(ValueError, match="self_reconstruction must be 'full' or 'detached', got 'of'"):
+        grads("of", "a")

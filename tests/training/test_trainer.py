@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mmebm.data.base import MultimodalDataset
 from mmebm.data.pools import ArrayPool
+from mmebm.models import MixturePrior
 from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.training import PRESETS, Trainer, TrainingDiverged, checkpoint, preset
 from mmebm.training.config import (
@@ -21,6 +23,7 @@ from mmebm.training.config import (
     ChainConfig,
     Config,
     GuardConfig,
+    LatentPriorConfig,
     LossConfig,
     ModelConfig,
     Stage,
@@ -386,7 +389,7 @@ def test_switches_run(inference: str, model: dict[str, object], config: Config, 
 def test_paper_preset_has_no_extension() -> None:
     paper, demo = preset("paper"), preset("demo")
     assert paper.latent_prior is None and paper.shuffled_tuples is None and paper.loss.elbo == 0
-    assert demo.latent_prior is not None and demo.shuffled_tuples is not None
+    assert paper.loss.contrastive == 0 and demo.latent_prior is not None and demo.loss.contrastive > 0
     known = re.escape(f"preset must be one of {sorted(PRESETS)}, got 'x'")
     with pytest.raises(ValueError, match=known):
         preset("x")
@@ -464,6 +467,147 @@ def test_posteriors_of_two_batches_are_one_graph(config: Config, data: Multimoda
 def test_precision_and_layout_are_checked(field: str, value: Any, config: Config) -> None:
     with pytest.raises((ValueError, TypeError), match=f"{field} must be"):
         config.replace(**{field: value})
+
+
+def mixture(config: Config, **options: Any) -> Config:
+    prior = LatentPriorConfig(kind="mixture", posterior="product", components=2, samples=60)
+    prior = dataclasses.replace(prior, **options)
+    return config.replace(latent_prior=prior, stages=(Stage("warmup", 4), Stage("prior", 1), Stage("joint", 3)))
+
+
+def test_mixture_is_fitted_in_its_stage_and_rests_in_the_joint_one(config: Config, data: MultimodalDataset) -> None:
+    pytest.importorskip("sklearn")
+    trainer = Trainer(mixture(config).replace(ema=0.9), data)
+    seen: list[tuple[str, Tensor]] = [("start", trainer.system.prior.means.clone())]
+    for row in trainer.run():
+        seen.append((row["stage"], trainer.system.prior.means.clone()))
+        if row["stage"] == "prior":
+            # it explains the product's samples at least as well as N(0, I) does
+            z = trainer.system.inference.sample(trainer.data.batch(torch.arange(64)), joint="product")
+            assert (-trainer.system.prior(z)).mean() > 0
+    after = dict(seen)
+    assert torch.equal(after["start"], after["warmup"]) and not torch.equal(after["warmup"], after["prior"])
+    assert torch.equal(after["prior"], after["joint"])
+    assert trainer.averaged is not None
+    assert torch.equal(trainer.averaged.module.prior.means, after["prior"])  # type: ignore[union-attr]
+
+
+def test_mixture_resumes_and_loads_without_scikit_learn(
+    config: Config, data: MultimodalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    whole = Trainer(mixture(config), data)
+    list(whole.run())
+    half = Trainer(mixture(config), data)
+    for row in half.run():
+        if row["stage"] == "prior":
+            break
+    state = half.state_dict()
+    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    resumed = Trainer(mixture(config), data)
+    resumed.load_state_dict(state)
+    list(resumed.run())
+    for name, value in whole.system.state_dict().items():
+        assert torch.equal(value, resumed.system.state_dict()[name]), name
+
+
+def test_mixture_is_fitted_once_a_stage(
+    config: Config, data: MultimodalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    fits: list[int] = []
+    monkeypatch.setattr(MixturePrior, "fit", lambda self, z, **kwargs: fits.append(len(z)))
+    stages = (Stage("warmup", 2), Stage("prior", 5), Stage("joint", 2), Stage("prior", 1))
+    list(Trainer(mixture(config).replace(stages=stages, accumulate=2), data).run())
+    assert fits == [60, 60]
+
+
+def test_contrastive_tells_rows_apart(config: Config, data: MultimodalDataset) -> None:
+    """It joins the loss of the warm-up and of the joint stage's bound, and falls."""
+    losses = dataclasses.replace(config.loss, contrastive=20.0)
+    config = config.replace(loss=losses, stages=(Stage("warmup", 40), Stage("joint", 4)), latent_prior=None)
+    rows = list(Trainer(config, data).run())
+    first, last = rows[0]["loss_contrastive"], rows[-1]["loss_contrastive"]
+    assert rows[-1]["stage"] == "joint" and last < first
+    off = config.replace(loss=dataclasses.replace(losses, contrastive=0.0))
+    assert "loss_contrastive" not in next(iter(Trainer(off, data).run()))
+
+
+def test_matching_teaches_the_way_to_the_data(config: Config, data: MultimodalDataset) -> None:
+    """The loss is the formula, redone by hand; where it has fallen, the chain as configured goes nearer to X."""
+    stages = (Stage("warmup", 30), Stage("matching", 200, lr=10.0, final_lr=3.0))
+    trainer = Trainer(config.replace(stages=stages, latent_prior=None, guard=GuardConfig(every=10)), data)
+    before = networks(trainer)
+    rows = list(trainer.run())
+    moved = {name.split(".")[0] for name in changed(before, networks(trainer))}
+    assert moved == {"generator", "inference", "energy"} and "vae" in trainer.snapshots
+    ways = [row for row in rows if "loss_matching" in row]
+    assert ways[-1]["loss_matching"] < 0.9 * ways[-1]["way"]
+
+    s, batch = trainer.system, trainer.batch()
+    rng = torch.Generator().manual_seed(4)
+    z = s.inference.sample(batch.x, torch.Generator().manual_seed(4))
+    x_0 = {name: value.detach() for name, value in s.generator(z).items()}
+    state = torch.Generator().manual_seed(4)
+    s.inference.sample(batch.x, state)
+    t = torch.rand(batch.size, generator=state)
+    total, count = 0.0, 0
+    for i in range(batch.size):
+        at = {n: (x_0[n][i] + t[i] * (batch.x[n][i] - x_0[n][i]))[None].requires_grad_() for n in batch.x}
+        grads = torch.autograd.grad(s.energy(at).sum(), list(at.values()))
+        for name, grad in zip(at, grads, strict=True):
+            # travel 0.5 is K s^2, of which the update takes half
+            off = 0.5 / 2 * grad[0] + batch.x[name][i] - x_0[name][i]
+            total, count = total + off.square().sum().item(), count + off.numel()
+    assert float(trainer.matching_step(batch, rng)["loss_matching"]) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_energy_trim_and_clamp(config: Config, data: MultimodalDataset) -> None:
+    """The gradient is that of what is left: without the highest revised energies; none beyond the clamp."""
+
+    def moved(**loss: Any) -> dict[str, Tensor]:
+        losses = dataclasses.replace(config.loss, energy_l2=0.0, **loss)
+        trainer = Trainer(config.replace(loss=losses, shuffled_tuples=None, latent_prior=None), data)
+        real, fake = trainer.batch().x, {n: torch.rand(16, *v.shape[1:]) for n, v in trainer.batch().x.items()}
+        energies = trainer.system.energy(fake).detach()
+        row: dict[str, Any] = {}
+        with torch.random.fork_rng():
+            taken: list[Tensor] = []
+            trainer.optimisers["energy"].step = lambda value, lr: taken.append(value)  # type: ignore[assignment, method-assign]
+            trainer._teach_energy(real, fake, fake, torch.Generator(), row)
+        up = trainer.system.energy(real).mean()
+        return {"loss": taken[0].detach(), "up": up.detach(), "energies": energies.sort().values}
+
+    torch.manual_seed(0)
+    out = moved(energy_trim=0.25)
+    torch.testing.assert_close(out["loss"], out["up"] - out["energies"][:12].mean())
+    out = moved(energy_clamp=1e-6)
+    plain = out["up"] - out["energies"].mean()
+    torch.testing.assert_close(out["loss"], plain.clamp(min=-1e-6))
+
+
+def test_completions_start_from_the_joint_that_is_asked_for(config: Config, data: MultimodalDataset) -> None:
+    for joint in ("inference", "product"):
+        start = dataclasses.replace(config.start, completion=joint)
+        s = Trainer(config.replace(start=start, stages=(Stage("warmup", 5),)), data).system
+        given = {name: value for name, value in data.batch(torch.arange(4)).items() if name != "grey"}
+        name = None if joint == "inference" else joint
+        z = s.inference.sample(given, torch.Generator().manual_seed(3), joint=name)
+        done = s.complete(given, seed=3, latent_steps=0, data_steps=0)
+        torch.testing.assert_close(done["grey"], s.generator(z)["grey"])
+
+
+def test_flow_learns_in_its_stage_and_along(config: Config, data: MultimodalDataset) -> None:
+    prior = dataclasses.replace(config.latent_prior, kind="flow", posterior="product")
+    trainer = Trainer(config.replace(latent_prior=prior), data)
+    before = networks(trainer)
+    rows = list(trainer.run())
+    assert "prior" in changed(before, networks(trainer))
+    assert {row["stage"] for row in rows if "prior_loss" in row} == {"prior", "joint"}
+    one = trainer.system.generate(3, seed=1)
+    assert all(torch.isfinite(v).all() for v in one.values())
+    with pytest.raises(ValueError, match="is a network of an energy"):
+        config.replace(latent_prior=prior, model=dataclasses.replace(config.model, prior="a:B"))
 
 
 def test_the_report_is_of_the_chains_that_run(config: Config, data: MultimodalDataset, need: Any) -> None:

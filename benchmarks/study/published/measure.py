@@ -38,7 +38,6 @@ from mmebm.data import MultimodalDataset, load
 from mmebm.data.text_codec import fit_text_autoencoder
 from mmebm.training import Config, Trainer, preset
 from mmebm.training.config import Stage
-from mmebm.training.networks import chain_reports
 from mmebm.training.variants import GRIDS, variant
 
 # What one GPU of 80 GB is taken to do: its makers' dense bf16 peak, and the share of it that such networks may reach.
@@ -182,11 +181,12 @@ def costs(config: Config, data: MultimodalDataset, repeats: int = 5) -> dict[str
     z_0 = t.system.prior.draw(batch.size, seed=0, device=t.device)
     x_0 = t.system.decode(z_0)
     x_k, z_k = t._data_chain(batch, x_0, 1, {}), t._latent_chain(batch, rng, 2, {})
+    teacher = t.prior_teacher
     parts: dict[str, Callable[[], Any]] = {
         "posterior": lambda: t._teach_vae(batch, z_k, None, None, rng, {}),
         "revised": lambda: t._teach_vae(batch, None, x_k, z_0, rng, {}),
         "latent": lambda: t._latent_chain(batch, rng, 2, {}),
-        "prior": lambda: t.prior_teacher.update(z_k, t._prior(batch, 3), t.lr),
+        "prior": lambda: teacher and teacher.update(z_k, lambda: t._prior(batch, 3), rng, t.lr),
         "data": lambda: t._data_chain(batch, x_0, 1, {}),
         "energy": lambda: t._teach_energy(batch.x, x_0, x_k, rng, {}),
     }
@@ -230,7 +230,7 @@ def measure(name: str, batch: int, precision: str) -> dict[str, Any]:
             "gflop_per_tuple": round(count / 1e9, 1),
             "gpu_estimate_seconds": round(count * published / (PEAK * SHARE), 3),
             "gpu_estimate_batch": published,
-            "chains": chain_reports(trainer.system),
+            "chains": trainer.chain_reports(),
         }
 
 

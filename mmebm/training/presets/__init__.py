@@ -13,10 +13,12 @@ from mmebm.training.variants import variant
 
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo.config,
+    "demo-energy-prior": demo.energy_prior,
     "base": base.config,
     "paper": paper.config,
     "polymnist-5k": polymnist_5k.config,
     "polymnist-14": polymnist_14.config,
+    "polymnist-14-energy-prior": polymnist_14.energy_prior,
     "polymnist": published.polymnist,
     "polyfashion": published.polyfashion,
     "mnist-svhn-text": published.mnist_svhn_text,

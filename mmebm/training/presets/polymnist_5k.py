@@ -1,4 +1,4 @@
-"""Five colour modalities of 28x28: the preset ``polymnist-14`` at the set's own size, half an hour on one core."""
+"""Five colour modalities of 28x28: ``polymnist-14-energy-prior`` at the set's own size, half an hour on one core."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from mmebm.training.presets import polymnist_14
 
 def config() -> Config:
     """`mmebm train --preset polymnist-5k` runs this."""
-    small = polymnist_14.config()
+    small = polymnist_14.energy_prior()
     return small.replace(
         preset="polymnist-5k",
         data=DataConfig("polymnist-5k", options={"copies": 6}),

@@ -23,9 +23,7 @@ from mmebm.training.config import (
     Stage,
     ValidationConfig,
 )
-
-# Sets with classes: rows that the inference network finds near are of the same one and no negatives (ten classes).
-OF_CLASSES = ShuffledTuplesConfig(weight=12.0, kind="hard", same=0.12, near=0.3)
+from mmebm.training.variants import OF_TEN_CLASSES
 
 
 def _config(
@@ -34,7 +32,7 @@ def _config(
     *,
     latent: int,
     width: int = 64,
-    shuffled: ShuffledTuplesConfig = OF_CLASSES,
+    shuffled: ShuffledTuplesConfig = OF_TEN_CLASSES,
     batch: int = 128,
     **model: Any,
 ) -> Config:
