@@ -2,18 +2,18 @@
 
     python benchmarks/study/levers.py --preset polymnist-14 --set loss.contrastive=60 --out contrastive-60.json
 
-Of the training split's instances, a tenth of each class is kept from training in every modality (all crops of a digit
-together), and paired into the validation tuples; the judges learn from the other nine tenths, by ``--judge-seed``. No
-test tuple is read. After every stage from the prior's on, x0 and, once there is an energy, x_k are measured: joint
-coherence, class shares, Frechet and kernel distance and precision and recall on the judges' features, and the pixels'
-standard deviation over samples relative to that over real tuples, by modality. ``--keep`` writes the state after the
-first stage, and ``--begin`` starts from such a state, so that what comes after a warm-up can be varied.
+The tuples are those of the splits "train" and "validation", which share no digit and no crop; the judges learn from the
+first, by ``--judge-seed``. No test tuple is read. What lies in benchmarks/study/levers was measured before the data sets
+had that split: the script divided the training instances in the same shares itself. After every stage from the prior's
+on, x0 and, once there is an energy, x_k are measured: joint coherence, class shares, Frechet and kernel distance and
+precision and recall on the judges' features, and the pixels' standard deviation over samples relative to that over real
+tuples, by modality. ``--keep`` writes the state after the first stage, and ``--begin`` starts from such a state, so that
+what comes after a warm-up can be varied.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -23,59 +23,14 @@ import torch
 from torch import Tensor
 
 from mmebm.data.base import MultimodalDataset
-from mmebm.data.pairing import pair_by_class, split_by_class
 from mmebm.evaluation.classifiers import Classifiers, fit_classifiers
 from mmebm.evaluation.evaluate import evaluate_samples
+from mmebm.evaluation.metrics import precision_recall
 from mmebm.training import Trainer, preset
 from mmebm.training.config import override
 from mmebm.training.run import load_data
 
 CHUNK = 500
-
-
-def divided(whole: MultimodalDataset, tuples: int = 2000) -> tuple[MultimodalDataset, MultimodalDataset]:
-    """The training and the validation part of a training split; no instance, nor another crop of it, is in both."""
-    copies = whole.info["options"].get("copies", 1)
-    parts: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
-    for name, labels in whole.pool_labels.items():
-        if len(labels) == len(whole.classes):  # a word for each class: both parts have it
-            parts["train"][name] = parts["test"][name] = torch.arange(len(labels))
-            continue
-        rows = split_by_class(labels[::copies].numpy(), f"validation-{whole.name}", test_share=0.1)
-        for part, of in rows.items():
-            parts[part][name] = (torch.from_numpy(of)[:, None] * copies + torch.arange(copies)).flatten()
-    made = []
-    for part, n in (("train", len(whole)), ("test", tuples)):
-        rows, pools, labels = parts[part], {}, {}
-        for name, pool in whole.pools.items():
-            pools[name] = pool[rows[name]] if isinstance(pool, Tensor) else pool.gather(rows[name])
-            labels[name] = whole.pool_labels[name][rows[name]]
-        index, of_tuple = pair_by_class(
-            {name: of.numpy() for name, of in labels.items()},
-            whole.classes,
-            n,
-            whole.seed,
-            whole.name,
-            "validation",
-            part,
-        )
-        made.append(
-            dataclasses.replace(
-                whole, pools=pools, pool_labels=labels, index=torch.from_numpy(index), labels=torch.from_numpy(of_tuple)
-            )
-        )
-    return made[0], made[1]
-
-
-def precision_recall(fake: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Which part of ``fake`` (n, d) lies among ``real``, and the other way round: within the distance from a point of
-    the other set to its own k-th neighbour there (Kynkaanniemi et al., NeurIPS 2019)."""
-
-    def within(points: Tensor, of: Tensor) -> float:
-        radius = torch.cdist(of, of).kthvalue(k + 1, dim=1).values
-        return (torch.cdist(points, of) <= radius).any(1).float().mean().item()
-
-    return within(fake, real), within(real, fake)
 
 
 class Measure:
@@ -141,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = override(preset(arguments.preset), dict(one.split("=", 1) for one in arguments.set))
     config = config.replace(seed=arguments.seed, threads=1, stages=config.stages[arguments.skip :])
-    train, valid = divided(load_data(config, "train"), arguments.n)
+    train, valid = load_data(config, "train"), load_data(config, "validation")
     if arguments.judges and arguments.judges.is_file():
         judges = Classifiers.load(arguments.judges)
     else:
