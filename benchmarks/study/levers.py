@@ -2,13 +2,13 @@
 
     python benchmarks/study/levers.py --preset polymnist-14 --set loss.contrastive=60 --out contrastive-60.json
 
-The tuples are those of the splits "train" and "validation", which share no digit and no crop; the judges learn from the
-first, by ``--judge-seed``. No test tuple is read. What lies in benchmarks/study/levers was measured before the data sets
-had that split: the script divided the training instances in the same shares itself. After every stage from the prior's
-on, x0 and, once there is an energy, x_k are measured: joint coherence, class shares, Frechet and kernel distance and
-precision and recall on the judges' features, and the pixels' standard deviation over samples relative to that over real
-tuples, by modality. ``--keep`` writes the state after the first stage, and ``--begin`` starts from such a state, so that
-what comes after a warm-up can be varied.
+The tuples are those of the splits "train" and "validation", which share no digit and no crop; the judges learn from
+the first, by ``--judge-seed``. No test tuple is read. What lies in benchmarks/study/levers was measured before the
+data sets had that split: the script divided the training instances in the same shares itself. After every stage from
+the prior's on, x0 and, once there is an energy, x_k are measured: joint coherence, class shares, Frechet and kernel
+distance and precision and recall on the judges' features, and the pixels' standard deviation over samples relative to
+that over real tuples, by modality. ``--keep`` writes the state after the first stage, and ``--begin`` starts from
+such a state, so that what comes after a warm-up can be varied.
 """
 
 from __future__ import annotations

@@ -470,8 +470,10 @@ def test_a_nan_energy_at_a_finite_state_is_reported_frozen_and_raised(
         if how == "freeze" or sampler.__class__ is HMC or name in ("MALA", "descent", "tempering"):
             assert torch.equal(out.state[BELOW], x[BELOW])
         if "never_accepted" in out.info and not (how == "ignore" and name == "unadjusted tempering"):
+            # six proposals may all be refused of a good chain too (seed 29000104): then it has not moved
             never = out.info["never_accepted"].reshape(8, -1).all(1)
-            assert never.nonzero().flatten().tolist() == BELOW
+            assert bool(never[BELOW].all()) and not bool(never[GOOD].all())
+            assert torch.equal(out.state[never], x[never])
     with pytest.raises(FloatingPointError, match="2 of 8 chains are not finite after 6 steps"):
         run("raise")
     # the others do not notice
