@@ -122,5 +122,6 @@ def test_a_run_keeps_its_codec(
 )
 def test_classes_that_no_training_tuple_has_judge_nothing(train: list[int], test: list[int], shared: bool) -> None:
     """As the species of CUB, whose captions come in two splits without a species in both."""
-    sets = {"train": SimpleNamespace(labels=torch.tensor(train)), "test": SimpleNamespace(labels=torch.tensor(test))}
-    assert classes_shared(cast(Any, SimpleNamespace(dataset=sets.__getitem__))) == shared
+    trained, unseen = SimpleNamespace(labels=torch.tensor(train)), SimpleNamespace(labels=torch.tensor(test))
+    run = SimpleNamespace(dataset=lambda split: trained, unseen=lambda split: unseen)
+    assert classes_shared(cast(Any, run)) == shared
