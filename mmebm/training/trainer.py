@@ -886,7 +886,8 @@ class Trainer:
 
 def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
     """The tuples that the validation keeps from training, int64 in order: of those that lack no modality, by the seed
-    of the data alone; with a tuple all that share an item with it."""
+    of the data alone; with a tuple all that share an item with it. Where the smallest such group is more than was asked
+    for, it is kept, if half of the tuples are left to learn from."""
     v = config.validation
     if not v.every:
         return torch.empty(0, dtype=torch.int64)
@@ -904,11 +905,14 @@ def kept_back(config: Config, data: MultimodalDataset) -> Tensor:
         if total + size <= count:
             chosen.append(number)
             total += size
+    least = int(sizes.min())
+    if total < 2 and 2 <= least <= len(whole) // 2:
+        chosen, total = [int(names[order][sizes[order] == least][0])], least
     if total < 2:
         own = f"pass validation=load({data.name!r}, 'validation')" if data.name in WITH_VALIDATION else "give it apart"
         raise ValueError(
             f"the tuples of {data.name!r} hang together by the items that they share, in groups of at least "
-            f"{int(sizes.min())}, so that no {count} of {len(whole)} can be kept for a validation: {own}, or set "
+            f"{least}, so that no {count} of {len(whole)} can be kept for a validation: {own}, or set "
             "validation.every = 0"
         )
     return whole[torch.isin(group[whole], torch.tensor(chosen))]

@@ -722,7 +722,7 @@ TOGETHER = {
     ("name", "option"), [(name, option) for name, case in CASES.items() for option in case.options]
 )
 def test_every_option_matters(name: str, option: str, seed: int) -> None:
-    case, world = CASES[name], World(seed)
+    case = CASES[name]
     gone = (option, *TOGETHER.get(option, ()))
     fewer = {key: value for key, value in case.options.items() if key not in gone}
     # a step size cannot go, and without a noise scale the tied conventions would stay as they are
@@ -732,10 +732,16 @@ def test_every_option_matters(name: str, option: str, seed: int) -> None:
         pass
     elif option == "noise_scale":
         fewer["noise_scale"] = 0.0
-    torch.manual_seed(seed)
-    whole = case.call(world, case.options)
-    torch.manual_seed(seed)
-    assert distance(case.call(world, fewer), whole) > CHANGED
+
+    def change(number: int) -> float:
+        world = World(number)
+        torch.manual_seed(number)
+        whole = case.call(world, case.options)
+        torch.manual_seed(number)
+        return distance(case.call(world, fewer), whole)
+
+    # that it changes something is meant: in one world of fifty no gradient reaches a clip (seed 33000116)
+    assert any(change(seed + i) > CHANGED for i in range(4))
 
 
 def test_from_sgld_is_the_tied_convention_for_layers_and_schedules(seed: int) -> None:

@@ -333,7 +333,7 @@ def test_objectives_take_their_options(config: Config, data: MultimodalDataset) 
         loss = LossConfig(objective="mmvae", objective_options={"samples": samples})
         trainer = Trainer(config.replace(loss=loss, batch=64), data)
         with torch.no_grad():
-            bounds.append(trainer._bound(trainer.batch().x, torch.Generator().manual_seed(0))[0])
+            bounds.append(trainer._bound(trainer.batch().x, torch.Generator().manual_seed(0), {}, "loss_elbo")[0])
     assert bounds[1] > bounds[0]
     with pytest.raises(ValueError, match=r"objective 'mmvae' has no option 'sample', only samples"):
         Trainer(config.replace(loss=LossConfig(objective="mmvae", objective_options={"sample": 3})), data)

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import flop_registry
 from mmebm.data import MultimodalDataset, load
 from mmebm.data.text_codec import fit_text_autoencoder
 from mmebm.training import Config, Trainer, preset
-from mmebm.training.config import Stage
+from mmebm.training.config import LatentPriorConfig, Stage
 from mmebm.training.variants import GRIDS, variant
 
 # What one GPU of 80 GB is taken to do: its makers' dense bf16 peak, and the share of it that such networks may reach.
@@ -192,6 +192,9 @@ def costs(config: Config, data: MultimodalDataset, repeats: int = 5) -> dict[str
     }
     unit = seconds(lambda: t.warmup_step(batch, rng))
     found = {name: seconds(work) / unit for name, work in parts.items()}
+    fitted = dataclasses.replace(config.latent_prior or LatentPriorConfig(), kind="mixture", posterior="product")
+    mixed = Trainer(config.replace(latent_prior=fitted, stages=(Stage("prior", 1),)), data)
+    found["fit"] = seconds(lambda: mixed.prior_step(batch, rng)) / unit
     for name in GRIDS["baselines"]:
         other = Trainer(variant(config, name).replace(stages=(Stage("warmup", 1),)), data)
         found[name] = seconds(lambda other=other: other.warmup_step(other.batch(), rng)) / unit
