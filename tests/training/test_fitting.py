@@ -63,6 +63,22 @@ def test_what_is_kept_back_is_fixed_and_not_trained_on(config: Config, data: Mul
         Trainer(config.replace(validation=CHECKED, batch=1), few)
 
 
+def test_tuples_that_hang_together_are_kept_together(
+    config: Config, data: MultimodalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ten captions of an image in a small set: one group of them, although a few tuples were asked for."""
+    config = config.replace(validation=dataclasses.replace(CHECKED, share=0.05))
+    monkeypatch.setattr(MultimodalDataset, "groups", lambda self: torch.arange(len(self)) // 10)
+    held = Trainer(config, data).held
+    assert held.tolist() == [60, 61, 62, 63]  # the last group has four
+    monkeypatch.setattr(MultimodalDataset, "groups", lambda self: torch.arange(len(self)) % 4)
+    held = Trainer(config, data).held
+    assert len(held) == 16 and len((held % 4).unique()) == 1
+    monkeypatch.setattr(MultimodalDataset, "groups", lambda self: torch.zeros(len(self), dtype=torch.int64))
+    with pytest.raises(ValueError, match="in groups of at least 64, so that no 3 of 64 can be kept"):
+        Trainer(config, data)
+
+
 def test_a_stored_split_is_the_split(config: Config, data: MultimodalDataset) -> None:
     """Tuples that the data gained are trained on; the validation stays what it was."""
     first = Trainer(config.replace(validation=CHECKED), data.subset(torch.arange(50)))
