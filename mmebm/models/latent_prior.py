@@ -176,7 +176,8 @@ class MixturePrior(nn.Module):
             from sklearn.mixture import GaussianMixture
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "a latent prior that is a mixture is fitted by scikit-learn: pip install 'mmebm[digits]'", name="sklearn"
+                "a latent prior that is a mixture is fitted by scikit-learn: pip install 'mmebm[digits]'",
+                name="sklearn",
             ) from error
         if len(z) < self.components:
             raise ValueError(f"z must have at least {self.components} rows, one per component, got {len(z)}")
