@@ -75,7 +75,7 @@ def test_fit_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="at least 3 rows"):
         MixturePrior(4, 3).fit(torch.zeros(2, 4))
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mmebm\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mmebm\[digits\]'"):
         MixturePrior(4, 3).fit(torch.zeros(20, 4))
 
 
