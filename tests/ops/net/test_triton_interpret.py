@@ -124,14 +124,20 @@ def double(value: Any) -> Any:
     return parity._double(value)
 
 
-def compare(net: Net, x: Tensor) -> None:
-    """Energy and gradient in Triton, against float64 within twice the error of PyTorch in float32."""
+def compare(net: Net, x: Tensor, terms: float = 0.0) -> None:
+    """Energy and gradient in Triton, against float64 within twice the error of PyTorch in float32.
+
+    ``terms``: the sum of the magnitudes of what the energy adds up. Where they cancel, PyTorch's own error may be next
+    to none; four roundings of that sum are always allowed (seed 4711 takes 0.6 of one).
+    """
     assert room.supports_energy(net, x) is None
     ours = room.energy_and_gradient(net, x)
     single, exact = reference.energy_and_gradient(x, net), reference.energy_and_gradient(x.double(), double(net))
     for name, a, b, c in zip(("energy", "gradient"), ours, single, exact, strict=True):
         assert a.shape == c.shape
         allowed = parity.limit(b, c, 0.0, FLOAT_TOLERANCE)
+        if name == "energy":
+            allowed = max(allowed, 4 * 2.0**-24 * terms)
         error = float((a.double() - c).abs().max())
         assert error <= allowed, f"{name}: off by {error:.2e}, {allowed:.2e} allowed, of {float(c.abs().max()):.2e}"
 
@@ -144,7 +150,8 @@ def test_layers(case: str, seed: int) -> None:
     weights = torch.randn(module(x).shape[1:])
     energy = lambda x: (module(x) * weights).flatten(1).sum(1)
     net = trace(energy, x).net
-    compare(net, flat(x))
+    terms = float((module(x) * weights).abs().flatten(1).sum(1).max())
+    compare(net, flat(x), terms)
 
 
 class Joint(nn.Module):
