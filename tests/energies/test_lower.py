@@ -434,11 +434,11 @@ def test_mlp_energy_and_gradient_reach_the_weights() -> None:
 
 
 def test_the_systems_energies_are_terms(seed: int) -> None:
-    from mmebm.training.presets.demo import config
+    from mmebm.training.presets.demo import energy_prior
     from mmebm.training.system import Posterior, System
 
     shapes = {"mnist": (1, 14, 14), "optdigits": (1, 8, 8), "word": (10,)}
-    system = System(config(), shapes)
+    system = System(energy_prior(), shapes)
     x = {name: torch.randn(4, *shape) for name, shape in shapes.items()}
     assert [type(t) for t in assert_same(system.energy, x)] == [Scalar]
     z = torch.randn(4, 16)

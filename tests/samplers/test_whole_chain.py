@@ -280,11 +280,11 @@ def test_wide_is_a_net_and_double_takes_the_loop(seed: int) -> None:
 
 
 def test_every_chain_of_the_demo_is_one_call(seed: int) -> None:
-    from mmebm.training.presets.demo import config
+    from mmebm.training.presets.demo import config, energy_prior
     from mmebm.training.system import System
 
     shapes = {"mnist": (1, 14, 14), "optdigits": (1, 8, 8), "word": (10,)}
-    system = System(config(), shapes)
+    system = System(energy_prior(), shapes)
     x = {name: torch.rand(4, *shape) for name, shape in shapes.items()}
     z = torch.randn(4, 16)
     data = system.revise_data(x, seed=seed, steps=3)
@@ -293,6 +293,11 @@ def test_every_chain_of_the_demo_is_one_call(seed: int) -> None:
     prior = system.prior.sampler.sample(system.prior, z, 3, seed=seed)  # pyright: ignore
     for out in (data, given, latent, prior):
         assert out.info["op"] == "langevin_mlp", out.info["reason"]
+    # a mixture of Gaussians is no MLP, but a net
+    today = System(config(), shapes)
+    assert today.revise_data(x, seed=seed, steps=3).info["op"] == "langevin_mlp"
+    latent = today.revise_latent(z, x, seed=seed, steps=3)
+    assert latent.info["op"] == "langevin_net", latent.info["reason"]
 
 
 def test_a_chain_in_pieces_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def test_value_and_gradient(name: str, chains: int) -> None:
         three_times(mine.reshape(exact.shape), torchs, exact, keep)
 
 
-@pytest.mark.parametrize("chains", (1, 7))
+@pytest.mark.parametrize("chains", (1, 7, 23))
 @pytest.mark.parametrize("name", ENERGIES)
 def test_a_chain_that_moves(name: str, chains: int) -> None:
     energy, wide, x = made(name, chains)
@@ -178,7 +178,7 @@ def test_a_chain_that_moves(name: str, chains: int) -> None:
         torchs = torchs - size * value_and_gradient(energy, torchs)[1]
         exact = exact - size * value_and_gradient(wide, exact)[1]
     assert float((exact - x).abs().mean()) > 0.05, "x hardly moves: nothing would be compared"
-    if chains > 1:
-        assert keep.any()
+    # seven chains may all come near a kink (seed 131681551)
+    assert keep.any() or chains < 23
     if keep.any():
         three_times(out.state, torchs, exact, keep)
