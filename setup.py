@@ -10,12 +10,13 @@ torch is not imported, no GPU is looked for, nothing is downloaded. Settings, al
     CUDA_HOME                           the CUDA toolkit (default: nvcc on PATH, else /usr/local/cuda)
     MAX_JOBS                            compilers that run at a time (default: ninja's, about one per core)
 
-What was built, and why something was not, is left in mmebm/_build.json for `mmebm backends`.
+What was built, from which sources, and why something was not, is left in mmebm/_build.json (mmebm/build_record.py).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -33,6 +34,11 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# without the package, which imports torch
+_spec = importlib.util.spec_from_file_location("build_record", ROOT / "mmebm" / "build_record.py")
+assert _spec and _spec.loader, "mmebm/build_record.py is missing"
+build_record = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build_record)
 
 if not (ROOT / "mmebm" / "kernels").is_dir():
     sys.exit(
@@ -217,14 +223,14 @@ class BuildExtensions(build_ext):
             print(f"{name} is not built: {reason}", flush=True)
         record = {name: {"built": False, "reason": f"at install: {reason}"} for name, reason in self.reasons.items()}
         for name, tools in self.tools.items():
-            record[name] = {"built": True, "with": tools.versions()}
+            record[name] = {"built": True, "with": tools.versions(), "sources": build_record.digest(ROOT / "csrc")}
         super().run()
         path = self._record_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
     def _record_path(self) -> Path:
-        return Path(self.get_ext_fullpath("mmebm._cpu")).with_name("_build.json")
+        return Path(self.get_ext_fullpath("mmebm._cpu")).with_name(build_record.NAME)
 
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), *([] if self.inplace else [str(self._record_path())])]

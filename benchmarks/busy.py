@@ -5,7 +5,7 @@ ways.
 
 torch's threads spin at the end of each parallel region until the others are there; where another process has one of
 the cores, all wait for the one that shares it. Each line is a way to wait: nothing set, no spinning, a bounded spin
-(`mmebm train` sets 3,000, mmebm/cli/threads.py), fewer threads. It is measured with the machine quiet and with one
+(`mmebm train` sets one, mmebm/cli/threads.py), fewer threads. It is measured with the machine quiet and with one
 process that keeps a core busy, in the warm-up and in the joint stage; medians over --repeat processes, interleaved.
 What is wanted is a line that loses in no column: the last number is its worst ratio to the best of a column. Nothing
 else may run meanwhile; it says so where the load is high.

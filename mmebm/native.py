@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import math
 import operator
 import os
@@ -19,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mmebm import build_record
 from mmebm.ops.common.address import address, obstacle
 
 __all__ = ["BackendError", "available", "check_cuda", "cpu", "cuda", "loaded", "normal_"]
@@ -31,31 +31,27 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and cannot be had, or failed; the message says why and what would help."""
 
 
-def _build_record(name: str) -> dict[str, object]:
-    """What setup.py wrote about one extension (see setup.py), {} if nothing."""
-    try:
-        record = json.loads(Path(__file__).with_name("_build.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record.get(_EXTENSIONS[name], {})
-
-
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """(module, how it was built) or (None, why not); the failure is remembered too."""
     extension = _EXTENSIONS[name]
     here = Path(__file__).parent
+    record = build_record.read(here, extension)
     spec = importlib.util.find_spec(extension)
     # An editable install offers its own extension to any other copy of mmebm that lacks it: another version, perhaps.
     if spec is None or spec.origin is None or Path(spec.origin).parent != here:
-        reason = _build_record(name).get("reason") or "the package was not installed, or by another Python"
+        reason = record.get("reason") or "the package was not installed, or by another Python"
         remedy = f"then reinstall with {_SWITCHES[name]}=1, e.g. {_SWITCHES[name]}=1 pip install -e ."
         return None, f"extension not built ({reason}); {remedy}"
+    # of an editable install: after git pull, the old machine code beside new Python would fail, or compute another rule
+    sources = build_record.digest(here.parent / "csrc")
+    if sources and sources != record.get("sources", sources):
+        return None, f"{extension} was built from other files than csrc/ has now; pip install -e . builds it anew"
     try:
         module = importlib.import_module(extension)
     except ImportError as error:
         return None, f"{extension} is built but does not load ({error}); reinstall mmebm on this machine"
-    return module, f"built with {_build_record(name).get('with', 'an unrecorded compiler')}"
+    return module, f"built with {record.get('with', 'an unrecorded compiler')}"
 
 
 def _module(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mmebm"
 # From the bottom up; a room may import what stands before it in the list, and itself.
 ROOMS = (
-    "ops reference native noise state introspect backends",
+    "ops reference native noise state introspect backends build_record",
     "energies",
     "samplers",
     "diagnostics presets",

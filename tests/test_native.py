@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from mmebm import native, noise
+from mmebm import build_record, native, noise
 from mmebm.backends import NAMES, Backend, backends, describe, require_backends
 
 # noise.py's contract. Measured worst cases on x86-64: 0.90e-6 over 2^28 words (csrc/common/philox.h).
@@ -244,6 +245,30 @@ def test_a_missing_extension_gives_the_reason_and_the_remedy(monkeypatch, tmp_pa
             native.cuda()
     finally:
         native._load.cache_clear()
+
+
+def test_an_extension_of_other_sources_is_not_used(monkeypatch, tmp_path):
+    """As after git pull in an editable install: the module is the old one."""
+    package, source = tmp_path / "mmebm", tmp_path / "csrc" / "noise" / "philox.h"
+    for folder in (package, source.parent):
+        folder.mkdir(parents=True)
+    source.write_text("old")
+    (package / "_old.py").write_text("")
+    record = {"mmebm._old": {"built": True, "with": "c++", "sources": build_record.digest(tmp_path / "csrc")}}
+    (package / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(native, "__file__", str(package / "native.py"))
+    monkeypatch.setattr("mmebm.__path__", [str(package)])
+    monkeypatch.setitem(native._EXTENSIONS, "cuda", "mmebm._old")
+    try:
+        for text, there in (("old", True), ("new", False), ("old", True), (None, True)):
+            source.unlink(missing_ok=True) if text is None else source.write_text(text)
+            native._load.cache_clear()
+            module, reason = native._load("cuda")
+            assert (module is not None) == there, reason
+            assert there or "pip install -e ." in reason
+    finally:
+        native._load.cache_clear()
+        sys.modules.pop("mmebm._old", None)
 
 
 def test_available_names_what_it_knows():

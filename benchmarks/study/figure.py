@@ -19,21 +19,27 @@ OFFSETS = {"frozen": (6, -12), "mmvae+": (-4, -14), "paper": (-8, -16), "mmvae":
 BASELINES = {"vae", "mvae", "mmvae", "mopoe", "mvtcae", "mmvae+"}
 
 
+def _pair(value: dict[str, float] | list[float]) -> tuple[float, float]:
+    """(mean, half width of its interval); in the tables of version 0.1.0 a standard deviation."""
+    return (value["mean"], value["interval"]) if isinstance(value, dict) else (value[0], value[1])
+
+
 def main(source: str, target: str) -> None:
     points: dict[str, dict[str, Any]] = defaultdict(dict)
-    for row in json.loads(Path(source).read_text()):
-        points[row["variant"]][row["point"]] = row
+    table = json.loads(Path(source).read_text())
+    for row in table["rows"] if isinstance(table, dict) else table:
+        points[row["variant"]][row["point"]] = row.get("numbers", row)
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for name, at in points.items():
         last = at.get("xk", at.get("x0", at.get("vae")))
-        x, y = last["frechet"], last["joint_coherence"]
+        x, y = _pair(last["frechet"]), _pair(last["joint_coherence"])
         colour = "#8593a3" if name in BASELINES else "#2b6cb0"
         axes.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt="o", ms=5, color=colour, capsize=2, lw=1)
         offset = OFFSETS.get(name, (6, 4))
         axes.annotate(name, (x[0], y[0]), xytext=offset, textcoords="offset points", fontsize=9, color="#1f2933")
         if "xk" in at and "x0" in at:
-            start = (at["x0"]["frechet"][0], at["x0"]["joint_coherence"][0])
+            start = (_pair(at["x0"]["frechet"])[0], _pair(at["x0"]["joint_coherence"])[0])
             axes.annotate("", (x[0], y[0]), start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 0.8})
     axes.set(
         xscale="log",

@@ -144,7 +144,7 @@ def main() -> None:
                     points[f"x{steps}"] = measure.joint(xk)
             if i == len(config.stages) - 1 or i == 0:
                 for mode in filter(None, arguments.conditional.split(",")):
-                    if mode == "decode" or (i and mode in arguments.conditional):
+                    if mode == "decode" or i:
                         points[mode] = measure.conditional(trainer, mode, ("mixture", "product"))
         result["points"][f"{i} {stage.kind}"] = {"seconds": seconds, **points}
         for name, found in points.items():

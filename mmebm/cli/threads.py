@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
-# How often an idle OpenMP thread looks for work before it sleeps: about a tenth of a millisecond. GNU's default is a
+# How often an idle OpenMP thread looks for work before it sleeps: some tens of microseconds. GNU's default is three
 # hundred times as long: where another process has one of the cores, every loop of torch's waits for the thread that
 # shares it, which does not get the core while the others spin. Not to spin at all is no better: a thread that sleeps
 # takes longer to wake than many a loop of a small network takes. benchmarks/busy.py measures it both ways.
-SPINS: Final = 3_000
+SPINS: Final = 1_000
 CGROUP: Final = Path("/sys/fs/cgroup")
 
 

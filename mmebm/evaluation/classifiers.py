@@ -106,8 +106,8 @@ class Gradients(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.grid = min(7, max(min(shape[1:]) // 2, 1))
-        self.size = ORIENTATIONS * self.grid**2
+        self.grid: int = min(7, max(min(shape[1:]) // 2, 1))
+        self.size: int = ORIENTATIONS * self.grid**2
 
     def forward(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (1, 1, 1, 1), mode="replicate")

@@ -88,7 +88,7 @@ class Words:
     def __init__(self, texts: Sequence[str]) -> None:
         counts = Counter(word for text in texts for word in set(tokens(text)))
         common = [word for word, count in counts.most_common(MOST_WORDS) if count > 1]
-        self.number = {word: k for k, word in enumerate(common)}
+        self.number: dict[str, int] = {word: k for k, word in enumerate(common)}
 
     def __call__(self, texts: np.ndarray) -> np.ndarray:
         out = np.zeros((len(texts), max(len(self.number), 1)), dtype=np.float32)

@@ -124,7 +124,8 @@ class MixturePrior(nn.Module):
 
     def __init__(self, latent: int, components: int) -> None:
         super().__init__()
-        self.latent, self.components = latent, components
+        self.latent: int = latent
+        self.components: int = components
         eye = torch.eye(latent).repeat(components, 1, 1)
         self.register_buffer("log_weights", torch.full((components,), -math.log(components)))
         self.register_buffer("means", torch.zeros(components, latent))
@@ -224,8 +225,9 @@ class FlowPrior(nn.Module):
 
     def __init__(self, latent: int, steps: int, *, width: int = 128, depth: int = 2, act: str = "silu") -> None:
         super().__init__()
-        self.latent, self.steps = latent, steps
-        self.net = mlp([latent + 1, *[width] * depth, latent], act)
+        self.latent: int = latent
+        self.steps: int = steps
+        self.net: nn.Sequential = mlp([latent + 1, *[width] * depth, latent], act)
 
     def forward(self, z: Tensor) -> Tensor:
         """(n, latent) -> zeros (n,)."""

@@ -34,7 +34,9 @@ class ShuffledTuples:
     """
 
     def __init__(self, config: ShuffledTuplesConfig, processes: Processes | None = None, rows: int = 0) -> None:
-        self.config, self.processes, self.rows = config, processes or Processes(), rows
+        self.config: ShuffledTuplesConfig = config
+        self.processes: Processes = processes or Processes()
+        self.rows: int = rows
 
     def __call__(self, system: System, x: Batch, real: Tensor, rng: torch.Generator) -> Tensor:
         shuffled = self.hard(system, x, rng) if self.config.kind == "hard" else self.uniform(x, rng)

@@ -116,7 +116,7 @@ class Trainer:
         self._whole, self._reading = data, describe(data)
         self._apart = validation and drawn_rows(config, validation)
         # where a run finds tuples that training never saw
-        self.unseen = "split" if validation is not None or _has_split(config, data) else None
+        self.unseen: str | None = "split" if validation is not None or _has_split(config, data) else None
         self._split(kept_back(config, data) if validation is None else torch.empty(0, dtype=torch.int64))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -159,7 +159,7 @@ class Trainer:
         # the best number of the validation that config.checkpoint.best goes by, and its iteration
         self.best: dict[str, float] | None = None
         self._reader: Prefetch | WorkerBatches | None = None
-        self.stop = 0
+        self.stop: int = 0
         self._begin(config.stages[0] if config.stages else Stage("warmup", 0), 0.0)
         self._steps: dict[str, Callable[[Minibatch, torch.Generator], Row]] = {
             "warmup": self.warmup_step,

@@ -288,13 +288,32 @@ def test_settings_that_do_more_than_hold_values_are_the_loops() -> None:
             self.calls += 1
             return 1.0
 
+    @dataclasses.dataclass
+    class Contained:
+        calls: int = 0
+
+        def __contains__(self, name: str) -> bool:
+            self.calls += 1
+            return True
+
+    @dataclasses.dataclass(eq=False)
+    class Equal:
+        calls: int = 0
+
+        def __eq__(self, other: object) -> bool:
+            self.calls += 1
+            return True
+
     x = torch.randn(3, *SHAPE)
-    counting, called = Counting(), Called()
+    counting, called, contained, equal = Counting(), Called(), Contained(), Equal()
     net = body()
     assert Langevin(0.02, 0.0).sample(Configured(counting).eval(), x, 4, seed=0).info["op"] == "langevin_step"
     energy = lambda x: called["scale"] * net(x).flatten(1).sum(1)
     assert Langevin(0.02, 0.0).sample(energy, x, 4, seed=0).info["op"] == "langevin_step"
-    assert counting.calls == called.calls == 4
+    for asked in (lambda: "scale" in contained, lambda: equal == 1):  # noqa: B023
+        energy = lambda x: net(x).flatten(1).sum(1) * (1.0 if asked() else 2.0)  # noqa: B023
+        assert Langevin(0.02, 0.0).sample(energy, x, 4, seed=0).info["op"] == "langevin_step"
+    assert counting.calls == called.calls == contained.calls == equal.calls == 4
 
 
 def test_two_of_a_kind(traced: list[Any]) -> None:

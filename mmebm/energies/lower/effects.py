@@ -82,7 +82,9 @@ class _Record:
     value: float = 0.0
 
 
-_OF_RECORDS = frozenset((*vars(_Record), *vars(types.SimpleNamespace), *vars(argparse.Namespace), "__post_init__"))
+_OF_RECORDS = frozenset((*vars(_Record), "__post_init__"))
+# What syntax calls: dataclasses makes them by exec of a string, and what is written by hand may do anything
+_GENERATED = ("__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__setattr__", "__delattr__")
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 # Of dicts, lists and strings, such as shapes by modality
@@ -276,10 +278,16 @@ def _attribute(owner: Any, name: str) -> Any:
 def _is_record(value: Any) -> bool:
     """An object that only has fields, such as a dataclass of settings; its methods and properties are read as any."""
     kind = type(value)
-    if not (dataclasses.is_dataclass(kind) or kind in (types.SimpleNamespace, argparse.Namespace)):
+    if kind in (types.SimpleNamespace, argparse.Namespace):
+        return True
+    if not dataclasses.is_dataclass(kind) or not hasattr(value, "__dict__"):
         return False
-    own = {name for base in kind.__mro__ if base is not object for name in vars(base) if name.startswith("__")}
-    return own <= _OF_RECORDS and hasattr(value, "__dict__")
+    for base in kind.__mro__[:-1]:
+        own = {name: what for name, what in vars(base).items() if name.startswith("__")}
+        by_syntax = [own[name] for name in _GENERATED if isinstance(own.get(name), types.FunctionType)]
+        if not own.keys() <= _OF_RECORDS or any(what.__code__.co_filename != "<string>" for what in by_syntax):
+            return False
+    return True
 
 
 def _names_of(m: nn.Module) -> Iterator[str]:

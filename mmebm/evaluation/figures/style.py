@@ -30,7 +30,7 @@ WIDE: Final = (
     "Arial Unicode MS",
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 _said: list[bool] = []  # once a process: every picture would say the same
 
 
