@@ -1,4 +1,4 @@
-"""One iteration of a preset's joint stage, whole: data and latent chains, three networks and what the preset adds, Adam.
+"""An iteration of a preset's joint stage, whole: data and latent chains, networks, what the preset adds, and Adam.
 
     python -m pytest benchmarks/bench_training_iteration.py
     python benchmarks/bench_training_iteration.py polymnist-5k --implementation mmebm     (what takes the time in one)

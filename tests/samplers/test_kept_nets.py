@@ -310,8 +310,8 @@ def test_settings_that_do_more_than_hold_values_are_the_loops() -> None:
     assert Langevin(0.02, 0.0).sample(Configured(counting).eval(), x, 4, seed=0).info["op"] == "langevin_step"
     energy = lambda x: called["scale"] * net(x).flatten(1).sum(1)
     assert Langevin(0.02, 0.0).sample(energy, x, 4, seed=0).info["op"] == "langevin_step"
-    for asked in (lambda: "scale" in contained, lambda: equal == 1):  # noqa: B023
-        energy = lambda x: net(x).flatten(1).sum(1) * (1.0 if asked() else 2.0)  # noqa: B023
+    for asked in (lambda: "scale" in contained, lambda: equal == 1):
+        energy = lambda x, asked=asked: net(x).flatten(1).sum(1) * (1.0 if asked() else 2.0)
         assert Langevin(0.02, 0.0).sample(energy, x, 4, seed=0).info["op"] == "langevin_step"
     assert counting.calls == called.calls == contained.calls == equal.calls == 4
 
