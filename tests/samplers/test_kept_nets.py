@@ -346,3 +346,47 @@ def test_weights_are_let_go() -> None:
     del energy
     gc.collect()
     assert holder.weight() is None
+
+
+def _through_data(p: Tensor) -> None:
+    p.data.mul_(1.7)
+
+
+def _through_numpy(p: Tensor) -> None:
+    p.detach().numpy()[...] *= 1.7
+
+
+def _by_other_memory(p: Tensor) -> None:
+    p.data = p.data * 1.7
+
+
+@pytest.mark.parametrize("write", (_through_data, _through_numpy, _by_other_memory))
+@pytest.mark.parametrize("kind", ("convolution", "batch norm", "weight norm", "mlp", "mlp, weight norm"))
+def test_weights_that_autograd_does_not_see_change_count_at_the_next_step(
+    kind: str, write: Callable[[Tensor], None]
+) -> None:
+    """``_version`` stays where they are written to through ``.data`` or NumPy, as many a moving average does."""
+    normed = parametrizations.weight_norm
+    net = {
+        "convolution": body,
+        "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 1, 3)),
+        "weight norm": lambda: nn.Sequential(normed(nn.Conv2d(3, 4, 3)), nn.SiLU(), nn.Conv2d(4, 1, 3)),
+        "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(90, 8), nn.SiLU(), nn.Linear(8, 1)),
+        "mlp, weight norm": lambda: nn.Sequential(nn.Flatten(), normed(nn.Linear(90, 8)), nn.SiLU(), nn.Linear(8, 1)),
+    }[kind]()
+    net.eval()
+    energy = lambda x: net(x).flatten(1).sum(1)
+    sampler, x = Langevin(0.05, 0.0), torch.randn(4, *SHAPE)
+    carry = sampler.init(x, seed=0)
+    for _ in range(3):
+        x, carry, info = sampler.step(energy, x, carry)
+    assert info["op"] in ("langevin_net", "langevin_mlp")
+    for t in [*net.parameters(), *net.buffers()]:
+        if t.is_floating_point():
+            write(t)
+    at = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(energy(at).sum(), at)
+    expected = x - 0.05 * gradient
+    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(sampler.step(energy, x, carry)[0], expected, rtol=CLOSE, atol=CLOSE)
+    torch.testing.assert_close(sampler.sample(energy, x, 1, seed=0).state, expected, rtol=CLOSE, atol=CLOSE)
