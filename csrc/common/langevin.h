@@ -29,12 +29,9 @@ namespace mmebm {
 
 enum class Storage : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
 
-// The constants of a step, in the order of StepParams (mmebm/ops/common/params.py).
+// The constants of a step, and the columns of a whole chain's table, in the order of StepParams
+// (mmebm/ops/common/params.py).
 enum Slot { STEP_SIZE, NOISE_SCALE, GRAD_CLIP, GRAD_NORM_CLIP, MAX_UPDATE, PRIOR_STD, LOW, HIGH, SLOTS };
-
-// The columns of a whole chain's table: the same, with 1 / std^2 in the place of the prior's std.
-enum Field { F_STEP_SIZE, F_NOISE_SCALE, F_GRAD_CLIP, F_NORM_CLIP, F_MAX_UPDATE, F_PRECISION, F_LOW, F_HIGH, FIELDS };
-static_assert(static_cast<int>(FIELDS) == static_cast<int>(SLOTS), "one order");
 
 // Bits of what stays the same along a chain, in the order of OPTIONS (mmebm/ops/common/params.py).
 enum Option : uint32_t {

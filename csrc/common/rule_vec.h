@@ -15,7 +15,7 @@ struct With {
 // The constants of W elements; what does not apply is not read.
 struct Rates {
   F clip, factor;   // of the gradient: the limit of its elements, what its norm's limit makes of it
-  F inverse, pull;  // the prior's 1 / std twice, the second with the gradient's sign; or 1 and 1 / std^2
+  F inverse, pull;  // the prior's 1 / std twice, the second with the gradient's sign
   F drift;          // minus the step size, with the gradient's sign
   F scale, most;    // of the noise, of the update
 };

@@ -26,7 +26,8 @@ from mmebm.kernels.langevin_mlp import refusal
 from mmebm.kernels.net import FUNCTIONS
 from mmebm.kernels.rule import signed64, todo_of
 from mmebm.native import BackendError
-from mmebm.ops.langevin_mlp import FIELDS, MlpResult
+from mmebm.ops.common.params import FIELDS
+from mmebm.ops.langevin_mlp import MlpResult
 from mmebm.ops.net.graph import Activation, Input, Net, check_net, pack, shapes_of, tensors_of
 from mmebm.ops.net.op import NetChain
 from mmebm.ops.net.triton_cost import slower

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.backends import require_backends
-from mmebm.ops.common.params import StepParams
+from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import cuda as room
 from mmebm.ops.langevin_mlp import op
 from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
@@ -104,7 +104,7 @@ def compare(
     torchs = op._reference(chain, x, steps, first_step)
     exact = op._reference(double(chain), x.double(), steps, first_step)
     rows = torch.ones(x.shape[0], dtype=torch.bool) if keep is None else keep
-    scale = chain.constants[:, :, op.FIELDS.index("noise_scale")].abs().max().item()
+    scale = chain.constants[:, :, FIELDS.index("noise_scale")].abs().max().item()
     for name in ("x", "energy", "grad_norm"):
         a, b, c = (getattr(result, name) for result in (ours, torchs, exact))
         a, b, c = (t if name == "x" else t.T for t in (a, b, c))

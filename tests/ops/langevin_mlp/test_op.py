@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmebm import native, noise
-from mmebm.ops.common.params import StepParams
+from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import cpp, op
 from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
 from mmebm.ops.parity import NORMAL_TOLERANCE, limit
@@ -128,7 +128,7 @@ def compare(
     torchs = op._reference(chain, x, steps, first_step)
     exact = op._reference(double(chain), x.double(), steps, first_step)
     rows = torch.ones(x.shape[0], dtype=torch.bool) if keep is None else keep
-    scale = chain.constants[:, :, op.FIELDS.index("noise_scale")].abs().max().item()
+    scale = chain.constants[:, :, FIELDS.index("noise_scale")].abs().max().item()
     for name in ("x", "energy", "grad_norm"):
         a, b, c = (getattr(result, name) for result in (ours, torchs, exact))
         a, b, c = (t if name == "x" else t.T for t in (a, b, c))
@@ -531,7 +531,7 @@ def test_refusals(seed: int, draw: Any) -> None:
     chain, x = make_chain(terms, (4, 5), 6, seed), draw.normal(6, 9)
     assert cpp.supports(chain, x) is None
     nan = chain.constants.clone()
-    nan[0, 1, op.FIELDS.index("low")] = math.nan
+    nan[0, 1, FIELDS.index("low")] = math.nan
     wide = Scalar(draw.stack(8, 3, 1))
     cases: list[tuple[op.MlpChain, Tensor, str]] = [
         (chain, x.double(), "float64"),
@@ -814,6 +814,15 @@ def test_a_clip_given_in_some_steps_only(seed: int) -> None:
     torch.testing.assert_close(whole[1], whole[0], rtol=0, atol=3 * (NORMAL_TOLERANCE + FLOAT_TOLERANCE))
     unclipped = op.run(None, make_chain(terms, (5,), 4, seed), x, 1, 0).x
     assert torch.equal(op.run(None, chain.rows(0, 1), x, 1, 0).x, unclipped)
+
+
+def test_a_prior_whose_precision_is_no_float(isa: str, seed: int) -> None:
+    """1 / std^2 is beyond fp32 where x / std^2 is not."""
+    terms = [Quadratic(torch.zeros(4), torch.ones(4))]
+    params = StepParams(1e-3, 0.0, prior_std=1e-20, max_update=0.25)
+    x = torch.tensor([[0.0, 3e-38, -3e-38, 0.5]])
+    y = cpp.run(make_chain(terms, (4,), 1, seed, params=params), x, 1, 0).x
+    torch.testing.assert_close(y, torch.tensor([[0.0, -0.25, 0.25, 0.25]]), rtol=1e-6, atol=0.0)
 
 
 def test_idle_threads_are_said(isa: str, seed: int, draw: Any) -> None:

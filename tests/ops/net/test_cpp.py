@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from mmebm import native
 from mmebm.energies.trace import trace
 from mmebm.models import JointEnergy, SharedGenerator
-from mmebm.ops.common.params import StepParams
+from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import cpp, op, reference
 from mmebm.ops.net.graph import Activation, Add, Affine, Input, Net, Node, pack, unpack
@@ -412,7 +412,7 @@ def compare_chain(chain: op.NetChain, x: Tensor, steps: int) -> Any:
     ours = cpp.run(chain, x, steps, 3, energy=True, grad_norm=True)
     torchs = op.run(None, chain, x, steps, 3)
     exact = op.run(None, double_chain(chain), x.double(), steps, 3)
-    scale = float(chain.constants[:, :, mlp.FIELDS.index("noise_scale")].abs().max())
+    scale = float(chain.constants[:, :, FIELDS.index("noise_scale")].abs().max())
     three_times("x", ours.x, torchs.x, exact.x, steps * NORMAL_TOLERANCE * scale)
     # noise that is off by its tolerance moves energies and gradients in proportion
     for name in ("energy", "grad_norm"):
