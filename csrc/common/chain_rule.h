@@ -182,9 +182,7 @@ void update(const Rows<M>& t, int64_t k, uint32_t step) {
       low[m] = get(row, LOW);
       high[m] = get(row, HIGH);
       if (with.norm_clip) {
-        // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
-        const F norm = clipped_norm(t, tensor, m, with.clip, c[m].clip), bound = get(row, GRAD_NORM_CLIP);
-        c[m].factor = select(at_most(norm, bound), one, div(bound, norm));
+        c[m].factor = norm_factor(clipped_norm(t, tensor, m, with.clip, c[m].clip), get(row, GRAD_NORM_CLIP));
       }
     }
     each_row(t, tensor, step, with.noise, [&](int64_t r, int m, F z) {

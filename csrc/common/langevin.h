@@ -1,6 +1,7 @@
 // The update rule of one Langevin step on G consecutive elements of one chain, for host and device. The rule is
-// mmebm/ops/langevin_step/reference.py, the noise mmebm/noise.py. What one thread of csrc/langevin_step/cuda.cu does is
-// made of these functions, and the tests run them on the host.
+// mmebm/ops/langevin_step/reference.py, the noise mmebm/noise.py. What one thread of csrc/langevin_step/cuda.cu and of
+// csrc/langevin_mlp/cuda.cu does to a group is made of these functions, and the tests run them on the host. The CPU's
+// vectors have their own, in rule_vec.h, which says why.
 //
 //     g = clip(g);  g = g f;  g = +-g;  g = g + x / prior_std^2
 //     d = s xi - a g;  d = clamp(d);  y = x + d;  y = clamp(y)
@@ -84,13 +85,19 @@ MMEBM_HD float at_most(float v, float high) {
 #endif
 }
 
-// The factor that brings a norm down to its limit: 1 up to the limit, exactly; NaN for a NaN norm.
-MMEBM_HD float norm_factor(float squares, float limit) { return limit / at_least(sqrtf(squares), limit); }
+MMEBM_HD float between(float v, float low, float high) { return at_most(at_least(v, low), high); }
+
+// The factor that brings a norm down to its limit: 1 up to the limit, exactly, an infinite one too; NaN for a NaN norm,
+// so that a broken chain is seen.
+MMEBM_HD float norm_factor(float squares, float limit) {
+  const float norm = sqrtf(squares);
+  return norm <= limit ? 1.0f : limit / norm;
+}
 
 template <int G>
 MMEBM_HD void clip_value(Group<G>& g, float limit) {
   MMEBM_UNROLL
-  for (int j = 0; j < G; ++j) g.v[j] = at_most(at_least(g.v[j], -limit), limit);
+  for (int j = 0; j < G; ++j) g.v[j] = between(g.v[j], -limit, limit);
 }
 
 template <int U, int G>
