@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -21,33 +21,14 @@ from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import cpp, op, reference
 from mmebm.ops.net.graph import Activation, Add, Affine, Input, Net, Node, pack, unpack
 
+pytestmark = pytest.mark.usefixtures("cpp")
+
 # The normals may be this far from their float64 values (mmebm.noise).
 NORMAL_TOLERANCE = 2e-6
 # An fp32 result may be off by some of its last bits, also where torch's happens to be exact: of the largest result.
 FLOAT_TOLERANCE = 1e-6
 # Two fp32 passes may take different sides of a kink that is nearer than this.
 KINK = 1e-4
-
-ISAS = ("baseline", "avx2", "avx512")
-
-
-@pytest.fixture(autouse=True)
-def _cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    need("cpp")
-    for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param.replace("baseline", "generic") not in native.cpu().isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("MMEBM_CPU_ISA", request.param)
-    return request.param
 
 
 # -- nets
