@@ -67,6 +67,7 @@ from mmebm.kernels.philox import box_muller, key_words, philox
 from mmebm.kernels.rule import (
     BEFORE,
     CLAMP_NOISE,
+    COUNT,
     ENERGY,
     FREEZE,
     GRAD_NORM,
@@ -86,7 +87,8 @@ from mmebm.kernels.rule import (
     signed64,
     todo_of,
 )
-from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
+from mmebm.ops.common.params import FIELDS
+from mmebm.ops.langevin_mlp import MlpChain, MlpResult
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 
 __all__ = ["TILES", "Plan", "Tile", "gradient", "refusal", "run", "supports", "tile_of"]
@@ -317,7 +319,7 @@ def _update(
                     g_t = clip(g_t, row, t + tl.zeros([NB], tl.int32), chain, width, by_chain, todo)
                     g_t = tl.where(of_t, g_t, 0.0)
                     sum_t += tl.sum(g_t * g_t, axis=1)
-                limit = tl.load(row + (t * 8 + NORM_CLIP) * width + chain * by_chain)
+                limit = tl.load(row + (t * COUNT + NORM_CLIP) * width + chain * by_chain)
                 factor = norm_factor(sum_t, limit)
             tl.store(own + factors_at + t, factor[:, None])
         tl.debug_barrier()

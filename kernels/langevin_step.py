@@ -52,7 +52,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -63,17 +63,25 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mmebm import noise
 from mmebm.kernels.philox import key_words, normals, rounding_halves, split4, split8, stochastic_round
-from mmebm.kernels.rule import number_of, signed64
-from mmebm.ops.common.params import FIELDS, StepOptions, StepParams, StepStats, per_chain_or_single
+from mmebm.kernels.rule import (
+    COUNT,
+    GRAD_CLIP,
+    LOWER,
+    MAX_UPDATE,
+    NOISE_SCALE,
+    NORM_CLIP,
+    PRIOR_STD,
+    STEP_SIZE,
+    UPPER,
+    number_of,
+    signed64,
+)
+from mmebm.ops.common.params import FIELDS, NEUTRAL, StepOptions, StepParams, StepStats, per_chain_or_single
 
 __all__ = ["TritonStepper", "supports"]
 
 # Bits of a tensor's option word: bit k says that parameter k, in the order of StepParams, is given. Step size and noise
 # scale always are, so that Triton sees nothing special in the word's value.
-_COUNT: Final = tl.constexpr(len(FIELDS))
-(_STEP_SIZE, _NOISE_SCALE, _GRAD_CLIP, _NORM_CLIP, _MAX_UPDATE, _PRIOR_STD, _LOWER, _UPPER) = map(
-    tl.constexpr, range(len(FIELDS))
-)
 _NORM: Final = tl.constexpr(1 << FIELDS.index("grad_norm_clip"))
 _PRIOR: Final = tl.constexpr(1 << FIELDS.index("prior_std"))
 _LOW: Final = tl.constexpr(1 << FIELDS.index("low"))
@@ -86,15 +94,6 @@ _MASK_ROWS: Final = tl.constexpr(1 << 12)  # the mask has a row per chain
 _ALIGNED: Final = tl.constexpr(1 << 13)
 _TENSOR: Final = tl.constexpr(14)  # bit 14 + k: parameter k is a tensor
 _ROWS: Final = tl.constexpr(22)  # bit 22 + k: with one value per chain
-# of a parameter that is absent: the one that changes nothing
-_NEUTRAL: Final = {
-    "grad_clip": inf,
-    "grad_norm_clip": inf,
-    "max_update": inf,
-    "prior_std": inf,
-    "low": -inf,
-    "high": inf,
-}
 
 # What a launch of the chain kernel does
 _CHECK: Final = tl.constexpr(1)  # pass 0: does the proposal stay inside?
@@ -157,12 +156,12 @@ def _select(t, values, K: tl.constexpr, STRIDE: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def _param(t, fs, vs, meta, chain, ok, K: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr):
     """Parameter K of tensor t: an fp32 scalar, or with VECTOR a column with the value of each of ``chain``."""
-    value = _select(t, fs, K, _COUNT, T).to(tl.float32)
+    value = _select(t, fs, K, COUNT, T).to(tl.float32)
     if VECTOR:
         # (B, 1) from the start: a (B,) load would get a layout of its own
         column = tl.zeros([chain.shape[0], 1], tl.float32) + value
         if ((meta >> (_TENSOR + K)) & 1) != 0:
-            address = (_select(t, vs, K, _COUNT, T) >> 1).to(tl.pointer_type(tl.float32))
+            address = (_select(t, vs, K, COUNT, T) >> 1).to(tl.pointer_type(tl.float32))
             column = tl.load(address + (chain * ((meta >> (_ROWS + K)) & 1))[:, None], mask=ok[:, None], other=0.0)
         return column
     else:
@@ -220,8 +219,8 @@ def _clamp(v, low, high):
 
 @triton.jit
 def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr):
-    low = _param(t, fs, vs, meta, chain, ok, _LOWER, T, VECTOR)
-    high = _param(t, fs, vs, meta, chain, ok, _UPPER, T, VECTOR)
+    low = _param(t, fs, vs, meta, chain, ok, LOWER, T, VECTOR)
+    high = _param(t, fs, vs, meta, chain, ok, UPPER, T, VECTOR)
     return _clamp(y, low, high)
 
 
@@ -253,11 +252,11 @@ def _propose(
     if (meta & _NOISE) != 0:
         global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
         xi = normals(group.to(tl.uint32), global_chain, step, stream, k0, k1, G)
-        xi *= _param(t, fs, vs, meta, chain, ok, _NOISE_SCALE, T, VECTOR)
+        xi *= _param(t, fs, vs, meta, chain, ok, NOISE_SCALE, T, VECTOR)
     x = x_stored.to(tl.float32)
     g = g_stored.to(tl.float32)
     # no branches: what is absent is a limit that changes nothing
-    c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
+    c = _param(t, fs, vs, meta, chain, ok, GRAD_CLIP, T, VECTOR)
     changed = (tl.abs(g) > c).to(tl.int32)
     g = _clamp(g, -c, c)
     # nested, as only a constant condition keeps Triton from compiling what is inside
@@ -269,10 +268,10 @@ def _propose(
         g = -g
     if (meta & _PRIOR) != 0:
         # not 1 / std^2, which overflows where the quotient does not
-        inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, _PRIOR_STD, T, VECTOR)
+        inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, PRIOR_STD, T, VECTOR)
         g = g + x * inverse * inverse
-    d = xi - _param(t, fs, vs, meta, chain, ok, _STEP_SIZE, T, VECTOR) * g
-    m = _param(t, fs, vs, meta, chain, ok, _MAX_UPDATE, T, VECTOR)
+    d = xi - _param(t, fs, vs, meta, chain, ok, STEP_SIZE, T, VECTOR) * g
+    m = _param(t, fs, vs, meta, chain, ok, MAX_UPDATE, T, VECTOR)
     changed = changed | (tl.abs(d) > m).to(tl.int32)
     return x + _clamp(d, -m, m), changed
 
@@ -451,7 +450,7 @@ def _sum_of_squares(
         norm_group = norm_tile * C + col
         left = tl.where(ok, n - norm_group * G, 0)
         g = _load(g_at, chain.to(tl.int64) * n + norm_group * G, left, meta, GDTYPE, G).to(tl.float32)
-        c = _param(t, fs, vs, meta, chain, ok, _GRAD_CLIP, T, VECTOR)
+        c = _param(t, fs, vs, meta, chain, ok, GRAD_CLIP, T, VECTOR)
         # what was not loaded is 0 and must stay 0, also where the limit is NaN
         g = tl.where(tl.arange(0, G)[None, :] < left[:, None], _clamp(g, -c, c), 0.0)
         total += tl.sum(_squares(g), axis=1)
@@ -607,7 +606,7 @@ def _chain_kernel(
                 else:
                     norm_row = t * norm_tensor_stride.to(tl.int64) + row.to(tl.int64) * norm_row_stride
                     squares = _partial_sums(norms_at.to(tl.int64), norm_row, row_ok, norm_parts, R)
-                limit = _param(t, fs, vs, meta, row, row_ok, _NORM_CLIP, T, True)
+                limit = _param(t, fs, vs, meta, row, row_ok, NORM_CLIP, T, True)
                 # norm 0 gives inf, which becomes 1; NaN stays NaN
                 ratio = tl.div_rn(limit, tl.sqrt_rn(squares)[:, None])
                 ratio = tl.minimum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -772,7 +771,7 @@ def _pack(p: StepParams, x: Tensor) -> _Packed:
     for k, name in enumerate(FIELDS):
         value = getattr(p, name)
         if value is None:
-            floats.append(_NEUTRAL[name])
+            floats.append(NEUTRAL[name])
             addresses.append(2 * _ABSENT + 1)
             continue
         flags |= 1 << k
@@ -980,7 +979,7 @@ class TritonStepper:
             metas.append(meta)
             streams.append(self._streams[i])
             floats.extend(
-                value if keep >> k & 1 else _NEUTRAL.get(name, 0.0)
+                value if keep >> k & 1 else NEUTRAL[name]
                 for k, (name, value) in enumerate(zip(FIELDS, packed.floats, strict=True))
             )
             addresses.extend(packed.addresses)

@@ -38,6 +38,7 @@ from mmebm.kernels.philox import key_words, normal_of, normals
 from mmebm.kernels.rule import (
     BEFORE,
     CLAMP_NOISE,
+    COUNT,
     FREEZE,
     NOISE_SCALE,
     NOISY,
@@ -693,7 +694,7 @@ def rule_kernel(
                         g = tl.load(row + g_at + start + e, mask=ok, other=0.0)
                         g = clip(g, constant_row, of, one, constant_width, constant_chain, todo)
                         clipped += tl.where(ok, g * g, 0.0)
-                    limit = tl.load(constant_row + (t * 8 + NORM_CLIP) * constant_width + chain * constant_chain)
+                    limit = tl.load(constant_row + (t * COUNT + NORM_CLIP) * constant_width + chain * constant_chain)
                     factor = norm_factor(tl.sum(tl.sum(clipped, axis=1), axis=0), limit)
             for first2 in range(0, width, B):
                 quad, e, ok = _tile_of_tensor(first2, width, B)

@@ -19,11 +19,14 @@ from typing import Any, Final
 import triton
 import triton.language as tl
 
+from mmebm.ops.common.params import FIELDS
+
 __all__ = [
     "BEFORE",
     "BOUNDS",
     "CLAMP_NOISE",
     "CLIP",
+    "COUNT",
     "ENERGY",
     "FREEZE",
     "GRADIENT",
@@ -37,8 +40,8 @@ __all__ = [
     "NORM",
     "NORM_CLIP",
     "OBSERVED",
-    "PRECISION",
     "PRIOR",
+    "PRIOR_STD",
     "STEP_SIZE",
     "UPPER",
     "bounded",
@@ -67,15 +70,11 @@ GRAD_NORM: Final = tl.constexpr(1 << 10)
 GRADIENT: Final = tl.constexpr(1 << 11)  # no step: the gradient is the result
 NOISY: Final = tl.constexpr(1 << 12)
 
-# Columns of the table of constants, in the order of mmebm.ops.langevin_mlp.FIELDS
-STEP_SIZE: Final = tl.constexpr(0)
-NOISE_SCALE: Final = tl.constexpr(1)
-GRAD_CLIP: Final = tl.constexpr(2)
-NORM_CLIP: Final = tl.constexpr(3)
-MAX_UPDATE: Final = tl.constexpr(4)
-PRECISION: Final = tl.constexpr(5)
-LOWER: Final = tl.constexpr(6)
-UPPER: Final = tl.constexpr(7)
+# Columns of the table of constants
+(STEP_SIZE, NOISE_SCALE, GRAD_CLIP, NORM_CLIP, MAX_UPDATE, PRIOR_STD, LOWER, UPPER) = map(
+    tl.constexpr, range(len(FIELDS))
+)
+COUNT: Final = tl.constexpr(len(FIELDS))
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def dot(a, b, acc, MODE: tl.constexpr):
 @triton.jit
 def constant_of(row, tensor, chain, width, by_chain, FIELD: tl.constexpr):
     """A constant of each chain and column: (BM, DB)."""
-    return tl.load(row + ((tensor * 8 + FIELD) * width)[None, :] + (chain * by_chain)[:, None])
+    return tl.load(row + ((tensor * COUNT + FIELD) * width)[None, :] + (chain * by_chain)[:, None])
 
 
 @triton.jit
@@ -131,8 +130,9 @@ def clip(g, row, tensor, chain, width, by_chain, todo):
 def proposed(x, g, noise, row, tensor, chain, width, by_chain, todo):
     """The rule from the clipped gradient on, but for what keeps its value."""
     if (todo & PRIOR) != 0:
-        p = constant_of(row, tensor, chain, width, by_chain, PRECISION)
-        g = g + tl.where(p != 0.0, x * p, 0.0)
+        inverse = 1.0 / constant_of(row, tensor, chain, width, by_chain, PRIOR_STD)
+        # not times 1 / std^2, which overflows where the quotient does not; and where there is no prior nothing, ever
+        g = g + tl.where(inverse != 0.0, x * inverse * inverse, 0.0)
     d = noise - constant_of(row, tensor, chain, width, by_chain, STEP_SIZE) * g
     if (todo & MAX) != 0:
         m = constant_of(row, tensor, chain, width, by_chain, MAX_UPDATE)
@@ -164,7 +164,7 @@ def todo_of(chain: Any) -> int:
         (CLIP, chain.has("grad_clip")),
         (NORM, chain.has("grad_norm_clip")),
         (MAX, chain.has("max_update")),
-        (PRIOR, chain.has("prior_precision")),
+        (PRIOR, chain.has("prior_std")),
         (BOUNDS, chain.has("low") or chain.has("high")),
         (BEFORE, chain.noise_at == "before"),
         (CLAMP_NOISE, chain.clamp_noise),

@@ -54,8 +54,6 @@ MMEBM_HD float expm1_of(float x) {
   return fmaf(e.scale, e.p, e.scale - 1.0f);
 }
 
-MMEBM_HD float between(float v, float low, float high) { return at_most(at_least(v, low), high); }
-
 MMEBM_HD float tanh_of(float a) {
   // 1 in fp32 from 9.02 on
   const float e = expm1_of(between(a + a, -20.0f, 20.0f));

@@ -72,7 +72,7 @@ struct ChainCall {
 //   gradient                     // [chains, inputs] float32, of an evaluation
 // and of a chain
 //   tensors                      // per tensor a dict: width, stream, noisy, moving, present (bit f: field f is given)
-//   constants, rows, columns     // [rows, tensors, FIELDS, columns] float32; rows: steps or 1, columns: chains or 1
+//   constants, rows, columns     // [rows, tensors, SLOTS, columns] float32; rows: steps or 1, columns: chains or 1
 //   observed, observed_stride    // [chains or 1, inputs] uint8, optional; the stride is 0 or inputs
 //   steps, seed, first_step, chain_offset, noise_before, clamp_noise
 //   out                          // [chains, inputs] float32

@@ -24,7 +24,7 @@ struct ChainJob {
   uint64_t seed = 0;
   uint32_t first_step = 0, chain_offset = 0;
   bool noise_before = false, clamp_noise = false, freeze = false;
-  const float* constants = nullptr;  // (rows, tensors, FIELDS, columns)
+  const float* constants = nullptr;  // (rows, tensors, SLOTS, columns)
   int64_t constant_rows = 1, constant_columns = 1;
   const uint8_t* observed = nullptr;  // rows of inputs, or null
   int64_t observed_stride = 0;

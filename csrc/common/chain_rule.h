@@ -75,7 +75,7 @@ struct Row {
   int lanes;
 };
 
-MMEBM_INLINE F get(const Row& r, Field f) {
+MMEBM_INLINE F get(const Row& r, Slot f) {
   return r.columns == 1 ? setf(r.values[f]) : load(r.values + f * r.columns + r.chain, r.lanes);
 }
 
@@ -83,7 +83,7 @@ template <int M>
 MMEBM_INLINE Row row_of(const Rows<M>& t, int64_t step, int64_t tensor, int m) {
   const ChainJob& job = t.job;
   const int64_t row = job.constant_rows == 1 ? 0 : step;
-  return {job.constants + (row * job.tensor_count + tensor) * FIELDS * job.constant_columns, job.constant_columns,
+  return {job.constants + (row * job.tensor_count + tensor) * SLOTS * job.constant_columns, job.constant_columns,
           t.first + m * W, t.lanes_of(m)};
 }
 
@@ -98,7 +98,7 @@ MMEBM_INLINE void chain_words(const Rows<M>& t, I* words) {
   }
 }
 
-MMEBM_INLINE bool has(const ChainTensor& tensor, Field f) { return (tensor.present >> f & 1) != 0; }
+MMEBM_INLINE bool has(const ChainTensor& tensor, Slot f) { return (tensor.present >> f & 1) != 0; }
 
 // Calls body(row of the state, m, normal) for all rows of a tensor. Without noise the normals are 0.
 template <int M, class Body>
@@ -129,14 +129,14 @@ template <int M>
 void perturb(const Rows<M>& t, int64_t k, uint32_t step) {
   for (int64_t i = 0; i < t.job.tensor_count; ++i) {
     const ChainTensor& tensor = t.job.tensors[i];
-    const bool bounds = t.job.clamp_noise && (has(tensor, F_LOW) || has(tensor, F_HIGH));
+    const bool bounds = t.job.clamp_noise && (has(tensor, LOW) || has(tensor, HIGH));
     if (!tensor.moving || !(tensor.noisy || bounds)) continue;
     F scale[M], low[M], high[M];
     for (int m = 0; m < M; ++m) {
       const Row row = row_of(t, k, i, m);
-      scale[m] = get(row, F_NOISE_SCALE);
-      low[m] = get(row, F_LOW);
-      high[m] = get(row, F_HIGH);
+      scale[m] = get(row, NOISE_SCALE);
+      low[m] = get(row, LOW);
+      high[m] = get(row, HIGH);
     }
     each_row(t, tensor, step, tensor.noisy, [&](int64_t r, int m, F z) {
       const int64_t at = r * Rows<M>::C + m * W;
@@ -169,21 +169,20 @@ void update(const Rows<M>& t, int64_t k, uint32_t step) {
   for (int64_t i = 0; i < t.job.tensor_count; ++i) {
     const ChainTensor& tensor = t.job.tensors[i];
     if (!tensor.moving) continue;
-    const With with = {true, has(tensor, F_GRAD_CLIP), has(tensor, F_NORM_CLIP), has(tensor, F_PRECISION),
-                       tensor.noisy && !t.job.noise_before, has(tensor, F_MAX_UPDATE)};
-    const bool bounds = has(tensor, F_LOW) || has(tensor, F_HIGH);
+    const With with = {true, has(tensor, GRAD_CLIP), has(tensor, GRAD_NORM_CLIP), has(tensor, PRIOR_STD),
+                       tensor.noisy && !t.job.noise_before, has(tensor, MAX_UPDATE)};
+    const bool bounds = has(tensor, LOW) || has(tensor, HIGH);
     Rates c[M];
     F low[M], high[M];
     for (int m = 0; m < M; ++m) {
       const Row row = row_of(t, k, i, m);
-      c[m] = {get(row, F_GRAD_CLIP), one, one, get(row, F_PRECISION), sub(zero, get(row, F_STEP_SIZE)),
-              get(row, F_NOISE_SCALE), get(row, F_MAX_UPDATE)};
-      low[m] = get(row, F_LOW);
-      high[m] = get(row, F_HIGH);
+      const F inverse = with.prior ? div(one, get(row, PRIOR_STD)) : zero;
+      c[m] = {get(row, GRAD_CLIP), one, inverse, inverse, sub(zero, get(row, STEP_SIZE)), get(row, NOISE_SCALE),
+              get(row, MAX_UPDATE)};
+      low[m] = get(row, LOW);
+      high[m] = get(row, HIGH);
       if (with.norm_clip) {
-        // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
-        const F norm = clipped_norm(t, tensor, m, with.clip, c[m].clip), bound = get(row, F_NORM_CLIP);
-        c[m].factor = select(at_most(norm, bound), one, div(bound, norm));
+        c[m].factor = norm_factor(clipped_norm(t, tensor, m, with.clip, c[m].clip), get(row, GRAD_NORM_CLIP));
       }
     }
     each_row(t, tensor, step, with.noise, [&](int64_t r, int m, F z) {

@@ -1,6 +1,7 @@
 // The update rule of one Langevin step on G consecutive elements of one chain, for host and device. The rule is
-// mmebm/ops/langevin_step/reference.py, the noise mmebm/noise.py. What one thread of csrc/langevin_step/cuda.cu does is
-// made of these functions, and the tests run them on the host.
+// mmebm/ops/langevin_step/reference.py, the noise mmebm/noise.py. What one thread of csrc/langevin_step/cuda.cu and of
+// csrc/langevin_mlp/cuda.cu does to a group is made of these functions, and the tests run them on the host. The CPU's
+// vectors have their own, in rule_vec.h, which says why.
 //
 //     g = clip(g);  g = g f;  g = +-g;  g = g + x / prior_std^2
 //     d = s xi - a g;  d = clamp(d);  y = x + d;  y = clamp(y)
@@ -29,12 +30,9 @@ namespace mmebm {
 
 enum class Storage : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
 
-// The constants of a step, in the order of StepParams (mmebm/ops/common/params.py).
+// The constants of a step, and the columns of a whole chain's table, in the order of StepParams
+// (mmebm/ops/common/params.py).
 enum Slot { STEP_SIZE, NOISE_SCALE, GRAD_CLIP, GRAD_NORM_CLIP, MAX_UPDATE, PRIOR_STD, LOW, HIGH, SLOTS };
-
-// The columns of a whole chain's table: the same, with 1 / std^2 in the place of the prior's std.
-enum Field { F_STEP_SIZE, F_NOISE_SCALE, F_GRAD_CLIP, F_NORM_CLIP, F_MAX_UPDATE, F_PRECISION, F_LOW, F_HIGH, FIELDS };
-static_assert(static_cast<int>(FIELDS) == static_cast<int>(SLOTS), "one order");
 
 // Bits of what stays the same along a chain, in the order of OPTIONS (mmebm/ops/common/params.py).
 enum Option : uint32_t {
@@ -87,13 +85,19 @@ MMEBM_HD float at_most(float v, float high) {
 #endif
 }
 
-// The factor that brings a norm down to its limit: 1 up to the limit, exactly; NaN for a NaN norm.
-MMEBM_HD float norm_factor(float squares, float limit) { return limit / at_least(sqrtf(squares), limit); }
+MMEBM_HD float between(float v, float low, float high) { return at_most(at_least(v, low), high); }
+
+// The factor that brings a norm down to its limit: 1 up to the limit, exactly, an infinite one too; NaN for a NaN norm,
+// so that a broken chain is seen.
+MMEBM_HD float norm_factor(float squares, float limit) {
+  const float norm = sqrtf(squares);
+  return norm <= limit ? 1.0f : limit / norm;
+}
 
 template <int G>
 MMEBM_HD void clip_value(Group<G>& g, float limit) {
   MMEBM_UNROLL
-  for (int j = 0; j < G; ++j) g.v[j] = at_most(at_least(g.v[j], -limit), limit);
+  for (int j = 0; j < G; ++j) g.v[j] = between(g.v[j], -limit, limit);
 }
 
 template <int U, int G>

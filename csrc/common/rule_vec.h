@@ -1,5 +1,10 @@
 // The update rule on vectors of elements, for the instruction set of the including file. It is that of
 // mmebm/ops/langevin_step/reference.py: of a step of any tensors and of the steps of whole chains.
+//
+// Why langevin.h does not serve here too. There the noise comes with its scale, which Box-Muller takes up for nothing,
+// and is the addend of d = fma(-a, g, s xi); here it comes from a buffer of normals, d = fma(s, xi, -a g), and a step
+// without noise is one fma. Each form in the other's place costs a multiplication an element and moves last bits. And
+// a GPU tests an option once for a group of all its threads, these loops when they are compiled.
 #pragma once
 
 #include "common/vec.h"
@@ -15,7 +20,7 @@ struct With {
 // The constants of W elements; what does not apply is not read.
 struct Rates {
   F clip, factor;   // of the gradient: the limit of its elements, what its norm's limit makes of it
-  F inverse, pull;  // the prior's 1 / std twice, the second with the gradient's sign; or 1 and 1 / std^2
+  F inverse, pull;  // the prior's 1 / std twice, the second with the gradient's sign
   F drift;          // minus the step size, with the gradient's sign
   F scale, most;    // of the noise, of the update
 };
@@ -43,6 +48,9 @@ MMEBM_INLINE F proposed(const With& with, const Rates& c, F x, F g, F z, M& chan
   }
   return add(x, d);
 }
+
+// As that of langevin.h, of the norm itself.
+MMEBM_INLINE F norm_factor(F norm, F limit) { return select(at_most(norm, limit), setf(1.0f), div(limit, norm)); }
 
 }  // namespace
 }  // namespace mmebm

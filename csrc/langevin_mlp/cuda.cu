@@ -777,7 +777,7 @@ MMEBM_LARGE void product(const Team& team, const DeviceChain& c, const DeviceLay
 
 // -- the chain
 
-MMEBM_HD bool has(const DeviceTensor& t, Field f) { return (t.present >> f & 1u) != 0; }
+MMEBM_HD bool has(const DeviceTensor& t, int slot) { return (t.present >> slot & 1u) != 0; }
 
 MMEBM_HD const DeviceLayer& last_layer(const DeviceChain& c, const DeviceTerm& t) {
   return c.layers[t.first_layer + t.depth - 1];
@@ -808,9 +808,9 @@ MMEBM_HD float* factor_at(const DeviceChain& c, const Tile& tile, int row, int t
   return tile.memory + c.at_rows + 2 * c.rows + row * c.tensor_count + tensor;
 }
 
-MMEBM_HD float constant(const DeviceChain& c, int k, int tensor, Field f, int chain) {
+MMEBM_HD float constant(const DeviceChain& c, int k, int tensor, int slot, int chain) {
   const int64_t row = c.constant_steps ? k : 0, columns = c.constant_chains ? c.chains : 1;
-  return c.constants[((row * c.tensor_count + tensor) * FIELDS + f) * columns + (c.constant_chains ? chain : 0)];
+  return c.constants[((row * c.tensor_count + tensor) * SLOTS + slot) * columns + (c.constant_chains ? chain : 0)];
 }
 
 // A layer's weights into shared memory: of all outputs, or of a cluster's blocks each the tiles that it computes,
@@ -999,41 +999,41 @@ MMEBM_LARGE void move(const Team& team, const DeviceChain& c, const Tile& tile, 
   const DeviceTensor& tensor = c.tensors[t];
   if (!tensor.moving) return;
   const bool noise = tensor.noisy && perturb == c.noise_before;
-  const bool bounds = (has(tensor, F_LOW) || has(tensor, F_HIGH)) && (!perturb || c.clamp_noise);
-  if (perturb && !noise && !bounds) return;
+  const uint32_t limits = 1u << LOW | 1u << HIGH, bounds = perturb && !c.clamp_noise ? 0u : tensor.present & limits;
+  if (perturb && !noise && bounds == 0) return;
 
   const int chain = chain_of(c, tile, row), block = quad - tensor.first_quad, begin = tensor.begin + 4 * block;
   const int left = smaller(4, tensor.width - 4 * block);
-  const auto of = [&](Field f) { return constant(c, k, t, f, chain); };
-  Normals z = {0.0f, 0.0f, 0.0f, 0.0f};
+  Normals z = {-0.0f, -0.0f, -0.0f, -0.0f};  // which leaves every bit of what it is added to
   if (noise) {
     const uint64_t seed = static_cast<uint64_t>(word_at(c, tile, 1)) << 32 | word_at(c, tile, 0);
     const uint32_t step = word_at(c, tile, 2) + static_cast<uint32_t>(k);
     z = normals_of(words_of(chain, block, {seed, step, tensor.stream, c.chain_offset}));
   }
-  const float scale = of(F_NOISE_SCALE);
-  const float noises[4] = {scale * z.n0, scale * z.n1, scale * z.n2, scale * z.n3};
+  Constants constants[1];
+  MMEBM_UNROLL
+  for (int slot = 0; slot < SLOTS; ++slot) {
+    constants[0].of[slot] = has(tensor, slot) ? constant(c, k, t, slot, chain) : 0.0f;
+  }
+  if (has(tensor, PRIOR_STD)) constants[0].of[PRIOR_STD] = 1.0f / constants[0].of[PRIOR_STD];
   const uint8_t* observed = c.observed;
   if (observed != nullptr) observed += (c.observed_rows ? static_cast<int64_t>(chain) * c.inputs : 0) + begin;
-  float* const x = tile.memory + row * c.ld_x + begin;
-  const float* g = tile.memory + c.at_g + row * c.ld_x + begin;
+  float* const at = tile.memory + row * c.ld_x + begin;
+  const float scale = constants[0].of[NOISE_SCALE];
+  Group<4> x[1], g[1], y[1];
+  const Group<4> noises[1] = {{{scale * z.n0, scale * z.n1, scale * z.n2, scale * z.n3}}};
   MMEBM_UNROLL
   for (int j = 0; j < 4; ++j) {
-    if (j >= left || (observed != nullptr && observed[j] != 0)) continue;
-    float d = noises[j];
-    if (!perturb) {
-      float v = g[j];
-      if (has(tensor, F_GRAD_CLIP)) v = between(v, -of(F_GRAD_CLIP), of(F_GRAD_CLIP));
-      if (has(tensor, F_NORM_CLIP)) v *= *factor_at(c, tile, row, t);
-      if (has(tensor, F_PRECISION)) v = fmaf(of(F_PRECISION), x[j], v);
-      const float pull = -of(F_STEP_SIZE) * v;
-      d = noise ? pull + d : pull;
-      if (has(tensor, F_MAX_UPDATE)) d = between(d, -of(F_MAX_UPDATE), of(F_MAX_UPDATE));
-    }
-    float y = perturb && !noise ? x[j] : x[j] + d;
-    if (bounds && has(tensor, F_LOW)) y = at_least(y, of(F_LOW));
-    if (bounds && has(tensor, F_HIGH)) y = at_most(y, of(F_HIGH));
-    team.put(x + j, y);
+    x[0].v[j] = j < left ? at[j] : 0.0f;
+    g[0].v[j] = j < left && !perturb ? at[c.at_g + j] : 0.0f;
+  }
+  uint32_t changed[1];
+  propose(x, g, noises, perturb ? 1.0f : *factor_at(c, tile, row, t), constants,
+          perturb ? 0u : tensor.present | WITH_GRAD, y, changed);
+  bounded(y, constants, bounds);
+  MMEBM_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if (j < left && (observed == nullptr || observed[j] == 0)) team.put(at + j, y[0].v[j]);
   }
 }
 
@@ -1061,16 +1061,15 @@ MMEBM_LARGE void norms(const Team& team, const DeviceChain& c, const Tile& tile,
       if (!tensor.moving) continue;
       const float* part = g + tensor.begin;
       if (c.grad_norm != nullptr) all += team.sum(tensor.width, [&](int i) { return part[i] * part[i]; });
-      if (!has(tensor, F_NORM_CLIP)) continue;
-      const bool clip = has(tensor, F_GRAD_CLIP);
-      const float limit = clip ? constant(c, k, t, F_GRAD_CLIP, chain) : 0.0f;
-      const float norm = sqrtf(team.sum(tensor.width, [&](int i) {
+      if (!has(tensor, GRAD_NORM_CLIP)) continue;
+      const bool clip = has(tensor, GRAD_CLIP);
+      const float limit = clip ? constant(c, k, t, GRAD_CLIP, chain) : 0.0f;
+      const float squares = team.sum(tensor.width, [&](int i) {
         const float v = clip ? between(part[i], -limit, limit) : part[i];
         return v * v;
-      }));
-      // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
-      const float bound = constant(c, k, t, F_NORM_CLIP, chain);
-      if (team.leads()) team.put(factor_at(c, tile, row, t), norm <= bound ? 1.0f : bound / norm);
+      });
+      const float factor = norm_factor(squares, constant(c, k, t, GRAD_NORM_CLIP, chain));
+      if (team.leads()) team.put(factor_at(c, tile, row, t), factor);
     }
     if (team.leads() && tile.first + row < c.chains) {
       const int64_t at = static_cast<int64_t>(k) * c.chains + tile.first + row;
@@ -1195,7 +1194,7 @@ bool lay_out(DeviceChain& chain, Precision precision, int rows, int blocks, int6
   for (int t = 0; t < chain.tensor_count; ++t) {
     chain.tensors[t].first_quad = static_cast<uint16_t>(quads);
     quads += (chain.tensors[t].width + 3) / 4;
-    chain.norm_clip |= chain.tensors[t].moving && has(chain.tensors[t], F_NORM_CLIP);
+    chain.norm_clip |= chain.tensors[t].moving && has(chain.tensors[t], GRAD_NORM_CLIP);
   }
   chain.quads = quads;
   chain.rows = rows;

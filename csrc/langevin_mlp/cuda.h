@@ -56,7 +56,7 @@ struct DeviceChain {
   float* grad_norm = nullptr;        // (steps, chains) or null
   uint8_t* frozen = nullptr;         // (chains,), where chains freeze
   const uint8_t* observed = nullptr;  // (chains or 1, inputs) or null
-  const float* constants = nullptr;  // (steps or 1, tensors, FIELDS, chains or 1)
+  const float* constants = nullptr;  // (steps or 1, tensors, SLOTS, chains or 1)
   bool observed_rows = false, constant_steps = false, constant_chains = false;
   bool noise_before = false, clamp_noise = false, norm_clip = false;
   StepNumber seed, first_step;

@@ -269,11 +269,7 @@ Found general(float* out, const float* x, const float* g, const float* z, const 
     M changed = none();
     Rates c = {zero, zero, zero, zero, zero, zero, zero};
     if (with.clip) c.clip = get(v, GRAD_CLIP, i, m);
-    if (with.norm_clip) {
-      // 1 up to the limit; NaN where the norm is, so that a broken chain is seen
-      const F limit = get(v, GRAD_NORM_CLIP, i, m);
-      c.factor = div(limit, max(limit, setf(v.norm)));
-    }
+    if (with.norm_clip) c.factor = norm_factor(setf(v.norm), get(v, GRAD_NORM_CLIP, i, m));
     if (with.prior) {
       c.inverse = v.element[PRIOR_STD] ? div(one, load(v.element[PRIOR_STD] + i, m)) : setf(v.value[PRIOR_STD]);
       c.pull = mul(sign, c.inverse);

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmebm.ops.common.layout import per_chain
 from mmebm.ops.common.params import NormOver, StepParams
-from mmebm.ops.langevin_step.reference import clamp, norm_factor
+from mmebm.ops.langevin_step.reference import pull
 
 if TYPE_CHECKING:
     from mmebm.samplers.langevin import Langevin
@@ -93,16 +93,6 @@ def temperature(params: Sequence[StepParams], keys: Sequence[Key]) -> float | Te
     return per[0] if per else of_first
 
 
-def _drift(x: Tensor, g: Tensor, p: StepParams, norm_over: NormOver) -> Tensor:
-    if p.grad_clip is not None:
-        g = clamp(g, -p.grad_clip, p.grad_clip)
-    if p.grad_norm_clip is not None:
-        g = g * norm_factor(g, p.grad_norm_clip, norm_over)
-    if p.prior_std is not None:
-        g = g + x / p.prior_std**2
-    return p.step_size * g
-
-
 def log_ratio(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
@@ -127,7 +117,7 @@ def log_ratio(
     total = (energy_x.double() - energy_y.double()) / temperature
     for x0, y0, gx, gy, p, mask in zip(x, y, grad_x, grad_y, params, masks, strict=True):
         a, b = x0.detach().double(), y0.detach().double()
-        bx, by = _drift(a, gx.detach().double(), p, norm_over), _drift(b, gy.detach().double(), p, norm_over)
+        bx, by = (p.step_size * pull(t, g.detach().double(), p, norm_over) for t, g in ((a, gx), (b, gy)))
         terms = (bx + by) * (b - a - (by - bx) / 2) / p.noise_scale**2
         if mask is not None:
             terms = terms.masked_fill(mask, 0.0)

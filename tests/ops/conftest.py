@@ -1,12 +1,13 @@
 """Every test of an op has the marker ``cpp``: ``.ci/sanitize`` runs them again with sanitizers, new ops too.
 
-Fixtures: draw (random terms of the MLP ops), double (the same in float64), margin (the distance to the nearest kink).
+Fixtures: cpp (the backend, on one thread), isa (each of its instruction sets), use_isa, draw (random terms of the MLP
+ops), double (the same in float64), margin (the distance to the nearest kink).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmebm import native
 from mmebm.ops.mlp_energy.reference import activate
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 
@@ -25,6 +27,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("cpp")
+
+
+# -- the C++ backend
+
+ISAS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture
+def cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The C++ backend is needed, and chosen by nobody from outside."""
+    need("cpp")
+    for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    # torch's parallel loops over small tensors take milliseconds each where the cores are busy with something else
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def use_isa(cpp: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Asks for an instruction set; the test is skipped where the processor has it not."""
+
+    def use(isa: str) -> None:
+        if isa.replace("baseline", "generic") not in native.cpu().isas():
+            pytest.skip(f"this processor has no {isa}")
+        monkeypatch.setenv("MMEBM_CPU_ISA", isa)
+
+    return use
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
+    use_isa(request.param)
+    return request.param
 
 
 # -- terms of the MLP ops

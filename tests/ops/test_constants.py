@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mmebm.ops.common.params import FIELDS, StepOptions
-from mmebm.ops.langevin_mlp import FIELDS as COLUMNS
 
 HEADER = Path(__file__).parents[2] / "csrc" / "common" / "langevin.h"
 
@@ -26,11 +25,6 @@ def test_cpp_and_cuda_have_the_fields_of_step_params() -> None:
     assert names("Slot") == [*(field.upper() for field in FIELDS), "SLOTS"]
 
 
-def test_a_chain_has_the_same_columns_but_for_the_prior() -> None:
-    assert [name.replace("prior_precision", "prior_std") for name in COLUMNS] == list(FIELDS)
-    assert len(names("Field")) == len(COLUMNS) + 1
-
-
 def test_cpp_and_cuda_have_the_bits_of_step_options() -> None:
     plain = StepOptions(seed=0, streams=(0,), noisy=(True,))
     assert plain.bits == 0
@@ -42,9 +36,10 @@ def test_cpp_and_cuda_have_the_bits_of_step_options() -> None:
 def test_triton_has_the_fields_of_step_params() -> None:
     pytest.importorskip("triton")
     from mmebm.kernels import langevin_step as kernels
+    from mmebm.kernels import rule
 
-    own = ("_STEP_SIZE", "_NOISE_SCALE", "_GRAD_CLIP", "_NORM_CLIP", "_MAX_UPDATE", "_PRIOR_STD", "_LOWER", "_UPPER")
-    assert [getattr(kernels, name).value for name in own] == list(range(len(FIELDS)))
+    others = {"grad_norm_clip": "NORM_CLIP", "low": "LOWER", "high": "UPPER"}
+    assert [getattr(rule, others.get(field, field.upper())).value for field in FIELDS] == list(range(len(FIELDS)))
     bits = [getattr(kernels, name).value for name in ("_NOISE", "_GRAD", "_SCORE", "_MASK", "_MASK_ROWS", "_ALIGNED")]
     fields = [1 << k for k in range(len(FIELDS))]
     tensors = [1 << (kernels._TENSOR.value + k) for k in range(len(FIELDS))]

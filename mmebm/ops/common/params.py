@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, TypeAlias, Union
@@ -34,6 +35,18 @@ class StepParams:
 
 
 FIELDS: Final = tuple(field.name for field in fields(StepParams))
+# What a field that is absent says, so that a backend need not ask: these change nothing, NaN included where a backend
+# clamps by comparisons. (The norm clip is asked for: infinity over an infinite norm is no 1.)
+NEUTRAL: Final = {
+    "step_size": 0.0,
+    "noise_scale": 0.0,
+    "grad_clip": math.inf,
+    "grad_norm_clip": math.inf,
+    "max_update": math.inf,
+    "prior_std": math.inf,
+    "low": -math.inf,
+    "high": math.inf,
+}
 
 
 class StepNumbers(Sequence[float]):

@@ -16,7 +16,8 @@ from torch import Tensor
 from mmebm import native, noise
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import MOST_CHAINS, Addresses, obstacle
-from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult
+from mmebm.ops.common.params import FIELDS
+from mmebm.ops.langevin_mlp import MlpChain, MlpResult
 from mmebm.ops.terms import ACTIVATIONS, Quadratic, Residual, Term, check_terms, inputs_of, tensors_of
 
 __all__ = ["energy_and_gradient", "run", "supports", "supports_energy"]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.ops.common.address import Addresses, obstacle
-from mmebm.ops.langevin_mlp import FIELDS, MlpChain, MlpResult, Precision
+from mmebm.ops.common.params import FIELDS
+from mmebm.ops.langevin_mlp import MlpChain, MlpResult, Precision
 from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Term, check_terms, inputs_of, tensors_of, too_wide
 
 __all__ = ["run", "supports"]

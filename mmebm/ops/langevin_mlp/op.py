@@ -13,7 +13,6 @@ which leaves ``x`` as it is.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,41 +24,14 @@ from torch import Tensor
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import require_dense, unfit
 from mmebm.ops.common.layout import per_chain, widen
-from mmebm.ops.common.params import Constant, NoiseAt, StepNumbers, StepParams, StepRows, per_tensor
+from mmebm.ops.common.params import FIELDS, NEUTRAL, Constant, NoiseAt, StepNumbers, StepParams, StepRows, per_tensor
 from mmebm.ops.langevin_mlp.reference import langevin_mlp as reference
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 
-__all__ = [
-    "FIELDS",
-    "MlpChain",
-    "MlpResult",
-    "Precision",
-    "constants_of",
-    "flat_mask",
-    "langevin_mlp",
-    "name_of",
-    "room",
-    "run",
-]
+__all__ = ["MlpChain", "MlpResult", "Precision", "constants_of", "flat_mask", "langevin_mlp", "name_of", "room", "run"]
 
 Precision = Literal["fp32", "tf32x3", "bf16"]
-
-# The columns of the table of constants. They are StepParams with the prior as a precision, 1 / prior_std^2.
-FIELDS: Final = (
-    "step_size",
-    "noise_scale",
-    "grad_clip",
-    "grad_norm_clip",
-    "max_update",
-    "prior_precision",
-    "low",
-    "high",
-)
-# What a field that is absent says, so that a room need not ask: these change nothing, NaN included where a room
-# clamps by comparisons. (The norm clip is asked for: infinity over an infinite norm is no 1.)
-_NEUTRAL: Final = (0.0, 0.0, math.inf, math.inf, math.inf, 0.0, -math.inf, math.inf)
-_PARAMS: Final = tuple("prior_std" if name == "prior_precision" else name for name in FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +118,10 @@ def constants_of(
         rows.append([])
         for i, p in enumerate(row):
             values: list[Any] = []
-            for f, name in enumerate(_PARAMS):
+            for f, name in enumerate(FIELDS):
                 value = getattr(p, name)
                 if value is None:
-                    values.append(_NEUTRAL[f])
+                    values.append(NEUTRAL[name])
                     continue
                 present[i] |= 1 << f
                 if isinstance(value, Tensor):
@@ -158,7 +130,7 @@ def constants_of(
                         return f"{name} of tensor {i} has shape {tuple(value.shape)}; taken is one value per chain"
                     varies = varies or not one
                     value = value.detach().reshape(-1)
-                values.append(1 / value**2 if name == "prior_std" else value)
+                values.append(value)
             rows[-1].append(values)
     flat = [value for row in rows for values in row for value in values]
     shape = (len(rows), len(present), len(FIELDS))
@@ -184,10 +156,10 @@ def _from_columns(params: StepRows) -> tuple[Tensor, tuple[int, ...]] | None:
     """The table of constants that are all numbers, float64, without a row being made; None where some are tensors."""
     numbers, present, series = [], [0] * len(params.columns), []
     for i, column in enumerate(params.columns):
-        for f, name in enumerate(_PARAMS):
+        for f, name in enumerate(FIELDS):
             value = column[name]
             if value is None:
-                numbers.append(_NEUTRAL[f])
+                numbers.append(NEUTRAL[name])
                 continue
             present[i] |= 1 << f
             if isinstance(value, StepNumbers):
@@ -195,14 +167,12 @@ def _from_columns(params: StepRows) -> tuple[Tensor, tuple[int, ...]] | None:
                 value = 1.0
             elif not isinstance(value, float):
                 return None
-            numbers.append(1 / value**2 if name == "prior_std" else value)
+            numbers.append(value)
     table = torch.tensor(numbers, dtype=torch.float64, device="cpu").reshape(1, len(present), len(FIELDS), 1)
     if series:
         table = table.repeat(len(params), 1, 1, 1)
     for i, f, each in series:
-        prior = _PARAMS[f] == "prior_std"  # Python's square, which is not always torch's
-        vector = torch.tensor([1 / v**2 for v in each], dtype=torch.float64, device="cpu") if prior else each.vector
-        table[:, i, f, 0] = vector
+        table[:, i, f, 0] = each.vector
     return table, tuple(present)
 
 
@@ -266,10 +236,8 @@ def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor,
         out = []
         for word, fields in zip(chain.present, table, strict=True):
             values: dict[str, Any] = {
-                name: fields[f].unsqueeze(1) if word >> f & 1 else None for f, name in enumerate(_PARAMS)
+                name: fields[f].unsqueeze(1) if word >> f & 1 else None for f, name in enumerate(FIELDS)
             }
-            if values["prior_std"] is not None:
-                values["prior_std"] = values["prior_std"] ** -0.5
             limit = values["grad_norm_clip"]
             if limit is not None and bool(limit.isinf().all()):  # given in other steps only
                 values["grad_norm_clip"] = None
@@ -459,13 +427,13 @@ def langevin_mlp(
     columns = [
         per_tensor(name, value, len(x), x[0])
         for name, value in zip(
-            _PARAMS, (step_size, noise_scale, grad_clip, grad_norm_clip, max_update, prior_std, low, high), strict=True
+            FIELDS, (step_size, noise_scale, grad_clip, grad_norm_clip, max_update, prior_std, low, high), strict=True
         )
     ]
-    for name, column in zip(_PARAMS[:2], columns, strict=False):
+    for name, column in zip(FIELDS[:2], columns, strict=False):
         if any(value is None for value in column):
             raise ValueError(f"{name} must be given for every tensor, got None")
-    params: Any = [[StepParams(**dict(zip(_PARAMS, values, strict=True))) for values in zip(*columns, strict=True)]]
+    params: Any = [[StepParams(**dict(zip(FIELDS, values, strict=True))) for values in zip(*columns, strict=True)]]
     table = constants_of(params, chains, widen(x[0][:0]).dtype, device)
     if isinstance(table, str):
         raise ValueError(table)

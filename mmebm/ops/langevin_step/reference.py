@@ -89,6 +89,27 @@ def perturb(
     return out
 
 
+def pull(
+    x: Tensor, g: Tensor, p: StepParams, norm_over: NormOver, *, score: bool = False, changed: Tensor | None = None
+) -> Tensor:
+    """What the step size multiplies: the gradient after its clips and its sign, and the prior's. The elements that a
+    clip changes are added to the boolean ``changed``, in place."""
+    if p.grad_clip is not None:
+        if changed is not None:
+            changed |= g.abs() > p.grad_clip
+        g = clamp(g, -p.grad_clip, p.grad_clip)
+    if p.grad_norm_clip is not None:
+        factor = norm_factor(g, p.grad_norm_clip, norm_over)
+        if changed is not None:
+            changed |= factor < 1
+        g = g * factor
+    if score:
+        g = -g
+    if p.prior_std is not None:
+        g = g + x / p.prior_std**2
+    return g
+
+
 def langevin_step(
     x: Sequence[Tensor],
     grad: Sequence[Tensor],
@@ -120,25 +141,12 @@ def langevin_step(
         mask = observed[i] if observed else None
         wide, g = widen(xi), widen(gi)
         changed = torch.zeros_like(g, dtype=torch.bool) if stats else None
-        if p.grad_clip is not None:
-            if changed is not None:
-                changed = changed | (g.abs() > p.grad_clip)
-            g = clamp(g, -p.grad_clip, p.grad_clip)
-        if p.grad_norm_clip is not None:
-            factor = norm_factor(g, p.grad_norm_clip, norm_over)
-            if changed is not None:
-                changed = changed | (factor < 1)
-            g = g * factor
-        if score:
-            g = -g
-        if p.prior_std is not None:
-            g = g + wide / p.prior_std**2
-        d = -p.step_size * g
+        d = -p.step_size * pull(wide, g, p, norm_over, score=score, changed=changed)
         if ni is not None:
             d = d + p.noise_scale * ni
         if p.max_update is not None:
             if changed is not None:
-                changed = changed | (d.abs() > p.max_update)
+                changed |= d.abs() > p.max_update
             d = clamp(d, -p.max_update, p.max_update)
         y = wide + d
         if outside == "clamp":

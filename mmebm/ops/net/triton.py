@@ -26,7 +26,8 @@ from mmebm.kernels.langevin_mlp import refusal
 from mmebm.kernels.net import FUNCTIONS
 from mmebm.kernels.rule import signed64, todo_of
 from mmebm.native import BackendError
-from mmebm.ops.langevin_mlp import FIELDS, MlpResult
+from mmebm.ops.common.params import FIELDS
+from mmebm.ops.langevin_mlp import MlpResult
 from mmebm.ops.net.graph import Activation, Input, Net, check_net, pack, shapes_of, tensors_of
 from mmebm.ops.net.op import NetChain
 from mmebm.ops.net.triton_cost import slower
@@ -275,7 +276,7 @@ def supports_energy(net: Net, x: Tensor) -> str | None:
     if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] == 0:
         return f"the state is {x.dtype} of shape {tuple(x.shape)}, taken is float32 (chains, inputs)"
     for node in net.nodes:
-        if not isinstance(node, BUILT):
+        if type(node) not in BUILT:
             return f"{type(node).__name__} is not built"
         if isinstance(node, Activation) and node.function not in FUNCTIONS:
             return f"the function {node.function} is not built"

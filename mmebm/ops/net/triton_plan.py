@@ -9,7 +9,7 @@ noted, and read where the next kernel adds to the same gradient. The last one to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -38,8 +38,6 @@ from mmebm.ops.net.op import NetChain
 
 __all__ = ["BUILT", "OPTIONS", "IndexLists", "Launch", "Plan", "plan_of", "room_of"]
 
-# What has kernels, forward and backward
-BUILT: Final = (Input, View, Conv, Linear, Activation, Add, Affine, Product, Map, Norm, LogSumExp)
 OPTIONS: Final = ("num_warps", "num_stages", "enable_fp_fusion")
 _NONE: Final = kernels.NONE
 _WAVE: Final = 32 if torch.version.hip is None else 64
@@ -316,54 +314,54 @@ class _Planner:
             num_stages=3,
         )
 
+    def _kind(self, i: int) -> type:
+        return type(self.nodes[self.groups[i].layer if i in self.groups else i])
+
     def _forward(self, i: int) -> None:
-        node, out, n = self.nodes[i], self.values[i], self.sizes[i]
-        at = [self.values.get(self.roots[r], _NONE) for r in reads(node)]
-        weights = self.weights.get(i, {})
-        if i in self.groups:
-            group = self.groups[i]
-            layer = self.nodes[group.layer]
-            tail: dict[str, Any] = {"bias_at": self.weights[group.layer].get("bias", _NONE)}
-            if group.rest is not None:
-                tail |= {"rest_at": self.values[group.rest[0]], "rest_scale": group.rest[1]}
-            if group.function is not None:
-                tail |= self._called(group.function, i)
-            self._product(group.layer, False, in_at=self.values[self.roots[layer.x]], out_at=out, **tail)
-        elif isinstance(node, Activation):
-            self._pointwise(n, at[0], out, **self._called(node, i))
-        elif isinstance(node, Add):
-            shift = self._per_chain("shift", node.shift, weights, n)
-            pairs = list(zip(at, map(float, node.coefficients), strict=True))
-            (u, p), more = pairs[0], {}
-            if len(pairs) > 1:
-                more = {"v_at": pairs[1][0], "v_scale": pairs[1][1]}
-            self._pointwise(n, u, out, u_scale=p, **more, **shift)
-            for v, q in pairs[2:]:
-                self._pointwise(n, out, out, v_at=v, v_scale=q)
-        elif isinstance(node, Affine):
-            scale = self._per_chain("scale", node.scale, weights, n)
-            self._pointwise(n, at[0], out, **scale, **self._per_chain("shift", node.shift, weights, n))
-        elif isinstance(node, Product):
-            self._pointwise(n, at[0], out, v_at=at[1], times=1)
-        elif isinstance(node, Norm):
-            self.rstd[i] = self._place(node.groups)
-            self._norm(i, at[0], out, backward=0)
-        elif isinstance(node, (Map, LogSumExp)):
-            lists = self._lists(i, node)
-            k = node.index.shape[1]
-            outputs, terms = kernels.FORMS[min(f for f in kernels.FORMS if f >= min(k, 512))]
-            self._add(
-                kernels.gather_kernel,
-                (-(-self.chains * n // outputs),),
-                n=n,
-                k=k,
-                list_at=lists.list_at,
-                weight_at=weights.get("weight", _NONE),
-                out_at=out,
-                lse=int(isinstance(node, LogSumExp)),
-                BO=outputs,
-                BK=terms,
-            )
+        """Launches what gives node ``i`` its value."""
+        at = [self.values.get(self.roots[r], _NONE) for r in reads(self.nodes[i])]
+        _KINDS[self._kind(i)].forward(self, i, self.nodes[i], at)
+
+    def _layer(self, i: int, node: Any, at: list[int]) -> None:
+        group = self.groups[i]
+        tail: dict[str, Any] = {"bias_at": self.weights[group.layer].get("bias", _NONE)}
+        if group.rest is not None:
+            tail |= {"rest_at": self.values[group.rest[0]], "rest_scale": group.rest[1]}
+        if group.function is not None:
+            tail |= self._called(group.function, i)
+        in_at = self.values[self.roots[self.nodes[group.layer].x]]
+        self._product(group.layer, False, in_at=in_at, out_at=self.values[i], **tail)
+
+    def _sum(self, i: int, node: Add, at: list[int]) -> None:
+        n, out = self.sizes[i], self.values[i]
+        pairs = list(zip(at, map(float, node.coefficients), strict=True))
+        (u, p), more = pairs[0], {}
+        if len(pairs) > 1:
+            more = {"v_at": pairs[1][0], "v_scale": pairs[1][1]}
+        self._pointwise(n, u, out, u_scale=p, **more, **self._per_chain(i, "shift"))
+        for v, q in pairs[2:]:
+            self._pointwise(n, out, out, v_at=v, v_scale=q)
+
+    def _normed(self, i: int, node: Norm, at: list[int]) -> None:
+        self.rstd[i] = self._place(node.groups)
+        self._norm(i, at[0], self.values[i], backward=0)
+
+    def _gathered(self, i: int, node: Map | LogSumExp, at: list[int]) -> None:
+        lists, n = self._lists(i, node), self.sizes[i]
+        k = node.index.shape[1]
+        outputs, terms = kernels.FORMS[min(f for f in kernels.FORMS if f >= min(k, 512))]
+        self._add(
+            kernels.gather_kernel,
+            (-(-self.chains * n // outputs),),
+            n=n,
+            k=k,
+            list_at=lists.list_at,
+            weight_at=self.weights.get(i, {}).get("weight", _NONE),
+            out_at=self.values[i],
+            lse=int(isinstance(node, LogSumExp)),
+            BO=outputs,
+            BK=terms,
+        )
 
     def _called(self, node: Activation, i: int) -> dict[str, Any]:
         return {
@@ -372,10 +370,11 @@ class _Planner:
             "slope_at": self.slopes[i],
         }
 
-    def _per_chain(self, name: str, t: Tensor | None, weights: dict[str, int], n: int) -> dict[str, int]:
+    def _per_chain(self, i: int, name: str) -> dict[str, int]:
+        t = getattr(self.nodes[i], name)
         if t is None:
             return {}
-        return {f"{name}_at": weights[name], f"{name}_stride": n if t.shape[0] > 1 else 0}
+        return {f"{name}_at": self.weights[i][name], f"{name}_stride": self.sizes[i] if t.shape[0] > 1 else 0}
 
     def _norm(self, i: int, in_at: int, out_at: int, **arguments: Any) -> None:
         node = self.nodes[i]
@@ -451,57 +450,53 @@ class _Planner:
         return self.gradients[i]
 
     def _backward(self, i: int) -> None:
+        """Hands the gradient of node ``i`` on to those that it reads."""
         d = self._gradient(i)
-        if d is None or isinstance(self.nodes[i], Input):
-            return
-        node, n = self.nodes[i], self.sizes[i]
-        before = [self.roots[r] for r in reads(node)]
-        weights = self.weights.get(i, {})
-        if i in self.groups:
-            group = self.groups[i]
-            if group.rest is not None:
-                self._contribute(group.rest[0], d, group.rest[1])
-            x = self.roots[self.nodes[group.layer].x]
-            if x not in self.moving:
-                return
+        if d is not None:
+            _KINDS[self._kind(i)].backward(self, i, self.nodes[i], d, [self.roots[r] for r in reads(self.nodes[i])])
+
+    def _layer_back(self, i: int, node: Any, d: int, before: list[int]) -> None:
+        group = self.groups[i]
+        if group.rest is not None:
+            self._contribute(group.rest[0], d, group.rest[1])
+        x = self.roots[self.nodes[group.layer].x]
+        if x in self.moving:
             tensor = self._updated(x)
-            target = self._target(x)
-            self._product(group.layer, True, in_at=d, update=tensor, **target)
-        elif isinstance(node, Activation):
-            self._contribute(before[0], d, 1.0)
-        elif isinstance(node, Add):
-            for x, c in zip(before, node.coefficients, strict=True):
-                self._contribute(x, d, float(c))
-        elif isinstance(node, Affine):
-            if before[0] in self.moving:
-                scale = self._per_chain("scale", node.scale, weights, n)
-                self._pointwise(n, d, **scale, **self._target(before[0]))
-        elif isinstance(node, Product):
-            for x, other in (before, before[::-1]):
-                if x in self.moving:
-                    self._pointwise(n, d, v_at=self.values[other], times=1, **self._target(x))
-        elif isinstance(node, Norm):
-            self._norm(i, d, backward=1, **self._target(before[0]))
-        elif isinstance(node, (Map, LogSumExp)):
-            lists, start = self._lists(i, node), 0
-            for x, (_, size) in zip(before, lists.places, strict=True):
-                if x in self.moving:
-                    self._add(
-                        kernels.scatter_kernel,
-                        (-(-self.chains * size // kernels.BLOCK),),
-                        n=size,
-                        k=node.index.shape[1],
-                        starts_at=lists.starts_at + start,
-                        list_at=lists.sorted_at,
-                        weight_at=weights.get("weight", _NONE),
-                        in_at=d,
-                        lse=int(isinstance(node, LogSumExp)),
-                        u_at=self.values[x],
-                        v_at=self.values[i],
-                        B=kernels.BLOCK,
-                        **{"rest_at": _NONE, "rest_scale": 0.0, "slope_at": _NONE, **self._target(x)},
-                    )
-                start += size
+            self._product(group.layer, True, in_at=d, update=tensor, **self._target(x))
+
+    def _sum_back(self, i: int, node: Add, d: int, before: list[int]) -> None:
+        for x, c in zip(before, node.coefficients, strict=True):
+            self._contribute(x, d, float(c))
+
+    def _affine_back(self, i: int, node: Affine, d: int, before: list[int]) -> None:
+        if before[0] in self.moving:
+            self._pointwise(self.sizes[i], d, **self._per_chain(i, "scale"), **self._target(before[0]))
+
+    def _times_back(self, i: int, node: Product, d: int, before: list[int]) -> None:
+        for x, other in (before, before[::-1]):
+            if x in self.moving:
+                self._pointwise(self.sizes[i], d, v_at=self.values[other], times=1, **self._target(x))
+
+    def _scattered(self, i: int, node: Map | LogSumExp, d: int, before: list[int]) -> None:
+        lists, start = self._lists(i, node), 0
+        for x, (_, size) in zip(before, lists.places, strict=True):
+            if x in self.moving:
+                self._add(
+                    kernels.scatter_kernel,
+                    (-(-self.chains * size // kernels.BLOCK),),
+                    n=size,
+                    k=node.index.shape[1],
+                    starts_at=lists.starts_at + start,
+                    list_at=lists.sorted_at,
+                    weight_at=self.weights.get(i, {}).get("weight", _NONE),
+                    in_at=d,
+                    lse=int(isinstance(node, LogSumExp)),
+                    u_at=self.values[x],
+                    v_at=self.values[i],
+                    B=kernels.BLOCK,
+                    **{"rest_at": _NONE, "rest_scale": 0.0, "slope_at": _NONE, **self._target(x)},
+                )
+            start += size
 
     # the update
 
@@ -561,6 +556,49 @@ class _Planner:
         self._add(
             kernels.rule_kernel, (self.chains,), **places, tensors=tensors, updated=int(plan.updates), B=kernels.BLOCK
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a kind of node launches: ``forward(planner, i, node, places of what it reads)`` for its value, and
+    ``backward(planner, i, node, place of its gradient, roots of what it reads)`` to hand its gradient on."""
+
+    forward: Callable[[_Planner, int, Any, list[int]], None]
+    backward: Callable[[_Planner, int, Any, int, list[int]], None]
+
+
+# An input lies in the state, a view where what it views does
+_NOTHING: Final = _Kind(lambda plan, i, node, at: None, lambda plan, i, node, d, before: None)
+_LAYER: Final = _Kind(_Planner._layer, _Planner._layer_back)
+_LIST: Final = _Kind(_Planner._gathered, _Planner._scattered)
+# The kinds that have kernels; what is not here is refused.
+_KINDS: Final[dict[type, _Kind]] = {
+    Input: _NOTHING,
+    View: _NOTHING,
+    Conv: _LAYER,
+    Linear: _LAYER,
+    Activation: _Kind(
+        lambda plan, i, node, at: plan._pointwise(plan.sizes[i], at[0], plan.values[i], **plan._called(node, i)),
+        lambda plan, i, node, d, before: plan._contribute(before[0], d, 1.0),
+    ),
+    Add: _Kind(_Planner._sum, _Planner._sum_back),
+    Affine: _Kind(
+        lambda plan, i, node, at: plan._pointwise(
+            plan.sizes[i], at[0], plan.values[i], **plan._per_chain(i, "scale"), **plan._per_chain(i, "shift")
+        ),
+        _Planner._affine_back,
+    ),
+    Product: _Kind(
+        lambda plan, i, node, at: plan._pointwise(plan.sizes[i], at[0], plan.values[i], v_at=at[1], times=1),
+        _Planner._times_back,
+    ),
+    Map: _LIST,
+    Norm: _Kind(
+        _Planner._normed, lambda plan, i, node, d, before: plan._norm(i, d, backward=1, **plan._target(before[0]))
+    ),
+    LogSumExp: _LIST,
+}
+BUILT: Final = tuple(_KINDS)
 
 
 def plan_of(net: Net, chains: int, inputs: int, mode: str = "ieee", chain: NetChain | None = None) -> Plan:

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.backends import require_backends
-from mmebm.ops.common.params import StepParams
+from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import cuda as room
 from mmebm.ops.langevin_mlp import op
 from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
 from mmebm.ops.parity import NORMAL_TOLERANCE
-from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Scalar, Term
+from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Scalar
+from tests.ops.cases import CHAIN_OPTIONS, KINK, PLAIN, away_from_kinks, check_activation, make_chain, points, rows_of
 
-# Two fp32 trajectories may take different sides of a kink that is nearer than this: they differ by 1e-5 at most here.
-KINK = 1e-4
 # A gradient's relative error in fp32, as a norm over chains and inputs: two products forward and two back, in each a
 # unit roundoff for the operands and one for the sums, whose errors have random signs. Measured over seeds 2.0e-7 to
 # 2.9e-7; 24 products of the tensor cores in one accumulator, which they cut off towards zero, make 1.0e-6 to 1.3e-6.
@@ -37,7 +36,6 @@ VALUE_ULPS, DERIVATIVE_ULPS = 1.25, 3.0
 
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes a block may have, CUDA's table of compute capabilities
 WIDTHS = (1, 3, 4, 33, 63, 64, 65, 200, 256)
-PLAIN = StepParams(0.02, 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +60,6 @@ def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(room, "_launch", launch)
     monkeypatch.setattr(room, "supports", room._reason)
     return settings
-
-
-def make_chain(terms: list[Term], widths: tuple[int, ...], chains: int, seed: int, **changes: Any) -> op.MlpChain:
-    n = len(widths)
-    params = changes.pop("params", PLAIN)
-    table = op.constants_of(
-        [[params] * n] if isinstance(params, StepParams) else params, chains, torch.float32, torch.device("cpu")
-    )
-    assert not isinstance(table, str), table
-    chain = op.MlpChain(tuple(terms), widths, tuple(range(n)), (True,) * n, (True,) * n, *table, seed=seed)
-    return replace(chain, **changes)
 
 
 def everything(result: op.MlpResult) -> Tensor:
@@ -104,7 +91,7 @@ def compare(
     torchs = op._reference(chain, x, steps, first_step)
     exact = op._reference(double(chain), x.double(), steps, first_step)
     rows = torch.ones(x.shape[0], dtype=torch.bool) if keep is None else keep
-    scale = chain.constants[:, :, op.FIELDS.index("noise_scale")].abs().max().item()
+    scale = chain.constants[:, :, FIELDS.index("noise_scale")].abs().max().item()
     for name in ("x", "energy", "grad_norm"):
         a, b, c = (getattr(result, name) for result in (ours, torchs, exact))
         a, b, c = (t if name == "x" else t.T for t in (a, b, c))
@@ -119,59 +106,17 @@ def compare(
     return ours
 
 
-def away_from_kinks(chain: op.MlpChain, x: Tensor, steps: int, double: Callable, margin: Callable) -> Tensor:
-    """The chains that no kink is near to, along the whole trajectory; noise_at="after" only."""
-    exact, state = double(chain), x.double()
-    nearest = margin(state, exact.terms)
-    for k in range(steps - 1):
-        state = op._reference(exact, state, 1, k).x
-        nearest = torch.minimum(nearest, margin(state, exact.terms))
-    return nearest > KINK
-
-
 # -- activations
-
-
-def exact_activation(name: str, x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """float64, without the cancellations of the reference; infinities at their limits."""
-    up = x > 0
-    if name == "relu":
-        return x.clamp_min(0), up.double()
-    if name == "leaky_relu":
-        return torch.where(up, x, slope * x), torch.where(up, 1.0, slope)
-    if name == "silu":
-        s, inside = torch.sigmoid(x), x.clamp(-1e4, 1e4)
-        return torch.where(x < -1e4, 0.0, x * s), s + inside * s * torch.sigmoid(-x)
-    if name == "gelu":
-        inside = x.clamp(-1e2, 1e2)
-        phi = 0.5 * torch.special.erfc(-inside / math.sqrt(2))
-        return torch.where(x < -1e2, 0.0, x * phi), phi + inside * torch.exp(-0.5 * inside**2) / math.sqrt(2 * math.pi)
-    if name == "softplus":
-        return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs())), torch.sigmoid(x)
-    if name == "tanh":
-        return torch.tanh(x), 1 / torch.cosh(x) ** 2
-    e = torch.expm1(x.clamp_max(0))
-    return torch.where(up, x, slope * e), torch.where(up, 1.0, slope * (e + 1))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(seed: int, name: str) -> None:
-    start = -(2**31) + seed % 8191
-    bits = torch.arange(start, 2**31, 8191).to(torch.int32).view(torch.float32)
-    near = torch.randn(500_000, generator=torch.Generator().manual_seed(seed)) * 6
-    ends = torch.tensor([0.0, -0.0, math.inf, -math.inf, 3.4e38, -3.4e38, 87.0, -87.0, 88.8, -88.8, -104.0, 1e-45])
-    x = torch.cat([bits[~bits.isnan()], near, ends])
+    x = points(seed, 500_000)
     slope = float(torch.tensor(0.3))
     value, derivative = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
     index, call = ACTIVATIONS.index(name), native.cuda().host_mlp_activation
     call(index, slope, x.data_ptr(), value.data_ptr(), derivative.data_ptr(), x.numel())
-    for got, exact, ulps in zip(
-        (value, derivative), exact_activation(name, x.double(), slope), (VALUE_ULPS, DERIVATIVE_ULPS), strict=True
-    ):
-        infinite = torch.isinf(exact)
-        assert torch.equal(got[infinite].double(), exact[infinite])
-        error = ((got.double() - exact).abs() / (1 + exact.abs()) * 2**23)[~infinite]
-        assert error.max() <= ulps, f"{error.max()} at {x[~infinite][error.argmax()].item()!r}"
+    check_activation(name, x, slope, value, derivative, VALUE_ULPS, DERIVATIVE_ULPS)
     nan = torch.full((1,), math.nan)
     call(index, slope, nan.data_ptr(), value.data_ptr(), derivative.data_ptr(), 1)
     assert value[:1].isnan().all()
@@ -234,30 +179,8 @@ def test_limits(host: dict[str, int], seed: int, draw: Any, double: Callable) ->
     compare(chain, x, 2, double)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "value clip": {"grad_clip": 0.3},
-    "norm clip": {"grad_norm_clip": 0.9},
-    "both clips": {"grad_clip": 0.4, "grad_norm_clip": 0.8},
-    "no norm left": {"grad_norm_clip": 0.0},
-    "norm clip without effect": {"grad_norm_clip": 1e6},
-    "prior": {"prior_std": 0.7},
-    "max_update": {"max_update": 0.08},
-    "low": {"low": -0.3},
-    "high": {"high": 0.2},
-    "crossed bounds": {"low": 0.4, "high": -0.2},
-    "everything": {
-        "grad_clip": 0.5,
-        "grad_norm_clip": 0.9,
-        "prior_std": 1.1,
-        "max_update": 0.2,
-        "low": -1.0,
-        "high": 0.9,
-    },
-}
-
-
 @pytest.mark.parametrize("noise_at", ("after", "before"))
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", CHAIN_OPTIONS)
 def test_options(host: dict[str, int], seed: int, draw: Any, double: Callable, option: str, noise_at: Any) -> None:
     chains, widths = 21, (5, 1, 13)
     terms = [Scalar(draw.stack(19, 30, 1)), draw.residual(chains, 19, 20, 8, mask=chains), draw.quadratic(19)]
@@ -267,23 +190,13 @@ def test_options(host: dict[str, int], seed: int, draw: Any, double: Callable, o
         widths,
         chains,
         seed,
-        params=StepParams(0.05, 0.1, **OPTIONS[option]),
+        params=StepParams(0.05, 0.1, **CHAIN_OPTIONS[option]),
         noise_at=noise_at,
         clamp_noise=noise_at == "before",
     )
     compare(chain, x, 8, double)
 
-    # per chain, per tensor and per step, and every tensor without one of the options
-    def around(value: float) -> Tensor:
-        return value * (0.7 + 0.6 * torch.rand(chains, 1, generator=draw.generator))
-
-    rows = []
-    for k in range(8):
-        row = []
-        for i in range(3):
-            given = {name: around(v) for j, (name, v) in enumerate(OPTIONS[option].items()) if (i + j) % 3 > 0}
-            row.append(StepParams(around(0.05) / (1 + k), 0.1 / (1 + i), **given))
-        rows.append(row)
+    rows = rows_of(CHAIN_OPTIONS[option], chains, 8, draw.generator)
     mask = draw.mask(chains, 19).to(torch.uint8)
     table = make_chain(terms, widths, chains, seed, params=rows, noise_at=noise_at, observed=mask, chain_offset=11)
     out = compare(table, x, 8, double, first_step=2**32 - 3)

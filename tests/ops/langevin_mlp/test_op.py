@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,62 +13,21 @@ import torch
 from torch import Tensor
 
 from mmebm import native, noise
-from mmebm.ops.common.params import StepParams
+from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import cpp, op
 from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
 from mmebm.ops.parity import NORMAL_TOLERANCE, limit
 from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Residual, Scalar, Stack, Term, pack
+from tests.ops.cases import CHAIN_OPTIONS, KINK, PLAIN, away_from_kinks, check_activation, make_chain, points, rows_of
+
+pytestmark = pytest.mark.usefixtures("cpp")
 
 # Through a layer of one or three units the error of a single derivative (DERIVATIVE_ULPS) is that of the whole
 # gradient: nothing averages it. Of the largest result: 2.4e-6 was the worst of 230 seeds.
 NARROW_TOLERANCE = 5e-6
-# Two fp32 trajectories may take different sides of a kink that is nearer than this: they differ by 1e-5 at most here.
-KINK = 1e-4
 
-ISAS = ("baseline", "avx2", "avx512")
 WIDTHS = (1, 3, 33, 63, 64, 65, 200, 256, 1000, 1024)
 CHAINS = (1, 3, 17, 100)
-PLAIN = StepParams(0.02, 0.1)
-
-
-@pytest.fixture(autouse=True)
-def _cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    need("cpp")
-    for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    if isa.replace("baseline", "generic") not in native.cpu().isas():
-        pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setenv("MMEBM_CPU_ISA", isa)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use_isa(monkeypatch, request.param)
-    return request.param
-
-
-def make_chain(
-    terms: Sequence[Term],
-    widths: Sequence[int],
-    chains: int,
-    seed: int,
-    *,
-    params: Sequence[Sequence[StepParams]] | StepParams = PLAIN,
-    **changes: Any,
-) -> op.MlpChain:
-    n = len(widths)
-    rows = [[params] * n] if isinstance(params, StepParams) else params
-    table = op.constants_of(rows, chains, torch.float32, torch.device("cpu"))
-    assert not isinstance(table, str), table
-    chain = op.MlpChain(tuple(terms), tuple(widths), tuple(range(n)), (True,) * n, (True,) * n, *table, seed=seed)
-    return replace(chain, **changes)
 
 
 def three_way(
@@ -128,7 +87,7 @@ def compare(
     torchs = op._reference(chain, x, steps, first_step)
     exact = op._reference(double(chain), x.double(), steps, first_step)
     rows = torch.ones(x.shape[0], dtype=torch.bool) if keep is None else keep
-    scale = chain.constants[:, :, op.FIELDS.index("noise_scale")].abs().max().item()
+    scale = chain.constants[:, :, FIELDS.index("noise_scale")].abs().max().item()
     for name in ("x", "energy", "grad_norm"):
         a, b, c = (getattr(result, name) for result in (ours, torchs, exact))
         a, b, c = (t if name == "x" else t.T for t in (a, b, c))
@@ -145,39 +104,7 @@ def compare(
     return ours
 
 
-def away_from_kinks(chain: op.MlpChain, x: Tensor, steps: int, double: Callable, margin: Callable) -> Tensor:
-    """The chains that no kink is near to, along the whole trajectory; noise_at="after" only."""
-    exact, state = double(chain), x.double()
-    nearest = margin(state, exact.terms)
-    for k in range(steps - 1):
-        state = op._reference(exact.rows(k, k + 1), state, 1, k).x
-        nearest = torch.minimum(nearest, margin(state, exact.terms))
-    return nearest > KINK
-
-
 # -- activations
-
-
-def exact_activation(name: str, x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """float64, without the cancellations of the reference; infinities at their limits."""
-    up = x > 0
-    if name == "relu":
-        return x.clamp_min(0), up.double()
-    if name == "leaky_relu":
-        return torch.where(up, x, slope * x), torch.where(up, 1.0, slope)
-    if name == "silu":
-        s, inside = torch.sigmoid(x), x.clamp(-1e4, 1e4)
-        return torch.where(x < -1e4, 0.0, x * s), s + inside * s * torch.sigmoid(-x)
-    if name == "gelu":
-        inside = x.clamp(-1e2, 1e2)
-        phi = 0.5 * torch.special.erfc(-inside / math.sqrt(2))
-        return torch.where(x < -1e2, 0.0, x * phi), phi + inside * torch.exp(-0.5 * inside**2) / math.sqrt(2 * math.pi)
-    if name == "softplus":
-        return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs())), torch.sigmoid(x)
-    if name == "tanh":
-        return torch.tanh(x), 1 / torch.cosh(x) ** 2
-    e = torch.expm1(x.clamp_max(0))
-    return torch.where(up, x, slope * e), torch.where(up, 1.0, slope * (e + 1))
 
 
 # In units of 2^-23 (1 + |exact|): the largest seen over 5.6 million bit patterns were 1.07 (silu) and at most 0.74 for
@@ -187,23 +114,13 @@ VALUE_ULPS, DERIVATIVE_ULPS = 1.25, 2.0
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(isa: str, seed: int, name: str) -> None:
-    start = -(2**31) + seed % 8191
-    bits = torch.arange(start, 2**31, 8191).to(torch.int32).view(torch.float32)
-    near = torch.randn(50_000, generator=torch.Generator().manual_seed(seed)) * 6
-    ends = torch.tensor([0.0, -0.0, math.inf, -math.inf, 3.4e38, -3.4e38, 87.0, -87.0, 88.8, -88.8, -104.0, 1e-45])
-    x = torch.cat([bits[~bits.isnan()], near, ends])
+    x = points(seed, 50_000)
     slope = float(torch.tensor(0.3))
     value, derivative = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
     index = ACTIVATIONS.index(name)
     ours = "generic" if isa == "baseline" else isa
     native.cpu().mlp_activation(index, slope, x.data_ptr(), value.data_ptr(), derivative.data_ptr(), x.numel(), ours)
-    for got, exact, ulps in zip(
-        (value, derivative), exact_activation(name, x.double(), slope), (VALUE_ULPS, DERIVATIVE_ULPS), strict=True
-    ):
-        infinite = torch.isinf(exact)
-        assert torch.equal(got[infinite].double(), exact[infinite])
-        error = ((got.double() - exact).abs() / (1 + exact.abs()) * 2**23)[~infinite]
-        assert error.max() <= ulps, f"{error.max()} at {x[~infinite][error.argmax()].item()!r}"
+    check_activation(name, x, slope, value, derivative, VALUE_ULPS, DERIVATIVE_ULPS)
     nan = torch.full((5,), math.nan)
     native.cpu().mlp_activation(index, slope, nan.data_ptr(), value.data_ptr(), derivative.data_ptr(), 5, ours)
     assert value[:5].isnan().all()
@@ -256,30 +173,8 @@ def test_depths(isa: str, seed: int, draw: Any, double: Callable, chains: int, l
     compare(chain, draw.normal(100, 5), 10, double, chains=chains)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "value clip": {"grad_clip": 0.3},
-    "norm clip": {"grad_norm_clip": 0.9},
-    "both clips": {"grad_clip": 0.4, "grad_norm_clip": 0.8},
-    "no norm left": {"grad_norm_clip": 0.0},
-    "norm clip without effect": {"grad_norm_clip": 1e6},
-    "prior": {"prior_std": 0.7},
-    "max_update": {"max_update": 0.08},
-    "low": {"low": -0.3},
-    "high": {"high": 0.2},
-    "crossed bounds": {"low": 0.4, "high": -0.2},
-    "everything": {
-        "grad_clip": 0.5,
-        "grad_norm_clip": 0.9,
-        "prior_std": 1.1,
-        "max_update": 0.2,
-        "low": -1.0,
-        "high": 0.9,
-    },
-}
-
-
 @pytest.mark.parametrize("noise_at", ("after", "before"))
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", CHAIN_OPTIONS)
 def test_options(isa: str, seed: int, draw: Any, double: Callable, option: str, noise_at: Any) -> None:
     chains, widths = 37, (5, 1, 13)
     terms = [Scalar(draw.stack(19, 30, 1)), draw.residual(chains, 19, 20, 8, mask=chains), draw.quadratic(19)]
@@ -289,23 +184,13 @@ def test_options(isa: str, seed: int, draw: Any, double: Callable, option: str, 
         widths,
         chains,
         seed,
-        params=StepParams(0.05, 0.1, **OPTIONS[option]),
+        params=StepParams(0.05, 0.1, **CHAIN_OPTIONS[option]),
         noise_at=noise_at,
         clamp_noise=noise_at == "before",
     )
     compare(chain, x, 8, double)
 
-    # per chain, per tensor and per step, and every tensor without one of the options
-    def around(value: float) -> Tensor:
-        return value * (0.7 + 0.6 * torch.rand(chains, 1, generator=draw.generator))
-
-    rows = []
-    for k in range(8):
-        row = []
-        for i in range(3):
-            given = {name: around(v) for j, (name, v) in enumerate(OPTIONS[option].items()) if (i + j) % 3 > 0}
-            row.append(StepParams(around(0.05) / (1 + k), 0.1 / (1 + i), **given))
-        rows.append(row)
+    rows = rows_of(CHAIN_OPTIONS[option], chains, 8, draw.generator)
     mask = draw.mask(chains, 19).to(torch.uint8)
     table = make_chain(terms, widths, chains, seed, params=rows, noise_at=noise_at, observed=mask, chain_offset=11)
     out = compare(table, x, 8, double, first_step=2**32 - 3)
@@ -422,7 +307,7 @@ def test_threads(isa: str, seed: int, draw: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_instruction_sets_agree(seed: int, draw: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instruction_sets_agree(seed: int, draw: Any, name: str, use_isa: Callable[[str], None]) -> None:
     chains = 70
     chain = make_chain(
         draw.sum_of_all(chains, 9, name),
@@ -434,7 +319,7 @@ def test_instruction_sets_agree(seed: int, draw: Any, name: str, monkeypatch: py
     x = draw.normal(chains, 9)
     results = []
     for isa in ("avx2", "avx512"):
-        use_isa(monkeypatch, isa)
+        use_isa(isa)
         results.append(everything(cpp.run(chain, x, 20, 0, energy=True, grad_norm=True)))
     assert torch.equal(*results)
 
@@ -531,7 +416,7 @@ def test_refusals(seed: int, draw: Any) -> None:
     chain, x = make_chain(terms, (4, 5), 6, seed), draw.normal(6, 9)
     assert cpp.supports(chain, x) is None
     nan = chain.constants.clone()
-    nan[0, 1, op.FIELDS.index("low")] = math.nan
+    nan[0, 1, FIELDS.index("low")] = math.nan
     wide = Scalar(draw.stack(8, 3, 1))
     cases: list[tuple[op.MlpChain, Tensor, str]] = [
         (chain, x.double(), "float64"),
@@ -814,6 +699,15 @@ def test_a_clip_given_in_some_steps_only(seed: int) -> None:
     torch.testing.assert_close(whole[1], whole[0], rtol=0, atol=3 * (NORMAL_TOLERANCE + FLOAT_TOLERANCE))
     unclipped = op.run(None, make_chain(terms, (5,), 4, seed), x, 1, 0).x
     assert torch.equal(op.run(None, chain.rows(0, 1), x, 1, 0).x, unclipped)
+
+
+def test_a_prior_whose_precision_is_no_float(isa: str, seed: int) -> None:
+    """1 / std^2 is beyond fp32 where x / std^2 is not."""
+    terms = [Quadratic(torch.zeros(4), torch.ones(4))]
+    params = StepParams(1e-3, 0.0, prior_std=1e-20, max_update=0.25)
+    x = torch.tensor([[0.0, 3e-38, -3e-38, 0.5]])
+    y = cpp.run(make_chain(terms, (4,), 1, seed, params=params), x, 1, 0).x
+    torch.testing.assert_close(y, torch.tensor([[0.0, -0.25, 0.25, 0.25]]), rtol=1e-6, atol=0.0)
 
 
 def test_idle_threads_are_said(isa: str, seed: int, draw: Any) -> None:

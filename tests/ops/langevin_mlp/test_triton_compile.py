@@ -27,12 +27,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +36,6 @@ import pytest
 triton = pytest.importorskip("triton")
 
 import torch  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
@@ -48,19 +43,11 @@ from mmebm.kernels import langevin_mlp as room  # noqa: E402
 from mmebm.ops.common.params import StepParams  # noqa: E402
 from mmebm.ops.langevin_mlp import MlpChain, constants_of  # noqa: E402
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term  # noqa: E402
+from tests.ops import compiling  # noqa: E402
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
-]
+pytestmark = compiling.MARKS
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = compiling.TARGETS
 # Bytes a thread. ptxas of sm_80 gives a few registers up where that lets a second program fit on a multiprocessor
 # (fp32, 8 chains: 128 of them instead of 186), or at the limit of 255; of constants hoisted out of the loops. That of
 # Triton 3.9.0 gives up four at the limit of 255 on sm_90 too (bf16, many chains).
@@ -105,25 +92,9 @@ def figures(case: Case) -> dict[str, int] | str:
     target, tile = TARGETS[name], room.TILES[precision][i]
     options = {"num_warps": tile.warps * 32 // target.warp_size, "num_stages": tile.stages, "enable_fp_fusion": True}
     try:
-        compiled = triton.compile(source(precision, tile), target=target, options=options)
+        return compiling.figures(triton.compile(source(precision, tile), target=target, options=options))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        number = lambda what: int(re.search(rf"\.{what}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
-        return {
-            "registers": number("vgpr_count"),
-            "stack": number("vgpr_spill_count"),
-            "shared": compiled.metadata.shared,
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    number = lambda what: int(re.search(rf"{what}:(\d+)", usage).group(1))  # type: ignore[union-attr]
-    return {"registers": number("REG"), "stack": number("STACK"), "shared": compiled.metadata.shared}
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from mmebm.ops.langevin_step import cuda as room
 from mmebm.ops.langevin_step import op, reference
 from mmebm.ops.parity import NORMAL_TOLERANCE
 from mmebm.ops.parity import STEP_TOLERANCE as FLOAT_TOLERANCE
+from tests.ops.cases import STEP_OPTIONS
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 # Groups of 4: a lane, a part of a warp, a warp, 8 turns of it, a block, a block and a bit, splits (from 8,192 on)
@@ -277,31 +278,8 @@ def test_small_steps_are_not_lost(dtype: torch.dtype, seed: int) -> None:
 
 # -- the update against the reference
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "value clip": {"grad_clip": 0.5},
-    "norm clip": {"grad_norm_clip": 4.0},
-    "both clips": {"grad_clip": 0.7, "grad_norm_clip": 2.0},
-    "zero norm clip": {"grad_norm_clip": 0.0},
-    "prior": {"prior_std": 0.8},
-    "tiny prior": {"prior_std": 1e-15},
-    "max_update": {"max_update": 0.08},
-    "low": {"low": -0.3},
-    "high": {"high": 0.3},
-    "bounds": {"low": -0.4, "high": 0.2},
-    "crossed bounds": {"low": 0.4, "high": -0.2},
-    "everything": {
-        "grad_clip": 0.9,
-        "grad_norm_clip": 4.0,
-        "prior_std": 1.3,
-        "max_update": 0.2,
-        "low": -1.0,
-        "high": 0.9,
-    },
-}
 
-
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", STEP_OPTIONS)
 @pytest.mark.parametrize("outside", ("clamp", "reject"))
 @pytest.mark.parametrize("norm_over", ("chain", "tensor"))
 @pytest.mark.parametrize("dtype", (torch.float32, *SIXTEEN), ids=("fp32", "bf16", "fp16"))
@@ -312,7 +290,7 @@ def test_each_option(name: str, outside: str, norm_over: str, dtype: torch.dtype
         if outside == "reject":
             x[0][0] *= 0.01
         options = make_options(x, seed, outside=outside, norm_over=norm_over)
-        params = [plain(**OPTIONS[name])]
+        params = [plain(**STEP_OPTIONS[name])]
         for with_noise in (True, False):
             if outside == "reject" and near_a_bound(x, grad, params, options, with_noise):
                 continue
@@ -428,7 +406,7 @@ def test_nan_and_infinity(seed: int) -> None:
     g0 = special.repeat(len(special)).repeat(4, 1)
     x0[1] = draw(x0[1].shape, generator)
     g0[2] = draw(x0[2].shape, generator)
-    for name, changes in OPTIONS.items():
+    for name, changes in STEP_OPTIONS.items():
         if name == "zero norm clip":
             continue
         for outside in ("clamp", "reject"):

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
@@ -24,31 +24,13 @@ from mmebm.ops.common.params import StepParams, StepStats
 from mmebm.ops.langevin_step import op, reference
 from mmebm.ops.parity import NORMAL_TOLERANCE, limit
 from mmebm.ops.parity import STEP_TOLERANCE as FLOAT_TOLERANCE
+from tests.ops.cases import STEP_OPTIONS
 
-ISAS = ("baseline", "avx2", "avx512")
+pytestmark = pytest.mark.usefixtures("cpp")
+
 SIZES = (1, 3, 5, 63, 64, 65, 127, 1000)
 CHAINS = (1, 2, 7, 100)
 FIELDS = tuple(field.name for field in fields(StepParams))
-
-
-@pytest.fixture(autouse=True)
-def _cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    need("cpp")
-    for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    # torch's parallel loops over small tensors take milliseconds each where the cores are busy with something else
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param.replace("baseline", "generic") not in native.cpu().isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("MMEBM_CPU_ISA", request.param)
-    return request.param
 
 
 def make_options(x: Sequence[Tensor], seed: int, **changes: Any) -> op.StepOptions:
@@ -238,31 +220,7 @@ def test_moments(seed: int) -> None:
 # -- the update against the reference
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "value clip": {"grad_clip": 0.5},
-    "norm clip": {"grad_norm_clip": 4.0},
-    "both clips": {"grad_clip": 0.7, "grad_norm_clip": 2.0},
-    "zero norm clip": {"grad_norm_clip": 0.0},
-    "prior": {"prior_std": 0.8},
-    "tiny prior": {"prior_std": 1e-15},
-    "max_update": {"max_update": 0.08},
-    "low": {"low": -0.3},
-    "high": {"high": 0.3},
-    "bounds": {"low": -0.4, "high": 0.2},
-    "crossed bounds": {"low": 0.4, "high": -0.2},
-    "everything": {
-        "grad_clip": 0.9,
-        "grad_norm_clip": 4.0,
-        "prior_std": 1.3,
-        "max_update": 0.2,
-        "low": -1.0,
-        "high": 0.9,
-    },
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", STEP_OPTIONS)
 @pytest.mark.parametrize("outside", ("clamp", "reject"))
 @pytest.mark.parametrize("norm_over", ("chain", "tensor"))
 def test_each_option(isa: str, seed: int, name: str, outside: str, norm_over: str) -> None:
@@ -272,7 +230,7 @@ def test_each_option(isa: str, seed: int, name: str, outside: str, norm_over: st
         if outside == "reject":
             x[0][0] *= 0.01
         options = make_options(x, seed, outside=outside, norm_over=norm_over)
-        params = [plain_params(**OPTIONS[name])]
+        params = [plain_params(**STEP_OPTIONS[name])]
         for with_noise in (True, False):
             if outside == "reject" and near_a_bound(x, grad, params, options, with_noise):
                 continue
@@ -398,7 +356,7 @@ def test_nan_and_infinity(isa: str, seed: int) -> None:
     g0 = special.repeat(len(special)).repeat(4, 1)
     x0[1] = draw(x0[1].shape, generator)
     g0[2] = draw(x0[2].shape, generator)
-    for name, changes in OPTIONS.items():
+    for name, changes in STEP_OPTIONS.items():
         if name == "zero norm clip":
             continue
         for outside in ("clamp", "reject"):

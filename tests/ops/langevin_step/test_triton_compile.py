@@ -12,11 +12,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import subprocess
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -24,26 +21,17 @@ triton = pytest.importorskip("triton")
 
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from mmebm.kernels import langevin_step as room  # noqa: E402
 from mmebm.ops.common.params import StepParams  # noqa: E402
 from mmebm.ops.langevin_step import StepOptions  # noqa: E402
+from tests.ops import compiling  # noqa: E402
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
-]
+pytestmark = compiling.MARKS
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = compiling.TARGETS
 KERNELS = {"map": room._map_kernel, "chain": room._chain_kernel, "norm": room._norm_kernel}
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 # The registers of one thread; 128 threads a program. 96 leave an SM of 64K registers 20 warps of the map kernel with
@@ -130,36 +118,18 @@ def figures(case: tuple[str, Spec]) -> dict[str, int] | str:
     target, spec = case
     try:
         warps = room._THREADS // TARGETS[target].warp_size
-        compiled = triton.compile(
+        made = triton.compile(
             source(spec), target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True}
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if TARGETS[target].backend == "hip":
-        text = compiled.asm["amdgcn"]
-        return {
-            "fused squares": len(re.findall(r"\bv_fma\w*\s+v\d+, (v\d+), \1(?:, v|$)", text, re.M)),
-            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
-            "stack": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1)),
-            "shared": compiled.metadata.shared,
-            "vectors": len(re.findall(r"global_(?:load|store)_dwordx4", text)),
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        run = lambda tool, *arguments: (
-            subprocess.run(
-                [str(TOOLS / tool), *arguments, file.name], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        usage, code = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
-    return {
-        "fused squares": len(re.findall(r"\bfma\.rn\.(?:ftz\.)?f32\s+%\w+, (%\w+), \1, %", compiled.asm["ptx"])),
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "shared": compiled.metadata.shared,
-        "vectors": len(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*\.128\b", code)),
-    }
+    # of one number with itself
+    squares = r"\bfma\.rn\.(?:ftz\.)?f32\s+%\w+, (%\w+), \1, %"
+    if "amdgcn" in made.asm:
+        squares = r"\bv_fma\w*\s+v\d+, (v\d+), \1(?:, v|$)"
+    code = made.asm["amdgcn" if "amdgcn" in made.asm else "ptx"]
+    fused = len(re.findall(squares, code, re.MULTILINE))
+    return {**compiling.figures(made), "vectors": compiling.vectors(made), "fused squares": fused}
 
 
 @pytest.fixture(scope="module")

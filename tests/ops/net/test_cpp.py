@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,10 +16,12 @@ from torch.nn.utils import parametrizations
 from mmebm import native
 from mmebm.energies.trace import trace
 from mmebm.models import JointEnergy, SharedGenerator
-from mmebm.ops.common.params import StepParams
+from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import cpp, op, reference
 from mmebm.ops.net.graph import Activation, Add, Affine, Input, Net, Node, pack, unpack
+
+pytestmark = pytest.mark.usefixtures("cpp")
 
 # The normals may be this far from their float64 values (mmebm.noise).
 NORMAL_TOLERANCE = 2e-6
@@ -27,27 +29,6 @@ NORMAL_TOLERANCE = 2e-6
 FLOAT_TOLERANCE = 1e-6
 # Two fp32 passes may take different sides of a kink that is nearer than this.
 KINK = 1e-4
-
-ISAS = ("baseline", "avx2", "avx512")
-
-
-@pytest.fixture(autouse=True)
-def _cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    need("cpp")
-    for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param.replace("baseline", "generic") not in native.cpu().isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("MMEBM_CPU_ISA", request.param)
-    return request.param
 
 
 # -- nets
@@ -412,7 +393,7 @@ def compare_chain(chain: op.NetChain, x: Tensor, steps: int) -> Any:
     ours = cpp.run(chain, x, steps, 3, energy=True, grad_norm=True)
     torchs = op.run(None, chain, x, steps, 3)
     exact = op.run(None, double_chain(chain), x.double(), steps, 3)
-    scale = float(chain.constants[:, :, mlp.FIELDS.index("noise_scale")].abs().max())
+    scale = float(chain.constants[:, :, FIELDS.index("noise_scale")].abs().max())
     three_times("x", ours.x, torchs.x, exact.x, steps * NORMAL_TOLERANCE * scale)
     # noise that is off by its tolerance moves energies and gradients in proportion
     for name in ("energy", "grad_norm"):

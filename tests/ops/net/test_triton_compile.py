@@ -26,10 +26,6 @@ sm_90: products of 128 threads and addresses of 64 bits had 255 registers and 56
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,13 +36,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mmebm.kernels import net as kernels  # noqa: E402
+from tests.ops import compiling  # noqa: E402
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
-]
+pytestmark = compiling.MARKS
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
 # A thread's registers: of a product what 256 threads may have, of the others 128 (512 threads of 64 K registers)
 REGISTERS = {"product": 255, "others": 128}
@@ -93,14 +86,8 @@ def figures(target: GPUTarget, case: Case) -> dict[str, int]:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     product = name == "product_kernel"
     options = {"num_warps": kernels.WARPS["product" if product else "others"], "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=target, options={**options, **({"num_stages": 3} if product else {})})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    number = lambda what: int(re.search(rf"{what}:(\d+)", usage).group(1))  # type: ignore[union-attr]
-    return {"registers": number("REG"), "stack": number("STACK"), "shared": compiled.metadata.shared}
+    made = triton.compile(source, target=target, options={**options, **({"num_stages": 3} if product else {})})
+    return compiling.figures(made)
 
 
 CASES = {**PRODUCTS, **OTHERS}

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -16,13 +12,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mmebm.kernels import noise as kernel  # noqa: E402
+from tests.ops import compiling  # noqa: E402
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
-]
+pytestmark = compiling.MARKS
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = {"words": (0, "*i32"), "normal": (1, "*fp32"), "uniform": (2, "*fp32"), "uniform64": (2, "*fp64")}
 REGISTERS = 64  # of one thread: full occupancy needs 32 to 40, 64 keeps half
 
@@ -41,14 +34,9 @@ def test_compiles_without_spills(kind: str, whole: bool, capability: int) -> Non
         attrs={(0,): [["tt.divisibility", 16]]},
     )
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": kernel._WARPS})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    made = triton.compile(source, target=target, options={"num_warps": kernel._WARPS})
+    usage = compiling.said(made, "cuobjdump", "--dump-resource-usage")
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     assert found["STACK"] == 0 and found["LOCAL"] == 0, found
     assert found["REG"] <= REGISTERS, found
-    assert bool(re.search(r"st\.global\.v[24]", compiled.asm["ptx"])) == whole
+    assert bool(re.search(r"st\.global\.v[24]", made.asm["ptx"])) == whole

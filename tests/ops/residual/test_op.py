@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,32 +19,14 @@ from mmebm.ops.parity import VALUE_TOLERANCE as VALUE
 from mmebm.ops.residual import cpp as residual_cpp
 from mmebm.ops.residual import op, reference
 
+pytestmark = pytest.mark.usefixtures("cpp")
+
 KINDS = ("gaussian", "laplace", "categorical")
-ISAS = ("baseline", "avx2", "avx512")
 # The reference in float64 against torch's losses: rounding of sums of up to 10^4 terms.
 DOUBLE = 1e-11
 SHAPES = [(), (1,), (7,), (16,), (33,), (3, 4, 5), (2047,), (2048,), (2049,), (3, 28, 28), (5000,)]
 # classes first
 LOGITS = [(1,), (2,), (16,), (33,), (2500,), (5, 7), (27, 8), (3, 2, 9), (3, 700), (100, 40), (2100, 3), (1, 4)]
-
-
-@pytest.fixture(autouse=True)
-def _cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    need("cpp")
-    for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param.replace("baseline", "generic") not in native.cpu().isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("MMEBM_CPU_ISA", request.param)
-    return request.param
 
 
 def written(

@@ -5,12 +5,6 @@ Also where a kernel needs more registers or shared memory than it is known to, o
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -19,19 +13,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mmebm.kernels import residual as room  # noqa: E402
+from tests.ops import compiling  # noqa: E402
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"),
-]
+pytestmark = compiling.MARKS
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = compiling.TARGETS
 GAUSSIAN, LAPLACE, CATEGORICAL = 0, 1, 2
 # (likelihood, dtype of predictions, of targets, mask, scale, weight, classes, positions) of each modality
 WORDS = (CATEGORICAL, "fp32", "i64", 0, 0, 0, 33, 1)
@@ -109,30 +95,8 @@ def source(case: str) -> ASTSource:
 def figures(target: GPUTarget, case: str) -> dict[str, int]:
     """Registers, spills, shared memory and vector accesses."""
     warps = room._THREADS // target.warp_size
-    compiled = triton.compile(source(case), target=target, options={"num_warps": warps, "enable_fp_fusion": True})
-    if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        return {
-            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
-            "stack": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1)),
-            "shared": compiled.metadata.shared,
-            "vectors": len(re.findall(r"global_(?:load|store)_dwordx4", text)),
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-
-        def tool(name: str, option: str) -> str:
-            command = [str(TOOLS / name), option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, code = tool("cuobjdump", "--dump-resource-usage"), tool("nvdisasm", "-c")
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "shared": compiled.metadata.shared,
-        "vectors": len(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*\.128\b", code)),
-    }
+    made = triton.compile(source(case), target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+    return {**compiling.figures(made), "vectors": compiling.vectors(made)}
 
 
 @pytest.mark.parametrize("case", CASES)
