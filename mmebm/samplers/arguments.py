@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.samplers.arithmetic import map_tensors
-from mmebm.samplers.chain import Kept, Problem
+from mmebm.samplers.chain import Problem
 from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.settings import is_sequence
 from mmebm.state import Key, State, check_apart, flag, flatten, integer, observed_masks
@@ -132,7 +132,6 @@ def resolve(
     chunk_size: int | None = None,
     differentiable: int | bool | None = None,
     carried: Mapping[str, Any] | None = None,
-    kept: Kept | None = None,
 ) -> tuple[Problem, list[Tensor], int | Tensor | None]:
     """The problem but for the sampler's constants, the state's tensors, and the seed to report.
 
@@ -207,6 +206,5 @@ def resolve(
         differentiable=min(last, steps),
         carried=carried or {},
         chunk_size=chunk_size,
-        kept=kept,
     )
     return problem, tensors, told

@@ -21,14 +21,6 @@ from mmebm.samplers.watch import Watch
 from mmebm.state import Key, Structure
 
 
-class Kept(dict[str, Any]):
-    """What was made ready for a step and may serve the next one, each with what tells whether it does. No part of a
-    carry's value: copies and pickles have nothing of it."""
-
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()
-
-
 @dataclass(frozen=True)
 class Problem:
     """One run of a chain. ``calls`` and ``params`` have an entry per step, or one for all steps.
@@ -41,7 +33,6 @@ class Problem:
         blocks: the indices of the tensors that move, in the blocks in which they do.
         carried: what the run before left, by the names of the sampler's engine; see :attr:`Run.carried`.
         params: the sampler's constants, of the tensors in the state's order.
-        kept: what earlier steps of the same carry made ready, and where to leave such; None in a chain of its own.
         watch: what looks at the chain while it runs, and may end it; None where nobody does.
         project, noisy, chunk_size: Langevin's functions of each tensor, who gets noise at all, and how many chains are
             run at a time.
@@ -69,7 +60,6 @@ class Problem:
     noisy: list[bool] = field(default_factory=list[bool])
     chunk_size: int | None = None
     watch: Watch | None = None
-    kept: Kept | None = None
 
     @property
     def moving(self) -> list[int]:

@@ -22,7 +22,7 @@ from mmebm.ops.dynamics import reason
 from mmebm.samplers.arguments import resolve
 from mmebm.samplers.arithmetic import finite_chains, masked
 from mmebm.samplers.autograd_remedies import Remedies
-from mmebm.samplers.chain import Kept, Problem, Run
+from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.samples import NONFINITE, NonFinite, Samples, report_nonfinite
@@ -219,7 +219,6 @@ class Carry:
     options: Mapping[str, Any]
     carried: Mapping[str, Any] = field(default_factory=dict[str, Any])
     place: _Place | None = None
-    kept: Kept = field(default_factory=Kept)
 
     def __repr__(self) -> str:
         return (
@@ -417,7 +416,6 @@ class Sampler:
             first_step=carry.next_step,
             record=record,
             carried=carried,
-            kept=carry.kept,
             **own,
             **carry.options,
         )
@@ -430,6 +428,5 @@ class Sampler:
             carry.options,
             run.carried,
             _Place.of(energy, args, given, x) if "gradient" in run.carried else None,
-            carry.kept,
         )
         return p.build(x), after, {"nonfinite": broken, **run.info, "trace": recorded}

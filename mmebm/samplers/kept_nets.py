@@ -26,7 +26,7 @@ from mmebm.ops.net.graph import Conv, Linear
 from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.state import flatten
 
-__all__ = ["clear", "identity", "trace"]
+__all__ = ["clear", "trace"]
 
 MOST: Final = 32
 # What a class may hold, besides numbers and tensors, on which code may branch
@@ -53,7 +53,7 @@ def clear() -> None:
         _kept.clear()
 
 
-def identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: tuple[Any, ...]) -> Identity:
+def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: tuple[Any, ...]) -> Identity:
     """What the operations of a call depend on."""
     names, tensors, _ = flatten(state)
     key = Identity(torch.device("cpu"), training=True)
@@ -86,7 +86,7 @@ def trace(
     """As :func:`mmebm.energies.trace.trace`; with ``only_kept`` None where the net is not kept."""
     kwargs = kwargs or {}
     seen = tracing.examined(energy, args, kwargs)
-    key = identity(energy, state, args, kwargs, seen)
+    key = _identity(energy, state, args, kwargs, seen)
     key.both(log_prob)
     if key.refusal is not None:
         return None if only_kept else tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops.common.layout import widen
-from mmebm.ops.common.params import NormOver, Outside, Rng, StepRows
+from mmebm.ops.common.params import NormOver, Outside, Rng
 from mmebm.ops.langevin_mlp import Precision
 from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
 from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, join
@@ -336,17 +336,6 @@ class Langevin(Sampler):
     def _without_steps(self) -> str | None:
         return 'bounds_at="end", as it is in no chain\'s end' if self.bounds_at == "end" else super()._without_steps()
 
-    def _rows(self, p: Problem, tensors: list[Tensor]) -> tuple[StepRows, list[bool]]:
-        """The constants and who gets noise. Numbers are the same at every step of a carry: the same object then."""
-        ends = self.bounds if isinstance(self.bounds, tuple) else (self.bounds,)
-        settings = [*ends, *(getattr(self, name) for name in NUMBERS)]
-        if p.kept is None or not all(type(value) in (int, float, type(None)) for value in settings):
-            return langevin_rows(self, p.keys, tensors, p.first_step, p.steps)
-        place = (p.keys, [(t.shape, t.dtype, t.device) for t in tensors])
-        if "rows" not in p.kept or p.kept["rows"][0] is not self or p.kept["rows"][1] != place:
-            p.kept["rows"] = (self, place, langevin_rows(self, p.keys, tensors, p.first_step, p.steps))
-        return p.kept["rows"][2]
-
     def _run(self, p: Problem, tensors: list[Tensor]) -> Run:
         if "accepted" in p.record and self.accept is None:
             raise ValueError('record="accepted" needs accept="metropolis" or "descent"')
@@ -356,7 +345,7 @@ class Langevin(Sampler):
             raise ValueError('chain_offset and chunk_size need rng="philox": torch\'s noise depends on the batch')
         if p.chunk_size is not None and self.norm_over == "tensor" and self.grad_norm_clip is not None:
             raise ValueError('chunk_size cannot go with norm_over="tensor": its norm runs over all chains')
-        params, noisy = self._rows(p, tensors)
+        params, noisy = langevin_rows(self, p.keys, tensors, p.first_step, p.steps)
         ends: list[Any] = params[-1] if self.bounds_at == "end" and p.steps else []
         if self.bounds_at == "end":
             params = params.map(lambda name, value: None if name in ("low", "high") else value)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mmebm import native
 from mmebm.energies.lower import CannotLower, Lowered, lower
-from mmebm.energies.lower.effects import refuse_watchers
 from mmebm.energies.trace import Traced
 from mmebm.introspect import Memory
 from mmebm.native import BackendError
@@ -26,10 +25,9 @@ from mmebm.ops.common.layout import per_chain
 from mmebm.ops.net import op as net
 from mmebm.ops.net.graph import Conv, Linear
 from mmebm.ops.terms import too_wide
-from mmebm.samplers.capture.key import Identity
 from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.kept_nets import identity, trace
+from mmebm.samplers.kept_nets import trace
 from mmebm.samplers.user_modules import modules_of
 from mmebm.samplers.verify import Check
 
@@ -162,107 +160,54 @@ def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
     return f"{reason}; nor a net: {why}"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Ready:
-    """A chain that is ready to run, and what that depends on: good for the next step of a carry where that is the same.
-
-    Attributes:
-        key: of :func:`_key`, as it was before the energy was looked at; None at the first step.
-        params: the constants of which ``chain`` has a table.
-    """
-
-    sampler: Any
-    key: tuple[Identity, list[Any]] | None
-    params: Sequence[Any]
-    understood: Lowered | Traced
-    op: types.ModuleType
-    module: types.ModuleType
-    chain: Any
-    why: str
-
-
-def _key(p: Problem, tensors: Sequence[Tensor], seen: tuple[Any, ...]) -> tuple[Identity, list[Any]] | None:
-    """All that an energy's meaning and the choice of a backend depend on: what Python would compute, and which values
-    were written to any tensor that it reads. None where that cannot be told. The first part holds what ids name."""
-    args, kwargs = p.calls[0]
-    found = identity(p.energy, p.build(list(tensors)), args, kwargs, seen)
-    read = [*found.held, *found.inputs]
-    if found.refusal is not None or any(t.is_inference() for t in read):
-        return None
-    try:
-        refuse_watchers()
-    except CannotLower:
-        return None
-    device = tensors[0].device
-    around = (
-        device,
-        dispatch.requested(p.sampler.backend),
-        dispatch.isa(),
-        torch.get_num_threads(),
-        torch.is_autocast_enabled(device.type),
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
-    )
-    return found, [*found.full, *((t.data_ptr(), t._version) for t in read), *around]
-
-
 def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     """The chain from ``tensors``, which stay as they are, or the reason why it takes the loop."""
     reason = _options_reason(p, tensors)
     if reason is not None:
         return reason
-    sampler, chains, device = p.sampler, tensors[0].shape[0], tensors[0].device
-    last: _Ready | None = None if p.kept is None else p.kept.get("fused")
-    key = None if last is None else _key(p, tensors, last.understood.seen)
-    same = last is not None and last.sampler is sampler and last.key is not None and key is not None
-    same = same and last.key[1] == key[1]
-    understood = last.understood if same else _understood(p, tensors)
+    understood = _understood(p, tensors)
     if isinstance(understood, str):
         return understood
     if understood.scalar and "energy" in p.record:
         return "the energy returns a scalar, not one value per chain"
+    sampler, chains, device = p.sampler, tensors[0].shape[0], tensors[0].device
     moving = [i in p.blocks[0] for i in range(len(tensors))]
+    table = mlp.constants_of(p.params, chains, torch.float32, device, moving)
+    if isinstance(table, str):
+        return table
     flat = [per_chain(t) for t in tensors]
     widths = tuple(t.shape[1] for t in flat)
+    options: dict[str, Any] = {
+        "widths": widths,
+        "streams": tuple(range(len(tensors))),
+        "noisy": tuple(p.noisy),
+        "moving": tuple(moving),
+        "constants": table[0],
+        "present": table[1],
+        "observed": mlp.flat_mask([mask if isinstance(mask, Tensor) else None for mask in p.masks], tensors),
+        "seed": p.seed,
+        "chain_offset": p.chain_offset,
+        "noise_at": sampler.noise_at,
+        "clamp_noise": sampler.clamp_noise,
+        "freeze": sampler.on_nonfinite == "freeze",
+        "precision": sampler.precision,
+    }
     x = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat, dim=1)
-    observed = mlp.flat_mask([mask if isinstance(mask, Tensor) else None for mask in p.masks], tensors)
-    if same and last.params is p.params:
-        op, module, why = last.op, last.module, last.why
-        chain = dataclasses.replace(last.chain, observed=observed, seed=p.seed, chain_offset=p.chain_offset)
-    else:
-        table = mlp.constants_of(p.params, chains, torch.float32, device, moving)
-        if isinstance(table, str):
-            return table
-        options: dict[str, Any] = {
-            "widths": widths,
-            "streams": tuple(range(len(tensors))),
-            "noisy": tuple(p.noisy),
-            "moving": tuple(moving),
-            "constants": table[0],
-            "present": table[1],
-            "observed": observed,
-            "seed": p.seed,
-            "chain_offset": p.chain_offset,
-            "noise_at": sampler.noise_at,
-            "clamp_noise": sampler.clamp_noise,
-            "freeze": sampler.on_nonfinite == "freeze",
-            "precision": sampler.precision,
-        }
-        try:
-            if isinstance(understood, Traced):
-                op, chain = net, net.NetChain(net=understood.net, **options)
-                module, why = net.room(sampler.backend, chain, x)
-            else:
-                op, chain = mlp, mlp.MlpChain(terms=understood.terms, **options)
-                module, why = mlp.room(sampler.backend, chain, x)
-        except BackendError as error:
-            return str(error)
-        if module is None:
-            if isinstance(understood, Traced) and device.type == "cuda":
-                _elsewhere.add(p.energy, tensors, why)
-            return why
-        chain = dataclasses.replace(chain, checked=True)
-        if p.kept is not None:
-            p.kept["fused"] = _Ready(sampler, key, p.params, understood, op, module, chain, why)
+    op: Any
+    try:
+        if isinstance(understood, Traced):
+            op, chain = net, net.NetChain(net=understood.net, **options)
+            module, why = net.room(sampler.backend, chain, x)
+        else:
+            op, chain = mlp, mlp.MlpChain(terms=understood.terms, **options)
+            module, why = mlp.room(sampler.backend, chain, x)
+    except BackendError as error:
+        return str(error)
+    if module is None:
+        if isinstance(understood, Traced) and device.type == "cuda":
+            _elsewhere.add(p.energy, tensors, why)
+        return why
+    chain = dataclasses.replace(chain, checked=True)
 
     target = Target.of(p)
     check = Check(target, understood, op.name_of(module))

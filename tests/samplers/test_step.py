@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mmebm
-from mmebm.samplers import HMC, MALA, Langevin, ParallelTempering, Underdamped, whole_chain
+from mmebm.samplers import HMC, MALA, Langevin, ParallelTempering, Underdamped
 from mmebm.samplers.schedules import linear, table
 
 STEPS, THIN, FIRST = 6, 2, 3
@@ -105,91 +104,6 @@ def test_steps_of_a_fused_chain(need: Any, seed: int) -> None:
         now, carry, info = sampler.step(net, now, carry)
         assert info["op"] == out.info["op"] == "langevin_mlp", info["reason"]
     assert_same(out.state, now)
-
-
-class Scaled(nn.Module):
-    scale = 1.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 1))
-
-    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
-        return weight * self.scale * self.net(x)
-
-
-@torch.no_grad()
-def written(net: Scaled) -> None:
-    net.net[0].weight.mul_(1.5)
-
-
-def replaced(net: Scaled) -> None:
-    net.net[0].weight = nn.Parameter(1.5 * net.net[0].weight.detach())
-
-
-def pointed(net: Scaled) -> None:
-    net.net[0].weight.data = 1.5 * net.net[0].weight.data
-
-
-def layered(net: Scaled) -> None:
-    net.net[1] = nn.Tanh()
-
-
-def numbered(net: Scaled) -> None:
-    net.scale = 0.5
-
-
-def hooked(net: Scaled) -> None:
-    net.net[0].register_forward_hook(lambda module, given, out: 2 * out)
-
-
-@pytest.mark.parametrize("change", [None, written, replaced, pointed, layered, numbered, hooked])
-def test_what_was_made_ready_serves_as_long_as_nothing_changed(
-    change: Any, need: Any, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need("cpp")
-    calls: list[None] = []
-    understood = whole_chain._understood
-    monkeypatch.setattr(whole_chain, "_understood", lambda *given: (calls.append(None), understood(*given))[1])
-    energy, x = Scaled(), torch.randn(9, 4)
-    carry = Langevin(0.05).init(x, seed=seed)
-
-    def looks(sampler: Langevin, energy: Any, **given: Any) -> int:
-        """How often the energy is looked at in a step, which is that of a carry that knows nothing."""
-        nonlocal x, carry
-        fresh = sampler.init(x, seed=seed, first_step=carry.next_step)
-        expected, _, _ = sampler.step(energy, x, fresh, **given)
-        calls.clear()
-        x, carry, info = sampler.step(energy, x, carry, **given)
-        assert_same(x, expected)
-        assert change is hooked or info["op"] == "langevin_mlp", info["reason"]
-        return len(calls)
-
-    sampler = Langevin(0.05)
-    # at the first step it is not known yet what to look out for
-    assert [looks(sampler, energy) for _ in range(4)] == [1, 1, 0, 0]
-    if change is not None:
-        change(energy)
-        assert looks(sampler, energy) == 1
-        return
-    assert looks(sampler, Scaled()) == 1  # another energy
-    assert looks(sampler, energy) == 1 and looks(sampler, energy) == 0
-    assert looks(sampler, energy, kwargs={"weight": 2.0}) == 1
-    assert looks(Langevin(0.05, prior_std=1.5), energy, kwargs={"weight": 2.0}) == 1  # other options
-    # a schedule's constants are other ones at each step
-    ramp = Langevin(RAMP)
-    assert [looks(ramp, energy) for _ in range(3)] == [1, 0, 0]
-
-
-def test_a_carry_is_copied_without_what_was_made_ready(need: Any, seed: int) -> None:
-    need("cpp")
-    energy, x, sampler = Scaled(), torch.randn(9, 4), Langevin(0.05)
-    carry = sampler.init(x, seed=seed)
-    for _ in range(3):
-        x, carry, _ = sampler.step(energy, x, carry)
-    copied = pickle.loads(pickle.dumps(carry))
-    assert carry.kept and not copied.kept
-    assert_same(sampler.step(energy, x, copied)[0], sampler.step(energy, x, carry)[0])
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if "torch" not in name])
