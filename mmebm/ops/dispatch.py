@@ -122,6 +122,12 @@ def implementation(op: str, backend: str) -> tuple[ModuleType | None, str | None
         return None, f"{path} does not import ({error}){remedy}"
 
 
+def backend_of(op: str, module: ModuleType) -> str:
+    """The backend whose implementation of ``op`` the module is."""
+    modules = OPS[op].modules
+    return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
+
+
 def _candidate(
     op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str
 ) -> tuple[ModuleType | None, str | None]:
