@@ -180,6 +180,10 @@ class _Ready:
     chain: Any
     why: str
 
+    def serves(self, sampler: Any, key: tuple[Identity, list[Any]] | None) -> bool:
+        """Whether the energy means the same at a step of ``sampler`` with this key."""
+        return sampler is self.sampler and key is not None and self.key is not None and key[1] == self.key[1]
+
 
 def _key(p: Problem, tensors: Sequence[Tensor], seen: tuple[Any, ...]) -> tuple[Identity, list[Any]] | None:
     """All that an energy's meaning and the choice of a backend depend on: what Python would compute, and which values
@@ -213,9 +217,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     sampler, chains, device = p.sampler, tensors[0].shape[0], tensors[0].device
     last: _Ready | None = None if p.kept is None else p.kept.get("fused")
     key = None if last is None else _key(p, tensors, last.understood.seen)
-    same = last is not None and last.sampler is sampler and last.key is not None and key is not None
-    same = same and last.key[1] == key[1]
-    understood = last.understood if same else _understood(p, tensors)
+    ready = last if last is not None and last.serves(sampler, key) else None
+    understood = _understood(p, tensors) if ready is None else ready.understood
     if isinstance(understood, str):
         return understood
     if understood.scalar and "energy" in p.record:
@@ -225,9 +228,9 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     widths = tuple(t.shape[1] for t in flat)
     x = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat, dim=1)
     observed = mlp.flat_mask([mask if isinstance(mask, Tensor) else None for mask in p.masks], tensors)
-    if same and last.params is p.params:
-        op, module, why = last.op, last.module, last.why
-        chain = dataclasses.replace(last.chain, observed=observed, seed=p.seed, chain_offset=p.chain_offset)
+    if ready is not None and ready.params is p.params:
+        op, module, why = ready.op, ready.module, ready.why
+        chain = dataclasses.replace(ready.chain, observed=observed, seed=p.seed, chain_offset=p.chain_offset)
     else:
         table = mlp.constants_of(p.params, chains, torch.float32, device, moving)
         if isinstance(table, str):
