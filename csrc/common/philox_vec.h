@@ -83,9 +83,9 @@ MMEBM_INLINE void philox_one(const I* block, const OneChain& s, Counters* c) {
   rounds<3, N>(c, s);
 }
 
-MMEBM_INLINE F radius(I word) {
-  const F u = fma(unsigned_float(word), setf(0x1p-32f), setf(0x1p-33f));
-  const I bits = as_int(u);
+// -2 log x of x > 0, by the split x = 2^e (1 + f) and a polynomial in f.
+MMEBM_INLINE F minus_two_log(F x) {
+  const I bits = as_int(x);
   const I above = subi(bits, seti(0x3f3504f3u));  // sqrt(1/2)
   const F f = sub(as_float(subi(bits, andi(above, seti(0xff800000u)))), setf(1.0f));
   F q = fma(setf(0.202383772f), f, setf(-0.32819885f));
@@ -95,7 +95,11 @@ MMEBM_INLINE F radius(I word) {
   q = fma(q, f, setf(-0.666722298f));
   q = fma(q, f, setf(1.00001264f));
   q = fma(q, f, setf(-1.99999964f));
-  return sqrt(fma(signed_float(high_exponent(above)), setf(-1.38629436f), mul(f, q)));
+  return fma(signed_float(high_exponent(above)), setf(-1.38629436f), mul(f, q));
+}
+
+MMEBM_INLINE F radius(I word) {
+  return sqrt(minus_two_log(fma(unsigned_float(word), setf(0x1p-32f), setf(0x1p-33f))));
 }
 
 MMEBM_INLINE void box_muller(I word_u, I word_a, F& first, F& second) {

@@ -275,20 +275,7 @@ MMEBM_INLINE F constant(const NetConstant& c, const float* arena, int64_t i) {
 
 MMEBM_INLINE void put(float* to, F v, bool store_it) { store(to, store_it ? v : add(load(to), v)); }
 
-// log x of x > 0, by the split x = 2^e (1 + f) and the polynomial of philox_vec.h.
-MMEBM_INLINE F log_of(F x) {
-  const I bits = as_int(x);
-  const I above = subi(bits, seti(0x3f3504f3u));  // sqrt(1/2)
-  const F f = sub(as_float(subi(bits, andi(above, seti(0xff800000u)))), setf(1.0f));
-  F q = fma(setf(0.202383772f), f, setf(-0.32819885f));
-  q = fma(q, f, setf(0.346468151f));
-  q = fma(q, f, setf(-0.397488624f));
-  q = fma(q, f, setf(0.499209881f));
-  q = fma(q, f, setf(-0.666722298f));
-  q = fma(q, f, setf(1.00001264f));
-  q = fma(q, f, setf(-1.99999964f));
-  return mul(setf(-0.5f), fma(signed_float(high_exponent(above)), setf(-1.38629436f), mul(f, q)));
-}
+MMEBM_INLINE F log_of(F x) { return mul(setf(-0.5f), minus_two_log(x)); }
 
 struct Net {
   const NetPlan& plan;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -86,7 +86,7 @@ def isa() -> str:
 
 
 @contextmanager
-def using_isa(name: str) -> Iterator[None]:
+def using_isa(name: str) -> Generator[None, None, None]:
     """``name`` in the place of ``MMEBM_CPU_ISA``, in this thread."""
     before, _thread.isa = getattr(_thread, "isa", None), name
     try:
@@ -120,6 +120,12 @@ def implementation(op: str, backend: str) -> tuple[ModuleType | None, str | None
     except ImportError as error:
         remedy = "; pip install triton" if backend == "triton" else ""
         return None, f"{path} does not import ({error}){remedy}"
+
+
+def backend_of(op: str, module: ModuleType) -> str:
+    """The backend whose implementation of ``op`` the module is."""
+    modules = OPS[op].modules
+    return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
 
 
 def _candidate(
@@ -156,7 +162,7 @@ def choose(
         if reason is not None:
             raise BackendError(f"{backend}: {op}: {reason}")
         return Choice(backend, module, why)
-    reasons = []
+    reasons: list[str] = []
     for name in OPS[op].auto.get(device.type, ()):
         module, reason = _candidate(op, name, device, refusal, precision)
         if reason is None:

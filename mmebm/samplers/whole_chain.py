@@ -210,7 +210,9 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     chain = dataclasses.replace(chain, checked=True)
 
     target = Target.of(p)
-    check = Check(target, understood, op.name_of(module))
+    op_name = "langevin_net" if op is net else "langevin_mlp"
+    backend = dispatch.backend_of(op_name, module)
+    check = Check(target, understood, backend)
     reason = check.before(tensors)
     if reason is not None:
         return reason
@@ -265,8 +267,7 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         ]
     if frozen is not None:
         broken = broken | frozen
-    name = "langevin_net" if op is net else "langevin_mlp"
-    info: dict[str, Any] = {"backend": op.name_of(module), "op": name, "reason": why}
+    info: dict[str, Any] = {"backend": backend, "op": op_name, "reason": why}
     if start < p.steps:
         info["steps"] = start
     trace = {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}

@@ -8,7 +8,7 @@ another. No result depends on the number of threads (``torch.get_num_threads()``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -134,6 +134,10 @@ def _described(terms: Sequence[Term], x: Tensor, addresses: Addresses) -> list[d
     return out
 
 
+# What C++ takes an energy as, given where tensors lie
+Described: TypeAlias = Callable[[Addresses], list[dict[str, Any]]]
+
+
 def _job(x: Tensor, addresses: Addresses) -> dict[str, Any]:
     """The fields that every call has (:file:`csrc/common/chain_bind.h`)."""
     return {
@@ -145,9 +149,7 @@ def _job(x: Tensor, addresses: Addresses) -> dict[str, Any]:
     }
 
 
-def call_energy(
-    name: str, x: Tensor, described: Callable[[Addresses], Any], reason: str | None
-) -> tuple[Tensor, Tensor]:
+def call_energy(name: str, x: Tensor, described: Described, reason: str | None) -> tuple[Tensor, Tensor]:
     """E (chains,) and dE/dx (chains, inputs) by the function ``name`` of ``mmebm._cpu``, which takes what ``described``
     returns.
 
@@ -169,7 +171,7 @@ def call_chain(
     name: str,
     chain: Any,
     x: Tensor,
-    described: Callable[[Addresses], Any],
+    described: Described,
     steps: int,
     first_step: int | Tensor,
     *,
@@ -220,7 +222,9 @@ def call_chain(
 
 def energy_and_gradient(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tensor]:
     """E (chains,) and dE/dx (chains, inputs); see :func:`supports_energy`."""
-    described = lambda addresses: _described(check_terms(terms, x.shape[0], x.shape[1], x.device), x, addresses)
+    described: Described = lambda addresses: _described(
+        check_terms(terms, x.shape[0], x.shape[1], x.device), x, addresses
+    )
     return call_energy("mlp_energy", x, described, supports_energy(terms, x))
 
 
@@ -233,6 +237,6 @@ def run(
         reason = supports(chain, x)
         if reason is None:
             check_terms(chain.terms, x.shape[0], x.shape[1], x.device)
-    described = lambda addresses: _described(chain.terms, x, addresses)
+    described: Described = lambda addresses: _described(chain.terms, x, addresses)
     records = {"energy": energy, "grad_norm": grad_norm}
     return call_chain("langevin_mlp", chain, x, described, steps, first_step, **records, reason=reason)

@@ -29,7 +29,7 @@ from mmebm.ops.langevin_mlp.reference import langevin_mlp as reference
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 
-__all__ = ["MlpChain", "MlpResult", "Precision", "constants_of", "flat_mask", "langevin_mlp", "name_of", "room", "run"]
+__all__ = ["MlpChain", "MlpResult", "Precision", "constants_of", "flat_mask", "langevin_mlp", "room", "run"]
 
 Precision = Literal["fp32", "tf32x3", "bf16"]
 
@@ -206,12 +206,6 @@ def noted(chosen: dispatch.Choice, chain: MlpChain, x: Tensor) -> str:
     say = getattr(chosen.module, "note", None)
     note = None if say is None else say(chain, x)
     return chosen.reason if note is None else f"{chosen.reason}; {note}"
-
-
-def name_of(module: ModuleType) -> str:
-    """The backend whose implementation ``module`` is."""
-    modules = dispatch.OPS["langevin_mlp"].modules
-    return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
 
 
 def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, energy: Any = None) -> MlpResult:

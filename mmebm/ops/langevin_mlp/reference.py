@@ -63,7 +63,8 @@ def langevin_mlp(
     chains = x[0].shape[0]
     group = [i for i in range(len(x)) if moving is None or moving[i]]
     alive = torch.ones(chains, dtype=torch.bool, device=x[0].device)
-    energies, norms = [], []
+    energies: list[Tensor] = []
+    norms: list[Tensor] = []
     for k in range(steps):
         row = params[min(k, len(params) - 1)]
         now, old = [row[i] for i in group], [x[i] for i in group]
@@ -72,7 +73,7 @@ def langevin_mlp(
             x[i] = t
         flat = torch.cat([widen(per_chain(t)) for t in x], dim=1)
         energy, grad = terms(flat) if callable(terms) else mlp_energy(flat, terms)
-        parts = [g.reshape(t.shape) for g, t in zip(grad.split([per_chain(t).shape[1] for t in x], dim=1), x)]
+        parts = [g.reshape(t.shape) for g, t in zip(torch.split(grad, [per_chain(t).shape[1] for t in x], dim=1), x)]
         y, stats = stepper.step(
             current, [parts[i] for i in group], now, first_step + k, with_noise=noise_at == "after", stats=True
         )

@@ -44,7 +44,8 @@ def activate(a: Tensor, name: str, slope: float) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Tensor, stack: Stack) -> tuple[Tensor, list[Tensor]]:
     """The outputs, and act' of each hidden layer."""
-    h, slopes = x, []
+    h = x
+    slopes: list[Tensor] = []
     for layer in stack.layers:
         if isinstance(layer, Linear):
             h = F.linear(h, layer.weight, layer.bias)

@@ -24,7 +24,7 @@ from mmebm import native
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import Addresses
 from mmebm.ops.langevin_mlp import MlpResult
-from mmebm.ops.langevin_mlp.cpp import call_chain, call_energy, idle_threads, plain_on_cpu, supports_options
+from mmebm.ops.langevin_mlp.cpp import Described, call_chain, call_energy, idle_threads, plain_on_cpu, supports_options
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Net, check_net, reads, shapes_of, tensors_of
 from mmebm.ops.net.op import NetChain
@@ -152,7 +152,7 @@ _KINDS: Final[dict[type, Callable[[Any, _At], dict[str, Any]]]] = {
 
 def _described(net: Net, addresses: Addresses) -> list[dict[str, Any]]:
     """The nodes as ``mmebm._cpu`` takes them."""
-    at = lambda t, dtype: addresses("a tensor of the net", t, dtype)
+    at: _At = lambda t, dtype: addresses("a tensor of the net", t, dtype)
     return [
         {"kind": type(node).__name__.lower(), "xs": reads(node), "shape": _image(shape), **_KINDS[type(node)](node, at)}
         for node, shape in zip(net.nodes, shapes_of(net), strict=True)
@@ -176,6 +176,6 @@ def run(
         reason = supports(chain, x)
         if reason is None:
             check_net(chain.net, x.shape[0], x.shape[1], x.device)
-    described = lambda addresses: _described(chain.net, addresses)
+    described: Described = lambda addresses: _described(chain.net, addresses)
     records = {"energy": energy, "grad_norm": grad_norm}
     return call_chain("langevin_net", chain, x, described, steps, first_step, **records, reason=reason)

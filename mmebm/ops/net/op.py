@@ -30,7 +30,7 @@ from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import reference
 from mmebm.ops.net.graph import Net, check_net, pack, tensors_of, unpack
 
-__all__ = ["NetChain", "name_of", "net_energy", "room", "run"]
+__all__ = ["NetChain", "net_energy", "room", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +67,6 @@ def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, s
     if chosen.module is not None:
         check_net(chain.net, x.shape[0], x.shape[1], x.device)
     return chosen.module, mlp.noted(chosen, chain, x)
-
-
-def name_of(module: ModuleType) -> str:
-    """The backend whose module it is."""
-    modules = dispatch.OPS["langevin_net"].modules
-    return next((name for name, path in modules.items() if path == module.__name__), module.__name__)
 
 
 def run(

@@ -67,7 +67,7 @@ def residual(
     wide = [y.to(arithmetic(y)) for y in predictions]
     dtype = torch.float64 if any(y.dtype == torch.float64 for y in wide) else torch.float32
     value = torch.zeros(predictions[0].shape[0], dtype=dtype, device=predictions[0].device)
-    grads = []
+    grads: list[Tensor] = []
     for i, (y, target, kind) in enumerate(zip(wide, targets, likelihood, strict=True)):
         w, keep = _per_chain(weight[i], y), observed[i]
         if kind == "categorical":
