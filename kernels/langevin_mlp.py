@@ -9,10 +9,10 @@
 
 One kernel for everything. It interprets a short program in memory: an operation is one layer forward, one layer
 backward or a quadratic, with its widths, places, activation and constants as numbers. Depth, widths, kinds and number
-of terms, activations, tensors of the state and all options are run-time values, so that Triton compiles **two kernels a
-precision, six in all**, whatever the networks (``TILES``: few chains and many; both ops of this family share them). A
-network compiled as a constant would not be faster by much where it counts: a step is a sequence of small products that
-wait for weights from L2, and those are fetched ahead by the software pipeline either way.
+of terms, activations, tensors of the state and all options are run-time values, so that Triton compiles **three kernels
+a precision, nine in all**, whatever the networks (``TILES``: a chain a program, few chains and many; both ops of this
+family share them). A network compiled as a constant would not be faster by much where it counts: a step is a sequence
+of small products that wait for weights from L2, and those are fetched ahead by the software pipeline either way.
 
 Layout. A program has BM chains and does all K steps of them, then takes the next BM. What it keeps between operations
 lies in its own piece of global memory, rows of one chain each: the state, the gradient, per hidden layer the value and
@@ -21,6 +21,10 @@ multiprocessor: it stays in L1 and L2, and programs are as many as run at a time
 Registers hold one block of one layer, (BM, 128), and the sum over blocks of 32 units. ``tl.debug_barrier`` separates
 writing from reading. (On AMD it waits for LDS only; the waves of a workgroup share the vector L1, which keeps their
 order.) Values of the backward pass overwrite those of the forward pass.
+
+Up to 128 chains are one a program, so that as many multiprocessors work. Tensor cores have nothing to do there: a
+thread multiplies what it loads of the weights by the chain's values and adds, and the sums of a program's threads meet
+once a block. A step takes a fourth of the instructions of the smallest tile with ``tl.dot`` (docs/kernels.md).
 
 Why not in registers: cross-compiled for sm_90 with Triton 3.7.1 on 2026-11-22, a kernel with both hidden layers of
 64-256-256-1 in registers (BM 16, 8 warps, options included) spilled 1.6 KB a thread with tf32x3 products and 9.3 KB
@@ -35,8 +39,9 @@ and backward then both read rows), which a captured graph repeats: it sees new w
 the program and the columns, is kept on the device from call to call; the first call must not be a captured one.
 
 Precision. "fp32": exact products (FMA units); "tf32x3": three tf32 products, errors near fp32; "bf16": operands
-rounded, products on tensor cores. Sums are fp32. A chain's result does not depend on the chains beside it; it may
-depend in the last bits on ``TILES``.
+rounded, products on tensor cores. Where a program has one chain the FMA units make all of them, and those of tf32x3 are
+exact. Sums are fp32. A chain's result does not depend on the chains beside it; it may depend in the last bits on
+``TILES``.
 
 Specialisation as in :mod:`mmebm.kernels.langevin_step`: seed and step are integers or addresses of 1-element int64
 tensors, scalars have declared types, and no value compiles anything anew.
@@ -84,6 +89,7 @@ from mmebm.kernels.rule import (
     norm_factor,
     number_of,
     proposed,
+    rounded,
     signed64,
     todo_of,
 )
@@ -361,6 +367,22 @@ def _update(
     return squares, alive
 
 
+@triton.jit
+def _product(own, a_at, w, b_at, K, N, n, ok, BM: tl.constexpr, NB: tl.constexpr, KB: tl.constexpr, MODE: tl.constexpr):
+    """Columns n of a W for the few chains of a program, by ordinary fused multiply-adds."""
+    kk = tl.arange(0, KB)
+    # pointers that move on: an offset made anew would cost more than its product
+    a_row = own + (a_at + kk)[None, :]
+    b_row = w + b_at + (kk[:, None] * N + n[None, :])[None, :, :]
+    total = tl.zeros([BM, KB, NB], tl.float32)
+    for _ in range(0, K, KB):
+        b = tl.load(b_row, mask=ok[None, None, :], other=0.0)
+        total += rounded(tl.load(a_row), MODE)[:, :, None] * b.to(tl.float32)
+        a_row += KB
+        b_row += KB * N
+    return tl.sum(total, axis=1)
+
+
 @triton.jit(do_not_specialize=_SCALARS)
 def _chain_kernel(
     x,
@@ -467,12 +489,15 @@ def _chain_kernel(
                 for n0 in range(0, N, NB):
                     n = n0 + tl.arange(0, NB)
                     ok = n < N
-                    acc = tl.zeros([BM, NB], tl.float32)
-                    for j in range(0, K, KB):
-                        kk = j + tl.arange(0, KB)
-                        a = tl.load(own + (a_at + kk)[None, :])
-                        b = tl.load(w + b_at + kk[:, None] * N + n[None, :], mask=ok[None, :], other=0.0)
-                        acc = dot(a, b, acc, MODE)
+                    if BM < 8:
+                        acc = _product(own, a_at, w, b_at, K, N, n, ok, BM, NB, KB, MODE)
+                    else:
+                        acc = tl.zeros([BM, NB], tl.float32)
+                        for j in range(0, K, KB):
+                            kk = j + tl.arange(0, KB)
+                            a = tl.load(own + (a_at + kk)[None, :])
+                            b = tl.load(w + b_at + kk[:, None] * N + n[None, :], mask=ok[None, :], other=0.0)
+                            acc = dot(a, b, acc, MODE)
                     if kind <= _OUTPUT:
                         acc += tl.load(v + v_at + n, mask=ok, other=0.0)[None, :]
                     if kind <= _HEAD:
@@ -844,18 +869,23 @@ def _plan(
 
 
 _CODES_OF_PRECISION: Final = {"fp32": "ieee", "tf32x3": "tf32x3", "bf16": "rounded" if _INTERPRETED else "bf16"}
-# By precision: few chains, and many. The tables of tests/ops/langevin_mlp/test_triton_compile.py say why these.
+_ALONE: Final = Tile(1, 128, 32, 4, 1)
+# By precision: a chain a program, few chains, and many. The table of tests/ops/langevin_mlp/test_triton_compile.py and
+# docs/kernels.md say why these.
 TILES: Final = {
-    "fp32": (Tile(8, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
-    "tf32x3": (Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
-    "bf16": (Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
+    "fp32": (_ALONE, Tile(8, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
+    "tf32x3": (_ALONE, Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
+    "bf16": (_ALONE, Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
 }
+_FEW: Final = 128  # programs of one chain: no more than there are multiprocessors, as each reads all weights
 _MANY: Final = 256  # programs that fill a device
 
 
 def tile_of(chains: int, precision: str) -> Tile:
     """The tile of a problem. A function of the chains alone, not of the device: last bits could depend on it."""
-    few, many = TILES[precision]
+    alone, few, many = TILES[precision]
+    if chains <= _FEW:
+        return alone
     return few if chains <= _MANY * few.chains else many
 
 

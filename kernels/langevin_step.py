@@ -42,6 +42,9 @@ vector a row where the chain's length is a multiple of G and the address of 16, 
 accesses, the noise and the arithmetic share one register layout; nothing of the map kernel passes through shared
 memory. Offsets are 64-bit.
 
+Instructions decide in 16 bits, so some are named on NVIDIA (``PTX``): the exclusive or of three words, the rounding of
+two numbers, and the clamps, which LLVM would otherwise take out of the branch of an option that is absent.
+
 Limits: fp32, bf16, fp16 on CUDA (compute capability 8.0 or later) or ROCm; contiguous tensors are updated in place,
 others are copied first; fewer than 2^30 elements a chain and 2^31 - 2^16 groups of 4 a tensor (34 GB in fp32).
 :func:`supports` says what is not taken.
@@ -83,6 +86,8 @@ __all__ = ["TritonStepper", "supports"]
 # Bits of a tensor's option word: bit k says that parameter k, in the order of StepParams, is given. Step size and noise
 # scale always are, so that Triton sees nothing special in the word's value.
 _NORM: Final = tl.constexpr(1 << FIELDS.index("grad_norm_clip"))
+_CLIP: Final = tl.constexpr(1 << FIELDS.index("grad_clip"))
+_MAX: Final = tl.constexpr(1 << FIELDS.index("max_update"))
 _PRIOR: Final = tl.constexpr(1 << FIELDS.index("prior_std"))
 _LOW: Final = tl.constexpr(1 << FIELDS.index("low"))
 _HIGH: Final = tl.constexpr(1 << FIELDS.index("high"))
@@ -211,17 +216,28 @@ def _store(address, offset, y, left, meta, DTYPE: tl.constexpr, G: tl.constexpr)
 
 
 @triton.jit
-def _clamp(v, low, high):
+def _clamp(v, low, high, PTX: tl.constexpr):
     # NaN stays NaN, as in torch.clamp
-    v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
+    if PTX:
+        # LLVM would take these out of the branch that they are in, to be done for nothing
+        return tl.inline_asm_elementwise(
+            "{ max.NaN.f32 $0, $1, $2; min.NaN.f32 $0, $0, $3; }",
+            "=&f,f,f,f",
+            [v, low, high],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr):
+def _bounds(y, t, fs, vs, meta, chain, ok, T: tl.constexpr, VECTOR: tl.constexpr, PTX: tl.constexpr):
     low = _param(t, fs, vs, meta, chain, ok, LOWER, T, VECTOR)
     high = _param(t, fs, vs, meta, chain, ok, UPPER, T, VECTOR)
-    return _clamp(y, low, high)
+    return _clamp(y, low, high, PTX)
 
 
 @triton.jit
@@ -245,35 +261,40 @@ def _propose(
     VECTOR: tl.constexpr,
     NORMED: tl.constexpr,
     G: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """x + d, before the bounds, and where a clip changed something. ``factor`` is the norm clip's (NORMED)."""
     # The noise first: it needs most registers, and nothing but what was loaded has to be kept meanwhile
     xi = tl.zeros(x_stored.shape, tl.float32)
     if (meta & _NOISE) != 0:
         global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
-        xi = normals(group.to(tl.uint32), global_chain, step, stream, k0, k1, G)
+        xi = normals(group.to(tl.uint32), global_chain, step, stream, k0, k1, G, PTX)
         xi *= _param(t, fs, vs, meta, chain, ok, NOISE_SCALE, T, VECTOR)
     x = x_stored.to(tl.float32)
     g = g_stored.to(tl.float32)
-    # no branches: what is absent is a limit that changes nothing
-    c = _param(t, fs, vs, meta, chain, ok, GRAD_CLIP, T, VECTOR)
-    changed = (tl.abs(g) > c).to(tl.int32)
-    g = _clamp(g, -c, c)
+    changed = tl.zeros(x_stored.shape, tl.int32)
+    if (meta & _CLIP) != 0:
+        c = _param(t, fs, vs, meta, chain, ok, GRAD_CLIP, T, VECTOR)
+        changed = (tl.abs(g) > c).to(tl.int32)
+        g = _clamp(g, -c, c, PTX)
     # nested, as only a constant condition keeps Triton from compiling what is inside
     if NORMED:  # noqa: SIM102
         if (meta & _NORM) != 0:
             changed = changed | (factor < 1.0).to(tl.int32)
             g = g * factor
-    if (meta & _SCORE) != 0:
-        g = -g
+    # the sign of a score goes into the factors, one number each
+    a = _param(t, fs, vs, meta, chain, ok, STEP_SIZE, T, VECTOR)
+    a = tl.where((meta & _SCORE) != 0, -a, a)
     if (meta & _PRIOR) != 0:
         # not 1 / std^2, which overflows where the quotient does not
         inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, PRIOR_STD, T, VECTOR)
-        g = g + x * inverse * inverse
-    d = xi - _param(t, fs, vs, meta, chain, ok, STEP_SIZE, T, VECTOR) * g
-    m = _param(t, fs, vs, meta, chain, ok, MAX_UPDATE, T, VECTOR)
-    changed = changed | (tl.abs(d) > m).to(tl.int32)
-    return x + _clamp(d, -m, m), changed
+        g = tl.fma(x * inverse, tl.zeros(x.shape, tl.float32) + tl.where((meta & _SCORE) != 0, -inverse, inverse), g)
+    d = xi - a * g
+    if (meta & _MAX) != 0:
+        m = _param(t, fs, vs, meta, chain, ok, MAX_UPDATE, T, VECTOR)
+        changed = changed | (tl.abs(d) > m).to(tl.int32)
+        d = _clamp(d, -m, m, PTX)
+    return x + d, changed
 
 
 @triton.jit
@@ -301,6 +322,7 @@ def _finish(
     k1,
     DTYPE: tl.constexpr,
     G: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """y as it is stored: rounded, and the old value where observed."""
     if DTYPE == tl.float32:
@@ -308,8 +330,8 @@ def _finish(
     else:
         global_chain = (chain.to(tl.int64) + offset).to(tl.uint32)
         tag = stream | (purpose << 24).to(tl.uint32)
-        halves = rounding_halves(group.to(tl.uint32), global_chain, step, tag, k0, k1)
-        out = stochastic_round(y, halves, DTYPE)
+        halves = rounding_halves(group.to(tl.uint32), global_chain, step, tag, k0, k1, PTX)
+        out = stochastic_round(y, halves, DTYPE, PTX)
     if (meta & _MASK) != 0:
         out = tl.where(_observed(mask_address, n, meta, chain, left, group, G) != 0, x_stored, out)
     return out
@@ -339,6 +361,7 @@ def _map_kernel(
     VECTOR: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Each program: 2^span_log2 consecutive groups of one tensor. Nothing is summed."""
     # the tensor, and the first tile of it in the grid
@@ -358,13 +381,13 @@ def _map_kernel(
     k0, k1 = key_words(number_of(seed, seed_at))
     step_word = number_of(step, step_at).to(tl.uint32)
 
-    per_chain = (n + (G - 1)) // G
+    # unsigned: the division of signed numbers takes longer
+    per_chain = ((n + (G - 1)).to(tl.uint32) // G).to(tl.int32)
     groups = chains * per_chain
     start = (pid - first) << span_log2
     for begin in range(start, tl.minimum(start + (1 << span_log2), groups), B):
         index = begin + tl.arange(0, B)
         ok = index < groups
-        # unsigned: the division of signed numbers takes longer
         chain = (index.to(tl.uint32) // per_chain.to(tl.uint32)).to(tl.int32)
         group = index - chain * per_chain
         left = tl.where(ok, n - group * G, 0)  # elements from here to the chain's end
@@ -394,10 +417,12 @@ def _map_kernel(
             VECTOR,
             False,
             G,
+            PTX,
         )
-        y = _bounds(y, t, fs, vs, meta, chain, ok, T, VECTOR)
+        if (meta & (_LOW | _HIGH)) != 0:
+            y = _bounds(y, t, fs, vs, meta, chain, ok, T, VECTOR, PTX)
         out = _finish(
-            y, x_stored, m_at, n, meta, chain, left, group, offset, step_word, stream, purpose, k0, k1, DTYPE, G
+            y, x_stored, m_at, n, meta, chain, left, group, offset, step_word, stream, purpose, k0, k1, DTYPE, G, PTX
         )
         _store(x_at, place, out, left, meta, DTYPE, G)
 
@@ -443,6 +468,7 @@ def _sum_of_squares(
     R: tl.constexpr,
     C: tl.constexpr,
     G: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Of the gradient after the clip by value, over tiles [first, last) of each chain: (R,)."""
     total = tl.zeros([R * C], tl.float32)
@@ -452,7 +478,7 @@ def _sum_of_squares(
         g = _load(g_at, chain.to(tl.int64) * n + norm_group * G, left, meta, GDTYPE, G).to(tl.float32)
         c = _param(t, fs, vs, meta, chain, ok, GRAD_CLIP, T, VECTOR)
         # what was not loaded is 0 and must stay 0, also where the limit is NaN
-        g = tl.where(tl.arange(0, G)[None, :] < left[:, None], _clamp(g, -c, c), 0.0)
+        g = tl.where(tl.arange(0, G)[None, :] < left[:, None], _clamp(g, -c, c, PTX), 0.0)
         total += tl.sum(_squares(g), axis=1)
     return _rows(total, R, C)
 
@@ -483,6 +509,7 @@ def _norm_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
     G: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Each program: one split of one chain, all tensors; partial sums of squares to out (tensors, chains, splits)."""
     pid = tl.program_id(0)
@@ -514,6 +541,7 @@ def _norm_kernel(
             1,
             C,
             G,
+            PTX,
         )
         place = (t * chains + row).to(tl.int64) * splits + split
         tl.store(out_at.to(tl.int64).to(tl.pointer_type(tl.float32)) + place + tl.arange(0, 1), total)
@@ -554,6 +582,7 @@ def _chain_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     G: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Each program: one split of R chains, all tensors (see the module docstring; ``todo`` holds the bits above).
 
@@ -601,7 +630,7 @@ def _chain_kernel(
             if (meta & _NORM) != 0:
                 if norm_parts == 0:
                     squares = _sum_of_squares(
-                        g_at, n, t, fs, vs, meta, chain, chain_ok, col, first, last, GDTYPE, T, True, R, C, G
+                        g_at, n, t, fs, vs, meta, chain, chain_ok, col, first, last, GDTYPE, T, True, R, C, G, PTX
                     )
                 else:
                     norm_row = t * norm_tensor_stride.to(tl.int64) + row.to(tl.int64) * norm_row_stride
@@ -645,20 +674,21 @@ def _chain_kernel(
                     True,
                     True,
                     G,
+                    PTX,
                 )
                 if counting:
                     clipped += tl.sum(tl.where(valid, changed, 0), axis=1)
                 if turn == 0:
                     if (meta & (_LOW | _HIGH)) != 0:
                         # not equal also where y is NaN
-                        leaves = ((_bounds(y, t, fs, vs, meta, chain, ok, T, True) != y) & valid).to(tl.int32)
+                        leaves = ((_bounds(y, t, fs, vs, meta, chain, ok, T, True, PTX) != y) & valid).to(tl.int32)
                         if (meta & _MASK) != 0:
                             # what stays anyway rejects nothing
                             leaves = tl.where(_observed(m_at, n, meta, chain, left, group, G) != 0, 0, leaves)
                         outside = outside | tl.max(leaves, axis=1)
                 else:
                     if (todo & _REJECT) == 0:
-                        y = _bounds(y, t, fs, vs, meta, chain, ok, T, True)
+                        y = _bounds(y, t, fs, vs, meta, chain, ok, T, True, PTX)
                     out = _finish(
                         y,
                         x_stored,
@@ -676,6 +706,7 @@ def _chain_kernel(
                         k1,
                         DTYPE,
                         G,
+                        PTX,
                     )
                     out = tl.where(keeps[:, None], x_stored, out)
                     _store(x_at, place, out, left, meta, DTYPE, G)
@@ -707,6 +738,7 @@ def _chain_kernel(
 
 _DTYPES: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTERPRETED: Final = isinstance(_map_kernel, InterpretedFunction)
+_PTX: Final = not _INTERPRETED and torch.version.hip is None  # NVIDIA's instructions may be named
 
 
 def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepParams] | None = None) -> str | None:
@@ -750,6 +782,15 @@ def supports(x: Sequence[Tensor], options: StepOptions, params: Sequence[StepPar
             if value.device != device:
                 return f"{name} of tensor {i} is on {value.device}, the state on {device}"
     return None
+
+
+def _groups(tile: int, group: int, vector: bool, ptx: bool) -> int:
+    """Groups a program of the map kernel has at a time.
+
+    Two of 16 bits a thread, so that what is the same for both is done once, but where their registers do not allow it:
+    with parameters that are tensors, and on AMD.
+    """
+    return tile // (4 if ptx and not vector else group)
 
 
 @dataclass(slots=True)
@@ -1028,13 +1069,14 @@ class TritonStepper:
             "GDTYPE": _DTYPES[batch.grad_dtype],
             "T": batch.width,
             "G": per_vector,
+            "PTX": _PTX,
             "num_warps": _WARPS,
             "enable_fp_fusion": True,
         }, alive
 
     def _map(self, batch: _Batch, x: Sequence[Tensor], step: int | Tensor, purpose: int) -> None:
         common, _alive = self._common(batch, step, purpose, x)
-        block = self._tile // common["G"]
+        block = _groups(self._tile, common["G"], batch.vector, _PTX)
         chains = x[0].shape[0]
         groups = [chains * -(-prod(x[i].shape[1:]) // common["G"]) for i in batch.members]
         # Choosing its tensor costs a program some hundred instructions: spread them where there are programs enough
@@ -1073,6 +1115,7 @@ class TritonStepper:
             T=batch.width,
             C=block,
             G=common["G"],
+            PTX=_PTX,
             num_warps=_WARPS,
             enable_fp_fusion=True,
         )

@@ -45,15 +45,26 @@ def key_words(seed):
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
+def _xor3(a, b, c, PTX: tl.constexpr):
+    if PTX:
+        # one instruction, which Triton does not make by itself
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0x96;", "=r,r,r,r", [a, b, c], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return a ^ b ^ c
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1, PTX: tl.constexpr = False):
     """Philox4x32-10: four uint32 tensors (or scalars) and a key of two words to four words."""
     for _round in tl.static_range(10):
         # one 32 x 32 -> 64 bit multiply gives both halves
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ (c1 ^ k0)
+        c0 = _xor3((p1 >> 32).to(tl.uint32), c1, k0, PTX)
         c1 = p1.to(tl.uint32)
-        c2 = (p0 >> 32).to(tl.uint32) ^ (c3 ^ k1)
+        c2 = _xor3((p0 >> 32).to(tl.uint32), c3, k1, PTX)
         c3 = p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
@@ -79,33 +90,45 @@ def _radius(w):
     p = p * f + 4.9999987986e-1
     p = p * f - 6.6666662348e-1
     p = (p * f + 1.0) * f - 2.0
-    # next to u = 1, f <= 0 and e = 0: no NaN
-    return tl.sqrt(e.to(tl.float32) * -1.6525917e-7 + f * p)  # -2 log(2) 2^-23
+    # next to u = 1, f <= 0 and e = 0: no NaN; written as the fused multiply-add that it is to be
+    return tl.sqrt(tl.fma(f, p, e.to(tl.float32) * -1.6525917e-7))  # -2 log(2) 2^-23
 
 
 @triton.jit
-def _polar(radius, w):
+def _xor_sign(a, b, PTX: tl.constexpr):
+    """``a`` with the highest bit of ``b`` on top of its own."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x80000000, 0x78;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return a ^ (b & -2147483648)
+
+
+@triton.jit
+def _polar(radius, w, PTX: tl.constexpr = False):
     """radius (cos pi a, sin pi a), a the word read as int32 times 2^-31."""
     a = w.to(tl.int32, bitcast=True).to(tl.float32)
     # 2^-30 a are quarter turns. Adding 1.5 2^23 rounds to an integer and leaves it in the low bits: the quadrant.
     shifted = a * 9.313225746154785e-10 + 12582912.0
     quadrant = shifted.to(tl.int32, bitcast=True)
-    t = a * 9.313225746154785e-10 - (shifted - 12582912.0)  # exact, in [-1/2, 1/2]
+    t = tl.fma(a, 9.313225746154785e-10, 12582912.0 - shifted)  # exact, in [-1/2, 1/2]
     z = t * t
     s = t * (1.5707963219532366 + z * (-0.6459634776648118 + z * (0.0796802176477554 + z * -0.004602149212814179)))
     c = 1.0 + z * (-1.2337005493742192 + z * (0.2536694103571085 + z * (-0.0208615283422 + z * 9.067398984032226e-4)))
     odd = (quadrant & 1) != 0
     # both change their sign with the second bit of the quadrant
-    sign = (quadrant << 30) & -2147483648
-    radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-    return radius * tl.where(odd, -s, c), radius * tl.where(odd, c, s)
+    radius = _xor_sign(radius.to(tl.int32, bitcast=True), quadrant << 30, PTX).to(tl.float32, bitcast=True)
+    # as bits: 0 - s would be a fused multiply-add of its own
+    minus = (s.to(tl.int32, bitcast=True) ^ -2147483648).to(tl.float32, bitcast=True)
+    return radius * tl.where(odd, minus, c), radius * tl.where(odd, c, s)
 
 
 @triton.jit
-def box_muller(w0, w1, w2, w3):
+def box_muller(w0, w1, w2, w3, PTX: tl.constexpr = False):
     """Four normals from four words."""
-    n0, n1 = _polar(_radius(w0), w1)
-    n2, n3 = _polar(_radius(w2), w3)
+    n0, n1 = _polar(_radius(w0), w1, PTX)
+    n2, n3 = _polar(_radius(w2), w3, PTX)
     return n0, n1, n2, n3
 
 
@@ -151,17 +174,17 @@ def split8(v):
 
 
 @triton.jit
-def normals(group, chain, step, stream, k0, k1, G: tl.constexpr):
+def normals(group, chain, step, stream, k0, k1, G: tl.constexpr, PTX: tl.constexpr = False):
     """The normals of ``group`` (uint32, (B,)) of ``chain`` (uint32, (B,)): float32 (B, G), G = 4 or 8."""
     if G == 4:
-        w0, w1, w2, w3 = philox(group, chain, step, stream, k0, k1)
-        n0, n1, n2, n3 = box_muller(w0, w1, w2, w3)
+        w0, w1, w2, w3 = philox(group, chain, step, stream, k0, k1, PTX)
+        n0, n1, n2, n3 = box_muller(w0, w1, w2, w3, PTX)
         return join4(n0, n1, n2, n3)
     else:
-        w0, w1, w2, w3 = philox(group * 2, chain, step, stream, k0, k1)
-        w4, w5, w6, w7 = philox(group * 2 + 1, chain, step, stream, k0, k1)
-        n0, n1, n2, n3 = box_muller(w0, w1, w2, w3)
-        n4, n5, n6, n7 = box_muller(w4, w5, w6, w7)
+        w0, w1, w2, w3 = philox(group * 2, chain, step, stream, k0, k1, PTX)
+        w4, w5, w6, w7 = philox(group * 2 + 1, chain, step, stream, k0, k1, PTX)
+        n0, n1, n2, n3 = box_muller(w0, w1, w2, w3, PTX)
+        n4, n5, n6, n7 = box_muller(w4, w5, w6, w7, PTX)
         return join8(n0, n1, n2, n3, n4, n5, n6, n7)
 
 
@@ -176,18 +199,42 @@ def normal_of(element, chain, step, stream, k0, k1):
 
 
 @triton.jit
-def rounding_halves(group, chain, step, stream, k0, k1):
-    """The 16-bit thresholds of a group of 8 elements: uint32 (B, 8), one Philox call."""
-    w0, w1, w2, w3 = philox(group, chain, step, stream, k0, k1)
+def rounding_halves(group, chain, step, stream, k0, k1, PTX: tl.constexpr = False):
+    """The 16-bit thresholds of a group of 8 elements: uint32 (B, 8), one Philox call. With PTX the other half of a
+    number's bits is undefined."""
+    w0, w1, w2, w3 = philox(group, chain, step, stream, k0, k1, PTX)
     w = _quad(w0, w1, w2, w3)
-    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), [group.shape[0], 8])
+    low = w if PTX else w & 0xFFFF
+    return tl.reshape(tl.join(low, w >> 16), [group.shape[0], 8])
 
 
 @triton.jit
-def stochastic_round(y, half, DTYPE: tl.constexpr):
+def stochastic_round(y, half, DTYPE: tl.constexpr, PTX: tl.constexpr = False):
     """float32 ``y`` to bfloat16 or float16, up where the fraction left over exceeds (half + 1/2) 2^-16."""
     bits = y.to(tl.int32, bitcast=True)
-    if DTYPE == tl.bfloat16:
+    if PTX and DTYPE == tl.bfloat16:
+        # As below, two at a time. (half ^ ~sign) & 0xffff is what is added. NaN, which the GPU's arithmetic makes as
+        # 0x7fffffff, is lowered so that nothing carries into its sign.
+        out = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, s, t;
+            shr.s32 s, $1, 31;
+            shr.s32 t, $2, 31;
+            lop3.b32 s, $3, s, 0xffff, 0x82;
+            lop3.b32 t, $4, t, 0xffff, 0x82;
+            min.s32 a, $1, 0x7fff0000;
+            min.s32 b, $2, 0x7fff0000;
+            add.u32 a, a, s;
+            add.u32 b, b, t;
+            prmt.b32 $0, a, b, 0x7632;
+            }""",
+            "=r,r,r,r,r",
+            [bits, half],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif DTYPE == tl.bfloat16:
         # The fraction is the low half of the bits, also for subnormals; that of inf is 0. It exceeds the threshold
         # where adding the threshold's complement carries. "Up" is towards +inf, so of a negative number the magnitude
         # grows where the rest up to the next magnitude does not exceed the threshold.
@@ -196,6 +243,8 @@ def stochastic_round(y, half, DTYPE: tl.constexpr):
         high = tl.where(y != y, 0x7FC0, high)
         out = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
+        if PTX:
+            half = half & 0xFFFF
         # a unit in the last place of float16 at y is a power of two: scaling by it is exact, subnormals included
         exponent = tl.maximum((bits >> 23) & 0xFF, 113)
         ulp = ((exponent - 10) << 23).to(tl.float32, bitcast=True)

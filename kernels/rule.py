@@ -51,6 +51,7 @@ __all__ = [
     "norm_factor",
     "number_of",
     "proposed",
+    "rounded",
     "signed64",
     "todo_of",
 ]
@@ -87,15 +88,27 @@ def number_of(value, address):
 
 
 @triton.jit
+def rounded(a, MODE: tl.constexpr):
+    """A factor of a product as a chain's precision has it, in fp32."""
+    if MODE == "bf16":
+        return a.to(tl.bfloat16).to(tl.float32)
+    elif MODE == "rounded":
+        # The interpreter's conversion cuts off: to nearest even, from the bits
+        bits = a.to(tl.int32, bitcast=True)
+        near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        return tl.where(a == a, near, a)
+    else:
+        return a
+
+
+@triton.jit
 def dot(a, b, acc, MODE: tl.constexpr):
     """acc + a b in a chain's precision."""
     if MODE == "bf16":
         return tl.dot(a.to(tl.bfloat16), b, acc)
     elif MODE == "rounded":
-        # The interpreter has no bf16 products, and its conversion cuts off: to nearest even, from the bits
-        bits = a.to(tl.int32, bitcast=True)
-        near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        return tl.dot(tl.where(a == a, near, a), b.to(tl.float32), acc, input_precision="ieee")
+        # The interpreter has no bf16 products
+        return tl.dot(rounded(a, MODE), b.to(tl.float32), acc, input_precision="ieee")
     elif MODE == "tf32x3":
         return tl.dot(a, b, acc, input_precision="tf32x3")
     else:

@@ -333,17 +333,19 @@ def test_the_cuda_room_does_not_depend_on_the_batch(
 
 
 @PRECISIONS
-def test_both_tiles_and_batch_splits_agree(precision: Any, generator: torch.Generator) -> None:
+def test_tiles_and_batch_splits_agree(precision: Any, generator: torch.Generator) -> None:
     """A chain does not depend on the chains beside it (bit for bit), nor but for last bits on the tile."""
     chain, x = latent(generator, precision)
-    few, many = room.TILES[precision]
+    alone, few, many = room.TILES[precision]
     whole = launch(chain, x, 4, tile=few)
-    for start, stop in ((0, 9), (9, 100)):
-        part = dataclasses.replace(chain, chain_offset=start)
-        assert torch.equal(launch(part, x[start:stop], 4, tile=few).x, whole.x[start:stop])
+    for tile, all_ in ((few, whole), (alone, launch(chain, x, 4, tile=alone))):
+        for start, stop in ((0, 9), (9, 100)):
+            part = dataclasses.replace(chain, chain_offset=start)
+            assert torch.equal(launch(part, x[start:stop], 4, tile=tile).x, all_.x[start:stop])
     # bf16: a last bit of fp32 may round an operand to its neighbour
     near = 1e-3 if precision == "bf16" else 1e-5
-    torch.testing.assert_close(launch(chain, x, 4, tile=many).x, whole.x, rtol=0, atol=near)
+    for tile in (alone, many):
+        torch.testing.assert_close(launch(chain, x, 4, tile=tile).x, whole.x, rtol=0, atol=near)
 
 
 @pytest.mark.usefixtures("each_room")

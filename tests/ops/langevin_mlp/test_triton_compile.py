@@ -1,13 +1,15 @@
 """Compiles every kernel of the Triton ``langevin_mlp`` and ``mlp_energy`` for GPUs that need not be there.
 
-There are six, two a precision (``TILES``), whatever the network. Fails where registers spill, and where a kernel needs
-more shared memory than it is known to. Compiles all six for sm_90 and two for each other target; everything with
-``MMEBM_COMPILE_ALL=1``.
+There are nine, three a precision (``TILES``), whatever the network. Fails where registers spill, and where a kernel
+needs more shared memory than it is known to. Compiles all nine for sm_90 and three for each other target; everything
+with ``MMEBM_COMPILE_ALL=1``.
 
 Triton 3.7.1, 2026-11-22; registers of a thread, stack bytes of a thread (of gfx942: spilled registers), shared bytes
-of a program; 256 threads, 128 columns at a time, sums over 32, three stages:
+of a program; 256 threads (128 with one chain; 2026-11-30), 128 columns at a time, sums over 32, three stages:
 
     precision, chains    sm_80              sm_90            sm_100           gfx942
+    fp32       1         168  16   2,048    128  0   2,048   104  0   2,048   176  0   1,024
+    bf16       1         128  16   2,048     96  8   2,048    95  0   2,048   145  0   1,024
     fp32       8         128  96  34,816    186  0  34,816   176  0  34,816   180  0  34,816
     fp32      32         255  16  40,960    183  0  40,960   178  0  40,960   300  0  40,960
     tf32x3    16         224   0  36,864    238  0  36,864   232  0  36,864   (not there)
@@ -64,15 +66,15 @@ POINTERS = {
 KERNEL = room._chain_kernel
 MODES = {"fp32": "ieee", "tf32x3": "tf32x3", "bf16": "bf16"}
 
-Case = tuple[str, str, int]  # target, precision, 0 or 1: few or many chains
+Case = tuple[str, str, int]  # target, precision, 0, 1 or 2: one, few or many chains
 CASES: list[Case] = [
     (target, precision, i)
     for target in TARGETS
     for precision in MODES
-    for i in (0, 1)
+    for i in (0, 1, 2)
     if not (target == "gfx942" and precision == "tf32x3")
 ]
-QUICK = {("fp32", 0), ("bf16", 1)}
+QUICK = {("fp32", 0), ("fp32", 1), ("bf16", 2)}
 
 
 def source(precision: str, tile: room.Tile) -> ASTSource:
@@ -116,7 +118,7 @@ def selected() -> list[Case]:
     return [case for case in CASES if everything or case[0] == "sm_90" or case[1:] in QUICK]
 
 
-@pytest.mark.parametrize("case", selected(), ids=lambda case: f"{case[0]}-{case[1]}-{('few', 'many')[case[2]]}")
+@pytest.mark.parametrize("case", selected(), ids=lambda case: f"{case[0]}-{case[1]}-{('one', 'few', 'many')[case[2]]}")
 def test_compiles_without_spills(case: Case, compiled) -> None:
     found = compiled[case]
     assert isinstance(found, dict), found
@@ -216,8 +218,12 @@ def test_no_value_compiles_anew(precision: str, monkeypatch: pytest.MonkeyPatch)
             assert bool(special) == (name in ALIGNED), (name, special)
 
 
-def test_many_chains_take_the_other_tile() -> None:
-    for precision, (few, many) in room.TILES.items():
-        sizes = {room.tile_of(chains, precision) for chains in (1, 100, 256 * few.chains)}
-        assert sizes == {few} and room.tile_of(256 * few.chains + 1, precision) == many
+def test_the_tile_is_one_of_three() -> None:
+    for precision, (alone, few, many) in room.TILES.items():
+        sizes = [
+            {room.tile_of(chains, precision) for chains in range_} for range_ in ((1, 128), (129, 256 * few.chains))
+        ]
+        assert sizes == [{alone}, {few}] and room.tile_of(256 * few.chains + 1, precision) == many
         assert dataclasses.replace(many, chains=few.chains) == few
+        # scratch, columns and padding are the same
+        assert (alone.outputs, alone.depth) == (few.outputs, few.depth)

@@ -377,7 +377,7 @@ def test_all_options(noise_at: str, clamp_noise: bool, freeze: bool, seed: int) 
 def test_the_shipped_tiles(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     c = case(generator, [[ALL] * 3], chains=34)
-    for tile in {tile for pair in room.TILES.values() for tile in pair}:
+    for tile in {tile for tiles in room.TILES.values() for tile in tiles}:
         check_chain(c, tile)
 
 
