@@ -166,6 +166,9 @@ def _residual_kernel(
     out = 0.0
     if ADD:
         out = tl.load(value + chain)
+        # Every warp reads it and the first one stores: where no sum crosses warps, nothing else keeps a late one from
+        # reading what is stored
+        tl.debug_barrier()
     for i in tl.static_range(T):
         w = _factor(weight_numbers[i], weights[i], chain, WEIGHTS[i])
         if KINDS[i] == _CATEGORICAL:

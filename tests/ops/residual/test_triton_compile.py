@@ -26,6 +26,7 @@ CASES = {
     "image-bf16-masked": [(LAPLACE, "bf16", "fp32", 2, 2, 1, 1, 2352)],
     "word": [WORDS],
     "text-fp16-masked": [(CATEGORICAL, "fp16", "i64", 1, 0, 2, 2000, 40)],
+    "digit": [(CATEGORICAL, "fp32", "i64", 0, 0, 0, 10, 1)],  # sums inside a warp
     "five": [(GAUSSIAN, "fp32", "fp32", 0, 0, 0, 1, 2352)] * 5,
     "eight": [
         (GAUSSIAN, "fp32", "fp32", 0, 0, 0, 1, 784),
@@ -110,3 +111,10 @@ def test_compiles_within_budget(target: str, case: str) -> None:
     if case in ("image", "five"):
         # load y, load target, store the gradient, of each modality
         assert found["vectors"] >= 3 * len(CASES[case]), found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_added_to_is_read_by_all_before_it_is_stored(case: str) -> None:
+    options = {"num_warps": room._THREADS // 32, "enable_fp_fusion": True}
+    code = triton.compile(source(case), target=TARGETS["sm_90"], options=options).asm["ptx"]
+    assert re.search(r"\bbar(?:rier)?\.(?:cta\.)?sync", code) is not None
