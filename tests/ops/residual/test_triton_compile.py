@@ -5,6 +5,8 @@ Also where a kernel needs more registers or shared memory than it is known to, o
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 triton = pytest.importorskip("triton")
