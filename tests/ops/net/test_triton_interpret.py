@@ -317,7 +317,10 @@ def test_pieces_of_a_chain_and_of_a_batch(seed: int) -> None:
     whole = room.run(chain, x, 2, 7).x
     first = room.run(chain, x, 1, 7).x
     assert torch.equal(room.run(chain, first, 1, torch.tensor(8)).x, whole)
-    assert torch.equal(room.run(replace(chain, chain_offset=6), x[1:], 2, 7).x, whole[1:])
+    # The interpreter's products are NumPy's, which on some processors round by the number of rows (6e-8 were seen on an
+    # EPYC): two roundings of the largest number. Noise of another chain would be off by a tenth.
+    part = room.run(replace(chain, chain_offset=6), x[1:], 2, 7).x
+    torch.testing.assert_close(part, whole[1:], rtol=0, atol=2**-22 * float(whole.abs().max()))
 
 
 # -- what is captured
