@@ -1,7 +1,8 @@
 """Every test of an op has the marker ``cpp``: ``.ci/sanitize`` runs them again with sanitizers, new ops too.
 
-Fixtures: cpp (the backend, on one thread), isa (each of its instruction sets), use_isa, draw (random terms of the MLP
-ops), double (the same in float64), margin (the distance to the nearest kink).
+Fixtures: settings (one thread, no choice from outside), cpp (the backend, in them), isa (each of its instruction
+sets), use_isa, draw (random terms of the MLP ops), double (the same in float64), margin (the distance to the nearest
+kink).
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ ISAS = ("baseline", "avx2", "avx512")
 
 
 @pytest.fixture
-def cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The C++ backend is needed, and chosen by nobody from outside."""
-    need("cpp")
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and nothing is chosen from outside."""
     for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
     # torch's parallel loops over small tensors take milliseconds each where the cores are busy with something else
@@ -45,6 +45,12 @@ def cpp(need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Iterato
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cpp(need: Callable[[str], None], settings: None) -> None:
+    """The C++ backend is needed, in these settings."""
+    need("cpp")
 
 
 @pytest.fixture

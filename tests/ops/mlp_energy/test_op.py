@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,23 +34,7 @@ MODULES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("MMEBM_BACKEND", "MMEBM_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=("baseline", "avx2", "avx512"))
-def isa(request: pytest.FixtureRequest, need: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> str:
-    need("cpp")
-    if request.param.replace("baseline", "generic") not in native.cpu().isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("MMEBM_CPU_ISA", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("settings")
 
 
 def written_out(x: Tensor, terms: Sequence[Term]) -> Tensor:
