@@ -148,6 +148,8 @@ class ChainConfig(Settings):
     (0) is often four times stiffer than all but a few, and then nothing moves; outputs bounded by tanh keep those few
     finite.
     ``noise=None`` ties the noise to the step (temperature 1). ``clamp`` keeps the chain in [-1, 1].
+    ``anneal``: the noise of the first step in multiples of the last one's, which it falls to in equal ratios (simulated
+    annealing); ``metropolis``: each step is a proposal that is accepted or not (MALA), for chains without ``clamp``.
     ``sample_steps``: steps, of the same size, when a run draws or completes samples (None: ``steps``).
     """
 
@@ -157,6 +159,8 @@ class ChainConfig(Settings):
     travel: Positive | dict[str, Positive] | None = None
     noise: Weight | None = None
     clamp: bool = False
+    anneal: Positive = 1.0
+    metropolis: bool = False
     auto_fraction: Positive = 0.7
     auto_quantile: Share = 0.05
     auto_every: Size = 100
@@ -165,6 +169,8 @@ class ChainConfig(Settings):
         super().__post_init__()
         if (self.step is None) == (self.travel is None):
             raise ValueError(f"give step or travel, one of them; got step={self.step!r}, travel={self.travel!r}")
+        if self.metropolis and self.clamp:
+            raise ValueError("metropolis=True needs clamp=False: a proposal that is clamped cannot be weighed")
 
     def size(self) -> float | dict[str, float]:
         """``s`` where it is fixed.
@@ -316,7 +322,7 @@ class StartConfig(Settings):
 
     ``data`` is one of :data:`DATA_STARTS`, ``latent`` one of :data:`LATENT_STARTS` or "unimodal:NAME"; ``completion``
     is the joint that completions infer z from, "inference" the one that is configured. ``noise``: the standard
-    deviation that "data+noise" adds; ``buffer``: chains kept by "buffer", which restart from the generator
+    deviation that "data+noise" adds; ``buffer``: chains kept by "buffer", which begin as ``fresh`` says and restart
     with probability ``reinit``.
     """
 
@@ -325,6 +331,7 @@ class StartConfig(Settings):
     completion: FittedTo = "inference"
     noise: Weight = 0.3
     buffer: Size = 2000
+    fresh: Literal["generator", "noise"] = "generator"
     reinit: Share = 0.05
 
     def __post_init__(self) -> None:

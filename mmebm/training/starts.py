@@ -8,7 +8,7 @@ The data chain, ``start.data``:
     noise         uniform in [-1, 1]: the short-run EBM, no other network
     data+noise    training tuples plus normal noise, as in contrastive divergence
     shuffled      modalities of training tuples of different rows: the right marginals, no agreement
-    buffer        persistent chains (:class:`mmebm.ReplayBuffer`), fresh ones from the generator
+    buffer        persistent chains (:class:`mmebm.ReplayBuffer`), fresh ones from the generator, or from noise
 
 The latent chain, ``start.latent``:
 
@@ -65,7 +65,8 @@ class DataStarts:
         if self._buffer is None:
 
             def fresh(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-                return self.system.generate(n, seed=noise.draw_seed(generator))
+                seed = noise.draw_seed(generator)
+                return self.uniform(n, seed) if self.config.fresh == "noise" else self.system.generate(n, seed=seed)
 
             self._buffer = ReplayBuffer(
                 self.config.buffer, fresh, reinit=self.config.reinit, device=self.system.device, seed=self.seed
@@ -98,21 +99,7 @@ class DataStarts:
             }
             return Start(s.decode(z), z)
         if name == "noise":
-            return Start(
-                {
-                    m: 2
-                    * drawn.uniform(
-                        (n, *shape),
-                        seed=seed,
-                        stream=noise.stream(i, noise.INITIAL),
-                        chain_offset=offset,
-                        device=s.device,
-                    )
-                    - 1
-                    for i, (m, shape) in enumerate(s.generator.shapes.items())
-                },
-                None,
-            )
+            return Start(self.uniform(n, seed, offset), None)
         if name == "buffer":
             state, handle = self.buffer.draw(n)
             return Start(dict(state), None, handle)
@@ -129,6 +116,21 @@ class DataStarts:
             return Start({m: noisy(value) for m, value in real.items()}, None)
         shuffled = {m: value[torch.randperm(n, generator=rng, device=value.device)] for m, value in real.items()}
         return Start(shuffled, None)
+
+    def uniform(self, n: int, seed: int, offset: int = 0) -> dict[str, Tensor]:
+        """Noise in [-1, 1) of the shapes of the modalities; chain ``i`` depends on ``seed`` and ``offset + i``."""
+        return {
+            m: 2
+            * drawn.uniform(
+                (n, *shape),
+                seed=seed,
+                stream=noise.stream(i, noise.INITIAL),
+                chain_offset=offset,
+                device=self.system.device,
+            )
+            - 1
+            for i, (m, shape) in enumerate(self.system.generator.shapes.items())
+        }
 
     def keep(self, start: Start, end: Mapping[str, Tensor]) -> None:
         """Stores where persistent chains ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,17 +25,39 @@ from mmebm.models import (
 )
 from mmebm.models.generator import latent_columns
 from mmebm.samplers import Langevin, Samples
+from mmebm.samplers.schedules import Schedule, geometric
 from mmebm.state import Batch
 from mmebm.training.config import ChainConfig, Config, fitted
 from mmebm.training.networks import built, check_shapes
 
 
-def sampler_of(chain: ChainConfig, size: float | Mapping[str, float], backend: str, **options: Any) -> Langevin:
-    """The sampler of a chain whose step is ``s``: step_size = s^2 / 2, noise as configured or tied to the step."""
-    per = {name: s**2 / 2 for name, s in size.items()} if isinstance(size, Mapping) else size**2 / 2
-    noise = chain.noise if chain.noise is not None else (dict(size) if isinstance(size, Mapping) else size)
+def sampler_of(
+    chain: ChainConfig, size: float | Mapping[str, float], backend: str, *, steps: int | None = None, **options: Any
+) -> Langevin:
+    """The sampler of a chain whose step is ``s``: step_size = s^2 / 2, noise as configured or tied to the step.
+
+    ``steps``: how many the chain has, where its noise is annealed; without it the noise is that of the last step.
+    """
+    noise = size if chain.noise is None else chain.noise
+
+    def of_a_step(s: float) -> float:
+        return s**2 / 2
+
+    def annealed(last: float) -> float | Schedule:
+        falls = chain.anneal != 1.0 and steps is not None and last > 0.0
+        return geometric(chain.anneal * last, last, max(steps or 1, 1)) if falls else last
+
+    def each(function: Callable[[float], Any], value: float | Mapping[str, float]) -> Any:
+        return {name: function(v) for name, v in value.items()} if isinstance(value, Mapping) else function(value)
+
     return Langevin(
-        per, noise, bounds=(-1.0, 1.0) if chain.clamp else None, backend=backend, on_nonfinite="freeze", **options
+        each(of_a_step, size),
+        each(annealed, noise),
+        bounds=(-1.0, 1.0) if chain.clamp else None,
+        accept="metropolis" if chain.metropolis else None,
+        backend=backend,
+        on_nonfinite="freeze",
+        **options,
     )
 
 
@@ -163,7 +185,7 @@ class System(nn.Module):
         elif p is not None and p.kind == "flow":
             self.prior = FlowPrior(latent, p.chain.steps, width=p.width, depth=p.depth, act=m.activation)
         elif p is not None:
-            chain = sampler_of(p.chain, p.chain.size(), config.backend, prior_std=1.0)
+            chain = sampler_of(p.chain, p.chain.size(), config.backend, steps=p.chain.steps, prior_std=1.0)
             self.prior = (
                 OwnPrior(latent, chain, p.chain.steps, own["prior"])
                 if "prior" in own
@@ -203,10 +225,13 @@ class System(nn.Module):
     ) -> Samples:
         """The data chain: all modalities at once on the joint energy, ``observed`` ones (or, by a boolean mask per
         modality, their elements) held."""
-        steps = self.config.data_chain.steps if steps is None else steps
+        chain, sampler = self.config.data_chain, self.data_sampler
+        steps = chain.steps if steps is None else steps
+        if chain.anneal != 1.0:
+            sampler = sampler_of(chain, chain.size(), self.config.backend, steps=steps)
         held = (dict(observed) if isinstance(observed, Mapping) else set(observed)) or None
         with self.autocast():
-            return self.data_sampler.sample(self.energy, dict(x), steps, seed=seed, observed=held, **options)
+            return sampler.sample(self.energy, dict(x), steps, seed=seed, observed=held, **options)
 
     def revise_latent(
         self,
@@ -220,8 +245,8 @@ class System(nn.Module):
     ) -> Samples:
         """The latent chain: z given the modalities that ``x`` holds (and each row has, by ``present``)."""
         chain = self.config.latent_chain
-        sampler = sampler_of(chain, float(self.latent_step), self.config.backend, prior_std=1.0)
         steps = chain.steps if steps is None else steps
+        sampler = sampler_of(chain, float(self.latent_step), self.config.backend, steps=steps, prior_std=1.0)
         with self.autocast():
             return sampler.sample(self.posterior(x, present), z, steps, seed=seed, **options)
 

@@ -285,6 +285,25 @@ def independent_inference(config: Config) -> Config:
     return _with(paper(config), inference="per_expert")
 
 
+def from_noise(steps: float = 1.0, **changes: str) -> Callable[[Config], Config]:
+    """An energy alone whose chains get more to come from noise to the data: ``steps`` times as many, ``changes``."""
+
+    def change(config: Config) -> Config:
+        alone, costs = ebm(config), _costs(config)
+        (stage,) = alone.stages
+        chain = alone.data_chain
+        more = dataclasses.replace(chain, steps=round(steps * chain.steps), step=chain.size(), travel=None)
+        # a longer chain takes its seconds from the number of iterations
+        each = costs["data"] + costs["energy"]
+        fewer = round(stage.iterations * each / (each + (steps - 1.0) * costs["data"]))
+        stage = dataclasses.replace(stage, iterations=fewer)
+        return override(alone.replace(data_chain=more, stages=(stage,)), changes)
+
+    settings = ", ".join([f"{steps:g} times the steps"] * (steps != 1.0) + [f"{k}={v}" for k, v in changes.items()])
+    change.__doc__ = f"An energy alone, chains from noise with {settings}."
+    return change
+
+
 def noise_steps(steps: int) -> Callable[[Config], Config]:
     """An energy alone, with so many steps of one size from noise (more steps take longer: iterations are alike)."""
 
@@ -410,6 +429,12 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "staged": staged,
     "independent-inference": independent_inference,
     **{f"noise={steps}": noise_steps(steps) for steps in (10, 30, 60, 100)},
+    "ebm+long": from_noise(3.0),
+    "ebm+travel": from_noise(**{"data_chain.step": "1.0"}),
+    "ebm+annealed": from_noise(3.0, **{"data_chain.anneal": "40"}),
+    "ebm+buffer": from_noise(**{"start.data": "buffer", "start.fresh": "noise"}),
+    "ebm+buffer+annealed": from_noise(**{"start.data": "buffer", "start.fresh": "noise", "data_chain.anneal": "40"}),
+    "ebm+metropolis": from_noise(**{"data_chain.metropolis": "true", "data_chain.clamp": "false"}),
     "paper+elbo": paper_elbo,
     "paper+prior": paper_prior,
     "paper+shuffled": paper_shuffled,
@@ -465,6 +490,7 @@ GRIDS |= {
     "betas": tuple(name for name in VARIANTS if "@" in name),
     "generators": ("paper", "start=independent"),
     "noise": tuple(name for name in VARIANTS if name.startswith("noise=")),
+    "from-noise": ("ebm", *(name for name in VARIANTS if name.startswith("ebm+")), "frozen"),
     "inference": ("paper", "independent-inference"),
     "lineage": ("paper", *(f"lineage={name}" for name in LINEAGE)),
 }

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+import mmebm
 from mmebm.data.base import MultimodalDataset
 from mmebm.training import Config, Trainer, checkpoint, preset
 from mmebm.training.config import (
     DATA_STARTS,
     LATENT_STARTS,
     AdamConfig,
+    ChainConfig,
     DataConfig,
     LossConfig,
     ShuffledTuplesConfig,
@@ -26,7 +28,7 @@ from mmebm.training.extensions import ShuffledTuples
 from mmebm.training.optimise import Optimiser
 from mmebm.training.starts import DataStarts, LatentStarts
 from mmebm.training.trainer import Minibatch
-from mmebm.training.variants import GRIDS, LATENT_ONLY, LINEAGE, VARIANTS, budget, cost, variant
+from mmebm.training.variants import COSTS, GRIDS, LATENT_ONLY, LINEAGE, VARIANTS, budget, cost, variant
 
 LATENTS = (*LATENT_STARTS, "unimodal:vector")
 
@@ -99,6 +101,49 @@ def test_starts_do_not_depend_on_the_split(config: Config, data: MultimodalDatas
         for m in whole:
             # another batch size is another order of sums in a matrix product
             torch.testing.assert_close(part[m], whole[m][7:12], rtol=1e-5, atol=1e-6)
+
+
+def test_persistent_chains_may_begin_as_noise(config: Config, data: MultimodalDataset) -> None:
+    settings = joint(config, start=StartConfig(data="buffer", buffer=32, fresh="noise"))
+    trainer = Trainer(settings, data)
+    held = torch.cat([t.flatten() for t in trainer.data_starts.buffer.state_dict()["data"]])
+    # 32 x 1,378 uniforms in [-1, 1): six standard errors of the mean square; the generator's are near 0
+    assert held.abs().max() <= 1 and abs(held.square().mean() - 1 / 3) < 6 * (4 / 45 / len(held)) ** 0.5
+    assert moved(trainer) == set()
+    list(trainer.run())
+    assert "energy" in moved(trainer)
+
+
+def test_annealed_noise_falls_to_the_configured_one(config: Config, data: MultimodalDataset) -> None:
+    """Noise 8 s, 4 s, 2 s, s in four steps, and over as many steps as are asked for."""
+    chain = ChainConfig(steps=4, step=0.1, noise=0.02, anneal=8.0)
+    system = Trainer(config.replace(data_chain=chain), data).system
+    x = data.batch(torch.arange(6))
+    for steps, noise in ((4, [0.16, 0.08, 0.04, 0.02]), (2, [0.16, 0.02])):
+        ours = system.revise_data(x, seed=3, steps=steps).state
+        values = mmebm.schedules.table(torch.tensor(noise, dtype=torch.float64))
+        by_hand = mmebm.langevin(system.energy, x, steps, step_size=0.005, noise_scale=values, seed=3)
+        for m in x:
+            torch.testing.assert_close(ours[m], by_hand[m], rtol=1e-6, atol=1e-6)
+    plain = dataclasses.replace(chain, anneal=1.0)
+    other = Trainer(config.replace(data_chain=plain), data).system.revise_data(x, seed=3).state
+    assert not torch.allclose(other["vector"], system.revise_data(x, seed=3).state["vector"], atol=1e-3)
+
+
+def test_metropolis_chains_refuse_what_is_too_far(config: Config, data: MultimodalDataset) -> None:
+    x = data.batch(torch.arange(40))
+    moves = []
+    for step in (0.01, 30.0):
+        chain = ChainConfig(steps=1, step=step, metropolis=True)
+        system = Trainer(config.replace(data_chain=chain), data).system
+        with torch.no_grad():  # an energy that knows what is far
+            head = [p for p in system.energy.parameters() if p.dim() == 2][-1]
+            head *= 50.0
+        end = system.revise_data(x, seed=1).state
+        moves.append((end["vector"] != x["vector"]).flatten(1).any(1).float().mean())
+    assert moves[0] > 0.9 and moves[1] < 0.6
+    with pytest.raises(ValueError, match="clamp=False"):
+        ChainConfig(step=0.1, metropolis=True, clamp=True)
 
 
 def test_buffer_goes_on_where_chains_ended(config: Config, data: MultimodalDataset, tmp_path: Any) -> None:
@@ -317,7 +362,7 @@ def test_every_variant_trains(name: str, config: Config, data: MultimodalDataset
             if name.startswith("full") and name != "full-prior"
         },
         "paper+prior": {"energy", "generator", "inference", "prior"},
-        **{f"noise={steps}": {"energy"} for steps in (10, 30, 60, 100)},
+        **{name: {"energy"} for name in VARIANTS if name.startswith(("noise=", "ebm+"))},
     }
     name = name.partition("@")[0]
     expected = {"energy", "generator", "inference"}
@@ -379,11 +424,14 @@ def test_bad_settings_are_named() -> None:
 
 @pytest.mark.parametrize("base", ["demo", "polymnist-14", "polymnist-5k"])
 def test_variants_have_the_presets_budget(base: str) -> None:
-    """In iterations of the warm-up, to within one iteration of the dearest stage."""
-    whole = budget(preset(base))
+    """In iterations of the warm-up, to within one iteration of the dearest stage; a longer chain costs more."""
+    whole, steps = budget(preset(base)), preset(base).data_chain.steps
     for name in VARIANTS:
         config = preset(f"{base}/{name}")
-        assert abs(budget(config) - whole) <= max(cost(config, stage) for stage in config.stages)
+        more = config.data_chain.steps / steps - 1 if name.startswith("ebm+") else 0.0
+        chain = more * COSTS[base]["data"]
+        spent = budget(config) + chain * sum(stage.iterations for stage in config.stages)
+        assert abs(spent - whole) <= max(cost(config, stage) for stage in config.stages) + chain
 
 
 def test_settings_of_the_lineage() -> None:
