@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 
@@ -76,6 +76,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+# Of a backend and its module, why it does not take the arguments, or None
+Refusal: TypeAlias = Callable[[str, ModuleType], "str | None"]
+
 _thread = threading.local()
 
 
@@ -129,7 +132,7 @@ def backend_of(op: str, module: ModuleType) -> str:
 
 
 def _candidate(
-    op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str
+    op: str, backend: str, device: torch.device, refusal: Refusal, precision: str
 ) -> tuple[ModuleType | None, str | None]:
     from mmebm.ops import parity
 
@@ -139,15 +142,13 @@ def _candidate(
     return (None, reason) if reason is not None else (module, None)
 
 
-def choose(
-    op: str, backend: str, device: torch.device, refusal: Callable[[str, ModuleType], str | None], precision: str = ""
-) -> Choice:
+def choose(op: str, backend: str, device: torch.device, refusal: Refusal, precision: str = "") -> Choice:
     """The implementation of ``op`` that runs on ``device``, and the reason for the choice.
 
     Args:
         op: a key of :data:`OPS`.
         backend: "auto", or one of :data:`NAMES`.
-        refusal: of a backend and its module, why it does not take the arguments, or ``None``.
+        refusal: see :data:`Refusal`.
         precision: one of the op's ``precisions``.
 
     Raises:

@@ -33,6 +33,7 @@ from torch import Tensor
 from mmebm import native, noise
 from mmebm.ops import dispatch
 from mmebm.ops.common.params import StepOptions, StepParams
+from mmebm.ops.common.untyped import LISTS
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
 
 __all__ = ["Comparison", "Verdict", "check", "check_all", "clear", "failure", "limit"]
@@ -111,8 +112,8 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """``function`` of every tensor in lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(part, function) for part in value)
+    if isinstance(value, LISTS):
+        return value.__class__(_mapped(part, function) for part in value)
     if hasattr(value, "__dataclass_fields__"):
         return replace(value, **{name: _mapped(getattr(value, name), function) for name in value.__dataclass_fields__})
     return value
@@ -325,7 +326,7 @@ def _langevin_mlp(
     for name, chain, steps in _chains(numbers, terms):
         there = replace(_on(chain, device), precision=precision)
         ours = module.run(there, x.to(device), steps, 7, energy=True, grad_norm=True)
-        expected, exact = op._reference(chain, x, steps, 7), op._reference(_double(chain), x.double(), steps, 7)
+        expected, exact = op.run_reference(chain, x, steps, 7), op.run_reference(_double(chain), x.double(), steps, 7)
         for field in ("x", "energy", "grad_norm"):
             a, b, c = (getattr(result, field) for result in (ours, expected, exact))
             slack = steps * NORMAL_TOLERANCE * 0.1 if field == "x" else 0.0  # 0.1: the noise scale
@@ -349,7 +350,8 @@ def _residual(module: ModuleType, backend: str, device: torch.device) -> Iterato
     observed = [numbers.mask(5, 67), None, numbers.mask(19), None]
     arguments = (ys, targets, kinds, scale, weight, observed)
     value, grads = module.residual(*_on(arguments, device), True)
-    exact, slopes, sizes = 0.0, [], 0.0
+    exact, sizes = 0.0, 0.0
+    slopes: list[Tensor] = []
     for y, target, kind, s, w, mask in zip(*_double(arguments), strict=True):
         part, (slope,) = residual([y], [target], likelihood=[kind], scale=[s], weight=[w], observed=[mask])
         exact, sizes = exact + part, sizes + part.abs()

@@ -20,6 +20,7 @@ from mmebm.ops.common.address import require_dense
 from mmebm.ops.common.description import PER_CHAIN, SHARED_OR_PER_CHAIN, Described, tensors_in
 from mmebm.ops.common.description import pack as pack
 from mmebm.ops.common.description import unpack as unpack
+from mmebm.ops.common.untyped import LISTS
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Linear
 
@@ -181,10 +182,10 @@ def _check_stack(name: str, stack: Stack, inputs: int, device: torch.device) -> 
             raise ValueError(f"{name}.activation must be one of {list(ACTIVATIONS)}, got {function!r}")
     width = inputs
     for i, (w, b) in enumerate(zip(stack.weights, stack.biases)):
-        if not isinstance(w, Tensor) or w.dim() != 2 or w.shape[1] != width:
+        if not isinstance(w, Tensor) or w.dim() != 2 or w.shape[1] != width:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"{name}.weights[{i}] must be (outputs, {width}), got {getattr(w, 'shape', w)!r:.60}")
         width = w.shape[0]
-        if b is not None and (not isinstance(b, Tensor) or b.shape != (width,)):
+        if b is not None and (not isinstance(b, Tensor) or b.shape != (width,)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"{name}.biases[{i}] must be ({width},) or None, got {getattr(b, 'shape', b)!r:.60}")
         for t in (w, b):
             if t is not None and t.device != device:
@@ -213,7 +214,7 @@ def check_terms(terms: Sequence[Term], chains: int, inputs: int, device: torch.d
             _check_stack(name, term.stack, inputs, device)
             if term.stack.sizes[-1] != 1:
                 raise ValueError(f"{name} must have one output, got {term.stack.sizes[-1]}")
-        elif isinstance(term, Residual):
+        elif isinstance(term, Residual):  # pyright: ignore[reportUnnecessaryIsInstance]
             _check_stack(name, term.stack, inputs, device)
             shape = (chains, term.stack.sizes[-1])
             if term.target.shape != shape or term.target.device != device:
@@ -236,12 +237,11 @@ def check_terms(terms: Sequence[Term], chains: int, inputs: int, device: torch.d
 
 def require_dense_terms(terms: Any, like: Tensor) -> None:
     """Raises a TypeError, naming the term, where it holds a tensor that no implementation takes beside ``like``."""
-    for i, term in enumerate(terms if isinstance(terms, (list, tuple)) else [terms]):
+    for i, term in enumerate(terms if isinstance(terms, LISTS) else [terms]):
         for t in tensors_of(term) if isinstance(term, (Scalar, Residual, Quadratic)) else []:
-            if isinstance(t, Tensor):
-                require_dense(f"a tensor of terms[{i}]", t, like)
-                if not t.is_floating_point() and t.dtype != torch.bool:
-                    raise TypeError(f"a tensor of terms[{i}] must be floating-point, got {t.dtype}")
+            require_dense(f"a tensor of terms[{i}]", t, like)
+            if not t.is_floating_point() and t.dtype != torch.bool:
+                raise TypeError(f"a tensor of terms[{i}] must be floating-point, got {t.dtype}")
 
 
 def too_wide(terms: Sequence[Term]) -> str | None:

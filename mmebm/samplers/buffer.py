@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops import noise as drawn
+from mmebm.ops.common.untyped import LISTS, TORCH
 from mmebm.state import Key, State, Structure, check_setting, flatten, integer, per_key
 
 __all__ = ["Handle", "Lineages", "ReplayBuffer"]
@@ -255,7 +256,7 @@ class ReplayBuffer:
             if kind is torch.uint8 and pair is None:
                 raise ValueError(f"dtype torch.uint8 needs value_range, (low, high) of state[{key!r}], got None")
             if pair is not None:
-                if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                if not isinstance(pair, LISTS) or len(pair) != 2:
                     raise TypeError(f"value_range must be (low, high), or a mapping to such pairs, got {pair!r:.80}")
                 for end in pair:
                     check_setting("value_range", end, low=-torch.inf)
@@ -270,7 +271,7 @@ class ReplayBuffer:
     # Storage
 
     def _encode(self, tensors: list[Tensor]) -> list[Tensor]:
-        out = []
+        out: list[Tensor] = []
         for t, kind, pair in zip(tensors, self._dtypes, self._ranges, strict=True):
             if kind is torch.uint8:
                 assert pair is not None
@@ -281,7 +282,7 @@ class ReplayBuffer:
 
     def _decode(self, slots: Tensor, generator: torch.Generator | None) -> list[Tensor]:
         """The states in ``slots`` on the device; uint8 with noise from ``generator``, or the middle of the bin."""
-        out = []
+        out: list[Tensor] = []
         for data, given, pair in zip(self._data, self._given, self._ranges, strict=True):
             stored = data[slots]
             if self._where != self.device:
@@ -352,7 +353,7 @@ class ReplayBuffer:
     def _check_labels(self, n: int, labels: Tensor) -> Tensor:
         if self.classes is None:
             raise ValueError("labels need a buffer with classes: ReplayBuffer(..., classes=number of classes)")
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"labels must be a tensor of integers ({n},), got {labels!r:.80}")
         if tuple(labels.shape) != (n,):
             raise ValueError(f"labels must have the shape ({n},), one per chain, got {tuple(labels.shape)}")
@@ -391,9 +392,9 @@ class ReplayBuffer:
         Raises:
             TypeError, ValueError: for a handle of something else, or a state of another structure or shape.
         """
-        if not isinstance(handle, Handle):
+        if not isinstance(handle, Handle):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"handle must be what draw returned, got {type(handle).__name__}")
-        if handle._buffer != self._name:
+        if handle._buffer != self._name:  # pyright: ignore[reportPrivateUsage]
             raise ValueError(
                 f"handle must be of a draw from this buffer, got one of draw {handle.iteration} of another"
             )
@@ -411,7 +412,7 @@ class ReplayBuffer:
                 place = self._written[handle.labels] + rank
                 if self.policy == "reservoir":
                     # of place + 1 states beyond the first ones, the last; it takes a slot with probability per / seen
-                    place = (handle._uniform * (place + self._per + 1)).long()
+                    place = (handle._uniform * (place + self._per + 1)).long()  # pyright: ignore[reportPrivateUsage]
                     keep = keep & (place < self._per)
                 slots = handle.labels * self._per + place % self._per
                 self._written += count
@@ -422,7 +423,7 @@ class ReplayBuffer:
             to = torch.where(keep & (last[slots] == row), slots, spare)
             for data, encoded in zip(self._data, stored, strict=True):
                 data[to] = encoded
-            self._origin[to] = handle._origin
+            self._origin[to] = handle._origin  # pyright: ignore[reportPrivateUsage]
             self._refused += (~finite).sum()
 
     # Inspection; these may wait for the device
@@ -440,7 +441,7 @@ class ReplayBuffer:
     def lineages(self) -> Lineages:
         """How many chains what is stored descends from. Restarted chains are new ones; noise drives copies apart, so
         this is ancestry, the effective number of independent chains."""
-        distinct = self._origin[: self.capacity].unique()
+        distinct: Tensor = TORCH.unique(self._origin[: self.capacity])
         return Lineages(int((distinct < self.capacity).sum()), len(distinct))
 
     @property
@@ -482,7 +483,7 @@ class ReplayBuffer:
                 type, or where the state is no state of a buffer: nothing has changed then.
         """
         wanted = {"description", "seed", "iteration", "data", "origin", "written", "refused"}
-        if not isinstance(state, Mapping) or set(state) != wanted:
+        if not isinstance(state, Mapping) or set(state) != wanted:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"state must be what state_dict returned, with {sorted(wanted)}, got {state!r:.80}")
         other, mine = state["description"], self._description()
         differ = [name for name in mine if _plain(other.get(name)) != _plain(mine[name])]
@@ -494,9 +495,9 @@ class ReplayBuffer:
         seed = integer("state['seed']", state["seed"], -(2**63), 2**64)
         iteration = integer("state['iteration']", state["iteration"], 0)
         data = state["data"]
-        if not isinstance(data, (list, tuple)) or len(data) != len(self._data):
+        if not isinstance(data, LISTS) or len(data) != len(self._data):
             raise ValueError(f"state['data'] must be {len(self._data)} tensors, got {data!r:.80}")
-        parts = {
+        parts: dict[str, tuple[Any, Tensor]] = {
             f"data of {key!r}": (saved, own[: self.capacity])
             for key, saved, own in zip(self._keys, data, self._data, strict=True)
         }
@@ -532,7 +533,7 @@ class ReplayBuffer:
 
 def _plain(value: Any) -> Any:
     """Tuples as lists: formats that a checkpoint passes through turn one into the other."""
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+    return [_plain(part) for part in value] if isinstance(value, LISTS) else value
 
 
 def _takes_labels(init: Callable[..., Any]) -> bool:

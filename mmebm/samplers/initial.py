@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops import noise as drawn
+from mmebm.ops.common.untyped import TORCH
 from mmebm.state import check_setting
 
 __all__ = ["class_gaussian", "data", "each", "generated", "normal", "uniform"]
@@ -24,7 +25,7 @@ __all__ = ["class_gaussian", "data", "each", "generated", "normal", "uniform"]
 Initial = Callable[..., Any]
 
 
-def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+def _shape(shape: Sequence[Any]) -> tuple[int, ...]:
     if isinstance(shape, (str, int)) or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in shape):
         raise ValueError(f"shape must be the sizes of one chain, such as (1, 28, 28), got {shape!r}")
     return tuple(shape)
@@ -151,15 +152,16 @@ def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full"
     check_setting("jitter", jitter, strict=True)
     order, start, count = _by_class(examples, labels)
     flat = examples.detach().cpu().double().flatten(1)[order]
-    means, scales = [], []
-    for a, m in zip(start.tolist(), count.tolist(), strict=True):
+    means: list[Tensor] = []
+    scales: list[Tensor] = []
+    for a, m in TORCH.stack((start, count), 1).tolist():
         part = flat[a : a + m]
         means.append(part.mean(0))
         centred = part - means[-1]
         if covariance == "full":
             spread = centred.T @ centred / m
             spread.diagonal().add_(jitter)
-            scales.append(torch.linalg.cholesky(spread))
+            scales.append(TORCH.linalg.cholesky(spread))
         else:
             scales.append((centred.square().mean(0) + jitter).sqrt())
     mean = torch.stack(means).to(examples.dtype)
@@ -221,7 +223,7 @@ def each(parts: Mapping[str, Initial]) -> Initial:
         >>> {name: tuple(t.shape) for name, t in start(4, torch.Generator().manual_seed(0)).items()}
         {'x': (4, 2), 'y': (4, 3)}
     """
-    if not isinstance(parts, Mapping) or not parts or not all(callable(part) for part in parts.values()):
+    if not isinstance(parts, Mapping) or not parts or not all(callable(part) for part in parts.values()):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"parts must be a mapping from name to initialiser, got {parts!r:.80}")
     return partial(_each, dict(parts))
 

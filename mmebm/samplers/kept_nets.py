@@ -30,7 +30,7 @@ __all__ = ["clear", "trace"]
 
 MOST: Final = 32
 # What a class may hold, besides numbers and tensors, on which code may branch
-_WORDS: Final = (str, list, tuple, dict, type(None))
+_WORDS: tuple[type[Any], ...] = (str, list, tuple, dict, type(None))
 
 
 @dataclass

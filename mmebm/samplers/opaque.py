@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-import torch
+from mmebm.ops.common.untyped import TORCH
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,7 +20,7 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         TypeError: under ``torch.func`` (grad, vmap, jvp and their relatives), which sees neither noise nor loops.
     """
-    stack: Callable[[], Any] = getattr(torch._C, "_functorch").peek_interpreter_stack  # noqa: B009
+    stack: Callable[[], Any] = TORCH._C._functorch.peek_interpreter_stack
     eager: list[Callable[P, R]] = []
 
     @functools.wraps(function)
@@ -34,8 +34,7 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not eager:
-            disabled: Any = torch.compiler.disable(function)
-            eager.append(disabled)
+            eager.append(TORCH.compiler.disable(function))
         return eager[0](*args, **kwargs)
 
     # what the compiler looks at when it meets the call

@@ -35,5 +35,5 @@ def rank_offset(chains: int, group: Any = None) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     counts: list[int] = [0] * dist.get_world_size(group)
-    dist.all_gather_object(counts, chains, group)
+    dist.all_gather_object(counts, chains, group)  # pyright: ignore[reportUnknownMemberType]
     return sum(counts[: dist.get_rank(group)])

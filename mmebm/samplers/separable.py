@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ DIFFERENT = 0.1
 
 
 @contextlib.contextmanager
-def _same_random(device: torch.device) -> Iterator[None]:
+def _same_random(device: torch.device) -> Generator[None, None, None]:
     """Random numbers on the host and on ``device`` as if nothing had been drawn."""
     state = random.getstate()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # pyright: ignore[reportUnknownMemberType]
             yield
     finally:
         random.setstate(state)
@@ -49,7 +49,7 @@ def check_separable(p: Problem, tensors: list[Tensor], chunk_size: int) -> None:
     modules = modules_of(p.energy, *p.calls[0])
     with torch.no_grad(), _same_random(tensors[0].device), sampling(modules, p.sampler.mode):
         # buffers in train mode would be written to: batch statistics, power iterations
-        if not p.blocks or any(m.training and m._buffers for root in modules for m in root.modules()):
+        if not p.blocks or any(m.training and m._buffers for root in modules for m in root.modules()):  # pyright: ignore[reportPrivateUsage]
             return
         # apart, as chains may start equal, and off a start where the gradient is 0
         shift = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ def _tree(roots: list[nn.Module]) -> list[nn.Module]:
         m = waiting.pop()
         if id(m) not in found:
             found[id(m)] = m
-            waiting.extend(child for child in m._modules.values() if child is not None)
+            waiting.extend(child for child in m._modules.values() if child is not None)  # pyright: ignore[reportPrivateUsage]
     return list(found.values())
 
 
@@ -59,7 +59,7 @@ class _Once(parametrize.ParametrizationList):
         weights = None if torch.compiler.is_compiling() else _thread.weights
         if weights is None:
             return super().forward()
-        if parametrize._cache_enabled:
+        if parametrize._cache_enabled:  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
             # the caller's cache, in which no weight may stay without its graph
             with torch.enable_grad():
                 return super().forward()
@@ -224,7 +224,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def sampling(modules: list[nn.Module], mode: Mode, *, once: bool = True) -> Iterator[None]:
+def sampling(modules: list[nn.Module], mode: Mode, *, once: bool = True) -> Generator[None, None, None]:
     """Modules in ``mode``; every flag back as it was, whatever happens.
 
     In eval mode parametrized weights (spectral or weight norm) are computed once and not at every step, without a graph

@@ -47,7 +47,7 @@ class Watch:
         return done % self.every == 0 or done == self.steps
 
     def __call__(self, done: int, x: list[Tensor]) -> bool:
-        ends = None if self.callback is None else self.callback(done, self.build(x))
+        ends: Any = None if self.callback is None else self.callback(done, self.build(x))
         if not isinstance(ends, (bool, type(None))):
             raise TypeError(f"callback must return True, which ends the chain, False or None, got {ends!r:.80}")
         ends = bool(ends)

@@ -102,7 +102,7 @@ def away_from_kinks(chain: op.MlpChain, x: Tensor, steps: int, double: Callable,
     exact, state = double(chain), x.double()
     nearest = margin(state, exact.terms)
     for k in range(steps - 1):
-        state = op._reference(exact.rows(k, k + 1), state, 1, k).x
+        state = op.run_reference(exact.rows(k, k + 1), state, 1, k).x
         nearest = torch.minimum(nearest, margin(state, exact.terms))
     return nearest > KINK
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mmebm.ops.common.untyped import TORCH
+
 __all__ = [
     "MOST_CHAINS",
     "Addresses",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 _PLAIN: Final = (Tensor, nn.Parameter)
-_NO_DISPATCH: Final = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
+_NO_DISPATCH: Final = getattr(TORCH._C, "_disabled_torch_dispatch_impl", None)
 # where the noise's chain counter ends
 MOST_CHAINS: Final = 1 << 32
 
@@ -108,7 +110,7 @@ def surroundings() -> str | None:
     """What around the call keeps a chain from running on plain tensors too, or ``None``."""
     if torch.compiler.is_compiling():
         return None
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if TORCH._C._get_dispatch_mode(TORCH._C._TorchDispatchModeKey.FAKE) is not None:
         return "a call inside FakeTensorMode, where nothing is computed"
     return None
 
@@ -141,7 +143,7 @@ def plain(name: str, t: Tensor) -> Tensor:
         TypeError: where :func:`obstacle` has something against it.
     """
     if type(t) not in _PLAIN and getattr(type(t), "__torch_dispatch__", None) is _NO_DISPATCH:
-        with torch._C.DisableTorchFunctionSubclass():
+        with TORCH._C.DisableTorchFunctionSubclass():
             t = t.as_subclass(Tensor)
     reason = obstacle(t)
     if reason is not None:
@@ -234,7 +236,8 @@ def step_addresses(
     every step, which must have this dtype, shape, size in bytes and order (``None``: row-major). The checks are those
     of :func:`address`, and they count: a step of a small state takes 1 us in C++.
     """
-    places, gradients = [], []
+    places: list[int] = []
+    gradients: list[int] = []
     try:
         for i, g in enumerate(grad):
             t = x[i]

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field
 from typing import Any, ClassVar, Final, TypeVar
 
 from torch import Tensor
+
+from mmebm.ops.common.untyped import DICT, LISTS
 
 # Metadata of a field whose tensor has a row for each chain, or one row for all where there may be one
 PER_CHAIN: Final[Mapping[str, Any]] = {"chains": "each"}
@@ -22,7 +25,8 @@ class Described:
     """Base of all kinds."""
 
     __slots__ = ()
-    kinds: ClassVar[dict[str, type]] = {}  # by name
+    kinds: ClassVar[dict[str, type[Any]]] = {}  # by name
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __init_subclass__(cls) -> None:
         Described.kinds[cls.__name__] = cls
@@ -36,8 +40,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Described):
-        value = [getattr(value, name) for name in value.__dataclass_fields__]  # type: ignore[attr-defined]
-    return [t for part in value for t in tensors_in(part)] if isinstance(value, (tuple, list)) else []
+        value = [getattr(value, name) for name in value.__dataclass_fields__]
+    return [t for part in value for t in tensors_in(part)] if isinstance(value, LISTS) else []
 
 
 def replaced(value: T, function: Callable[[Tensor, str | None], Tensor]) -> T:
@@ -47,9 +51,9 @@ def replaced(value: T, function: Callable[[Tensor, str | None], Tensor]) -> T:
         if isinstance(value, Tensor):
             return function(value, chains)
         if isinstance(value, Described):
-            fields: Mapping[str, Any] = value.__dataclass_fields__  # type: ignore[attr-defined]
+            fields = value.__dataclass_fields__
             return type(value)(**{n: of(getattr(value, n), f.metadata.get("chains")) for n, f in fields.items()})
-        return tuple([of(part, chains) for part in value]) if isinstance(value, (tuple, list)) else value
+        return tuple([of(part, chains) for part in value]) if isinstance(value, LISTS) else value
 
     return of(value, None)
 
@@ -66,13 +70,13 @@ def of_chains(value: T, index: Tensor) -> T:
 def structure(value: Any) -> Any:
     """The kinds, shapes and names of a description, without its numbers: equal where one code computes both."""
     if isinstance(value, Described):
-        parts = [getattr(value, name) for name in value.__dataclass_fields__]  # type: ignore[attr-defined]
+        parts = [getattr(value, name) for name in value.__dataclass_fields__]
         return (type(value), *map(structure, parts))
     if isinstance(value, Tensor):
         return tuple(value.shape[1:] if value.dim() > 1 else value.shape)
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, LISTS):
         return tuple(map(structure, value))
-    return value if isinstance(value, (str, bool, int, type(None))) else type(value)
+    return value if isinstance(value, (str, bool, int, type(None))) else value.__class__
 
 
 # -- as what a torch.library schema can carry: a string, and tensors in the order of the fields
@@ -85,12 +89,12 @@ def pack(value: Any) -> tuple[str, list[Tensor | None]]:
     # JSON by hand: torch.compile cannot trace json.dumps
     def text(value: Any) -> str:
         if isinstance(value, Described):
-            fields = [f'"{name}": {text(getattr(value, name))}' for name in value.__dataclass_fields__]  # type: ignore[attr-defined]
+            fields = [f'"{name}": {text(getattr(value, name))}' for name in value.__dataclass_fields__]
             return f'{{"kind": "{type(value).__name__}", {", ".join(fields)}}}'
         if isinstance(value, Tensor):
             tensors.append(value)
             return f'{{"tensor": {len(tensors) - 1}}}'
-        if isinstance(value, (tuple, list)):
+        if isinstance(value, LISTS):
             return "[" + ", ".join([text(part) for part in value]) + "]"
         if value is None or isinstance(value, bool):
             return {None: "null", True: "true", False: "false"}[value]
@@ -110,10 +114,11 @@ def unpack(description: str, tensors: Sequence[Tensor | None]) -> Any:
     """What :func:`pack` was given, lists as tuples."""
 
     def rebuilt(value: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, DICT):
             if "tensor" in value:
-                return tensors[value["tensor"]]
+                place: int = value["tensor"]
+                return tensors[place]
             return Described.kinds[value.pop("kind")](**{name: rebuilt(part) for name, part in value.items()})
-        return tuple([rebuilt(part) for part in value]) if isinstance(value, list) else value
+        return tuple([rebuilt(part) for part in value]) if isinstance(value, LISTS) else value
 
     return rebuilt(json.loads(description))

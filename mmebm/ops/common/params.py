@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops.common.address import require_dense
+from mmebm.ops.common.untyped import TORCH
 
 NoiseAt = Literal["after", "before"]
 NormOver = Literal["chain", "tensor"]
@@ -54,14 +55,14 @@ class StepNumbers(Sequence[float]):
 
     def __init__(self, vector: Tensor) -> None:
         self.vector = vector
-        self._list: list[float] | None = None
+        self._list: Any = None
 
     def __len__(self) -> int:
         return self.vector.shape[0]
 
     def __getitem__(self, k: Any) -> Any:
         if self._list is None:
-            self._list = self.vector.tolist()
+            self._list = TORCH.Tensor.tolist(self.vector)
         return self._list[k]
 
 

@@ -25,6 +25,7 @@ from mmebm.ops import dispatch
 from mmebm.ops.common.address import require_dense, unfit
 from mmebm.ops.common.layout import per_chain, widen
 from mmebm.ops.common.params import FIELDS, NEUTRAL, Constant, NoiseAt, StepNumbers, StepParams, StepRows, per_tensor
+from mmebm.ops.common.untyped import register
 from mmebm.ops.langevin_mlp.reference import langevin_mlp as reference
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
@@ -105,8 +106,10 @@ def constants_of(
     """
     if moving is not None:
         still = StepParams(0.0, 0.0)
-        rows_of = lambda row: [p if moves else still for p, moves in zip(row, moving, strict=True)]
-        params = params.still(moving) if isinstance(params, StepRows) else [rows_of(row) for row in params]
+        if isinstance(params, StepRows):
+            params = params.still(moving)
+        else:
+            params = [[p if moves else still for p, moves in zip(row, moving, strict=True)] for row in params]
     if isinstance(params, StepRows):
         quick = _from_columns(params)
         if quick is not None:
@@ -154,7 +157,9 @@ def constants_of(
 
 def _from_columns(params: StepRows) -> tuple[Tensor, tuple[int, ...]] | None:
     """The table of constants that are all numbers, float64, without a row being made; None where some are tensors."""
-    numbers, present, series = [], [0] * len(params.columns), []
+    numbers: list[float] = []
+    series: list[tuple[int, int, StepNumbers]] = []
+    present = [0] * len(params.columns)
     for i, column in enumerate(params.columns):
         for f, name in enumerate(FIELDS):
             value = column[name]
@@ -194,8 +199,7 @@ def room(backend: str, chain: MlpChain, x: Tensor) -> tuple[ModuleType | None, s
         TypeError, ValueError: for an unknown backend, and for terms that do not fit together.
         BackendError: where a backend asked for by name does not take this chain.
     """
-    refusal = lambda _, module: _refusal(module, chain, x)
-    chosen = dispatch.choose("langevin_mlp", backend, x.device, refusal, chain.precision)
+    chosen = dispatch.choose("langevin_mlp", backend, x.device, lambda _, m: _refusal(m, chain, x), chain.precision)
     if chosen.module is not None:
         check_terms(chain.terms, x.shape[0], x.shape[1], x.device)
     return chosen.module, noted(chosen, chain, x)
@@ -208,13 +212,13 @@ def noted(chosen: dispatch.Choice, chain: MlpChain, x: Tensor) -> str:
     return chosen.reason if note is None else f"{chosen.reason}; {note}"
 
 
-def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, energy: Any = None) -> MlpResult:
+def run_reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor, energy: Any = None) -> MlpResult:
     """The chain in PyTorch. ``energy``: what gives energy and gradient at the flat state, instead of the terms."""
     group = [i for i, moves in enumerate(chain.moving) if moves]
-    tensors = list(x.split(list(chain.widths), dim=1))
+    tensors = list(x.split_with_sizes(chain.widths, dim=1))
     masks: list[Tensor | None] = [None] * len(tensors)
     if chain.observed is not None:
-        masks = [part.bool() for part in chain.observed.split(list(chain.widths), dim=1)]
+        masks = [part.bool() for part in chain.observed.split_with_sizes(chain.widths, dim=1)]
     stepper = TorchStepper(
         StepOptions(
             seed=chain.seed,
@@ -227,7 +231,7 @@ def _reference(chain: MlpChain, x: Tensor, steps: int, first_step: int | Tensor,
     )
 
     def row(table: Tensor) -> list[StepParams]:
-        out = []
+        out: list[StepParams] = []
         for word, fields in zip(chain.present, table, strict=True):
             values: dict[str, Any] = {
                 name: fields[f].unsqueeze(1) if word >> f & 1 else None for f, name in enumerate(FIELDS)
@@ -269,7 +273,7 @@ def run(
         empty = x.new_zeros(steps, x.shape[0])
         return MlpResult(x.clone(), empty, empty, torch.zeros(x.shape[0], dtype=torch.bool, device=x.device))
     if module is None:
-        return _reference(chain, x, steps, first_step)
+        return run_reference(chain, x, steps, first_step)
     return module.run(chain, x, steps, first_step, energy=energy, grad_norm=grad_norm)
 
 
@@ -333,11 +337,7 @@ def _fake(x: Tensor, *args: object, steps: int, **kwargs: object) -> tuple[Tenso
     return torch.empty_like(x), trace, torch.empty_like(trace), x.new_empty(x.shape[0], dtype=torch.bool)
 
 
-_library = torch.library.Library("mmebm", "FRAGMENT")
-if not hasattr(torch.ops.mmebm, "langevin_mlp"):
-    _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl("langevin_mlp", _op, "CompositeExplicitAutograd")
-    torch.library.register_fake("mmebm::langevin_mlp", _fake, lib=_library)
+_library = register(_SCHEMA, _op, _fake)
 
 
 class MlpSamples(NamedTuple):
@@ -397,7 +397,7 @@ def langevin_mlp(
     if isinstance(x, Tensor) or not isinstance(x, (list, tuple)) or not x:
         raise TypeError(f"x must be a list of at least one tensor, got {type(x).__name__}")
     for i, t in enumerate(x):
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"x[{i}] must be a tensor, got {type(t).__name__}")
         require_dense(f"x[{i}]", t, x[0])
     chains, device = x[0].shape[0] if x[0].dim() else 0, x[0].device
@@ -408,7 +408,7 @@ def langevin_mlp(
             )
         if t.dtype != x[0].dtype:
             raise ValueError(f"x[{i}] must be {x[0].dtype} as x[0] is, got {t.dtype}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 1 << 31:
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 1 << 31:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"steps must be an int of at least 0 and below 2^31, got {steps!r}")
     if noise_at not in ("after", "before"):
         raise ValueError(f"noise_at must be 'after' or 'before', got {noise_at!r}")
@@ -465,12 +465,12 @@ def flat_mask(masks: Sequence[Tensor | None], x: Sequence[Tensor]) -> Tensor | N
     """
     if all(mask is None for mask in masks):
         return None
-    parts = []
+    parts: list[Tensor] = []
     for i, (mask, t) in enumerate(zip(masks, x, strict=True)):
         if mask is None:
             parts.append(torch.zeros(t.shape, dtype=torch.bool, device=t.device))
             continue
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
         require_dense(f"observed[{i}]", mask, t)
         try:

@@ -16,6 +16,7 @@ from mmebm import noise
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import obstacle, require_dense
 from mmebm.ops.common.params import FIELDS, Constant, NormOver, Outside, StepOptions, StepParams, StepStats, per_tensor
+from mmebm.ops.common.untyped import register
 from mmebm.ops.langevin_step import reference
 from mmebm.ops.langevin_step.cpp import CppStepper, cpp_reason
 from mmebm.ops.langevin_step.cuda import CudaStepper, cuda_reason
@@ -240,11 +241,7 @@ def _fake(x: list[Tensor], grad: list[Tensor], *args: object, **kwargs: object) 
     return [t.new_empty(t.shape) for t in x]
 
 
-_library = torch.library.Library("mmebm", "FRAGMENT")
-if not hasattr(torch.ops.mmebm, "langevin_step"):
-    _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl("langevin_step", _run, "CompositeExplicitAutograd")
-    torch.library.register_fake("mmebm::langevin_step", _fake, lib=_library)
+_library = register(_SCHEMA, _run, _fake)
 
 
 def langevin_step(
@@ -313,7 +310,7 @@ def langevin_step(
                 raise ValueError(
                     f"grad[{i}] must be {tuple(t.shape)} on {t.device} as x[{i}], got {tuple(g.shape)} on {g.device}"
                 )
-    masks: list[Tensor | None] = [None] * len(x) if observed is None else list(observed)
+    masks: list[Any] = [None] * len(x) if observed is None else list(observed)
     if len(masks) != len(x):
         raise ValueError(f"observed must have {len(x)} entries, one for each of x, got {len(masks)}")
     for i, mask in enumerate(masks):
@@ -350,7 +347,7 @@ def langevin_step(
     )
 
 
-def _tensors(name: str, value: Sequence[Tensor]) -> list[Tensor]:
+def _tensors(name: str, value: Sequence[Any]) -> list[Tensor]:
     if isinstance(value, Tensor) or not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a list of tensors, got {type(value).__name__}")
     if len(value) == 0:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmebm.ops.common.layout import WIDE, per_chain, widen
 from mmebm.ops.common.params import NormOver, Outside, StepParams, StepStats
+from mmebm.ops.common.untyped import TORCH
 
 _MANTISSA = {torch.float16: 10, torch.bfloat16: 7}
 _MIN_EXPONENT = {torch.float16: -14, torch.bfloat16: -126}
@@ -60,8 +61,9 @@ def clamp(y: Tensor, low: Any, high: Any) -> Tensor:
 
 
 def norm_factor(g: Tensor, limit: Any, over: NormOver) -> Tensor:
-    flat = per_chain(g)
-    norm = flat.norm(dim=1).reshape(-1, *[1] * (g.dim() - 1)) if over == "chain" else flat.norm()
+    norm: Tensor = TORCH.linalg.vector_norm(per_chain(g), dim=1 if over == "chain" else None)
+    if over == "chain":
+        norm = norm.reshape(-1, *[1] * (g.dim() - 1))
     # 1 up to the limit, and differentiable at norm 0; a NaN norm stays NaN, so that a broken chain is seen. Tensor by
     # tensor: torch divides a number by a tensor as number * (1 / tensor), which is not always 1 for equal ones
     bound = limit if isinstance(limit, Tensor) else norm.new_full((), limit)
@@ -78,7 +80,7 @@ def perturb(
     thresholds: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """``x + noise_scale xi``, clamped to the bounds if ``clamp_noise``, unchanged where observed."""
-    out = []
+    out: list[Tensor] = []
     for i, (xi, ni, p) in enumerate(zip(x, noise, params, strict=True)):
         y = widen(xi) if ni is None else widen(xi) + p.noise_scale * ni
         if clamp_noise:
@@ -135,7 +137,8 @@ def langevin_step(
         thresholds: per tensor ``None`` or the stochastic-rounding thresholds of a 16-bit tensor.
         stats: whether to return :class:`StepStats`.
     """
-    proposals, clipped = [], []
+    proposals: list[Tensor] = []
+    clipped: list[Any] = []  # None without stats
     inside: Tensor | None = None
     for i, (xi, gi, ni, p) in enumerate(zip(x, grad, noise, params, strict=True)):
         mask = observed[i] if observed else None

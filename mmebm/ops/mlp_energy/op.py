@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import require_dense, unfit
+from mmebm.ops.common.untyped import register
 from mmebm.ops.mlp_energy.reference import mlp_energy as reference
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 
@@ -77,15 +78,8 @@ def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple
     return grads[0], [next(rest_grads) if t is not None else None for t in tensors], None, None
 
 
-_library = torch.library.Library("mmebm", "FRAGMENT")
-if not hasattr(torch.ops.mmebm, "mlp_energy"):
-    _library.define(
-        "mlp_energy(Tensor x, Tensor?[] tensors, str terms, str backend) -> (Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    _library.impl("mlp_energy", _op, "CompositeExplicitAutograd")
-    torch.library.register_fake("mmebm::mlp_energy", _fake, lib=_library)
-    torch.library.register_autograd("mmebm::mlp_energy", _backward, setup_context=_setup, lib=_library)
+_SCHEMA: Final = "mlp_energy(Tensor x, Tensor?[] tensors, str terms, str backend) -> (Tensor, Tensor)"
+_library = register(_SCHEMA, _op, _fake, _backward, _setup)
 
 
 def mlp_energy(x: Tensor, terms: Sequence[Term], *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -103,9 +97,9 @@ def mlp_energy(x: Tensor, terms: Sequence[Term], *, backend: str = "auto") -> tu
         TypeError, ValueError: naming the argument.
         BackendError: where ``backend`` does not take these terms.
     """
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         require_dense("x", x)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"x must be a floating-point tensor (chains, inputs), got {getattr(x, 'shape', x)!r:.80}")
     require_dense_terms(terms, x)
     checked = check_terms(terms, x.shape[0], x.shape[1], x.device)

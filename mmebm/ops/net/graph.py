@@ -118,7 +118,8 @@ class Conv(Node):
     output_padding: tuple[int, int] = (0, 0)
 
     def shape_after(self, before: Sequence[Shape]) -> Shape:
-        w, sides = self.weight, []
+        w = self.weight
+        sides: list[int] = []
         channels = w.shape[1] * self.groups if self.transposed else w.shape[0]
         for i in range(2):
             size, reach = before[0][1 + i], self.dilation[i] * (w.shape[2 + i] - 1) + 1
@@ -319,12 +320,12 @@ def check_net(net: Net, chains: int, inputs: int, device: torch.device) -> list[
     Raises:
         TypeError, ValueError: naming the node.
     """
-    if not isinstance(net, Net) or not isinstance(net.nodes, tuple) or not net.nodes:
+    if not isinstance(net, Net) or not isinstance(net.nodes, tuple) or not net.nodes:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"net must be a Net of at least one node, got {net!r:.80}")
     shapes: list[Shape] = []
     for i, node in enumerate(net.nodes):
         name = f"nodes[{i}]"
-        if not isinstance(node, Node):
+        if not isinstance(node, Node):  # pyright: ignore[reportUnnecessaryIsInstance]
             kinds = [kind for kind, cls in Described.kinds.items() if issubclass(cls, Node) and cls is not Node]
             raise TypeError(f"{name} must be one of {kinds}, got {type(node).__name__}")
         for t in tensors_in(node):

@@ -14,17 +14,19 @@ as :mod:`mmebm.ops.langevin_mlp` has them for sums of MLPs; state, constants and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import require_dense, unfit
+from mmebm.ops.common.untyped import TORCH, register
 from mmebm.ops.langevin_mlp import MlpChain, MlpResult
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import reference
@@ -62,7 +64,7 @@ def room(backend: str, chain: NetChain, x: Tensor) -> tuple[ModuleType | None, s
         TypeError, ValueError: for an unknown backend, and for nodes that do not fit together.
         BackendError: where a backend asked for by name does not take this chain.
     """
-    refusal = lambda _, module: _refusal(module, chain.net, chain, x, backend)
+    refusal: dispatch.Refusal = lambda _, module: _refusal(module, chain.net, chain, x, backend)
     chosen = dispatch.choose("langevin_net", backend, x.device, refusal, chain.precision)
     if chosen.module is not None:
         check_net(chain.net, x.shape[0], x.shape[1], x.device)
@@ -83,7 +85,7 @@ def run(
     if steps == 0 or x.shape[0] == 0:
         return mlp.run(None, chain, x, 0, first_step)
     if module is None:
-        return mlp._reference(chain, x, steps, first_step, lambda flat: reference.energy_and_gradient(flat, chain.net))
+        return mlp.run_reference(chain, x, steps, first_step, partial(reference.energy_and_gradient, net=chain.net))
     return module.run(chain, x, steps, first_step, energy=energy, grad_norm=grad_norm)
 
 
@@ -91,19 +93,20 @@ def run(
 
 
 @contextmanager
-def _autograd() -> Iterator[None]:
+def _autograd() -> Generator[None, None, None]:
     """Autograd inside an op, where torch has it off."""
-    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
-    excluded = torch._C._dispatch_tls_local_exclude_set()
+    c: Any = TORCH._C
+    key, keys = c.DispatchKey, c.DispatchKeySet
+    excluded = c._dispatch_tls_local_exclude_set()
     excluded = excluded - keys(key.AutogradFunctionality) - keys(key.ADInplaceOrView)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+    with c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded):
         yield
 
 
 def _op(x: Tensor, tensors: list[Tensor], net: str, backend: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         unpacked = unpack(net, tensors)
-        refusal = lambda _, m: _refusal(m, unpacked, None, x, backend)
+        refusal: dispatch.Refusal = lambda _, m: _refusal(m, unpacked, None, x, backend)
         module = dispatch.choose("net_energy", backend, x.device, refusal).module
         if module is None:
             with _autograd():
@@ -151,15 +154,8 @@ def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple
     return grads[0], grads[1:], None, None
 
 
-_library = torch.library.Library("mmebm", "FRAGMENT")
-if not hasattr(torch.ops.mmebm, "net_energy"):
-    _library.define(
-        "net_energy(Tensor x, Tensor[] tensors, str net, str backend) -> (Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    _library.impl("net_energy", _op, "CompositeExplicitAutograd")
-    torch.library.register_fake("mmebm::net_energy", _fake, lib=_library)
-    torch.library.register_autograd("mmebm::net_energy", _backward, setup_context=_setup, lib=_library)
+_SCHEMA: Final = "net_energy(Tensor x, Tensor[] tensors, str net, str backend) -> (Tensor, Tensor)"
+_library = register(_SCHEMA, _op, _fake, _backward, _setup)
 
 
 def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -185,7 +181,7 @@ def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, T
         ... ))
         >>> energy, gradient = net_energy(torch.randn(100, 64), net)
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"x must be a floating-point tensor (chains, inputs), got {getattr(x, 'shape', x)!r:.80}")
     check_net(net, x.shape[0], x.shape[1], x.device)
     for t in (x, *tensors_of(net)):

@@ -6,7 +6,7 @@ The gradient is autograd's. With ``create_graph`` both are differentiable in x a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -40,35 +40,35 @@ def _gathered(values: list[Tensor], index: Tensor) -> Tensor:
     return torch.where(index < 0, torch.zeros((), dtype=flat.dtype, device=flat.device), taken)
 
 
-def _add(node: graph.Add, values: list[Tensor]) -> Tensor:
+def _add(node: graph.Add, values: Mapping[int, Tensor]) -> Tensor:
     total: Any = 0.0 if node.shift is None else node.shift
     for x, c in zip(node.xs, node.coefficients, strict=True):
         total = total + c * values[x]
     return total
 
 
-def _affine(node: graph.Affine, values: list[Tensor]) -> Tensor:
+def _affine(node: graph.Affine, values: Mapping[int, Tensor]) -> Tensor:
     y = values[node.x] * node.scale
     return y if node.shift is None else y + node.shift
 
 
-def _map(node: graph.Map, values: list[Tensor]) -> Tensor:
+def _map(node: graph.Map, values: Mapping[int, Tensor]) -> Tensor:
     taken = _gathered([values[x] for x in node.xs], node.index)
     return (taken if node.weight is None else taken * node.weight).sum(2)
 
 
-def _norm(node: graph.Norm, values: list[Tensor]) -> Tensor:
-    parts = values[node.x].flatten(1).unflatten(1, (node.groups, -1))
+def _norm(node: graph.Norm, values: Mapping[int, Tensor]) -> Tensor:
+    parts = torch.unflatten(values[node.x].flatten(1), 1, (node.groups, -1))
     centred = parts - parts.mean(2, keepdim=True)
     return centred / (centred.square().mean(2, keepdim=True) + node.eps).sqrt()
 
 
-def _activation(node: graph.Activation, values: list[Tensor]) -> Tensor:
+def _activation(node: graph.Activation, values: Mapping[int, Tensor]) -> Tensor:
     return _FUNCTIONS[node.function](values[node.x], *([node.slope] if node.function in _SLOPED else []))
 
 
 # The value (chains, elements...) of a node of each kind but the input, up to its shape, from those before it
-_VALUES: Final[dict[type, Callable[[Any, list[Tensor]], Tensor]]] = {
+_VALUES: Final[dict[type[Any], Callable[[Any, Mapping[int, Tensor]], Tensor]]] = {
     graph.View: lambda node, values: values[node.x],
     graph.Conv: lambda node, values: _conv(node, values[node.x]),
     graph.Linear: lambda node, values: F.linear(values[node.x].flatten(1), node.weight, node.bias),
@@ -84,16 +84,16 @@ _VALUES: Final[dict[type, Callable[[Any, list[Tensor]], Tensor]]] = {
 
 def values_of(x: Tensor, net: Net) -> list[Tensor]:
     """The value (chains, *shape) of each node."""
-    values: list[Tensor] = []
-    for node, shape in zip(net.nodes, shapes_of(net), strict=True):
+    values: dict[int, Tensor] = {}
+    for i, (node, shape) in enumerate(zip(net.nodes, shapes_of(net), strict=True)):
         if isinstance(node, graph.Input):
             value = x[:, node.start : node.start + math.prod(shape)]
         elif type(node) in _VALUES:
             value = _VALUES[type(node)](node, values)
         else:
             raise ValueError(f"a net has no {type(node).__name__}")
-        values.append(value.reshape(-1, *shape))
-    return values
+        values[i] = value.reshape(-1, *shape)
+    return list(values.values())
 
 
 def energy(x: Tensor, net: Net) -> Tensor:
@@ -112,5 +112,5 @@ def energy_and_gradient(x: Tensor, net: Net, *, create_graph: bool = False) -> t
         if not value.requires_grad:
             raise RuntimeError("autograd is off below an op or in a dispatch mode: there is no gradient of a net")
         (grad,) = torch.autograd.grad(value.sum(), start, create_graph=create_graph, allow_unused=True)
-    grad = torch.zeros_like(x) if grad is None else grad
+    grad = torch.zeros_like(x) if grad is None else grad  # pyright: ignore[reportUnnecessaryComparison]
     return (value, grad) if create_graph else (value.detach(), grad)

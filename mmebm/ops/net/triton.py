@@ -27,6 +27,7 @@ from mmebm.kernels.net import FUNCTIONS
 from mmebm.kernels.rule import signed64, todo_of
 from mmebm.native import BackendError
 from mmebm.ops.common.params import FIELDS
+from mmebm.ops.common.untyped import TORCH
 from mmebm.ops.langevin_mlp import MlpResult
 from mmebm.ops.net.graph import Activation, Input, Net, check_net, pack, shapes_of, tensors_of
 from mmebm.ops.net.op import NetChain
@@ -79,7 +80,7 @@ class _Workspace:
             torch.cat([torch.arange(at, at + n, dtype=torch.int32, device=device) for at, n in lists.places])
             for lists in plan.indices
         ]
-        self.views = []
+        self.views: list[Tensor] = []
         for at, t in zip(plan.tensors_at, _floats(net), strict=True):
             self.views.append(self.w[at : at + t.numel()].view(t.shape))
         self.known: list[tuple[Tensor, int] | None] = [None] * len(plan.indices)
@@ -104,7 +105,7 @@ class _Workspace:
             "constant_chain": int(width > 1),
             "todo": 0 if chain is None else todo_of(chain),
         }
-        self.calls = []
+        self.calls: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = []
         for launch in plan.launches:
             shared = {name: v for name, v in {**pointers, **scalars}.items() if name in launch.kernel.arg_names}
             named = {name: v for name, v in launch.arguments.items() if name in (*launch.kernel.arg_names, *OPTIONS)}
@@ -115,7 +116,8 @@ class _Workspace:
 
     @staticmethod
     def _words(chain: NetChain | None) -> list[int]:
-        words, at = [], 0
+        words: list[int] = []
+        at = 0
         if chain is not None:
             norm = 1 << FIELDS.index("grad_norm_clip")
             for t, width in enumerate(chain.widths):
@@ -136,9 +138,10 @@ class _Workspace:
         at = self.plan.at["x"]
         self.arena[:, at : at + self.inputs].copy_(x)
         if self.views:
-            torch._foreach_copy_(self.views, _floats(net))
+            TORCH._foreach_copy_(self.views, _floats(net))
         for j, (lists, places) in enumerate(zip(self.plan.indices, self.places, strict=True)):
-            index = net.nodes[lists.node].index  # type: ignore[union-attr]
+            node: Any = net.nodes[lists.node]
+            index: Tensor = node.index
             known = self.known[j]
             if known is not None and known[0] is index and known[1] == index._version:
                 continue

@@ -81,10 +81,10 @@ class Plan:
     tensors: int = 0
     lists: int = 0
     parts: int = 0
-    at: dict[str, int] = field(default_factory=dict)
-    tensors_at: list[int] = field(default_factory=list)
-    indices: list[IndexLists] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
+    at: dict[str, int] = field(default_factory=dict[str, int])
+    tensors_at: list[int] = field(default_factory=list[int])
+    indices: list[IndexLists] = field(default_factory=list[IndexLists])
+    launches: list[Launch] = field(default_factory=list[Launch])
     updates: bool = False
 
 
@@ -223,7 +223,7 @@ class _Planner:
         options = {"num_warps": warps, "enable_fp_fusion": True}
         self.plan.launches.append(Launch(kernel, tuple(grid), {"chains": self.chains, **options, **arguments}))
 
-    def _pointwise(self, n: int, u_at: int, out_at: int, **arguments: Any) -> None:
+    def pointwise(self, n: int, u_at: int, out_at: int, **arguments: Any) -> None:
         absent = dict.fromkeys(("v_at", "scale_at", "shift_at", "rest_at", "function", "slope_at"), _NONE)
         zeros = {"times": 0, "scale_stride": 0, "shift_stride": 0, "v_scale": 0.0, "rest_scale": 0.0, "alpha": 0.0}
         given = {**absent, **zeros, "u_scale": 1.0, **arguments}
@@ -232,11 +232,11 @@ class _Planner:
 
     def _product(self, i: int, backward: bool, *, in_at: int, out_at: int, update: int | None = None, **tail: Any):
         """A layer, or its gradient in x; ``update``: the tensor of the state whose update follows."""
-        node, (source, target) = self.nodes[i], (self.shapes[self.nodes[i].x], self.shapes[i])
-        w = node.weight
+        node = self.nodes[i]
+        source, target, w = self.shapes[reads(node)[0]], self.shapes[i], node.weight
         if isinstance(node, Linear):
             outputs, inputs = w.shape
-            N, R, wn, wr = (inputs, outputs, 1, inputs) if backward else (outputs, inputs, inputs, 1)
+            n, r, wn, wr = (inputs, outputs, 1, inputs) if backward else (outputs, inputs, inputs, 1)
             sizes = {"KH": 1, "KW": 1, "IH": 1, "IW": 1, "OH": 1, "OW": 1}
             stride = padding = dilation = (1, 1)
             padding, groups, wg, spread = (0, 0), 1, 0, False
@@ -247,7 +247,7 @@ class _Planner:
                 source, target = target, source
             # the reduced side is the weight's second one, except in the gradient and in a transposed convolution
             spread = backward != node.transposed
-            N, R = (second, first // groups) if spread else (first // groups, second)
+            n, r = (second, first // groups) if spread else (first // groups, second)
             wn, wr = (kh * kw, second * kh * kw) if spread else (second * kh * kw, kh * kw)
             wg = (first // groups) * second * kh * kw
             sizes = {"KH": kh, "KW": kw, "IH": source[1], "IW": source[2], "OH": target[1], "OW": target[2]}
@@ -255,9 +255,9 @@ class _Planner:
         cells = math.prod(
             -(-sizes[name] // s) if spread else sizes[name] for name, s in zip(("OH", "OW"), stride, strict=True)
         )
-        block, positions = kernels.TILES[min(64, max(16, 1 << (N - 1).bit_length()))]
+        block, positions = kernels.TILES[min(64, max(16, 1 << (n - 1).bit_length()))]
         tiles = -(-(cells if update is not None else self.chains * cells) // positions)
-        blocks = groups * -(-N // block)
+        blocks = groups * -(-n // block)
         period = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
         absent = {
             "slope_at": _NONE,
@@ -287,8 +287,8 @@ class _Planner:
             in_at=in_at,
             out_at=out_at,
             w_at=self.weights[i]["weight"],
-            N=N,
-            R=R,
+            N=n,
+            R=r,
             wn=wn,
             wr=wr,
             wg=wg,
@@ -314,39 +314,39 @@ class _Planner:
             num_stages=3,
         )
 
-    def _kind(self, i: int) -> type:
-        return type(self.nodes[self.groups[i].layer if i in self.groups else i])
+    def _kind(self, i: int) -> type[Any]:
+        return self.nodes[self.groups[i].layer if i in self.groups else i].__class__
 
     def _forward(self, i: int) -> None:
         """Launches what gives node ``i`` its value."""
         at = [self.values.get(self.roots[r], _NONE) for r in reads(self.nodes[i])]
         _KINDS[self._kind(i)].forward(self, i, self.nodes[i], at)
 
-    def _layer(self, i: int, node: Any, at: list[int]) -> None:
+    def layer(self, i: int, node: Any, at: list[int]) -> None:
         group = self.groups[i]
         tail: dict[str, Any] = {"bias_at": self.weights[group.layer].get("bias", _NONE)}
         if group.rest is not None:
             tail |= {"rest_at": self.values[group.rest[0]], "rest_scale": group.rest[1]}
         if group.function is not None:
-            tail |= self._called(group.function, i)
+            tail |= self.called(group.function, i)
         in_at = self.values[self.roots[self.nodes[group.layer].x]]
         self._product(group.layer, False, in_at=in_at, out_at=self.values[i], **tail)
 
-    def _sum(self, i: int, node: Add, at: list[int]) -> None:
+    def sum(self, i: int, node: Add, at: list[int]) -> None:
         n, out = self.sizes[i], self.values[i]
         pairs = list(zip(at, map(float, node.coefficients), strict=True))
         (u, p), more = pairs[0], {}
         if len(pairs) > 1:
             more = {"v_at": pairs[1][0], "v_scale": pairs[1][1]}
-        self._pointwise(n, u, out, u_scale=p, **more, **self._per_chain(i, "shift"))
+        self.pointwise(n, u, out, u_scale=p, **more, **self.per_chain(i, "shift"))
         for v, q in pairs[2:]:
-            self._pointwise(n, out, out, v_at=v, v_scale=q)
+            self.pointwise(n, out, out, v_at=v, v_scale=q)
 
-    def _normed(self, i: int, node: Norm, at: list[int]) -> None:
+    def normed(self, i: int, node: Norm, at: list[int]) -> None:
         self.rstd[i] = self._place(node.groups)
-        self._norm(i, at[0], self.values[i], backward=0)
+        self.norm(i, at[0], self.values[i], backward=0)
 
-    def _gathered(self, i: int, node: Map | LogSumExp, at: list[int]) -> None:
+    def gathered(self, i: int, node: Map | LogSumExp, at: list[int]) -> None:
         lists, n = self._lists(i, node), self.sizes[i]
         k = node.index.shape[1]
         outputs, terms = kernels.FORMS[min(f for f in kernels.FORMS if f >= min(k, 512))]
@@ -363,20 +363,20 @@ class _Planner:
             BK=terms,
         )
 
-    def _called(self, node: Activation, i: int) -> dict[str, Any]:
+    def called(self, node: Activation, i: int) -> dict[str, Any]:
         return {
             "function": kernels.FUNCTIONS.index(node.function),
             "alpha": float(node.slope),
             "slope_at": self.slopes[i],
         }
 
-    def _per_chain(self, i: int, name: str) -> dict[str, int]:
+    def per_chain(self, i: int, name: str) -> dict[str, int]:
         t = getattr(self.nodes[i], name)
         if t is None:
             return {}
         return {f"{name}_at": self.weights[i][name], f"{name}_stride": self.sizes[i] if t.shape[0] > 1 else 0}
 
-    def _norm(self, i: int, in_at: int, out_at: int, **arguments: Any) -> None:
+    def norm(self, i: int, in_at: int, out_at: int, **arguments: Any) -> None:
         node = self.nodes[i]
         self._add(
             kernels.norm_kernel,
@@ -406,19 +406,20 @@ class _Planner:
 
     # gradients: each is a sum of contributions, which come one by one, the user that is last in the net first
 
-    def _contribute(self, i: int, at: int, scale: float) -> None:
+    def contribute(self, i: int, at: int, scale: float) -> None:
         """``scale`` times what is at ``at`` is part of the gradient of ``i``: added where that is cheapest."""
         if i in self.moving:
             self.left[i] -= 1
             self.pending.setdefault(i, []).append((at, scale))
 
-    def _target(self, i: int) -> dict[str, Any]:
+    def target(self, i: int) -> dict[str, Any]:
         """Where a kernel writes its contribution to the gradient of ``i``, and what it does on the way."""
         self.left[i] -= 1
         return self._written(i)
 
     def _written(self, i: int) -> dict[str, Any]:
-        node, out = self.nodes[i], {}
+        node = self.nodes[i]
+        out: dict[str, Any] = {}
         if i in self.stored:
             out |= {"rest_at": self.gradients[i], "rest_scale": 1.0}
         elif self.pending.get(i):
@@ -446,7 +447,7 @@ class _Planner:
                 return at
         while pending:
             at, scale = pending.pop(0)
-            self._pointwise(self.sizes[i], at, u_scale=scale, **self._written(i))
+            self.pointwise(self.sizes[i], at, u_scale=scale, **self._written(i))
         return self.gradients[i]
 
     def _backward(self, i: int) -> None:
@@ -455,29 +456,29 @@ class _Planner:
         if d is not None:
             _KINDS[self._kind(i)].backward(self, i, self.nodes[i], d, [self.roots[r] for r in reads(self.nodes[i])])
 
-    def _layer_back(self, i: int, node: Any, d: int, before: list[int]) -> None:
+    def layer_back(self, i: int, node: Any, d: int, before: list[int]) -> None:
         group = self.groups[i]
         if group.rest is not None:
-            self._contribute(group.rest[0], d, group.rest[1])
-        x = self.roots[self.nodes[group.layer].x]
+            self.contribute(group.rest[0], d, group.rest[1])
+        x = self.roots[reads(self.nodes[group.layer])[0]]
         if x in self.moving:
             tensor = self._updated(x)
-            self._product(group.layer, True, in_at=d, update=tensor, **self._target(x))
+            self._product(group.layer, True, in_at=d, update=tensor, **self.target(x))
 
-    def _sum_back(self, i: int, node: Add, d: int, before: list[int]) -> None:
+    def sum_back(self, i: int, node: Add, d: int, before: list[int]) -> None:
         for x, c in zip(before, node.coefficients, strict=True):
-            self._contribute(x, d, float(c))
+            self.contribute(x, d, float(c))
 
-    def _affine_back(self, i: int, node: Affine, d: int, before: list[int]) -> None:
+    def affine_back(self, i: int, node: Affine, d: int, before: list[int]) -> None:
         if before[0] in self.moving:
-            self._pointwise(self.sizes[i], d, **self._per_chain(i, "scale"), **self._target(before[0]))
+            self.pointwise(self.sizes[i], d, **self.per_chain(i, "scale"), **self.target(before[0]))
 
-    def _times_back(self, i: int, node: Product, d: int, before: list[int]) -> None:
+    def times_back(self, i: int, node: Product, d: int, before: list[int]) -> None:
         for x, other in (before, before[::-1]):
             if x in self.moving:
-                self._pointwise(self.sizes[i], d, v_at=self.values[other], times=1, **self._target(x))
+                self.pointwise(self.sizes[i], d, v_at=self.values[other], times=1, **self.target(x))
 
-    def _scattered(self, i: int, node: Map | LogSumExp, d: int, before: list[int]) -> None:
+    def scattered(self, i: int, node: Map | LogSumExp, d: int, before: list[int]) -> None:
         lists, start = self._lists(i, node), 0
         for x, (_, size) in zip(before, lists.places, strict=True):
             if x in self.moving:
@@ -494,7 +495,7 @@ class _Planner:
                     u_at=self.values[x],
                     v_at=self.values[i],
                     B=kernels.BLOCK,
-                    **{"rest_at": _NONE, "rest_scale": 0.0, "slope_at": _NONE, **self._target(x)},
+                    **{"rest_at": _NONE, "rest_scale": 0.0, "slope_at": _NONE, **self.target(x)},
                 )
             start += size
 
@@ -569,32 +570,32 @@ class _Kind:
 
 # An input lies in the state, a view where what it views does
 _NOTHING: Final = _Kind(lambda plan, i, node, at: None, lambda plan, i, node, d, before: None)
-_LAYER: Final = _Kind(_Planner._layer, _Planner._layer_back)
-_LIST: Final = _Kind(_Planner._gathered, _Planner._scattered)
+_LAYER: Final = _Kind(_Planner.layer, _Planner.layer_back)
+_LIST: Final = _Kind(_Planner.gathered, _Planner.scattered)
 # The kinds that have kernels; what is not here is refused.
-_KINDS: Final[dict[type, _Kind]] = {
+_KINDS: Final[dict[type[Any], _Kind]] = {
     Input: _NOTHING,
     View: _NOTHING,
     Conv: _LAYER,
     Linear: _LAYER,
     Activation: _Kind(
-        lambda plan, i, node, at: plan._pointwise(plan.sizes[i], at[0], plan.values[i], **plan._called(node, i)),
-        lambda plan, i, node, d, before: plan._contribute(before[0], d, 1.0),
+        lambda plan, i, node, at: plan.pointwise(plan.sizes[i], at[0], plan.values[i], **plan.called(node, i)),
+        lambda plan, i, node, d, before: plan.contribute(before[0], d, 1.0),
     ),
-    Add: _Kind(_Planner._sum, _Planner._sum_back),
+    Add: _Kind(_Planner.sum, _Planner.sum_back),
     Affine: _Kind(
-        lambda plan, i, node, at: plan._pointwise(
-            plan.sizes[i], at[0], plan.values[i], **plan._per_chain(i, "scale"), **plan._per_chain(i, "shift")
+        lambda plan, i, node, at: plan.pointwise(
+            plan.sizes[i], at[0], plan.values[i], **plan.per_chain(i, "scale"), **plan.per_chain(i, "shift")
         ),
-        _Planner._affine_back,
+        _Planner.affine_back,
     ),
     Product: _Kind(
-        lambda plan, i, node, at: plan._pointwise(plan.sizes[i], at[0], plan.values[i], v_at=at[1], times=1),
-        _Planner._times_back,
+        lambda plan, i, node, at: plan.pointwise(plan.sizes[i], at[0], plan.values[i], v_at=at[1], times=1),
+        _Planner.times_back,
     ),
     Map: _LIST,
     Norm: _Kind(
-        _Planner._normed, lambda plan, i, node, d, before: plan._norm(i, d, backward=1, **plan._target(before[0]))
+        _Planner.normed, lambda plan, i, node, d, before: plan.norm(i, d, backward=1, **plan.target(before[0]))
     ),
     LogSumExp: _LIST,
 }

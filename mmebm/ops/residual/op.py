@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.common.untyped import LISTS, register
 from mmebm.ops.residual import reference
 
 __all__ = ["residual", "residual_and_gradient"]
@@ -80,7 +81,7 @@ def _op(
             # elsewhere looking would make the host wait for the device: a NaN says it there
             if kind == "categorical" and targets[i].device.type == "cpu":
                 _check_classes(i, predictions[i], targets[i], observed[i])
-        others = {"targets": targets, "scale": scale, "weight": weight, "observed": observed}
+        others: dict[str, Sequence[Any]] = {"targets": targets, "scale": scale, "weight": weight, "observed": observed}
         module = dispatch.choose(
             "residual", backend, predictions[0].device, lambda _, module: _refusal(module, predictions, others, kinds)
         ).module
@@ -142,19 +143,14 @@ def _backward(ctx: Any, d_value: Tensor | None, d_grads: list[Tensor | None] | N
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        found = [a if b is None else b if a is None else a + b for a, b in zip(found, second, strict=True)]
+        found = [a if b is None else b if a is None else a + b for a, b in zip(found, second, strict=True)]  # pyright: ignore[reportUnnecessaryComparison]
     # torch wants a list back where it was given one of nothing but tensors, else None
     parts = ctx.present[: 2 * n], ctx.present[2 * n :]
     nothing = [[None] * len(part) if all(part) else None for part in parts]
     return found, [None] * n, None, None, *nothing, None, None
 
 
-_library = torch.library.Library("mmebm", "FRAGMENT")
-if not hasattr(torch.ops.mmebm, "residual"):
-    _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl("residual", _op, "CompositeExplicitAutograd")
-    torch.library.register_fake("mmebm::residual", _fake, lib=_library)
-    torch.library.register_autograd("mmebm::residual", _backward, setup_context=_setup, lib=_library)
+_library = register(_SCHEMA, _op, _fake, _backward, _setup)
 
 
 class _Residual(torch.autograd.Function):
@@ -193,7 +189,7 @@ class _Residual(torch.autograd.Function):
 
 
 def _list(name: str, value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor) or not isinstance(value, (list, tuple)):
+    if isinstance(value, Tensor) or not isinstance(value, LISTS):
         raise TypeError(f"{name} must be a list of tensors, one per modality, got {type(value).__name__}")
     for i, t in enumerate(value):
         if not isinstance(t, Tensor):
@@ -229,7 +225,7 @@ def _check_modality(i: int, y: Tensor, target: Tensor, kind: str, chains: int, d
 
 def _values(name: str, value: Any, chains: int, count: int, like: Tensor) -> list[float | Tensor]:
     """One number or 1-D tensor per modality."""
-    each = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    each: list[Any] = list(value) if isinstance(value, LISTS) else [value] * count
     device = like.device
     if len(each) != count:
         raise ValueError(f"{name} must be one value or a list of {count}, one per modality, got {len(each)}")
@@ -253,8 +249,8 @@ def _values(name: str, value: Any, chains: int, count: int, like: Tensor) -> lis
 
 
 def _masks(observed: Any, targets: list[Tensor]) -> list[Tensor | None]:
-    masks = [None] * len(targets) if observed is None else observed
-    if isinstance(masks, Tensor) or not isinstance(masks, (list, tuple)) or len(masks) != len(targets):
+    masks: Any = [None] * len(targets) if observed is None else observed
+    if isinstance(masks, Tensor) or not isinstance(masks, LISTS) or len(masks) != len(targets):
         raise ValueError(f"observed must be None or a list of {len(targets)}, one per modality, got {observed!r:.80}")
     for i, (mask, target) in enumerate(zip(masks, targets, strict=True)):
         if mask is None:
@@ -311,7 +307,7 @@ def _call(
     if gradients is None:
         gradients = torch.is_grad_enabled() and any(y.requires_grad for y in ys)
         if gradients and not torch.compiler.is_compiling():
-            return _Residual.apply((*settings, backend), ts, *ys), []  # pyright: ignore[reportReturnType]
+            return _Residual.apply((*settings, backend), ts, *ys), []  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return torch.ops.mmebm.residual(ys, ts, *settings, gradients, backend)
 
 

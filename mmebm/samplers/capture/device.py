@@ -107,7 +107,7 @@ class OnDevice(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.device = device
 
     def _refuse(self, what: str) -> NoReturn:
@@ -221,7 +221,7 @@ class CudaBackend:
     ) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph, side = torch.cuda.CUDAGraph(), self._stream(device)
         for generator in generators:
-            graph.register_generator_state(generator)
+            graph.register_generator_state(generator)  # pyright: ignore[reportUnknownMemberType]
         # the outer stream context puts the caller's stream back also where ending the capture raises
         options: Any = {"stream": side, "capture_error_mode": "thread_local"}
         with torch.cuda.device(device), torch.cuda.stream(side), torch.cuda.graph(graph, **options):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from mmebm.introspect import MAX_DEPTH, class_parts, in_library, package, parts
+from mmebm.ops.common.untyped import DICT, TORCH
 
 # Values that are their own key.
 _PLAIN = (bool, int, complex, torch.dtype, torch.device, torch.Size, torch.layout)
 # Numbers of a tensor on another device (kernels take them by value) or of an array; above, writes are counted instead.
 _SMALL = 64
-_CONTAINERS = (list, tuple, dict, set, frozenset)
+_CONTAINERS: tuple[type[Any], ...] = (list, tuple, dict, set, frozenset)
 
 
 def parts_of(energy: Callable[..., Any]) -> tuple[Callable[[Any], Callable[..., Any]], Any, Any]:
@@ -56,7 +57,7 @@ class Identity:
         kind: the same without addresses and numbers: what stays where a weight is replaced or a number changes.
         inputs: the tensors to be copied into static ones, each once.
         held: tensors that are read where they lie.
-        buffers: (module, name) of every buffer found.
+        buffers: of every buffer found the dict where its module keeps it, and its name there.
         generators: of random numbers, on the chain's device.
         watched: objects known by their id; a key is worth nothing once one of them is gone.
         refusal: why this cannot be captured, or None.
@@ -69,7 +70,7 @@ class Identity:
         self.kind: list[Any] = []
         self.inputs: list[Tensor] = []
         self.held: list[Tensor] = []
-        self.buffers: list[tuple[nn.Module, str]] = []
+        self.buffers: list[tuple[dict[str, Tensor | None], str]] = []
         self.generators: list[torch.Generator] = []
         self.watched: list[Any] = []
         self.refusal: str | None = None
@@ -113,7 +114,7 @@ class Identity:
             self.both(type(value), len(value))
             for part in value:
                 self.input(part)
-        elif type(value) is dict:
+        elif type(value) is DICT:
             self.both(dict, len(value))
             for name, part in value.items():
                 self.add(name)
@@ -146,7 +147,7 @@ class Identity:
             self.full.append(t.data_ptr())
         elif t.device.type == "cpu" and t.numel() <= _SMALL:
             # on its way to a kernel or a copy it is read by value
-            self.full.append(repr(t.detach().tolist()))
+            self.full.append(repr(TORCH.Tensor.tolist(t.detach())))
         else:
             self.full.extend((t.data_ptr(), id(t) if t.is_inference() else t._version))
 
@@ -155,7 +156,7 @@ class Identity:
         self.full.append((type(item), id(item)))
         self.watched.append(item)
 
-    def add(self, item: Any, depth: int = 0) -> None:
+    def add(self, item: object, depth: int = 0) -> None:
         """Whatever an energy may hold."""
         kind = type(item)
         if kind in (str, bytes) or item is None:
@@ -175,7 +176,7 @@ class Identity:
             elif depth > MAX_DEPTH:
                 self._by_id(item)
             else:
-                self._object(item, depth)
+                self._object(item, kind, depth)
 
     def _module(self, m: nn.Module, depth: int) -> None:
         self._by_id(m)
@@ -184,7 +185,7 @@ class Identity:
             return
         for name, value in m.__dict__.items():
             if name == "_buffers":
-                self.buffers.extend((m, key) for key in value)
+                self.buffers.extend((value, key) for key in value)
             if name == "training":
                 if self.training:
                     self.both(value)
@@ -202,8 +203,7 @@ class Identity:
             self.add(name, depth + 1)
             self.add(value, depth + 1)
 
-    def _object(self, item: Any, depth: int) -> None:
-        kind = type(item)
+    def _object(self, item: Any, kind: type[object], depth: int) -> None:
         if isinstance(item, torch.Generator):
             self._by_id(item)
             if item.device == self.device:
@@ -212,7 +212,7 @@ class Identity:
             self.both(kind)
             small = getattr(item, "size", _SMALL + 1)
             if isinstance(small, int) and small <= _SMALL and hasattr(item, "tobytes"):
-                self.full.append(item.tobytes())  # pyright: ignore[reportAttributeAccessIssue]
+                self.full.append(item.tobytes())  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
             else:
                 self._by_id(item)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ _RESTORABLE = 1 << 24
 
 
 @contextmanager
-def uncached_autocast() -> Iterator[None]:
+def uncached_autocast() -> Generator[None, None, None]:
     """Autocast without its cache: a weight cast outside the graph would be baked in, one cast inside would leak."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -32,8 +32,8 @@ class Kept:
     """What the warm-up may write to, put back on leaving; ``changed`` says what could not be."""
 
     def __init__(self, identity: Identity) -> None:
-        self.buffers: list[tuple[nn.Module, str, Tensor | None]] = [
-            (m, name, m._buffers[name]) for m, name in identity.buffers
+        self.buffers: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = [
+            (own, name, own[name]) for own, name in identity.buffers
         ]
         self.tensors: list[tuple[Tensor, int, Tensor | None]] = []
         for t in {id(t): t for t in identity.held}.values():
@@ -43,9 +43,9 @@ class Kept:
 
     def restore(self) -> str | None:
         """Puts back; the reason where something stays changed."""
-        for m, name, t in self.buffers:
-            if m._buffers.get(name) is not t:
-                m._buffers[name] = t
+        for own, name, t in self.buffers:
+            if own.get(name) is not t:
+                own[name] = t
         with torch.no_grad():
             for t, version, copy in self.tensors:
                 # batch norm writes its statistics behind the version's back; what is as it was is not written to, as a

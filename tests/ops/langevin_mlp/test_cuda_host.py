@@ -88,8 +88,8 @@ def compare(
     start = x.clone()
     ours = room.run(chain, start, steps, first_step, energy=True, grad_norm=True)
     assert torch.equal(start.nan_to_num(7.0), x.nan_to_num(7.0)), "the room changed its input"
-    torchs = op._reference(chain, x, steps, first_step)
-    exact = op._reference(double(chain), x.double(), steps, first_step)
+    torchs = op.run_reference(chain, x, steps, first_step)
+    exact = op.run_reference(double(chain), x.double(), steps, first_step)
     rows = torch.ones(x.shape[0], dtype=torch.bool) if keep is None else keep
     scale = chain.constants[:, :, FIELDS.index("noise_scale")].abs().max().item()
     for name in ("x", "energy", "grad_norm"):
@@ -285,7 +285,7 @@ def test_gradients_are_as_near_as_fp32_is(
     # one step of size 1 without noise: the move is minus the gradient, and near 0 its subtraction loses nothing
     x = 0.01 * draw.normal(chains, 64)
     moved = (x - room.run(chain, x, 1, 0).x).double()
-    exact = x.double() - op._reference(double(chain), x.double(), 1, 0).x
+    exact = x.double() - op.run_reference(double(chain), x.double(), 1, 0).x
     error = ((moved - exact).norm() / exact.norm()).item()
     assert error <= GRADIENT_TOLERANCE, error
 
@@ -374,7 +374,7 @@ def test_freeze_keeps_the_last_finite_state(host: dict[str, int], seed: int, dra
     )
     x = draw.normal(chains, 4)
     out = room.run(chain, x, 9, 0)
-    expected = op._reference(chain, x, 9, 0)
+    expected = op.run_reference(chain, x, 9, 0)
     assert out.frozen is not None and out.frozen.nonzero().flatten().tolist() == chosen.tolist()
     # two steps of 1e15, and the bound that test_langevin_mlp.py derives
     gain = torch.where(step_size > 1, step_size.double().square(), 10.0)[:, None]

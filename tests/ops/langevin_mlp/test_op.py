@@ -84,8 +84,8 @@ def compare(
     ours_chain, start = part_of(chain, slice(0, chains)), x[:chains].clone()
     ours = cpp.run(ours_chain, start, steps, first_step, energy=True, grad_norm=True)
     assert torch.equal(start.nan_to_num(7.0), x[:chains].nan_to_num(7.0)), "the room changed its input"
-    torchs = op._reference(chain, x, steps, first_step)
-    exact = op._reference(double(chain), x.double(), steps, first_step)
+    torchs = op.run_reference(chain, x, steps, first_step)
+    exact = op.run_reference(double(chain), x.double(), steps, first_step)
     rows = torch.ones(x.shape[0], dtype=torch.bool) if keep is None else keep
     scale = chain.constants[:, :, FIELDS.index("noise_scale")].abs().max().item()
     for name in ("x", "energy", "grad_norm"):
@@ -379,7 +379,7 @@ def test_freeze_keeps_the_last_finite_state(isa: str, seed: int, draw: Any, doub
     )
     x = draw.normal(chains, 4)
     out = cpp.run(chain, x, 9, 0)
-    expected = op._reference(chain, x, 9, 0)
+    expected = op.run_reference(chain, x, 9, 0)
     assert out.frozen is not None and out.frozen.nonzero().flatten().tolist() == chosen.tolist()
     assert torch.equal(out.frozen, expected.frozen)
     # From the step before, where all was finite: two steps of 1e15. A chain that contracts has at most ten times the
