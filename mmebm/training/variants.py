@@ -8,7 +8,7 @@ warm-up and the other way round, by :data:`COSTS`. Evaluations of gradients and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmebm.training.config import TAUGHT, ChainConfig, Config, LatentPriorConfig, ShuffledTuplesConfig, Stage, override
@@ -285,7 +285,10 @@ def independent_inference(config: Config) -> Config:
     return _with(paper(config), inference="per_expert")
 
 
-def from_noise(steps: float = 1.0, **changes: str) -> Callable[[Config], Config]:
+NOTHING: Mapping[str, str] = {}
+
+
+def from_noise(changes: Mapping[str, str] = NOTHING, *, steps: float = 1.0) -> Callable[[Config], Config]:
     """An energy alone whose chains get more to come from noise to the data: ``steps`` times as many, ``changes``."""
 
     def change(config: Config) -> Config:
@@ -297,7 +300,7 @@ def from_noise(steps: float = 1.0, **changes: str) -> Callable[[Config], Config]
         each = costs["data"] + costs["energy"]
         fewer = round(stage.iterations * each / (each + (steps - 1.0) * costs["data"]))
         stage = dataclasses.replace(stage, iterations=fewer)
-        return override(alone.replace(data_chain=more, stages=(stage,)), changes)
+        return override(alone.replace(data_chain=more, stages=(stage,)), dict(changes))
 
     settings = ", ".join([f"{steps:g} times the steps"] * (steps != 1.0) + [f"{k}={v}" for k, v in changes.items()])
     change.__doc__ = f"An energy alone, chains from noise with {settings}."
@@ -429,12 +432,12 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "staged": staged,
     "independent-inference": independent_inference,
     **{f"noise={steps}": noise_steps(steps) for steps in (10, 30, 60, 100)},
-    "ebm+long": from_noise(3.0),
-    "ebm+travel": from_noise(**{"data_chain.step": "1.0"}),
-    "ebm+annealed": from_noise(3.0, **{"data_chain.anneal": "40"}),
-    "ebm+buffer": from_noise(**{"start.data": "buffer", "start.fresh": "noise"}),
-    "ebm+buffer+annealed": from_noise(**{"start.data": "buffer", "start.fresh": "noise", "data_chain.anneal": "40"}),
-    "ebm+metropolis": from_noise(**{"data_chain.metropolis": "true", "data_chain.clamp": "false"}),
+    "ebm+long": from_noise(steps=3.0),
+    "ebm+travel": from_noise({"data_chain.step": "1.0"}),
+    "ebm+annealed": from_noise({"data_chain.anneal": "40"}, steps=3.0),
+    "ebm+buffer": from_noise({"start.data": "buffer", "start.fresh": "noise"}),
+    "ebm+buffer+annealed": from_noise({"start.data": "buffer", "start.fresh": "noise", "data_chain.anneal": "40"}),
+    "ebm+metropolis": from_noise({"data_chain.metropolis": "true", "data_chain.clamp": "false"}),
     "paper+elbo": paper_elbo,
     "paper+prior": paper_prior,
     "paper+shuffled": paper_shuffled,
