@@ -57,6 +57,11 @@ def _is_foreign(module: str) -> bool:
     return file.startswith(_STANDARD) and "site-packages" not in file
 
 
+def is_foreign(kind: type) -> bool:
+    """Whether a class is of a library, or of this package."""
+    return _is_foreign(kind.__module__ or "")
+
+
 def definer(kind: type, name: str) -> type:
     """The class from which ``kind`` has ``name``."""
     return next(owner for owner in kind.__mro__ if name in owner.__dict__)
@@ -142,7 +147,7 @@ def _methods_of(kind: type) -> list[types.FunctionType]:
 def class_parts(kind: type) -> Iterator[tuple[str, Any]]:
     """(name, value) of what a user's class holds for its objects, and of what its methods close over and name."""
     for base in kind.__mro__:
-        if _is_foreign(base.__module__ or ""):
+        if is_foreign(base):
             continue
         for name, value in vars(base).items():
             if isinstance(value, _SHARED) and not name.startswith("__"):

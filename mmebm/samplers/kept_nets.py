@@ -21,16 +21,14 @@ from torch import Tensor, nn
 
 from mmebm.energies import trace as tracing
 from mmebm.energies.trace import Traced
-from mmebm.introspect import in_library
 from mmebm.ops.net.graph import Conv, Linear
 from mmebm.samplers.capture.key import Identity, parts_of
+from mmebm.samplers.chain import Problem
 from mmebm.state import flatten
 
-__all__ = ["clear", "trace"]
+__all__ = ["Seen", "clear", "trace"]
 
 MOST: Final = 32
-# What a class may hold, besides numbers and tensors, on which code may branch
-_WORDS: tuple[type[Any], ...] = (str, list, tuple, dict, type(None))
 
 
 @dataclass
@@ -63,15 +61,34 @@ def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: 
         key.input(value)
     key.both(type(state), tuple(names), tuple((t.shape, t.dtype) for t in tensors))
     key.both(torch.get_default_dtype(), torch.is_inference_mode_enabled())
-    # code that was replaced under an object's hands, and what its class says in words
+    # code that was replaced under an object's hands
     for item in seen:
         key.both(inspect.getattr_static(type(item), "forward", None) if isinstance(item, nn.Module) else item)
-    for kind in {type(item): None for item in seen if isinstance(item, nn.Module)}:
-        for owner in kind.__mro__:
-            if not in_library(owner):
-                own: list[tuple[str, Any]] = [each for each in vars(owner).items() if not each[0].startswith("__")]
-                key.add({name: value for name, value in own if isinstance(value, _WORDS)})
+    places = {t.untyped_storage().data_ptr() for t in key.inputs}
+    if places and any(t.untyped_storage().data_ptr() in places for t in key.held):
+        # on a tape they are one tensor, of which the next call has two
+        key.refuse("a tensor is an argument, and read where it lies as well")
     return key
+
+
+class Seen:
+    """What an energy's operations depend on at one moment, to tell whether somebody changed it since."""
+
+    def __init__(self, p: Problem, tensors: list[Tensor], seen: tuple[Any, ...]) -> None:
+        args, kwargs = p.calls[0]
+        key = _identity(p.energy, p.build(tensors), args, kwargs, seen)
+        self.known: bool = key.refusal is None  # or something is hidden, and may have changed
+        self.key: list[Any] = key.full
+        self.tensors: list[tuple[Tensor, int]] = [
+            (t, t._version) for t in (*key.held, *key.inputs) if not t.is_inference()
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether nothing changed; tensors by their counts of writes."""
+        if not isinstance(other, Seen) or not (self.known and other.known) or len(self.tensors) != len(other.tensors):
+            return False
+        same = all(a is b and i == j for (a, i), (b, j) in zip(self.tensors, other.tensors, strict=True))
+        return same and self.key == other.key
 
 
 def trace(
@@ -85,7 +102,7 @@ def trace(
 ) -> Traced | None:
     """As :func:`mmebm.energies.trace.trace`; with ``only_kept`` None where the net is not kept."""
     kwargs = kwargs or {}
-    seen = tracing.examined(energy, args, kwargs)
+    seen = tracing.examined(energy, flatten(state)[1], args, kwargs)
     key = _identity(energy, state, args, kwargs, seen)
     key.both(log_prob)
     if key.refusal is not None:

@@ -5,10 +5,10 @@ evaluated by autograd at the actual state, all chains of it as an energy may cou
 compared with the op's; after the chain the same is done at the state where it ended, where other branches of an energy
 may show. Where they differ, the chain takes the loop, whose noise is the same.
 
-When: at the first chain of an energy, at its 8th, and at every 64th. Another energy is another module, other code of a
-function, or terms of other kinds, shapes or activations; also another backend or sign. Weights may change between
-chains: they are read anew each time, and do not make another energy. An energy that once disagreed takes the loop from
-then on.
+When: at the first chain of an energy, at its 8th, and at every 64th; a chain without any gradient does not count.
+Another energy is another module, other code of a function, or terms of other kinds, shapes or activations; also another
+backend or sign. Weights may change between chains: they are read anew each time, and do not make another energy. An
+energy that once disagreed takes the loop from then on.
 """
 
 from __future__ import annotations
@@ -62,16 +62,21 @@ class Check:
     def __init__(self, target: Target, lowered: Lowered | Traced, backend: str) -> None:
         self.target: Target = target
         self.backend: str = backend
-        self.energy: Energy = lowered.energy
-        modules = [item for item in lowered.seen if isinstance(item, nn.Module)]
-        rest = (structure(self.energy), lowered.scalar, backend, target.log_prob)
+        self._modules = [item for item in lowered.seen if isinstance(item, nn.Module)]
+        rest = (structure(lowered.energy), lowered.scalar, backend, target.log_prob)
         entry = _entries.get(lowered.seen, rest, _Entry)
         with _lock:
             entry.chains += 1
             n = entry.chains
         self._entry = entry
         self.due: bool = n in EARLY or n % PERIOD == 0
-        parameters = {id(p): p for m in modules for p in (*m.parameters(), *m.buffers())} if self.due else {}
+        self._moved = False  # whether any gradient compared was not 0
+        self.renew(lowered)
+
+    def renew(self, lowered: Lowered | Traced) -> None:
+        """From here on the chain runs on what the energy is now."""
+        self.energy: Energy = lowered.energy
+        parameters = {id(p): p for m in self._modules for p in (*m.parameters(), *m.buffers())} if self.due else {}
         self._versions = [(p, p._version) for p in parameters.values() if not p.is_inference()]
 
     def before(self, tensors: Sequence[Tensor]) -> str | None:
@@ -86,7 +91,12 @@ class Check:
         """Why the chain that ended at ``tensors`` is not to be used, or None."""
         if not self.due or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
-        return self._compare(tensors, "at the end")
+        reason = self._compare(tensors, "at the end")
+        if not self._moved:
+            # such as with a last layer of zeros: what is in front of it was not compared
+            with _lock:
+                self._entry.chains -= 1
+        return reason
 
     def _compare(self, tensors: Sequence[Tensor], where: str) -> str | None:
         everything = range(len(tensors))
@@ -96,6 +106,7 @@ class Check:
             return f"the energy raised {type(error).__name__} {where}"
         flat = torch.cat([per_chain(t) for t in tensors], dim=1)
         grad = torch.cat([per_chain(g) for g in grads], dim=1)
+        self._moved = self._moved or bool(grad.any())
         chains = flat.shape[0]
         rows = torch.linspace(0, chains - 1, min(chains, ROWS), dtype=torch.float64, device=flat.device).round().long()
         values = None if value is None or value.dim() == 0 else value[rows]

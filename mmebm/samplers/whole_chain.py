@@ -27,7 +27,7 @@ from mmebm.ops.net.graph import Conv, Linear
 from mmebm.ops.terms import too_wide
 from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
-from mmebm.samplers.kept_nets import trace
+from mmebm.samplers.kept_nets import Seen, trace
 from mmebm.samplers.user_modules import modules_of
 from mmebm.samplers.verify import Check
 
@@ -153,10 +153,11 @@ def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
         if any(isinstance(node, (Conv, Linear)) for node in traced.net.nodes):
             _refusals.add_net(p.energy, tensors)
             return traced
-        why = "it has no layer"
+        why, lasting = "it has no layer", True
     except CannotLower as error:
-        why = str(error)
-    _refusals.add(p.energy, tensors, why)
+        why, lasting = str(error), error.lasting
+    if lasting:
+        _refusals.add(p.energy, tensors, why)
     return f"{reason}; nor a net: {why}"
 
 
@@ -226,7 +227,9 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     frozen = None if alive is None or sampler.on_nonfinite != "freeze" else broken.clone()
     traces: dict[str, list[Tensor]] = {name: [] for name in p.record}
     kept: list[Tensor] = []
-    start = 0
+    calls_back = p.watch is not None and p.watch.callback is not None
+    seen = Seen(p, tensors, understood.seen) if calls_back else None
+    start, overflowed = 0, False
     while start < p.steps:
         stop = min(p.steps, start + max(1, _TRACE // chains), (start // p.thin + 1) * p.thin if p.thin else p.steps)
         if p.watch is not None:
@@ -239,14 +242,30 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
         for name, rows in traces.items():
             rows.append(getattr(result, name))
         assert result.energy is not None and result.grad_norm is not None
-        broken |= ~(result.energy.isfinite() & result.grad_norm.isfinite()).all(dim=0)
+        finite = result.energy.isfinite()
+        broken |= ~(finite & result.grad_norm.isfinite()).all(dim=0)
+        overflowed |= device.type == "cpu" and bool((finite & result.grad_norm.isposinf()).any())
         if result.frozen is not None:
             frozen = result.frozen if frozen is None else frozen | result.frozen
         if p.thin and stop % p.thin == 0:
             kept.append(x.cpu() if p.offload else x)
         start = stop
-        if p.watch is not None and p.watch.due(stop) and p.watch(stop, apart(x)):
-            break
+        if p.watch is not None and p.watch.due(stop):
+            ends = p.watch(stop, apart(x))
+            if seen is not None and seen != (seen := Seen(p, tensors, understood.seen)):
+                # the callback changed the energy
+                again = _understood(p, apart(x))
+                if isinstance(again, str):
+                    return f"a callback changed the energy into one that is not fused: {again}"
+                if type(again) is not type(understood):
+                    return "a callback changed the energy into one of another kind"
+                new = {"net": again.net} if isinstance(again, Traced) else {"terms": again.terms}
+                understood, chain = again, dataclasses.replace(chain, **new)
+                check.renew(again)
+            if ends:
+                break
+    if overflowed:
+        return "a gradient's norm is beyond float32, of which the loop says whether the gradient is finite"
     if frozen is not None and bool((broken & ~frozen).any()):
         return "a chain's energy or gradient was not finite at a finite state, where the loop freezes it"
     # a tensor that does not move is handed back as it came, whatever its bits

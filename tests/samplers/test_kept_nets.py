@@ -7,7 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -144,6 +144,59 @@ class ByProperty(Configured):
         return self.settings.factor * super().forward(x)
 
 
+class ByClass(Net):
+    """Calls a function that stands in its class."""
+
+    act = torch.tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.body(x)).flatten(1).sum(1)
+
+
+@dataclasses.dataclass
+class Named:
+    kind: ClassVar[str] = "sum"
+
+
+class ByClassOfSettings(Configured):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).flatten(1)
+        return h.sum(1) if self.settings.kind == "sum" else h.square().sum(1)
+
+
+class Gathered(Net):
+    """Puts numbers of tensors into a tensor, which no operation shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).flatten(1).sum(1) * torch.tensor([self.factor, 1.0]).prod()
+
+
+DEEP = 1.0
+
+
+def deepest(h: Tensor) -> Tensor:
+    return DEEP * h
+
+
+def _nested(inner: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
+    return inner if times == 0 else _nested(lambda h: inner(h), times - 1)
+
+
+class Helped(Net):
+    """Names a global in a helper of a helper of a helper, further away than anybody looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.help = _nested(deepest, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.help(self.body(x)).flatten(1).sum(1)
+
+
 BAND = (slice(None), slice(None), slice(1, 6), ...)
 
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
@@ -167,6 +220,16 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "a hook": (Net, _hook),
     "forward": (Net, _forward_replaced),
     "a word of the class": (Words, lambda e: setattr(type(e), "kind", "sum" if e.kind == "mean" else "mean")),
+    "a function of the class": (
+        ByClass,
+        lambda e: setattr(type(e), "act", torch.relu if ByClass.act is torch.tanh else torch.tanh),
+    ),
+    "a word of the settings' class": (
+        lambda: ByClassOfSettings(Named()),
+        lambda e: setattr(Named, "kind", "sum" if Named.kind == "mean" else "mean"),
+    ),
+    "numbers that a tensor was made of": (Gathered, _in_place),
+    "a global of a far helper": (Helped, lambda e: globals().update(DEEP=-2 * DEEP)),
     "a global": (Words, lambda e: globals().update(FACTOR=2 * FACTOR)),
     "train mode": (Net, lambda e: e.train()),
     "a branch on a buffer": (Branch, lambda e: e.switch.neg_()),
@@ -390,3 +453,130 @@ def test_weights_that_autograd_does_not_see_change_count_at_the_next_step(
     assert gradient.abs().max() > 1e-3
     torch.testing.assert_close(sampler.step(energy, x, carry)[0], expected, rtol=CLOSE, atol=CLOSE)
     torch.testing.assert_close(sampler.sample(energy, x, 1, seed=0).state, expected, rtol=CLOSE, atol=CLOSE)
+
+
+def test_an_argument_that_is_also_read_where_it_lies() -> None:
+    """On a tape they are one tensor; the next call has two."""
+    net, x, held = body(), torch.randn(3, *SHAPE), torch.randn(3, 4, 4, 3)
+
+    def energy(x: Tensor, y: Tensor) -> Tensor:
+        h = net(x)
+        return 0.1 * ((h - y).square() + (h - held).square()).flatten(1).sum(1)
+
+    one = agrees(energy, x, args=(held,))
+    for _ in range(2):
+        other = agrees(energy, x, args=(held + 2.0,))
+    assert not torch.allclose(one.state, other.state, atol=1e-3) and other.info["op"] == "langevin_net"
+
+
+@pytest.mark.parametrize("make", [torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor, "new_tensor"])
+def test_numbers_given_to_a_tensor_are_those_of_the_call(make: Any) -> None:
+    net, x = body(), torch.randn(3, *SHAPE)
+
+    def energy(x: Tensor, y: Tensor) -> Tensor:
+        numbers = [y, 2 * y]
+        weights = x.new_tensor(numbers) if make == "new_tensor" else make(numbers)
+        return weights.sum() * net(x).flatten(1).square().sum(1)
+
+    for y in (0.1, 0.3, -0.2):
+        agrees(energy, x, args=(torch.tensor(y),))
+
+
+@pytest.mark.parametrize("make", [torch.tensor, torch.Tensor])
+def test_a_value_of_the_state_in_a_new_tensor_is_the_loops(make: Any) -> None:
+    """The first chain hardly moves, so that no comparison shows what is held constant."""
+    net, x = body(), torch.randn(3, *SHAPE)
+
+    def energy(x: Tensor) -> Tensor:
+        h = net(x).flatten(1)
+        return (h * h * make([h.mean(), 1.0]).sum()).sum(1)
+
+    for step in (1e-6, 0.02, 0.02):
+        ours = Langevin(step, 0.0).sample(energy, x, 4, seed=0)
+        loop = Langevin(step, 0.0, backend="torch").sample(energy, x, 4, seed=0)
+        torch.testing.assert_close(ours.state, loop.state, rtol=0, atol=CLOSE)
+    assert "takes a value of the state" in ours.info["reason"]
+
+
+def test_autocast_around_a_later_chain() -> None:
+    energy, x = Net().eval(), torch.randn(3, *SHAPE)
+
+    def end(backend: Any) -> Tensor:
+        return Langevin(0.2, 0.0, backend=backend).sample(energy, x, 8, seed=0).state
+
+    plain = [end("auto") for _ in range(2)][-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = end("auto")
+        torch.testing.assert_close(half, end("torch"), rtol=0, atol=CLOSE)
+    assert float((half - plain).abs().max()) > 10 * CLOSE
+
+
+def _annealed(energy: Any) -> Callable[[int, Any], None]:
+    def callback(done: int, state: Any) -> None:
+        energy.shift.mul_(-0.5)
+        energy.scale *= 0.8
+
+    return callback
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_callback_that_changes_the_energy(first: bool) -> None:
+    """By tensors and by numbers, whether or not the net was there before."""
+    x, ends = torch.randn(3, *SHAPE), []
+    for backend in ("auto", "torch", "auto"):
+        torch.manual_seed(1)
+        energy = Net().eval()
+        if not first:
+            Langevin(0.02, 0.0, backend=backend).sample(energy, x, 2, seed=0)
+        callback = None if len(ends) == 2 else _annealed(energy)
+        ends.append(Langevin(0.02, 0.0, backend=backend).sample(energy, x, 8, seed=0, thin=2, callback=callback))
+    assert ends[0].info["op"] == "langevin_net", ends[0].info["reason"]
+    torch.testing.assert_close(ends[0].state, ends[1].state, rtol=0, atol=CLOSE)
+    torch.testing.assert_close(ends[0].trajectory, ends[1].trajectory, rtol=0, atol=CLOSE)
+    assert not torch.allclose(ends[0].state, ends[2].state, rtol=0, atol=10 * CLOSE)
+
+
+def test_a_head_of_zeros_proves_nothing() -> None:
+    """What is in front of it is compared once it is trained."""
+    counted = []
+
+    class Hidden(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            counted.append(1)
+            return super().forward(x)
+
+    Hidden.mmebm_pure = True  # type: ignore[attr-defined]
+    energy, x = Hidden().eval(), torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        energy.body[2].weight.zero_()
+    calls = []
+    for _ in range(4):
+        before = len(counted)
+        Langevin(0.02, 0.0).sample(energy, x, 2, seed=0)
+        calls.append(len(counted) - before)
+    assert min(calls) >= 3, "traced, and compared at both ends of each chain"
+    with torch.no_grad():
+        energy.body[2].weight.normal_()
+    for _ in range(3):
+        before = len(counted)
+        Langevin(0.02, 0.0).sample(energy, x, 2, seed=0)
+        calls.append(len(counted) - before)
+    assert calls[4] >= 3 and max(calls[5:]) <= 1
+
+
+def test_a_refusal_of_one_call_is_not_that_of_the_next() -> None:
+    """No chains, an autocast, an error of the energy's own: the next chain is fused."""
+    net = body()
+
+    def energy(x: Tensor, fail: bool = False) -> Tensor:
+        if fail:
+            raise ValueError("not now")
+        return net(x).flatten(1).sum(1)
+
+    x = torch.randn(3, *SHAPE)
+    assert Langevin(0.02, 0.0).sample(energy, x[:0], 2, seed=0).state.shape[0] == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        Langevin(0.02, 0.0).sample(energy, x, 2, seed=0)
+    with pytest.raises(ValueError, match="not now"):
+        Langevin(0.02, 0.0).sample(energy, x, 2, seed=0, kwargs={"fail": True})
+    assert agrees(energy, x).info["op"] == "langevin_net"

@@ -10,7 +10,18 @@ from typing import Any, NoReturn
 
 
 class CannotLower(ValueError):
-    """The energy is not, or not visibly, made of what the fused ops take; the message says what it does."""
+    """The energy is not, or not visibly, made of what the fused ops take; the message says what it does.
+
+    Attributes:
+        lasting: whether that is by what the energy computes, and not by what it was given or what was around the call.
+    """
+
+    lasting: bool = True
+
+    def passing(self) -> CannotLower:
+        """The same, of this call alone."""
+        self.lasting = False
+        return self
 
 
 @dataclass

@@ -71,23 +71,36 @@ def trace(
         CannotLower: naming what a net cannot say.
     """
     _, tensors, build = flatten(state)
-    seen = examined(energy, args, kwargs)
+    seen = examined(energy, tensors, args, kwargs)
     with attempting():
         traced = _traced(energy, tensors, build, args, dict(kwargs or {}), log_prob)
         return replace(traced, seen=seen)
 
 
-def examined(energy: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
-    """The modules and the code that ``energy`` consists of, where calling it has no effect besides its result.
+def examined(
+    energy: Callable[..., Any], tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[Any, ...]:
+    """The modules and the code that ``energy`` consists of, where calling it on the state's ``tensors`` has no effect
+    besides its result.
 
     Raises:
-        CannotLower: naming what may have one.
+        CannotLower: naming what may have one, or what is around the call or given to it.
     """
     with attempting() as noted:
-        effects.refuse_watchers()
-        if not all(inert(value) for value in (*args, *(kwargs or {}).values())):
-            refuse("it is given arguments that are not plain data")
-        effects.examine(energy, traced=True)
+        try:
+            if tensors[0].shape[0] == 0:
+                refuse("there are no chains")
+            if len({t.dtype for t in tensors}) != 1:
+                refuse("the state has several dtypes")
+            if torch.is_autocast_enabled(tensors[0].device.type):
+                refuse("autocast is on")
+            effects.refuse_watchers()
+            if not all(inert(value) for value in (*args, *(kwargs or {}).values())):
+                refuse("it is given arguments that are not plain data")
+            effects.examine(energy, traced=True)
+        except CannotLower as error:
+            error.passing()  # it is cheap to find again
+            raise
         return tuple(noted.seen)
 
 
@@ -143,12 +156,6 @@ def _traced(
     log_prob: bool,
 ) -> Traced:
     chains = tensors[0].shape[0]
-    if chains == 0:
-        refuse("there are no chains")
-    if len({t.dtype for t in tensors}) != 1:
-        refuse("the state has several dtypes")
-    if torch.is_autocast_enabled(tensors[0].device.type):
-        refuse("autocast is on")
     recorder, tape = Recorder(chains), Tape()
     with torch.no_grad():
         inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
@@ -160,7 +167,7 @@ def _traced(
             raise
         except Exception as error:
             why = [*attempt().refusals, f"{type(error).__name__}: {error}"[:200]]
-            raise CannotLower(why[0]) from error
+            raise CannotLower(why[0]).passing() from error
     if attempt().refusals:  # the energy went on after an exception
         refuse(attempt().refusals[0])
     net, scalar = _net_of(recorder, result, log_prob)

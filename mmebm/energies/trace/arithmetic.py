@@ -165,7 +165,12 @@ def _norm(
     powers = r.add(graph.Activation(r.node(x), "abs" if order == 1 else "square"))
     shape, index = r.reduced(x, dims)
     total = r.pick([powers], shape, index)
-    return total if order == 1 else r.add(graph.Activation(total, "sqrt"))
+    if order == 1:
+        return total
+    # torch's norm has the slope 0 at 0, where the root of a sum of squares has none: the smallest number that is not
+    # denormal is added, which changes no sum of squares of numbers above 1e-15
+    total = r.add(graph.Add((total,), (1.0,), x.new_full((1, *r.shapes[total]), torch.finfo(torch.float32).tiny)))
+    return r.add(graph.Activation(total, "sqrt"))
 
 
 @rule("logsumexp")

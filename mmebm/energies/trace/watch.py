@@ -50,6 +50,19 @@ def _circular(x: Tensor, pad: Sequence[int]) -> Tensor:
 _TRAINING = {"native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}
 # What no operation shows
 _LEAVES = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__)
+_LEAVES += (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__, Tensor.__bool__)
+# Functions that read what they are given without any operation, and the place of it among their arguments
+_FROM_PYTHON: dict[Any, int] = {
+    **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor), 0),
+    **dict.fromkeys((Tensor.new_tensor, Tensor.new), 1),
+}
+
+
+def _numbers_alone(data: Any) -> bool:
+    """Whether ``data`` is numbers of Python in lists and tuples."""
+    if isinstance(data, (list, tuple)):
+        return all(map(_numbers_alone, data))
+    return type(data) in (bool, int, float, complex)
 
 
 class Rewrite(TorchFunctionMode):
@@ -68,6 +81,14 @@ class Rewrite(TorchFunctionMode):
             if self.watched(args[0]):
                 refuse(f"it takes a value of the state out of torch ({func.__name__})")
             self.tape.valid = False
+        if func in _FROM_PYTHON:
+            place = _FROM_PYTHON[func]
+            data = args[place] if len(args) > place else given.get("data")
+            if not isinstance(data, Tensor):  # which is copied by an operation
+                if any(map(self.watched, tensors_in(data))):
+                    refuse(f"it takes a value of the state out of torch ({func.__name__})")
+                if not _numbers_alone(data):  # another call may find other numbers there
+                    self.tape.valid = False
         if func is F.pad:
             pad = args[1] if len(args) > 1 else given.get("pad", ())
             mode = args[2] if len(args) > 2 else given.get("mode", "constant")

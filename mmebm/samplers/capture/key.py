@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmebm.introspect import MAX_DEPTH, class_parts, in_library, package, parts
+from mmebm.introspect import MAX_DEPTH, class_parts, in_library, is_foreign, package, parts
 from mmebm.ops.common.untyped import DICT, TORCH
 
 # Values that are their own key.
@@ -175,6 +175,8 @@ class Identity:
                 self._module(item, depth)
             elif depth > MAX_DEPTH:
                 self._by_id(item)
+                if not in_library(kind):  # what is in it is not looked at
+                    self.refuse(f"it reaches a {kind.__name__} in more than {MAX_DEPTH} steps")
             else:
                 self._object(item, kind, depth)
 
@@ -197,6 +199,24 @@ class Identity:
                 self.both(name)
                 self.add(value, depth + 1)
         self._parts(class_parts(type(m)), depth)
+        self._class(type(m), depth)
+
+    def _class(self, kind: type[object], depth: int) -> None:
+        """What a user's class says: code that is called by its name, words and functions that stand in it."""
+        if id(kind) in self._seen:
+            return
+        self._seen[id(kind)] = len(self._seen), kind
+        for base in kind.__mro__:
+            if is_foreign(base):
+                continue
+            for name, value in vars(base).items():
+                if name.startswith("__") and name.endswith("__") and name != "__call__":
+                    continue
+                inside = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
+                if isinstance(inside, types.FunctionType):
+                    self.both(inside.__code__)
+                else:
+                    self.add(inside, depth + 1)
 
     def _parts(self, named: Iterable[tuple[Any, Any]], depth: int) -> None:
         for name, value in named:
@@ -221,6 +241,8 @@ class Identity:
                 self.both(item.__code__)
             inside = list(parts(item))
             self._parts(inside, depth)
+            if not in_library(kind) and package(kind) != "builtins":
+                self._class(kind, depth)
             if not inside and isinstance(item, _CONTAINERS):
                 self.full.append(id(item) if item else 0)  # a long one
             elif not inside and (package(kind) == "builtins" or in_library(kind)):
