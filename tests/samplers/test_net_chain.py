@@ -237,3 +237,23 @@ def test_an_energy_that_cannot_be_traced_is_not_tried_at_every_chain(monkeypatch
         held[:] = [nn.Sequential(nn.Conv2d(3, 2, 3), act)]
         out = sampler.replace(mode="train").sample(energy, torch.randn(2, 3, 4, 4), 1)
     assert out.info["op"] == "langevin_net", out.info["reason"]
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_a_norm_of_exact_zeros_has_the_slope_0(keepdim: bool) -> None:
+    """As torch's has, where the root of a sum of squares has none; here a chain at the origin among others."""
+    layer = nn.Conv1d(3, 7, 3, bias=False)
+    x = torch.randn(100, 3, 4)
+    x[1] = 0.0
+
+    def energy(x: Tensor) -> Tensor:
+        return layer(x).flatten(1).norm(dim=1, keepdim=keepdim).reshape(-1)
+
+    for _ in range(2):
+        ours, loop = (Langevin(0.1, 0.0, backend=b).sample(energy, x, 5, seed=0) for b in ("auto", "torch"))
+        assert ours.info["op"] == "langevin_net", ours.info["reason"]
+        torch.testing.assert_close(ours.state, loop.state, rtol=0, atol=CLOSE)
+        assert torch.equal(ours.state[1], x[1]) and not ours.info["nonfinite"].any()
+    root = lambda x: layer(x).flatten(1).square().sum(1).sqrt()
+    broken = Langevin(0.1, 0.0, on_nonfinite="ignore").sample(root, x, 5, seed=0)
+    assert broken.info["nonfinite"].nonzero().flatten().tolist() == [1]
