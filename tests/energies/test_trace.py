@@ -241,6 +241,10 @@ REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "three dimensions": (lambda x: F.conv3d(x[:, None], torch.ones(1, 1, 1, 1, 1).double()).sum((1, 2, 3, 4)), "3 dim"),
     "one chain's value": (lambda x: x[0].sum(), "chains"),
     "too many values": (lambda x: x.sum((2, 3)).repeat(1, 2), "returns shape"),
+    "a value in a new tensor": (lambda x: x.sum((1, 2, 3)) * torch.tensor([x.mean(), 1.0])[0], "out of torch"),
+    "norms of one element": (lambda x: F.group_norm(x.mean((2, 3)), 1).sum(1), "one element a group"),
+    "whether autograd watches": (lambda x: x.sum((1, 2, 3)) * (1.0 if x.requires_grad else 2.0), "requires_grad"),
+    "where a tensor lies": (lambda x: x.sum((1, 2, 3)) * (1.0 if x.is_contiguous() else 2.0), "is_contiguous"),
     "a constant": (lambda x: torch.zeros(len(x)), "does not come from the state"),
 }
 

@@ -211,11 +211,19 @@ def _normed(r: Recorder, node: int, weight: Any, bias: Any, scale: Callable[[Any
     return [r.affine(node, scale(weight, 1.0), None if bias is None else scale(bias, 0.0)), None, None]
 
 
+def _normalised(r: Recorder, x: Tensor, groups: int, eps: float) -> int:
+    """A group norm's node, of ``groups`` groups a chain."""
+    if math.prod(x.shape[1:]) == groups:
+        # whose result is 0, and whose gradient in a kernel what rounding leaves, times 1 / sqrt(eps)
+        refuse("its norm has one element a group")
+    return r.add(graph.Norm(r.node(x), groups, float(eps)))
+
+
 @rule("native_group_norm")
 def _group_norm(
     r: Recorder, out: Any, x: Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float
 ) -> list[int | None]:
-    node = r.add(graph.Norm(r.node(x), groups, float(eps)))
+    node = _normalised(r, x, groups, eps)
     return _normed(r, node, weight, bias, lambda t, default: r.channels(t, x.shape[1:], default, x))
 
 
@@ -225,7 +233,7 @@ def _layer_norm(
 ) -> list[int | None]:
     if len(shape) >= x.dim():
         refuse("it normalises over the chains")
-    node = r.add(graph.Norm(r.node(x), math.prod(x.shape[1:]) // math.prod(shape), float(eps)))
+    node = _normalised(r, x, math.prod(x.shape[1:]) // math.prod(shape), eps)
 
     def over(t: Any, default: float) -> Tensor:
         t = torch.full(tuple(shape), default, dtype=x.dtype, device=CPU) if t is None else t.detach()
