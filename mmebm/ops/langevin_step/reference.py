@@ -67,7 +67,8 @@ def norm_factor(g: Tensor, limit: Any, over: NormOver) -> Tensor:
     # 1 up to the limit, and differentiable at norm 0; a NaN norm stays NaN, so that a broken chain is seen. Tensor by
     # tensor: torch divides a number by a tensor as number * (1 / tensor), which is not always 1 for equal ones
     bound = limit if isinstance(limit, Tensor) else norm.new_full((), limit)
-    return bound / torch.clamp_min(norm, bound)
+    # a limit of 0 leaves nothing of a gradient, and of none no NaN
+    return bound / torch.clamp_min(norm, bound.clamp_min(torch.finfo(bound.dtype).tiny))
 
 
 def perturb(

@@ -122,6 +122,15 @@ def test_norm_clip_of_a_gradient_of_zero() -> None:
     assert torch.equal(g.grad, torch.full((2, 3), -1.0))  # pyright: ignore
 
 
+@pytest.mark.parametrize("limit", [0.0, torch.zeros(2, 1)])
+def test_a_limit_of_zero_leaves_nothing_of_any_gradient(limit: Any) -> None:
+    """Of one that is zero neither, and no NaN (seed 21000080); a broken one is seen."""
+    x, g = torch.ones(2, 2), torch.tensor([[0.0, 0.0], [3.0, -4.0]])
+    assert torch.equal(step(x, g, grad_norm_clip=limit), x)
+    g[0, 0] = torch.nan
+    assert step(x, g, grad_norm_clip=limit).isnan().any(1).tolist() == [True, False]
+
+
 def test_rejection_takes_all_tensors_of_a_chain(seed: int) -> None:
     torch.manual_seed(seed)
     x = [torch.rand(4, 2), torch.rand(4, 3, 3)]
