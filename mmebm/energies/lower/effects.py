@@ -85,6 +85,19 @@ class _Record:
 _OF_RECORDS = frozenset((*vars(_Record), "__post_init__"))
 # What syntax calls: dataclasses makes them by exec of a string, and what is written by hand may do anything
 _GENERATED = ("__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__setattr__", "__delattr__")
+# Methods of a module that nothing in its forward calls, or that only stores call, which are refused themselves
+_NOT_BY_SYNTAX = (
+    "__init__",
+    "__new__",
+    "__init_subclass__",
+    "__repr__",
+    "__str__",
+    "__dir__",
+    "__del__",
+    "__setattr__",
+)
+_NOT_BY_SYNTAX += ("__delattr__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__copy__")
+_NOT_BY_SYNTAX += ("__deepcopy__", "__sizeof__", "__class_getitem__", "__setitem__", "__delitem__", "__annotate__")
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 # Of dicts, lists and strings, such as shapes by modality
@@ -199,6 +212,172 @@ def _stores(code: types.CodeType) -> str | None:
     return None
 
 
+# -- what an operator in place may write to
+
+_Source = tuple[str, str]  # (what kind of, its name where it has one)
+# What leaves a new object, or a number; binary operators in place give what they were given, which is named anyway
+_NEW = (
+    "LOAD_CONST",
+    "LOAD_SMALL_INT",
+    "BUILD_",
+    "UNARY_",
+    "COMPARE_",
+    "IS_OP",
+    "CONTAINS_OP",
+    "LIST_",
+    "SET_",
+    "DICT_",
+)
+_NEW += ("FORMAT_", "CONVERT_", "MAKE_FUNCTION", "LOAD_BUILD_CLASS", "BINARY_", "INPLACE_")
+_TAKES = ("STORE_", "POP_", "DELETE_", "RETURN_", "JUMP_")
+# The operators in place among the arguments of BINARY_OP, from Python 3.11 on; after them the subscript, from 3.14 on
+_INPLACE_OPS = range(13, 26)
+_MODULE_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Those that matter, one for each of two locals that Python 3.13 reads and stores at once."""
+    for i in dis.get_instructions(code):
+        if isinstance(i.argval, tuple) and "_FAST" in i.opname:
+            ends = i.opname.startswith("STORE"), i.opname.endswith("STORE_FAST")
+            for stores, name in zip(ends, i.argval, strict=True):
+                yield i._replace(opname="STORE_FAST" if stores else "LOAD_FAST", argval=name)
+        elif i.opname not in ("CACHE", "EXTENDED_ARG", "NOP"):
+            yield i
+
+
+class _Code:
+    """The instructions of a code, with the height of the stack after each (from one jump to the next)."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.read = list(_instructions(code))
+        self.height, height = [0] * (len(self.read) + 1), 0
+        self.jumps: dict[int, list[int]] = {}  # from where code goes on at an offset
+        for at, i in enumerate(self.read):
+            height += self._effect(i, False)
+            self.height[at] = height
+            if i.opcode in dis.hasjrel or i.opcode in dis.hasjabs:
+                self.jumps.setdefault(i.argval, []).append(at)
+
+    @staticmethod
+    def _effect(i: dis.Instruction, jump: bool) -> int:
+        if i.opname in ("STORE_FAST", "LOAD_FAST"):
+            return -1 if i.opname == "STORE_FAST" else 1
+        return dis.stack_effect(i.opcode, i.arg if i.opcode >= dis.HAVE_ARGUMENT else None, jump=jump)
+
+    def on_top(self, at: int) -> set[_Source]:
+        """Where the value may be from that instruction ``at`` finds on top of the stack."""
+        found = {self._source(at, self.height[at - 1])}
+        for jump in self.jumps.get(self.read[at].offset, ()):
+            i = self.read[jump]
+            if jump > at:  # the next round of a loop
+                return {("unknown", "")}
+            found.add(self._source(jump, self.height[jump - 1] + self._effect(i, True)))
+        return found
+
+    def below(self, at: int, many: int) -> set[_Source]:
+        """Where the ``many`` values on top of the stack are from."""
+        top = self.height[at - 1]
+        return {self._source(at, slot) for slot in range(top - many + 1, top + 1)}
+
+    def _source(self, at: int, slot: int) -> _Source:
+        """Where the value in a slot of the stack is from, before instruction ``at``."""
+        for j in reversed(range(at)):
+            i, top = self.read[j], self.height[j]
+            name = i.opname
+            if name.startswith("UNPACK_SEQUENCE") and self.height[j - 1] <= slot <= top:
+                built = self.read[j - 1]
+                if built.opname == "BUILD_TUPLE" and built.arg == i.arg and not self._joins(j):
+                    return self._source(j - 1, self.height[j - 2] - (i.arg or 0) + 1 + top - slot)
+                return "item", ""
+            moved = {"SWAP": i.arg or 0, "ROT_TWO": 2, "ROT_THREE": 3, "ROT_FOUR": 4}.get(name, 0)
+            last = top - moved + 1
+            if moved and slot >= last:  # rotated by one, or only the two ends exchanged
+                if self._joins(j):
+                    break
+                if slot == last:
+                    slot = top
+                elif name != "SWAP":
+                    slot -= 1
+                elif slot == top:
+                    slot = last
+                continue
+            if top == slot and not name.startswith(_TAKES):
+                if name in ("COPY", "DUP_TOP"):
+                    return self._source(j, slot - 1) if i.arg in (None, 1) else ("unknown", "")
+                return self._kind(i)
+            if self._joins(j):
+                break
+        return "unknown", ""
+
+    def _joins(self, at: int) -> bool:
+        return self.read[at].is_jump_target
+
+    @staticmethod
+    def _kind(i: dis.Instruction) -> _Source:
+        name, value = i.opname, i.argval
+        if name.startswith(("LOAD_FAST", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")):
+            return "name", value
+        if name.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")):
+            return "attribute", value
+        if name.startswith("CALL"):
+            return "call", ""
+        if name in ("BINARY_SUBSCR", "FOR_ITER") or (name == "BINARY_OP" and (i.arg or 0) not in range(26)):
+            return "item", ""
+        return ("new", "") if name.startswith(_NEW) else ("unknown", "")
+
+
+def _is_inplace(i: dis.Instruction) -> bool:
+    return i.opname.startswith("INPLACE_") or (i.opname == "BINARY_OP" and i.arg in _INPLACE_OPS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _written(code: types.CodeType) -> tuple[frozenset[_Source], frozenset[_Source], frozenset[_Source]]:
+    """(what operators in place (``+=``) may write to, what may be returned, and what is put into a tuple or list) in
+    ``code`` and in what is in it: local names are followed to all that they are ever names of."""
+    sources: dict[str, set[_Source]] = {}
+    targets: set[_Source] = set()
+    extended: set[str] = set()
+    returned: set[_Source] = set()
+    packed: set[_Source] = set()
+    for part in introspect.codes(code):
+        arguments = part.co_argcount + part.co_kwonlyargcount
+        several = bool(part.co_flags & inspect.CO_VARARGS) + bool(part.co_flags & inspect.CO_VARKEYWORDS)
+        arguments += several
+        packed |= {("argument", "")} if several else set()
+        for name in part.co_varnames[:arguments]:
+            sources.setdefault(name, set()).add(("argument", ""))
+        c = _Code(part)
+        for at, i in enumerate(c.read):
+            if _is_inplace(i):
+                stored = c.read[at + 1]
+                known = stored.opname.startswith(("STORE_FAST", "STORE_DEREF"))
+                targets.add(("name", stored.argval) if known else ("unknown", ""))
+                if c.read[at - 1].opname.startswith(("BUILD_", "LIST_", "SET_", "DICT_")):
+                    extended.add(str(stored.argval))
+            elif i.opname.startswith(("STORE_FAST", "STORE_DEREF")):
+                sources.setdefault(i.argval, set()).update(c.on_top(at))
+            elif i.opname == "RETURN_VALUE":
+                returned |= c.on_top(at)
+            elif i.opname in ("LIST_APPEND", "SET_ADD", "MAP_ADD", "YIELD_VALUE"):
+                packed |= c.on_top(at)
+            elif i.opname in ("BUILD_TUPLE", "BUILD_LIST", "BUILD_MAP", "BUILD_CONST_KEY_MAP"):
+                packed |= c.below(at, (i.arg or 0) * (1 + (i.opname == "BUILD_MAP")))
+
+    def followed(found: set[_Source]) -> frozenset[_Source]:
+        waiting, seen = list(found), set(found)
+        while waiting:
+            kind, name = waiting.pop()
+            more = sources.get(name, set()) - seen if kind == "name" else set()
+            seen |= more
+            waiting += more
+        return frozenset(seen - {("new", "")})
+
+    if any(("argument", "") in followed({("name", name)}) for name in extended):
+        targets.add(("list", ""))  # an argument to which a list is added is one
+    return followed(targets), followed(returned), followed(packed)
+
+
 def _is_operation(value: Any) -> bool:
     """A function of torch that symbols have a rule for, however it was imported."""
     name = getattr(value, "__name__", None)
@@ -238,6 +417,8 @@ def _computations() -> tuple[frozenset[Any], frozenset[str]]:
     names = {getattr(f, "__name__", "") for f in functions} | set(dir(Tensor)) | {"special", "linalg", "fft"}
     names |= {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     effects = {"backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_"}
+    # what operators and subscripts call by other names, of lists and dicts too
+    effects |= {name for name in names if name.startswith("__") and name.endswith("__")} - {"__len__", "__getitem__"}
     return frozenset(functions), frozenset(names - effects)
 
 
@@ -308,6 +489,11 @@ class Examination:
         self._modules: list[nn.Module] = []
         self._records: list[Any] = []
         self._attributes: dict[str, str] = {}  # name -> who reads it
+        self._containers: set[_Source] = set()  # names of lists and their like
+        self._plain = self._nested = False  # whether there are lists and dicts, and such inside of others
+        self._written: list[tuple[str, frozenset[_Source]]] = []
+        self._returned: set[_Source] = set()
+        self._packed: set[_Source] = set()
 
     def run(self, first: Any, owner: Any = None) -> None:
         self._waiting.append((first, owner))
@@ -323,6 +509,41 @@ class Examination:
                 else:
                     self._function(item, owner)
             self._resolve_attributes()
+        self._refuse_writing_in_place()
+
+    def _note(self, kind: str, name: str, value: Any) -> None:
+        """Something that ``name`` is a name of: whether an operator in place may change it."""
+        if isinstance(value, (list, dict, *_MODULE_LISTS)):
+            self._containers.add((kind, name))
+            self._plain |= not isinstance(value, nn.Module)
+        if isinstance(value, (list, tuple, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
+                self._nested |= isinstance(part, (list, dict))
+                if isinstance(part, tuple):
+                    self._note("item", "", part)
+
+    def _refuse_writing_in_place(self) -> None:
+        """Refuses ``+=`` and its like to what may be a list, dict or list of modules that outlives the call. Other such
+        objects are refused by their names, and tensors are watched."""
+        returns = any(self._may_be_held(source, returns=False) for source in self._returned if source[0] != "argument")
+        # by their names, and not as what may be anything
+        packed = [source for source in self._packed if source[0] in ("name", "attribute", "argument")]
+        self._nested |= any(self._may_be_held(source, returns) for source in packed)
+        for label, targets in self._written:
+            if any(self._may_be_held(source, returns) for source in targets):
+                refuse(f"{label} may have an effect (an operator in place)")
+
+    def _may_be_held(self, source: _Source, returns: bool) -> bool:
+        kind, _ = source
+        if kind in ("name", "attribute"):
+            return source in self._containers or (kind == "attribute" and returns)  # of a property
+        return {
+            "call": returns or (self._nested and "get" in self._attributes),
+            "item": self._nested,
+            "argument": self._plain,
+            "list": True,
+            "unknown": bool(self._containers) or self._nested,
+        }[kind]
 
     def _module(self, m: nn.Module) -> None:
         if isinstance(m, torch.jit.ScriptModule):  # has no code of Python
@@ -341,6 +562,12 @@ class Examination:
         label = kind.__name__
         if m.training and (m._forward_pre_hooks or torch.nn.utils.parametrize.is_parametrized(m)):
             refuse(f"{label} is parametrized and in train mode, where a call may change it")
+        for base in kind.__mro__:
+            if not (base.__module__ or "").startswith(("torch.", "builtins")):
+                by_syntax = [
+                    f for name, f in vars(base).items() if name.startswith("__") and name not in _NOT_BY_SYNTAX
+                ]
+                self._waiting.extend((f, m) for f in by_syntax if isinstance(f, types.FunctionType))
         owner = introspect.definer(kind, "forward")
         if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             return
@@ -366,6 +593,10 @@ class Examination:
         store, names = _stores(code), introspect.names_in(code)
         if store is not None:
             refuse(f"{label} may have an effect ({store})")
+        written, returned, packed = _written(code)
+        self._written.append((label, written))
+        self._returned |= returned
+        self._packed |= packed
         named: dict[str, Any] = {f"default {i}": v for i, v in enumerate(function.__defaults__ or ())}
         named |= function.__kwdefaults__ or {}
         for name, value in introspect.closure(function):
@@ -375,6 +606,7 @@ class Examination:
         for name in names.globals:
             named[name] = function.__globals__.get(name, getattr(builtins, name, introspect.EMPTY))
         for name, value in named.items():
+            self._note("name", name, value)
             if name != "__class__":  # of super()
                 self._value(label, name, value, owner)
         for name in names.attributes:
@@ -434,6 +666,7 @@ class Examination:
             value = value.__func__
         elif isinstance(value, property):
             value = value.fget
+        self._note("attribute", name, value)
         self._value(label, name, value, owner)
 
 
