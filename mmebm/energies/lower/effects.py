@@ -19,6 +19,7 @@ import math
 import numbers
 import operator
 import types
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -195,6 +196,56 @@ def _storages(value: Any) -> Iterator[tuple[int, Any]]:
             yield from _storages(part)
     elif isinstance(value, dict):
         yield from _storages(list(value.values()))
+
+
+# -- what TorchScript may do
+
+# By name; what writes to tensors or draws random numbers is watched, as everywhere
+_SCRIPT_EFFECTS = frozenset(
+    (
+        *("prim::SetAttr", "prim::PythonOp", "prim::Print", "prim::fork", "prim::awaitable", "prim::CallMethod"),
+        *("prim::CallFunction", "prim::Enter", "prim::Exit", "prim::rpc_async", "prim::rpc_sync", "prim::rpc_remote"),
+        *("aten::_set_grad_enabled", "aten::set_grad_enabled", "aten::requires_grad_", "aten::retain_grad"),
+        *("aten::backward", "aten::grad", "aten::set_data", "aten::manual_seed", "aten::seed"),
+        *("aten::save", "aten::wait"),
+    )
+)
+# What makes a list or dict that nobody else has
+_SCRIPT_NEW = ("prim::ListConstruct", "prim::DictConstruct", "aten::list", "aten::dict")
+_scripts: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], str | None]] = weakref.WeakKeyDictionary()
+
+
+def _effect_of_script(m: Any) -> str | None:
+    """An operation in a method of a TorchScript module that may have an effect which no tensor shows."""
+    names = tuple(sorted(m._c._method_names()))
+    if m not in _scripts or _scripts[m][0] != names:
+        graphs = [m._c._get_method(name).inlined_graph for name in names]
+        found = (_effect_of(n) for graph in graphs for n in _nodes(graph))
+        _scripts[m] = names, next((effect for effect in found if effect is not None), None)
+    return _scripts[m][1]
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    for n in block.nodes():
+        yield n
+        for inner in n.blocks():
+            yield from _nodes(inner)
+
+
+def _effect_of(n: Any) -> str | None:
+    kind = n.kind()
+    if kind in _SCRIPT_EFFECTS or kind.partition("::")[0] not in ("prim", "aten"):
+        return kind
+    if kind.startswith("aten::"):
+        try:
+            arguments = torch._C.parse_schema(n.schema()).arguments
+        except RuntimeError:  # it has none
+            return kind
+        for argument, given in zip(arguments, n.inputs(), strict=False):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and not isinstance(argument.type, torch.TensorType) and given.node().kind() not in _SCRIPT_NEW:
+                return kind
+    return None
 
 
 # -- what the code of a function may do
@@ -549,6 +600,9 @@ class Examination:
         if isinstance(m, torch.jit.ScriptModule):  # has no code of Python
             if not self._traced:
                 refuse(f"it holds a {type(m).__name__}")
+            effect = _effect_of_script(m)
+            if effect is not None:
+                refuse(f"its TorchScript may have an effect ({effect})")
             attempt().seen.append(m)
             return
         if isinstance(m, nn.parallel.DistributedDataParallel):
