@@ -565,3 +565,20 @@ class InPlace(nn.Module):
 
 def test_what_is_local_is_written_to_in_place() -> None:
     agree(InPlace().double(), images(2, 3, 8))
+
+
+class OfParameters(nn.Module):
+    """torch's own containers, which refuse to be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(4, 3, 3), torch.randn(2, 4, 3)])
+        self.shifts = nn.ParameterDict({"a": torch.randn(4), "b": torch.randn(2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(F.conv1d(x, self.weights[0], self.shifts["a"]))
+        return F.silu(F.conv1d(h, self.weights[1], self.shifts["b"])).sum((1, 2))
+
+
+def test_lists_and_dicts_of_parameters() -> None:
+    agree(OfParameters().double(), images(2, 3, 8))

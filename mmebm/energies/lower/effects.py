@@ -727,7 +727,10 @@ class Examination:
 def examine_call(m: nn.Module) -> None:
     """Refuses a module whose call is more than its ``forward``."""
     label = type(m).__name__
-    if "forward" in m.__dict__ or "__call__" in m.__dict__ or type(m).__call__ is not nn.Module.__call__:
+    call = introspect.definer(type(m), "__call__")
+    # lists of parameters have one that raises
+    known = call is nn.Module or call.__module__ == nn.ParameterList.__module__
+    if "forward" in m.__dict__ or "__call__" in m.__dict__ or not known:
         refuse(f"{label}'s call was replaced")
     hooks = [*m._forward_hooks.values(), *m._backward_hooks.values(), *m._backward_pre_hooks.values()]
     hooks += [h for h in m._forward_pre_hooks.values() if type(h).__module__ not in _NORMS]
