@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -46,6 +48,28 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r:.80}")
 
 
+def _mapping(state: Mapping[Any, Any], keys: tuple[Key, ...]) -> Structure:
+    """What makes mappings like ``state``: a plain dict where its kind cannot be copied and written to."""
+    if type(state) is not dict:
+        with contextlib.suppress(Exception):
+            build = _filled(state, keys, list)
+            if tuple(build(list(state.values()))) == keys:
+                return build
+    return lambda out: dict(zip(keys, out, strict=True))
+
+
+def _filled(state: Any, places: Sequence[Any], values: Callable[[list[Tensor]], list[Any]]) -> Structure:
+    """What makes copies of ``state``, a user's kind of container with fields of its own, with other values in it."""
+
+    def build(out: list[Tensor]) -> Any:
+        made = copy.copy(state)
+        for place, value in zip(places, values(out), strict=True):
+            made[place] = value
+        return made
+
+    return build
+
+
 def flatten(state: State, name: str = "state") -> tuple[tuple[Key, ...], list[Tensor], Structure]:
     """Keys, tensors and the function that puts a list of tensors back into the structure of ``state``.
 
@@ -60,12 +84,12 @@ def flatten(state: State, name: str = "state") -> tuple[tuple[Key, ...], list[Te
     if isinstance(state, Tensor):
         keys, tensors, build = (0,), [state], lambda out: out[0]
     elif isinstance(state, Mapping):
-        names = tuple(state)
-        keys, tensors, build = names, list(state.values()), lambda out: dict(zip(names, out, strict=True))
+        keys, tensors = tuple(state), list(state.values())
+        build = _mapping(state, keys)
     elif isinstance(state, (list, tuple)):
         keys, tensors = tuple(range(len(state))), list(state)
         if isinstance(state, list):
-            build = list
+            build = list if type(state) is list else _filled(state, [slice(None)], lambda out: [out])
         else:
             make = type(state)
             build = (lambda out: make(*out)) if hasattr(state, "_fields") else tuple

@@ -7,8 +7,9 @@ import dataclasses
 import inspect
 import math
 import re
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,18 @@ class Pair(NamedTuple):
     text: Tensor
 
 
+class Scene(dict):  # type: ignore[type-arg]
+    """A dict that cannot be made from pairs, with a field of its own."""
+
+    def __init__(self, title: str, **parts: Tensor) -> None:
+        super().__init__(**parts)
+        self.title = title
+
+
+class Several(list):  # type: ignore[type-arg]
+    pass
+
+
 A, B, C = torch.zeros(3, 2), torch.ones(3, 4, 5), torch.zeros(4, 8)
 
 
@@ -37,7 +50,12 @@ A, B, C = torch.zeros(3, 2), torch.ones(3, 4, 5), torch.zeros(4, 8)
         ((A, B), (0, 1), tuple),
         (Pair(A, B), (0, 1), Pair),
         ({"image": A, "text": B}, ("image", "text"), dict),
-        (collections.OrderedDict(text=B, image=A), ("text", "image"), dict),
+        (collections.OrderedDict(text=B, image=A), ("text", "image"), collections.OrderedDict),
+        (collections.defaultdict(list, text=B, image=A), ("text", "image"), collections.defaultdict),
+        (Scene("living room", text=B, image=A), ("text", "image"), Scene),
+        (collections.UserDict(text=B, image=A), ("text", "image"), collections.UserDict),
+        (types.MappingProxyType({"text": B, "image": A}), ("text", "image"), dict),
+        (Several([A, B]), (0, 1), Several),
     ],
 )
 def test_structures_come_back_as_they_were(state: Any, keys: tuple[Any, ...], kind: type) -> None:
@@ -46,13 +64,16 @@ def test_structures_come_back_as_they_were(state: Any, keys: tuple[Any, ...], ki
     assert all(t is (A if t.dim() == 2 else B) for t in tensors)
     rebuilt = build([t + 1 for t in tensors])
     assert type(rebuilt) is kind
-    if isinstance(rebuilt, dict):
+    if isinstance(rebuilt, Mapping):
         assert list(rebuilt) == list(keys)
+        assert all(torch.equal(rebuilt[key], state[key] + 1) for key in keys)
+    assert getattr(rebuilt, "title", None) == getattr(state, "title", None)
+    assert getattr(rebuilt, "default_factory", None) is getattr(state, "default_factory", None)
     seen: list[Any] = []
 
     def energy(s: Any) -> Tensor:
         seen.append(s)
-        parts = [s] if isinstance(s, Tensor) else s.values() if isinstance(s, dict) else s
+        parts = [s] if isinstance(s, Tensor) else s.values() if isinstance(s, Mapping) else s
         return sum(t.flatten(1).square().sum(1) for t in parts)  # pyright: ignore
 
     out = Langevin(0.1).sample(energy, state, 2, thin=1)

@@ -1,6 +1,7 @@
-"""What a gradient needs where autograd refuses: inference tensors, and weights that another thread writes meanwhile.
+"""What a gradient needs where autograd refuses: inference tensors, weights that another thread writes meanwhile, and
+gradients by weights that two calls of a network share.
 
-Both are found out by torch's error, once a run: neither can be seen from outside, as the tensors may be anywhere in an
+They are found out by torch's error, once a run: none can be seen from outside, as the tensors may be anywhere in an
 energy (closures, fields, weights of modules, long lists).
 """
 
@@ -101,6 +102,8 @@ _WRITTEN = "modified by an inplace operation"
 _REMEDIES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "nference tensor": _InferenceCopies,
     _WRITTEN: _ParameterCopies,
+    # weights that a chain computes once (user_modules), until the first gradient by their originals: not any more now
+    "backward through the graph a second time": contextlib.nullcontext,
 }
 # Evaluations that another thread may spoil before weights are copied, which takes longer and TorchScript does not see.
 _SPOILT = 8

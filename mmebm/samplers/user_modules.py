@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmebm.introspect import reachable
+from mmebm.ops.common.untyped import TORCH
 
 Mode = Literal["eval", "train", "keep"]
 
@@ -40,34 +41,111 @@ def _tree(roots: list[nn.Module]) -> list[nn.Module]:
 # -- parametrized weights
 
 
-class _Thread(threading.local):
-    """Of the chain that this thread runs: parametrized weights by the id of their ParametrizationList, or None."""
+class _Kept:
+    """A parametrized weight and all that it was computed from. The objects are held, so that no other one has the
+    identity of one of them."""
 
-    weights: dict[int, torch.Tensor] | None = None
+    __slots__ = ("live", "tensors", "then", "version", "weight")
+
+    def __init__(self, weight: Any, of: Any) -> None:
+        self.weight, self.version = weight, weight._version
+        # flags and other plain attributes, the parametrizations, and hooks on them
+        self.live: list[dict[str, Any]] = [d for m in (of, *of) for d in (m.__dict__, m._modules)]
+        self.live += [d for m in of for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.then = list(map(dict, self.live))
+        self.tensors: list[Any] = [
+            (place, name, t, t._version, t.data_ptr(), t.requires_grad)
+            for m in (of, *of)
+            for place in (m._parameters, m._buffers)
+            for name, t in place.items()
+            if t is not None
+        ]
+
+    def holds(self) -> bool:
+        """Whether the weight would be the same now, and is not written to itself."""
+        for place, name, t, version, pointer, graph in self.tensors:
+            if (
+                place.get(name) is not t
+                or t._version != version
+                or t.data_ptr() != pointer  # where .data is another
+                or t.requires_grad is not graph
+            ):
+                return False
+        return self.live == self.then and self.weight._version == self.version
+
+
+def _is_known(of: Any) -> bool:
+    """Whether a weight is made of ordinary tensors alone, by torch's own parametrizations in eval mode. Those of a user
+    may count their calls, draw random numbers, or read anything."""
+    parts = [*of.parameters(), *of.buffers()]
+    return all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in parts) and all(
+        type(m).__module__ == "torch.nn.utils.parametrizations"
+        and not (m.training or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
+        for m in of
+    )
+
+
+class _Weights:
+    """The parametrized weights of a chain, by the id of their ParametrizationList and whether they have a graph."""
+
+    __slots__ = ("kept", "stopped")
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, bool], _Kept] = {}
+        self.stopped = False
+
+    def stop(self, gradient: Tensor) -> None:
+        """The energy takes gradients by the parameters, which may free the graph of a weight."""
+        self.stopped = True
+        self.kept.clear()
+
+
+class _Thread(threading.local):
+    """The weights of the chain that this thread runs, or None where they are computed at each call."""
+
+    weights: _Weights | None = None
 
 
 _thread = _Thread()
 
 
 class _Once(parametrize.ParametrizationList):
-    """A ParametrizationList whose weight is computed once by each chain. For other threads it is as before: torch's own
-    ``parametrize.cached()`` would hand this chain's weights, which have no graph, to a thread that trains."""
+    """A ParametrizationList whose weight is computed once by each chain, and again wherever it may be another one.
+
+    The weight has its graph, so that also an energy that takes gradients by the parameters has the right ones. Not
+    seen is what writes to a parameter or a buffer through ``.data`` or NumPy in the middle of a chain.
+
+    For other threads all is as before: torch's own ``parametrize.cached()`` would hand them this chain's weights.
+    """
 
     mmebm_pure = True  # what it keeps is of this chain
 
-    def forward(self) -> torch.Tensor:
+    def forward(self) -> Tensor:
         weights = None if torch.compiler.is_compiling() else _thread.weights
-        if weights is None:
+        if weights is None or weights.stopped:
             return super().forward()
         if parametrize._cache_enabled:  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
             # the caller's cache, in which no weight may stay without its graph
             with torch.enable_grad():
                 return super().forward()
-        weight = weights.get(id(self))
-        if weight is None:
-            with torch.no_grad():
-                weight = weights[id(self)] = super().forward().detach()
-        return weight
+        if (
+            TORCH._C._functorch.peek_interpreter_stack() is not None  # tensors of a transform, which end with it
+            or torch.is_inference_mode_enabled()
+            or TORCH._C._is_any_autocast_enabled()
+            or TORCH._C._len_torch_dispatch_stack()
+        ):
+            return super().forward()
+        place = id(self), torch.is_grad_enabled()
+        kept = weights.kept.get(place)
+        if kept is None or not kept.holds():
+            weight: Any = super().forward()
+            if not _is_known(self):
+                return weight
+            if weight.requires_grad:
+                weight.register_hook(weights.stop)
+            kept = weights.kept[place] = _Kept(weight, self)
+        # another tensor each time, as by hand
+        return kept.weight.view_as(kept.weight)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, arguments, *rest = super().__reduce_ex__(protocol)
@@ -123,7 +201,7 @@ class _Hold:
             if isinstance(getattr(m, "training", None), bool)
             and not isinstance(getattr(type(m), "training", None), property)
         ]
-        self.outer = _thread.weights
+        self.outer, self.weights = _thread.weights, _Weights() if once else None
         self.done = False
 
     def _wanted(self, m: nn.Module) -> bool:
@@ -169,8 +247,7 @@ class _Hold:
                 if self.once and type(m) in (parametrize.ParametrizationList, _Once):
                     flag.once.add(self)
                     m.__class__ = _Once
-        if self.once:
-            _thread.weights = {}
+        _thread.weights = self.weights
 
     def release(self) -> None:
         """Gives the modules back. May be called again after an interrupt, and does what is left then.
@@ -182,6 +259,8 @@ class _Hold:
             return
         if self.thread == threading.get_ident():
             _thread.weights = self.outer
+        if self.weights is not None:
+            self.weights.kept.clear()  # a circle by the hook, which Python may not see
         # what the energy itself has changed goes back too; with several threads it may be another's that trains
         alone = threading.active_count() == 1
         refused: Exception | None = None
@@ -227,8 +306,9 @@ if hasattr(os, "register_at_fork"):
 def sampling(modules: list[nn.Module], mode: Mode, *, once: bool = True) -> Generator[None, None, None]:
     """Modules in ``mode``; every flag back as it was, whatever happens.
 
-    In eval mode parametrized weights (spectral or weight norm) are computed once and not at every step, without a graph
-    to their parameters, unless ``once=False``. A power iteration in train mode is not skipped.
+    In eval mode torch's parametrized weights (spectral, weight and orthogonal norms) are computed once and not at every
+    step, unless ``once=False``, and again where anything that they are computed from has changed. A power iteration in
+    train mode is not skipped.
     """
     hold = _Hold(_tree(modules), mode, once and mode == "eval")
     try:

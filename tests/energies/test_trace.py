@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from mmebm.energies.trace import trace
 from mmebm.models import JointEnergy, SharedGenerator
 from mmebm.ops.net import reference
 from mmebm.ops.net.graph import check_net
+from mmebm.samplers import Langevin
 from mmebm.state import flatten
 
 
@@ -271,3 +275,314 @@ def test_refusals_leave_no_trace() -> None:
     with pytest.raises(CannotLower):
         trace(lambda x: F.dropout(x).sum((1, 2, 3)), images(3, 1, 6, 6) * 0)
     assert torch.equal(torch.random.get_rng_state()[:8], state[:8])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Effects that no result shows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    """An energy with containers in which it might count its calls."""
+
+    def __init__(self, count: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.count = nn.Conv1d(3, 7, 3), count
+        self.list: list[Any] = []
+        self.dict: dict[str, Any] = {"n": 0}
+        self.pair = ([], 1.0)
+        self.table: dict[str, list[int]] = {"n": []}
+        self.set: set[Any] = set()
+        self.deque: Any = collections.deque()
+        self.bytes, self.array = bytearray(), numpy.zeros(1)
+        self.layers = nn.ModuleList()
+        self.parts = nn.Sequential()
+
+    @property
+    def log(self) -> list[Any]:
+        return self.list
+
+    def get(self) -> list[Any]:
+        return self.list
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count(self)
+        return F.silu(self.conv(x)).sum((1, 2))
+
+    def size(self) -> int:
+        held = [self.list, self.pair[0], self.table["n"], self.set, self.deque, self.bytes, self.layers, self.parts]
+        return sum(map(len, held)) + len(self.dict) - 1 + self.dict["n"] + int(self.array[0])
+
+
+def _alias(m: Any) -> None:
+    n = m.list
+    n += [1]
+
+
+def _alias_of_an_alias(m: Any) -> None:
+    n = m.list
+    other = n
+    other += (1,)
+
+
+def _chained(m: Any) -> None:
+    a = n = m.list  # noqa: F841
+    n += [1]
+
+
+def _pair_of_names(m: Any) -> None:
+    n, _ = m.list, 1
+    n += [1]
+
+
+def _conditional(m: Any) -> None:
+    n = m.list if m.training else m.log
+    n += [1]
+
+
+def _either(m: Any) -> None:
+    n = m.list or m.log
+    n += [1]
+
+
+def _item_of_a_tuple(m: Any) -> None:
+    n = m.pair[0]
+    n += [1]
+
+
+def _unpacked(m: Any) -> None:
+    n, _ = m.pair
+    n += [1]
+
+
+def _iterated(m: Any) -> None:
+    for n in m.table.values():
+        n += [1]
+
+
+def _looked_up(m: Any) -> None:
+    n = m.table.get("n")
+    n += [1]
+
+
+def _property(m: Any) -> None:
+    n = m.log
+    n += [1]
+
+
+def _method(m: Any) -> None:
+    n = m.get()
+    n += [1]
+
+
+def _argument(m: Any) -> None:
+    def add(n: Any) -> None:
+        n += [1]
+
+    add(m.list)
+
+
+def _enclosed(m: Any) -> None:
+    n = m.list
+
+    def add() -> None:
+        nonlocal n
+        n += [1]
+
+    add()
+
+
+def _of_a_pair(m: Any) -> None:
+    for n in (m.list, m.dict):
+        n *= 2 if len(n) else 1
+        n += [1]
+        break
+
+
+def _in_a_comprehension(m: Any) -> None:
+    for n in [part for part in [m.list] if m is not None]:
+        n += [1]
+
+
+def _several(m: Any) -> None:
+    def add(*several: Any) -> None:
+        for n in several:
+            n += [1]
+
+    add(m.list)
+
+
+def _yielded(m: Any) -> None:
+    def each() -> Any:
+        yield m.list
+
+    for n in each():
+        n += [1]
+
+
+def _twice(m: Any) -> None:
+    n = m.list
+    n += [1]
+    n *= 2
+
+
+def _union(m: Any) -> None:
+    n = m.dict
+    n |= {"n": n["n"] + 1}
+
+
+def _subscript(m: Any) -> None:
+    d = m.dict
+    d["n"] += 1
+
+
+def _set(m: Any) -> None:
+    n = m.set
+    n |= {len(n)}
+
+
+def _deque(m: Any) -> None:
+    n = m.deque
+    n += (1,)
+
+
+def _bytes(m: Any) -> None:
+    n = m.bytes
+    n += b"a"
+
+
+def _array(m: Any) -> None:
+    n = m.array
+    n += 1
+
+
+def _layers(m: Any) -> None:
+    n = m.layers
+    n += [nn.Identity()]
+
+
+def _parts(m: Any) -> None:
+    n = m.parts
+    n += nn.Sequential(nn.Identity())
+
+
+def _fields(m: Any) -> None:
+    d = m.__dict__
+    d |= {"list": [*m.list, 1]}
+
+
+COUNTS: dict[str, Callable[[Any], Any]] = {
+    **{f.__name__.strip("_"): f for f in (_alias, _alias_of_an_alias, _chained, _pair_of_names, _conditional, _either)},
+    **{f.__name__.strip("_"): f for f in (_item_of_a_tuple, _unpacked, _iterated, _looked_up, _property, _method)},
+    **{f.__name__.strip("_"): f for f in (_argument, _enclosed, _twice, _union, _subscript, _set, _deque, _bytes)},
+    **{f.__name__.strip("_"): f for f in (_of_a_pair, _in_a_comprehension, _several, _yielded)},
+    **{f.__name__.strip("_"): f for f in (_array, _layers, _parts, _fields)},
+    "append": lambda m: m.list.append(1),
+    "extend": lambda m: m.list.extend([1]),
+    "insert": lambda m: m.list.insert(0, 1),
+    "add": lambda m: m.set.add(len(m.set)),
+    "update": lambda m: m.dict.update(n=m.dict["n"] + 1),
+    "setdefault": lambda m: m.dict.setdefault(len(m.dict), 0),
+    "by the name of the operator": lambda m: m.list.__iadd__([1]),
+    "by the name of the subscript": lambda m: m.dict.__setitem__("n", m.dict["n"] + 1),
+    "by a function": lambda m: operator.iadd(m.list, [1]),
+    "by another function": lambda m: operator.setitem(m.dict, "n", m.dict["n"] + 1),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_energies_that_count_their_calls(case: str) -> None:
+    """Refused before they are called: the chain calls them as often as a loop does."""
+    energy = Held(COUNTS[case])
+    with pytest.raises(CannotLower):
+        trace(energy, torch.randn(2, 3, 4))
+    assert energy.size() == 0
+    by_hand = Held(COUNTS[case])
+    Langevin(0.1).sample(energy, torch.randn(2, 3, 4), 3, seed=0)
+    for _ in range(3):
+        by_hand(torch.randn(2, 3, 4))
+    assert energy.size() == by_hand.size() > 0
+
+
+class CountsByIndex(nn.Module):
+    """What syntax calls is code of the user's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __getitem__(self, i: int) -> float:
+        self.n += 1
+        return 1.0
+
+    def __add__(self, other: Any) -> Any:
+        self.n += 1
+        return other
+
+    def __len__(self) -> int:
+        self.n += 1
+        return 1
+
+
+class Indexed(nn.Module):
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.read, self.counts = nn.Conv1d(3, 7, 3), read, CountsByIndex()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.counts) * F.silu(self.conv(x)).sum((1, 2))
+
+
+@pytest.mark.parametrize("read", [lambda m: m[0], lambda m: m + 1.0, lambda m: len(m)])
+def test_what_syntax_calls_is_examined(read: Callable[[Any], Any]) -> None:
+    energy = Indexed(read)
+    Langevin(0.1).sample(energy, torch.randn(2, 3, 4), 4, seed=0)
+    assert energy.counts.n == 4
+
+
+class InPlace(nn.Module):
+    """Local names that are written to in place, next to containers that are only read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv1d(3, 3, 3, padding=1) for _ in range(3))
+        self.weights, self.sizes, self.table = [0.5, 0.25, 2.0], {"a": 1.0, "b": 2.0}, {"a": [1.0, 2.0]}
+        self.shift, self.start = nn.Parameter(torch.ones(1)), 0.0
+
+    def term(self, h: Tensor, w: float) -> Tensor:
+        return w * h.square().sum((1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        e, h, names, n = self.start, x * 1.0, [], 0
+        names += ["a"]
+        for layer, w in zip(self.layers, self.weights):
+            h = layer(h)
+            h += self.shift
+            e += self.term(h, w)
+            n += 1
+        for size in self.sizes.values():
+            e += size * h.sum((1, 2))
+        e *= 0.5
+        e -= n * self.table["a"][1]
+        return e
+
+
+def test_what_is_local_is_written_to_in_place() -> None:
+    agree(InPlace().double(), images(2, 3, 8))
+
+
+class OfParameters(nn.Module):
+    """torch's own containers, which refuse to be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(4, 3, 3), torch.randn(2, 4, 3)])
+        self.shifts = nn.ParameterDict({"a": torch.randn(4), "b": torch.randn(2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(F.conv1d(x, self.weights[0], self.shifts["a"]))
+        return F.silu(F.conv1d(h, self.weights[1], self.shifts["b"])).sum((1, 2))
+
+
+def test_lists_and_dicts_of_parameters() -> None:
+    agree(OfParameters().double(), images(2, 3, 8))

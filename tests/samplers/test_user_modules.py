@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 
-from mmebm.samplers import langevin
+from mmebm.samplers import HMC, Langevin, Underdamped, langevin, schedules
 from mmebm.samplers.user_modules import modules_of, sampling
 
 
@@ -202,23 +205,324 @@ def test_eval_mode_leaves_buffers_alone_and_train_mode_does_not() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Double(nn.Module):
-    """A parametrization that counts how often it is evaluated."""
+@pytest.mark.parametrize(("mode", "evaluations"), [("eval", 1), ("keep", 5), ("train", 5)])
+def test_spectral_norm_is_evaluated_once_a_chain_in_eval_mode(
+    mode: Any, evaluations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = parametrizations.spectral_norm(nn.Linear(3, 1))
+    kind, calls = type(net.parametrizations["weight"][0]), []
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, w: calls.append(1) or forward(self, w))
+    Langevin(0.1, mode=mode, backend="torch").sample(net, torch.randn(2, 3), 5)
+    assert len(calls) == evaluations
 
-    calls = 0
+
+class Scaled(nn.Module):
+    """A user's parametrization, with what a weight may depend on besides its original."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.schedule, self.table = 1.0, [1.0], torch.ones(())
 
     def forward(self, w: Tensor) -> Tensor:
-        self.calls += 1
-        return 2 * w
+        return self.scale * self.schedule[0] * self.table * w
 
 
-@pytest.mark.parametrize(("mode", "evaluations"), [("eval", 1), ("keep", 5), ("train", 5)])
-def test_parametrizations_are_evaluated_once_a_chain_in_eval_mode(mode: Any, evaluations: int) -> None:
-    net, double = nn.Linear(3, 1), Double()
-    parametrize.register_parametrization(net, "weight", double)
-    double.calls = 0
-    langevin(net, torch.randn(2, 3), 5, step_size=0.1, mode=mode)
-    assert double.calls == evaluations
+class Growing(nn.Module):
+    """A parametrization with a counter of its own, of Python or a buffer."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.n = 0.0
+        self.register_buffer("count", torch.zeros(()) if buffer else None)
+
+    def forward(self, w: Tensor) -> Tensor:
+        if self.count is None:
+            self.n += 1.0
+            return self.n * w
+        self.count += 1
+        return self.count * w
+
+
+class Noisy(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w + 0.1 * torch.randn_like(w)
+
+
+def normed() -> nn.Sequential:
+    """Spectral norms with settled power iterations, and their flags in eval mode."""
+    torch.manual_seed(0)
+    norm = parametrizations.spectral_norm
+    return nn.Sequential(norm(nn.Linear(3, 5)), nn.SiLU(), norm(nn.Linear(5, 1))).eval()
+
+
+def parametrized(parametrization: nn.Module) -> nn.Sequential:
+    net = normed()
+    parametrize.register_parametrization(net[2], "bias", parametrization)
+    parametrize.register_parametrization(net[0], "bias", parametrization)
+    return net
+
+
+def weights_of(net: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in net.named_parameters() if "original" in name]
+
+
+def two_fast_weights() -> Callable[[Tensor], Tensor]:
+    """One network called with two sets of weights, as ensembles and learners of fast weights do."""
+    net = normed()
+    first = {name: t.detach() for name, t in net.named_parameters()}
+    second = {name: 2 * t + 0.1 for name, t in first.items()}
+    return lambda x: functional_call(net, first, (x,)) + functional_call(net, second, (x,))
+
+
+def own_and_fast_weights() -> Callable[[Tensor], Tensor]:
+    net = normed()
+    other = {name: 2 * t.detach() for name, t in net.named_parameters()}
+    return lambda x: net(x) + functional_call(net, other, (x,))
+
+
+def gradient_norm(**options: Any) -> Callable[[], Callable[[Tensor], Tensor]]:
+    def make() -> Callable[[Tensor], Tensor]:
+        net = normed()
+
+        def energy(x: Tensor) -> Tensor:
+            grads = torch.autograd.grad(net(x).sum(), weights_of(net), create_graph=True, **options)
+            return sum(g.square().sum() for g in grads if g is not None) + 0.1 * x.square().sum(1)
+
+        return energy
+
+    return make
+
+
+def gradients_by_the_weights_themselves() -> Callable[[Tensor], Tensor]:
+    """A weight is another tensor at each access: the one that is asked for was not used, and None is its gradient."""
+    net = normed()
+
+    def energy(x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(net(x).sum(), [net[0].weight], create_graph=True, allow_unused=True)
+        return (0.0 if g is None else g.square().sum()) + x.square().sum(1)
+
+    return energy
+
+
+def two_graphs_that_are_freed() -> Callable[[Tensor], Tensor]:
+    net = normed()
+
+    def energy(x: Tensor) -> Tensor:
+        losses = [net(x.detach()).square().mean(), net(x.detach() + 1).square().mean()]
+        grads = [torch.autograd.grad(loss, weights_of(net))[0] for loss in losses]
+        return (x - grads[0].mean() - grads[1].mean()).square().sum(1)
+
+    return energy
+
+
+def backward_into_the_parameters() -> Callable[[Tensor], Tensor]:
+    net = normed()
+
+    def energy(x: Tensor) -> Tensor:
+        net(x.detach()).square().mean().backward()
+        return (x - net[0].parametrizations["weight"].original.grad.mean()).square().sum(1)
+
+    return energy
+
+
+def gradients_of_each_sample() -> Callable[[Tensor], Tensor]:
+    net = normed()
+    weights = {name: t.detach() for name, t in net.named_parameters()}
+
+    def of_one(t: Tensor) -> Tensor:
+        grads = torch.func.grad(lambda p: functional_call(net, p, (t[None],)).sum())(weights)
+        return sum(g.square().sum() for g in grads.values())
+
+    return lambda x: torch.func.vmap(of_one)(x)
+
+
+def ensemble() -> Callable[[Tensor], Tensor]:
+    net = normed()
+    weights = {name: torch.stack([t.detach(), 2 * t.detach()]) for name, t in net.named_parameters()}
+    return lambda x: torch.func.vmap(lambda p: functional_call(net, p, (x,)).squeeze(1))(weights).sum(0)
+
+
+def weight_changed_after_use() -> Callable[[Tensor], Tensor]:
+    """What an energy does to the weight that it was given is gone at the next access."""
+    net = normed()
+
+    def energy(x: Tensor) -> Tensor:
+        weight = net[0].weight
+        with torch.no_grad():
+            weight.mul_(3)
+        return (x @ weight.T).square().sum(1) + net(x).squeeze(1)
+
+    return energy
+
+
+def branches_on_the_graph() -> Callable[[Tensor], Tensor]:
+    net = normed()
+    return lambda x: net(x).squeeze(1) * (2.0 if net[0].weight.requires_grad else 1.0)
+
+
+def half_without_graph() -> Callable[[Tensor], Tensor]:
+    net = normed()
+
+    def energy(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            net(x)
+        return net(x).squeeze(1) * (2.0 if net[0].weight.requires_grad else 1.0)
+
+    return energy
+
+
+def attribute_set_by_the_energy() -> Callable[[Tensor], Tensor]:
+    scaled = Scaled()
+    net, calls = parametrized(scaled), [0]
+
+    def energy(x: Tensor) -> Tensor:
+        calls[0] += 1
+        scaled.scale, scaled.schedule[0] = 1.0 / calls[0], 1.0 + calls[0]
+        scaled.table.mul_(0.9)
+        return net(x)
+
+    return energy
+
+
+def a_norm_in_train_mode_for_one_call() -> Callable[[Tensor], Tensor]:
+    """Its power iteration moves."""
+    net = normed()
+
+    def energy(x: Tensor) -> Tensor:
+        first = net(x)
+        net[0].parametrizations.train()
+        second = net(x)
+        net[0].parametrizations.eval()
+        return first + 2 * second
+
+    return energy
+
+
+def tied() -> Callable[[Tensor], Tensor]:
+    """Two layers with one parametrization, and two that share the parametrized layer."""
+    a = parametrizations.spectral_norm(nn.Linear(3, 3))
+    b = nn.Linear(3, 3)
+    parametrize.register_parametrization(b, "weight", a.parametrizations["weight"][0])
+    net = nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), a, nn.Linear(3, 1)).eval()
+    return lambda x: net(x)
+
+
+def nested() -> Callable[[Tensor], Tensor]:
+    """A parametrized original, and a norm of what a user's parametrization gives."""
+    growing, net = Growing(False), normed()
+    parametrize.register_parametrization(net[0].parametrizations["weight"], "original", growing)
+    parametrize.register_parametrization(net[2], "weight", growing)
+    return lambda x: net(x)
+
+
+# energies that are made anew by each call
+OFTEN: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "two fast weights": two_fast_weights,
+    "own and fast weights": own_and_fast_weights,
+    "gradient norm": gradient_norm(),
+    "gradient norm, some unused": gradient_norm(allow_unused=True),
+    "gradients by the weights": gradients_by_the_weights_themselves,
+    "two graphs that are freed": two_graphs_that_are_freed,
+    "backward": backward_into_the_parameters,
+    "gradients of each sample": gradients_of_each_sample,
+    "an ensemble by vmap": ensemble,
+    "weight changed after use": weight_changed_after_use,
+    "branches on the graph": branches_on_the_graph,
+    "half without graph": half_without_graph,
+    "attribute set by the energy": attribute_set_by_the_energy,
+    "counts in Python": lambda: parametrized(Growing(False)),
+    "counts in a buffer": lambda: parametrized(Growing(True)),
+    "random": lambda: parametrized(Noisy()),
+    "train mode for one call": a_norm_in_train_mode_for_one_call,
+    "tied": tied,
+    "nested": nested,
+}
+
+
+def by_hand(energy: Callable[..., Tensor], x: Tensor, steps: int, after: Callable[[], None] = lambda: None) -> Tensor:
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        x = x - 0.05 * torch.autograd.grad(energy(x).sum(), x)[0]
+        after()
+    return x.detach()
+
+
+@pytest.mark.parametrize("kind", OFTEN)
+def test_a_weight_that_changes_within_a_chain_is_computed_again(kind: str) -> None:
+    outs = []
+    for ours in (True, False):
+        torch.manual_seed(3)
+        energy, x = OFTEN[kind](), torch.randn(4, 3)
+        torch.manual_seed(5)  # of the parametrization that draws
+        outs.append(Langevin(0.05, 0.0).sample(energy, x, 5, seed=0).state if ours else by_hand(energy, x, 5))
+    # float32, over five steps of order 0.1: sums in another order
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [HMC(0.1, 3), Langevin(0.05, accept="metropolis"), Underdamped(0.1)])
+@pytest.mark.parametrize("kind", [kind for kind in OFTEN if kind not in ("random", "counts in Python", "nested")])
+def test_other_samplers_compute_weights_as_often_as_needed(sampler: Any, kind: str) -> None:
+    """Where every weight is computed at each call: ``mode="keep"`` of modules in eval mode."""
+    outs = []
+    for mode in ("eval", "keep"):
+        torch.manual_seed(3)
+        energy, x = OFTEN[kind](), torch.randn(4, 3)
+        outs.append(sampler.replace(mode=mode).sample(lambda x, energy=energy: energy(x).flatten(), x, 4, seed=0).state)
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+
+
+def rebound(p: Tensor) -> None:
+    p.data = 0.5 * p.data
+
+
+def doubled(p: Tensor) -> None:
+    with torch.no_grad():
+        p.mul_(1.1)
+
+
+@pytest.mark.parametrize("sampler", [Langevin(0.05, 0.0), Langevin(0.05, 0.0, backend="torch")])
+@pytest.mark.parametrize("write", [doubled, rebound])
+def test_weights_that_a_callback_writes_are_computed_again(write: Callable[[Tensor], None], sampler: Any) -> None:
+    outs = []
+    for ours in (True, False):
+        net, x = normed(), torch.linspace(-1, 1, 12).reshape(4, 3)
+        change = lambda *_, net=net: write(net[0].parametrizations["weight"].original)
+        if ours:
+            outs.append(sampler.sample(net, x, 5, callback=change).state)
+        else:
+            outs.append(by_hand(net, x, 5, change))
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_go_with_their_chain() -> None:
+    """Without waiting for Python's search for circles."""
+    net, made = normed(), []
+
+    def energy(x: Tensor) -> Tensor:
+        made.append(weakref.ref(net[0].weight._base))
+        return net(x)
+
+    gc.disable()
+    try:
+        Langevin(0.1, backend="torch").sample(energy, torch.randn(2, 3), 2)
+        assert made[0]() is None and made[1]() is None
+    finally:
+        gc.enable()
+
+
+def test_step_arguments_that_a_parametrization_sees() -> None:
+    scaled = Scaled()
+    net, x = parametrized(scaled), torch.linspace(-1, 1, 12).reshape(4, 3)
+
+    def energy(x: Tensor, scale: float) -> Tensor:
+        scaled.scale = scale
+        return net(x)
+
+    scales = [1.0, 0.5, 3.0]
+    got = Langevin(0.05, 0.0).sample(energy, x, 3, args=(schedules.table(scales),)).state
+    left = iter(scales)
+    torch.testing.assert_close(got, by_hand(lambda x: energy(x, next(left)), x, 3), rtol=1e-5, atol=1e-6)
 
 
 SPECTRAL = {"parametrization": parametrizations.spectral_norm, "hook": torch.nn.utils.spectral_norm}

@@ -121,12 +121,13 @@ def _lower(
     effects.refuse_watchers()
     if not all(inert(value) for value in (*args, *kwargs.values())):
         refuse("it is given arguments that are not plain data")
+    effects.hold((*args, *kwargs.values()))
     chains = first.shape[0]
     if chains == 0:
         refuse("there are no chains")
     layout = Layout(tuple(math.prod(t.shape[1:]) for t in tensors), chains, first.dtype, first.device)
     symbols: Any = [Symbol(t.shape, Input((i,)), layout, Memory(given=True)) for i, t in enumerate(tensors)]
-    with effects.Watch():
+    with effects.writes_undone(), effects.Watch():
         value = call(energy, build(symbols), *args, **kwargs)
     noted = attempt()
     if noted.refusals:  # the energy went on after an exception

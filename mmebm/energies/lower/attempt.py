@@ -31,10 +31,12 @@ class Attempt:
     Attributes:
         refusals: every reason that came up, so that an energy which swallows the exception is still refused.
         seen: the modules, and the code of functions and classes, that the energy consists of.
+        held: the lists and dicts that it names, with copies of them as they were.
     """
 
     refusals: list[str] = field(default_factory=list)
     seen: list[Any] = field(default_factory=list)
+    held: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("attempt", default=None)

@@ -19,7 +19,9 @@ import math
 import numbers
 import operator
 import types
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +73,7 @@ _BUILTINS = (
     ValueError,
     TypeError,
 )
+_MODULE_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # Values in which no code hides
 _INERT = (type(None), type(...), slice, range, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -85,6 +88,19 @@ class _Record:
 _OF_RECORDS = frozenset((*vars(_Record), "__post_init__"))
 # What syntax calls: dataclasses makes them by exec of a string, and what is written by hand may do anything
 _GENERATED = ("__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__setattr__", "__delattr__")
+# Methods of a module that nothing in its forward calls, or that only stores call, which are refused themselves
+_NOT_BY_SYNTAX = (
+    "__init__",
+    "__new__",
+    "__init_subclass__",
+    "__repr__",
+    "__str__",
+    "__dir__",
+    "__del__",
+    "__setattr__",
+)
+_NOT_BY_SYNTAX += ("__delattr__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__copy__")
+_NOT_BY_SYNTAX += ("__deepcopy__", "__sizeof__", "__class_getitem__", "__setitem__", "__delitem__", "__annotate__")
 # Of tensors, parameters and arguments: read only. A symbol refuses them.
 _READS = frozenset((*vars(math), "item", "detach", "t", "T"))
 # Of dicts, lists and strings, such as shapes by modality
@@ -184,6 +200,96 @@ def _storages(value: Any) -> Iterator[tuple[int, Any]]:
         yield from _storages(list(value.values()))
 
 
+# -- what TorchScript may do
+
+# By name; what writes to tensors or draws random numbers is watched, as everywhere
+_SCRIPT_EFFECTS = frozenset(
+    (
+        *("prim::SetAttr", "prim::PythonOp", "prim::Print", "prim::fork", "prim::awaitable", "prim::CallMethod"),
+        *("prim::CallFunction", "prim::Enter", "prim::Exit", "prim::rpc_async", "prim::rpc_sync", "prim::rpc_remote"),
+        *("aten::_set_grad_enabled", "aten::set_grad_enabled", "aten::requires_grad_", "aten::retain_grad"),
+        *("aten::backward", "aten::grad", "aten::set_data", "aten::manual_seed", "aten::seed"),
+        *("aten::save", "aten::wait"),
+    )
+)
+# What makes a list or dict that nobody else has
+_SCRIPT_NEW = ("prim::ListConstruct", "prim::DictConstruct", "aten::list", "aten::dict")
+_scripts: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], str | None]] = weakref.WeakKeyDictionary()
+
+
+def _effect_of_script(m: Any) -> str | None:
+    """An operation in a method of a TorchScript module that may have an effect which no tensor shows."""
+    names = tuple(sorted(m._c._method_names()))
+    if m not in _scripts or _scripts[m][0] != names:
+        graphs = [m._c._get_method(name).inlined_graph for name in names]
+        found = (_effect_of(n) for graph in graphs for n in _nodes(graph))
+        _scripts[m] = names, next((effect for effect in found if effect is not None), None)
+    return _scripts[m][1]
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    for n in block.nodes():
+        yield n
+        for inner in n.blocks():
+            yield from _nodes(inner)
+
+
+def _effect_of(n: Any) -> str | None:
+    kind = n.kind()
+    if kind in _SCRIPT_EFFECTS or kind.partition("::")[0] not in ("prim", "aten"):
+        return kind
+    if kind.startswith("aten::"):
+        try:
+            arguments = torch._C.parse_schema(n.schema()).arguments
+        except RuntimeError:  # it has none
+            return kind
+        for argument, given in zip(arguments, n.inputs(), strict=False):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and not isinstance(argument.type, torch.TensorType) and given.node().kind() not in _SCRIPT_NEW:
+                return kind
+    return None
+
+
+# -- what an operator in place may write to
+
+
+def hold(value: Any) -> None:
+    """Notes what lists and dicts hold, and lists of modules or parameters: ``+=`` may write to them by other names."""
+    held = attempt().held
+    if isinstance(value, (list, tuple, dict)):
+        if not isinstance(value, tuple):
+            held.append((value, value.copy()))
+        if len(value) <= introspect.MAX_ITEMS:
+            for part in value.values() if isinstance(value, dict) else value:
+                hold(part)
+    elif isinstance(value, _MODULE_LISTS):
+        held.extend((place, dict(place)) for place in (value._modules, value._parameters))
+
+
+@contextmanager
+def writes_undone() -> Iterator[None]:
+    """Around a call of the energy that nobody asked for: what it wrote to the lists and dicts that it names is taken
+    back, and the energy is refused. Other writes are refused before they happen."""
+    try:
+        yield
+    finally:
+        wrote = False
+        for place, before in attempt().held:
+            now = list(place.items()) if isinstance(place, dict) else list(place)
+            then = list(before.items()) if isinstance(before, dict) else before
+            if len(now) != len(then) or any(not _is_same(a, b) for a, b in zip(now, then, strict=True)):
+                wrote = True
+                place.clear()
+                place.update(before) if isinstance(place, dict) else place.extend(before)
+    if wrote:
+        refuse("it writes to a list or dict by an operator in place")
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """By who they are, and entries of dicts by their parts."""
+    return a is b or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == 2 and a[0] is b[0] and a[1] is b[1])
+
+
 # -- what the code of a function may do
 
 
@@ -241,6 +347,8 @@ def _computations() -> tuple[frozenset[Any], frozenset[str]]:
     # what differs between a call that is watched and one that is differentiated, or between equal tensors
     effects |= {"requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad", "output_nr", "_version"}
     effects |= {"is_contiguous", "stride", "storage_offset", "data_ptr", "storage", "untyped_storage"}
+    # what operators and subscripts call by other names, of lists and dicts too
+    effects |= {name for name in names if name.startswith("__") and name.endswith("__")} - {"__len__", "__getitem__"}
     return frozenset(functions), frozenset(names - effects)
 
 
@@ -331,6 +439,9 @@ class Examination:
         if isinstance(m, torch.jit.ScriptModule):  # has no code of Python
             if not self._traced:
                 refuse(f"it holds a {type(m).__name__}")
+            effect = _effect_of_script(m)
+            if effect is not None:
+                refuse(f"its TorchScript may have an effect ({effect})")
             attempt().seen.append(m)
             return
         if isinstance(m, nn.parallel.DistributedDataParallel):
@@ -344,6 +455,12 @@ class Examination:
         label = kind.__name__
         if m.training and (m._forward_pre_hooks or torch.nn.utils.parametrize.is_parametrized(m)):
             refuse(f"{label} is parametrized and in train mode, where a call may change it")
+        for base in kind.__mro__:
+            if not (base.__module__ or "").startswith(("torch.", "builtins")):
+                by_syntax = [
+                    f for name, f in vars(base).items() if name.startswith("__") and name not in _NOT_BY_SYNTAX
+                ]
+                self._waiting.extend((f, m) for f in by_syntax if isinstance(f, types.FunctionType))
         owner = introspect.definer(kind, "forward")
         if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             return
@@ -377,6 +494,7 @@ class Examination:
             named[name] = value
         for name in names.globals:
             named[name] = function.__globals__.get(name, getattr(builtins, name, introspect.EMPTY))
+        hold(list(named.values()))
         for name, value in named.items():
             if name != "__class__":  # of super()
                 self._value(label, name, value, owner)
@@ -437,13 +555,17 @@ class Examination:
             value = value.__func__
         elif isinstance(value, property):
             value = value.fget
+        hold(value)
         self._value(label, name, value, owner)
 
 
 def examine_call(m: nn.Module) -> None:
     """Refuses a module whose call is more than its ``forward``."""
     label = type(m).__name__
-    if "forward" in m.__dict__ or "__call__" in m.__dict__ or type(m).__call__ is not nn.Module.__call__:
+    call = introspect.definer(type(m), "__call__")
+    # lists of parameters have one that raises
+    known = call is nn.Module or call.__module__ == nn.ParameterList.__module__
+    if "forward" in m.__dict__ or "__call__" in m.__dict__ or not known:
         refuse(f"{label}'s call was replaced")
     hooks = [*m._forward_hooks.values(), *m._backward_hooks.values(), *m._backward_pre_hooks.values()]
     hooks += [h for h in m._forward_pre_hooks.values() if type(h).__module__ not in _NORMS]

@@ -71,14 +71,15 @@ def trace(
         CannotLower: naming what a net cannot say.
     """
     _, tensors, build = flatten(state)
-    seen = examined(energy, tensors, args, kwargs)
-    with attempting():
-        traced = _traced(energy, tensors, build, args, dict(kwargs or {}), log_prob)
-        return replace(traced, seen=seen)
+    kwargs = dict(kwargs or {})
+    with attempting() as noted:
+        _examine(energy, tensors, args, kwargs)
+        seen = tuple(noted.seen)
+        return replace(_traced(energy, tensors, build, args, kwargs, log_prob), seen=seen)
 
 
 def examined(
-    energy: Callable[..., Any], tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None
+    energy: Callable[..., Any], tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """The modules and the code that ``energy`` consists of, where calling it on the state's ``tensors`` has no effect
     besides its result.
@@ -87,21 +88,27 @@ def examined(
         CannotLower: naming what may have one, or what is around the call or given to it.
     """
     with attempting() as noted:
-        try:
-            if tensors[0].shape[0] == 0:
-                refuse("there are no chains")
-            if len({t.dtype for t in tensors}) != 1:
-                refuse("the state has several dtypes")
-            if torch.is_autocast_enabled(tensors[0].device.type):
-                refuse("autocast is on")
-            effects.refuse_watchers()
-            if not all(inert(value) for value in (*args, *(kwargs or {}).values())):
-                refuse("it is given arguments that are not plain data")
-            effects.examine(energy, traced=True)
-        except CannotLower as error:
-            error.passing()  # it is cheap to find again
-            raise
+        _examine(energy, tensors, args, kwargs)
         return tuple(noted.seen)
+
+
+def _examine(energy: Any, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """See :func:`examined`."""
+    try:
+        if tensors[0].shape[0] == 0:
+            refuse("there are no chains")
+        if len({t.dtype for t in tensors}) != 1:
+            refuse("the state has several dtypes")
+        if torch.is_autocast_enabled(tensors[0].device.type):
+            refuse("autocast is on")
+        effects.refuse_watchers()
+        if not all(inert(value) for value in (*args, *kwargs.values())):
+            refuse("it is given arguments that are not plain data")
+        effects.hold((*args, *kwargs.values()))
+        effects.examine(energy, traced=True)
+    except CannotLower as error:
+        error.passing()  # it is cheap to find again
+        raise
 
 
 def retrace(traced: Traced, given: Mapping[int, Tensor], log_prob: bool = False) -> Traced:
@@ -161,7 +168,7 @@ def _traced(
         inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
         _note_state(recorder, inputs)
         try:
-            with Rewrite(recorder.value, tape), Watch(recorder, tape):
+            with effects.writes_undone(), Rewrite(recorder.value, tape), Watch(recorder, tape):
                 result = energy(build(inputs), *args, **kwargs)
         except CannotLower:
             raise
