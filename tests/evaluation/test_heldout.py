@@ -129,7 +129,9 @@ def test_the_gaussian_kernel_distance_of_two_normals(seed: int) -> None:
     # has a standard deviation of .0098, which an error of nine degrees of freedom exceeds 2.2 times in 1e-5 of cases
     assert abs(found.value - exact) < 6 * found.error and found.error < 2.2 * 0.0098
     same = gaussian_kernel_distance({"x": a}, {"x": b - shift}, seed=seed)
-    assert abs(same.value) < 6 * same.error
+    # no normal law where both are one: over 100 seeds the value has a standard deviation of .0005, is within -.0012 and
+    # .0014, and its ten parts crowd at their lower end, so that it was up to 7.6 of its errors from 0 (seed 22000083)
+    assert abs(same.value) < 0.004
 
 
 def test_a_distance_of_whole_tuples_sees_modalities_that_do_not_belong_together(seed: int) -> None:
