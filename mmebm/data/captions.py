@@ -34,6 +34,7 @@ __all__ = ["ImageCaptions", "cache_folder", "caption_codec", "check_option", "im
 
 # The codec belongs to the data set as its split does: one seed for all runs.
 CODEC_SEED: Final = 0
+IMAGES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 Ints = NDArray[np.int64]
 Codec = str | os.PathLike[str] | TextCodec | None
@@ -128,9 +129,8 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
 
 def image_files(folder: Path) -> list[str]:
     """Names of the images in ``folder``, sorted; hidden files are none (archives of macOS leave some)."""
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
     return sorted(
-        entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings) and entry.name[0] != "."
+        entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGES) and entry.name[0] != "."
     )
 
 

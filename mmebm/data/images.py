@@ -47,6 +47,8 @@ def read_image(file: Path) -> NDArray[np.uint8]:
     """
     image = pillow()
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with image.open(file) as picture:
             width, height = picture.size
             limit = image.MAX_IMAGE_PIXELS

@@ -456,7 +456,7 @@ def _labelled(data: MultimodalDataset, name: str) -> Tensor:
 
 def _half(data: MultimodalDataset, name: str, seed: int) -> Tensor:
     """0 or 1 for each instance of a pool, the same for all that show one item: a bit of the item's number, mixed. -1
-    for an instance of no item, such as a word that all tuples of a class share: it is nobody's, and both learn from it."""
+    for an instance of no item, such as a word that all tuples of a class share: both learn from it."""
     numbers = torch.arange(len(data.pools[name])) if data.items is None else data.items[name].cpu()
     words = philox4x32([numbers & MASK32, numbers >> 32, torch.zeros_like(numbers), numbers * 0], (seed & MASK32, 1))
     return torch.where(numbers < 0, -1, words[0] & 1)
