@@ -371,7 +371,7 @@ def _numbers(values: Sequence[str], source: str, lines: Sequence[int], decimal: 
     if wrong:
         raise ValueError(
             f"{source} holds {good} numbers and, in line {lines[wrong[0]]} of the file, {values[wrong[0]]!r}: write a "
-            f"number below {TOO_LARGE:g}, or leave the cell empty where it is missing"
+            f"number, or leave the cell empty where it is missing; numbers end at {TOO_LARGE:g}"
         )
     return np.array(found)
 
