@@ -153,6 +153,7 @@ class ImageCaptions:
         labels: int64 ``(images,)``, -1 for unlabelled.
         classes: the names of the classes.
         sources: plain values that say where it came from.
+        names: of the images; by default those of the files.
     """
 
     name: str
@@ -162,6 +163,7 @@ class ImageCaptions:
     labels: Ints
     classes: tuple[str, ...]
     sources: list[dict[str, Any]]
+    names: Sequence[str] = ()
 
     def dataset(
         self,
@@ -212,6 +214,9 @@ class ImageCaptions:
             modality = Modality("image", (3, size, size), "image")
             images = FilePool([self.images[k] for k in used], modality, partial(_resized, size=size))
             images = images if stream else held(images)
+        names: list[str] = list(self.names) or [
+            "/".join(image.parts[-2:]) for image in self.images if isinstance(image, Path)
+        ]
         labels = torch.from_numpy(self.labels[image_of])
         index = torch.from_numpy(np.stack([image_rows, np.arange(len(rows))], axis=1).astype(np.int64))
         return MultimodalDataset(
@@ -232,4 +237,5 @@ class ImageCaptions:
                 "sources": self.sources,
                 "codec": codec[1],
             },
+            names={"image": [names[k] for k in used]} if names else None,
         )

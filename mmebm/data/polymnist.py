@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -468,7 +468,7 @@ def polymnist(
         raise ValueError("'polymnist' is read from a folder: give path=, or load 'polymnist-5k', which needs none")
     n = None if n is None else check_count("n", n)
     folder, layout = _find_layout(Path(path), split)
-    pools, of_instance, rows = (_read_png if layout == "png" else _read_tensors)(
+    pools, of_instance, rows, names = (_read_png if layout == "png" else _read_tensors)(
         folder, lambda total: choose(n, total, folder, seed, "polymnist", split), stream
     )
     index = np.repeat(rows[:, None], len(pools), axis=1)
@@ -476,7 +476,8 @@ def polymnist(
         "options": {"n": n, "stream": stream},
         "sources": [{"what": "PolyMNIST", "folder": str(folder), "layout": layout}],
     }
-    return _dataset("polymnist", split, seed, pools, of_instance, index, of_instance[rows], info)
+    found = _dataset("polymnist", split, seed, pools, of_instance, index, of_instance[rows], info)
+    return replace(found, names=dict.fromkeys(pools, names) if names else None)
 
 
 def _dataset(
@@ -544,8 +545,8 @@ def _png_names(folder: Path) -> set[str]:
 
 def _read_png(
     folder: Path, chosen_of: Callable[[int], Ints], stream: bool
-) -> tuple[dict[str, Tensor | Pool], Ints, Ints]:
-    """The pools, the class of each instance, and the rows to use."""
+) -> tuple[dict[str, Tensor | Pool], Ints, Ints, list[str]]:
+    """The pools, the class of each instance, the rows to use, and the names of the instances."""
     modalities = _numbered([entry.name for entry in folder.iterdir() if entry.is_dir()], folder, "")
     names = {m: _png_names(folder / m) for m in modalities}
     everywhere = set.union(*names.values())
@@ -571,13 +572,13 @@ def _read_png(
         pool = FilePool(files, Modality(m, read_image(files[0]).shape, "image"), read_image)
         pools[m] = pool if stream else held(pool)
     of_instance = np.array([key(name)[0] for name in chosen], dtype=np.int64)
-    return pools, of_instance, np.arange(len(chosen), dtype=np.int64)
+    return pools, of_instance, np.arange(len(chosen), dtype=np.int64), chosen
 
 
 def _read_tensors(
     folder: Path, chosen_of: Callable[[int], Ints], stream: bool
-) -> tuple[dict[str, Tensor | Pool], Ints, Ints]:
-    """The pools, the class of each instance, and the rows to use."""
+) -> tuple[dict[str, Tensor | Pool], Ints, Ints, list[str]]:
+    """The pools, the class of each instance, the rows to use, and the names of the instances."""
     modalities = _numbered([entry.stem for entry in folder.iterdir() if entry.suffix == ".pt"], folder, ".pt")
     labels = load_tensor(folder / "labels.pt", LAYOUT).flatten()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -597,5 +598,5 @@ def _read_tensors(
         pool = ArrayPool(images.numpy(), Modality(m, tuple(images.shape[1:]), "image"), str(file))
         pools[m] = pool if stream else pool.gather(torch.from_numpy(rows))
     if stream:
-        return pools, of_instance, rows
-    return pools, of_instance[rows], np.arange(len(rows), dtype=np.int64)
+        return pools, of_instance, rows, []
+    return pools, of_instance[rows], np.arange(len(rows), dtype=np.int64), []

@@ -261,10 +261,7 @@ def test_images_with_texts_beside_them(tmp_path: Path, monkeypatch: pytest.Monke
     "content, message",
     [
         (b"a,b\n" + b"1,x\n" * 20 + b"12 cm,y\n", "column a holds 20 numbers and, in line 22 of the file, '12 cm'"),
-        (
-            b"a\n" + b"1\n" * 20 + b"inf\n",
-            "in line 22 of the file, 'inf': write a number, or leave the cell empty",
-        ),
+        (b"a\n" + b"1\n" * 20 + b"inf\n", "in line 22 of the file, 'inf': write a number, or leave the cell empty"),
         (b"a,b\n1,\n2,\n", "column b is empty: delete it"),
         (b"a,a\n1,2\n2,3\n", "two columns of one name"),
         (b"a,b\n1,\n,2\n", "every row lacks one of its numbers"),
