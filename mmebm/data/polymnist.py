@@ -55,7 +55,7 @@ FASHION_WORDS: Final = ("t-shirt", "trouser", "pullover", "dress", "coat", "sand
 
 MODALITY: Final = re.compile(r"m(0|[1-9]\d*)")
 LAYOUT: Final = "the tensor layout has m0.pt, m1.pt, ... and labels.pt"
-PNG_NAME: Final = re.compile(r"(\d+)\.(\d)\.png")
+PNG_NAME: Final = re.compile(r"(\d+)\.(\d)\.png", re.IGNORECASE)
 BACKGROUNDS: Final = (".jpg", ".jpeg", ".png")
 
 Bytes = NDArray[np.uint8]
@@ -536,7 +536,7 @@ def _find_layout(path: Path, split: Split) -> tuple[Path, str]:
 
 def _png_names(folder: Path) -> set[str]:
     # Hidden files: macOS archives put a "._0.1.png" beside "0.1.png".
-    names = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".png") and entry.name[0] != "."}
+    names = {entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(".png") and entry.name[0] != "."}
     wrong = sorted(name for name in names if not PNG_NAME.fullmatch(name))
     if wrong:
         raise ValueError(f"{folder / wrong[0]} is not named {{i}}.{{digit}}.png ({len(wrong)} such files)")
@@ -591,9 +591,11 @@ def _read_tensors(
     for m in modalities:
         file = folder / f"{m}.pt"
         images = load_tensor(file, LAYOUT, mapped=stream)
-        if images.dim() != 4 or len(images) != len(labels):
+        last = images.dim() == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3)
+        if images.dim() != 4 or len(images) != len(labels) or last:
             raise ValueError(
                 f"{file} must be ({len(labels)}, C, H, W), one row for each of labels.pt, got {tuple(images.shape)}"
+                f"{': its channels are last, permute(0, 3, 1, 2) puts them first' if last else ''}"
             )
         pool = ArrayPool(images.numpy(), Modality(m, tuple(images.shape[1:]), "image"), str(file))
         pools[m] = pool if stream else pool.gather(torch.from_numpy(rows))
