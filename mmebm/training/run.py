@@ -200,10 +200,19 @@ class Run:
         """The run's data set, one of its splits, on the run's device.
 
         Raises:
+            FileNotFoundError: where the data is not where it was.
             ValueError: where the data is now read in another way than it was in training.
         """
         if split not in self._sets:
-            held = load_data(self.config, split, self.folder)
+            path = self.config.data.path
+            try:
+                held = load_data(self.config, split, self.folder)
+            except FileNotFoundError as error:
+                if path is None or Path(path).exists():
+                    raise
+                raise FileNotFoundError(
+                    f"the run's data is not at {path}: say where it is by --data-path, in Python data_path= ({error})"
+                ) from error
             if "data" in self.content:
                 check_reading(self.content["data"], held)
             self._sets[split] = held.to(self.device)
