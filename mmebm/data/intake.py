@@ -255,7 +255,8 @@ def _columns(file: Path) -> _Table:
     """
     text = _read(file)
     first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+    bare = re.sub('"[^"]*"', "", first)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=bare.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     table, lines, begin = [], [], 1

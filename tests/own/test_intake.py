@@ -191,6 +191,14 @@ def test_broken_tables_name_the_line(content: str, message: str, capsys: Any) ->
     assert message in refused(capsys)
 
 
+def test_names_in_quotes_divide_nothing() -> None:
+    Path("src/m.csv").write_text(
+        '"length, in mm, at rest";"colour"\n' + "".join(f"{i},5;x{i % 2}\n" for i in range(20))
+    )
+    assert main(["init", "src"]) == 0
+    assert sorted(whole("m")[:, 0]) == [i + 0.5 for i in range(20)] and set(whole("colour")) == {"x0", "x1"}
+
+
 def test_long_cells_are_cells() -> None:
     long = "word " * 60_000
     table("a,told", [(i, f"{long if i == 7 else 'short'} {i}") for i in range(20)])
