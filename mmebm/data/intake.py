@@ -571,6 +571,7 @@ def describe(
         if name in ("labels", "present", "items") or name.endswith(".present"):
             continue
         source = sources.get(name, name)
+        _check_name(Part(name, train, (), source))
         if not train.ndim or not train.size:
             raise ValueError(f"{source} must hold a row for each tuple, got shape {train.shape}")
         there, other = (_there(arrays.get(split, {}), name) for split in ("train", "test"))
