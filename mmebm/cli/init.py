@@ -25,6 +25,10 @@ def init(arguments: argparse.Namespace) -> int:
     taken = [path for path in (folder / "meta.json", settings) if path.exists()]
     if taken and not arguments.force:
         raise ValueError(f"{taken[0]} is there already: --force writes it anew")
+    if not ready and (stranger := intake.in_the_way(folder, force=arguments.force)) is not None:
+        raise ValueError(
+            f"{stranger} is there already, and no earlier init wrote it: move it away, or choose another --out"
+        )
     if ready:
         if arguments.out is not None or arguments.size is not None:
             raise ValueError(
@@ -33,9 +37,14 @@ def init(arguments: argparse.Namespace) -> int:
         arrays, classes = intake.splits_of(source), intake.named_classes(source)
     else:
         parts, skipped = intake.collect(source, arguments.size)
-        arrays = intake.write_splits(parts, folder, test=arguments.test, seed=arguments.seed)
+        arrays = intake.split_rows(parts, folder, test=arguments.test, seed=arguments.seed)
         classes = intake.labelled_classes(parts)
-    said = intake.write_meta(folder, arrays, classes)
+    sources = {part.name: part.source for part in parts} or {name: f"{folder}, {name}" for name in arrays["train"]}
+    meta, said = intake.describe(arrays, classes, sources)
+    if ready:
+        intake.write_meta(folder, meta)
+    else:
+        intake.write(folder, arrays, meta)
     text = (
         f"# mmebm train --config {settings} --dry-run checks it; without --dry-run it trains. What is not here is\n"
         f"# as in the preset: mmebm train --config {settings} --print-config shows all of it\n"
@@ -52,6 +61,8 @@ def init(arguments: argparse.Namespace) -> int:
     named = next((part for part in parts if part.keys), None)
     if named is not None and by_row:
         print(f"paired by row, and not by name: {', '.join(by_row)}; their first row is that of {named.keys[0]!r}")
+    for by in sorted({part.key for part in parts} - {""}):
+        print(f"{', '.join(part.name for part in parts if part.key == by)}: paired by the column {by!r}")
     if skipped:
         print(f"not read: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}")
     print(f"{folder / 'meta.json'} says so; change it where it is wrong, before training.")

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--size", type=int, help="side of square images (default: their own up to 64, else 32)")
     init.add_argument("--test", type=float, default=0.1, help="share of the tuples to test on (default: 0.1)")
     init.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
-    init.add_argument("--force", action="store_true", help="write over what is there")
+    init.add_argument("--force", action="store_true", help="write over what an earlier init wrote")
 
     train = command("train", "train a model and evaluate it", "Train, draw, evaluate.")
     train.usage = "mmebm train [--preset PRESET | --config FILE | --resume RUN] [options] [--FIELD VALUE ...]"

@@ -253,6 +253,8 @@ class MultimodalDataset:
             item three times, and equal numbers are one item in whichever modality (and in whichever split, of the sets
             in :data:`mmebm.data.WITH_VALIDATION`). -1 where an instance is of no item, as a word that all tuples of a
             class share. None: every instance is an item, but for words.
+        names: modality name -> the name of each of its instances, by which a run finds the tuples again that it keeps
+            back where the set has changed; for modalities whose instances are files. None: by what they hold.
 
     Raises:
         ValueError: if these do not fit together, for instance where a tuple mixes classes.
@@ -270,6 +272,7 @@ class MultimodalDataset:
     info: dict[str, Any] = field(default_factory=dict)
     present: Tensor | None = None
     items: Mapping[str, Tensor] | None = None
+    names: Mapping[str, Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         names = [modality.name for modality in self.modalities]
@@ -301,6 +304,9 @@ class MultimodalDataset:
                     f"items of {name!r} must be int64 ({count},), one number for each instance, got "
                     f"{of_instance.dtype} {tuple(of_instance.shape)}"
                 )
+        for name, own in (self.names or {}).items():
+            if name not in names or len(own) != len(self.pools[name]):
+                raise ValueError(f"names has {len(own)} of {name!r}: one for each instance of the modalities {names}")
         if self.items is not None and list(self.items) != names:
             raise ValueError(f"items must have the modalities' names {names}, or be None, got {list(self.items)}")
         if self.present is not None:

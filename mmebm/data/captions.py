@@ -34,6 +34,7 @@ __all__ = ["ImageCaptions", "cache_folder", "caption_codec", "check_option", "im
 
 # The codec belongs to the data set as its split does: one seed for all runs.
 CODEC_SEED: Final = 0
+IMAGES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 Ints = NDArray[np.int64]
 Codec = str | os.PathLike[str] | TextCodec | None
@@ -128,9 +129,8 @@ def check_option(name: str, value: object, known: Sequence[str]) -> None:
 
 def image_files(folder: Path) -> list[str]:
     """Names of the images in ``folder``, sorted; hidden files are none (archives of macOS leave some)."""
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
     return sorted(
-        entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings) and entry.name[0] != "."
+        entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGES) and entry.name[0] != "."
     )
 
 
@@ -153,6 +153,7 @@ class ImageCaptions:
         labels: int64 ``(images,)``, -1 for unlabelled.
         classes: the names of the classes.
         sources: plain values that say where it came from.
+        names: of the images; by default those of the files.
     """
 
     name: str
@@ -162,6 +163,7 @@ class ImageCaptions:
     labels: Ints
     classes: tuple[str, ...]
     sources: list[dict[str, Any]]
+    names: Sequence[str] = ()
 
     def dataset(
         self,
@@ -212,6 +214,9 @@ class ImageCaptions:
             modality = Modality("image", (3, size, size), "image")
             images = FilePool([self.images[k] for k in used], modality, partial(_resized, size=size))
             images = images if stream else held(images)
+        names: list[str] = list(self.names) or [
+            "/".join(image.parts[-2:]) for image in self.images if isinstance(image, Path)
+        ]
         labels = torch.from_numpy(self.labels[image_of])
         index = torch.from_numpy(np.stack([image_rows, np.arange(len(rows))], axis=1).astype(np.int64))
         return MultimodalDataset(
@@ -232,4 +237,5 @@ class ImageCaptions:
                 "sources": self.sources,
                 "codec": codec[1],
             },
+            names={"image": [names[k] for k in used]} if names else None,
         )

@@ -52,7 +52,8 @@ def coco(
         n: take this many tuples at random, all by default.
         size: side of the images, which become square.
         captions: ``"one"``, drawn for each image, or ``"all"``, a tuple for each caption.
-        year: 2014 or 2017; by default the later one that has the split's annotations.
+        year: 2014 or 2017, one for both splits, since each has train images of the other in its test;
+            by default that of which more is there, the later one of equals.
         stream: read the images of a batch when it is asked for, and not all at once (5.4 GiB for the train split).
         dim: size of the code, where the codec is fitted here.
         codec: a file, or a codec; by default one is fitted to the captions of the train split, once, which takes a
@@ -72,7 +73,7 @@ def coco(
     if year not in (None, *YEARS):
         raise ValueError(f"year must be 2014 or 2017, got {year!r}")
     root = Path(path)
-    year = year or next((year for year in YEARS if _annotations(root, split, year).is_file()), YEARS[0])
+    year = year or max(YEARS, key=lambda year: _parts(root, year))
     names, captions_of = _captions(_annotations(root, split, year))
     found = _images(root, split, year, names, captions_of)
 
@@ -85,6 +86,18 @@ def coco(
     return found.dataset(fitted, seed=seed, size=size, take=captions, n=n, stream=stream, options=options)
 
 
+def _parts(root: Path, year: int) -> int:
+    """How many of the annotations and image folders of both splits are there."""
+    splits: tuple[Split, ...] = ("train", "test")
+    return sum(_annotations(root, s, year).is_file() + (_folder(root, s, year) is not None) for s in splits)
+
+
+def _folder(root: Path, split: Split, year: int) -> Path | None:
+    """Where the images are."""
+    part = f"{PART[split]}{year}"
+    return next((folder for folder in (root / part, root / "images" / part) if folder.is_dir()), None)
+
+
 def _annotations(root: Path, split: Split, year: int) -> Path:
     return root / "annotations" / f"captions_{PART[split]}{year}.json"
 
@@ -94,7 +107,8 @@ def _captions(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing: unpack annotations_trainval2017.zip (or 2014) of "
-            "https://cocodataset.org there; 'emoji-captions' needs no download"
+            "https://cocodataset.org there; year= takes another year, for both splits; "
+            "'emoji-captions' needs no download"
         )
     content = read_json(file)
     for part in ("images", "annotations"):
@@ -152,11 +166,10 @@ def _images(
     root: Path, split: Split, year: int, names: dict[int, str], captions: dict[int, list[str]]
 ) -> ImageCaptions:
     """The images that are there; a part of COCO is COCO, too."""
-    file, part = _annotations(root, split, year), f"{PART[split]}{year}"
-    folders = (root / part, root / "images" / part)
-    folder = next((folder for folder in folders if folder.is_dir()), None)
+    file, folder = _annotations(root, split, year), _folder(root, split, year)
     if folder is None:
-        raise FileNotFoundError(f"no images: looked for {' and '.join(map(str, folders))}")
+        folders = f"{root / f'{PART[split]}{year}'} and {root / 'images' / f'{PART[split]}{year}'}"
+        raise FileNotFoundError(f"no images: looked for {folders}; year= takes another year, for both splits")
     listed = {entry.name for entry in os.scandir(folder)}
     there = [number for number, name in names.items() if name in listed]
     if absent := sorted(set(names.values()) - listed):

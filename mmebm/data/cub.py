@@ -87,12 +87,12 @@ def _find(path: Path) -> tuple[Path, Any]:
     for root in (path, path / "cub"):
         if any((root / text).is_file() for text in TEXT.values()):
             return root, _by_line
-    for root in (path, path / "CUB_200_2011"):
+    for root in (path, path / "CUB_200_2011", path / "CUB_200_2011" / "CUB_200_2011"):
         if (root / "images.txt").is_file():
             return root, _published
     raise FileNotFoundError(
         f"no CUB in {path}: looked there and in its folder cub for {' and '.join(TEXT.values())} beside train/ and "
-        "test/, and there and in its folder CUB_200_2011 for images.txt. Unpack cub.zip "
+        "test/, and there and in its folder CUB_200_2011 (also twice) for images.txt. Unpack cub.zip "
         "(http://www.robots.ox.ac.uk/~yshi/mmdgm/datasets/cub.zip), or CUB_200_2011.tgz and text_c10; "
         "'emoji-captions' needs no download"
     )
@@ -154,6 +154,8 @@ def _captioned(
     there = [at for at, own in enumerate(told) if own]
     for at in sorted(set(range(len(images))) - set(there)):
         skipped.add("an image without a caption is left out", str(images[at]))
+    if not there:
+        raise ValueError(f"no image of the {split} split has a caption, the first is {images[0]}")
     skipped.say()
     return ImageCaptions(
         "cub",
@@ -169,7 +171,7 @@ def _captioned(
 def _table(file: Path) -> dict[str, str]:
     """``{number: value}`` of the lines ``number value``."""
     table: dict[str, str] = {}
-    for at, line in enumerate(read_lines(file), start=1):
+    for at, line in enumerate(read_lines(file, what="a number and its value in each line"), start=1):
         if not line:
             continue
         number, _, value = line.partition(" ")
@@ -186,7 +188,8 @@ def _published(root: Path, split: Split) -> ImageCaptions:
         what = f"image {other[0]} is in one and not in the other" if other else "it holds something else than 0 and 1"
         raise ValueError(f"{root / 'train_test_split.txt'} does not fit {root / 'images.txt'}: {what}")
     # beside CUB_200_2011 or in it, or as the archives of captions unpack there
-    folders = [at / below for at in (root, root.parent) for below in TEXTS]
+    places = (root, root.parent, *((root.parent.parent,) if root.parent.name == root.name else ()))
+    folders = [at / below for at in places for below in TEXTS]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
@@ -216,7 +219,7 @@ def _published(root: Path, split: Split) -> ImageCaptions:
     images = [root / "images" / name for name in chosen]
     for name in chosen:
         file = text_of(name)
-        captions.append(read_lines(file, skipped))
+        captions.append(read_lines(file, skipped, empty=True))
         if "" in captions[-1]:
             skipped.add(
                 "an empty line is no caption and left out",

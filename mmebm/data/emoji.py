@@ -96,6 +96,7 @@ def emoji_captions(
             _source(root, FONT, "Apache-2.0 (images), OFL-1.1 (font)"),
             *(_source(root, f"{CLDR}/{file}", "Unicode-DFS-2016") for file in (*NAMES, LABELS)),
         ],
+        names=chosen,
     )
     fitted = caption_codec(
         "emoji", lambda: [names[emoji] for emoji in drawn if not in_test(emoji)], codec, dim=dim, **SETTINGS

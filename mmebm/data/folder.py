@@ -440,7 +440,7 @@ def _image(name: str, array: _Array, settings: Mapping[str, Any], meta_file: Pat
         raise ValueError(f"{meta_file}: layout of {name!r} must be 'CHW' or 'HWC', got {layout!r}")
     if values.ndim not in (3, 4):
         raise ValueError(f"{source} must be images (n, C, H, W) or (n, H, W), got shape {values.shape}")
-    looks_last = values.ndim == 4 and values.shape[3] in (1, 3, 4) and values.shape[1] not in (1, 3, 4)
+    looks_last = values.ndim == 4 and values.shape[3] in (1, 2, 3, 4) and values.shape[1] not in (1, 2, 3, 4)
     if looks_last and "layout" not in settings:
         raise ValueError(
             f'{source} has shape {values.shape}, which looks like (n, H, W, C): say "layout": '
@@ -456,7 +456,7 @@ def _image(name: str, array: _Array, settings: Mapping[str, Any], meta_file: Pat
         raise ValueError(
             f'{source} must be uint8 or floating in [0, 1], got {values.dtype}: say its "range" in {meta_file}'
         )
-    if values.dtype.kind not in "fiu":
+    if values.dtype.kind not in "fiub":
         raise ValueError(f"{source} must hold numbers, got {values.dtype}")
     prepare = _Pixels(layout == "HWC" and values.ndim == 4, ends)
     shape = prepare(values[:1]).shape[1:]

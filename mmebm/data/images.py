@@ -7,7 +7,8 @@ What a file shows in a viewer is what comes out: uint8, RGB, upright.
 * What is transparent shows white behind it, by its share: ``alpha * colour + (1 - alpha) * white``.
 * 16-bit grey: 0..65535 becomes 0..255 by division by 257, rounded. So do 32-bit integers that lie in 0..65535, and
   floating images in [0, 1] by multiplication with 255. Other 32-bit and floating images have no range of their own: the
-  smallest number of the image becomes black and the largest white. 16-bit colour comes from Pillow in 8 bits.
+  smallest number of the image becomes black and the largest white. 16-bit colour comes from Pillow in 8 bits,
+  and floating TIFF of 16 or 64 bits, or in colour, Pillow does not read.
 * The orientation that a camera notes (EXIF, all eight) is applied, before the size is looked at.
 * Of several frames or pages the first is taken.
 
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 MOST_THREADS: Final = 8
 ORIENTATION: Final = 0x0112
+PHOTOMETRIC: Final = 262
+WHITE_IS_ZERO: Final = 0
 WITH_ALPHA: Final = {"RGBA": "RGBA", "RGBa": "RGBA", "LA": "LA", "La": "LA", "PA": "RGBA"}
 
 
@@ -47,6 +50,8 @@ def read_image(file: Path) -> NDArray[np.uint8]:
     """
     image = pillow()
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with image.open(file) as picture:
             width, height = picture.size
             limit = image.MAX_IMAGE_PIXELS
@@ -88,7 +93,12 @@ def _colour(image: Any, picture: Any) -> NDArray[np.uint8]:
     """uint8 ``(H, W, 3)``, as the pixels lie in the file."""
     mode = picture.mode
     if mode.startswith(("I", "F")):
-        grey = _eight_bits(np.asarray(picture), mode)
+        values = np.asarray(picture)
+        grey = _eight_bits(values, mode)
+        # what Pillow does for eight bits alone
+        if picture.format == "TIFF" and picture.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            grey = 255 - grey
+        grey[values == picture.info.get("transparency", np.nan)] = 255
         return np.repeat(grey[:, :, None], 3, axis=2)
     if mode == "LAB":  # Pillow converts it by profiles only
         from PIL import ImageCms

@@ -7,21 +7,26 @@ import csv
 import io
 import json
 import os
+import re
+import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from mmebm.data.captions import image_files
+from mmebm.data.captions import IMAGES, image_files
 from mmebm.data.images import read_all, read_image
 from mmebm.data.packages import pillow
 from mmebm.data.pairing import choose
 from mmebm.data.words import tokens
+from mmebm.files import write_atomically
 
-__all__ = ["Part", "collect", "describe_array", "has_splits", "write_meta", "write_splits"]
+__all__ = ["Part", "collect", "describe", "describe_array", "has_splits", "in_the_way", "split_rows", "write"]
 
 Array = NDArray[Any]
 FEW_WORDS: Final = 100  # distinct strings, at most, that can be words of a text
@@ -30,19 +35,25 @@ DEVIATIONS: Final = 3.0  # of a vector's values that become 1: the rest lies bey
 LARGEST: Final = 64  # side of an image that is kept as it is
 SMALL: Final = 32  # side of the squares that larger images, or those of several sizes, become
 NO_NUMBER: Final = ("", "na", "n/a", "nan", "null", "none", "-", "?")  # in a column of numbers: a missing one
+TOO_LARGE: Final = 1e30  # float32 ends at 3e38, and what samples say of a vector may go beyond the data
+KEYS: Final = ("file", "filename", "image", "id", "key")  # columns that say which tuple a row belongs to
+CLASSES: Final = ("label", "class")
+SPLITS: Final = ("train", "test", "validation")
 NUMBERS: Final = 0.9  # share of a column's cells that are numbers, beyond which the others are mistakes and not words
 
 
 @dataclass(frozen=True)
 class Part:
-    """One modality, or the labels, as it was found: ``rows`` in order, or by key where files have names; ``present``
-    says which are there, all where it is None."""
+    """One modality, or the ``labels``, as it was found: ``rows`` in order, or by key where files have names;
+    ``present`` says which are there, all where it is None."""
 
     name: str
     rows: Array
     keys: tuple[str, ...] = ()
     source: str = ""
     present: NDArray[np.bool_] | None = None
+    labels: bool = False
+    key: str = ""  # the column of a table that holds the keys
 
 
 def has_splits(folder: Path) -> bool:
@@ -71,6 +82,7 @@ def collect(folder: Path, size: int | None) -> tuple[list[Part], list[str]]:
         raise FileNotFoundError(f"there is no folder {folder}")
     parts: list[Part] = []
     skipped: list[str] = []
+    tables: list[Path] = []
     own = image_files(folder)
     beside = _beside(folder, own)
     if own:
@@ -92,8 +104,10 @@ def collect(folder: Path, size: int | None) -> tuple[list[Part], list[str]]:
                 continue
             left = sum(file not in read for file in entry.iterdir() if file.name[0] != ".")
             skipped += [f"{left} of {entry.name}{os.sep}"] if left else []
+        elif not entry.is_file():  # a pipe would be waited for
+            skipped.append(entry.name)
         elif ending in (".csv", ".tsv"):
-            parts.extend(_table(entry))
+            tables.append(entry)
         elif ending == ".txt":
             lines = [line.strip() for line in _read(entry).rstrip("\n").split("\n")]
             parts.append(_strings(entry.stem, lines, (), str(entry)))
@@ -101,17 +115,40 @@ def collect(folder: Path, size: int | None) -> tuple[list[Part], list[str]]:
             parts.append(_array(entry))
         else:
             skipped.append(entry.name)
+    of_files = {key for part in parts for key in part.keys}
+    parts += _tables([_columns(file) for file in tables], of_files)
     if not parts:
         raise ValueError(
             f"{folder} holds no images, tables, texts or arrays: for each modality a subfolder of images (.jpg, .png, "
             f"...), a .csv, .txt or .npy{f'; it has {skipped[:5]}' if skipped else ''}"
         )
+    for part in parts:
+        _check_name(part)
     names = [part.name for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         sources = [part.source for part in parts if part.name == twice[0]]
         raise ValueError(f"two modalities would be called {twice[0]!r}: {', '.join(sources)}")
-    return _paired(parts), skipped
+    return _paired(parts, files=bool(of_files)), skipped
+
+
+def _check_name(part: Part) -> None:
+    """That the name, a column's or a file's, can be that of a modality: of a file in ``train/`` and of a network."""
+    name = part.name
+    taken = name in ("labels", "present") and not part.labels
+    if not name or taken or hasattr(nn.ModuleDict(), name) or any(c in "./\\" or c < " " for c in name):
+        raise ValueError(
+            f"{part.source}: a modality cannot be called {name!r}, rename it: names are not empty, without dots and "
+            'slashes, and some are taken, such as "present", "items" and "type"; "labels" are a column label or class'
+        )
+    if len(name.encode()) > 200:
+        raise ValueError(f"{part.source}: the name of a modality has at most 200 bytes, shorten {name:.40}...")
+
+
+def _key(name: str) -> str:
+    """The name of a file without the ending of an image or a text, in one spelling of its accents."""
+    path = Path(name)
+    return unicodedata.normalize("NFC", path.stem if path.suffix.lower() in (*IMAGES, ".txt") else path.name)
 
 
 def _read(file: Path) -> str:
@@ -127,8 +164,8 @@ def _texts(folder: Path) -> list[Path]:
 
 def _beside(folder: Path, images: Sequence[str]) -> list[Path]:
     """The texts that lie beside images of the same names."""
-    stems = {Path(name).stem for name in images}
-    return [file for file in _texts(folder) if file.stem in stems]
+    stems = {_key(name) for name in images}
+    return [file for file in _texts(folder) if _key(file.name) in stems]
 
 
 def _strings(name: str, values: Sequence[str], keys: tuple[str, ...], source: str) -> Part:
@@ -137,7 +174,7 @@ def _strings(name: str, values: Sequence[str], keys: tuple[str, ...], source: st
 
 
 def _one_each(name: str, texts: Sequence[Path], source: str) -> Part:
-    return _strings(name, [_read(text).strip() for text in texts], tuple(text.stem for text in texts), source)
+    return _strings(name, [_read(text).strip() for text in texts], tuple(_key(text.name) for text in texts), source)
 
 
 def _array(file: Path) -> Part:
@@ -145,8 +182,11 @@ def _array(file: Path) -> Part:
         rows = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{file} cannot be read as numbers or fixed-width strings: {error}") from error
+    if not rows.ndim or not rows.size:
+        raise ValueError(f"{file} must hold a row for each tuple, got shape {rows.shape}")
     present = None
-    if rows.dtype.kind == "f" and rows.ndim:
+    if rows.dtype.kind == "f":
+        _check_finite(str(file), np.where(np.isnan(rows), 0, rows))
         lacking = np.isnan(rows.reshape(len(rows), -1)).any(1)
         present = ~lacking if lacking.any() else None
     elif rows.dtype.kind == "U" and rows.ndim == 1:
@@ -180,33 +220,120 @@ def _images(name: str, folder: Path, names: Sequence[str], size: int | None) -> 
     rows = np.stack([image for image, _ in found])
     if (rows == rows[:, :1]).all():
         rows = rows[:, :1]
-    return Part(name, rows, tuple(Path(file).stem for file in names), str(folder))
+    return Part(name, rows, tuple(map(_key, names)), str(folder))
 
 
-def _table(file: Path) -> list[Part]:
-    """The numbers of a table as one vector, each column of strings by itself, and a column ``label`` as the labels."""
+@dataclass(frozen=True)
+class _Table:
+    """The columns of a table by name, and the line of the file on which each row begins."""
+
+    file: Path
+    columns: dict[str, list[str]]
+    lines: list[int]
+    decimal: str
+
+    def fits(self, names: set[str]) -> list[str]:
+        """The columns that say which of the files ``names`` a row is of, the best first."""
+
+        def share(column: str) -> float:
+            keys = set(map(_key, self.columns[column]))
+            known = column.lower() in KEYS
+            # numbers may be those of the files by chance, all of them in any order hardly
+            if not known and keys != names:
+                keys = {key for key in keys if not key.isdigit()}
+            found = len(keys & names) / len(names)
+            return found + known if found > 0 and (known or found >= 0.5) else 0.0
+
+        return sorted((column for column in self.columns if share(column)), key=share, reverse=True)
+
+
+def _columns(file: Path) -> _Table:
+    """Reads a table.
+
+    Raises:
+        ValueError: naming the line, where it is none.
+    """
     text = _read(file)
-    first = text.partition("\n")[0]
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
-    table = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
-    if len(table) < 2 or any(len(row) != len(table[0]) for row in table):
-        wrong = next((i for i, row in enumerate(table) if len(row) != len(table[0])), 0)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    bare = re.sub('"[^"]*"', "", first)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=bare.count)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    table, lines, begin = [], [], 1
+    try:
+        for row in reader:
+            if row:
+                table.append(row)
+                lines.append(begin)
+            begin = reader.line_num + 1
+    except csv.Error as error:
         raise ValueError(
-            f"{file} must have a line of names and as many fields in every row, at least one row; see row {wrong + 1}"
+            f"{file}: the row that begins in line {begin} has a quote too few or too many ({error})"
+        ) from error
+    wrong = [line for row, line in zip(table, lines, strict=True) if len(row) != len(table[0])]
+    if len(table) < 2 or wrong:
+        raise ValueError(
+            f"{file} must have a line of names and as many fields in every row, at least one row; see line "
+            f"{wrong[0] if wrong else 1}"
         )
+    if not all(name.strip() for name in table[0]):
+        raise ValueError(f"{file} has a column without a name: give it one, or delete it")
     columns = {name.strip(): [row[i].strip() for row in table[1:]] for i, name in enumerate(table[0])}
     if len(columns) < len(table[0]):
         raise ValueError(f"{file} has two columns of one name: {', '.join(table[0])}")
-    keys: tuple[str, ...] = ()
-    numbers: dict[str, NDArray[np.float64]] = {}
+    return _Table(file, columns, lines[1:], "," if delimiter == ";" else ".")
+
+
+def _tables(tables: Sequence[_Table], names: set[str]) -> list[Part]:
+    """The modalities of all tables, by the column that holds the ``names`` of the files; without files by a column of
+    :data:`KEYS`, where one names each row once, which the others then go by.
+
+    Raises:
+        ValueError: where such a column names a row twice, or it cannot be told which column it is.
+    """
+
+    def named(table: _Table) -> list[str]:
+        each = {name: values for name, values in table.columns.items() if name.lower() in KEYS}
+        return [name for name, values in each.items() if len(set(map(_key, values))) == len(values)]
+
     parts = []
-    for name, values in columns.items():
+    for table in tables if names else sorted(tables, key=lambda table: not named(table)):
+        fits = table.fits(names) if names else []
+        key = (fits or named(table) or [None])[0]
+        if key is not None:
+            keys, seen = list(map(_key, table.columns[key])), {}
+            for value, line in zip(keys, table.lines, strict=True):
+                if value in seen:
+                    raise ValueError(
+                        f"{table.file}, column {key}: {value!r} is in line {seen[value]} and in line {line}: every "
+                        "tuple has one row"
+                    )
+                seen[value] = line
+            for other in fits:
+                theirs, known = list(map(_key, table.columns[other])), (other.lower() in KEYS, key.lower() in KEYS)
+                if theirs != keys and sorted(theirs) == sorted(keys) and known != (False, True):
+                    raise ValueError(
+                        f"{table.file}: the columns {key} and {other} both hold the names of the files, in another "
+                        "order: call the one that says which tuple a row belongs to 'id', and the other anything but "
+                        f"{', '.join(KEYS)}"
+                    )
+            names = names or set(keys)
+        parts += _modalities(table, key)
+    return parts
+
+
+def _modalities(table: _Table, key: str | None) -> list[Part]:
+    """The numbers of a table as one vector, each column of strings by itself, and a column ``label`` as the labels;
+    ``key`` names the rows."""
+    file, numbers = table.file, {}
+    parts: list[Part] = []
+    for name, values in table.columns.items():
         source, lower = f"{file}, column {name}", name.lower()
-        if lower in ("file", "filename", "image", "id", "key") and len(set(values)) == len(values):
-            keys = tuple(Path(value).stem for value in values)
-        elif lower in ("label", "class"):
-            parts.append(Part("labels", np.array(values), (), source))
-        elif (found := _numbers(values, source, decimal="," if delimiter == ";" else ".")) is not None:
+        if name == key:
+            continue
+        if lower in CLASSES:
+            parts.append(Part("labels", np.array(values), (), source, labels=True))
+        elif (found := _numbers(values, source, table.lines, table.decimal)) is not None:
             numbers[name] = found
         elif any(values):
             parts.append(_strings(name, values, (), source))
@@ -220,11 +347,12 @@ def _table(file: Path) -> list[Part]:
         vectors = np.where(there[:, None], vectors, vectors[there].mean(0))
         source = f"{file}: {', '.join(numbers)}"
         parts.insert(0, Part(file.stem, vectors, (), source, None if there.all() else there))
-    return [Part(part.name, part.rows, keys, part.source, part.present) for part in parts]
+    keys = () if key is None else tuple(map(_key, table.columns[key]))
+    return [replace(part, keys=keys, key=key or "") for part in parts]
 
 
-def _numbers(values: Sequence[str], source: str, *, decimal: str) -> NDArray[np.float64] | None:
-    """A column of numbers, NaN where one is missing; None for one of words.
+def _numbers(values: Sequence[str], source: str, lines: Sequence[int], decimal: str) -> NDArray[np.float64] | None:
+    """A column of numbers, NaN where one is missing; None for one of words. ``lines`` are those of its file.
 
     Raises:
         ValueError: where nearly all are numbers and some are not, or not finite.
@@ -233,28 +361,34 @@ def _numbers(values: Sequence[str], source: str, *, decimal: str) -> NDArray[np.
     for row, value in enumerate(values):
         try:
             number = float("nan") if value.lower() in NO_NUMBER else float(value.replace(decimal, "."))
-            wrong += [row] if np.isinf(number) else []
+            wrong += [row] if abs(number) >= TOO_LARGE else []
         except ValueError:
             number = float("nan")
             wrong.append(row)
         found.append(number)
-    good = sum(map(np.isfinite, found))
-    if not good or (wrong and good < NUMBERS * (good + len(wrong))):
+    good, said = sum(map(np.isfinite, found)), sum(value.lower() not in NO_NUMBER for value in values)
+    if not good or good < NUMBERS * said:
         return None
     if wrong:
         raise ValueError(
-            f"{source} holds {good} numbers and, in row {wrong[0] + 2} of the file, {values[wrong[0]]!r}: write a "
-            "number, or leave the cell empty where it is missing"
+            f"{source} holds {good} numbers and, in line {lines[wrong[0]]} of the file, {values[wrong[0]]!r}: write a "
+            f"number, or leave the cell empty where it is missing; numbers end at {TOO_LARGE:g}"
         )
     return np.array(found)
 
 
-def _paired(parts: Sequence[Part]) -> list[Part]:
-    """All parts in one order of rows."""
-    named = [part for part in parts if part.keys]
+def _natural(name: str) -> list[Any]:
+    """Orders names by the numbers in them, 2 before 10."""
+    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def _paired(parts: Sequence[Part], *, files: bool) -> list[Part]:
+    """All parts in one order of rows: that of the names of ``files``, or of the first table that names its rows."""
+    named, loose = ([part for part in parts if bool(part.keys) is with_keys] for with_keys in (True, False))
     order = list(named[0].keys) if named else []
     if named:
-        order = sorted(order)
+        order = sorted(order) if files else order
+        others = [sorted(order, key=_natural)] if files else [list(part.keys) for part in named]
         for part in named:
             if len(set(part.keys)) != len(part.keys):
                 raise ValueError(f"{part.source} has a name twice, files are paired by their names without ending")
@@ -265,32 +399,41 @@ def _paired(parts: Sequence[Part]) -> list[Part]:
                     f"{part.source} {which} what {named[0].source} has: every tuple needs all modalities, "
                     "paired by the names of their files"
                 )
+        for other in others if loose else ():
+            if other != order:
+                at = next(i for i, pair in enumerate(zip(order, other, strict=True)) if pair[0] != pair[1])
+                raise ValueError(
+                    f"{loose[0].source} goes by row, and which row is that of {order[at]!r} is not clear: in "
+                    f"{named[0].source} row {at + 1} is {order[at]!r} or, in another order, {other[at]!r}. Name files "
+                    "with as many digits each (01, 02, ...), or pair by name: a table with a column id"
+                )
     total = len(order) or len(parts[0].rows)
     out = []
     for part in parts:
-        if part.rows.ndim < 1 or len(part.rows) != total:
+        if len(part.rows) != total:
             raise ValueError(
-                f"{part.source} has {len(part.rows) if part.rows.ndim else 0} rows, and "
-                f"{(named or list(parts))[0].source} {total}: a row for each tuple"
+                f"{part.source} has {len(part.rows)} rows, and {(named or list(parts))[0].source} {total}: a row for "
+                "each tuple"
             )
         at = {key: i for i, key in enumerate(part.keys)}
         rows = np.array([at[key] for key in order]) if part.keys else np.arange(total)
         present = None if part.present is None else part.present[rows]
-        out.append(Part(part.name, part.rows[rows], tuple(order) if part.keys else (), part.source, present))
-    modalities = [part for part in out if part.name != "labels"]
+        out.append(replace(part, rows=part.rows[rows], keys=tuple(order) if part.keys else (), present=present))
+    modalities = [part for part in out if not part.labels]
     nothing = np.logical_and.reduce(
         [np.zeros(total, bool) if part.present is None else ~part.present for part in modalities]
     )
     if modalities and nothing.any():
-        raise ValueError(f"row {np.argmax(nothing) + 1} has no modality at all: delete it")
+        row = int(np.argmax(nothing))
+        raise ValueError(f"{repr(order[row]) if order else f'row {row + 1}'} has no modality at all: delete it")
     return out
 
 
-def write_splits(parts: Sequence[Part], folder: Path, *, test: float, seed: int) -> dict[str, dict[str, Array]]:
-    """Writes ``folder/train`` and ``folder/test``; returns what went where.
+def split_rows(parts: Sequence[Part], folder: Path, *, test: float, seed: int) -> dict[str, dict[str, Array]]:
+    """The arrays of the splits that :func:`write` puts into ``folder``.
 
     Raises:
-        ValueError: for fewer than two rows, or labels that are missing in some.
+        ValueError: for fewer than two rows.
     """
     total = len(parts[0].rows)
     if total < 2:
@@ -298,22 +441,63 @@ def write_splits(parts: Sequence[Part], folder: Path, *, test: float, seed: int)
     held = min(max(round(test * total), 1), total - 1)
     rows = np.sort(choose(held, total, str(folder), seed, "init", "test"))
     which = {"test": rows, "train": np.setdiff1d(np.arange(total), rows)}
+    number = {name: k for k, name in enumerate(labelled_classes(parts))}
     arrays: dict[str, dict[str, Array]] = {split: {} for split in which}
     for part in parts:
+        values = part.rows
+        if part.labels:
+            values = np.array([number.get(str(value), -1) for value in values], dtype=np.int64)
         for split, at in which.items():
-            arrays[split][part.name] = part.rows[at]
+            arrays[split][part.name] = values[at]
             if part.present is not None:
                 arrays[split][f"{part.name}.present"] = part.present[at]
-    labels = next((part.rows for part in parts if part.name == "labels"), None)
-    for split, by_name in arrays.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        if labels is not None:
-            classes = _classes(labels)
-            number = {name: k for k, name in enumerate(classes)}
-            by_name["labels"] = np.array([number.get(str(value), -1) for value in by_name["labels"]], dtype=np.int64)
-        for name, values in by_name.items():
-            np.save(folder / split / f"{name}.npy", values)
     return arrays
+
+
+def in_the_way(folder: Path, *, force: bool) -> Path | None:
+    """What lies in ``folder`` where :func:`write` would write; with ``force`` what no ``meta.json`` there says that
+    :func:`write` wrote."""
+    meta = folder / "meta.json"
+    there = [file for name in SPLITS for file in (folder / f"{name}.npz", *_arrays_in(folder / name)) if file.exists()]
+    if not force:
+        return next((file for file in (meta, *there) if file.exists()), None)
+    ours = _written(folder)
+    return next((file for file in there if file not in ours), None)
+
+
+def _arrays_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.name[0] != ".")
+
+
+def _written(folder: Path) -> set[Path]:
+    """The arrays in ``folder`` that its ``meta.json`` speaks of."""
+    from mmebm.data.folder import _meta
+
+    names = [name for modality in _meta(folder)[1].get("modalities", {}) for name in (modality, f"{modality}.present")]
+    files = {folder / split / f"{name}.npy" for split in SPLITS[:2] for name in (*names, "labels")}
+    return files & {file for split in SPLITS for file in _arrays_in(folder / split)}
+
+
+def write(folder: Path, arrays: Mapping[str, Mapping[str, Array]], meta: Mapping[str, Any]) -> None:
+    """Writes the arrays of all splits and ``meta.json``, in place of those of an earlier time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".init-", dir=folder) as fresh:
+        for split, by_name in arrays.items():
+            for name, values in by_name.items():
+                np.save(Path(fresh, f"{split}-{name}.npy"), values)
+        for file in _written(folder):
+            file.unlink()
+        for split, by_name in arrays.items():
+            (folder / split).mkdir(exist_ok=True)
+            for name in by_name:
+                os.replace(Path(fresh, f"{split}-{name}.npy"), folder / split / f"{name}.npy")
+    write_meta(folder, meta)
+
+
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Writes ``meta.json``."""
+    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / "meta.json", lambda file: file.write(text.encode()))
 
 
 def _classes(labels: Array) -> list[str]:
@@ -339,23 +523,25 @@ def describe_array(name: str, train: Array, other: Array | None = None) -> tuple
         )
     if kind not in "fiub":
         raise ValueError(f"{name}: arrays hold numbers or strings, got {train.dtype}")
-    if not np.isfinite(train).all():
-        where = np.argwhere(~np.isfinite(train.reshape(n, -1)).all(1))[0, 0]
-        raise ValueError(
-            f"{name}: row {where} holds a value that is not finite; {name}.present.npy says what is "
-            "missing (docs/data.md)"
-        )
+    if train.ndim > 4:
+        raise ValueError(f"{name} has shape {train.shape}: an array holds images (n, C, H, W) or vectors (n, D)")
     if train.ndim in (3, 4):
         settings: dict[str, Any] = {"kind": "image"}
-        if train.ndim == 4 and train.shape[1] not in (1, 3) and train.shape[3] in (1, 3, 4):
+        if train.ndim == 4 and train.shape[1] not in (1, 3) and train.shape[3] in (1, 2, 3, 4):
             settings["layout"] = "HWC"
+        elif train.ndim == 4 and train.shape[1] > 4:
+            raise ValueError(
+                f"{name} has shape {train.shape}: which of its sizes is that of the channels, {train.shape[1]} or "
+                f"{train.shape[3]}? Images are (n, C, H, W) or (n, H, W, C) with at most 4 channels; more are read "
+                'where a meta.json says "kind": "image" and their "layout" (docs/data.md)'
+            )
         low, high = float(train.min()), float(train.max())
         said = f"images {'x'.join(map(str, train.shape[1:]))}"
         if train.dtype == np.uint8 or (kind == "f" and low >= 0 and high <= 1):
             return settings, f"{said}, {'0 to 255' if train.dtype == np.uint8 else '0 to 1'}"
         if other is not None and other.size:
             low, high = min(low, float(other.min())), max(high, float(other.max()))
-        settings["range"] = [low, high if high > low else low + 1]
+        settings["range"] = [low, high if high > low else low + max(1, abs(low))]
         return settings, f"{said}, {low:g} to {high:g}, which become black and white"
     flat = train.reshape(n, -1).astype(np.float64)
     mean, spread = flat.mean(0), flat.std(0)
@@ -371,39 +557,66 @@ def describe_array(name: str, train: Array, other: Array | None = None) -> tuple
     )
 
 
-def write_meta(folder: Path, arrays: Mapping[str, Mapping[str, Array]], classes: Sequence[str] = ()) -> dict[str, str]:
-    """Writes ``meta.json`` for the arrays of both splits; returns each modality's reading in words."""
+def describe(
+    arrays: Mapping[str, Mapping[str, Array]], classes: Sequence[str], sources: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What ``meta.json`` says of the arrays of both splits, and each modality's reading in words; ``sources`` are what
+    errors call them.
+
+    Raises:
+        ValueError: for arrays that cannot be read.
+    """
     modalities, said = {}, {}
     for name, train in arrays["train"].items():
-        if name == "labels" or name == "present" or name.endswith(".present"):
+        if name in ("labels", "present", "items") or name.endswith(".present"):
             continue
+        source = sources.get(name, name)
+        _check_name(Part(name, train, (), source))
+        if not train.ndim or not train.size:
+            raise ValueError(f"{source} must hold a row for each tuple, got shape {train.shape}")
         there, other = (_there(arrays.get(split, {}), name) for split in ("train", "test"))
         if there is None or not len(there):
             raise ValueError(f"no tuple to train on has {name!r}: leave it out")
-        modalities[name], said[name] = describe_array(name, there, other)
+        for split, of in arrays.items():
+            if name in of and of[name].dtype.kind == "f":
+                _check_finite(f"{source}, {split}", of[name], _mark(of, name))
+        modalities[name], said[name] = describe_array(source, there, other)
         if lacking := len(train) - len(there):
             said[name] += f"; {lacking} of {len(train)} tuples lack{'s' if lacking == 1 else ''} it"
-    meta = {**({"classes": list(classes)} if classes else {}), "modalities": modalities}
-    text = json.dumps(meta, indent=2, ensure_ascii=False)
-    (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
-    return said
+    return {**({"classes": list(classes)} if classes else {}), "modalities": modalities}, said
+
+
+def _check_finite(source: str, rows: Array, there: Array | None = None) -> None:
+    """That the numbers of the rows that are ``there`` are some, and such that float32 holds them."""
+    with np.errstate(invalid="ignore"):
+        wrong = ~(np.abs(rows.reshape(len(rows), -1)) < TOO_LARGE).all(1)
+    if there is not None:
+        wrong &= there
+    if wrong.any():
+        raise ValueError(
+            f"{source}: row {np.argmax(wrong)} (from 0) holds a value that is not finite, or beyond {TOO_LARGE:g}; "
+            "where it is missing write NaN, or say so in a .present.npy (docs/data.md)"
+        )
 
 
 def _there(arrays: Mapping[str, Array], name: str) -> Array | None:
     """The rows of a modality that are present; None where the split has none."""
-    rows, mark = arrays.get(name), arrays.get(f"{name}.present")
-    table = arrays.get("present")
-    if rows is None or (mark is None and table is None):
-        return rows
+    rows, mark = arrays.get(name), _mark(arrays, name)
+    return rows if rows is None or mark is None else rows[mark]
+
+
+def _mark(arrays: Mapping[str, Array], name: str) -> NDArray[np.bool_] | None:
+    """Which rows of a modality are present; None where all are."""
+    mark, table = arrays.get(f"{name}.present"), arrays.get("present")
     if mark is None and table is not None:  # a column for each modality, in the order of their names
-        names = sorted(key for key in arrays if key not in ("labels", "present"))
+        names = sorted(key for key in arrays if key not in ("labels", "present", "items"))
         mark = table[:, names.index(name)]
-    return rows[np.asarray(mark, dtype=bool)]
+    return None if mark is None else np.asarray(mark, dtype=bool)
 
 
 def labelled_classes(parts: Sequence[Part]) -> list[str]:
     """The names of the classes of what :func:`collect` found; none without labels."""
-    return next((_classes(part.rows) for part in parts if part.name == "labels"), [])
+    return next((_classes(part.rows) for part in parts if part.labels), [])
 
 
 def splits_of(folder: Path) -> dict[str, dict[str, Array]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -55,7 +55,7 @@ FASHION_WORDS: Final = ("t-shirt", "trouser", "pullover", "dress", "coat", "sand
 
 MODALITY: Final = re.compile(r"m(0|[1-9]\d*)")
 LAYOUT: Final = "the tensor layout has m0.pt, m1.pt, ... and labels.pt"
-PNG_NAME: Final = re.compile(r"(\d+)\.(\d)\.png")
+PNG_NAME: Final = re.compile(r"(\d+)\.(\d)\.png", re.IGNORECASE)
 BACKGROUNDS: Final = (".jpg", ".jpeg", ".png")
 
 Bytes = NDArray[np.uint8]
@@ -468,7 +468,7 @@ def polymnist(
         raise ValueError("'polymnist' is read from a folder: give path=, or load 'polymnist-5k', which needs none")
     n = None if n is None else check_count("n", n)
     folder, layout = _find_layout(Path(path), split)
-    pools, of_instance, rows = (_read_png if layout == "png" else _read_tensors)(
+    pools, of_instance, rows, names = (_read_png if layout == "png" else _read_tensors)(
         folder, lambda total: choose(n, total, folder, seed, "polymnist", split), stream
     )
     index = np.repeat(rows[:, None], len(pools), axis=1)
@@ -476,7 +476,8 @@ def polymnist(
         "options": {"n": n, "stream": stream},
         "sources": [{"what": "PolyMNIST", "folder": str(folder), "layout": layout}],
     }
-    return _dataset("polymnist", split, seed, pools, of_instance, index, of_instance[rows], info)
+    found = _dataset("polymnist", split, seed, pools, of_instance, index, of_instance[rows], info)
+    return replace(found, names=dict.fromkeys(pools, names) if names else None)
 
 
 def _dataset(
@@ -535,7 +536,7 @@ def _find_layout(path: Path, split: Split) -> tuple[Path, str]:
 
 def _png_names(folder: Path) -> set[str]:
     # Hidden files: macOS archives put a "._0.1.png" beside "0.1.png".
-    names = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".png") and entry.name[0] != "."}
+    names = {entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(".png") and entry.name[0] != "."}
     wrong = sorted(name for name in names if not PNG_NAME.fullmatch(name))
     if wrong:
         raise ValueError(f"{folder / wrong[0]} is not named {{i}}.{{digit}}.png ({len(wrong)} such files)")
@@ -544,8 +545,8 @@ def _png_names(folder: Path) -> set[str]:
 
 def _read_png(
     folder: Path, chosen_of: Callable[[int], Ints], stream: bool
-) -> tuple[dict[str, Tensor | Pool], Ints, Ints]:
-    """The pools, the class of each instance, and the rows to use."""
+) -> tuple[dict[str, Tensor | Pool], Ints, Ints, list[str]]:
+    """The pools, the class of each instance, the rows to use, and the names of the instances."""
     modalities = _numbered([entry.name for entry in folder.iterdir() if entry.is_dir()], folder, "")
     names = {m: _png_names(folder / m) for m in modalities}
     everywhere = set.union(*names.values())
@@ -571,13 +572,13 @@ def _read_png(
         pool = FilePool(files, Modality(m, read_image(files[0]).shape, "image"), read_image)
         pools[m] = pool if stream else held(pool)
     of_instance = np.array([key(name)[0] for name in chosen], dtype=np.int64)
-    return pools, of_instance, np.arange(len(chosen), dtype=np.int64)
+    return pools, of_instance, np.arange(len(chosen), dtype=np.int64), chosen
 
 
 def _read_tensors(
     folder: Path, chosen_of: Callable[[int], Ints], stream: bool
-) -> tuple[dict[str, Tensor | Pool], Ints, Ints]:
-    """The pools, the class of each instance, and the rows to use."""
+) -> tuple[dict[str, Tensor | Pool], Ints, Ints, list[str]]:
+    """The pools, the class of each instance, the rows to use, and the names of the instances."""
     modalities = _numbered([entry.stem for entry in folder.iterdir() if entry.suffix == ".pt"], folder, ".pt")
     labels = load_tensor(folder / "labels.pt", LAYOUT).flatten()
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -590,12 +591,14 @@ def _read_tensors(
     for m in modalities:
         file = folder / f"{m}.pt"
         images = load_tensor(file, LAYOUT, mapped=stream)
-        if images.dim() != 4 or len(images) != len(labels):
+        last = images.dim() == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3)
+        if images.dim() != 4 or len(images) != len(labels) or last:
             raise ValueError(
                 f"{file} must be ({len(labels)}, C, H, W), one row for each of labels.pt, got {tuple(images.shape)}"
+                f"{': its channels are last, permute(0, 3, 1, 2) puts them first' if last else ''}"
             )
         pool = ArrayPool(images.numpy(), Modality(m, tuple(images.shape[1:]), "image"), str(file))
         pools[m] = pool if stream else pool.gather(torch.from_numpy(rows))
     if stream:
-        return pools, of_instance, rows
-    return pools, of_instance[rows], np.arange(len(rows), dtype=np.int64)
+        return pools, of_instance, rows, []
+    return pools, of_instance[rows], np.arange(len(rows), dtype=np.int64), []

@@ -139,6 +139,8 @@ class WorkerBatches:
         if self._batches is None:
             raise StopIteration
         rows, x = next(self._batches)
+        if isinstance(x, Exception):
+            raise x
         return rows.to(self._device), {name: v.to(self._device, non_blocking=True) for name, v in x.items()}
 
     def close(self) -> None:
@@ -162,14 +164,18 @@ class _Batches(Dataset[Any]):
     def __init__(self, data: MultimodalDataset, seed: int) -> None:
         self.data, self.seed = data, seed
 
-    def __getitem__(self, rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, rows: Any) -> tuple[Tensor, dict[str, Tensor] | Exception]:
         # a sum of the rows in their order, so that another order is another seed
         places = torch.arange(1, len(rows) + 1)
         seed = (self.seed * 0x9E3779B1 + int((rows * places).sum())) % 2**32
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        return rows, self.data.batch(rows)
+        try:
+            return rows, self.data.batch(rows)
+        except (OSError, TypeError, ValueError) as error:
+            # raised here it would become a text with the worker's traceback in it
+            return rows, error
 
 
 def _stop(shared: _Shared) -> None:

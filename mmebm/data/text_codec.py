@@ -8,6 +8,7 @@ learns a ball around each code and not a point: a Langevin step, or a generator 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ class TextAutoencoder(nn.Module):
         codes = codes.detach().to(self.bias).clamp(-1, 1)
         return [caption for part in codes.split(CHUNK) for caption in self.vocabulary.captions(self.greedy(part))]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the network, its vocabulary and settings to ``path``; the file appears whole or not at all."""
         content = {
             "format": FORMAT,
@@ -208,16 +209,17 @@ class TextAutoencoder(nn.Module):
             "info": self.info,
             "weights": {k: v.cpu() for k, v in self.state_dict().items()},
         }
-        write_archive(path, content)
+        write_archive(Path(path), content)
 
     @classmethod
-    def load(cls, path: Path) -> TextAutoencoder:
+    def load(cls, path: str | os.PathLike[str]) -> TextAutoencoder:
         """Reads what :meth:`save` wrote; nothing in it is executed. Frozen, on the CPU.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is something else.
         """
+        path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"no text autoencoder at {path}: TextAutoencoder.save writes one, and a caption "

@@ -64,7 +64,9 @@ def read_text(file: Path, skipped: Skipped | None = None) -> str:
         return raw.decode(encoding, "replace")
 
 
-def read_lines(file: Path, skipped: Skipped | None = None) -> list[str]:
+def read_lines(
+    file: Path, skipped: Skipped | None = None, *, what: str = "the captions, one a line", empty: bool = False
+) -> list[str]:
     """The lines of a text file without the spaces around them and without the empty lines at its end; empty lines
     before that are "".
 
@@ -72,17 +74,17 @@ def read_lines(file: Path, skipped: Skipped | None = None) -> list[str]:
     at the other separators of Unicode.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no line with text.
+        FileNotFoundError: if there is no such file; it says that it holds ``what``.
+        ValueError: if it holds no line with text and may not be ``empty``.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: it holds the captions, one a line")
+        raise FileNotFoundError(f"{file} is missing: it holds {what}")
     text = read_text(file, skipped)
     lines = [line.strip() for line in text.split("\n" if "\n" in text else "\r")]
     while lines and not lines[-1]:
         lines.pop()
-    if not lines:
-        raise ValueError(f"{file} holds no caption")
+    if not lines and not empty:
+        raise ValueError(f"{file} is empty: it should hold {what}")
     return lines
 
 

@@ -393,7 +393,8 @@ def fit_classifiers(
         train: the pools to learn from.
         test: the pools behind ``accuracy``; the same modalities and classes.
         kind: see the top of this file.
-        half: learn from this half of the items alone, whichever modality shows them; None from all.
+        half: learn from this half of the items alone, whichever modality shows them, and from instances of no item;
+            None from all.
         seed: rules the weights, the order, the augmentation and the halves.
         steps: batches per modality of a network; by default ten passes, but at least 300 and at most 2,000.
         device: where to train; the result stays there.
@@ -427,7 +428,8 @@ def fit_classifiers(
         network = build(modality, train.classes, own, kind)
         rows = _labelled(train, modality.name)
         if half is not None and network is not None:
-            rows = rows[_half(train, modality.name, seed)[rows] == half]
+            of = _half(train, modality.name, seed)[rows]
+            rows = rows[(of == half) | (of < 0)]
         batches = steps or min(max(10 * len(rows) // BATCH, 300), 2000)
         if network is not None:
             generator = torch.Generator().manual_seed(own)
@@ -453,10 +455,11 @@ def _labelled(data: MultimodalDataset, name: str) -> Tensor:
 
 
 def _half(data: MultimodalDataset, name: str, seed: int) -> Tensor:
-    """0 or 1 for each instance of a pool, the same for all that show one item: a bit of the item's number, mixed."""
+    """0 or 1 for each instance of a pool, the same for all that show one item: a bit of the item's number, mixed. -1
+    for an instance of no item, such as a word that all tuples of a class share: both learn from it."""
     numbers = torch.arange(len(data.pools[name])) if data.items is None else data.items[name].cpu()
     words = philox4x32([numbers & MASK32, numbers >> 32, torch.zeros_like(numbers), numbers * 0], (seed & MASK32, 1))
-    return words[0] & 1
+    return torch.where(numbers < 0, -1, words[0] & 1)
 
 
 @torch.no_grad()

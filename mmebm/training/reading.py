@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mmebm.data.base import Modality, MultimodalDataset, TextCodec
 from mmebm.data.mnist_svhn import CharacterCodec
+from mmebm.data.pools import ArrayPool, FilePool
 from mmebm.data.text_codec import TextAutoencoder
 
 CODEC = "codec.pt"
@@ -92,6 +97,78 @@ def check_reading(description: Mapping[str, Any], data: MultimodalDataset) -> No
             f"the run was trained with classes {_short(description['classes'])}, and the data now has "
             f"{_short(here['classes'])}: {advice}"
         )
+
+
+def tuple_keys(data: MultimodalDataset, rows: Tensor) -> list[str] | None:
+    """What tells each of the tuples ``rows`` from the others wherever it stands: the names of its instances, or where
+    there are none what they hold. Codes of captions are left out, which may differ between machines in their last
+    bits. None where nothing is left, as of a set whose instances are made when asked."""
+    names, values = {}, {}
+    for column, modality in enumerate(data.modalities):
+        name, pool = modality.name, data.pools[modality.name]
+        if data.names is not None and name in data.names:
+            names[column] = data.names[name]
+        elif isinstance(pool, FilePool):
+            names[column] = ["/".join(file.parts[-2:]) for file in pool.files]
+        elif modality.kind != "caption" and isinstance(pool, Tensor | ArrayPool):
+            values[column] = pool if isinstance(pool, Tensor) else pool.values
+    if not names and not values:
+        return None
+    index, keys = data.index[rows.to(data.index.device)].tolist(), []
+    there = None if data.present is None else data.present[rows.to(data.index.device)].tolist()
+    for at, of in enumerate(index):
+        key = hashlib.blake2b(digest_size=8)
+        for column, known in (names or values).items():
+            if there is None or there[at][column]:
+                found = known[of[column]]
+                found = found.cpu().numpy() if isinstance(found, Tensor) else found
+                held = found.encode() if isinstance(found, str) else np.asarray(found).tobytes()
+                key.update(f"{column} {len(held)} ".encode() + held)
+        keys.append(key.hexdigest())
+    return keys
+
+
+def kept_rows(state: Mapping[str, Any], data: MultimodalDataset) -> Tensor:
+    """Where the tuples that a run keeps back to validate on stand in its data now, int64; a warning says so where the
+    data has changed. Checkpoints of versions that stored their places alone are taken at their word.
+
+    Raises:
+        ValueError: where some are not there any more, or cannot be found.
+    """
+    held = state.get("held", torch.empty(0, dtype=torch.int64)).cpu()
+    there = not len(held) or int(held.max()) < len(data)
+    if not there and "tuples" not in state:
+        raise ValueError(
+            f"it validates on tuple {int(held.max())}, and the data has {len(data)}: give it the data as it was"
+        )
+    if not len(held) or "tuples" not in state:
+        return held
+    keys, before = state["held_keys"], state["tuples"]
+    changed = f"the data of the run has changed, it had {before} tuples and has {len(data)}"
+    if keys is None:
+        if before != len(data):
+            raise ValueError(
+                f"{changed}, which have no names: it cannot be told which {len(held)} it keeps back to validate on. "
+                "Give it the data as it was, or train a new run"
+            )
+        return held
+    if not there or tuple_keys(data, held) != keys:
+        places: dict[str, list[int]] = {}
+        for row, key in enumerate(tuple_keys(data, torch.arange(len(data))) or []):
+            places.setdefault(key, []).append(row)
+        found = [places[key].pop(0) if places.get(key) else -1 for key in keys]
+        if -1 in found:
+            raise ValueError(
+                f"{changed}, and {found.count(-1)} of the {len(held)} that it keeps back to validate on are not among "
+                f"them (the first was tuple {int(held[found.index(-1)])}): give it the data as it was, or train anew"
+            )
+        held = torch.tensor(found)
+    elif before == len(data):
+        return held
+    warnings.warn(
+        f"{changed}; those that it keeps back to validate on were found again, all others are trained on", stacklevel=2
+    )
+    return held
 
 
 ROWS = 2000  # that are looked at before training

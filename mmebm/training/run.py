@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from mmebm.training import checkpoint
 from mmebm.training.config import TAUGHT, Config
 from mmebm.training.networks import class_name, flat_networks
 from mmebm.training.parallel import Processes
-from mmebm.training.reading import CODEC, check_reading, modalities_of, stored_codecs
+from mmebm.training.reading import CODEC, check_reading, kept_rows, modalities_of, stored_codecs
 from mmebm.training.starts import DataStarts
 from mmebm.training.system import System
 
@@ -199,38 +200,55 @@ class Run:
         """The run's data set, one of its splits, on the run's device.
 
         Raises:
+            FileNotFoundError: where the data is not where it was.
             ValueError: where the data is now read in another way than it was in training.
         """
         if split not in self._sets:
-            held = load_data(self.config, split, self.folder)
+            path = self.config.data.path
+            try:
+                held = load_data(self.config, split, self.folder)
+            except FileNotFoundError as error:
+                if path is None or Path(path).exists():
+                    raise
+                raise FileNotFoundError(
+                    f"the run's data is not at {path}: say where it is by --data-path, in Python data_path= ({error})"
+                ) from error
             if "data" in self.content:
                 check_reading(self.content["data"], held)
             self._sets[split] = held.to(self.device)
         return self._sets[split]
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether training kept tuples of the train split back."""
+        rows = self.content.get("held")
+        return rows is not None and len(rows) > 0
+
+    @functools.cached_property
+    def _kept(self) -> Tensor:
+        """Their places, on the CPU."""
+        return kept_rows(self.content, self.dataset("train"))
+
     def validation(self) -> MultimodalDataset | None:
         """Tuples that training saw no item of: the validation split, or those of the train split that training kept
         back (``config.validation``). None where there are none, as of a run of a version that had no such split."""
-        rows = self.content.get("held")
-        if rows is not None and len(rows):
-            return dataclasses.replace(self.dataset("train").subset(rows), split="validation").labelled_only()
+        if self._keeps:
+            return dataclasses.replace(self.dataset("train").subset(self._kept), split="validation").labelled_only()
         return self.dataset("validation") if self.content.get("validation") == "split" else None
 
     def trained(self) -> MultimodalDataset:
         """The tuples that training saw; instances that it did not see have no label."""
-        rows, whole = self.content.get("held"), self.dataset("train")
-        if rows is None or not len(rows):
+        whole = self.dataset("train")
+        if not self._keeps:
             return whole
         group = whole.groups()
-        held = torch.isin(group, group[rows.cpu()])
+        held = torch.isin(group, group[self._kept])
         return whole.subset((~held).nonzero().flatten()).labelled_only()
 
     @property
     def judged_on(self) -> Literal["validation", "test"]:
         """The split that a run is looked at on unless it is the end: its validation, or where it has none the test."""
-        rows = self.content.get("held")
-        kept = rows is not None and len(rows) > 0
-        return "validation" if kept or self.content.get("validation") == "split" else "test"
+        return "validation" if self._keeps or self.content.get("validation") == "split" else "test"
 
     def unseen(self, split: data.Split | None = None) -> MultimodalDataset:
         """The tuples of ``split``, or of :attr:`judged_on`.

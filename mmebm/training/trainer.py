@@ -33,7 +33,7 @@ from mmebm.training.networks import Networks, chain_reports, class_name, flat_ne
 from mmebm.training.objectives import Objective, contrastive, objective
 from mmebm.training.optimise import Optimiser
 from mmebm.training.parallel import Processes
-from mmebm.training.reading import check_range, check_reading, describe, keep_codecs
+from mmebm.training.reading import check_range, check_reading, describe, keep_codecs, kept_rows, tuple_keys
 from mmebm.training.starts import DataStarts, Latents, LatentStarts, Start
 from mmebm.training.system import System
 
@@ -655,6 +655,7 @@ class Trainer:
         """Trains on all tuples but ``held``, which are kept for the validation, and those that share an item."""
         self.held: Tensor = held
         whole = self._whole
+        self._held_keys = tuple_keys(whole, held)
         rest, validation = whole, self._apart
         if len(held):
             group = whole.groups()
@@ -821,6 +822,8 @@ class Trainer:
             "data": self._reading,
             "networks": {name: class_name(net) for name, net in self.networks.items()},
             "held": self.held,
+            "held_keys": self._held_keys,
+            "tuples": len(self._whole),
             "validation": self.unseen,
             "best": self.best,
             **self._written(),
@@ -860,12 +863,7 @@ class Trainer:
         """
         if "data" in state:
             check_reading(state["data"], self.data)
-        held = state.get("held", self.held).cpu()
-        if len(held) and int(held.max()) >= len(self._whole):
-            raise ValueError(
-                f"it validates on tuple {int(held.max())}, and the data has {len(self._whole)}: give it "
-                "the data as it was"
-            )
+        held = kept_rows(state, self._whole) if "held" in state else self.held
         if not torch.equal(held, self.held):
             self._split(held)
         # a run of a version that trained on what is the validation split now has none

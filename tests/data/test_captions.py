@@ -128,7 +128,7 @@ def test_lines_are_captions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text\.txt is not the UTF-16"):
         read_lines(file)
     file.write_text("\n")
-    with pytest.raises(ValueError, match=r"text\.txt holds no caption"):
+    with pytest.raises(ValueError, match=r"text\.txt is empty"):
         read_lines(file)
     with pytest.raises(FileNotFoundError, match=r"absent\.txt is missing"):
         read_lines(tmp_path / "absent.txt")
@@ -286,8 +286,7 @@ def test_an_empty_line_moves_no_caption(tmp_path: Path, change: str) -> None:
         ("CUB_200_2011/train_test_split.txt", "1 1\n2 0\n", ValueError, "image 3 is in one and not in the other"),
         ("CUB_200_2011/train_test_split.txt", "1 7\n2 0\n3 0\n4 0\n5 1\n6 1", ValueError, "else than 0 and 1"),
         ("CUB_200_2011/train_test_split.txt", "1 1\n1 0\n", ValueError, r"split\.txt, line 2: not a new number"),
-        ("CUB_200_2011/train_test_split.txt", None, FileNotFoundError, r"train_test_split\.txt is missing"),
-        ("text_c10/002.Wren/Bird_2.txt", "", ValueError, r"002\.Wren.Bird_2\.txt holds no caption"),
+        ("CUB_200_2011/train_test_split.txt", None, FileNotFoundError, r"split\.txt is missing: it holds a number"),
     ],
 )
 def test_published_cub_that_does_not_pair_up(
@@ -300,6 +299,42 @@ def test_published_cub_that_does_not_pair_up(
         (tmp_path / file).write_text(content)
     with pytest.raises(error, match=message):
         cub("train", path=tmp_path, size=8, codec=Numbers())
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_an_image_whose_captions_are_empty_is_left_out(tmp_path: Path, content: str) -> None:
+    write_published_cub(tmp_path)
+    before = numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers()))
+    (tmp_path / "text_c10/002.Wren/Bird_2.txt").write_text(content)
+    with pytest.warns(UserWarning, match=r"Bird_2\.jpg: an image without a caption is left out \(1 in all\)"):
+        after = numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers()))
+    assert after == [pair for pair in before if pair[0] != 5]
+    for file in (tmp_path / "text_c10").rglob("*.txt"):
+        file.write_text(content)
+    with pytest.raises(ValueError, match="no image of the train split has a caption"):
+        cub("train", path=tmp_path, size=8, codec=Numbers())
+
+
+@pytest.mark.parametrize("below", ["CUB_200_2011/text_c10", "text_c10"])
+def test_an_archive_unpacked_into_a_folder_of_its_name(tmp_path: Path, below: str) -> None:
+    write_published_cub(tmp_path)
+    before = numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers()))
+    (tmp_path / "CUB_200_2011").rename(tmp_path / "inner")
+    (tmp_path / "CUB_200_2011").mkdir()
+    (tmp_path / "inner").rename(tmp_path / "CUB_200_2011/CUB_200_2011")
+    (tmp_path / "text_c10").rename(tmp_path / below)
+    assert numbers_of(cub("train", path=tmp_path, size=8, codec=Numbers())) == before
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_images_keep_the_names_of_their_files(tmp_path: Path, stream: bool) -> None:
+    write_published_cub(tmp_path)
+    data = cub("train", path=tmp_path, size=8, stream=stream, codec=Numbers())
+    assert data.names is not None and set(data.names["image"]) == {
+        "002.Wren/Bird_6.jpg",
+        "001.Auk/Bird_5.jpg",
+        "002.Wren/Bird_2.jpg",
+    }
 
 
 @pytest.mark.parametrize("lost", ["text_c10/002.Wren/Bird_2.txt", "CUB_200_2011/images/002.Wren/Bird_2.jpg"])
@@ -423,6 +458,14 @@ def test_the_later_year_is_taken_unless_one_is_named(tmp_path: Path) -> None:
     write_coco(tmp_path, 2017)
     assert coco("train", path=tmp_path, codec=Numbers()).info["options"]["year"] == 2017
     assert coco("train", path=tmp_path, codec=Numbers(), year=2014).info["options"]["year"] == 2014
+    # one year for both splits, since the one's train images are among the other's test images
+    shutil.rmtree(tmp_path / "train2017")
+    for split in ("train", "test"):
+        assert coco(split, path=tmp_path, codec=Numbers()).info["options"]["year"] == 2014
+    shutil.rmtree(tmp_path / "train2014")
+    (tmp_path / "annotations/captions_train2014.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no images: looked for .*train2017; year= takes another year"):
+        coco("train", path=tmp_path, codec=Numbers())
     with pytest.raises(ValueError, match="year must be 2014 or 2017, got 2015"):
         coco("train", path=tmp_path, year=2015)
 
@@ -460,7 +503,7 @@ def test_a_bad_annotation_of_coco_is_left_out(tmp_path: Path, wrong: Any) -> Non
         ("list", ValueError, r"captions_train2014\.json is not a caption file"),
         ("images", FileNotFoundError, r"COCO_train2014_000000000001\.jpg is missing, and so are all 4 images"),
         ("folder", FileNotFoundError, r"no images: looked for .*train2014 and .*images.train2014"),
-        ("file", FileNotFoundError, r"captions_train2017\.json is missing.*cocodataset"),
+        ("file", FileNotFoundError, r"captions_train2014\.json is missing.*cocodataset"),
     ],
 )
 def test_coco_that_does_not_pair_up(tmp_path: Path, change: str, error: type[Exception], message: str) -> None:

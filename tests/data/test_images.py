@@ -92,6 +92,20 @@ def test_sixteen_bits_are_divided_by_257(order: str, suffix: str, tmp_path: Path
     assert np.array_equal(out[:, :, 0], out[:, :, 2])
 
 
+def test_sixteen_bits_with_white_at_zero_and_with_a_transparent_grey(tmp_path: Path) -> None:
+    grey = (257 * np.arange(H * W).reshape(H, W)).astype(np.uint16)
+    picture = Image.fromarray(grey)
+    negative = saved(picture, tmp_path / "a.tif", tiffinfo={262: 0})
+    assert np.array_equal(pixels(negative)[:, :, 1], 255 - grey // 257)
+    assert np.array_equal(pixels(saved(picture, tmp_path / "b.tif"))[:, :, 1], grey // 257)
+    file = saved(picture, tmp_path / "a.png")
+    before, end = file.read_bytes().split(b"IDAT", 1)
+    body = b"tRNS" + struct.pack(">H", 257 * 12)
+    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
+    file.write_bytes(before[:-4] + chunk + before[-4:] + b"IDAT" + end)
+    assert np.array_equal(pixels(file)[:, :, 0], np.where(grey == 257 * 12, 255, grey // 257))
+
+
 def test_integers_and_floats_are_scaled_and_never_cut(tmp_path: Path) -> None:
     ramp = np.linspace(0, 1, H * W).reshape(H, W)
     cases = {

@@ -225,6 +225,15 @@ def test_png_modalities_are_ordered_by_number(tmp_path: Path) -> None:
     assert natural_bytes(data, "m10", torch.tensor([0]))[0, :, 0, 0].tolist() == list(colour(10, 3, 0))
 
 
+def test_endings_in_capitals_are_endings_too(tmp_path: Path) -> None:
+    write_png(tmp_path / "test")
+    for file in (tmp_path / "test").rglob(NAMES[0]):
+        file.rename(file.with_suffix(".PNG"))
+    data = load("polymnist", "test", path=tmp_path)
+    assert len(data) == 5 and data.names is not None
+    assert sorted(data.names["m1"]) == sorted([*NAMES[1:], NAMES[0].replace("png", "PNG")])
+
+
 def test_a_missing_png_file_is_named(tmp_path: Path) -> None:
     write_png(tmp_path / "train")
     (tmp_path / "train/m1/10.3.png").unlink()
@@ -333,6 +342,7 @@ def test_png_files_go_before_tensors(tmp_path: Path) -> None:
         ("labels.pt", torch.tensor([0, 1, 2, 3, 10]), ValueError, "digits 0 to 9"),
         ("labels.pt", torch.tensor([0, 1, 2, 3]), ValueError, r"m0\.pt must be \(4, C, H, W\).*\(5, 3, 4, 6\)"),
         ("m1.pt", torch.zeros(4, 3, 4, 6), ValueError, r"m1\.pt must be \(5, C, H, W\)"),
+        ("m1.pt", torch.zeros(5, 4, 6, 3), ValueError, r"m1\.pt .* got \(5, 4, 6, 3\): its channels are last"),
         ("m1.pt", torch.zeros(5, 72), ValueError, r"m1\.pt must be \(5, C, H, W\)"),
         ("m1.pt", torch.full((5, 3, 4, 6), 255.0), ValueError, r"m1\.pt: .*\[0, 1\], got \[255, 255\]"),
         ("m1.pt", torch.full((5, 3, 4, 6), torch.nan), ValueError, r"m1\.pt: .*\[0, 1\]"),

@@ -183,7 +183,7 @@ def test_worker_processes_give_the_same_batches_however_many_they_are(threads: i
 def test_worker_processes_end_and_their_errors_arrive(seed: int) -> None:
     batches = WorkerBatches(dataset(Counting(20, broken=7)), [torch.tensor([1]), torch.tensor([6, 7])], workers=1)
     assert next(batches)[1]["x"].tolist() == [[1.0]]
-    with pytest.raises(ValueError, match="file 7 cannot be read"):
+    with pytest.raises(ValueError, match=r"^file 7 cannot be read$"):
         next(batches)
     batches.close()
     running = WorkerBatches(dataset(Counting(20)), coming(20, seed, 50), workers=2)

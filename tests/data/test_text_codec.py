@@ -75,8 +75,8 @@ def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(seed: in
 
 def test_saved_and_loaded_it_is_the_same(fitted: TextAutoencoder, tmp_path: Path) -> None:
     file = tmp_path / "new" / "codec.pt"
-    fitted.save(file)
-    loaded = TextAutoencoder.load(file)
+    fitted.save(str(file))
+    loaded = TextAutoencoder.load(str(file))
     assert loaded.vocabulary == fitted.vocabulary and loaded.settings == fitted.settings and loaded.info == fitted.info
     assert torch.equal(loaded.encode(CAPTIONS), fitted.encode(CAPTIONS))
     assert [entry.name for entry in file.parent.iterdir()] == ["codec.pt"]

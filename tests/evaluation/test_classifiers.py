@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -284,6 +285,16 @@ def test_the_two_halves_share_no_item_whichever_modality_shows_it(seed: int) -> 
         assert torch.equal(one.features(x)["image"], two.features(x)["image"])
         three = fit_classifiers(other, toy(seed=1), kind=kind, half=1, seed=seed, steps=4)
         assert not torch.equal(one.features(x)["image"], three.features(x)["image"])
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_instances_of_no_item_teach_both_halves(half: Any, seed: int) -> None:
+    """As the words in characters of mnist-svhn-text, which are all of its third modality."""
+    data = toy()
+    items = torch.arange(60)
+    data = replace(data, items={"image": items, "vector": torch.full((60,), -1), "word": torch.full((60,), -1)})
+    judges = fit_classifiers(data, toy(seed=1), kind="gradients", half=half, seed=seed)
+    assert judges.accuracy["vector"] > 0.9
 
 
 def test_vectors_and_images_of_one_row_are_judged_by_the_second_kind_too() -> None:

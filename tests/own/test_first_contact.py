@@ -192,7 +192,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, monkeypatch: pytest
     assert "two/c.npy has 4 rows, and two/a 3" in refused()
     Path("two/c.npy").unlink()
     Path("two/t.csv").write_text("file,x\n0,1\n1,2\n2\n")
-    assert "as many fields in every row" in refused() and "row 4" in refused()
+    assert "as many fields in every row" in refused() and "line 4" in refused()
     Path("two/t.csv").write_text("file,a\n0,u\n1,v\n2,w\n")
     assert "two modalities would be called 'a'" in refused()
     Path("two/t.csv").unlink()
@@ -200,7 +200,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, monkeypatch: pytest
     assert "two/n.npy cannot be read" in refused()
     Path("two/n.npy").unlink()
     np.save("two/n.npy", np.array([[1.0], [np.inf], [3.0]]))
-    assert "n: row" in refused() and "not finite" in refused()
+    assert "two/n.npy: row 1 (from 0) holds" in refused() and "not finite" in refused()
     Path("nothing").mkdir()
     assert main(["init", "nothing"]) == 1
     assert "holds no images, tables, texts or arrays" in capsys.readouterr().err
@@ -260,8 +260,8 @@ def test_images_with_texts_beside_them(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"a,b\n" + b"1,x\n" * 20 + b"12 cm,y\n", "column a holds 20 numbers and, in row 22 of the file, '12 cm'"),
-        (b"a\n" + b"1\n" * 20 + b"inf\n", "in row 22 of the file, 'inf': write a number, or leave the cell empty"),
+        (b"a,b\n" + b"1,x\n" * 20 + b"12 cm,y\n", "column a holds 20 numbers and, in line 22 of the file, '12 cm'"),
+        (b"a\n" + b"1\n" * 20 + b"inf\n", "in line 22 of the file, 'inf': write a number, or leave the cell empty"),
         (b"a,b\n1,\n2,\n", "column b is empty: delete it"),
         (b"a,a\n1,2\n2,3\n", "two columns of one name"),
         (b"a,b\n1,\n,2\n", "every row lacks one of its numbers"),

@@ -285,7 +285,7 @@ def test_the_command_line_samples_without_the_data(
         (["--out", "x.txt"], "ends in .npz, or a picture to .png"),
         (["--given-file", str(tmp_path / "mine.npz"), "--given", "word"], "leave out --given"),
         (["--given-file", str(trained / "config.json")], "must be an archive of numpy.savez"),
-        (["--given", "word"], "no test split"),
+        (["--given", "word"], "say where it is by --data-path, in Python data_path= (no test split"),
     ):
         assert main([*base, *options]) == 1
         assert message in capsys.readouterr().err

@@ -85,10 +85,55 @@ def test_a_stored_split_is_the_split(config: Config, data: MultimodalDataset) ->
     state = first.state_dict()
     grown = Trainer(config.replace(validation=CHECKED), data)
     assert not torch.equal(grown.held, first.held)
-    grown.load_state_dict(state)
+    with pytest.warns(UserWarning, match="it had 50 tuples and has 64; those that it keeps back .* all others are"):
+        grown.load_state_dict(state)
     assert torch.equal(grown.held, first.held) and len(grown.data) == 64 - len(first.held)
+    fewer = Trainer(config.replace(validation=CHECKED), data.subset(torch.arange(42)))
+    with pytest.raises(ValueError, match=r"\d+ of the 20 that it keeps back to validate on are not among them"):
+        fewer.load_state_dict(state)
+    old = {key: value for key, value in state.items() if key not in ("held_keys", "tuples")}
     with pytest.raises(ValueError, match=r"it validates on tuple \d+, and the data has 42"):
-        Trainer(config.replace(validation=CHECKED), data.subset(torch.arange(42))).load_state_dict(state)
+        fewer.load_state_dict(old)
+    grown.load_state_dict(old)
+    assert torch.equal(grown.held, first.held)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_tuples_that_stand_elsewhere_are_found_again(config: Config, data: MultimodalDataset, named: bool) -> None:
+    """As where a file is added in the middle: their places alone would be those of tuples that were trained on."""
+    if named:
+        data = dataclasses.replace(data, names={data.modalities[0].name: [f"{i}.png" for i in range(64)]})
+    first = Trainer(config.replace(validation=CHECKED), data.subset(torch.arange(10, 60)))
+    state = first.state_dict()
+    moved = data.subset(torch.cat([torch.arange(40, 64), torch.arange(40)]))
+    again = Trainer(config.replace(validation=CHECKED), moved)
+    with pytest.warns(UserWarning, match="it had 50 tuples and has 64"):
+        again.load_state_dict(state)
+    assert torch.equal(moved.index[again.held], data.subset(torch.arange(10, 60)).index[first.held])
+    assert first.validation is not None and again.validation is not None
+    assert torch.equal(again.validation.index, first.validation.index)
+    assert again.state_dict()["held_keys"] == state["held_keys"]
+    other = data.subset(torch.arange(12, 62))  # as many, of which some are others
+    with pytest.raises(ValueError, match=r"had 50 tuples and has 50, and \d+ of the 20 .* or train anew"):
+        Trainer(config.replace(validation=CHECKED), other).load_state_dict(state)
+
+
+def test_tuples_without_names_must_be_as_many(config: Config, data: MultimodalDataset) -> None:
+    class Made:
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+        def __len__(self) -> int:
+            return self.n
+
+        def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+            return {m.name: m.natural(data.pools[m.name][i : i + 1])[0] for m in data.modalities}  # type: ignore[index]
+
+    state = Trainer(config.replace(validation=CHECKED), mmebm.data.from_dataset(Made(50), data.modalities)).state_dict()
+    assert state["held_keys"] is None
+    other = Trainer(config.replace(validation=CHECKED), mmebm.data.from_dataset(Made(60), data.modalities))
+    with pytest.raises(ValueError, match="had 50 tuples and has 60, which have no names"):
+        other.load_state_dict(state)
 
 
 def test_measuring_changes_nothing(config: Config, data: MultimodalDataset) -> None:
