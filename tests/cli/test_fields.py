@@ -155,5 +155,5 @@ def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert complete("mmebm", "back") == {"backends"}
     assert complete("mmebm", "train", "--model.net", "") == {"mlp", "conv", "resnet"}
     assert complete("mmebm", "train", "--start.") == {
-        f"--start.{name}" for name in ("data", "latent", "completion", "noise", "buffer", "reinit")
+        f"--start.{name}" for name in ("data", "latent", "completion", "noise", "buffer", "fresh", "reinit")
     }
