@@ -2,8 +2,8 @@
 
 The method with its extensions, as in ``polymnist-5k``; rates, step and noise of the lineage ("Learning energy-based
 model via dual-MCMC teaching", NeurIPS 2023); widths so that energy, generator and inference network are about alike.
-What an iteration takes is in benchmarks/study/published; none of them but ``polyfashion`` was trained to its end yet, so
-that lengths of stages and ``sigma`` are a start and not a result. ``NAME/paper`` is the paper's loop alone.
+What an iteration takes is in benchmarks/study/published; only ``polyfashion`` was trained to its end yet, so that
+lengths of stages and ``sigma`` are a start and not a result. ``NAME/paper`` is the paper's loop alone.
 """
 
 from __future__ import annotations
