@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import random
 import threading
 import weakref
@@ -165,9 +166,9 @@ class _Batches(Dataset[Any]):
         self.data, self.seed = data, seed
 
     def __getitem__(self, rows: Any) -> tuple[Tensor, dict[str, Tensor] | Exception]:
-        # a sum of the rows in their order, so that another order is another seed
-        places = torch.arange(1, len(rows) + 1)
-        seed = (self.seed * 0x9E3779B1 + int((rows * places).sum())) % 2**32
+        # the rows in their order, so that another order is another seed
+        told = f"{self.seed} {rows.tolist()}".encode()
+        seed = int.from_bytes(hashlib.blake2b(told, digest_size=4).digest(), "little")
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
