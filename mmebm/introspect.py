@@ -7,7 +7,6 @@ files, the environment, strings given to ``eval``, long containers.
 
 from __future__ import annotations
 
-import contextlib
 import dis
 import functools
 import os
@@ -130,30 +129,36 @@ def _fields(item: Any) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(item, name)
 
 
-_methods: weakref.WeakKeyDictionary[type, list[types.FunctionType]] = weakref.WeakKeyDictionary()
+def function_in(value: Any) -> types.FunctionType | None:
+    """The function of what stands in a class: a method, a property, a static or class method."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, functools.cached_property):
+        value = value.func
+    return value if isinstance(value, types.FunctionType) else None
 
 
-def _methods_of(kind: type) -> list[types.FunctionType]:
-    """The functions in a class that close over something or name a global."""
-    with contextlib.suppress(KeyError, TypeError):  # a class may be of a kind that cannot be hashed
-        return _methods[kind]
-    functions = [f for f in vars(kind).values() if isinstance(f, types.FunctionType)]
-    functions = [f for f in functions if f.__closure__ or names_in(f.__code__).globals]
-    with contextlib.suppress(TypeError):
-        _methods[kind] = functions
-    return functions
+def _given(f: types.FunctionType) -> Iterator[tuple[Any, Any]]:
+    """(name, value) of the defaults of ``f``, and of what it closes over and names."""
+    yield from enumerate(f.__defaults__ or ())
+    yield from (f.__kwdefaults__ or {}).items()
+    yield from _named(f)
 
 
 def class_parts(kind: type) -> Iterator[tuple[str, Any]]:
-    """(name, value) of what a user's class holds for its objects, and of what its methods close over and name."""
+    """(name, value) of what a user's class holds for its objects, and of what its methods are given, close over and
+    name."""
     for base in kind.__mro__:
         if is_foreign(base):
             continue
         for name, value in vars(base).items():
             if isinstance(value, _SHARED) and not name.startswith("__"):
                 yield name, value
-        for f in _methods_of(base):
-            yield from _named(f)
+            f = function_in(value)
+            if f is not None:
+                yield from _given(f)
 
 
 def parts(item: Any) -> Iterator[tuple[Any, Any]]:
@@ -170,9 +175,7 @@ def parts(item: Any) -> Iterator[tuple[Any, Any]]:
         yield "__func__", item.__func__
         yield "__self__", item.__self__
     elif isinstance(item, types.FunctionType):
-        yield from enumerate(item.__defaults__ or ())
-        yield from (item.__kwdefaults__ or {}).items()
-        yield from _named(item)
+        yield from _given(item)
         yield from list(item.__dict__.items())
     else:
         if isinstance(item, (list, tuple, set, frozenset, dict)):

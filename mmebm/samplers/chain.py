@@ -89,8 +89,7 @@ class Run:
         trajectory: per tensor (steps // thin, chains, ...), or nothing.
         broken: bool (chains,), chains to be reported as non-finite whatever the state holds.
         info: what else is said of the run.
-        carried: what the next step goes on from besides the state, given as :attr:`Problem.carried`. "energy",
-            "gradient" and "living" are those at the state, and no more than a saving: without them they are evaluated.
+        carried: what the next step goes on from besides the state, given as :attr:`Problem.carried`.
     """
 
     state: list[Tensor]

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmebm import noise
-from mmebm.introspect import parts, reachable
 from mmebm.ops import noise as drawn
 from mmebm.ops.common.params import Rng
 from mmebm.ops.dynamics import reason
@@ -26,7 +25,6 @@ from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.samples import NONFINITE, NonFinite, Samples, report_nonfinite
-from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.settings import choice
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
 from mmebm.samplers.watch import Watch
@@ -87,8 +85,6 @@ class Steps:
 def start(p: Problem, x: list[Tensor]) -> tuple[Target, Tensor | None, list[Tensor]]:
     """The energy, and its value and gradient at ``x``, where a chain starts that goes along with both."""
     target = Target.of(p, masked=True)
-    if "gradient" in p.carried:
-        return target, p.carried["energy"], p.carried["gradient"]
     # a network need not take an empty batch
     if p.steps and x[0].shape[0]:
         return target, *target(x, 0)
@@ -170,32 +166,6 @@ def loop(init: Callable[[Problem, list[Tensor]], Steps], p: Problem, tensors: li
     return Run(chain.state(), trace, kept, broken, info, chain.carried())
 
 
-@dataclass(frozen=True)
-class _Place:
-    """What a carried energy and gradient are of: good as long as nothing of it is another object or was written to."""
-
-    objects: list[Any]
-    versions: list[int]
-
-    @classmethod
-    def of(cls, energy: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]) -> _Place:
-        read = list(tensors)
-        for item in reachable(energy, args, kwargs):
-            # not buffers, which a forward pass may write to
-            inside = item.parameters() if isinstance(item, nn.Module) else (value for _, value in parts(item))
-            read.extend(t for t in inside if isinstance(t, Tensor))
-        versions = [0 if t.is_inference() else t._version for t in read]
-        return cls([energy, *args, *kwargs, *kwargs.values(), *read], versions)
-
-    def same(self, other: _Place) -> bool:
-        """Schedules among the arguments are another value at each step."""
-        return (
-            self.versions == other.versions
-            and len(self.objects) == len(other.objects)
-            and all(a is b and not isinstance(a, Schedule) for a, b in zip(self.objects, other.objects))
-        )
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Carry:
     """What goes along a chain besides its state, between two calls of a sampler's ``step``; its ``init`` makes one.
@@ -206,7 +176,7 @@ class Carry:
         next_step: index of the step that comes next, which settings that are functions of the step are given.
         seed: of the noise; with ``rng="torch"`` that of ``generator``, or None.
         generator: with ``rng="torch"`` what draws the noise (this one does move on), or None: torch's own.
-        carried: the sampler's own: velocities, a warm-up, a ladder; and the energy and gradient at the state.
+        carried: the sampler's own: velocities, a warm-up, a ladder.
 
     Example:
         >>> mmebm.Langevin(0.1).init(torch.zeros(8, 2), seed=3)
@@ -218,7 +188,6 @@ class Carry:
     generator: torch.Generator | None
     options: Mapping[str, Any]
     carried: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    place: _Place | None = None
 
     def __repr__(self) -> str:
         return (
@@ -369,9 +338,9 @@ class Sampler:
     ) -> tuple[S, Carry, dict[str, Any]]:
         """One step, for a loop of your own; ``n`` of them are ``sample(energy, state, n)`` bit for bit.
 
-        The energy and gradient at the state, which samplers that need them take from one step to the next, are
-        evaluated again where the state is not the one that the last step returned (a clone is enough), where it, a
-        parameter or another tensor that the energy reads was written to, and where energy or arguments are others.
+        State, weights, energy and arguments may be others at each step: energy and gradient at the state are evaluated
+        by the step itself. So MALA, HMC, underdamped dynamics and tempering take one evaluation more than in
+        ``sample``, which takes them from step to step.
 
         Args:
             energy, args, kwargs, record: as in ``sample``; they may differ from step to step.
@@ -400,11 +369,6 @@ class Sampler:
         if option is not None:
             raise ValueError(f"step goes without {option}")
         _, tensors, _ = flatten(state)
-        given = kwargs or {}
-        carried = dict(carry.carried)
-        if carry.place is not None and not carry.place.same(_Place.of(energy, args, given, tensors)):
-            for name in ("energy", "gradient", "living"):
-                carried.pop(name, None)
         own = {"generator": carry.generator} if self.rng == "torch" else {"seed": carry.seed}
         p, tensors, _ = resolve(
             self,
@@ -415,18 +379,11 @@ class Sampler:
             kwargs=kwargs,
             first_step=carry.next_step,
             record=record,
-            carried=carried,
+            carried=carry.carried,
             **own,
             **carry.options,
         )
         x, broken, run = self._advance(p, tensors)
         recorded = {name: rows[0] for name, rows in run.trace.items()}
-        after = Carry(
-            p.first_step + 1,
-            carry.seed,
-            carry.generator,
-            carry.options,
-            run.carried,
-            _Place.of(energy, args, given, x) if "gradient" in run.carried else None,
-        )
+        after = Carry(p.first_step + 1, carry.seed, carry.generator, carry.options, run.carried)
         return p.build(x), after, {"nonfinite": broken, **run.info, "trace": recorded}

@@ -265,8 +265,7 @@ class _Trajectories(Steps):
         return {**out, "adaptation": self.warmup.state()} if self.warmup else out
 
     def carried(self) -> dict[str, Any]:
-        out = {"energy": self.energy, "gradient": self.g, "alive": self.alive}
-        return {**out, "adaptation": self.warmup.state()} if self.warmup else out
+        return {"alive": self.alive, **({"adaptation": self.warmup.state()} if self.warmup else {})}
 
 
 class _CppTrajectories(_Trajectories):

@@ -99,11 +99,8 @@ class LangevinSteps(Steps):
         self.test: dynamics.Proposals | None = self._test(tensors)
         self.olds: list[Tensor] = []
         self.differentiates = False
-        if self.reuses and "gradient" in p.carried:
-            # copies, as those of chains that are accepted are written over
-            self.cached = p.carried["energy"].clone(), {i: g.clone() for i, g in p.carried["gradient"].items()}
-            if self.test is not None and self.freeze:
-                self.test.set_alive(self.alive)
+        if self.test is not None and self.freeze and "alive" in p.carried:
+            self.test.set_alive(self.alive)
 
     def _test(self, tensors: list[Tensor]) -> dynamics.Proposals | None:
         """The Metropolis test in C++, or None where it runs in PyTorch."""
@@ -148,8 +145,7 @@ class LangevinSteps(Steps):
         return {"backend": self.backend, "op": "langevin_step", "reason": self.reason, **moved}
 
     def carried(self) -> dict[str, Any]:
-        energy, slopes = self.cached or (None, None)
-        return {"alive": self.alive} if slopes is None else {"alive": self.alive, "energy": energy, "gradient": slopes}
+        return {"alive": self.alive}
 
     def _update(self, b: int, k: int, x: list[Tensor], totals: dict[str, Tensor], create_graph: bool) -> None:
         """One block's update, written into the list ``x``."""

@@ -264,11 +264,12 @@ class _Ladders(Steps):
         }
 
     def restart(self, energy: Tensor, g: list[Tensor], living: Tensor | None = None) -> None:
-        """``energy`` and gradient at the replicas; ``living``, where it is known."""
+        """``energy`` and gradient at the replicas; ``living``: those that were not frozen before."""
         self.energy, self.g = energy, g
         parts = [self.x[i] for i in self.problem.moving]
-        known = None if living is None else living.clone()
-        self.living = finite_chains([*parts, energy, *g], len(energy), self.device) if known is None else known
+        self.living = (
+            finite_chains([*parts, energy, *g], len(energy), self.device) if living is None else living.clone()
+        )
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         p = self.problem
@@ -311,9 +312,8 @@ class _Ladders(Steps):
         }
 
     def carried(self) -> dict[str, Any]:
-        ladder = self.info()["ladder"]
-        out = {"energy": self.energy, "gradient": self.g, "living": self.living}
-        return {**out, "ladder": ladder, "replica": self.origin}
+        out = {"ladder": self.info()["ladder"], "replica": self.origin}
+        return {**out, "living": self.living} if self.freeze else out
 
     def move(self, k: int) -> Tensor:
         """A Langevin step of all replicas; the probability of each, (chains, R)."""

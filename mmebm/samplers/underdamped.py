@@ -239,7 +239,7 @@ class _Steps(Steps):
         return {"velocity": self.problem.build(full)}
 
     def carried(self) -> dict[str, Any]:
-        return {"energy": self.energy, "gradient": self.g, "alive": self.alive, **self.info()}
+        return {"alive": self.alive, **self.info()}
 
 
 class _CppSteps(_Steps):

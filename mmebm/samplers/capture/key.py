@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmebm.introspect import MAX_DEPTH, class_parts, in_library, is_foreign, package, parts
+from mmebm.introspect import MAX_DEPTH, class_parts, function_in, in_library, is_foreign, package, parts
 from mmebm.ops.common.untyped import DICT, TORCH
 
 # Values that are their own key.
@@ -212,11 +212,11 @@ class Identity:
             for name, value in vars(base).items():
                 if name.startswith("__") and name.endswith("__") and name != "__call__":
                     continue
-                inside = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
-                if isinstance(inside, types.FunctionType):
-                    self.both(inside.__code__)
+                function = function_in(value)  # what it is given and closes over is among the parts of the class
+                if function is not None:
+                    self.both(function.__code__)
                 else:
-                    self.add(inside, depth + 1)
+                    self.add(getattr(value, "__func__", value), depth + 1)
 
     def _parts(self, named: Iterable[tuple[Any, Any]], depth: int) -> None:
         for name, value in named:
