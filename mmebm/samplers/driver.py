@@ -23,6 +23,7 @@ from mmebm.samplers.arithmetic import finite_chains, masked
 from mmebm.samplers.autograd_remedies import Remedies
 from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.gradient import Target
+from mmebm.samplers.kept_nets import Seen
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.samples import NONFINITE, NonFinite, Samples, report_nonfinite
 from mmebm.samplers.settings import choice
@@ -39,6 +40,7 @@ class Steps:
     Attributes:
         x: the state's tensors, the chain's own.
         shapes: of the records that hold more than one value per chain, what follows (steps, chains).
+        changed: whether the energy is not the one that was evaluated at the state, but what a callback made of it.
     """
 
     shapes: Mapping[str, tuple[int, ...]] = {}
@@ -49,6 +51,7 @@ class Steps:
         self.chains: int = x[0].shape[0]
         self.device: torch.device = x[0].device
         self.freeze: bool = p.sampler.on_nonfinite == "freeze"
+        self.changed: bool = False
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         """Step ``k`` of this run; what of the step is recorded, where the problem asks for it."""
@@ -148,11 +151,16 @@ def loop(init: Callable[[Problem, list[Tensor]], Steps], p: Problem, tensors: li
     steps, taken = range(p.steps if x[0].shape[0] else 0), p.steps
     with torch.no_grad(), sampling(modules, p.sampler.mode):
         chain = init(p, x)
+        seen = None if p.watch is None or p.watch.callback is None else Seen(p, x)
         for k in steps[:plain]:
             records.add(k, chain.step(k), chain)
-            if p.watch is not None and p.watch.due(k + 1) and p.watch(k + 1, [t.detach() for t in chain.state()]):
-                taken = k + 1
-                break
+            chain.changed = False
+            if p.watch is not None and p.watch.due(k + 1):
+                if p.watch(k + 1, [t.detach() for t in chain.state()]):
+                    taken = k + 1
+                    break
+                if seen is not None:
+                    chain.changed = seen != (seen := Seen(p, x))
     if p.differentiable:
         with torch.enable_grad(), sampling(modules, p.sampler.mode, once=False):
             for k in steps[plain:]:

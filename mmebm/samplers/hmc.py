@@ -213,7 +213,7 @@ class _Trajectories(Steps):
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         p = self.problem
-        if k and self.target.varies:
+        if (k and self.target.varies) or self.changed:
             e, g = self.target(self.x, k)
             self.restart(one_per_chain("HMC", e), g)
         scale = self.warmup.scale if self.warmup else None

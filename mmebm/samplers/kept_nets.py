@@ -74,7 +74,7 @@ def _identity(energy: Any, state: Any, args: Any, kwargs: dict[str, Any], seen: 
 class Seen:
     """What an energy's operations depend on at one moment, to tell whether somebody changed it since."""
 
-    def __init__(self, p: Problem, tensors: list[Tensor], seen: tuple[Any, ...]) -> None:
+    def __init__(self, p: Problem, tensors: list[Tensor], seen: tuple[Any, ...] = ()) -> None:
         args, kwargs = p.calls[0]
         key = _identity(p.energy, p.build(tensors), args, kwargs, seen)
         self.known: bool = key.refusal is None  # or something is hidden, and may have changed

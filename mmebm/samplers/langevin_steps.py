@@ -129,6 +129,8 @@ class LangevinSteps(Steps):
         p, x = self.problem, list(self.x)
         if create_graph and not self.differentiates:
             self.differentiates, self.cached = True, None  # what is cached has no graph
+        if self.changed:
+            self.cached = None
         totals: dict[str, Tensor] = {}
         if not p.blocks and "energy" in p.record:
             totals["energy"] = self.target.value(x, k)

@@ -273,7 +273,7 @@ class _Ladders(Steps):
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         p = self.problem
-        if k and self.target.varies:
+        if (k and self.target.varies) or self.changed:
             e, g = self.target(self.x, k)
             self.restart(one_per_chain("ParallelTempering", e), g)
         before = self.energy.reshape(self.chains, self.rungs).clone() if p.record else self.energy

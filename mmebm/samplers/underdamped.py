@@ -195,7 +195,7 @@ class _Steps(Steps):
 
     def step(self, k: int, *, create_graph: bool = False) -> Mapping[str, Tensor]:
         p = self.problem
-        if k and self.target.varies:
+        if (k and self.target.varies) or self.changed:
             self.restart(*self.target(self.x, k))
         c: _Constants = p.row(k)
         out: dict[str, Tensor] = {}

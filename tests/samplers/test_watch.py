@@ -114,3 +114,23 @@ def test_progress_is_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]
 def test_what_cannot_be_watched_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         mmebm.Langevin(0.1).sample(quadratic, torch.zeros(4, 3), 3, **options)
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "descent"])
+def test_a_callback_changes_the_energy_for_the_next_step(name: str, seed: int) -> None:
+    """Recorded is the energy of the state before each step, by the weights of then."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1), nn.Flatten(0))
+    sampler: Any = mmebm.Langevin(0.05, accept="descent") if name == "descent" else SAMPLERS[name]
+    x, wanted = torch.randn(7, 3), []
+
+    def callback(done: int, state: torch.Tensor) -> None:
+        with torch.no_grad():
+            net[0].weight.mul_(-1.5 if done % 2 == 0 else 1.0)
+            wanted.append(net(state))
+
+    wanted.append(net(x).detach())
+    out = sampler.sample(net, x, 6, seed=seed, thin=1, record=("energy",), callback=callback)
+    for k in range(6):
+        found = out.trace["energy"][k].reshape(7, -1)[:, 0]  # of tempering that of the coldest replica
+        torch.testing.assert_close(found, wanted[k], rtol=1e-5, atol=1e-5)
