@@ -435,6 +435,8 @@ def _as_rows(modality: Modality, value: Any) -> Array:
     shape = modality.shape
     if modality.kind in ("text", "caption"):
         return x[None] if x.ndim == 0 else x
+    if x.dtype.kind not in "buif":
+        raise TypeError(f"modality {modality.name!r} is numbers, got {value!r:.80} of dtype {x.dtype}")
     if modality.kind == "vector":
         return x[:, None] if x.ndim == 1 and shape == (1,) else x[None] if x.shape == shape else x
     last = (*shape[1:], shape[0])

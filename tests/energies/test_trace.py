@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmebm.energies import CannotLower
-from mmebm.energies.trace import trace
+from mmebm.energies.trace import tied, trace
 from mmebm.models import JointEnergy, SharedGenerator
 from mmebm.ops.net import reference
 from mmebm.ops.net.graph import check_net
+from mmebm.ops.net.op import net_energy
 from mmebm.samplers import Langevin
 from mmebm.state import flatten
 
@@ -586,3 +587,20 @@ class OfParameters(nn.Module):
 
 def test_lists_and_dicts_of_parameters() -> None:
     agree(OfParameters().double(), images(2, 3, 8))
+
+
+def test_gradients_of_a_net_reach_the_parameters() -> None:
+    """Those of an energy and of a gradient penalty, against autograd on the module."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0)).double()
+    x = images(3, 1, 6, 6)
+    value, gradient = net_energy(x.flatten(1), tied(trace(net, x).net, net))
+    found = torch.autograd.grad(value.sum() + gradient.square().sum(), list(net.parameters()))
+    at = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(at).sum(), at, create_graph=True)
+    wanted = torch.autograd.grad(net(at).sum() + slope.square().sum(), list(net.parameters()), materialize_grads=True)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(64, 1))
+    normed.double().eval()
+    with pytest.raises(ValueError, match=r"0\.parametrizations\.weight\.original is no tensor of the net"):
+        tied(trace(normed, x).net, normed)

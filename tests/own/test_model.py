@@ -129,6 +129,9 @@ def test_energy_revision_and_encoding(model: mmebm.Model) -> None:
         ),
         (lambda m: m.complete({"word": ["medium"]}), r"'word': unknown words \['medium'\]"),
         (lambda m: m.complete({"sound": np.full((1, 5), np.nan)}), "'sound' holds a value that is not finite"),
+        (lambda m: m.complete({"sound": ["a"]}), r"'sound' is numbers, got \['a'\]"),
+        (lambda m: m.complete({"sound": None}), "'sound' is numbers, got None"),
+        (lambda m: m.complete({"sound": np.full((1, 5), 1j)}), "'sound' is numbers, .* of dtype complex128"),
         (lambda m: m.complete({"word": ["low"], "sound": np.zeros((2, 5))}), "as many rows of every modality"),
         (lambda m: m.complete({"word": ["low"]}, mode="best"), "mode must be 'decode', 'latent' or 'data', got 'best'"),
         (lambda m: m.energy({"word": ["low"]}), r"x lacks \['photo', 'sound'\]"),
@@ -140,7 +143,7 @@ def test_energy_revision_and_encoding(model: mmebm.Model) -> None:
     ],
 )
 def test_errors_name_the_argument(model: mmebm.Model, call: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(model)  # type: ignore[operator]
 
 

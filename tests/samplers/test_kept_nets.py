@@ -580,3 +580,60 @@ def test_a_refusal_of_one_call_is_not_that_of_the_next() -> None:
     with pytest.raises(ValueError, match="not now"):
         Langevin(0.02, 0.0).sample(energy, x, 2, seed=0, kwargs={"fail": True})
     assert agrees(energy, x).info["op"] == "langevin_net"
+
+
+def test_parameters_of_a_kept_net_may_be_swapped() -> None:
+    """As torch does where it converts by swapping: nobody else may hold them."""
+    energy, x = Net().eval(), torch.randn(3, *SHAPE)
+    for _ in range(2):
+        agrees(energy, x)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        energy.load_state_dict({k: torch.randn_like(v) for k, v in energy.state_dict().items()})
+        assert agrees(energy, x).info["op"] == "langevin_net"
+        energy.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert all(p.dtype == torch.float64 for p in energy.parameters())
+
+
+class Classwide(Net):
+    """What its methods are given, close over and name, by every kind of method."""
+
+    @property
+    def named(self) -> float:
+        return FACTOR
+
+    @staticmethod
+    def given(h: Tensor, by: float = 1.0) -> Tensor:
+        return by * h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.named * self.given(self.body(x)).flatten(1).sum(1)
+
+
+def _closing_over(value: float) -> Any:
+    return staticmethod(lambda h: value * h)
+
+
+@pytest.mark.parametrize("change", ["a global of a property", "a default", "another closure of the same code"])
+def test_what_methods_of_any_kind_are_given(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local(Classwide):
+        pass
+
+    if change == "another closure of the same code":
+        Local.given = _closing_over(1.0)  # type: ignore[assignment]
+    energy, x = Local().eval(), torch.randn(3, *SHAPE)
+    for _ in range(2):
+        before = agrees(energy, x)
+    assert before.info["op"] == "langevin_net", before.info["reason"]
+    if change == "a global of a property":
+        monkeypatch.setitem(globals(), "FACTOR", -3.0 * FACTOR)
+    elif change == "a default":
+        monkeypatch.setattr(Classwide.given, "__defaults__", (-3.0,))
+    else:
+        Local.given = _closing_over(-3.0)  # type: ignore[assignment]
+    for _ in range(2):
+        after = agrees(energy, x)
+    assert not torch.allclose(after.state, before.state, atol=1e-3)

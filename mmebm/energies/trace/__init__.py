@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmebm.energies.lower import effects, inert
 from mmebm.energies.lower.attempt import CannotLower, attempt, attempting, refuse
@@ -29,11 +29,12 @@ from mmebm.energies.trace.recorder import Recorder
 from mmebm.energies.trace.simplify import folded, pruned
 from mmebm.energies.trace.tape import Tape
 from mmebm.energies.trace.watch import Rewrite, Watch
+from mmebm.ops.common.description import replaced
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Net
 from mmebm.state import flatten
 
-__all__ = ["Traced", "examined", "retrace", "trace"]
+__all__ = ["Traced", "examined", "retrace", "tied", "trace"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,38 @@ def trace(
         _examine(energy, tensors, args, kwargs)
         seen = tuple(noted.seen)
         return replace(_traced(energy, tensors, build, args, kwargs, log_prob), seen=seen)
+
+
+def tied(net: Net, module: nn.Module) -> Net:
+    """``net`` on the parameters of ``module`` themselves, where :func:`trace` has tensors on their memory without a
+    graph: gradients of :func:`mmebm.ops.net.op.net_energy` then reach them.
+
+    Raises:
+        ValueError: naming a parameter with ``requires_grad`` that is no tensor of the net as it lies, such as one under
+            spectral norm.
+
+    Example:
+        >>> energy = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 1))
+        >>> x = torch.randn(8, 1, 4, 4)
+        >>> value, gradient = mmebm.ops.net.op.net_energy(x.flatten(1), tied(trace(energy, x).net, energy))
+        >>> gradient.square().sum().backward()
+    """
+
+    def place(t: Tensor) -> tuple[Any, ...]:
+        return t.data_ptr(), tuple(t.shape), t.stride()
+
+    parameters, found = {place(p): p for p in module.parameters()}, set[int]()
+
+    def own(t: Tensor, _: Any) -> Tensor:
+        p = parameters.get(place(t), t)
+        found.add(id(p))
+        return p
+
+    net = replaced(net, own)
+    for name, p in module.named_parameters():
+        if p.requires_grad and id(p) not in found:
+            raise ValueError(f"{name} is no tensor of the net as it lies: gradients would not reach it")
+    return net
 
 
 def examined(

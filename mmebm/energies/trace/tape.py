@@ -102,7 +102,13 @@ class Tape:
         def memory(tensors: Iterable[Tensor]) -> set[int]:
             return {t.untyped_storage()._cdata for t in tensors}
 
+        held, given = list(held), list(given)
         places, inputs = memory(held), memory(given)
+        # other tensors on the memory of the parameters: a module may swap these for others as long as nobody holds them
+        own = {id(t): t.detach() for t in held if isinstance(t, torch.nn.Parameter)}
+        for t in given:
+            own.pop(id(t), None)
+        self._steps = [s._replace(args=_swapped(s.args, own), kwargs=_swapped(s.kwargs, own)) for s in self._steps]
         self.static = memory(net) <= places - inputs
         made: set[int] = set()
         for step in self._steps:

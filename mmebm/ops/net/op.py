@@ -163,7 +163,8 @@ def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, T
 
     Args:
         x: (chains, inputs), floating.
-        net: see :mod:`mmebm.ops.net.graph`; :func:`mmebm.energies.trace.trace` makes one of an energy.
+        net: see :mod:`mmebm.ops.net.graph`; :func:`mmebm.energies.trace.trace` makes one of an energy, whose tensors
+            have no graph, and :func:`mmebm.energies.trace.tied` puts the parameters themselves into it.
         backend: "auto", "torch", "cpp" or "triton".
 
     Returns:
