@@ -285,11 +285,9 @@ def independent_inference(config: Config) -> Config:
     return _with(paper(config), inference="per_expert")
 
 
-NOTHING: Mapping[str, str] = {}
-
-
-def from_noise(changes: Mapping[str, str] = NOTHING, *, steps: float = 1.0) -> Callable[[Config], Config]:
+def from_noise(changes: Mapping[str, str] | None = None, *, steps: float = 1.0) -> Callable[[Config], Config]:
     """An energy alone whose chains get more to come from noise to the data: ``steps`` times as many, ``changes``."""
+    fields = dict(changes or {})
 
     def change(config: Config) -> Config:
         alone, costs = ebm(config), _costs(config)
@@ -300,9 +298,9 @@ def from_noise(changes: Mapping[str, str] = NOTHING, *, steps: float = 1.0) -> C
         each = costs["data"] + costs["energy"]
         fewer = round(stage.iterations * each / (each + (steps - 1.0) * costs["data"]))
         stage = dataclasses.replace(stage, iterations=fewer)
-        return override(alone.replace(data_chain=more, stages=(stage,)), dict(changes))
+        return override(alone.replace(data_chain=more, stages=(stage,)), fields)
 
-    settings = ", ".join([f"{steps:g} times the steps"] * (steps != 1.0) + [f"{k}={v}" for k, v in changes.items()])
+    settings = ", ".join([f"{steps:g} times the steps"] * (steps != 1.0) + [f"{k}={v}" for k, v in fields.items()])
     change.__doc__ = f"An energy alone, chains from noise with {settings}."
     return change
 

@@ -275,9 +275,7 @@ def writes_undone() -> Iterator[None]:
     finally:
         wrote = False
         for place, before in attempt().held:
-            now = list(place.items()) if isinstance(place, dict) else list(place)
-            then = list(before.items()) if isinstance(before, dict) else before
-            if len(now) != len(then) or any(not _is_same(a, b) for a, b in zip(now, then, strict=True)):
+            if list(map(id, _contents(place))) != list(map(id, _contents(before))):
                 wrote = True
                 place.clear()
                 place.update(before) if isinstance(place, dict) else place.extend(before)
@@ -285,9 +283,8 @@ def writes_undone() -> Iterator[None]:
         refuse("it writes to a list or dict by an operator in place")
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """By who they are, and entries of dicts by their parts."""
-    return a is b or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == 2 and a[0] is b[0] and a[1] is b[1])
+def _contents(place: list[Any] | dict[Any, Any]) -> list[Any]:
+    return [*place, *place.values()] if isinstance(place, dict) else place
 
 
 # -- what the code of a function may do
