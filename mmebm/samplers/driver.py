@@ -344,7 +344,8 @@ class Sampler:
         kwargs: Mapping[str, Any] | None = None,
         record: Collection[str] = (),
     ) -> tuple[S, Carry, dict[str, Any]]:
-        """One step, for a loop of your own; ``n`` of them are ``sample(energy, state, n)`` bit for bit.
+        """One step, for a loop of your own; ``n`` of them are ``sample(energy, state, n)`` bit for bit. Those of
+        tempering are to a rounding of the energy: replicas that changed places are evaluated at other rows.
 
         State, weights, energy and arguments may be others at each step: energy and gradient at the state are evaluated
         by the step itself. So MALA, HMC, underdamped dynamics and tempering take one evaluation more than in

@@ -75,6 +75,12 @@ def test_steps_are_the_chain(name: str, function: Any, dtype: torch.dtype, struc
     common = {"observed": observed, "seed": seed, "chain_offset": offset, "first_step": first}
     record = records_of(sampler)
     out = sampler.sample(function, x, STEPS, args=args, thin=THIN, record=record, **common)
+    # replicas that changed places are evaluated at other rows, where torch's vectors may round otherwise (1 ulp was
+    # seen with the seeds 1, 7 and 99052191): each of the seven steps may add one or two
+    ulps = 16 * torch.finfo(dtype).eps if name.startswith("tempering") else 0.0
+
+    def assert_same(a: Any, b: Any) -> None:
+        torch.testing.assert_close(a, b, rtol=ulps, atol=ulps, equal_nan=True)
 
     carry, now, states, rows = sampler.init(x, **common), x, [], []
     for _ in range(STEPS):
