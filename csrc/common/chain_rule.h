@@ -11,10 +11,21 @@
 #include "common/chain_job.h"
 #include "common/philox_vec.h"
 #include "common/rule_vec.h"
+#include "common/threads.h"
 #include "common/vec.h"
 
 namespace mmebm {
 namespace {
+
+// In how many pieces the members of a team cut so many items, of which `least` are worth another thread's while: several
+// for each, so that one that is kept waiting keeps nobody waiting.
+MMEBM_INLINE int64_t pieces_of(const Team* team, int64_t items, int64_t least) {
+  if (!team || items < 2 * least) return 1;
+  const int helpers = team->helpers();
+  if (helpers == 0) return 1;
+  const int64_t most = items / least, wanted = 4 * (int64_t{1} + helpers);
+  return most < wanted ? most : wanted;
+}
 
 using Lanes = M;  // M counts the vectors of a row below
 
@@ -44,6 +55,7 @@ struct Rows {
   int64_t inside;  // lanes that are chains
   float *x, *g, *old, *energy, *dead, *row;
   uint8_t* observed;
+  Team* team = nullptr;  // threads that help with the rows
 
   int64_t chain_of(int lane) const { return first + (lane < inside ? lane : inside - 1); }
   int lanes_of(int m) const {
@@ -100,11 +112,14 @@ MMEBM_INLINE void chain_words(const Rows<M>& t, I* words) {
 
 MMEBM_INLINE bool has(const ChainTensor& tensor, Slot f) { return (tensor.present >> f & 1) != 0; }
 
-// Calls body(row of the state, m, normal) for all rows of a tensor. Without noise the normals are 0.
+// Calls body(row of the state, m, normal) for the rows of a tensor in groups of four, `begin` to `end`. Without noise the
+// normals are 0.
 template <int M, class Body>
-MMEBM_INLINE void each_row(const Rows<M>& t, const ChainTensor& tensor, uint32_t step, bool noise, const Body& body) {
+MMEBM_INLINE void each_row(const Rows<M>& t, const ChainTensor& tensor, uint32_t step, bool noise, const Body& body,
+                           int64_t begin, int64_t end) {
+  const int64_t last = 4 * end < tensor.width ? 4 * end : tensor.width;
   if (!noise) {
-    for (int64_t i = 0; i < tensor.width; ++i) {
+    for (int64_t i = 4 * begin; i < last; ++i) {
       for (int m = 0; m < M; ++m) body(tensor.begin + i, m, setf(0.0f));
     }
     return;
@@ -114,7 +129,7 @@ MMEBM_INLINE void each_row(const Rows<M>& t, const ChainTensor& tensor, uint32_t
   OneChain::init(schedule, key, 0);
   I words[M];
   chain_words(t, words);
-  for (int64_t i = 0; i < tensor.width; i += 4) {
+  for (int64_t i = 4 * begin; i < last; i += 4) {
     F z[4 * M];
     normals_by_chain<M>(schedule, key, static_cast<uint32_t>(i / 4), words, z);
     const int64_t rows = tensor.width - i < 4 ? tensor.width - i : 4;
@@ -122,6 +137,20 @@ MMEBM_INLINE void each_row(const Rows<M>& t, const ChainTensor& tensor, uint32_t
       for (int m = 0; m < M; ++m) body(tensor.begin + i + r, m, z[4 * m + r]);
     }
   }
+}
+
+// Groups of four rows that are worth another thread's while: some microseconds.
+constexpr int64_t GROUPS_SHARED = 128;
+
+// The same for all rows, on all threads of the team.
+template <int M, class Body>
+MMEBM_INLINE void each_row(const Rows<M>& t, const ChainTensor& tensor, uint32_t step, bool noise, const Body& body) {
+  const int64_t groups = (tensor.width + 3) / 4;
+  const int64_t pieces = pieces_of(t.team, groups, GROUPS_SHARED);
+  if (pieces == 1) return each_row(t, tensor, step, noise, body, 0, groups);
+  t.team->share(pieces, nullptr, [&](int64_t k, float*) {
+    each_row(t, tensor, step, noise, body, groups * k / pieces, groups * (k + 1) / pieces);
+  });
 }
 
 // x + noise, where the noise stands before the gradient.

@@ -16,6 +16,8 @@
 #include <pthread.h>
 #include <time.h>
 
+#include <sched.h>
+
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -65,7 +67,71 @@ void start_threads(int threads, void (*work)(void*), void* data) {
   for (std::thread& other : others) other.join();
 }
 
+// While others finish: a short while of turns, and then the core goes to whoever needs it.
+class Wait {
+ public:
+  void turn() {
+    if (++turns_ % 1024 != 0) {
+#if defined(__x86_64__) && defined(__GNUC__)
+      __builtin_ia32_pause();
+#endif
+      return;
+    }
+    sched_yield();
+  }
+
+ private:
+  int turns_ = 0;
+};
+
+constexpr uint64_t END = 0xffff, FIRST = 16;  // bits of Team::open_
+
 }  // namespace
+
+int Team::helpers() const { return helpers_.load(std::memory_order_relaxed); }
+
+bool Team::closed() const { return closed_.load(std::memory_order_acquire); }
+
+void Team::close() { closed_.store(true, std::memory_order_release); }
+
+void Team::run(int64_t pieces, float* scratch, Piece piece, const void* body) {
+  if (pieces < 2 || pieces > static_cast<int64_t>(END)) {
+    for (int64_t i = 0; i < pieces; ++i) piece(body, i, scratch);
+    return;
+  }
+  piece_ = piece;
+  body_ = body;
+  done_.store(0, std::memory_order_relaxed);
+  const uint64_t work = (open_.load(std::memory_order_relaxed) >> 32) + 1;
+  uint64_t open = work << 32 | static_cast<uint64_t>(pieces);
+  open_.store(open, std::memory_order_release);
+  int64_t own = 0;
+  while ((open >> FIRST & END) < (open & END)) {
+    const auto i = static_cast<int64_t>(open >> FIRST & END);
+    if (!open_.compare_exchange_weak(open, open + (uint64_t{1} << FIRST), std::memory_order_relaxed)) continue;
+    piece(body, i, scratch);
+    ++own;
+    open = open_.load(std::memory_order_relaxed);
+  }
+  for (Wait wait; done_.load(std::memory_order_acquire) < pieces - own;) wait.turn();
+}
+
+void Team::help(float* scratch) {
+  helpers_.fetch_add(1, std::memory_order_relaxed);
+  for (Wait wait; !closed();) {
+    uint64_t open = open_.load(std::memory_order_relaxed);
+    if ((open >> FIRST & END) >= (open & END)) {
+      wait.turn();
+      continue;
+    }
+    // what the leader wrote before it opened the work is seen from here on, and stays until this piece is done
+    if (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+    piece_(body_, static_cast<int64_t>((open & END) - 1), scratch);
+    done_.fetch_add(1, std::memory_order_release);
+    wait = Wait();
+  }
+  helpers_.fetch_sub(1, std::memory_order_relaxed);
+}
 
 void run_on_threads(int threads, void (*work)(void*), void* data) {
   (void)registered;

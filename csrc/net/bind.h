@@ -141,12 +141,6 @@ inline void bind_net(pybind11::module_& m, Isa (*isa_from)(const std::string&)) 
         py::arg("nodes"));
   m.def("net_energy", run, "One evaluation of a net, the same of a job without steps.", py::arg("job"),
         py::arg("nodes"));
-  m.def("net_tiles",
-        [isa_from](int64_t chains, int threads, const std::string& isa) {
-          return net_tiles(chains, isa_from(isa), threads);
-        },
-        "In how many tiles, each the work of one thread, a net cuts the chains.", py::arg("chains"), py::arg("threads"),
-        py::arg("isa"));
 }
 
 }  // namespace mmebm

@@ -640,7 +640,7 @@ class Planner {
     // an odd number of rows: the points of a tile must not all lie in one set of a cache
     w.in_point = w.chunk * w.inputs | 1;
     w.out_point = w.chunk * w.outputs | 1;
-    w.scratch = take(16 * (w.in_point + w.out_point));
+    plan_.scratch = std::max(plan_.scratch, w.rows());
     if (bias) w.bias = own(numbers_, std::vector<float>(bias, bias + w.outputs));
 
     // G g G^T of every kernel
@@ -676,7 +676,7 @@ class Planner {
     pass.to = own(positions_, std::move(starts[1]));
     std::vector<NetPass> passes;
     for (int64_t f = 0; f < 16; ++f) {
-      pass.in = w.scratch + f * w.in_point;
+      pass.in = f * w.in_point;
       add_pass(passes, pass, rows, points[static_cast<size_t>(f)].data(), outputs, rows, nullptr, {});
       pass.block_positions = passes[0].block_positions;  // of all the same
       pass.block_outputs = passes[0].block_outputs;
@@ -791,6 +791,7 @@ class Planner {
     }
     NetRuns out;
     out.count = static_cast<int64_t>(runs.size());
+    out.products = static_cast<int64_t>(sums.terms.size());
     out.runs = own(runs_, std::move(runs));
     out.terms = own(terms_, std::move(terms));
     return out;
@@ -978,6 +979,12 @@ class Planner {
       direct(s, in, in.value, out, out.value, s.bias, forward);
       if (w.reads[0].needed) scattered(s, out, out.grad, in, in.grad, nullptr, backward);
     }
+    for (const std::vector<NetPass>* passes : {&forward, &backward}) {
+      for (const NetPass& pass : *passes) plan_.products += pass.products();
+    }
+    for (const NetWinograd* tiles : {w.node.forward_tiles, w.node.backward_tiles}) {
+      if (tiles) plan_.products += 16 * tiles->tiles * tiles->inputs * tiles->outputs;
+    }
     w.node.forward_count = static_cast<int64_t>(forward.size());
     w.node.forward = own(passes_, std::move(forward));
     w.node.backward_count = static_cast<int64_t>(backward.size());
@@ -1068,7 +1075,8 @@ std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
     const auto turns = [threads](int64_t count) { return static_cast<double>((count + threads - 1) / threads); };
     if (turns(halves) * NARROW < turns(tiles)) return {{&narrow, 0, halves}};
     if (chains % wide.lanes > 0 && chains % wide.lanes <= narrow.lanes) {
-      return {{&wide, 0, tiles - 1}, {&narrow, (tiles - 1) * wide.lanes, 1}};
+      const Part rest = {&narrow, (tiles - 1) * wide.lanes, 1};
+      return tiles == 1 ? std::vector<Part>{rest} : std::vector<Part>{{&wide, 0, tiles - 1}, rest};
     }
   }
 #endif
@@ -1076,42 +1084,66 @@ std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
   return {{&wide, 0, tiles}};
 }
 
-}  // namespace
-
-int64_t net_tiles(int64_t chains, Isa isa, int threads) {
-  int64_t total = 0;
-  for (const Part& part : parts_of(chains, isa, std::max(threads, 1))) total += part.count;
-  return total;
+// Vectors' products of one evaluation, about.
+int64_t products_of(const std::vector<NetSpec>& nodes) {
+  int64_t products = 0;
+  for (const NetSpec& s : nodes) {
+    if (s.kind != NetNodeKind::conv && s.kind != NetNodeKind::linear) continue;
+    const NetSpec& x = nodes[static_cast<size_t>(s.xs.at(0))];
+    const bool linear = s.kind == NetNodeKind::linear;
+    const int64_t taps = linear ? x.elements() : s.sizes[1] * s.sizes[2] * s.sizes[3];
+    products += 2 * (s.transposed ? x.elements() : s.elements()) * taps;  // there and back
+  }
+  return products;
 }
 
+}  // namespace
+
 void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threads) {
-  threads = std::max(threads, 1);
-  std::vector<Part> parts = parts_of(job.chains, isa, threads);
+  // Threads that share a tile. A net with few products is not worth it: of that each tile is the work of one thread.
+  const int64_t members = std::clamp<int64_t>(products_of(nodes) / (4 * NET_SHARED), 1, std::max(threads, 1));
+  const std::vector<Part> parts = parts_of(job.chains, isa, members > 1 ? 1 : std::max(threads, 1));
   std::deque<Planner> planners;
-  const int64_t total = net_tiles(job.chains, isa, threads);
-  int64_t size = 0;
+  int64_t total = 0, size = 0, scratch = 0;
   for (const Part& part : parts) {
-    planners.emplace_back(job, nodes, *part.loops);
-    size = std::max(size, planners.back().plan().rows * part.loops->lanes);
+    const NetPlan& plan = planners.emplace_back(job, nodes, *part.loops).plan();
+    total += part.count;
+    size = std::max(size, plan.rows * part.loops->lanes);
+    scratch = std::max(scratch, plan.scratch * part.loops->lanes);
   }
-  threads = static_cast<int>(std::min<int64_t>(threads, total));
-  const Zeros arenas(size * threads);
-  const std::unique_ptr<std::atomic<bool>[]> taken(new std::atomic<bool>[static_cast<size_t>(threads)]());
-  std::vector<int64_t> last(static_cast<size_t>(threads), -1);  // the part that an arena was used for, -1: none
-  for_each_tile(total, threads, [&](int64_t tile) {
-    int slot = 0;
-    while (taken[static_cast<size_t>(slot)].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
-    float* const arena = arenas.data() + slot * size;
-    int64_t& before = last[static_cast<size_t>(slot)];
-    size_t i = 0;
-    for (; tile >= parts[i].count; ++i) tile -= parts[i].count;
-    if (before >= 0 && before != static_cast<int64_t>(i)) {  // else borders are as they were: zero
-      memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
+  threads = static_cast<int>(std::clamp<int64_t>(total * members, 1, std::max(threads, 1)));
+  const Zeros arenas(size * std::min<int64_t>(threads, total)), scratches(scratch * threads);
+  const std::unique_ptr<Team[]> teams(new Team[static_cast<size_t>(total)]);
+  std::atomic<int64_t> next{0}, leaders{0}, present{0};
+  on_threads(threads, [&] {
+    float *const own = scratches.data() + present.fetch_add(1) * scratch, *arena = nullptr;
+    size_t before = 0;  // the part that the arena was used for
+    for (int64_t tile; (tile = next.fetch_add(1)) < total;) {
+      int64_t at = tile;
+      size_t i = 0;
+      for (; at >= parts[i].count; ++i) at -= parts[i].count;
+      if (!arena) {
+        arena = arenas.data() + leaders.fetch_add(1) * size;
+      } else if (before != i) {  // else borders are as they were: zero
+        memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
+      }
+      before = i;
+      Team& team = teams[static_cast<size_t>(tile)];
+      const NetLoops& loops = *parts[i].loops;
+      const NetRoom room = {arena, own, members > 1 ? &team : nullptr};
+      loops.tile(job, planners[i].plan(), parts[i].first + at * loops.lanes, room);
+      team.close();
     }
-    before = static_cast<int64_t>(i);
-    const NetLoops& loops = *parts[i].loops;
-    loops.tile(job, planners[i].plan(), parts[i].first + tile * loops.lanes, arena);
-    taken[static_cast<size_t>(slot)].store(false, std::memory_order_release);
+    // No tile is left to take: help where the fewest do
+    while (members > 1) {
+      Team* least = nullptr;
+      for (int64_t tile = 0; tile < total; ++tile) {
+        Team& team = teams[static_cast<size_t>(tile)];
+        if (!team.closed() && (!least || team.helpers() < least->helpers())) least = &team;
+      }
+      if (!least) return;
+      least->help(own);
+    }
   });
 }
 

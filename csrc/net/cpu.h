@@ -45,7 +45,4 @@ struct NetSpec {
 // fit together, and std::bad_alloc where a net needs more memory than there is.
 void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threads);
 
-// In how many tiles, each the work of one thread, it cuts the chains.
-int64_t net_tiles(int64_t chains, Isa isa, int threads);
-
 }  // namespace mmebm

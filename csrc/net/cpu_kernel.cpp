@@ -125,18 +125,32 @@ constexpr Blocks blocks() {
 
 constexpr Blocks BLOCKS = blocks();
 
-// All positions of a pass; `after(position)` follows when all outputs of a block of positions are there.
+// What threads share of a pass: blocks of positions, or of outputs where there is but one of positions.
+struct Units {
+  NetSplit positions, outputs;
+
+  static Units of(const NetPass& pass) {
+    return {NetSplit::of(pass.positions, pass.block_positions), NetSplit::of(pass.outputs, pass.block_outputs)};
+  }
+  int64_t count() const { return positions.parts > 1 ? positions.parts : outputs.parts; }
+};
+
+// Units `first` to `last` of a pass, from rows counted from `base`; `after(row, outputs)` follows when the outputs of
+// these units are there at all positions of a block.
 template <class After>
-void run_pass(const NetPass& pass, const float* arena, Into into, const After& after) {
-  const NetSplit outputs = NetSplit::of(pass.outputs, pass.block_outputs);
-  const NetSplit positions = NetSplit::of(pass.positions, pass.block_positions);
-  const float* in = arena + pass.in * W;
-  int64_t begin = 0;
-  for (int64_t i = 0; i < positions.parts; ++i) {
+void run_pass(const NetPass& pass, const float* base, Into into, const After& after, int64_t first, int64_t last) {
+  const auto [positions, outputs] = Units::of(pass);
+  const bool by_position = positions.parts > 1;
+  const int64_t from = by_position ? first : 0, to = by_position ? last : positions.parts;
+  const int64_t left = by_position ? 0 : first, right = by_position ? outputs.parts : last;
+  const int64_t begin_output = outputs.begin(left), end_output = outputs.begin(right);
+  const float* in = base + pass.in * W;
+  int64_t begin = positions.begin(from);
+  for (int64_t i = from; i < to; ++i) {
     const int64_t count = positions.part(i);
-    const float* weight = pass.weight;
-    int64_t j = 0;
-    for (int64_t k = 0; k < outputs.parts; ++k) {
+    const float* weight = pass.weight + begin_output * pass.depth;
+    int64_t j = begin_output;
+    for (int64_t k = left; k < right; ++k) {
       const int64_t n = outputs.part(k);
       const Into here = {into.out + j * W, into.factor ? into.factor + j * W : nullptr, into.store};
       BLOCKS.of[count][n](pass, in, pass.from + begin, weight, pass.bias ? pass.bias + j : nullptr, here,
@@ -144,7 +158,7 @@ void run_pass(const NetPass& pass, const float* arena, Into into, const After& a
       weight += n * pass.depth;
       j += n;
     }
-    for (int64_t p = begin; p < begin + count; ++p) after(pass.to[p]);
+    for (int64_t p = begin; p < begin + count; ++p) after(pass.to[p] + begin_output, end_output - begin_output);
     begin += count;
   }
 }
@@ -206,27 +220,31 @@ void from_points(const NetWinograd& w, const float* from, const Into& into, int6
   }
 }
 
-// As run_pass.
+// As run_pass, of chunks `first` to `last` of the tiles.
 template <class After>
-void run_winograd(const NetWinograd& w, float* arena, const Into& into, const After& after) {
-  float* const ins = arena + w.scratch * W;
-  float* const outs = ins + 16 * w.in_point * W;
-  for (int64_t begin = 0; begin < w.tiles; begin += w.chunk) {
-    const int64_t count = w.tiles - begin < w.chunk ? w.tiles - begin : w.chunk;
+void run_winograd(const NetWinograd& w, const float* arena, float* scratch, const Into& into, const After& after,
+                  int64_t first, int64_t last) {
+  float* const outs = scratch + 16 * w.in_point * W;
+  const int64_t end = last * w.chunk < w.tiles ? last * w.chunk : w.tiles;
+  for (int64_t begin = first * w.chunk; begin < end; begin += w.chunk) {
+    const int64_t count = end - begin < w.chunk ? end - begin : w.chunk;
     for (int64_t t = 0; t < count; ++t) {
-      to_points(w, arena + (w.in + w.from[begin + t]) * W, ins + t * w.inputs * W);
+      to_points(w, arena + (w.in + w.from[begin + t]) * W, scratch + t * w.inputs * W);
     }
     for (int64_t f = 0; f < 16; ++f) {
       NetPass pass = w.points[f];
       pass.positions = count;
-      run_pass(pass, arena, {outs + f * w.out_point * W, nullptr, true}, [](int32_t) {});
+      const auto nothing = [](int32_t, int64_t) {};
+      run_pass(pass, scratch, {outs + f * w.out_point * W, nullptr, true}, nothing, 0, Units::of(pass).count());
     }
     for (int64_t t = 0; t < count; ++t) {
       const int inside = w.inside[begin + t];
       const int32_t to = w.to[begin + t];
       from_points(w, outs + t * w.outputs * W, into, to, inside);
       for (int y = 0; y <= inside >> 1; ++y) {
-        for (int x = 0; x <= (inside & 1); ++x) after(static_cast<int32_t>(to + y * w.out_pitch + x * w.out_step));
+        for (int x = 0; x <= (inside & 1); ++x) {
+          after(static_cast<int32_t>(to + y * w.out_pitch + x * w.out_step), w.outputs);
+        }
       }
     }
   }
@@ -234,37 +252,24 @@ void run_winograd(const NetWinograd& w, float* arena, const Into& into, const Af
 
 // ------------------------------------------------------------------------------------------------------------- elements
 
-// Calls body(row of a from its start, row of b, row of c, how many) for the rows inside the borders of values of one
-// shape.
-template <class Body>
-MMEBM_INLINE void each_span(const NetValue& a, const NetValue& b, const NetValue& c, const Body& body) {
-  const int64_t line = a.width * a.channels;
-  if (a.border_x + a.border_y + b.border_x + b.border_y + c.border_x + c.border_y == 0) {
-    return body(0, 0, 0, a.height * line);
-  }
-  for (int64_t y = 0; y < a.height; ++y) body(a.at(y, 0), b.at(y, 0), c.at(y, 0), line);
-}
-
-// `slope`: from a row that is written to the factor it is multiplied by, or 0 for none.
-void run_map(const NetRuns& runs, float* arena, bool store_it, int64_t slope) {
-  for (int64_t i = 0; i < runs.count; ++i) {
-    const NetRun& run = runs.runs[i];
-    const NetTerm* terms = runs.terms + run.first;
-    float* out = arena + static_cast<int64_t>(run.out) * W;
-    for (int64_t r = 0; r < run.count * int64_t{W}; r += W) {
-      F sum = store_it ? setf(0.0f) : load(out + r);
-      F part = setf(0.0f);
-      for (int32_t k = 0; k < run.terms; ++k) {
-        part = fma(setf(terms[k].weight), load(arena + static_cast<int64_t>(terms[k].in) * W + r), part);
-        if (k % 32 == 31) {
-          sum = add(sum, part);
-          part = setf(0.0f);
-        }
+// Rows `begin` to `end` of a run; `slope`: from a row that is written to the factor it is multiplied by, or 0 for none.
+void map_rows(const NetRuns& runs, const NetRun& run, float* arena, bool store_it, int64_t slope, int64_t begin,
+              int64_t end) {
+  const NetTerm* terms = runs.terms + run.first;
+  float* out = arena + static_cast<int64_t>(run.out) * W;
+  for (int64_t r = begin * W; r < end * W; r += W) {
+    F sum = store_it ? setf(0.0f) : load(out + r);
+    F part = setf(0.0f);
+    for (int32_t k = 0; k < run.terms; ++k) {
+      part = fma(setf(terms[k].weight), load(arena + static_cast<int64_t>(terms[k].in) * W + r), part);
+      if (k % 32 == 31) {
+        sum = add(sum, part);
+        part = setf(0.0f);
       }
-      sum = add(sum, part);
-      if (slope != 0) sum = mul(sum, load(out + slope * W + r));
-      store(out + r, sum);
     }
+    sum = add(sum, part);
+    if (slope != 0) sum = mul(sum, load(out + slope * W + r));
+    store(out + r, sum);
   }
 }
 
@@ -277,14 +282,88 @@ MMEBM_INLINE void put(float* to, F v, bool store_it) { store(to, store_it ? v : 
 
 MMEBM_INLINE F log_of(F x) { return mul(setf(-0.5f), minus_two_log(x)); }
 
+// Operations on vectors that are worth another thread's while.
+constexpr int64_t SHARED = NET_SHARED / 8;
+
 struct Net {
   const NetPlan& plan;
-  float* arena;
+  const NetRoom& room;
+  float* arena = room.arena;
 
   float* row(int64_t r) const { return arena + r * W; }
   const NetValue& value(int32_t i) const { return plan.values[i]; }
   float* of(const NetRead& r) const { return row(value(r.value).value); }
   float* grad_of(const NetRead& r) const { return row(value(r.value).grad); }
+
+  // -- what threads share
+
+  // body(begin, end, scratch) over [0, items), in pieces of at least `least` items.
+  template <class Body>
+  void each(int64_t items, int64_t least, const Body& body) const {
+    const int64_t pieces = pieces_of(room.team, items, least > 0 ? least : 1);
+    if (pieces == 1) return body(int64_t{0}, items, room.scratch);
+    room.team->share(pieces, room.scratch, [&](int64_t k, float* scratch) {
+      body(items * k / pieces, items * (k + 1) / pieces, scratch);
+    });
+  }
+
+  // body(row of a from its start, row of b, row of c, the first's number, how many) for the rows inside the borders of
+  // values of one shape.
+  template <class Body>
+  void each_span(const NetValue& a, const NetValue& b, const NetValue& c, const Body& body) const {
+    const int64_t line = a.width * a.channels;
+    if (a.border_x + a.border_y + b.border_x + b.border_y + c.border_x + c.border_y == 0) {
+      return each(a.height * line, SHARED, [&](int64_t begin, int64_t end, float*) {
+        body(begin, begin, begin, begin, end - begin);
+      });
+    }
+    each(a.height, SHARED / line, [&](int64_t begin, int64_t end, float*) {
+      for (int64_t y = begin; y < end; ++y) body(a.at(y, 0), b.at(y, 0), c.at(y, 0), y * line, line);
+    });
+  }
+
+  void map(const NetRuns& runs, bool store_it, int64_t slope) const {
+    const int64_t least = runs.count * SHARED / (runs.products + 1);
+    if (runs.count >= 2 * least) {
+      return each(runs.count, least, [&](int64_t begin, int64_t end, float*) {
+        for (int64_t i = begin; i < end; ++i) {
+          map_rows(runs, runs.runs[i], arena, store_it, slope, 0, runs.runs[i].count);
+        }
+      });
+    }
+    for (int64_t i = 0; i < runs.count; ++i) {
+      const NetRun& run = runs.runs[i];
+      each(run.count, SHARED / (run.terms + 1), [&](int64_t begin, int64_t end, float*) {
+        map_rows(runs, run, arena, store_it, slope, begin, end);
+      });
+    }
+  }
+
+  // run(pass, first unit, last unit) over all units of a node's passes, which write to different rows.
+  template <class Run>
+  void each_pass(const NetPass* passes, int64_t count, const Run& run) const {
+    int64_t units = 0, products = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      units += Units::of(passes[i]).count();
+      products += passes[i].products();
+    }
+    each(units, units * NET_SHARED / (products + 1), [&](int64_t begin, int64_t end, float*) {
+      for (int64_t i = 0, before = 0; i < count && before < end; ++i) {
+        const int64_t here = Units::of(passes[i]).count();
+        const int64_t first = begin > before ? begin - before : 0, last = end - before < here ? end - before : here;
+        if (first < last) run(passes[i], first, last);
+        before += here;
+      }
+    });
+  }
+
+  template <class After>
+  void tiled(const NetWinograd& w, const Into& into, const After& after) const {
+    const int64_t chunk = 16 * w.chunk * w.inputs * w.outputs;
+    each((w.tiles + w.chunk - 1) / w.chunk, NET_SHARED / chunk, [&](int64_t first, int64_t last, float* scratch) {
+      run_winograd(w, arena, scratch, into, after, first, last);
+    });
+  }
 
   // -- forward
 
@@ -296,8 +375,7 @@ struct Net {
       const float* x = of(read);
       const F by = setf(read.coefficient);
       const NetValue& second = value(n.reads[n.kind == NetKind::product ? 1 : k].value);
-      int64_t i = 0;
-      each_span(out, value(read.value), second, [&](int64_t a, int64_t b, int64_t c, int64_t count) {
+      each_span(out, value(read.value), second, [&](int64_t a, int64_t b, int64_t c, int64_t i, int64_t count) {
         for (int64_t r = 0; r < count; ++r, ++i) {
           F v = load(x + (b + r) * W);
           if (n.kind == NetKind::add) {
@@ -321,8 +399,15 @@ struct Net {
     const NetValue& out = value(n.out);
     const float* const x = row(in.value);
     float *const y = row(out.value), *const slope = row(out.slope);
-    each_span(out, in, in, [&](int64_t a, int64_t b, int64_t, int64_t count) {
+    each_span(out, in, in, [&](int64_t a, int64_t b, int64_t, int64_t, int64_t count) {
       activate(static_cast<Activation>(n.activation), n.slope, x + b * W, y + a * W, slope + a * W, count * W);
+    });
+  }
+
+  template <class Body>
+  void each_group(const NetNode& n, const Body& body) const {
+    each(n.groups, SHARED / (4 * n.length), [&](int64_t begin, int64_t end, float*) {
+      for (int64_t g = begin; g < end; ++g) body(g);
     });
   }
 
@@ -330,7 +415,7 @@ struct Net {
     const NetValue& out = value(n.out);
     const NetValue& in = value(n.reads[0].value);
     const F by = setf(1.0f / static_cast<float>(n.length));
-    for (int64_t g = 0; g < n.groups; ++g) {
+    each_group(n, [&](int64_t g) {
       const int32_t *from = n.index + 2 * g * n.length, *to = from + n.length;
       Sum sum = no_sum();
       for (int64_t i = 0; i < n.length; ++i) {
@@ -351,14 +436,14 @@ struct Net {
         store(row(out.value + to[i]), v);
         store(row(n.scratch + n.groups + g * n.length + i), v);
       }
-    }
+    });
   }
 
   void norm_back(const NetNode& n) const {
     const NetValue& out = value(n.out);
     const NetRead& read = n.reads[0];
     const F by = setf(1.0f / static_cast<float>(n.length));
-    for (int64_t g = 0; g < n.groups; ++g) {
+    each_group(n, [&](int64_t g) {
       const int32_t *from = n.index + 2 * g * n.length, *to = from + n.length;
       Sum sum = no_sum(), along = no_sum();
       for (int64_t i = 0; i < n.length; ++i) {
@@ -374,7 +459,7 @@ struct Net {
         const F d = sub(sub(load(row(out.grad + to[i])), mean), mul(v, slope));
         put(row(value(read.value).grad + from[i]), mul(d, scale), read.store);
       }
-    }
+    });
   }
 
   // scratch: exp(x - log sum exp), the derivatives
@@ -423,10 +508,10 @@ struct Net {
       const NetNode& n = plan.nodes[k];
       const NetValue& out = value(n.out);
       if (n.kind == NetKind::product_sum) {
-        const auto layer = [&](int64_t rows, int64_t outputs, const auto& run) {
+        const auto layer = [&](int64_t rows, const auto& run) {
           float* const y = row(rows);
           float* const slope = out.slope < 0 ? nullptr : y + (out.slope - out.value) * W;
-          run(Into{y, nullptr, !n.accumulate}, [&, y, slope](int32_t at) {
+          run(Into{y, nullptr, !n.accumulate}, [&, y, slope](int32_t at, int64_t outputs) {
             if (n.activation < 0) return;
             float* const here = y + int64_t{at} * W;
             activate(static_cast<Activation>(n.activation), n.slope, here, here, slope + int64_t{at} * W, outputs * W);
@@ -434,17 +519,16 @@ struct Net {
         };
         if (n.forward_tiles) {
           const NetWinograd& w = *n.forward_tiles;
-          layer(w.out, w.outputs, [&](const Into& into, const auto& after) { run_winograd(w, arena, into, after); });
+          layer(w.out, [&](const Into& into, const auto& after) { tiled(w, into, after); });
         }
-        for (int64_t i = 0; i < n.forward_count; ++i) {
-          const NetPass& pass = n.forward[i];
-          layer(pass.out, pass.outputs, [&](const Into& to, const auto& after) { run_pass(pass, arena, to, after); });
-        }
+        each_pass(n.forward, n.forward_count, [&](const NetPass& pass, int64_t first, int64_t last) {
+          layer(pass.out, [&](const Into& to, const auto& after) { run_pass(pass, arena, to, after, first, last); });
+        });
         continue;
       }
       switch (n.kind) {
         case NetKind::input:
-        case NetKind::map: run_map(n.runs, arena, true, 0); break;
+        case NetKind::map: map(n.runs, true, 0); break;
         case NetKind::activation: activate_value(n, value(n.reads[0].value)); continue;
         case NetKind::add:
         case NetKind::affine:
@@ -476,8 +560,7 @@ struct Net {
       const int64_t slope = slope_of(n, read);
       const F by = setf(read.coefficient);
       const NetValue& other = value(n.reads[n.kind == NetKind::product ? 1 - k : k].value);
-      int64_t i = 0;
-      each_span(out, in, other, [&](int64_t a, int64_t b, int64_t c, int64_t count) {
+      each_span(out, in, other, [&](int64_t a, int64_t b, int64_t c, int64_t i, int64_t count) {
         for (int64_t r = 0; r < count; ++r, ++i) {
           F v = load(d + (a + r) * W);
           if (n.kind == NetKind::add) {
@@ -506,7 +589,7 @@ struct Net {
       const NetValue& out = value(n.out);
       if (out.grad < 0) continue;
       if (n.multiply) {
-        each_span(out, out, out, [&](int64_t a, int64_t, int64_t, int64_t count) {
+        each_span(out, out, out, [&](int64_t a, int64_t, int64_t, int64_t, int64_t count) {
           for (int64_t r = a; r < a + count; ++r) {
             store(row(out.grad + r), mul(load(row(out.grad + r)), load(row(out.slope + r))));
           }
@@ -521,15 +604,17 @@ struct Net {
             float* const to = row(rows);
             return Into{to, read.times ? to + (in.slope - in.grad) * W : nullptr, read.store};
           };
-          const auto nothing = [](int32_t) {};
-          if (n.backward_tiles) run_winograd(*n.backward_tiles, arena, into(n.backward_tiles->out), nothing);
-          for (int64_t i = 0; i < n.backward_count; ++i) run_pass(n.backward[i], arena, into(n.backward[i].out), nothing);
+          const auto nothing = [](int32_t, int64_t) {};
+          if (n.backward_tiles) tiled(*n.backward_tiles, into(n.backward_tiles->out), nothing);
+          each_pass(n.backward, n.backward_count, [&](const NetPass& pass, int64_t first, int64_t last) {
+            run_pass(pass, arena, into(pass.out), nothing, first, last);
+          });
           break;
         }
         case NetKind::input:
         case NetKind::map:
           for (int32_t i = 0; i < n.read_count; ++i) {
-            if (n.reads[i].needed) run_map(n.reads[i].back, arena, n.reads[i].store, slope_of(n, n.reads[i]));
+            if (n.reads[i].needed) map(n.reads[i].back, n.reads[i].store, slope_of(n, n.reads[i]));
           }
           break;
         case NetKind::activation:
@@ -560,11 +645,12 @@ void fill_constant(const NetConstant& c, int64_t elements, const Rows<1>& t, flo
   }
 }
 
-void tile(const ChainJob& job, const NetPlan& plan, int64_t first, float* arena) {
+void tile(const ChainJob& job, const NetPlan& plan, int64_t first, const NetRoom& room) {
+  float* const arena = room.arena;
   const int64_t left = job.chains - first;
   Rows<1> t = {job, first, left < W ? left : W, arena + plan.state * W, arena + plan.grad * W, arena + plan.old * W,
-               arena + plan.energy * W, arena + plan.dead * W, arena + plan.row * W, nullptr};
-  const Net net = {plan, arena};
+               arena + plan.energy * W, arena + plan.dead * W, arena + plan.row * W, nullptr, room.team};
+  const Net net = {plan, room};
   gather(t, job.x, job.inputs, job.inputs, t.x);
   if (job.observed) {
     t.observed = reinterpret_cast<uint8_t*>(arena + plan.observed * W);

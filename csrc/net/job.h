@@ -11,8 +11,12 @@
 #include "common/activation.h"
 #include "common/chain_job.h"
 #include "common/isa.h"
+#include "common/threads.h"
 
 namespace mmebm {
+
+// Products of vectors that are worth another thread's while: some microseconds.
+constexpr int64_t NET_SHARED = 1 << 14;
 
 // `value`: what the node gives; `slope`: the derivative of its activation; `grad`: dE/d(value), which the activation's
 // backward pass turns into that before it. -1 where there is none.
@@ -44,18 +48,20 @@ struct NetPass {
   const float* weight = nullptr;  // packed: block after block of outputs, each (depth, block)
   const float* bias = nullptr;    // (outputs,) or null
   int32_t block_positions = 0, block_outputs = 0;  // at most, in registers
+
+  int64_t products() const { return positions * outputs * depth; }  // of vectors
 };
 
 // A convolution of 3 x 3, stride 1, by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2016): 16 products for 4 outputs, in
 // the place of 36, at 16 points that are each a pass of their own over the tiles. Tiles are taken `chunk` at a time.
 struct NetWinograd {
-  const NetPass* points = nullptr;  // 16; positions and rows are those of one chunk in the scratch
+  const NetPass* points = nullptr;  // 16; positions and rows are those of one chunk in its thread's scratch
   int64_t in = 0, out = 0;          // rows in the arena that the tiles are counted from
   const int32_t *from = nullptr, *to = nullptr;  // per tile: its first of 4 x 4 positions, and of 2 x 2
   const uint8_t* inside = nullptr;               // per tile: bit 0, 1: there is a second column, row of outputs
   int64_t tiles = 0, chunk = 1, inputs = 0, outputs = 0;
   int64_t in_pitch = 0, in_step = 0, out_pitch = 0, out_step = 0;  // rows from a line, a position to the next
-  int64_t scratch = 0;  // rows: chunk tiles at 16 points, of the inputs and then of the outputs
+  int64_t rows() const { return 16 * (in_point + out_point); }  // of scratch: a chunk at 16 points, first the inputs
   int64_t in_point = 0, out_point = 0;  // rows there from a point to the next
   const float* bias = nullptr;  // (outputs,) or null
 };
@@ -73,6 +79,7 @@ struct NetRuns {
   const NetRun* runs = nullptr;
   int64_t count = 0;
   const NetTerm* terms = nullptr;
+  int64_t products = 0;  // of vectors
 };
 
 // A constant over the elements of a value, in their order in memory: numbers, or rows filled at the start of a tile.
@@ -123,15 +130,23 @@ struct NetPlan {
   int64_t energy = 0, dead = 0, row = 0;  // rows of one number
   int64_t observed = 0;                   // rows of bytes
   int64_t rows = 0;                       // of the arena
+  int64_t scratch = 0;                    // rows that each thread has for itself
+  int64_t products = 0;                   // of vectors, in one evaluation
   int32_t last = 0;                       // the value that is the energy
+};
+
+// What runs a tile: an arena of zeros, a thread's scratch, both aligned, and the threads that help (none: nullptr).
+struct NetRoom {
+  float *arena, *scratch;
+  Team* team;
 };
 
 struct NetLoops {
   int64_t lanes;              // chains in one vector
   int32_t registers;          // sums that a block of positions times outputs may have
   int32_t positions, outputs;  // that a block may have
-  // All steps, or one evaluation, of `lanes` chains from `first` on (fewer at the end), in an aligned arena of zeros.
-  void (*tile)(const ChainJob& job, const NetPlan& plan, int64_t first, float* arena);
+  // All steps, or one evaluation, of `lanes` chains from `first` on (fewer at the end).
+  void (*tile)(const ChainJob& job, const NetPlan& plan, int64_t first, const NetRoom& room);
 };
 
 MMEBM_DECLARE_LOOPS(NetLoops, net_loops)
@@ -145,6 +160,7 @@ struct NetSplit {
     return {parts, total / parts, total % parts};
   }
   int64_t part(int64_t i) const { return size + (i < larger ? 1 : 0); }
+  int64_t begin(int64_t i) const { return i * size + (i < larger ? i : larger); }
 };
 
 }  // namespace mmebm

@@ -24,7 +24,7 @@ from mmebm import native
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import Addresses
 from mmebm.ops.langevin_mlp import MlpResult
-from mmebm.ops.langevin_mlp.cpp import Described, call_chain, call_energy, idle_threads, plain_on_cpu, supports_options
+from mmebm.ops.langevin_mlp.cpp import Described, call_chain, call_energy, plain_on_cpu, supports_options
 from mmebm.ops.net import graph
 from mmebm.ops.net.graph import Net, check_net, reads, shapes_of, tensors_of
 from mmebm.ops.net.op import NetChain
@@ -91,11 +91,6 @@ def supports_energy(net: Net, x: Tensor) -> str | None:
 def supports(chain: NetChain, x: Tensor) -> str | None:
     """Whether :func:`run` takes ``chain`` from the flat state ``x``: ``None``, or the reason why not."""
     return supports_energy(chain.net, x) or supports_options(chain, x)
-
-
-def note(chain: NetChain, x: Tensor) -> str | None:
-    """What to know of a chain that :func:`run` takes, or ``None``."""
-    return idle_threads(x, native.cpu().net_tiles(x.shape[0], torch.get_num_threads(), dispatch.isa()))
 
 
 def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -536,11 +536,57 @@ def test_tiles_are_off_where_bits_matter(isa: str, torch_seed: int) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_idle_threads_are_said(torch_seed: int) -> None:
-    chain, x = make_chain("tutorial", 9, torch_seed)
-    torch.set_num_threads(2)
-    assert op.room("cpp", chain, x)[1].count(";") == op.room("cpp", chain, x[:8])[1].count(";") - 1
-    assert "8 chains keep 1 of 2 threads busy" in op.room("cpp", chain, x[:8])[1]
+class Everything(nn.Module):
+    """Layers of every kind, so wide that threads share them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        c = 24
+        self.first = nn.Conv2d(3, c, 5, padding=2, stride=2)
+        self.tiles, self.deep = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1, groups=c)
+        self.norm, self.up = nn.GroupNorm(4, c), nn.ConvTranspose2d(c, 12, 4, stride=2, padding=1)
+        self.batch = nn.BatchNorm2d(12)
+        self.scale = nn.Parameter(torch.rand(12, 40, 40))
+        self.hidden, self.last = nn.Linear(12 * 10 * 10, 300), nn.Linear(300, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.first(x))
+        h = h + self.deep(F.leaky_relu(self.norm(self.tiles(h))))
+        h = F.silu(self.batch(self.up(h))) * self.scale
+        h = F.interpolate(F.avg_pool2d(h, 4), scale_factor=2, mode="bilinear")
+        return -self.last(F.gelu(self.hidden(F.avg_pool2d(h, 2).flatten(1)))).logsumexp(1)
+
+
+@pytest.mark.parametrize("noise_at", ["before", "after"])
+def test_threads_that_share_a_tile_change_no_bit(isa: str, torch_seed: int, noise_at: Any) -> None:
+    """3 chains are one tile and 37 a few: whoever has none of its own helps with the others'."""
+    energy = Everything().requires_grad_(False).eval()
+    x = torch.rand(37, 3, 40, 40) * 2 - 1
+    net, flat = trace(energy, x).net, x.flatten(1)
+    step = 0.02 / float(reference.energy_and_gradient(flat[:3], net)[1].abs().mean())
+    params = StepParams(step, 0.01, low=-1.0, high=1.0, grad_norm_clip=1e3)
+    table = mlp.constants_of([[params]], 37, torch.float32, torch.device("cpu"))
+    assert not isinstance(table, str), table
+    chain = op.NetChain(
+        net=net,
+        widths=(flat.shape[1],),
+        streams=(0,),
+        noisy=(True,),
+        moving=(True,),
+        constants=table[0],
+        present=table[1],
+        seed=torch_seed,
+        noise_at=noise_at,
+    )
+    for chains in (3, 37):
+        torch.set_num_threads(1)
+        alone = cpp.run(chain, flat[:chains], 3, 0, energy=True, grad_norm=True)
+        assert float((alone.x - flat[:chains]).abs().mean()) > 0.01
+        for threads in (2, 3, 8, 2, 3, 8):
+            torch.set_num_threads(threads)
+            shared = cpp.run(chain, flat[:chains], 3, 0, energy=True, grad_norm=True)
+            for one, two in zip(alone, shared, strict=True):
+                assert one is two is None or torch.equal(one, two)
 
 
 def test_refusals(torch_seed: int) -> None:
