@@ -36,6 +36,15 @@ struct Into {
 using Block = void (*)(const NetPass& pass, const float* in, const int32_t* from, const float* weight,
                        const float* bias, const Into& into, const int32_t* to);
 
+// Into a register: a compiler would rather load it anew for each product that it is a factor of, and there are two loads
+// a cycle.
+MMEBM_INLINE F held(F x) {
+#if defined(MMEBM_X86)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 template <int P, int J>
 void block(const NetPass& pass, const float* in, const int32_t* from, const float* weight, const float* bias,
            const Into& into, const int32_t* to) {
@@ -69,20 +78,20 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
       if constexpr (P < J) {
         F x[P];
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) x[p] = load(at[p] + i);
+        for (int p = 0; p < P; ++p) x[p] = held(load(at[p] + i));
 #pragma GCC unroll 16
         for (int j = 0; j < J; ++j) {
-          const F w = setf(weight[j]);
+          const F w = held(setf(weight[j]));
 #pragma GCC unroll 16
           for (int p = 0; p < P; ++p) sum[p][j] = fma(w, x[p], sum[p][j]);
         }
       } else {
         F w[J];
 #pragma GCC unroll 16
-        for (int j = 0; j < J; ++j) w[j] = setf(weight[j]);
+        for (int j = 0; j < J; ++j) w[j] = held(setf(weight[j]));
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
-          const F x = load(at[p] + i);
+          const F x = held(load(at[p] + i));
 #pragma GCC unroll 16
           for (int j = 0; j < J; ++j) sum[p][j] = fma(w[j], x, sum[p][j]);
         }
