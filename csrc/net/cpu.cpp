@@ -1089,7 +1089,9 @@ int64_t products_of(const std::vector<NetSpec>& nodes) {
   int64_t products = 0;
   for (const NetSpec& s : nodes) {
     if (s.kind != NetNodeKind::conv && s.kind != NetNodeKind::linear) continue;
-    const NetSpec& x = nodes[static_cast<size_t>(s.xs.at(0))];
+    const auto read = s.xs.empty() ? nodes.size() : static_cast<size_t>(s.xs[0]);
+    if (read >= nodes.size()) continue;  // the planner refuses it
+    const NetSpec& x = nodes[read];
     const bool linear = s.kind == NetNodeKind::linear;
     const int64_t taps = linear ? x.elements() : s.sizes[1] * s.sizes[2] * s.sizes[3];
     products += 2 * (s.transposed ? x.elements() : s.elements()) * taps;  // there and back
