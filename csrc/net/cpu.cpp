@@ -384,20 +384,71 @@ class Planner {
     plan_.observed = take(job_.observed ? (job_.inputs + 3) / 4 : 0);
     for (size_t i = 0; i < works_.size(); ++i) {
       const Work& w = works_[i];
-      NetValue& v = values_[i];
-      if (w.into >= 0) continue;
-      if (w.kind == NetKind::input) {
-        const int64_t start = w.spec->start;
-        if (start < 0 || start + w.spec->elements() > job_.inputs) refuse("an input lies outside the state");
-        if (w.alias) {
-          v.value = plan_.state + start;
-          v.grad = w.needed ? plan_.grad + start : static_cast<int32_t>(i) == last_ ? take(1) : -1;
-          continue;
-        }
+      if (w.kind != NetKind::input) continue;
+      const int64_t start = w.spec->start;
+      if (start < 0 || start + w.spec->elements() > job_.inputs) refuse("an input lies outside the state");
+      if (!w.alias) continue;
+      values_[i].value = plan_.state + start;
+      values_[i].grad = w.needed ? plan_.grad + start : static_cast<int32_t>(i) == last_ ? take(1) : -1;
+    }
+    share(lives());
+  }
+
+  // From when to when rows hold what is read again. Node i runs at the time i and its backward pass at 2 n - i.
+  struct Life {
+    int64_t begin, end, *rows;
+    const NetValue* shape;
+  };
+
+  std::vector<Life> lives() {
+    const auto n = static_cast<int64_t>(works_.size());
+    std::vector<int64_t> first(works_.size(), n), last(works_.size(), -1), reader(works_.size(), -1);
+    std::vector<bool> kept(works_.size(), false);  // the backward pass reads the value
+    kept[static_cast<size_t>(last_)] = true;
+    for (int64_t i = 0; i < n; ++i) {
+      const Work& w = works_[static_cast<size_t>(i)];
+      const size_t own = slot(static_cast<size_t>(i));
+      first[own] = std::min(first[own], i);
+      last[own] = i;
+      for (const int32_t x : w.xs) {
+        const size_t read = slot(static_cast<size_t>(x));
+        last[read] = reader[read] = i;
+        kept[read] = kept[read] || w.kind == NetKind::product;
       }
-      v.value = take(v.rows());
-      if (w.activation >= 0) v.slope = take(v.rows());
-      if (w.needed || static_cast<int32_t>(i) == last_) v.grad = take(v.rows());
+    }
+    std::vector<Life> out;
+    for (size_t i = 0; i < works_.size(); ++i) {
+      const Work& w = works_[i];
+      NetValue& v = values_[i];
+      if (w.into >= 0 || w.alias) continue;
+      const bool energy = static_cast<int32_t>(i) == last_;
+      out.push_back({first[i], kept[i] ? 2 * n : last[i], &v.value, &v});
+      if (w.activation >= 0) out.push_back({first[i], 2 * n - first[i], &v.slope, &v});
+      if (!w.needed && !energy) continue;
+      // what nobody reads has a gradient of zeros that nobody writes
+      const int64_t begin = energy ? n : reader[i] < 0 ? 0 : 2 * n - reader[i];
+      out.push_back({begin, energy || reader[i] >= 0 ? 2 * n - first[i] : INT64_MAX, &v.grad, &v});
+    }
+    return out;
+  }
+
+  // Rows for each life, those of an ended one where there are some: fewer fit into a cache that more would not. Only of
+  // the same shape and borders, for nothing writes to a border.
+  void share(std::vector<Life> lives) {
+    std::stable_sort(lives.begin(), lives.end(), [](const Life& a, const Life& b) { return a.begin < b.begin; });
+    std::vector<const Life*> last;  // of each lot of rows
+    for (const Life& life : lives) {
+      const Life** found = nullptr;
+      for (const Life*& other : last) {
+        const bool free = other->end < life.begin && other->shape->alike(*life.shape);
+        if (free && (!found || other->end > (*found)->end)) found = &other;  // the one that was in use last
+      }
+      *life.rows = found ? *(*found)->rows : take(life.shape->rows());
+      if (found) {
+        *found = &life;
+      } else {
+        last.push_back(&life);
+      }
     }
   }
 

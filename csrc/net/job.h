@@ -19,7 +19,7 @@ namespace mmebm {
 constexpr int64_t NET_SHARED = 1 << 14;
 
 // `value`: what the node gives; `slope`: the derivative of its activation; `grad`: dE/d(value), which the activation's
-// backward pass turns into that before it. -1 where there is none.
+// backward pass turns into that before it. -1 where there is none. Rows that are not read again are used for others.
 struct NetValue {
   int64_t channels = 1, height = 1, width = 1, border_y = 0, border_x = 0;
   int64_t value = -1, slope = -1, grad = -1;
@@ -27,6 +27,10 @@ struct NetValue {
   int64_t elements() const { return channels * height * width; }
   int64_t pitch() const { return (width + 2 * border_x) * channels; }
   int64_t rows() const { return (height + 2 * border_y) * pitch(); }
+  bool alike(const NetValue& o) const {
+    return channels == o.channels && height == o.height && width == o.width && border_y == o.border_y &&
+           border_x == o.border_x;
+  }
   int64_t at(int64_t y, int64_t x) const { return (y + border_y) * pitch() + (x + border_x) * channels; }
 };
 
