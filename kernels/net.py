@@ -477,7 +477,7 @@ def pointwise_kernel(
     out_at: tl.int32,
     B: tl.constexpr,
 ):
-    """out = f(u_scale u [+ v_scale v | * v] [* scale] [+ shift] [+ rest_scale rest]) [* slope].
+    """out = f(u_scale u [+ v_scale v | * v (times 1) | / v (2)] [* scale] [+ shift] [+ rest_scale rest]) [* slope].
 
     A ``function`` stores its slope. Scale and shift lie in the buffer of the net's tensors, one row for all chains
     (stride 0) or one for each.
@@ -490,8 +490,10 @@ def pointwise_kernel(
     y = u_scale * tl.load(row + u_at + i, mask=ok, other=0.0)
     if v_at != _NONE:
         v = tl.load(row + v_at + i, mask=ok, other=0.0)
-        if times != 0:
+        if times == 1:
             y = y * v
+        elif times == 2:
+            y = tl.div_rn(y, v)
         else:
             y = y + v_scale * v
     if scale_at != _NONE:

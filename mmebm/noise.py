@@ -36,6 +36,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from mmebm.state import check_type, integer, items, one_integer, place, sizes
+
 __all__ = [
     "ACCEPT",
     "DRIFT",
@@ -72,17 +74,14 @@ SWAP: Final = 7  # exchanges between the temperatures of a ladder
 
 def stream(tensor_index: int, purpose: int = DRIFT) -> int:
     """The stream word of tensor ``tensor_index`` of the state, for one purpose: ``purpose * 2**24 + tensor_index``."""
-    if not 0 <= tensor_index < 1 << 24:
-        raise ValueError(f"tensor_index must be in [0, 2**24), got {tensor_index}")
-    if not 0 <= purpose < 1 << 8:
-        raise ValueError(f"purpose must be in [0, 256), got {purpose}")
-    return purpose << 24 | tensor_index
+    return integer("purpose", purpose, 0, 1 << 8) << 24 | integer("tensor_index", tensor_index, 0, 1 << 24)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """A 63-bit seed from ``generator``, or from torch's global CPU generator, so that ``torch.manual_seed`` rules."""
     if generator is None:
         return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item())
+    check_type("generator", generator, torch.Generator, "a torch.Generator")
     draw = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device)
     return int(draw.item())
 
@@ -103,10 +102,23 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]
 
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what would do.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
+    given = items("counter", counter)
+    if len(given) != 4 or not all(isinstance(word, Tensor) and word.dtype == torch.int64 for word in given):
+        raise TypeError(f"counter must be four int64 tensors, got {counter!r:.80}")
+    try:
+        torch.broadcast_shapes(*(word.shape for word in given))
+    except RuntimeError:
+        shapes = [tuple(word.shape) for word in given]
+        raise ValueError(f"counter must be tensors that broadcast against each other, got shapes {shapes}") from None
+    if len(items("key", key)) != 2:
+        raise ValueError(f"key must be two words, got {key!r:.80}")
+    c0, c1, c2, c3 = given
+    k0, k1 = (_number(f"key[{i}]", word) for i, word in enumerate(key))
+    for _ in range(integer("rounds", rounds, 0)):
         hi0, lo0 = _mulhilo(MULTIPLIERS[0], c0)
         hi1, lo1 = _mulhilo(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
@@ -115,10 +127,15 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]
 
 
 def _split_seed(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
-    if isinstance(seed, Tensor):
-        seed = seed.reshape(()).to(torch.int64)
-        return seed & MASK32, (seed >> 32) & MASK32
+    seed = _number("seed", seed)
     return seed & MASK32, (seed >> 32) & MASK32
+
+
+def _number(name: str, value: int | Tensor) -> int | Tensor:
+    """A seed or step: an int, or a tensor without dimensions."""
+    if isinstance(value, Tensor):
+        return one_integer(name, value).reshape(())
+    return integer(name, value, -(2**63), 2**64)
 
 
 def words(
@@ -134,21 +151,28 @@ def words(
     """The Philox words of ``blocks`` blocks of ``chains`` chains: int64 (chains, blocks, 4), values in [0, 2**32).
 
     ``seed`` (64 bits) and ``step`` (32 bits) may be 1-element integer tensors on ``device``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what would do.
     """
-    if isinstance(step, Tensor):
-        step = step.reshape(()).to(torch.int64) & MASK32
-    else:
-        step = torch.full((), step & MASK32, dtype=torch.int64, device=device)
+    chains, blocks = integer("chains", chains, 0, 2**62), integer("blocks", blocks, 0, 2**62)
+    stream, chain_offset = integer("stream", stream, 0, 2**32), integer("chain_offset", chain_offset, 0, 2**62)
+    if device is not None and not isinstance(device, torch.device):
+        device = place("device", device)
+    step = _number("step", step) & MASK32
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=device)
     block = torch.arange(blocks, dtype=torch.int64, device=device)
     chain = torch.arange(chain_offset, chain_offset + chains, dtype=torch.int64, device=device)[:, None] & MASK32
     tag = torch.full((), stream, dtype=torch.int64, device=device)
     return torch.stack(philox4x32((block, chain, step, tag), _split_seed(seed)), dim=-1)
 
 
-def _per_element(shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) == 0:
+def _per_element(shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+    shape = sizes("shape", shape)
+    if not shape:
         raise ValueError("shape must have a leading chain dimension, got ()")
-    return shape[0], math.prod(shape[1:])
+    return shape, shape[0], math.prod(shape[1:])
 
 
 def box_muller(w: Tensor) -> Tensor:
@@ -171,9 +195,10 @@ def normal(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Standard normals of ``shape`` = (chains, ...), each a function of (seed, chain, step, stream, element)."""
-    chains, numel = _per_element(shape)
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    shape, chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 4), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
-    return box_muller(w).flatten(1)[:, :numel].to(dtype).reshape(tuple(shape))
+    return box_muller(w).flatten(1)[:, :numel].to(dtype).reshape(shape)
 
 
 def uniform(
@@ -187,9 +212,10 @@ def uniform(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Uniforms in [0, 1) of ``shape`` = (chains, ...), 24 bits each."""
-    chains, numel = _per_element(shape)
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    shape, chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 4), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
-    return ((w >> 8).to(dtype) * 2.0**-24).flatten(1)[:, :numel].reshape(tuple(shape))
+    return ((w >> 8).to(dtype) * 2.0**-24).flatten(1)[:, :numel].reshape(shape)
 
 
 def rounding_fraction(
@@ -202,7 +228,7 @@ def rounding_fraction(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The thresholds of stochastic rounding: float32 of ``shape``, ``(h + 1/2) 2**-16`` for 16-bit ``h``."""
-    chains, numel = _per_element(shape)
+    shape, chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 8), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
     halves = torch.stack((w & 0xFFFF, w >> 16), dim=-1)
-    return ((halves.flatten(1)[:, :numel].float() + 0.5) * 2.0**-16).reshape(tuple(shape))
+    return ((halves.flatten(1)[:, :numel].float() + 0.5) * 2.0**-16).reshape(shape)

@@ -10,6 +10,7 @@ docs/replace-your-loop.md compares them and lists the traps.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from mmebm.samplers.langevin import Langevin
 from mmebm.samplers.options import LangevinKeywords, LangevinOptions, Setting
 from mmebm.samplers.schedules import geometric, linear, polynomial, table
+from mmebm.samplers.settings import check_leaves
+from mmebm.state import check_setting, integer, items, one_number, square
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +130,7 @@ def improved_cd(steps: int | None = None, **changes: Unpack[LangevinOptions]) ->
     8-bit images, augmented when drawn, 0.1 % anew.
     """
     noise = 0.001
-    fall = noise if steps is None else linear(noise * (1 - 1 / steps), 0.0, steps)
+    fall = noise if steps is None else linear(noise * (1 - 1 / integer("steps", steps, 1)), 0.0, steps)
     return _made(changes, step_size=100.0, noise_scale=fall, noise_at="before", bounds=(0.0, 1.0))
 
 
@@ -233,6 +236,8 @@ def masked_multimodal(**changes: Unpack[LangevinOptions]) -> Langevin:
 
 
 def _divided(by: Any, x: Tensor) -> Tensor:
+    if isinstance(by, Tensor) and by.numel() not in (1, len(x)):
+        raise ValueError(f"alpha must be a number or one per chain ({len(x)},), got shape {tuple(by.shape)}")
     return x / (by.reshape(-1, *[1] * (x.dim() - 1)) if isinstance(by, Tensor) and by.dim() else by)
 
 
@@ -247,6 +252,8 @@ def recovery_likelihood(scale: Any, alpha: Any = None, **changes: Unpack[Langevi
     The callable gives log p = f(y) / scale^2 - |y - x|^2 / (2 sigma^2), with the noisy x and sigma as ``args``.
     Start: the noisy x. To draw, that code takes 0.99 of the noise.
     """
+    if alpha is not None:
+        alpha = check_setting("alpha", alpha, low=-math.inf, kinds="a number or a tensor")
     return _sgld(changes, scale, log_prob=True, finish=None if alpha is None else functools.partial(_divided, alpha))
 
 
@@ -262,8 +269,13 @@ def ncsn(
     The network gives the score at (x, sigma): ``args=(mmebm.presets.levels(sigmas, steps_each),)`` passes each step's
     sigma. Start: U(0, 1). NCSNv2's denoising at the end: ``finish=lambda x: x + sigma_last**2 * score(x, sigma_last)``.
     """
-    each = [float(sigma) for sigma in levels(sigmas, steps_each).values]
-    return _made(changes, step_size=table([epsilon * (sigma / each[-1]) ** 2 for sigma in each]), score=True)
+    epsilon = one_number("epsilon", epsilon)
+    given = levels(sigmas, steps_each).values
+    for sigma in given:
+        one_number("sigmas", sigma, strict=True)
+    each = [float(sigma) for sigma in given]
+    sizes = [epsilon * square("sigmas over the last", sigma / each[-1]) for sigma in each]
+    return _made(changes, step_size=table(sizes), score=True)
 
 
 def levels(sigmas: Sequence[float] | None = None, steps_each: int = 100) -> table:
@@ -271,7 +283,12 @@ def levels(sigmas: Sequence[float] | None = None, steps_each: int = 100) -> tabl
     if sigmas is None:
         down = geometric(1.0, 0.01, 10)
         sigmas = [down(k) for k in range(10)]
-    return table([sigma for sigma in sigmas for _ in range(steps_each)])
+    given, steps_each = items("sigmas", sigmas), integer("steps_each", steps_each, 1)
+    if not given:
+        raise ValueError(f"sigmas must hold one level at least, got {sigmas!r:.80}")
+    for i, sigma in enumerate(given):
+        check_setting(f"sigmas[{i}]", sigma, kinds="a number or a tensor")
+    return table([sigma for sigma in given for _ in range(steps_each)])
 
 
 def ibc(low: Any, high: Any, steps: int = 100, **changes: Unpack[LangevinOptions]) -> Langevin:
@@ -286,7 +303,16 @@ def ibc(low: Any, high: Any, steps: int = 100, **changes: Unpack[LangevinOptions
     """
     eta = polynomial(0.1, 1e-5, steps)
     half = polynomial(0.1 / 2, 1e-5 / 2, steps)
-    return _made(changes, step_size=half, noise_scale=eta, max_update=0.1 * 0.5 * (high - low), bounds=(low, high))
+    low = check_setting("low", low, low=-math.inf, kinds="a number or a tensor")
+    high = check_setting("high", high, low=-math.inf, kinds="a number or a tensor")
+    try:
+        limit = 0.1 * 0.5 * (high - low)
+    except RuntimeError:
+        raise ValueError(
+            f"low and high must be numbers or tensors that broadcast, got {low!r:.80} and {high!r:.80}"
+        ) from None
+    check_setting("0.05 (high - low)", limit)
+    return _made(changes, step_size=half, noise_scale=eta, max_update=limit, bounds=(low, high))
 
 
 def _to_sphere(z: Tensor) -> Tensor:
@@ -329,6 +355,7 @@ def energy_matching(epsilon: Any = 0.01, **changes: Unpack[LangevinOptions]) -> 
 
     The network gives E. Start: half noise, half data, in one batch with an epsilon for each chain.
     """
+    check_leaves("epsilon", epsilon)
     return _made(changes, step_size=0.01, temperature=epsilon, bounds=(-1.0, 1.0), bounds_at="end")
 
 
@@ -343,4 +370,5 @@ def ired(step_size: Any, limit: Any, **changes: Unpack[LangevinKeywords]) -> Lan
     The network gives E of the answer; question and level go as ``args``, given parts of the answer as ``observed``.
     Start: noise, then the level before. That code takes steps of equal energy too.
     """
+    limit = check_setting("limit", limit, kinds="a number or a tensor")
     return _made(changes, step_size=step_size, noise_scale=0.0, bounds=(-limit, limit), accept="descent")

@@ -29,6 +29,8 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     Raises:
         TypeError, ValueError: where it is no integer, or out of range.
     """
+    if type(value) is int and value >= low and (high is None or value < high):
+        return value
     wanted = f"an int of at least {low}" + ("" if high is None else f" and below {high}")
     try:
         if isinstance(value, (bool, Tensor)):
@@ -46,6 +48,85 @@ def flag(name: str, value: Any) -> None:
     # NumPy's bool is of another type
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises a ValueError where ``value`` is not among those allowed."""
+    # by type too: 1 is no True, and an array compares with anything
+    if not any(isinstance(value, type(each)) and value == each for each in allowed):
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r:.80}")
+
+
+def check_type(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """Raises a TypeError where ``value`` is none of ``kind``, which is called ``wanted``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.80}")
+
+
+def items(name: str, value: Any) -> list[Any]:
+    """What a sequence holds, of whatever; a string, a mapping and a set are none.
+
+    Raises:
+        TypeError: where it is none.
+    """
+    try:
+        if isinstance(value, (str, bytes, Mapping, Set)):
+            raise TypeError
+        return list(value)
+    except (TypeError, RuntimeError):  # the latter of tensors without rows
+        raise TypeError(f"{name} must be a sequence, got {value!r:.80}") from None
+
+
+def sizes(name: str, value: Any, low: int = 0) -> tuple[int, ...]:
+    """The sizes of a tensor, or of layers, each an int of at least ``low``.
+
+    Raises:
+        TypeError, ValueError: naming the sequence or its entry.
+    """
+    return tuple(integer(f"{name}[{i}]", size, low, 2**63) for i, size in enumerate(items(name, value)))
+
+
+def one_integer(name: str, value: Tensor) -> Tensor:
+    """A seed or step that is a 1-element tensor, in int64, which holds the bits of uint64.
+
+    Raises:
+        TypeError: where it is no integer, or not one.
+    """
+    if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be an int or a 1-element integer tensor, got {value!r:.80}")
+    # a narrower one would wrap when steps are added
+    return value.to(torch.int64)
+
+
+def dense(name: str, value: Any, least: int = 0) -> Tensor:
+    """``value``, a dense tensor with numbers in it, of at least ``least`` dimensions.
+
+    Raises:
+        TypeError, ValueError: where it is none, or has fewer.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {value!r:.80}")
+    if value.is_nested or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        what = "nested" if value.is_nested else "meta" if value.is_meta else f"{value.dtype} {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor of numbers, got a {what} one")
+    if value.dim() < least:
+        raise ValueError(f"{name} must have {least} dimensions at least, got shape {tuple(value.shape)}")
+    return value
+
+
+def place(name: str, value: Any) -> torch.device:
+    """``value`` as a device that is there.
+
+    Raises:
+        TypeError, ValueError: where it is none, or torch does not reach it.
+    """
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as why:  # the last of a torch built without it
+        error = TypeError if isinstance(why, TypeError) else ValueError
+        raise error(f'{name} must be a device that torch has here, such as "cpu", got {value!r:.80}') from None
+    return device
 
 
 def _mapping(state: Mapping[Any, Any], keys: tuple[Key, ...]) -> Structure:
@@ -164,11 +245,22 @@ def per_key(name: str, value: Any, keys: Sequence[Key], *, required: bool) -> li
     return [value.get(key) for key in keys]
 
 
-def check_setting(name: str, value: Any, *, low: float = 0.0, strict: bool = False) -> None:
+def check_setting(
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    strict: bool = False,
+    kinds: str = "a number, a tensor, a mapping or a function of the step",
+) -> Any:
     """Checks a number, or a tensor of numbers on the CPU (reading one elsewhere would wait for its device).
 
     Args:
         low: the least value allowed, itself excluded if ``strict``; with ``-inf`` infinities are allowed too.
+        kinds: what the caller takes, said where the value is none of it.
+
+    Returns:
+        The value; as a float where floats and tensors would not compute with it (a Decimal).
 
     Raises:
         TypeError: where the value is neither a number nor a tensor of numbers.
@@ -177,27 +269,54 @@ def check_setting(name: str, value: Any, *, low: float = 0.0, strict: bool = Fal
     finite = low > -math.inf
     wanted = f"finite and {'above' if strict else 'at least'} {low:g}" if finite else "no NaN"
     if isinstance(value, Tensor):
-        if value.is_nested or value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            what = "nested" if value.is_nested else "meta" if value.is_meta else f"{value.dtype} {value.layout}"
-            raise TypeError(f"{name} must be a dense tensor of numbers, got a {what} one")
+        dense(name, value)
         small = value.is_floating_point() and value.element_size() < 2
         if value.is_complex() or value.dtype == torch.bool or small:
             raise TypeError(f"{name} must hold real numbers, got a tensor of {value.dtype}")
         if value.device.type != "cpu":
-            return
+            return value
         held = value.detach()
         good = ~held.isnan()
         if finite:
             good = held.isfinite() & (held > low if strict else held >= low)
         if not bool(good.all()):
             raise ValueError(f"{name} must be {wanted}, got {value!r:.200}")
-        return
+        return value
     # NumPy's scalars have __float__, strings have not; int, a type, has one for its instances
     if isinstance(value, (bool, type)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
-        raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r:.80}")
-    number = float(value)
+        raise TypeError(f"{name} must be {kinds}, got {value!r:.80}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float holds, got {value!r:.80}") from None
     if math.isnan(number) or (finite and not (math.isfinite(number) and (number > low if strict else number >= low))):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    kind = type(value).__name__  # NumPy's numbers compute with tensors, its bools do not
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63):
+        return value
+    return value if hasattr(value, "dtype") and kind not in ("bool", "bool_") else number
+
+
+def one_number(name: str, value: Any, *, low: float = 0.0, strict: bool = False) -> Any:
+    """:func:`check_setting` of what must be one number, or a tensor that holds one."""
+    checked = check_setting(name, value, low=low, strict=strict, kinds="a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
+    return checked
+
+
+def square(name: str, value: Any) -> Any:
+    """The square of a number or tensor.
+
+    Raises:
+        TypeError, ValueError: where it has none, or a float does not hold it.
+    """
+    try:
+        return value**2
+    except TypeError:
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r:.80}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must have a square that a float holds, got {value!r:.80}") from None
 
 
 def check_range(name: str, value: float | Tensor, dtype: torch.dtype, *, least: float = 0.0) -> None:

@@ -29,22 +29,24 @@ MMEBM_INLINE int64_t pieces_of(const Team* team, int64_t items, int64_t least) {
 
 using Lanes = M;  // M counts the vectors of a row below
 
-// A sum over many rows, in parts of 32, so that its rounding errors stay those of a short sum.
+// A sum over many rows, in parts of 32 and these in parts of 32, so that its rounding errors stay those of a short sum.
 struct Sum {
-  F part, total;
-  int count;
+  F part, middle, total;
+  int64_t count;
 };
 
-MMEBM_INLINE Sum no_sum() { return {setf(0.0f), setf(0.0f), 0}; }
+MMEBM_INLINE Sum no_sum() { return {setf(0.0f), setf(0.0f), setf(0.0f), 0}; }
 
 MMEBM_INLINE void next(Sum& s) {
-  if (++s.count % 32 == 0) {
-    s.total = add(s.total, s.part);
-    s.part = setf(0.0f);
-  }
+  if (++s.count % 32 != 0) return;
+  s.middle = add(s.middle, s.part);
+  s.part = setf(0.0f);
+  if (s.count % 1024 != 0) return;
+  s.total = add(s.total, s.middle);
+  s.middle = setf(0.0f);
 }
 
-MMEBM_INLINE F whole(const Sum& s) { return add(s.total, s.part); }
+MMEBM_INLINE F whole(const Sum& s) { return add(add(s.total, s.middle), s.part); }
 
 // M vectors of chains and their memory.
 template <int M>

@@ -84,6 +84,7 @@ inline NetSpec net_spec(const pybind11::dict& d) {
       break;
     case NetNodeKind::product:
       if (s.xs.size() != 2) throw py::value_error("a product reads two nodes");
+      s.divide = field<bool>(d, "divide");
       break;
     case NetNodeKind::map:
     case NetNodeKind::logsumexp:

@@ -415,6 +415,7 @@ class Planner {
         last[read] = reader[read] = i;
         kept[read] = kept[read] || w.kind == NetKind::product;
       }
+      kept[own] = kept[own] || (w.kind == NetKind::product && w.spec->divide);
     }
     std::vector<Life> out;
     for (size_t i = 0; i < works_.size(); ++i) {
@@ -976,8 +977,8 @@ class Planner {
           break;
         case NetKind::norm: connect_norm(w, out); break;
         case NetKind::logsumexp: connect_logsumexp(w, out); break;
-        case NetKind::activation:
-        case NetKind::product: break;
+        case NetKind::product: n.divide = w.spec->divide; break;
+        case NetKind::activation: break;
       }
       n.reads = own(reads_, w.reads);
       n.read_count = static_cast<int32_t>(w.reads.size());

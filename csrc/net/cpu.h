@@ -28,6 +28,7 @@ struct NetSpec {
   int64_t stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
   int64_t groups = 1;  // convolution, norm
   bool transposed = false;
+  bool divide = false;  // of a product: by the second
   bool tiles = true;  // a convolution may be taken in tiles (NetWinograd), which rounds otherwise
   int32_t function = -1;
   float slope = 0.0f, eps = 0.0f;

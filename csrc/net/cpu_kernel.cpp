@@ -261,22 +261,32 @@ void run_winograd(const NetWinograd& w, const float* arena, float* scratch, cons
 
 // ------------------------------------------------------------------------------------------------------------- elements
 
+F sum_of(const NetTerm* terms, int64_t count, const float* at);
+
+// The sum of terms at a row: up to 32 one after the other, more by halves, so that rounding errors stay those of a short
+// sum.
+MMEBM_INLINE F terms_of(const NetTerm* terms, int64_t count, const float* at) {
+  if (count > 32) return sum_of(terms, count, at);
+  F sum = setf(0.0f);
+  for (int64_t k = 0; k < count; ++k) {
+    sum = fma(setf(terms[k].weight), load(at + static_cast<int64_t>(terms[k].in) * W), sum);
+  }
+  return sum;
+}
+
+F sum_of(const NetTerm* terms, int64_t count, const float* at) {
+  const int64_t half = count < 64 ? 32 : count / 64 * 32;
+  return add(terms_of(terms, half, at), terms_of(terms + half, count - half, at));
+}
+
 // Rows `begin` to `end` of a run; `slope`: from a row that is written to the factor it is multiplied by, or 0 for none.
 void map_rows(const NetRuns& runs, const NetRun& run, float* arena, bool store_it, int64_t slope, int64_t begin,
               int64_t end) {
   const NetTerm* terms = runs.terms + run.first;
   float* out = arena + static_cast<int64_t>(run.out) * W;
   for (int64_t r = begin * W; r < end * W; r += W) {
-    F sum = store_it ? setf(0.0f) : load(out + r);
-    F part = setf(0.0f);
-    for (int32_t k = 0; k < run.terms; ++k) {
-      part = fma(setf(terms[k].weight), load(arena + static_cast<int64_t>(terms[k].in) * W + r), part);
-      if (k % 32 == 31) {
-        sum = add(sum, part);
-        part = setf(0.0f);
-      }
-    }
-    sum = add(sum, part);
+    F sum = terms_of(terms, run.terms, arena + r);
+    if (!store_it) sum = add(load(out + r), sum);
     if (slope != 0) sum = mul(sum, load(out + slope * W + r));
     store(out + r, sum);
   }
@@ -394,7 +404,8 @@ struct Net {
             v = n.shift.present() ? fma(constant(n.scale, arena, i), v, constant(n.shift, arena, i))
                                   : mul(constant(n.scale, arena, i), v);
           } else {
-            v = mul(v, load(row(second.value + c + r)));
+            const F by_second = load(row(second.value + c + r));
+            v = n.divide ? div(v, by_second) : mul(v, by_second);
           }
           store(y + (a + r) * W, v);
         }
@@ -578,8 +589,13 @@ struct Net {
             v = mul(constant(n.scale, arena, i), v);
           } else if (n.kind == NetKind::activation) {
             v = mul(v, load(row(out.slope + a + r)));
-          } else {
+          } else if (!n.divide) {
             v = mul(v, load(row(other.value + c + r)));
+          } else if (k == 0) {
+            v = div(v, load(row(other.value + c + r)));
+          } else {  // -(a / b) / b
+            const F ratio = div(load(row(out.value + a + r)), load(row(in.value + b + r)));
+            v = sub(setf(0.0f), mul(v, ratio));
           }
           float* const at = to + (b + r) * W;
           if (!read.store) v = add(load(at), v);

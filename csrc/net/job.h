@@ -114,6 +114,7 @@ struct NetNode {
   int32_t activation = -1;  // applied to the value in place, or that of the node itself
   float slope = 0.0f;
   bool multiply = false;  // the gradient is still to be multiplied by the activation's derivative
+  bool divide = false;    // a product is a quotient
   bool accumulate = false;  // the products are added to the value: a sum of layers needs no buffer for each
   const NetPass *forward = nullptr, *backward = nullptr;
   int64_t forward_count = 0, backward_count = 0;

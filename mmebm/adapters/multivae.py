@@ -21,6 +21,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.energies import MLP
 from mmebm.samplers.langevin import Langevin
+from mmebm.state import integer
 
 try:
     from multivae.data.utils import set_inputs_to_device  # pyright: ignore[reportMissingImports]
@@ -161,6 +162,7 @@ class EBMSampler(BaseSampler):
         """
         if not self.is_fitted or self.energy is None:
             raise ArithmeticError("the sampler is not fitted: call sampler.fit(train_data) before sampler.sample()")
+        n_samples, batch_size = integer("n_samples", n_samples, 0), integer("batch_size", batch_size, 1)
         # training ran chains below batch_size
         first = self.sampler_config.batch_size
         u = self._short_run(self.energy, n_samples, self._calls, first_chain=first, chunk=batch_size)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmebm.samplers import schedules
 from mmebm.samplers.langevin import Langevin
+from mmebm.state import integer
 
 try:
     from torchebm import samplers
@@ -94,8 +95,7 @@ class LangevinDynamics(samplers.LangevinDynamics):
                 model_kwargs=model_kwargs,
                 generator=generator,
             )
-        if thin < 1:
-            raise ValueError(f"thin must be >= 1, got {thin!r}")
+        thin, n_steps = integer("thin", thin, 1), integer("n_steps", n_steps, 0)
         if reset_schedulers:
             self.reset_schedulers()
         start = self._init_state(x, dim, n_samples, generator)

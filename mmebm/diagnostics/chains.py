@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmebm.state import choice, dense
+
 Rhat = Literal["rank", "bulk", "folded", "split"]
 Ess = Literal["bulk", "tail", "mean"]
 
@@ -41,7 +43,7 @@ def rhat(draws: Any, *, method: Rhat = "rank") -> Any:
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
     """
-    _choice("method", method, ("rank", "bulk", "folded", "split"))
+    choice("method", method, ("rank", "bulk", "folded", "split"))
 
     def one(x: Tensor) -> Tensor:
         bulk = _rhat(_halves(x)) if method == "split" else None
@@ -72,7 +74,7 @@ def ess(draws: Any, *, method: Ess = "bulk") -> Any:
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
     """
-    _choice("method", method, ("bulk", "tail", "mean"))
+    choice("method", method, ("bulk", "tail", "mean"))
 
     def one(x: Tensor) -> Tensor:
         if method == "mean":
@@ -127,11 +129,6 @@ def autocorrelation(draws: Any) -> Any:
     return _each(draws, one)
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
-
-
 def _each(draws: Any, function: Callable[[Tensor], Tensor], name: str = "draws") -> Any:
     """``function`` of the float64 draws, tensor by tensor."""
     if isinstance(draws, Mapping):
@@ -141,6 +138,7 @@ def _each(draws: Any, function: Callable[[Tensor], Tensor], name: str = "draws")
         return parts if isinstance(draws, list) else tuple(parts)
     if not isinstance(draws, Tensor) or draws.is_complex():
         raise TypeError(f"{name} must be a real tensor (steps, chains, ...), or a structure of them, got {draws!r:.80}")
+    dense(name, draws)
     if draws.dim() < 2 or draws.shape[0] < MIN_STEPS or draws.shape[1] < 1:
         raise ValueError(
             f"{name} must have shape (steps, chains, ...) with at least {MIN_STEPS} steps and a chain, got "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmebm.samplers.user_modules import modules_of, sampling
+from mmebm.state import check_range, check_setting, check_type, dense, flatten, integer, square
 
 
 def curvature(
@@ -31,19 +32,30 @@ def curvature(
         (chains,), at least 0.
 
     Raises:
-        ValueError: for ``iterations`` below 1.
+        TypeError, ValueError: naming the argument, the value and what would do.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    check_type("energy", energy, Callable, "callable")
+    flatten(dense("x", x, 2), "x")
+    iterations = integer("iterations", iterations, 1)
+    if generator is not None:
+        check_type("generator", generator, torch.Generator, "a torch.Generator")
     shape = [-1] + [1] * (x.dim() - 1)
     v = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     size = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
     with torch.enable_grad(), sampling(modules_of(energy), "eval"):
         x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
-        for _ in range(iterations):
+        value = energy(x)
+        if not isinstance(value, Tensor) or value.is_complex():
+            raise TypeError(f"energy must return a tensor of real numbers, got {value!r:.80}")
+        grad = None
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True, allow_unused=True)
+        if grad is None:
+            raise ValueError("energy must depend on x through differentiable operations; it does not")
+        # of an energy whose gradient is the same everywhere, the curvature is 0
+        for _ in range(iterations if grad.requires_grad else 0):
             v = v / v.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(shape)
-            (v,) = torch.autograd.grad(grad, x, v, retain_graph=True)
+            (v,) = torch.autograd.grad(grad, x, v, retain_graph=True, allow_unused=True, materialize_grads=True)
             size = v.flatten(1).norm(dim=1)
     return size.detach()
 
@@ -60,8 +72,17 @@ def largest_stable_step(
 
     ``prior_std`` adds the curvature 1 / prior_std^2 of a Gaussian prior that the energy leaves to the sampler.
     Returns (chains,).
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what would do.
     """
-    c = curvature(energy, x, iterations=iterations, generator=generator)
     if prior_std is not None:
-        c = c + 1.0 / prior_std**2
+        prior_std = check_setting("prior_std", prior_std, strict=True, kinds="a number")
+        assert prior_std is not None
+        check_range("prior_std", prior_std, torch.float64, least=torch.finfo(torch.float64).max ** -0.5)
+    c = curvature(energy, x, iterations=iterations, generator=generator)
+    if isinstance(prior_std, Tensor) and tuple(prior_std.shape) not in ((), (1,), tuple(c.shape)):
+        raise ValueError(f"prior_std must be a number or one per chain, got shape {tuple(prior_std.shape)}")
+    if prior_std is not None:
+        c = c + 1.0 / square("prior_std", prior_std)
     return 2.0 / c.sqrt()

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmebm.energies.lower import Symbol
+from mmebm.state import check_type, dense, integer
+
+
+def _tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        return dense(name, torch.as_tensor(value, dtype=dtype, device=device))
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of what holds no numbers, or ragged ones
+        raise TypeError(f"{name} must be a number or a dense tensor, got {value!r:.80}") from None
 
 
 def _row(name: str, value: float | Tensor) -> Tensor:
     if not isinstance(value, Tensor):  # as a module's own tensors: what torch's defaults are now
-        value = torch.tensor(value, dtype=torch.get_default_dtype(), device=torch.get_default_device())
+        value = _tensor(name, value, torch.get_default_dtype(), torch.get_default_device()).clone()
+    dense(name, value)
     if value.dim() > 1 or not value.is_floating_point():
         shape = tuple(value.shape)
         raise ValueError(f"{name} must be a float or a floating-point tensor (inputs,), got {value.dtype} {shape}")
@@ -26,7 +36,7 @@ class Gaussian(nn.Module):
         mean, std: a number for all elements, or (inputs,). Buffers, not parameters.
 
     Raises:
-        ValueError: for other shapes, or a std that is not above 0.
+        TypeError, ValueError: for other shapes, or a std that is not above 0.
     """
 
     mmebm_pure = True
@@ -38,6 +48,8 @@ class Gaussian(nn.Module):
         super().__init__()
         self.register_buffer("mean", _row("mean", mean))
         self.register_buffer("std", _row("std", std))
+        if self.mean.numel() != self.std.numel() and 1 not in (self.mean.numel(), self.std.numel()):
+            raise ValueError(f"mean and std must be of one size, got {self.mean.numel()} and {self.std.numel()}")
         if not bool((self.std > 0).all()):
             raise ValueError(f"std must be above 0, got {std!r:.80}")
 
@@ -59,7 +71,7 @@ class GaussianMixture(nn.Module):
         weights: (components,), normalised here; ``None`` for equal ones.
 
     Raises:
-        ValueError: for other shapes, or weights or stds that are not above 0.
+        TypeError, ValueError: for other shapes, or weights or stds that are not above 0.
     """
 
     means: Tensor
@@ -68,12 +80,13 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, means: Tensor, std: float | Tensor = 1.0, weights: Tensor | None = None) -> None:
         super().__init__()
-        if means.dim() != 2:
-            raise ValueError(f"means must be (components, inputs), got {tuple(means.shape)}")
+        if dense("means", means).dim() != 2 or not means.is_floating_point() or means.element_size() < 2:
+            raise ValueError(f"means must be (components, inputs), of floats, got {means.dtype} {tuple(means.shape)}")
         components = means.shape[0]
         like = {"dtype": means.dtype, "device": means.device}
-        std = torch.as_tensor(std, **like).expand(components).clone()
-        weights = torch.ones(components, **like) if weights is None else torch.as_tensor(weights, **like)
+        std = _tensor("std", std, means.dtype, means.device)
+        std = (std.expand(components) if std.numel() == 1 and std.dim() < 2 else std).clone()
+        weights = torch.ones(components, **like) if weights is None else _tensor("weights", weights, **like)
         for name, value in (("std", std), ("weights", weights)):
             if value.shape != (components,) or not bool((value > 0).all()):
                 raise ValueError(f"{name} must be ({components},) and above 0, got {value!r:.80}")
@@ -90,6 +103,9 @@ class GaussianMixture(nn.Module):
 
     def sample(self, chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Exact samples (chains, inputs)."""
+        chains = integer("chains", chains, 1, 2**63)
+        if generator is not None:
+            check_type("generator", generator, torch.Generator, "a torch.Generator")
         pick = torch.multinomial(self.log_weights.exp(), chains, replacement=True, generator=generator)
         noise = torch.randn(
             chains, self.means.shape[1], dtype=self.means.dtype, device=self.means.device, generator=generator

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmebm.ops.mlp_energy import mlp_energy
 from mmebm.ops.terms import ACTIVATIONS, Activation
+from mmebm.state import choice, integer, sizes
 
 _MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -31,17 +32,15 @@ class MLP(nn.Module):
         activation: one of :data:`mmebm.ops.terms.ACTIVATIONS`.
 
     Raises:
-        ValueError: for an unknown activation or a width below 1.
+        TypeError, ValueError: for an unknown activation or a width below 1.
     """
 
     mmebm_pure = True
 
     def __init__(self, inputs: int, hidden: Sequence[int] = (128, 128), activation: Activation = "silu") -> None:
         super().__init__()
-        if activation not in _MODULES:
-            raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-        if inputs < 1 or any(width < 1 for width in hidden):
-            raise ValueError(f"inputs and hidden widths must be at least 1, got {inputs} and {list(hidden)}")
+        choice("activation", activation, ACTIVATIONS)
+        inputs, hidden = integer("inputs", inputs, 1, 2**63), sizes("hidden", hidden, 1)
         layers: list[nn.Module] = [nn.Flatten()]
         for i, (a, b) in enumerate(itertools.pairwise((inputs, *hidden, 1))):
             layers += ([_MODULES[activation]()] if i else []) + [nn.Linear(a, b)]

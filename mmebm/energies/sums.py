@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmebm.energies.lower import Symbol, call
+from mmebm.state import items, one_number
 
 
 class Sum(nn.Module):
@@ -27,7 +29,10 @@ class Sum(nn.Module):
         super().__init__()
         if not energies or not all(callable(e) for e in energies):
             raise TypeError(f"Sum takes at least one energy, each callable, got {energies!r:.80}")
-        self.weights: list[float] = [1.0] * len(energies) if weights is None else [float(w) for w in weights]
+        given = [1.0] * len(energies) if weights is None else items("weights", weights)
+        for i, weight in enumerate(given):
+            one_number(f"weights[{i}]", weight, low=-math.inf)
+        self.weights: list[float] = [float(w) for w in given]
         if len(self.weights) != len(energies):
             raise ValueError(f"weights must be {len(energies)} numbers, one per energy, got {len(self.weights)}")
         self.energies: list[Callable[..., Any]] = list(energies)

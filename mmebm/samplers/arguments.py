@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -13,15 +13,18 @@ from mmebm.samplers.arithmetic import map_tensors
 from mmebm.samplers.chain import Problem
 from mmebm.samplers.schedules import Schedule
 from mmebm.samplers.settings import is_sequence
-from mmebm.state import Key, State, check_apart, flag, flatten, integer, observed_masks
+from mmebm.state import Key, State, check_apart, check_type, flag, flatten, integer, observed_masks, one_integer
 
 
 def check_arguments(args: Any, kwargs: Any) -> None:
     """Raises a TypeError where these are not what else an energy is called with."""
     if not isinstance(args, (list, tuple)):
         raise TypeError(f"args must be a list or tuple of further arguments, got {type(args).__name__}")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(f"kwargs must be a mapping from names to further arguments, got {type(kwargs).__name__}")
+    if kwargs is not None:
+        check_type("kwargs", kwargs, Mapping, "a mapping from names to further arguments")
+        unnamed = [name for name in kwargs if not isinstance(name, str)]
+        if unnamed:
+            raise TypeError(f"kwargs must have names of further arguments for keys, got {unnamed!r:.80}")
 
 
 def check_record(record: Any, records: Sequence[str]) -> None:
@@ -35,12 +38,9 @@ def counter(name: str, value: Any, low: int, high: int, device: torch.device) ->
     """A seed or step: an int in [low, high), or a 1-element integer tensor on ``device``, then int64."""
     if not isinstance(value, Tensor):
         return integer(name, value, low, high)
-    if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an int or a 1-element integer tensor, got {value!r:.80}")
+    wide = one_integer(name, value)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but the state is on {device}")
-    # a narrower one would wrap when steps are added; int64 holds the bits of uint64
-    wide = value.to(torch.int64)
     if wide.is_cpu and not (low <= (int(value) if value.dtype == torch.uint64 else int(wide)) < high):
         raise ValueError(f"{name} must be in [{low}, {high}), got {value!r:.80}")
     return wide
@@ -138,8 +138,7 @@ def resolve(
     Raises:
         TypeError, ValueError: naming the argument, the value and what would do.
     """
-    if not callable(energy):
-        raise TypeError(f"energy must be callable, got {type(energy).__name__}")
+    check_type("energy", energy, Callable, "callable")
     keys, tensors, build = flatten(state)
     if not sampler.takes_16_bits:
         for key, t in zip(keys, tensors, strict=True):
@@ -165,8 +164,8 @@ def resolve(
         raise ValueError(f"differentiable goes without inplace and chunk_size, got {differentiable!r}")
     if inplace:
         check_writable(keys, tensors)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator is not None:
+        check_type("generator", generator, torch.Generator, "a torch.Generator")
     if seed is not None:
         if generator is not None:
             raise ValueError("give seed or generator, not both")

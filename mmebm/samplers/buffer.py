@@ -31,7 +31,21 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops import noise as drawn
 from mmebm.ops.common.untyped import LISTS, TORCH
-from mmebm.state import Key, State, Structure, check_setting, flatten, integer, per_key
+from mmebm.state import (
+    Key,
+    State,
+    Structure,
+    check_setting,
+    check_type,
+    choice,
+    dense,
+    flag,
+    flatten,
+    integer,
+    one_number,
+    per_key,
+    place,
+)
 
 __all__ = ["Handle", "Lineages", "ReplayBuffer"]
 
@@ -161,14 +175,14 @@ class ReplayBuffer:
             ("draw", draw, _DRAWS),
             ("storage", storage, _STORAGES),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+            choice(name, value, allowed)
         for name, value in (("init", init), ("transform", transform)):
             if not callable(value) and not (name == "transform" and value is None):
                 raise TypeError(f"{name} must be a function that returns a state, got {value!r:.80}")
         self.policy, self.draws, self.storage, self.init, self.transform = policy, draw, storage, init, transform
+        flag("dequantise", dequantise)
         self.reinit, self.dequantise = reinit, dequantise
-        self.device = torch.device(device)
+        self.device = place("device", device)
         if storage == "pinned" and not torch.cuda.is_available():
             raise ValueError('storage="pinned" needs a CUDA device, and torch sees none: use "host"')
         self.seed = noise.draw_seed() if seed is None else integer("seed", seed, -(2**63), 2**64)
@@ -190,7 +204,7 @@ class ReplayBuffer:
         label = f"reinit at iteration {iteration}" if callable(self.reinit) else "reinit"
         if isinstance(value, Tensor):
             raise TypeError(f"{label} must be a number: reading a tensor would wait for its device, got {value!r:.80}")
-        check_setting(label, value)
+        check_setting(label, value, kinds="a number")
         if not float(value) <= 1.0:
             raise ValueError(f"{label} must be a probability in [0, 1], got {value!r}")
         return float(value)
@@ -246,6 +260,9 @@ class ReplayBuffer:
         self._shapes = [tuple(t.shape[1:]) for t in tensors]
         self._given = [t.dtype for t in tensors]
         chosen = per_key("dtype", dtype, self._keys, required=False)
+        for each in chosen:
+            if each is not None:
+                check_type("dtype", each, torch.dtype, "a torch.dtype, or a mapping to such")
         self._dtypes: list[torch.dtype] = [c or g for c, g in zip(chosen, self._given, strict=True)]
         self._ranges: list[tuple[float, float] | None] = []
         for key, kind, pair in zip(
@@ -259,7 +276,7 @@ class ReplayBuffer:
                 if not isinstance(pair, LISTS) or len(pair) != 2:
                     raise TypeError(f"value_range must be (low, high), or a mapping to such pairs, got {pair!r:.80}")
                 for end in pair:
-                    check_setting("value_range", end, low=-torch.inf)
+                    one_number("value_range", end, low=-torch.inf)
                 if not -torch.inf < pair[0] < pair[1] < torch.inf:
                     raise ValueError(f"value_range must be finite with low < high, got {pair!r}")
             self._ranges.append(None if pair is None else (float(pair[0]), float(pair[1])))
@@ -430,11 +447,13 @@ class ReplayBuffer:
 
     def states(self, slots: Tensor | None = None) -> Any:
         """What is stored in ``slots`` (all of them by default), without noise, restarts or transform."""
-        slots = (
-            torch.arange(self.capacity, dtype=torch.int64, device=self._where)
-            if slots is None
-            else slots.to(self._where)
-        )
+        if slots is None:
+            slots = torch.arange(self.capacity, dtype=torch.int64, device=self._where)
+        elif dense("slots", slots).dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"slots must be a tensor of integers, got {slots!r:.80}")
+        elif slots.is_cpu and not bool(((slots >= 0) & (slots < self.capacity)).all()):
+            raise ValueError(f"slots must be in [0, {self.capacity}), got {slots.min()} to {slots.max()}")
+        slots = slots.to(self._where)
         with torch.no_grad():
             return self._build(self._decode(slots, None))
 
@@ -486,6 +505,7 @@ class ReplayBuffer:
         if not isinstance(state, Mapping) or set(state) != wanted:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"state must be what state_dict returned, with {sorted(wanted)}, got {state!r:.80}")
         other, mine = state["description"], self._description()
+        check_type("state['description']", other, Mapping, "a mapping")
         differ = [name for name in mine if _plain(other.get(name)) != _plain(mine[name])]
         if differ:
             raise ValueError(

@@ -26,10 +26,9 @@ from mmebm.samplers.gradient import Target
 from mmebm.samplers.kept_nets import Seen
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.samples import NONFINITE, NonFinite, Samples, report_nonfinite
-from mmebm.samplers.settings import choice
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
 from mmebm.samplers.watch import Watch
-from mmebm.state import State, flag, flatten, like_state
+from mmebm.state import State, check_type, choice, flag, flatten, like_state
 
 S = TypeVar("S", bound=State)  # the state's structure
 
@@ -328,6 +327,8 @@ class Sampler:
             raise ValueError(
                 f"blocks are Langevin's: a step of {type(self).__name__} moves all tensors, got {blocks!r:.80}"
             )
+        if carried is not None:
+            check_type("carried", carried, Mapping, "a mapping from name to value, as info of sample is")
         given = {name: value for name, value in (carried or {}).items() if name in self.carries and value is not None}
         options: dict[str, Any] = {"observed": observed, "blocks": blocks, "chain_offset": chain_offset}
         p, _, seed = resolve(self, flatten, state, 0, seed=seed, generator=generator, first_step=first_step, **options)

@@ -21,10 +21,10 @@ from mmebm.samplers.gradient import Target, one_per_chain
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import HMCOptions, Setting
 from mmebm.samplers.samples import NonFinite, Samples
-from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, choice, is_mapping, rows_of
+from mmebm.samplers.settings import Numbers, check_numbers, check_quotients, is_mapping, rows_of
 from mmebm.samplers.user_modules import Mode
 from mmebm.samplers.watch import Callback
-from mmebm.state import State, check_setting, integer
+from mmebm.state import State, check_setting, choice, integer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -18,17 +18,22 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops import noise as drawn
 from mmebm.ops.common.untyped import TORCH
-from mmebm.state import check_setting
+from mmebm.state import check_setting, check_type, choice, dense, one_number, sizes
 
 __all__ = ["class_gaussian", "data", "each", "generated", "normal", "uniform"]
 
 Initial = Callable[..., Any]
 
 
-def _shape(shape: Sequence[Any]) -> tuple[int, ...]:
-    if isinstance(shape, (str, int)) or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in shape):
-        raise ValueError(f"shape must be the sizes of one chain, such as (1, 28, 28), got {shape!r}")
-    return tuple(shape)
+def _of_chains(name: str, value: Any, size: tuple[int, ...], low: float) -> Any:
+    """A number, or a tensor that broadcasts against chains of ``size``."""
+    value = check_setting(name, value, low=low, kinds="a number or a tensor")
+    if isinstance(value, Tensor):
+        shape = tuple(value.shape)
+        pairs = zip(reversed(shape), reversed(size))
+        if len(shape) > len(size) + 1 or any(own not in (1, wanted) for own, wanted in pairs):
+            raise ValueError(f"{name} must be a number, or broadcast against {size}, got shape {shape}")
+    return value
 
 
 def _draw(
@@ -49,13 +54,15 @@ def uniform(shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: to
     """Uniform in [low, high), of ``shape``, the sizes of one chain.
 
     Raises:
-        ValueError: for another shape, or bounds that are not finite or in order.
+        TypeError, ValueError: for another shape, or bounds that are not finite or in order.
 
     Example:
         >>> mmebm.initial.uniform((1, 28, 28), -1, 1)(16, torch.Generator().manual_seed(0)).shape
         torch.Size([16, 1, 28, 28])
     """
-    size = _shape(shape)
+    size = sizes("shape", shape, 1)
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    low, high = one_number("low", low, low=-math.inf), one_number("high", high, low=-math.inf)
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"low and high must be finite with low <= high, got {low!r} and {high!r}")
     return partial(_uniform, size, low, high, dtype)
@@ -77,9 +84,9 @@ def normal(shape: Sequence[int], std: float = 1.0, mean: float = 0.0, dtype: tor
         >>> mmebm.initial.normal((2,), std=0.1)(16, torch.Generator().manual_seed(0)).shape
         torch.Size([16, 2])
     """
-    size = _shape(shape)
-    check_setting("std", std)
-    return partial(_normal, size, std, mean, dtype)
+    size = sizes("shape", shape, 1)
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    return partial(_normal, size, _of_chains("std", std, size, 0.0), _of_chains("mean", mean, size, -math.inf), dtype)
 
 
 def _normal(
@@ -92,7 +99,8 @@ def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
     """A row of ``examples`` (m, ...), drawn uniformly; with ``labels`` (m,), among those of the chain's class.
 
     Raises:
-        ValueError: for no examples, labels of another length, or a class below the largest without an example.
+        TypeError, ValueError: for no examples, labels of another length, or a class below the largest without an
+            example.
 
     Example:
         >>> examples, labels = torch.arange(6.0).reshape(6, 1), torch.tensor([0, 0, 0, 1, 1, 1])
@@ -100,7 +108,7 @@ def data(examples: Tensor, labels: Tensor | None = None) -> Initial:
         >>> bool((start(4, torch.Generator().manual_seed(0), torch.ones(4, dtype=torch.int64)) >= 3).all())
         True
     """
-    if len(examples) == 0:
+    if len(dense("examples", examples, 1)) == 0:
         raise ValueError(f"examples must hold at least one row, got shape {tuple(examples.shape)}")
     if labels is None:
         return partial(_anyone, examples)
@@ -122,10 +130,13 @@ def _of_class(rows: Tensor, start: Tensor, count: Tensor, n: int, generator: tor
 
 def _by_class(examples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in the order of their class, where each class starts, and how many it has; on the CPU."""
+    if dense("labels", labels).is_complex():
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
     held = labels.detach().cpu().long()
     if held.shape != (len(examples),) or bool((held < 0).any()):
         raise ValueError(f"labels must be ({len(examples)},), 0 or above, one per example, got {tuple(held.shape)}")
-    count = torch.bincount(held)
+    # one above the number of examples leaves a class without any
+    count = torch.bincount(held.clamp(max=len(examples)))
     if bool((count == 0).any()):
         raise ValueError(f"labels must name every class below the largest, got none of {(count == 0).nonzero()[0, 0]}")
     return held.argsort(stable=True), count.cumsum(0) - count, count
@@ -139,7 +150,8 @@ def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full"
         jitter: added to the variances, so that constant elements are no trouble.
 
     Raises:
-        ValueError: for another ``covariance``, or labels as in :func:`data`.
+        TypeError, ValueError: for another ``covariance``, examples of a class that have none, or labels as in
+            :func:`data`.
 
     Example:
         >>> examples, labels = torch.randn(20, 3), torch.arange(20) % 2
@@ -147,11 +159,14 @@ def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full"
         >>> start(4, torch.Generator().manual_seed(0), torch.zeros(4, dtype=torch.int64)).shape
         torch.Size([4, 3])
     """
-    if covariance not in ("full", "diagonal"):
-        raise ValueError(f'covariance must be "full" or "diagonal", got {covariance!r}')
-    check_setting("jitter", jitter, strict=True)
+    choice("covariance", covariance, ("full", "diagonal"))
+    jitter = one_number("jitter", jitter, strict=True)
+    check_setting("examples", dense("examples", examples, 2), low=-math.inf)
+    flat = examples.detach().cpu().double().flatten(1)
+    if len(flat) == 0 or not bool(flat.isfinite().all()):
+        raise ValueError(f"examples must hold at least one row, of finite numbers, got {examples!r:.80}")
     order, start, count = _by_class(examples, labels)
-    flat = examples.detach().cpu().double().flatten(1)[order]
+    flat = flat[order]
     means: list[Tensor] = []
     scales: list[Tensor] = []
     for a, m in TORCH.stack((start, count), 1).tolist():
@@ -161,7 +176,10 @@ def class_gaussian(examples: Tensor, labels: Tensor, *, covariance: str = "full"
         if covariance == "full":
             spread = centred.T @ centred / m
             spread.diagonal().add_(jitter)
-            scales.append(TORCH.linalg.cholesky(spread))
+            root, failed = TORCH.linalg.cholesky_ex(spread)
+            if bool(failed):
+                raise ValueError(f"jitter must make every class's covariance positive definite, got {jitter!r:.80}")
+            scales.append(root)
         else:
             scales.append((centred.square().mean(0) + jitter).sqrt())
     mean = torch.stack(means).to(examples.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmebm.energies import trace as tracing
 from mmebm.energies.trace import Traced
-from mmebm.ops.net.graph import Conv, Linear
+from mmebm.ops.net.graph import Conv, Linear, Net
 from mmebm.samplers.capture.key import Identity, parts_of
 from mmebm.samplers.chain import Problem
 from mmebm.state import flatten
@@ -33,11 +33,12 @@ MOST: Final = 32
 
 @dataclass
 class _Kept:
-    """A net, without what would keep the energy's modules alive."""
+    """A net, without what would keep the energy's modules or a call's data alive. ``stubs``: what stands on its tape for
+    the arguments' tensors and for those that are read where they lie."""
 
     key: list[Any]
     references: list[weakref.ref[Any]]
-    given: list[Tensor]
+    stubs: list[Tensor]
     traced: Traced
 
 
@@ -116,12 +117,15 @@ def trace(
         same = replace(kept.traced, seen=seen)
         if same.tape.static:
             return same
-        return tracing.retrace(same, dict(zip(map(id, kept.given), key.inputs, strict=True)), log_prob)
+        tensors = dict(zip(map(id, kept.stubs), (*key.inputs, *key.held), strict=True))
+        return tracing.retrace(same, tensors, log_prob)
     if only_kept:
         return None
     found = tracing.trace(energy, state, args=args, kwargs=kwargs, log_prob=log_prob)
     weights = [t for n in found.net.nodes if isinstance(n, (Conv, Linear)) for t in (n.weight, n.bias) if t is not None]
-    found.tape.tie(key.held, key.inputs, weights)
+    stubs = found.tape.tie(key.held, key.inputs, weights)
+    # what a replay makes anew is not kept: it may hold a call's data
+    kept_of = found if found.tape.static else replace(found, net=Net(()))
     with _lock:
         _kept.pop(place, None)
         if found.tape.valid:
@@ -129,7 +133,7 @@ def trace(
                 references = [weakref.ref(item, lambda _: _kept.pop(place, None)) for item in key.watched]
             except TypeError:  # such an object may give its id to another one
                 return found
-            _kept[place] = _Kept(key.full, references, key.inputs, replace(found, seen=()))
+            _kept[place] = _Kept(key.full, references, stubs, replace(kept_of, seen=()))
             while len(_kept) > MOST:
                 _kept.popitem(last=False)
     return found

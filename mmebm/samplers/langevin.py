@@ -29,8 +29,8 @@ from mmebm.samplers.separable import check_separable
 from mmebm.samplers.settings import (
     BOUND,
     NUMBERS,
+    check_leaves,
     check_numbers,
-    choice,
     is_mapping,
     is_sequence,
     langevin_rows,
@@ -38,7 +38,7 @@ from mmebm.samplers.settings import (
 )
 from mmebm.samplers.user_modules import Mode, modules_of, sampling
 from mmebm.samplers.watch import Callback
-from mmebm.state import State, check_setting, flag, per_key
+from mmebm.state import State, check_setting, choice, flag, per_key, square
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -213,10 +213,8 @@ class Langevin(Sampler):
             >>> mmebm.Langevin.from_sgld(0.2).implied_temperature
             1.0
         """
-        for label, leaf in leaves("scale", scale):
-            if not callable(leaf):
-                check_setting(label, leaf)
-        return cls(_map(scale, lambda s: s**2 / 2), scale, accept=accept, **options)
+        check_leaves("scale", scale)
+        return cls(_map(scale, lambda s: square("scale", s) / 2), scale, accept=accept, **options)
 
     def replace(self, **changes: Unpack[LangevinOptions]) -> Langevin:
         """A copy with some options changed.
@@ -241,9 +239,10 @@ class Langevin(Sampler):
             a, s, t = (v(0) if callable(v) else v for v in (a, s, t))
             if s is None:
                 return t
+            variance = square("noise_scale", s)
             if isinstance(a, Tensor) or isinstance(s, Tensor):
-                return s**2 / (2 * a)
-            return s**2 / (2 * a) if a else (math.inf if s else 0.0)
+                return variance / (2 * a)
+            return variance / (2 * a) if a else (math.inf if s else 0.0)
 
         parts: list[Any] = [self.step_size, self.noise_scale, self.temperature]
         keys = [key for part in parts if is_mapping(part) for key in part]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmebm.samplers.settings import is_mapping, is_sequence
-from mmebm.state import flatten
+from mmebm.state import flatten, integer
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,10 +80,10 @@ class Samples:
             raise ValueError("there is no trajectory: sample with thin=1, or another distance of the states to keep")
         keys, tensors, _ = flatten(self.trajectory)
         states, steps = tensors[0].shape[0], self.info["steps"]
-        if not 0 <= burn_in < states:
+        if integer("burn_in", burn_in, 0) >= states:
             raise ValueError(f"burn_in must leave one of {states} states at least, got {burn_in}")
         fits = [t for t in range(1, steps + 1) if steps // t == states]
-        if thin is not None and thin not in fits:
+        if thin is not None and integer("thin", thin, 1) not in fits:
             raise ValueError(f"thin must be that of the chain, which kept {states} states of {steps} steps, got {thin}")
         if thin is None and len(fits) > 1 and self.trace:
             raise ValueError(f"thin= must say which: {states} states of {steps} steps are left by each of {fits}")

@@ -8,6 +8,7 @@ passes the value of its ``k`` (annealed noise levels). Over ``steps`` steps a sc
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops.common.params import StepNumbers
+from mmebm.state import check_setting, dense, integer, items, one_number
 
 __all__ = ["Schedule", "geometric", "linear", "polynomial", "table"]
 
@@ -47,8 +49,9 @@ class _Ramp(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"steps must be an int of at least 1, got {self.steps!r}")
+        integer("steps", self.steps, 1, 2**63)
+        for name in ("start", "end"):
+            object.__setattr__(self, name, check_setting(name, getattr(self, name), low=-math.inf, kinds="a number"))
 
     def _fraction(self, k: int) -> float:
         return min(max(k / max(self.steps - 1, 1), 0.0), 1.0)
@@ -93,8 +96,8 @@ class geometric(_Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.start > 0 and self.end > 0):
-            raise ValueError(f"start and end must be positive, got {self.start} and {self.end}")
+        for name, value in (("start", self.start), ("end", self.end)):
+            one_number(name, value, strict=True)
 
     def __call__(self, k: int) -> float:
         return self.start * (self.end / self.start) ** self._fraction(k)
@@ -120,8 +123,7 @@ class polynomial(_Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.power > 0:
-            raise ValueError(f"power must be positive, got {self.power}")
+        object.__setattr__(self, "power", one_number("power", self.power, strict=True))
 
     def __call__(self, k: int) -> float:
         return self.end + (self.start - self.end) * (1.0 - self._fraction(k)) ** self.power
@@ -146,8 +148,10 @@ class table(Schedule):
     values: Sequence[float] | Tensor
 
     def __post_init__(self) -> None:
-        if len(self.values) == 0:
-            raise ValueError("values must hold at least one entry, got an empty table")
+        if isinstance(self.values, Tensor):
+            dense("values", self.values, 1)
+        if not items("values", self.values) or not hasattr(self.values, "__getitem__"):
+            raise ValueError(f"values must hold at least one entry, got {self.values!r:.80}")
 
     def __call__(self, k: int) -> float | Tensor:
         return self.values[min(k, len(self.values) - 1)]

@@ -45,18 +45,21 @@ def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple))
 
 
-def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raises a ValueError where ``value`` is not among those allowed."""
-    # by type too: 1 is no True, and an array compares with anything
-    if not any(isinstance(value, type(each)) and value == each for each in allowed):
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
-
-
 def leaves(name: str, value: Any) -> list[tuple[str, Any]]:
     """What a setting holds, with a name for messages: each entry of a mapping, or itself; None is left out."""
     if not is_mapping(value):
         return [] if value is None else [(name, value)]
     return [(f"{name}[{key!r}]", leaf) for key, leaf in value.items() if leaf is not None]
+
+
+def check_leaves(name: str, value: Any, *, required: bool = True, **allowed: Any) -> None:
+    """Checks what a setting holds, but for its functions of the step (see :func:`mmebm.state.check_setting`)."""
+    given = list(value.values()) if is_mapping(value) else [value]
+    if required and any(leaf is None for leaf in given):
+        raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r:.80}")
+    for label, leaf in leaves(name, value):
+        if not callable(leaf):
+            check_setting(label, leaf, **allowed)
 
 
 def check_numbers(sampler: Any, numbers: Numbers, required: Sequence[str] | None = None) -> None:
@@ -69,13 +72,7 @@ def check_numbers(sampler: Any, numbers: Numbers, required: Sequence[str] | None
         TypeError, ValueError: naming the setting.
     """
     for name, allowed in numbers.items():
-        value = getattr(sampler, name)
-        given = list(value.values()) if is_mapping(value) else [value]
-        if (required is None or name in required) and any(leaf is None for leaf in given):
-            raise TypeError(f"{name} must be a number, a tensor, a mapping or a function of the step, got {value!r}")
-        for label, leaf in leaves(name, value):
-            if not callable(leaf):
-                check_setting(label, leaf, **allowed)
+        check_leaves(name, getattr(sampler, name), required=required is None or name in required, **allowed)
 
 
 def check_quotients(step_size: Value, temperature: Value, mass: Value, dtype: torch.dtype) -> None:

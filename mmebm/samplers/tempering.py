@@ -28,10 +28,10 @@ from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import TemperingOptions
 from mmebm.samplers.samples import NonFinite, Samples
-from mmebm.samplers.settings import choice, is_sequence, leaves
+from mmebm.samplers.settings import is_sequence, leaves
 from mmebm.samplers.user_modules import Mode
 from mmebm.samplers.watch import Callback
-from mmebm.state import State, check_setting, integer, per_key
+from mmebm.state import State, check_setting, choice, integer, per_key
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,7 +93,7 @@ class ParallelTempering(Sampler):
             raise TypeError(f"temperatures must be a sequence of increasing numbers, got {given!r:.80}")
         try:
             ladder = tuple(float(t) for t in given)
-        except (TypeError, ValueError, RuntimeError):  # the last, of tensors without numbers
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last, of tensors without numbers
             raise TypeError(f"temperatures must be a sequence of increasing numbers, got {given!r:.80}") from None
         increasing = all(a < b for a, b in itertools.pairwise(ladder))
         if not ladder or not increasing or not (0 < ladder[0] and ladder[-1] < math.inf):

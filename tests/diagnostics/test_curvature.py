@@ -41,5 +41,5 @@ def test_the_limit_separates_stable_from_unstable(factor: float, stable: bool, s
 
 
 def test_rejects_no_iterations() -> None:
-    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="iterations must be an int of at least 1, got 0"):
         curvature(lambda x: x.square().sum(1), torch.ones(1, 1), iterations=0)

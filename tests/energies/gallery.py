@@ -1631,3 +1631,77 @@ def image(b: Build) -> Any:
 @awkward("a state whose chains lie in another order in memory")
 def transposed_state(b: Build) -> Any:
     return Case(b.mlp(), state=b.normal(INPUTS, CHAINS).T)
+
+
+# -- writes that go around a tensor's own operations
+
+
+def _counting(b: Build, write: Callable[[Tensor], Any]) -> Case:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = b.mlp()
+            self.register_buffer("calls", torch.zeros(1, dtype=b.dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            write(self.calls)  # type: ignore[arg-type]
+            return (1 + 0.1 * self.calls) * self.net(x).squeeze(1)  # type: ignore[operator]
+
+    net = Counting()
+    return Case(net, count=lambda: float(net.calls))  # type: ignore[arg-type]
+
+
+def _through_numpy(t: Tensor) -> None:
+    array = t.numpy()
+    array += 1
+
+
+for _name, _write in {
+    "view": lambda t: t.view(-1).add_(1),
+    "index": lambda t: t[0].add_(1),
+    "narrow": lambda t: t.narrow(0, 0, 1).add_(1),
+    "data": lambda t: t.data.add_(1),
+    "detach": lambda t: t.detach().add_(1),
+    "alias": lambda t: torch.as_tensor(t).add_(1),
+    "numpy": _through_numpy,
+    "apply": lambda t: t.apply_(lambda v: v + 1),
+    "map": lambda t: t.map_(t, lambda v, _: v + 1),
+}.items():
+
+    def _made(b: Build, write: Callable[[Tensor], Any] = _write) -> Any:
+        return _counting(b, write)
+
+    _made.__name__ = f"counts_by_{_name}"
+    awkward(f"counts its calls through {_name}", own_dtype=True, one_call_a_step=True)(_made)
+
+
+# -- what float32 has no room for
+
+
+@awkward("a softmax by hand, far from overflow but not in its slopes")
+def softmax_by_hand(b: Build) -> Any:
+    first, last, weight = b.linear(), b.linear(HIDDEN, 5), b.normal(5)
+
+    def energy(x: Tensor) -> Tensor:
+        p = torch.exp(4 * last(F.silu(first(x))) + 50)
+        return (p / p.sum(1, keepdim=True) * weight).sum(1)
+
+    return energy
+
+
+@awkward("kernel regression in many dimensions: quotients of tiny numbers")
+def kernel_regression(b: Build) -> Any:
+    first, centres, weight = b.linear(outputs=64), b.normal(7, 64), b.normal(7)
+
+    def energy(x: Tensor) -> Tensor:
+        p = torch.exp(-0.5 * (first(x)[:, None] - centres).square().sum(2))
+        return (p * weight).sum(1) / p.sum(1)
+
+    return energy
+
+
+@awkward("an infinite logit of a class that is not chosen")
+def masked_classes(b: Build) -> Any:
+    net, mask = b.mlp(outputs=5), torch.tensor([0.0, 0.0, 0.0, -torch.inf, -torch.inf], dtype=b.dtype)
+    labels = torch.arange(CHAINS) % 3
+    return lambda x: F.cross_entropy(net(x) + mask, labels, reduction="none")

@@ -341,6 +341,8 @@ def _computations() -> tuple[frozenset[Any], frozenset[str]]:
     names = {getattr(f, "__name__", "") for f in functions} | set(dir(Tensor)) | {"special", "linalg", "fft"}
     names |= {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     effects = {"backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_"}
+    # writes that no mode sees, also to memory that NumPy shares
+    effects |= {"numpy", "apply_", "map_", "map2_", "share_memory_", "module_load", "rename_", "set_"}
     # what differs between a call that is watched and one that is differentiated, or between equal tensors
     effects |= {"requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad", "output_nr", "_version"}
     effects |= {"is_contiguous", "stride", "storage_offset", "data_ptr", "storage", "untyped_storage"}

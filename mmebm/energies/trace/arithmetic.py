@@ -98,10 +98,10 @@ def _mul(r: Recorder, out: Tensor, a: Any, b: Any) -> int:
 def _div(r: Recorder, out: Tensor, a: Any, b: Any, **options: Any) -> int:
     if options.get("rounding_mode") is not None:
         refuse("it rounds")
+    if r.value(b) is not None and r.value(a) is not None:
+        return r.add(graph.Product(r.spread(a, out.shape), r.spread(b, out.shape), divide=True))
     if r.value(b) is not None:
         inverse = r.add(graph.Activation(r.spread(b, out.shape), "reciprocal"))
-        if r.value(a) is not None:
-            return r.add(graph.Product(r.spread(a, out.shape), inverse))
         return r.affine(inverse, r.constant(a, out, out.shape), None)
     if not isinstance(b, Tensor) or b.numel() == 1:
         return r.add(graph.Add((r.spread(a, out.shape),), (1.0 / float(b),)))
@@ -168,9 +168,12 @@ def _norm(
     if order == 1:
         return total
     # torch's norm has the slope 0 at 0, where the root of a sum of squares has none: the smallest number that is not
-    # denormal is added, which changes no sum of squares of numbers above 1e-15
-    total = r.add(graph.Add((total,), (1.0,), x.new_full((1, *r.shapes[total]), torch.finfo(torch.float32).tiny)))
-    return r.add(graph.Activation(total, "sqrt"))
+    # denormal, 2^-126, is added under the root and its root, 2^-63, taken off. Of 0 the norm is 0, and numbers above
+    # 1e-12 do not feel it.
+    tiny, shape = torch.finfo(torch.float32).tiny, (1, *r.shapes[total])
+    total = r.add(graph.Add((total,), (1.0,), x.new_full(shape, tiny)))
+    root = r.add(graph.Activation(total, "sqrt"))
+    return r.add(graph.Add((root,), (1.0,), x.new_full(shape, -(tiny**0.5))))
 
 
 @rule("logsumexp")
@@ -199,6 +202,8 @@ def _chosen(r: Recorder, x: Tensor, labels: Tensor) -> int:
     """x (chains, n) at each chain's own index ``labels`` (chains,)."""
     if r.value(labels) is not None:
         refuse("an index depends on the state")
+    if not all(bool(t.isfinite().all()) for t in r.constants):  # what is not chosen is multiplied by 0
+        refuse("it chooses among numbers to which infinite ones were added")
     hot = F.one_hot(labels.reshape(-1).expand(r.chains), x.shape[1]).to(x.dtype)
     picked = r.affine(r.node(x), hot if r.chains > 1 else hot[:1], None)
     return r.summed(picked)

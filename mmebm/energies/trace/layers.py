@@ -263,7 +263,10 @@ def _residual(
         if kind not in ("gaussian", "laplace") or r.value(y) is None or any(map(r.value, (t, scale, weight, mask))):
             refuse(f"it takes a {kind} residual of something else than predictions")
         shape = torch.Size((r.chains, *y.shape[1:]))
-        node = r.add(graph.Add((r.node(y),), (1.0,), -r.constant(t.to(y.dtype), y, shape)))
+        t = t.to(y.dtype)
+        if mask is not None:  # what is masked may hold anything
+            t = torch.where(mask.to(torch.bool), t, 0.0)
+        node = r.add(graph.Add((r.node(y),), (1.0,), -r.constant(t, y, shape)))
         if mask is not None:
             node = r.affine(node, r.constant(mask.to(y.dtype), y, shape), None)
         node = r.add(graph.Activation(node, "square" if kind == "gaussian" else "abs"))

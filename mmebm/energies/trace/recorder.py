@@ -52,10 +52,14 @@ class Recorder:
         self.nodes: list[graph.Node] = []
         self.shapes: list[tuple[int, ...]] = []
         self.values: dict[int, Value] = {}
+        self.constants: list[Tensor] = []
 
     def add(self, node: graph.Node) -> int:
+        shape = graph.shape_of(node, self.shapes)
+        if min(shape) < 1:
+            refuse("it computes with a tensor of no elements")
         self.nodes.append(node)
-        self.shapes.append(graph.shape_of(node, self.shapes))
+        self.shapes.append(shape)
         return len(self.nodes) - 1
 
     def value(self, t: Any) -> Value | None:
@@ -82,6 +86,7 @@ class Recorder:
     def constant(self, t: Any, like: Tensor, out: torch.Size) -> Tensor:
         """A number or tensor that does not read the state, as (1 or chains, *shape of a node)."""
         t = torch.as_tensor(t, dtype=like.dtype, device=like.device).detach()
+        self.constants.append(t)
         rest = tuple(out[1:])
         if t.dim() == len(out) and t.shape[0] == self.chains and self.chains > 1:
             return t.expand(out).reshape(self.chains, *(rest or (1,))).contiguous()

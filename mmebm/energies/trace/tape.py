@@ -45,6 +45,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
 
 
+def _stub(t: Tensor) -> Tensor:
+    """What stands for a tensor of which the shape is enough."""
+    return t.new_empty(()).expand(t.shape)
+
+
 def _swapped(value: Any, by: Mapping[int, Tensor]) -> Any:
     """``value`` with other tensors in the place of those in ``by``."""
     if isinstance(value, Tensor):
@@ -77,26 +82,28 @@ class Tape:
 
     def sealed(self, recorder: Recorder, state: Sequence[Tensor], result: Any) -> Tape:
         """The tape without the values that depend on the state: of those, shapes are enough."""
-        stubs = {number: v.tensor.new_empty(()).expand(v.tensor.shape) for number, v in recorder.values.items()}
+        stubs = {number: _stub(v.tensor) for number, v in recorder.values.items()}
         self._stubs = {id(stub): stub for stub in stubs.values()}
         self._state, self._result = _swapped(list(state), stubs), _swapped(result, stubs)
-        self._steps = [
-            step._replace(
-                args=_swapped(step.args, stubs),
-                kwargs=_swapped(step.kwargs, stubs),
-                result=_swapped(step.result, stubs),
-            )
-            for step in self._steps
-        ]
+        self._swap(stubs)
         return self
 
-    def tie(self, held: Iterable[Tensor], given: Iterable[Tensor], net: Iterable[Tensor]) -> None:
-        """Settles :attr:`valid` and :attr:`static`.
+    def _swap(self, by: Mapping[int, Tensor]) -> None:
+        self._steps = [
+            s._replace(args=_swapped(s.args, by), kwargs=_swapped(s.kwargs, by), result=_swapped(s.result, by))
+            for s in self._steps
+        ]
+
+    def tie(self, held: Iterable[Tensor], given: Iterable[Tensor], net: Iterable[Tensor]) -> list[Tensor]:
+        """Settles :attr:`valid` and :attr:`static`, and lets go of all tensors but the parameters.
 
         Args:
             held: the tensors that every call reads where they lie.
             given: those that each call has of its own.
             net: those of the net's layers.
+
+        Returns:
+            What stands for each of ``given`` and of ``held`` from here on.
         """
 
         def memory(tensors: Iterable[Tensor]) -> set[int]:
@@ -108,7 +115,7 @@ class Tape:
         own = {id(t): t.detach() for t in held if isinstance(t, torch.nn.Parameter)}
         for t in given:
             own.pop(id(t), None)
-        self._steps = [s._replace(args=_swapped(s.args, own), kwargs=_swapped(s.kwargs, own)) for s in self._steps]
+        self._swap(own)
         self.static = memory(net) <= places - inputs
         made: set[int] = set()
         for step in self._steps:
@@ -119,6 +126,11 @@ class Tape:
                 made.update(id(t) for t in tensors_in(step.result))
             elif read and step.name not in _LAYERS:
                 self.static: bool = False
+        computed = [t for step in self._steps if step.apply is None for t in tensors_in(step.result)]
+        stubs = {id(t): _stub(t) for t in (*given, *held, *computed)}
+        self._stubs.update((id(stub), stub) for stub in stubs.values())
+        self._swap(stubs)
+        return [stubs[id(t)] for t in (*given, *held)]
 
     def replay(self, recorder: Recorder, given: Mapping[int, Tensor]) -> Any:
         """Writes the call down once more, and returns what stands for the energy's result.

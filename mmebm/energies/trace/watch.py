@@ -123,9 +123,13 @@ class Watch(TorchDispatchMode):
         self.tape: Tape = tape
         self.own: dict[int, Tensor] = {}  # storages made during the call, kept
 
-    def _own(self, result: Any) -> None:
+    def _own(self, result: Any, given: Sequence[Tensor]) -> None:
+        """Notes the memory of a result, but not that of a view of what was there before."""
+        before = {t.untyped_storage()._cdata for t in given}
         for t in tensors_in(result):
-            self.own.setdefault(t.untyped_storage()._cdata, t)
+            storage = t.untyped_storage()._cdata
+            if storage not in before:
+                self.own.setdefault(storage, t)
 
     def _examine(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors that ``func`` changes. Refuses what must not happen in a call that nobody asked for."""
@@ -166,7 +170,7 @@ class Watch(TorchDispatchMode):
             if r.value(target) is None or any(v.tensor is not target for v in sharing):
                 refuse(f"it changes a view in place ({name})")
         result = func(*args, **given)
-        self._own(result)
+        self._own(result, flat)
         apply = None
         if watched:
             total = any(value is not None and value.total for value in values)

@@ -138,7 +138,7 @@ _KINDS: Final[dict[type, Callable[[Any, _At], dict[str, Any]]]] = {
         **_rows("shift", node.shift, at),
     },
     graph.Affine: lambda node, at: {**_rows("scale", node.scale, at), **_rows("shift", node.shift, at)},
-    graph.Product: lambda node, at: {},
+    graph.Product: lambda node, at: {"divide": node.divide},
     graph.Map: _list,
     graph.Norm: lambda node, at: {"groups": node.groups, "eps": float(node.eps)},
     graph.LogSumExp: _list,

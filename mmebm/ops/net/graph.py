@@ -208,10 +208,11 @@ class Affine(Node):
 
 @dataclass(frozen=True, slots=True)
 class Product(Node):
-    """``a b``, element by element, of one shape."""
+    """``a b``, or ``a / b``, element by element, of one shape."""
 
     a: int
     b: int
+    divide: bool = False
 
     def check(self, before: Sequence[Shape], chains: int, inputs: int) -> None:
         if len(set(before)) != 1:

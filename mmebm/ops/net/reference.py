@@ -75,7 +75,9 @@ _VALUES: Final[dict[type[Any], Callable[[Any, Mapping[int, Tensor]], Tensor]]] =
     graph.Activation: _activation,
     graph.Add: _add,
     graph.Affine: _affine,
-    graph.Product: lambda node, values: values[node.a] * values[node.b],
+    graph.Product: lambda node, values: (
+        values[node.a] / values[node.b] if node.divide else values[node.a] * values[node.b]
+    ),
     graph.Map: _map,
     graph.LogSumExp: lambda node, values: values[node.x].flatten(1)[:, node.index].logsumexp(2),
     graph.Norm: _norm,

@@ -474,9 +474,16 @@ class _Planner:
             self.pointwise(self.sizes[i], d, **self.per_chain(i, "scale"), **self.target(before[0]))
 
     def times_back(self, i: int, node: Product, d: int, before: list[int]) -> None:
-        for x, other in (before, before[::-1]):
-            if x in self.moving:
-                self.pointwise(self.sizes[i], d, v_at=self.values[other], times=1, **self.target(x))
+        (a, b), n = before, self.sizes[i]
+        if a in self.moving:
+            self.pointwise(n, d, v_at=self.values[b], times=2 if node.divide else 1, **self.target(a))
+        if b not in self.moving:
+            return
+        factor = self.values[a]
+        if node.divide:  # -(a / b) / b
+            factor = self._place(n)
+            self.pointwise(n, self.values[i], factor, u_scale=-1.0, v_at=self.values[b], times=2)
+        self.pointwise(n, d, v_at=factor, times=1, **self.target(b))
 
     def scattered(self, i: int, node: Map | LogSumExp, d: int, before: list[int]) -> None:
         lists, start = self._lists(i, node), 0
@@ -590,7 +597,9 @@ _KINDS: Final[dict[type[Any], _Kind]] = {
         _Planner.affine_back,
     ),
     Product: _Kind(
-        lambda plan, i, node, at: plan.pointwise(plan.sizes[i], at[0], plan.values[i], v_at=at[1], times=1),
+        lambda plan, i, node, at: plan.pointwise(
+            plan.sizes[i], at[0], plan.values[i], v_at=at[1], times=2 if node.divide else 1
+        ),
         _Planner.times_back,
     ),
     Map: _LIST,

@@ -154,6 +154,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bicubic": (lambda: nn.Upsample(scale_factor=2, mode="bicubic"), (2, 4, 5)),
     "crop and pad": (lambda: Function(lambda x: F.pad(x[:, :, 1:4, ::2], (1, 2, 0, 1))), (2, 6, 7)),
     "concatenation": (lambda: nn.Sequential(Function(_twice), nn.Conv2d(6, 4, 3)), (3, 5, 6)),
+    "a mean of many": (lambda: Function(lambda x: x.sigmoid().mean((2, 3))), (2, 150, 160)),
+    "a norm of many": (lambda: _norm(nn.GroupNorm(1, 2)), (2, 100, 110)),
     "pixel shuffle": (lambda: nn.PixelShuffle(2), (8, 3, 2)),
     "permuted": (lambda: Function(lambda x: x.permute(0, 2, 3, 1).reshape(len(x), -1, 6).transpose(1, 2)), (6, 3, 5)),
     "batch norm": (lambda: _norm(nn.BatchNorm2d(5)), (5, 4, 3)),

@@ -77,12 +77,15 @@ def net(w: Any) -> Net:
             Affine(7, w.scale),
             Add((8,), (1.0,), -w.shift),
             Product(9, 7),
-            View(10, (2, 3)),
-            LogSumExp(11, (2,), torch.arange(6).reshape(2, 3)),
-            Linear(10, w.other),
-            Activation(13, "square"),
+            Activation(7, "square"),
+            Add((11,), (1.0,), torch.ones_like(w.scale)),
+            Product(10, 12, divide=True),
+            View(13, (2, 3)),
+            LogSumExp(14, (2,), torch.arange(6).reshape(2, 3)),
+            Linear(13, w.other),
+            Activation(16, "square"),
             Map(
-                (12, 14), (1,), torch.arange(8).reshape(1, 8), torch.linspace(0.5, 1, 8, dtype=w.x.dtype).reshape(1, 8)
+                (15, 17), (1,), torch.arange(8).reshape(1, 8), torch.linspace(0.5, 1, 8, dtype=w.x.dtype).reshape(1, 8)
             ),
         )
     )
@@ -94,7 +97,7 @@ def energy(w: Any, x: Tensor) -> Tensor:
     h = F.silu(F.group_norm(h, 2))
     h = torch.tanh(F.conv_transpose2d(h, w.up, stride=2)[:, :, 1:])
     a = F.linear(h.flatten(1), w.matrix)
-    b = (a * w.scale - w.shift) * a
+    b = (a * w.scale - w.shift) * a / (a.square() + 1)
     parts = torch.cat([b.reshape(-1, 2, 3).logsumexp(2), F.linear(b, w.other).square()], 1)
     return (parts * torch.linspace(0.5, 1, 8, dtype=x.dtype)).sum(1)
 
@@ -170,7 +173,7 @@ def test_errors(seed: int) -> None:
         r"nodes\[5\] \(Map\).*int64": bad(5, index=torch.zeros(125, 1, dtype=torch.int64)),
         r"nodes\[7\] \(Linear\).*126": bad(7, weight=w.other),
         r"nodes\[9\] \(Add\).*shift": bad(9, shift=w.shift[:3]),
-        r"nodes\[11\] \(View\)": bad(11, shape=(2, 4)),
+        r"nodes\[14\] \(View\)": bad(14, shape=(2, 4)),
         "last node": Net(good.nodes[:-1]),
     }
     for message, net_ in cases.items():

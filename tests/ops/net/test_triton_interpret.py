@@ -109,7 +109,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "a norm longer than a block": (lambda: nn.GroupNorm(1, 3), (3, 17, 19), 1),
     "softmax": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(30, 9), nn.Softmax(1)), (30,), 7),
     "functions": (
-        lambda: Function(lambda x: x.sigmoid() * x.square() + x.exp().sqrt() + 1 / (3 + x.square()) - 0.5 * F.gelu(x)),
+        lambda: Function(
+            lambda x: (
+                x.sigmoid() * x.square() + x.exp().sqrt() + x.tanh() / (3 + x.square()) + 1 / (4 + x) - 0.5 * F.gelu(x)
+            )
+        ),
         (5, 7),
         2,
     ),
