@@ -33,8 +33,10 @@ MOST: Final = 32
 
 @dataclass
 class _Kept:
-    """A net, without what would keep the energy's modules or a call's data alive. ``stubs``: what stands on its tape for
-    the arguments' tensors and for those that are read where they lie."""
+    """A net, without what would keep the energy's modules or a call's data alive.
+
+    ``stubs``: what stands on its tape for the arguments' tensors and for those that are read where they lie.
+    """
 
     key: list[Any]
     references: list[weakref.ref[Any]]

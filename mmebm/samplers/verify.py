@@ -37,8 +37,8 @@ COPIES: Final = 4
 # Two float32 evaluations of one function, sums in another order, are each off by about as much as the reference is in
 # float32. tests/samplers/test_verify.py measures by how many times, over many networks.
 FACTOR: Final = 16.0
-# At most this share of the largest value or gradient: a formula that rounds worse than the energy itself does, say where
-# its slopes underflow, is no excuse.
+# At most this share of the largest value or gradient: a formula that rounds worse than the energy itself does, say
+# where its slopes underflow, is no excuse.
 MOST: Final = 2.0**-5
 # Where the reference happens to make none: some units in the last place of the largest value or gradient.
 FLOOR: Final = 32 * 2.0**-24

@@ -637,3 +637,23 @@ def test_what_methods_of_any_kind_are_given(change: str, monkeypatch: pytest.Mon
     for _ in range(2):
         after = agrees(energy, x)
     assert not torch.allclose(after.state, before.state, atol=1e-3)
+
+
+def test_the_data_of_a_call_is_let_go() -> None:
+    decoder = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Unflatten(1, (1, 4, 4)), nn.ConvTranspose2d(1, 2, 4, 2))
+
+    def posterior(z: Tensor, x: Tensor) -> Tensor:
+        return (decoder(z) - x).square().flatten(1).sum(1)
+
+    alive = []
+    for chains in (3, 4, 4, 5):
+        x = torch.rand(chains, 2, 10, 10)
+        alive.append(weakref.ref(x))
+        out = Langevin(1e-3, 0.0).sample(posterior, torch.randn(chains, 8), 2, args=(x,), seed=0)
+        assert out.info["op"] == "langevin_net", out.info["reason"]
+        x = torch.rand(chains, 2, 10, 10)
+        alive.append(weakref.ref(x))
+        Langevin(1e-3, 0.0).sample((lambda y: lambda z: posterior(z, y))(x), torch.randn(chains, 8), 2, seed=0)
+    del x, out
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)

@@ -15,6 +15,7 @@ import mmebm
 from mmebm import Langevin
 from mmebm.energies import Gaussian, Sum
 from mmebm.models import JointEnergy
+from mmebm.ops.residual import residual
 from mmebm.samplers import whole_chain
 from mmebm.training import System
 from mmebm.training.presets import demo
@@ -257,3 +258,38 @@ def test_a_norm_of_exact_zeros_has_the_slope_0(keepdim: bool) -> None:
     root = lambda x: layer(x).flatten(1).square().sum(1).sqrt()
     broken = Langevin(0.1, 0.0, on_nonfinite="ignore").sample(root, x, 5, seed=0)
     assert broken.info["nonfinite"].nonzero().flatten().tolist() == [1]
+
+
+def test_what_is_masked_may_be_nan() -> None:
+    decoder = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 1, 4, 2, 1))
+    x, seen = torch.rand(6, 1, 4, 4), torch.rand(6, 1, 4, 4) > 0.3
+    z = torch.randn(6, 4)
+
+    def posterior(z: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        return residual([decoder(z)], [x], observed=[seen]) + 0.5 * z.square().sum(1)
+
+    ends = []
+    for holes in (0.0, torch.nan, torch.inf):
+        out = Langevin(0.05, 0.0).sample(posterior, z, 5, args=(x.masked_fill(~seen, holes), seen), seed=0)
+        assert out.info["op"] == "langevin_net", out.info["reason"]
+        ends.append(out.state)
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+    loop = Langevin(0.05, 0.0, backend="torch").sample(posterior, z, 5, args=(x, seen), seed=0)
+    torch.testing.assert_close(ends[0], loop.state, rtol=0, atol=CLOSE)
+
+
+def test_a_vector_of_zeros_by_its_norm_is_no_number() -> None:
+    first, last = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.Linear(8 * 36, 1)
+
+    def energy(x: Tensor) -> Tensor:
+        h = F.relu(first(x)).flatten(1)
+        return -last(h / h.norm(dim=1, keepdim=True)).squeeze(1)
+
+    x = torch.randn(4, 1, 6, 6)
+    sampler = Langevin(0.1, 0.0, on_nonfinite="ignore")
+    sampler.sample(energy, x, 3, seed=0)  # the first chain of an energy is compared with it, the second is not
+    x[2] = 0
+    out = sampler.sample(energy, x, 3, seed=0, record=("energy",))
+    assert out.info["op"] == "langevin_net", out.info["reason"]
+    assert out.trace["energy"][0].isnan().tolist() == [False, False, True, False]
+    assert out.info["nonfinite"].tolist() == [False, False, True, False]

@@ -95,6 +95,40 @@ def test_a_change_of_one_in_ten_thousand_is_seen(chains: int) -> None:
     assert "as 1 of" in str(verify.disagreement(value.detach(), grad, x, terms))
 
 
+def test_numbers_in_the_place_of_nan_are_seen() -> None:
+    """And the other way round: an energy that is finite where what replaces it is not, or a gradient that is."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 1)), torch.randn(5, 4)
+    with torch.no_grad():
+        net[0].weight.mul_(100)
+    terms = lower(net, x).terms
+    leaf = x.clone().requires_grad_()
+    value = net(leaf).squeeze(1)
+    (grad,) = torch.autograd.grad(value.sum(), leaf)
+    value = value.detach()
+    assert verify.disagreement(value, grad, x, terms) is None
+    for one, two in ((value.clone(), grad), (value, grad.clone())):
+        (one if two is grad else two)[3] = torch.nan
+        assert "autograd is infinite or NaN" in str(verify.disagreement(one, two, x, terms))
+    huge = x.clone()
+    huge[2] = 1e38  # the terms overflow there
+    assert "the terms are" in str(verify.disagreement(value, grad, huge, terms))
+
+
+def test_a_formula_that_rounds_badly_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error is what is allowed, up to a share of the largest gradient."""
+    x = torch.rand(6, 3) + 1
+    exact = 2 * x
+
+    def reference(x: Tensor, energy: Any) -> tuple[Tensor, Tensor]:
+        right = x.square().sum(1), 2 * x
+        return right if x.dtype == torch.float64 else (right[0], torch.zeros_like(x))  # as where a slope underflows
+
+    monkeypatch.setattr(verify, "by_reference", reference)
+    monkeypatch.setattr(verify, "by_op", lambda x, energy, backend: reference(x, energy))
+    assert "gradient" in str(verify.disagreement(x.square().sum(1), exact, x, (), "cpp"))
+
+
 def test_beside_a_kink_either_slope_is_right() -> None:
     """At 2^-25 beside inputs of 1, the side of 0 is a matter of rounding; half a slope is not."""
     w0, w1 = torch.tensor([[0.0, 1.0, 0.0], [0.3, -0.2, 0.1]]), torch.randn(1, 2)
