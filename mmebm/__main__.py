@@ -2,4 +2,5 @@
 
 from mmebm.cli.main import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # a worker that is started anew imports this file
+    raise SystemExit(main())
