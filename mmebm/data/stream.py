@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import random
+import signal
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -128,6 +129,7 @@ class WorkerBatches:
             num_workers=check_count("workers", workers),
             prefetch_factor=check_count("ahead", ahead),
             pin_memory=pinned,
+            worker_init_fn=_outlive_signals,
             # what it draws for its workers must not be drawn from the generator of training
             generator=torch.Generator().manual_seed(0),
         )
@@ -147,6 +149,18 @@ class WorkerBatches:
     def close(self) -> None:
         """Ends the processes. May be called twice."""
         self._batches = None
+
+
+# Seconds that a reading process stays after a SIGTERM
+_GRACE = 60
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM go to all processes of a job. The first one ends it when the iteration in hand is saved, and
+    ends these processes; by themselves they would be a failure before that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
 
 
 class _Rows(Sampler[Tensor]):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -178,6 +180,23 @@ def test_worker_processes_give_the_same_batches_however_many_they_are(threads: i
     assert not torch.equal(other["x"], found[0][0][1]["x"])
     # nothing that training draws depends on it
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_signals_to_a_whole_job(seed: int, number: int) -> None:
+    """As a terminal and batch systems send them: the iteration in hand still wants its batches."""
+    batches = WorkerBatches(dataset(Counting(20)), coming(20, seed, 50), workers=2)
+    next(batches)
+    children = multiprocessing.active_children()
+    for child in children:
+        os.kill(child.pid or 0, number)
+    time.sleep(0.2)
+    assert len([next(batches) for _ in range(30)]) == 30
+    assert all(child.is_alive() for child in children)
+    batches.close()
+    del batches
+    gc.collect()
+    assert eventually(lambda: not any(child.is_alive() for child in children))
 
 
 def test_worker_processes_end_and_their_errors_arrive(seed: int) -> None:
