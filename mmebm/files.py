@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -301,6 +302,7 @@ class FolderLock:
                 # where the one before has removed its file in between this is a lock on nothing
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(handle), os.stat(self.path)):
                     self._handle, handle = handle, -1
+                    _locks.add(self)
             finally:
                 if handle >= 0:
                     os.close(handle)
@@ -325,6 +327,7 @@ class FolderLock:
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
+        _locks.discard(self)
         with contextlib.suppress(OSError):  # Windows removes no open file: there it stays, unlocked
             os.unlink(self.path)
         os.close(handle)
@@ -338,6 +341,22 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release(remove_empty=error is not None)
+
+
+# Held by this process. Its children inherit the open files, and with them the right: it would outlive the process.
+_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    for lock in _locks:
+        if lock._handle is not None:
+            os.close(lock._handle)
+            lock._handle = None
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def _missing(folder: Path) -> list[Path]:

@@ -89,9 +89,10 @@ def others(rest: Sequence[str]) -> tuple[list[str], list[str]]:
         for name, hint in fields
         if any(typing.get_origin(option) is dict for option in (hint, *typing.get_args(hint)))
     ]
+    top = {name for prefix, _, fields in sections() if not prefix for name, _ in fields} - {*OWN}
     for word in words:
         flag, equals, value = word.partition("=")
-        named = re.fullmatch(r"--\w[\w-]*(\.[\w-]+)+", flag)
+        named = re.fullmatch(r"--\w[\w-]*(\.[\w-]+)+", flag) or flag[2:].replace("-", "_") in top
         value = value if equals or not named else next(words, None)
         if named and value is not None:
             name = flag[2:].replace("-", "_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from mmebm.data import intake
@@ -45,9 +46,10 @@ def init(arguments: argparse.Namespace) -> int:
         intake.write_meta(folder, meta)
     else:
         intake.write(folder, arrays, meta)
+    quoted = shlex.quote(str(settings))
     text = (
-        f"# mmebm train --config {settings} --dry-run checks it; without --dry-run it trains. What is not here is\n"
-        f"# as in the preset: mmebm train --config {settings} --print-config shows all of it\n"
+        f"# mmebm train --config {quoted} --dry-run checks it; without --dry-run it trains. What is not here is\n"
+        f"# as in the preset: mmebm train --config {quoted} --print-config shows all of it\n"
         f'preset = "base"\n\n[data]\nname = "folder"\npath = "{folder.as_posix()}"\n'
     )
     write_atomically(settings, lambda file: file.write(text.encode()))
@@ -66,6 +68,6 @@ def init(arguments: argparse.Namespace) -> int:
     if skipped:
         print(f"not read: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}")
     print(f"{folder / 'meta.json'} says so; change it where it is wrong, before training.")
-    print(f"next: mmebm train --config {settings} --dry-run")
+    print(f"next: mmebm train --config {quoted} --dry-run")
     arguments.result = {"folder": str(folder), "config": str(settings), "modalities": said, **counts}
     return 0

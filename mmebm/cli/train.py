@@ -25,7 +25,7 @@ from mmebm.plugins import Logger, find, import_modules
 from mmebm.training import PRESETS, Callback, Config, Trainer, checkpoint, fitting, parallel, preset
 from mmebm.training.config import extended, merged, override
 from mmebm.training.loggers import TensorBoard, logger
-from mmebm.training.reading import keep_codecs
+from mmebm.training.reading import CODEC, keep_codecs
 from mmebm.training.run import CHECKPOINT, LOG, Run, load_data
 from mmebm.training.settings import read_file, to_toml
 from mmebm.training.variants import without_data
@@ -95,7 +95,8 @@ def _folder(runs: Path, name: str | None, default: str) -> Iterator[Path]:
 def _of_a_start(path: Path) -> bool:
     """Whether a run that was ended before its first save may have left this file: with no row in its log."""
     empty_log = path.name == LOG and not path.stat().st_size
-    return path.name.startswith(".") or path.name in ("config.json", *TRACES) or empty_log
+    named = path.name in ("config.json", CODEC, *TRACES) or (path.name.startswith("codec-") and path.suffix == ".pt")
+    return path.name.startswith(".") or named or empty_log
 
 
 @contextlib.contextmanager

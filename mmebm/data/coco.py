@@ -66,7 +66,9 @@ def coco(
         ModuleNotFoundError: without Pillow.
     """
     if path is None:
-        raise ValueError("'coco' is read from a folder: give path=, or load 'emoji-captions', which needs none")
+        raise ValueError(
+            "'coco' is read from a folder: give path= (--data-path), or load 'emoji-captions', which needs none"
+        )
     size, dim = check_count("size", size, least=4), check_count("dim", dim)
     n = None if n is None else check_count("n", n)
     check_option("captions", captions, ("all", "one"))

@@ -92,7 +92,7 @@ def folder(
         TypeError: for options of another type.
     """
     if path is None:
-        raise ValueError("'folder' is read from a folder: give path=")
+        raise ValueError("'folder' is read from a folder: give path= (--data-path)")
     n = None if n is None else check_count("n", n)
     root = Path(path)
     arrays = _arrays(root, split)

@@ -212,7 +212,9 @@ def _load(
     text: str | None,
 ) -> MultimodalDataset:
     if path is None:
-        raise ValueError(f"{name!r} is read from a folder: give path=, or load 'digits', which needs none")
+        raise ValueError(
+            f"{name!r} is read from a folder: give path= (--data-path), or load 'digits', which needs none"
+        )
     if pairs not in ("auto", "files", "draw"):
         raise ValueError(f"pairs must be 'auto', 'files' or 'draw', got {pairs!r}")
     n = None if n is None else check_count("n", n)

@@ -258,7 +258,8 @@ def polymnist_built(
     """
     if path is None:
         raise ValueError(
-            "'polymnist-built' is built from idx files: give path=, or load 'polymnist-5k', which needs none"
+            "'polymnist-built' is built from idx files: give path= (--data-path), or load 'polymnist-5k', "
+            "which needs none"
         )
     if blend not in BLENDS:
         raise ValueError(f"blend must be 'invert' or 'difference', got {blend!r}")
@@ -465,7 +466,9 @@ def polymnist(
         ModuleNotFoundError: if PNG files are to be read without Pillow.
     """
     if path is None:
-        raise ValueError("'polymnist' is read from a folder: give path=, or load 'polymnist-5k', which needs none")
+        raise ValueError(
+            "'polymnist' is read from a folder: give path= (--data-path), or load 'polymnist-5k', which needs none"
+        )
     n = None if n is None else check_count("n", n)
     folder, layout = _find_layout(Path(path), split)
     pools, of_instance, rows, names = (_read_png if layout == "png" else _read_tensors)(

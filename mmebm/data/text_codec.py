@@ -211,6 +211,17 @@ class TextAutoencoder(nn.Module):
         }
         write_archive(Path(path), content)
 
+    def same_as(self, path: str | os.PathLike[str]) -> bool:
+        """Whether the file at ``path`` has these words and weights; not where it cannot be read."""
+        try:
+            other = TextAutoencoder.load(path)
+        except (OSError, ValueError):
+            return False
+        own, stored = self.state_dict(), other.state_dict()
+        if (other.vocabulary.words, other.settings) != (self.vocabulary.words, self.settings):
+            return False
+        return all(torch.equal(own[name].cpu(), stored[name]) for name in own)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TextAutoencoder:
         """Reads what :meth:`save` wrote; nothing in it is executed. Frozen, on the CPU.

@@ -527,7 +527,7 @@ def table(result: Mapping[str, Any]) -> str:
                 joint = f"{p['joint_coherence']:>7.3f} ±{p['joint_coherence_error']:.3f}{p['chance_joint']:>8.3f}"
                 lines.append(f"{name:<22}{joint}{p['class_share_min']:>7.3f}-{p['class_share_max']:.3f}")
     if any("spread" in p for _, p in every):
-        lines += ["", f"{'variety':<22}{'precision':>10}{'recall':>8}{'KD':>17}{'nearest':>9}  spread by modality"]
+        lines += ["", f"{'variety':<22}{'precision':>10}{'recall':>8}{'KD':>18}{'nearest':>10}  spread by modality"]
         for name, p in every:
             of = [p.get(key) for key in ("precision", "recall")]
             cells = [f"{value:>{width}.3f}" if value is not None else " " * width for value, width in zip(of, (10, 8))]
@@ -538,7 +538,7 @@ def table(result: Mapping[str, Any]) -> str:
             )
             near = f"{p['nearest']:>9.2f}" if p.get("nearest") is not None else " " * 9
             spreads = "  ".join(f"{m} {v:.2f}" for m, v in p.get("spread", {}).items() if v is not None)
-            lines.append(f"{name:<22}{''.join(cells)}{kernel}{near}  {spreads}")
+            lines.append(f"{name:<22}{''.join(cells)} {kernel} {near}  {spreads}")
     networks = list(result["floor"].get("features", {}))
     if networks:
         heads = "".join(f"{f'FD-{name}':>18}{f'KD-{name}':>18}" for name in networks)

@@ -207,11 +207,12 @@ def codec_file(folder: Path, name: str) -> Path:
 
 
 def keep_codecs(modalities: Iterable[Modality], folder: Path) -> None:
-    """Stores fitted text codecs beside the run, those that are not there yet: another fit would be another modality."""
+    """Stores fitted text codecs beside the run, which is worth nothing with those of another fit."""
     for modality in modalities:
-        file = codec_file(folder, modality.name)
-        if isinstance(modality.codec, TextAutoencoder) and not file.is_file():
-            modality.codec.save(file)
+        if isinstance(modality.codec, TextAutoencoder):
+            file = codec_file(folder, modality.name)
+            if not (file.is_file() and modality.codec.same_as(file)):
+                modality.codec.save(file)
 
 
 def stored_codecs(folder: Path, description: Mapping[str, Any]) -> dict[str, TextCodec]:

@@ -84,6 +84,25 @@ def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(tmp_path: Path) -
     assert checkpoint.load(path)["iteration"] > saved
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_children_do_not_inherit_the_right_to_a_folder(tmp_path: Path) -> None:
+    """Such as the processes that read data, which outlive a killed run for a while."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from mmebm.files import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1])); child = os.fork()\n"
+        "if child == 0: time.sleep(60); os._exit(0)\n"
+        "Path(sys.argv[2]).write_text(str(child)); os._exit(0)"
+    )
+    folder, told = tmp_path / "run", tmp_path / "child"
+    subprocess.run([sys.executable, "-c", code, str(folder), str(told)], timeout=60, check=True)
+    child = int(told.read_text())
+    try:
+        os.kill(child, 0)  # it lives
+        FolderLock(folder).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "log.jsonl").write_text('{"iteration": 5}\n')

@@ -123,6 +123,13 @@ def test_fields_are_told_from_other_words() -> None:
         ["--x", "2", "y"],
     )
     assert others(["--a.b"]) == ([], ["--a.b"])
+    # fields of no part, which only train has as flags of its own
+    assert others(["--batch", "8", "--ema=0.9", "--latent-prior", "null"])[0] == [
+        "batch=8",
+        "ema=0.9",
+        "latent_prior=null",
+    ]
+    assert others(["--seed", "3"]) == ([], ["--seed", "3"])
     with pytest.raises(SystemExit):
         main(["evaluate", "run", "--model.net", "conv"])  # which has no configuration to change
 

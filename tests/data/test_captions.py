@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -19,14 +20,16 @@ import torch
 
 from mmebm.data import captions as module
 from mmebm.data import emoji as emoji_module
-from mmebm.data.base import MultimodalDataset
+from mmebm.data.base import Modality, MultimodalDataset
 from mmebm.data.captions import caption_codec
 from mmebm.data.coco import coco
 from mmebm.data.cub import cub
 from mmebm.data.emoji import emoji_captions, in_test, unicode_set
+from mmebm.data.text_codec import TextAutoencoder, fit_text_autoencoder
 from mmebm.data.texts import read_lines
 from mmebm.data.words import END, UNKNOWN, Vocabulary, join, tokens
 from mmebm.files import FolderLock
+from mmebm.training.reading import keep_codecs
 
 # by name: mmebm.data gives the functions their names
 cub_module, coco_module = (importlib.import_module(f"mmebm.data.{name}") for name in ("cub", "coco"))
@@ -716,3 +719,17 @@ def test_real_emoji_look_like_their_names() -> None:
     assert not emoji_module._draw(Path("/") / emoji_module.FONT, ["\U0010fffd"], 32)  # what the font lacks is left out
     labels = emoji_module._labels(Path("/"), "group")
     assert labels[emoji["red apple"]] == "Food & Drink" and labels[emoji["tiger"]] == "Animals & Nature"
+
+
+def test_a_run_keeps_the_codec_that_it_was_trained_with(tmp_path: Path) -> None:
+    captions = ["a red bird", "a blue bird", "the red hat"] * 4
+    first, second = (fit_text_autoencoder(captions, dim=4, hidden=8, rounds=1, round=2, seed=s) for s in (0, 1))
+    modality = Modality("caption", (4,), "caption", codec=first)
+    keep_codecs([modality], tmp_path)
+    before = (tmp_path / "codec.pt").stat().st_mtime_ns
+    keep_codecs([modality], tmp_path)
+    assert (tmp_path / "codec.pt").stat().st_mtime_ns == before  # the same one
+    keep_codecs([dataclasses.replace(modality, codec=second)], tmp_path)
+    kept = TextAutoencoder.load(tmp_path / "codec.pt")
+    assert torch.equal(kept.encode(captions), second.encode(captions))
+    assert not torch.equal(kept.encode(captions), first.encode(captions))
