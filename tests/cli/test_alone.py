@@ -17,6 +17,7 @@ import torch
 from mmebm.cli.main import main
 from mmebm.cli.train import configure, fit, prepare
 from mmebm.data import load
+from mmebm.files import FolderLock
 from mmebm.training import Trainer, checkpoint
 from mmebm.training.config import Stage, extended
 
