@@ -70,6 +70,7 @@ void start_threads(int threads, void (*work)(void*), void* data) {
 // While others finish: a short while of turns, and then the core goes to whoever needs it.
 class Wait {
  public:
+  bool long_enough() const { return turns_ > 32 * 1024; }
   void turn() {
     if (++turns_ % 1024 != 0) {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -81,7 +82,7 @@ class Wait {
   }
 
  private:
-  int turns_ = 0;
+  int64_t turns_ = 0;
 };
 
 constexpr uint64_t END = 0xffff, FIRST = 16;  // bits of Team::open_
@@ -116,9 +117,9 @@ void Team::run(int64_t pieces, float* scratch, Piece piece, const void* body) {
   for (Wait wait; done_.load(std::memory_order_acquire) < pieces - own;) wait.turn();
 }
 
-void Team::help(float* scratch) {
+bool Team::help(float* scratch) {
   helpers_.fetch_add(1, std::memory_order_relaxed);
-  for (Wait wait; !closed();) {
+  for (Wait wait; !closed() && !wait.long_enough();) {
     uint64_t open = open_.load(std::memory_order_relaxed);
     if ((open >> FIRST & END) >= (open & END)) {
       wait.turn();
@@ -131,6 +132,7 @@ void Team::help(float* scratch) {
     wait = Wait();
   }
   helpers_.fetch_sub(1, std::memory_order_relaxed);
+  return closed();
 }
 
 void run_on_threads(int threads, void (*work)(void*), void* data) {

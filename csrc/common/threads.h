@@ -49,8 +49,9 @@ class Team {
     run(pieces, scratch, [](const void* b, int64_t piece, float* s) { (*static_cast<const Body*>(b))(piece, s); }, &body);
   }
   int helpers() const;
-  // Of a helper: takes pieces until the leader says that there will be no more.
-  void help(float* scratch);
+  // Of a helper: takes pieces until the leader says that there will be no more, or until there was none for so long (a
+  // millisecond or so) that it is of no use: then false.
+  bool help(float* scratch);
   void close();
   bool closed() const;
 

@@ -1195,8 +1195,7 @@ void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threa
         Team& team = teams[static_cast<size_t>(tile)];
         if (!team.closed() && (!least || team.helpers() < least->helpers())) least = &team;
       }
-      if (!least) return;
-      least->help(own);
+      if (!least || !least->help(own)) return;
     }
   });
 }
