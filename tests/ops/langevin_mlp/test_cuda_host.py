@@ -21,7 +21,6 @@ from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import cuda as room
 from mmebm.ops.langevin_mlp import op
 from mmebm.ops.parity import MLP_TOLERANCE as FLOAT_TOLERANCE
-from mmebm.ops.parity import PRECISION
 from mmebm.ops.parity import NORMAL_TOLERANCE
 from mmebm.ops.terms import ACTIVATIONS, LIMITS, Quadratic, Scalar
 from tests.ops.cases import CHAIN_OPTIONS, KINK, PLAIN, away_from_kinks, check_activation, make_chain, points, rows_of
@@ -69,10 +68,13 @@ def everything(result: op.MlpResult) -> Tensor:
     return torch.cat([result.x.T, result.energy, result.grad_norm])
 
 
-def three_way(
-    name: str, ours: Tensor, torchs: Tensor, exact: Tensor, tiny: float, relative: float = FLOAT_TOLERANCE
-) -> None:
-    """err(ours) <= 2 err(torch) + tiny + relative times the largest, and the same elements not finite."""
+# Three tf32 products keep 22 bits of each operand and leave out the product of what is left: 2^-22 of a product, where
+# fp32 rounds by 2^-24. Seed 28000101 has 3.0 times torch's error where terms of the gradient cancel.
+TIMES = {"tf32x3": 4}
+
+
+def three_way(name: str, ours: Tensor, torchs: Tensor, exact: Tensor, tiny: float, times: int = 2) -> None:
+    """err(ours) <= times err(torch) + tiny, and the same elements not finite."""
     assert ours.dtype == torchs.dtype and ours.shape == torchs.shape
     assert torch.equal(torch.isfinite(ours), torch.isfinite(torchs)), f"{name}: other elements are finite"
     finite = torch.isfinite(torchs) & torch.isfinite(exact)
@@ -80,7 +82,7 @@ def three_way(
         return
     error = (ours.double() - exact).abs()[finite].max().item()
     torch_error = (torchs.double() - exact).abs()[finite].max().item()
-    limit = 2 * torch_error + tiny + relative * exact.abs()[finite].max().item()
+    limit = times * torch_error + tiny + FLOAT_TOLERANCE * exact.abs()[finite].max().item()
     assert error <= limit, f"{name}: error {error:.3e}, torch's {torch_error:.3e}, limit {limit:.3e}"
 
 
@@ -99,7 +101,7 @@ def compare(
         a, b, c = (getattr(result, name) for result in (ours, torchs, exact))
         a, b, c = (t if name == "x" else t.T for t in (a, b, c))
         tiny = steps * NORMAL_TOLERANCE * scale if name == "x" else 0.0
-        three_way(name, a[rows], b[rows], c[rows], tiny, FLOAT_TOLERANCE + PRECISION[chain.precision])
+        three_way(name, a[rows], b[rows], c[rows], tiny, TIMES.get(chain.precision, 2))
     if chain.freeze:
         assert ours.frozen is not None and torchs.frozen is not None and torch.equal(ours.frozen, torchs.frozen)
     else:
