@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
+import torch
 from torch import Tensor
 
+from mmebm.ops.common.description import of_chains
 from mmebm.ops.mlp_energy import mlp_energy
 from mmebm.ops.mlp_energy.reference import mlp_energy as mlp_reference
-from mmebm.ops.net.graph import Net
+from mmebm.ops.net.graph import Net, shapes_of
 from mmebm.ops.net.op import net_energy
 from mmebm.ops.net.reference import energy_and_gradient as net_reference
 from mmebm.ops.terms import Term
@@ -17,9 +20,21 @@ from mmebm.ops.terms import Term
 Energy: TypeAlias = "Sequence[Term] | Net"
 
 
+# Bytes that autograd may take for a net's values at a time: a check must not need more memory than what it checks.
+MEMORY: Final = 1 << 29
+
+
 def by_reference(x: Tensor, energy: Energy) -> tuple[Tensor, Tensor]:
     """E (chains,) and dE/dx (chains, inputs) at ``x`` (chains, inputs) in PyTorch, in the dtype of ``x``."""
-    return net_reference(x, energy) if isinstance(energy, Net) else mlp_reference(x, energy)
+    if not isinstance(energy, Net):
+        return mlp_reference(x, energy)
+    # a value, its slope, and the gradients of both
+    bytes_each = 4 * x.element_size() * sum(map(math.prod, shapes_of(energy)))
+    pieces = torch.arange(x.shape[0], device=x.device).split(max(1, MEMORY // bytes_each))
+    if len(pieces) == 1:
+        return net_reference(x, energy)
+    found = [net_reference(x[rows], of_chains(energy, rows)) for rows in pieces]
+    return torch.cat([value for value, _ in found]), torch.cat([grad for _, grad in found])
 
 
 def by_op(x: Tensor, energy: Energy, backend: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mmebm.energies import MLP, lower
 from mmebm.energies.lower import Symbol
+from mmebm.energies.trace import trace
+from mmebm.ops import evaluate
 from mmebm.ops.terms import ACTIVATIONS
 from mmebm.samplers import Langevin, Samples, verify
 
@@ -127,6 +129,24 @@ def test_a_formula_that_rounds_badly_is_no_excuse(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(verify, "by_reference", reference)
     monkeypatch.setattr(verify, "by_op", lambda x, energy, backend: reference(x, energy))
     assert "gradient" in str(verify.disagreement(x.square().sum(1), exact, x, (), "cpp"))
+
+
+def test_large_nets_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the comparison needs no more memory than the energy."""
+    torch.manual_seed(0)
+    target = torch.randn(9, 2, 4, 4)
+    energy = nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU())
+    x = torch.randn(9, 1, 6, 6)
+    net = trace(lambda x: (energy(x) - target).square().flatten(1).sum(1), x).net
+    whole = evaluate.by_reference(x.flatten(1), net)
+    taken: list[int] = []
+    reference = evaluate.net_reference
+    monkeypatch.setattr(evaluate, "net_reference", lambda x, net: taken.append(len(x)) or reference(x, net))
+    monkeypatch.setattr(evaluate, "MEMORY", 8000)
+    pieces = evaluate.by_reference(x.flatten(1), net)
+    assert sum(taken) == 9 and len(taken) > 1
+    for one, two in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
 def test_beside_a_kink_either_slope_is_right() -> None:
