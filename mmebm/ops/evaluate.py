@@ -30,9 +30,11 @@ def by_reference(x: Tensor, energy: Energy) -> tuple[Tensor, Tensor]:
         return mlp_reference(x, energy)
     # a value, its slope, and the gradients of both
     bytes_each = 4 * x.element_size() * sum(map(math.prod, shapes_of(energy)))
-    pieces = torch.arange(x.shape[0], device=x.device).split(max(1, MEMORY // bytes_each))
-    if len(pieces) == 1:
+    most = max(1, MEMORY // bytes_each)
+    if x.shape[0] <= most:
         return net_reference(x, energy)
+    every = torch.arange(x.shape[0], device=x.device)
+    pieces = [every[i : i + most] for i in range(0, x.shape[0], most)]
     found = [net_reference(x[rows], of_chains(energy, rows)) for rows in pieces]
     return torch.cat([value for value, _ in found]), torch.cat([grad for _, grad in found])
 
