@@ -59,7 +59,8 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 def check_type(name: str, value: Any, kind: Any, wanted: str) -> None:
     """Raises a TypeError where ``value`` is none of ``kind``, which is called ``wanted``."""
-    if not isinstance(value, kind):
+    # an instance check asks the classes of a callable, which need not let themselves be asked
+    if not (callable(value) if kind is Callable else isinstance(value, kind)):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.80}")
 
 
@@ -122,7 +123,7 @@ def place(name: str, value: Any) -> torch.device:
     """
     try:
         device = torch.device(value)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (TypeError, ValueError, RuntimeError, AssertionError) as why:  # the last of a torch built without it
         error = TypeError if isinstance(why, TypeError) else ValueError
         raise error(f'{name} must be a device that torch has here, such as "cpu", got {value!r:.80}') from None

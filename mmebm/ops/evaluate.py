@@ -33,7 +33,7 @@ def by_reference(x: Tensor, energy: Energy) -> tuple[Tensor, Tensor]:
     most = max(1, MEMORY // bytes_each)
     if x.shape[0] <= most:
         return net_reference(x, energy)
-    every = torch.arange(x.shape[0], device=x.device)
+    every = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
     pieces = [every[i : i + most] for i in range(0, x.shape[0], most)]
     found = [net_reference(x[rows], of_chains(energy, rows)) for rows in pieces]
     return torch.cat([value for value, _ in found]), torch.cat([grad for _, grad in found])

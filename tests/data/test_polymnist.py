@@ -450,7 +450,7 @@ def test_options_of_the_built_set(tmp_path: Path, write_mnist: Callable[..., Any
         kind = ValueError if message else FileNotFoundError
         with pytest.raises(kind, match=message or r"no background photograph .* in .*none"):
             load("polymnist-built", "test", path=tmp_path, **{"backgrounds": photos, **options})
-    with pytest.raises(ValueError, match="give path=, or load 'polymnist-5k'"):
+    with pytest.raises(ValueError, match=r"give path= .*, or load 'polymnist-5k'"):
         load("polymnist-built", "test")
     write_mnist(tmp_path, "train", 20, side=14)
     with pytest.raises(ValueError, match="items of 14x14, 28x28 is needed"):

@@ -619,9 +619,9 @@ def test_the_report_is_of_the_chains_that_run(config: Config, data: MultimodalDa
         for batch, accumulate, idle in ((96, 1, False), (96, 48, True)):
             trainer = Trainer(config.replace(batch=batch, accumulate=accumulate), data)
             for name, line in trainer.chain_reports().items():
-                assert line.startswith("one fused call") and ("2 chains keep 1 of 2 threads" in line) is idle, (
-                    name,
-                    line,
-                )
+                # threads without chains help in nets
+                wanted = idle and "langevin_mlp" in line
+                assert line.startswith("one fused call"), (name, line)
+                assert ("2 chains keep 1 of 2 threads" in line) is wanted, (name, line)
     finally:
         torch.set_num_threads(threads)

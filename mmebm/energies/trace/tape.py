@@ -47,7 +47,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def _stub(t: Tensor) -> Tensor:
     """What stands for a tensor of which the shape is enough."""
-    return t.new_empty(()).expand(t.shape)
+    return torch.empty((), dtype=torch.uint8 if t.is_quantized else t.dtype, device=t.device).expand(t.shape)
 
 
 def _swapped(value: Any, by: Mapping[int, Tensor]) -> Any:
