@@ -23,7 +23,7 @@ void for_each_tile(int64_t total, int threads, const Body& body) {
     return;
   }
   // Several chunks a thread, so that a thread the machine keeps waiting does not keep the others waiting.
-  const int64_t chunk = total / (8 * static_cast<int64_t>(threads)) > 0 ? total / (8 * static_cast<int64_t>(threads)) : 1;
+  const int64_t several = 8 * static_cast<int64_t>(threads), chunk = total < several ? 1 : total / several;
   std::atomic<int64_t> next{0};
   on_threads(threads < total ? threads : static_cast<int>(total), [&] {
     for (;;) {

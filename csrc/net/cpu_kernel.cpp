@@ -361,6 +361,10 @@ struct Net {
   // run(pass, first unit, last unit) over all units of a node's passes, which write to different rows.
   template <class Run>
   void each_pass(const NetPass* passes, int64_t count, const Run& run) const {
+    if (!room.team || room.team->helpers() == 0) {  // nothing to weigh
+      for (int64_t i = 0; i < count; ++i) run(passes[i], 0, Units::of(passes[i]).count());
+      return;
+    }
     int64_t units = 0, products = 0;
     for (int64_t i = 0; i < count; ++i) {
       units += Units::of(passes[i]).count();
