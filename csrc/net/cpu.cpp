@@ -25,11 +25,9 @@ constexpr int64_t PART = 128;
 constexpr int64_t FIRST_LEVEL = 32 << 10;
 constexpr double SECOND_LEVEL = 50.0;
 
-// Channels, in and out together, from which on tiles of 2 x 2 pay. Rates of direct and of tiled layers there, in
-// operations of the direct one a cycle, AVX-512 on that processor: 58 and 52 at 16 and 16 channels, 58 and 64 at 16 and
-// 32, 67 and 79 at 32 and 32, 66 and 86 at 32 and 64, 71 and 112 at 64 and 64.
-constexpr int64_t WINOGRAD = 48;
-// Rows of a chunk of tiles at their 16 points: a quarter of that processor's second-level cache.
+// What taking one row to or from one point of a tile costs, in products.
+constexpr int64_t TRANSFORM = 8;
+// Rows of a chunk of tiles at their points: a quarter of that processor's second-level cache.
 constexpr int64_t CHUNK = 8192;
 
 // Zeros that begin a cache line. Of so much memory calloc() gives pages that are zero until they are written to.
@@ -318,23 +316,6 @@ class Planner {
     return std::max<int64_t>({before, after, 0});
   }
 
-  // Whether a layer is taken in tiles of 2 x 2, the same for every instruction set: 3 x 3 of stride 1, channels enough
-  // that the products outweigh the transforms, sides of which the tiles waste little.
-  bool winograd(size_t i) const {
-    const Work& w = works_[i];
-    if (!w.spec || w.spec->kind != NetNodeKind::conv || !w.spec->tiles) return false;
-    const NetSpec& s = *w.spec;
-    const Dims &in = works_[static_cast<size_t>(w.xs[0])].dims, &out = w.dims;
-    const auto wasted = [](const Dims& d) {
-      return 5 * ((d.height + 1) / 2 * 2) * ((d.width + 1) / 2 * 2) > 6 * d.height * d.width;
-    };
-    bool fits = s.groups == 1 && in.channels + out.channels >= WINOGRAD && std::min(in.channels, out.channels) >= 12;
-    for (int axis = 0; axis < 2; ++axis) {
-      fits = fits && s.sizes[2 + axis] == 3 && s.stride[axis] == 1 && s.dilation[axis] == 1 && s.padding[axis] <= 2;
-    }
-    return fits && !wasted(in) && !wasted(out);
-  }
-
   void borders() {
     values_.resize(works_.size());
     for (size_t i = 0; i < works_.size(); ++i) {
@@ -354,10 +335,8 @@ class Planner {
                                               : direct_reach(outs, ins, kernel, stride, pad, dilation);
         const int64_t out_reach = s.transposed ? direct_reach(ins, outs, kernel, stride, pad, dilation)
                                                : scattered_reach(ins, outs, kernel, stride, pad, dilation);
-        // tiles of two outputs read one more at an odd end
-        const bool tiles = winograd(i);
-        in_border = std::max(in_border, in_reach + (tiles ? outs % 2 : 0));
-        out_border = std::max(out_border, out_reach + (tiles ? ins % 2 : 0));
+        in_border = std::max(in_border, in_reach);
+        out_border = std::max(out_border, out_reach);
       };
       reaches(0, in.height, out.height, in.border_y, out.border_y);
       reaches(1, in.width, out.width, in.border_x, out.border_x);
@@ -577,164 +556,283 @@ class Planner {
     passes.push_back(pass);
   }
 
+  // The outputs of a convolution, or one class of them modulo the stride: where each reads and writes, in rows, those of
+  // the first and from a line, a position to the next.
+  struct Grid {
+    int64_t height, width, from, from_y, from_x, to, to_y, to_x;
+  };
+
+  // An axis of a kernel, in the order of the sum: rows from an output's `from` on, and the place in the kernel.
+  // `unit`: rows between neighbours in what is read; `phases`: every so-many-th tap is that of the next output too.
+  struct Axis {
+    std::vector<std::pair<int64_t, int64_t>> taps;
+    int64_t unit, phases;
+
+    // Taps of a phase, 0 where they are not neighbours.
+    int64_t each() const {
+      const auto n = static_cast<int64_t>(taps.size());
+      for (int64_t i = 0; i < n; ++i) {
+        if (taps[static_cast<size_t>(i)].first != i * unit) return 0;
+      }
+      return n % phases == 0 ? n / phases : 0;
+    }
+  };
+
+  // Weights of a group: of output j and input c at output_step j + input_step c.
+  struct Weights {
+    const float *from, *bias;
+    int64_t outputs, inputs, output_step, input_step, line;
+  };
+
+  // What the passes and tiles of a layer, or of its gradient, grow from.
+  struct Products {
+    std::vector<NetPass> passes;
+    std::vector<NetWinograd> tiles;
+  };
+
   // A convolution's weight is (a, b, kh, kw) with a in groups; direct: sums over b (and the kernel) give a.
   void direct(const NetSpec& s, const NetValue& in, int64_t in_rows, const NetValue& out, int64_t out_rows,
-              const float* bias, std::vector<NetPass>& passes) {
-    const int64_t kh = s.sizes[2], kw = s.sizes[3], b = s.sizes[1], a = s.sizes[0] / s.groups;
+              const float* bias, Products& products) {
+    const auto axis = [&](int i, int64_t unit) {
+      Axis taps{{}, unit, s.stride[i]};
+      for (int64_t k = 0; k < s.sizes[2 + i]; ++k) taps.taps.push_back({k * s.dilation[i] * unit, k});
+      return taps;
+    };
+    const Grid grid = {out.height, out.width, in.at(-s.padding[0], -s.padding[1]), s.stride[0] * in.pitch(),
+                       s.stride[1] * in.channels, out.at(0, 0), out.pitch(), out.channels};
+    const int64_t a = s.sizes[0] / s.groups, b = s.sizes[1], area = s.sizes[2] * s.sizes[3];
+    convolve(s, grid, axis(0, in.pitch()), axis(1, in.channels), {s.weight, bias, a, b, b * area, area, s.sizes[3]},
+             in_rows, out_rows, products);
+  }
+
+  // Scattered: sums over a give b; the outputs fall into classes modulo the stride, each with its own taps.
+  void scattered(const NetSpec& s, const NetValue& in, int64_t in_rows, const NetValue& out, int64_t out_rows,
+                 const float* bias, Products& products) {
+    const int64_t a = s.sizes[0] / s.groups, b = s.sizes[1], area = s.sizes[2] * s.sizes[3];
+    const auto axis = [&](int i, int64_t first, int64_t unit, int64_t& start) {
+      Axis taps{{}, unit, 1};
+      for (int64_t k = s.sizes[2 + i]; k-- > 0;) {  // what is read from low to high
+        const int64_t at = first + s.padding[i] - k * s.dilation[i];
+        const int64_t place = divide_down(at, s.stride[i]);
+        if (place * s.stride[i] != at) continue;
+        if (taps.taps.empty()) start = place;
+        taps.taps.push_back({(place - start) * unit, k});
+      }
+      return taps;
+    };
+    for (int64_t y0 = 0; y0 < std::min(s.stride[0], out.height); ++y0) {
+      for (int64_t x0 = 0; x0 < std::min(s.stride[1], out.width); ++x0) {
+        int64_t y = 0, x = 0;
+        const Axis ys = axis(0, y0, in.pitch(), y), xs = axis(1, x0, in.channels, x);
+        const Grid grid = {(out.height - y0 + s.stride[0] - 1) / s.stride[0],
+                           (out.width - x0 + s.stride[1] - 1) / s.stride[1],
+                           in.at(y, x),
+                           in.pitch(),
+                           in.channels,
+                           out.at(y0, x0),
+                           s.stride[0] * out.pitch(),
+                           s.stride[1] * out.channels};
+        convolve(s, grid, ys, xs, {s.weight, bias, b, a, area, b * area, s.sizes[3]}, in_rows, out_rows, products);
+      }
+    }
+  }
+
+  void convolve(const NetSpec& s, const Grid& grid, const Axis& ys, const Axis& xs, const Weights& w, int64_t in_rows,
+                int64_t out_rows, Products& products) {
+    if (s.tiles && s.groups == 1 && tiles_pay(grid, ys, xs, w)) {
+      return tiled(grid, ys, xs, w, in_rows, out_rows, products.tiles);
+    }
     std::vector<int32_t> from, to;
-    for (int64_t y = 0; y < out.height; ++y) {
-      for (int64_t x = 0; x < out.width; ++x) {
-        from.push_back(static_cast<int32_t>(in.at(y * s.stride[0] - s.padding[0], x * s.stride[1] - s.padding[1])));
-        to.push_back(static_cast<int32_t>(out.at(y, x)));
+    for (int64_t y = 0; y < grid.height; ++y) {
+      for (int64_t x = 0; x < grid.width; ++x) {
+        from.push_back(static_cast<int32_t>(grid.from + y * grid.from_y + x * grid.from_x));
+        to.push_back(static_cast<int32_t>(grid.to + y * grid.to_y + x * grid.to_x));
       }
     }
     NetPass pass;
     pass.positions = static_cast<int64_t>(from.size());
     pass.from = own(positions_, std::move(from));
     pass.to = own(positions_, std::move(to));
+    std::vector<int64_t> rows, outputs, depth, biases;
+    for (const auto& [y, ky] : ys.taps) {
+      for (const auto& [x, kx] : xs.taps) {
+        for (int64_t c = 0; c < w.inputs; ++c) {
+          rows.push_back(y + x + c);
+          depth.push_back(c * w.input_step + ky * w.line + kx);
+        }
+      }
+    }
+    for (int64_t j = 0; j < w.outputs; ++j) {
+      outputs.push_back(j * w.output_step);
+      biases.push_back(j);
+    }
     for (int64_t g = 0; g < s.groups; ++g) {
-      std::vector<int64_t> rows, outputs, depth, biases;
-      for (int64_t y = 0; y < kh; ++y) {
-        for (int64_t x = 0; x < kw; ++x) {
-          for (int64_t c = 0; c < b; ++c) {
-            rows.push_back(y * s.dilation[0] * in.pitch() + x * s.dilation[1] * in.channels + c);
-            depth.push_back((c * kh + y) * kw + x);
-          }
-        }
-      }
-      for (int64_t j = 0; j < a; ++j) {
-        outputs.push_back((g * a + j) * b * kh * kw);
-        biases.push_back(g * a + j);
-      }
-      pass.in = in_rows + g * b;
-      pass.out = out_rows + g * a;
-      add_pass(passes, pass, rows, s.weight, outputs, depth, bias, biases);
+      pass.in = in_rows + g * w.inputs;
+      pass.out = out_rows + g * w.outputs;
+      add_pass(products.passes, pass, rows, w.from + g * s.sizes[0] / s.groups * s.sizes[1] * s.sizes[2] * s.sizes[3],
+               outputs, depth, w.bias ? w.bias + g * w.outputs : nullptr, biases);
     }
   }
 
-  // Scattered: sums over a give b; the outputs fall into classes modulo the stride, each with its own taps.
-  void scattered(const NetSpec& s, const NetValue& in, int64_t in_rows, const NetValue& out, int64_t out_rows,
-                 const float* bias, std::vector<NetPass>& passes) {
-    const int64_t kh = s.sizes[2], kw = s.sizes[3], b = s.sizes[1], a = s.sizes[0] / s.groups;
-    const auto taps = [&](int axis, int64_t first) {
-      std::vector<std::pair<int64_t, int64_t>> out_taps;  // (position read, kernel), read from low to high
-      for (int64_t k = s.sizes[2 + axis]; k-- > 0;) {
-        const int64_t at = first + s.padding[axis] - k * s.dilation[axis];
-        const int64_t place = divide_down(at, s.stride[axis]);
-        if (place * s.stride[axis] == at) out_taps.push_back({place, k});
-      }
-      return out_taps;
-    };
-    for (int64_t y0 = 0; y0 < std::min(s.stride[0], out.height); ++y0) {
-      for (int64_t x0 = 0; x0 < std::min(s.stride[1], out.width); ++x0) {
-        const auto ys = taps(0, y0), xs = taps(1, x0);
-        std::vector<int32_t> from, to;
-        for (int64_t y = y0, v = 0; y < out.height; y += s.stride[0], ++v) {
-          for (int64_t x = x0, u = 0; x < out.width; x += s.stride[1], ++u) {
-            from.push_back(static_cast<int32_t>(v * in.pitch() + u * in.channels));
-            to.push_back(static_cast<int32_t>(out.at(y, x)));
-          }
-        }
-        NetPass pass;
-        pass.positions = static_cast<int64_t>(from.size());
-        pass.from = own(positions_, std::move(from));
-        pass.to = own(positions_, std::move(to));
-        for (int64_t g = 0; g < s.groups; ++g) {
-          std::vector<int64_t> rows, outputs, depth, biases;
-          for (const auto& [y, ky] : ys) {
-            for (const auto& [x, kx] : xs) {
-              for (int64_t c = 0; c < a; ++c) {
-                rows.push_back(in.at(y, x) + c);
-                depth.push_back(((g * a + c) * b * kh + ky) * kw + kx);
-              }
-            }
-          }
-          for (int64_t j = 0; j < b; ++j) {
-            outputs.push_back(j * kh * kw);
-            biases.push_back(g * b + j);
-          }
-          pass.in = in_rows + g * a;
-          pass.out = out_rows + g * b;
-          add_pass(passes, pass, rows, s.weight, outputs, depth, bias, biases);
-        }
-      }
-    }
+  // -- Winograd's tiles
+
+  // `count` tiles of `size` outputs each, from output `first` on.
+  struct Cut {
+    int64_t size, first, count;
+  };
+
+  // An axis of n outputs of r taps cut into tiles with the fewest points. Of three taps tiles are of 2, of two of 3, and
+  // the rest is smaller ones: nothing is computed that is not there.
+  static std::vector<Cut> cut(int64_t n, int64_t r) {
+    std::vector<Cut> cuts;
+    const int64_t most = n == 4 && r == 2 ? 2 : 5 - r;  // 2 and 2 have as few points as 3 and 1
+    if (n >= most) cuts.push_back({most, 0, n / most});
+    if (n % most > 0) cuts.push_back({n % most, n - n % most, 1});
+    return cuts;
   }
 
-  // out = a 3 x 3 convolution of `in`, its first row and column read at -before; weight of output j, input c, read in the
-  // order of the rows: at(j, c, y, x).
-  template <class At>
-  NetWinograd* tiled(const NetValue& in, int64_t in_rows, const NetValue& out, int64_t out_rows,
-                     const int64_t before[2], const float* bias, const At& at) {
+  static int64_t points(const std::vector<Cut>& cuts, int64_t r) {
+    int64_t sum = 0;
+    for (const Cut& c : cuts) sum += c.count * (c.size + r - 1);
+    return sum;
+  }
+
+  // Whether tiles pay, the same for every instruction set, so that all agree bit for bit.
+  static bool tiles_pay(const Grid& grid, const Axis& ys, const Axis& xs, const Weights& w) {
+    const int64_t r = ys.each();
+    if (r != xs.each() || (r != 2 && r != 3)) return false;
+    const int64_t inputs = ys.phases * xs.phases * w.inputs, products = inputs * w.outputs;
+    const int64_t at = points(cut(grid.height, r), r) * points(cut(grid.width, r), r);
+    return at * (products + TRANSFORM * (inputs + w.outputs)) < grid.height * grid.width * r * r * products;
+  }
+
+  // G, which takes r taps to the points of a tile of m outputs; A and B are in cpu_kernel.cpp.
+  static std::vector<std::vector<double>> to_points(int64_t m, int64_t r) {
+    std::vector<std::vector<double>> g(static_cast<size_t>(m + r - 1), std::vector<double>(static_cast<size_t>(r), 0.0));
+    g.front().front() = g.back().back() = 1.0;
+    if (m == 1) {
+      for (size_t i = 0; i < g.size(); ++i) g[i][i] = 1.0;
+    } else if (m + r == 4) {
+      g[1] = {1.0, 1.0};
+    } else {
+      for (size_t i = 0; i < static_cast<size_t>(r); ++i) {
+        g[1][i] = 0.5;
+        g[2][i] = i % 2 ? -0.5 : 0.5;
+      }
+    }
+    return g;
+  }
+
+  void tiled(const Grid& grid, const Axis& ys, const Axis& xs, const Weights& weights, int64_t in_rows,
+             int64_t out_rows, std::vector<NetWinograd>& tiles) {
     NetWinograd w;
+    w.taps = ys.each();
     w.in = in_rows;
     w.out = out_rows;
-    w.inputs = in.channels;
-    w.outputs = out.channels;
-    w.in_pitch = in.pitch();
-    w.in_step = in.channels;
-    w.out_pitch = out.pitch();
-    w.out_step = out.channels;
+    w.channels = weights.inputs;
+    w.outputs = weights.outputs;
+    w.in_pitch = grid.from_y;
+    w.in_step = grid.from_x;
+    w.out_pitch = grid.to_y;
+    w.out_step = grid.to_x;
+    std::vector<int32_t> phases;
+    for (int64_t y = 0; y < ys.phases; ++y) {
+      for (int64_t x = 0; x < xs.phases; ++x) phases.push_back(static_cast<int32_t>(y * ys.unit + x * xs.unit));
+    }
+    w.phase_count = static_cast<int64_t>(phases.size());
+    w.phases = own(positions_, std::move(phases));
+    if (weights.bias) w.bias = own(numbers_, std::vector<float>(weights.bias, weights.bias + w.outputs));
+    for (const Cut& y : cut(grid.height, w.taps)) {
+      for (const Cut& x : cut(grid.width, w.taps)) tiles.push_back(tiles_of(w, grid, ys, xs, weights, y, x));
+    }
+  }
+
+  NetWinograd tiles_of(NetWinograd w, const Grid& grid, const Axis& ys, const Axis& xs, const Weights& weights,
+                       const Cut& rows, const Cut& columns) {
+    w.height = rows.size;
+    w.width = columns.size;
     std::vector<int32_t> from, to;
-    std::vector<uint8_t> inside;
-    for (int64_t y = 0; y < out.height; y += 2) {
-      for (int64_t x = 0; x < out.width; x += 2) {
-        from.push_back(static_cast<int32_t>(in.at(y - before[0], x - before[1])));
-        to.push_back(static_cast<int32_t>(out.at(y, x)));
-        inside.push_back(static_cast<uint8_t>((x + 1 < out.width ? 1 : 0) + (y + 1 < out.height ? 2 : 0)));
+    for (int64_t i = 0; i < rows.count; ++i) {
+      for (int64_t k = 0; k < columns.count; ++k) {
+        const int64_t y = rows.first + i * rows.size, x = columns.first + k * columns.size;
+        from.push_back(static_cast<int32_t>(grid.from + y * grid.from_y + x * grid.from_x));
+        to.push_back(static_cast<int32_t>(grid.to + y * grid.to_y + x * grid.to_x));
       }
     }
     w.tiles = static_cast<int64_t>(from.size());
     w.from = own(positions_, std::move(from));
     w.to = own(positions_, std::move(to));
-    w.inside = own(bytes_, std::move(inside));
-    w.chunk = std::clamp<int64_t>(CHUNK / (16 * (w.inputs + w.outputs)), 4, w.tiles < 4 ? 4 : w.tiles);
+    w.chunk = std::min(w.tiles, std::max<int64_t>(4, CHUNK / (w.point_count() * (w.inputs() + w.outputs))));
     // an odd number of rows: the points of a tile must not all lie in one set of a cache
-    w.in_point = w.chunk * w.inputs | 1;
+    w.in_point = w.chunk * w.inputs() | 1;
     w.out_point = w.chunk * w.outputs | 1;
     plan_.scratch = std::max(plan_.scratch, w.rows());
-    if (bias) w.bias = own(numbers_, std::vector<float>(bias, bias + w.outputs));
 
-    // G g G^T of every kernel
-    static const double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
-    std::vector<std::vector<float>> points(16, std::vector<float>(static_cast<size_t>(w.outputs * w.inputs)));
-    std::vector<int64_t> rows, outputs;
+    const std::vector<std::vector<float>> packed = at_points(w, ys, xs, weights);
+    std::vector<int64_t> read, depth, outputs;
     std::vector<int32_t> starts[2];
-    for (int64_t c = 0; c < w.inputs; ++c) rows.push_back(c);
-    for (int64_t j = 0; j < w.outputs; ++j) outputs.push_back(j * w.inputs);
-    for (int64_t t = 0; t < w.chunk; ++t) {
-      starts[0].push_back(static_cast<int32_t>(t * w.inputs));
-      starts[1].push_back(static_cast<int32_t>(t * w.outputs));
+    for (int64_t i = 0; i < w.inputs(); ++i) {
+      read.push_back(i);
+      depth.push_back(i * w.outputs);
     }
-    for (int64_t j = 0; j < w.outputs; ++j) {
-      for (int64_t c = 0; c < w.inputs; ++c) {
-        double half[4][3];
-        for (int u = 0; u < 4; ++u) {
-          for (int x = 0; x < 3; ++x) {
-            half[u][x] = 0;
-            for (int y = 0; y < 3; ++y) half[u][x] += G[u][y] * static_cast<double>(at(j, c, y, x));
-          }
-          for (int v = 0; v < 4; ++v) {
-            double sum = 0;
-            for (int x = 0; x < 3; ++x) sum += half[u][x] * G[v][x];
-            points[static_cast<size_t>(4 * u + v)][static_cast<size_t>(j * w.inputs + c)] = static_cast<float>(sum);
-          }
-        }
-      }
+    for (int64_t j = 0; j < w.outputs; ++j) outputs.push_back(j);
+    for (int64_t t = 0; t < w.chunk; ++t) {
+      starts[0].push_back(static_cast<int32_t>(t * w.inputs()));
+      starts[1].push_back(static_cast<int32_t>(t * w.outputs));
     }
     NetPass pass;
     pass.positions = w.chunk;
     pass.from = own(positions_, std::move(starts[0]));
     pass.to = own(positions_, std::move(starts[1]));
     std::vector<NetPass> passes;
-    for (int64_t f = 0; f < 16; ++f) {
-      pass.in = f * w.in_point;
-      add_pass(passes, pass, rows, points[static_cast<size_t>(f)].data(), outputs, rows, nullptr, {});
+    for (const std::vector<float>& weight : packed) {
+      pass.in = static_cast<int64_t>(passes.size()) * w.in_point;
+      add_pass(passes, pass, read, weight.data(), outputs, depth, nullptr, {});
       pass.block_positions = passes[0].block_positions;  // of all the same
       pass.block_outputs = passes[0].block_outputs;
     }
     w.points = own(passes_, std::move(passes));
-    return own(winograds_, std::vector<NetWinograd>{w});
+    return w;
+  }
+
+  // G g G^T of every kernel: (inputs, outputs) at each point.
+  static std::vector<std::vector<float>> at_points(const NetWinograd& w, const Axis& ys, const Axis& xs,
+                                                   const Weights& weights) {
+    const auto gy = to_points(w.height, w.taps), gx = to_points(w.width, w.taps);
+    const auto r = static_cast<size_t>(w.taps), ny = gy.size(), nx = gx.size(), n = static_cast<size_t>(w.outputs);
+    std::vector<std::vector<float>> out(ny * nx, std::vector<float>(static_cast<size_t>(w.inputs()) * n));
+    std::vector<double> taps(r * r * n), half(r * n);
+    size_t to = 0;
+    for (int64_t phase = 0; phase < w.phase_count; ++phase) {
+      for (int64_t c = 0; c < w.channels; ++c, to += n) {
+        for (size_t y = 0; y < r; ++y) {
+          for (size_t x = 0; x < r; ++x) {
+            const int64_t ky = ys.taps[y * static_cast<size_t>(ys.phases) + static_cast<size_t>(phase / xs.phases)].second;
+            const int64_t kx = xs.taps[x * static_cast<size_t>(xs.phases) + static_cast<size_t>(phase % xs.phases)].second;
+            const float* from = weights.from + c * weights.input_step + ky * weights.line + kx;
+            for (size_t j = 0; j < n; ++j) {
+              taps[(y * r + x) * n + j] = from[static_cast<int64_t>(j) * weights.output_step];
+            }
+          }
+        }
+        for (size_t v = 0; v < ny; ++v) {
+          std::fill(half.begin(), half.end(), 0.0);
+          for (size_t y = 0; y < r; ++y) {
+            for (size_t i = 0; i < r * n; ++i) half[i] += gy[v][y] * taps[y * r * n + i];
+          }
+          for (size_t u = 0; u < nx; ++u) {
+            float* const at = out[v * nx + u].data() + to;
+            const double* const g = gx[u].data();
+            for (size_t j = 0; j < n; ++j) {
+              double sum = g[0] * half[j] + g[1] * half[n + j];
+              if (r == 3) sum += g[2] * half[2 * n + j];
+              at[j] = static_cast<float>(sum);
+            }
+          }
+        }
+      }
+    }
+    return out;
   }
 
   // The rows inside a value's border, line by line, with the row-major element each holds.
@@ -1005,25 +1103,10 @@ class Planner {
   void connect_products(Work& w, const NetValue& out) {
     const NetSpec& s = *w.spec;
     const NetValue& in = values_[static_cast<size_t>(w.xs[0])];
-    std::vector<NetPass> forward, backward;
-    if (winograd(static_cast<size_t>(&w - works_.data()))) {
-      // weight (a, b, kh, kw): sums over b, from left to right, or over a, from right to left
-      const auto over_b = [&](int64_t j, int64_t c, int y, int x) {
-        return s.weight[((j * s.sizes[1] + c) * 3 + y) * 3 + x];
-      };
-      const auto over_a = [&](int64_t j, int64_t c, int y, int x) {
-        return s.weight[((c * s.sizes[1] + j) * 3 + 2 - y) * 3 + 2 - x];
-      };
-      const int64_t direct[2] = {s.padding[0], s.padding[1]}, scattered[2] = {2 - s.padding[0], 2 - s.padding[1]};
-      w.node.forward_tiles = s.transposed ? tiled(in, in.value, out, out.value, scattered, s.bias, over_a)
-                                          : tiled(in, in.value, out, out.value, direct, s.bias, over_b);
-      if (w.reads[0].needed) {
-        w.node.backward_tiles = s.transposed ? tiled(out, out.grad, in, in.grad, direct, nullptr, over_b)
-                                             : tiled(out, out.grad, in, in.grad, scattered, nullptr, over_a);
-      }
-    } else if (s.kind == NetNodeKind::linear) {
-      dense(s.weight, in.elements(), false, in, in.value, out, out.value, s.bias, forward);
-      if (w.reads[0].needed) dense(s.weight, in.elements(), true, out, out.grad, in, in.grad, nullptr, backward);
+    Products forward, backward;
+    if (s.kind == NetNodeKind::linear) {
+      dense(s.weight, in.elements(), false, in, in.value, out, out.value, s.bias, forward.passes);
+      if (w.reads[0].needed) dense(s.weight, in.elements(), true, out, out.grad, in, in.grad, nullptr, backward.passes);
     } else if (s.transposed) {
       scattered(s, in, in.value, out, out.value, s.bias, forward);
       if (w.reads[0].needed) direct(s, out, out.grad, in, in.grad, nullptr, backward);
@@ -1031,16 +1114,17 @@ class Planner {
       direct(s, in, in.value, out, out.value, s.bias, forward);
       if (w.reads[0].needed) scattered(s, out, out.grad, in, in.grad, nullptr, backward);
     }
-    for (const std::vector<NetPass>* passes : {&forward, &backward}) {
-      for (const NetPass& pass : *passes) plan_.products += pass.products();
-    }
-    for (const NetWinograd* tiles : {w.node.forward_tiles, w.node.backward_tiles}) {
-      if (tiles) plan_.products += 16 * tiles->tiles * tiles->inputs * tiles->outputs;
-    }
-    w.node.forward_count = static_cast<int64_t>(forward.size());
-    w.node.forward = own(passes_, std::move(forward));
-    w.node.backward_count = static_cast<int64_t>(backward.size());
-    w.node.backward = own(passes_, std::move(backward));
+    w.node.forward = owned(std::move(forward));
+    w.node.backward = owned(std::move(backward));
+  }
+
+  NetProducts owned(Products products) {
+    NetProducts out;
+    out.pass_count = static_cast<int64_t>(products.passes.size());
+    out.passes = own(passes_, std::move(products.passes));
+    out.tile_count = static_cast<int64_t>(products.tiles.size());
+    out.tiles = own(winograds_, std::move(products.tiles));
+    return out;
   }
 
   void connect_norm(Work& w, const NetValue& out) {
@@ -1098,7 +1182,6 @@ class Planner {
   std::deque<std::vector<NetSegment>> segments_;
   std::deque<std::vector<NetPass>> passes_;
   std::deque<std::vector<NetWinograd>> winograds_;
-  std::deque<std::vector<uint8_t>> bytes_;
   std::deque<std::vector<NetRun>> runs_;
   std::deque<std::vector<NetTerm>> terms_;
   std::deque<std::vector<NetRead>> reads_;

@@ -45,6 +45,10 @@ MMEBM_INLINE F held(F x) {
   return x;
 }
 
+// Weights are read once a tile, one pass after the other, and the processor foresees no more than a page of them: so many
+// numbers ahead they are on their way.
+constexpr int64_t AHEAD = 1024;
+
 template <int P, int J>
 void block(const NetPass& pass, const float* in, const int32_t* from, const float* weight, const float* bias,
            const Into& into, const int32_t* to) {
@@ -74,6 +78,7 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
     }
     const int64_t begin = segment.offset * W, end = begin + segment.length * int64_t{W};
     for (int64_t i = begin; i < end; i += W, weight += J) {
+      __builtin_prefetch(weight + AHEAD);
       // the fewer of the two stay in registers
       if constexpr (P < J) {
         F x[P];
@@ -144,7 +149,7 @@ struct Units {
   int64_t count() const { return positions.parts > 1 ? positions.parts : outputs.parts; }
 };
 
-// Units `first` to `last` of a pass, from rows counted from `base`; `after(row, outputs)` follows when the outputs of
+// Units `first` to `last` of a pass, from rows counted from `base`; `after(first, outputs)` follows when the outputs of
 // these units are there at all positions of a block.
 template <class After>
 void run_pass(const NetPass& pass, const float* base, Into into, const After& after, int64_t first, int64_t last) {
@@ -167,60 +172,104 @@ void run_pass(const NetPass& pass, const float* base, Into into, const After& af
       weight += n * pass.depth;
       j += n;
     }
-    for (int64_t p = begin; p < begin + count; ++p) after(pass.to[p] + begin_output, end_output - begin_output);
+    for (int64_t p = begin; p < begin + count; ++p) {
+      after(into.out + (pass.to[p] + begin_output) * W, end_output - begin_output);
+    }
     begin += count;
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------- Winograd
 
-// B^T d B of a tile of 4 x 4 positions, channel by channel.
-void to_points(const NetWinograd& w, const float* in, float* to) {
-  const int64_t point = w.in_point * W;
-  for (int64_t c = 0; c < w.inputs; ++c) {
-    F half[4][4];
+// Along one axis: B^T d, of the M + R - 1 numbers that M outputs of R taps read, and A^T m, these outputs. The points are
+// 0, 1, -1 and infinity, without -1 where there are three; a single output takes its taps as they are.
+template <int M, int R>
+MMEBM_INLINE void to_line(const F* d, F* to) {
+  if constexpr (M == 1) {
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      F d[4];
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) d[y] = load(in + (y * w.in_pitch + x * w.in_step + c) * W);
-      half[0][x] = sub(d[0], d[2]);
-      half[1][x] = add(d[1], d[2]);
-      half[2][x] = sub(d[2], d[1]);
-      half[3][x] = sub(d[1], d[3]);
+    for (int i = 0; i < R; ++i) to[i] = d[i];
+  } else if constexpr (M + R == 4) {
+    to[0] = sub(d[0], d[1]);
+    to[1] = d[1];
+    to[2] = sub(d[1], d[2]);
+  } else {
+    to[0] = sub(d[0], d[2]);
+    to[1] = add(d[1], d[2]);
+    to[2] = sub(d[2], d[1]);
+    to[3] = sub(d[1], d[3]);
+  }
+}
+
+template <int M, int R>
+MMEBM_INLINE void from_line(const F* m, F* to) {
+  if constexpr (M == 1) {
+    to[0] = add(m[0], m[1]);
+    if constexpr (R == 3) to[0] = add(to[0], m[2]);
+  } else if constexpr (M + R == 4) {
+    to[0] = add(m[0], m[1]);
+    to[1] = sub(m[1], m[2]);
+  } else {
+    to[0] = add(add(m[0], m[1]), m[2]);
+    to[1] = sub(m[1], m[2]);
+    if constexpr (M == 2) {
+      to[1] = sub(to[1], m[3]);
+    } else {
+      to[2] = sub(add(m[1], m[2]), m[3]);
     }
+  }
+}
+
+// B^T d B of a tile's inputs, channel by channel.
+template <int R, int MY, int MX>
+void to_points(const NetWinograd& w, const float* in, float* to) {
+  constexpr int NY = MY + R - 1, NX = MX + R - 1;
+  const int64_t point = w.in_point * W;
+  for (int64_t phase = 0; phase < w.phase_count; ++phase) {
+    const float* at = in + w.phases[phase] * int64_t{W};
+    for (int64_t c = 0; c < w.channels; ++c, at += W, to += W) {
+      F half[NY][NX], line[4];
 #pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      float* const at = to + 4 * y * point + c * W;
-      store(at, sub(half[y][0], half[y][2]));
-      store(at + point, add(half[y][1], half[y][2]));
-      store(at + 2 * point, sub(half[y][2], half[y][1]));
-      store(at + 3 * point, sub(half[y][1], half[y][3]));
+      for (int x = 0; x < NX; ++x) {
+        F d[NY];
+#pragma GCC unroll 4
+        for (int y = 0; y < NY; ++y) d[y] = load(at + (y * w.in_pitch + x * w.in_step) * W);
+        to_line<MY, R>(d, line);
+#pragma GCC unroll 4
+        for (int y = 0; y < NY; ++y) half[y][x] = line[y];
+      }
+#pragma GCC unroll 4
+      for (int y = 0; y < NY; ++y) {
+        to_line<MX, R>(half[y], line);
+#pragma GCC unroll 4
+        for (int x = 0; x < NX; ++x) store(to + (y * NX + x) * point, line[x]);
+      }
     }
   }
 }
 
 // A^T m A: the outputs of a tile.
-void from_points(const NetWinograd& w, const float* from, const Into& into, int64_t to, int inside) {
+template <int R, int MY, int MX>
+void from_points(const NetWinograd& w, const float* from, const Into& into, int64_t to) {
+  constexpr int NY = MY + R - 1, NX = MX + R - 1;
   for (int64_t j = 0; j < w.outputs; ++j) {
-    F half[2][4];
+    F half[MY][NX], line[3];
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      F m[4];
+    for (int x = 0; x < NX; ++x) {
+      F m[NY];
 #pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) m[y] = load(from + ((4 * y + x) * w.out_point + j) * W);
-      half[0][x] = add(add(m[0], m[1]), m[2]);
-      half[1][x] = sub(sub(m[1], m[2]), m[3]);
+      for (int y = 0; y < NY; ++y) m[y] = load(from + ((y * NX + x) * w.out_point + j) * W);
+      from_line<MY, R>(m, line);
+#pragma GCC unroll 3
+      for (int y = 0; y < MY; ++y) half[y][x] = line[y];
     }
     const F bias = setf(w.bias ? w.bias[j] : 0.0f);
-#pragma GCC unroll 2
-    for (int y = 0; y < 2; ++y) {
-      const F both[2] = {add(add(half[y][0], half[y][1]), half[y][2]), sub(sub(half[y][1], half[y][2]), half[y][3])};
-#pragma GCC unroll 2
-      for (int x = 0; x < 2; ++x) {
-        if ((x & ~inside) || (2 * y & ~inside)) continue;
+#pragma GCC unroll 3
+    for (int y = 0; y < MY; ++y) {
+      from_line<MX, R>(half[y], line);
+#pragma GCC unroll 3
+      for (int x = 0; x < MX; ++x) {
         const int64_t at = (to + y * w.out_pitch + x * w.out_step + j) * W;
-        F v = add(both[x], bias);
+        F v = add(line[x], bias);
         if (!into.store) v = add(load(into.out + at), v);
         if (into.factor) v = mul(v, load(into.factor + at));
         store(into.out + at, v);
@@ -229,35 +278,59 @@ void from_points(const NetWinograd& w, const float* from, const Into& into, int6
   }
 }
 
-// As run_pass, of chunks `first` to `last` of the tiles.
-template <class After>
-void run_winograd(const NetWinograd& w, const float* arena, float* scratch, const Into& into, const After& after,
-                  int64_t first, int64_t last) {
-  float* const outs = scratch + 16 * w.in_point * W;
-  const int64_t end = last * w.chunk < w.tiles ? last * w.chunk : w.tiles;
-  for (int64_t begin = first * w.chunk; begin < end; begin += w.chunk) {
-    const int64_t count = end - begin < w.chunk ? end - begin : w.chunk;
+struct Tile {
+  void (*to_points)(const NetWinograd& w, const float* in, float* to);
+  void (*from_points)(const NetWinograd& w, const float* from, const Into& into, int64_t to);
+};
+
+template <int R, int MY, int MX>
+constexpr Tile TILE = {to_points<R, MY, MX>, from_points<R, MY, MX>};
+
+Tile tile_of(const NetWinograd& w) {
+  constexpr Tile of[2][3][3] = {
+      {{TILE<2, 1, 1>, TILE<2, 1, 2>, TILE<2, 1, 3>},
+       {TILE<2, 2, 1>, TILE<2, 2, 2>, TILE<2, 2, 3>},
+       {TILE<2, 3, 1>, TILE<2, 3, 2>, TILE<2, 3, 3>}},
+      {{TILE<3, 1, 1>, TILE<3, 1, 2>}, {TILE<3, 2, 1>, TILE<3, 2, 2>}},
+  };
+  return of[w.taps - 2][w.height - 1][w.width - 1];
+}
+
+// `count` tiles from `begin` on, which have a thread's scratch for themselves.
+struct Chunk {
+  const NetWinograd& w;
+  float* scratch;
+  int64_t begin, count;
+
+  float* outs() const { return scratch + w.point_count() * w.in_point * W; }
+  void gather(const float* arena) const {
+    const auto to_points = tile_of(w).to_points;
     for (int64_t t = 0; t < count; ++t) {
-      to_points(w, arena + (w.in + w.from[begin + t]) * W, scratch + t * w.inputs * W);
+      to_points(w, arena + (w.in + w.from[begin + t]) * W, scratch + t * w.inputs() * W);
     }
-    for (int64_t f = 0; f < 16; ++f) {
+  }
+  void multiply(int64_t first, int64_t last) const {
+    for (int64_t f = first; f < last; ++f) {
       NetPass pass = w.points[f];
       pass.positions = count;
-      const auto nothing = [](int32_t, int64_t) {};
-      run_pass(pass, scratch, {outs + f * w.out_point * W, nullptr, true}, nothing, 0, Units::of(pass).count());
+      const auto nothing = [](float*, int64_t) {};
+      run_pass(pass, scratch, {outs() + f * w.out_point * W, nullptr, true}, nothing, 0, Units::of(pass).count());
     }
+  }
+  template <class After>
+  void scatter(const Into& into, const After& after) const {
+    const auto from_points = tile_of(w).from_points;
     for (int64_t t = 0; t < count; ++t) {
-      const int inside = w.inside[begin + t];
-      const int32_t to = w.to[begin + t];
-      from_points(w, outs + t * w.outputs * W, into, to, inside);
-      for (int y = 0; y <= inside >> 1; ++y) {
-        for (int x = 0; x <= (inside & 1); ++x) {
-          after(static_cast<int32_t>(to + y * w.out_pitch + x * w.out_step), w.outputs);
+      const int64_t to = w.to[begin + t];
+      from_points(w, outs() + t * w.outputs * W, into, to);
+      for (int64_t y = 0; y < w.height; ++y) {
+        for (int64_t x = 0; x < w.width; ++x) {
+          after(into.out + (to + y * w.out_pitch + x * w.out_step) * W, w.outputs);
         }
       }
     }
   }
-}
+};
 
 // ------------------------------------------------------------------------------------------------------------- elements
 
@@ -382,9 +455,36 @@ struct Net {
 
   template <class After>
   void tiled(const NetWinograd& w, const Into& into, const After& after) const {
-    const int64_t chunk = 16 * w.chunk * w.inputs * w.outputs;
-    each((w.tiles + w.chunk - 1) / w.chunk, NET_SHARED / chunk, [&](int64_t first, int64_t last, float* scratch) {
-      run_winograd(w, arena, scratch, into, after, first, last);
+    const int64_t chunks = (w.tiles + w.chunk - 1) / w.chunk, products = w.chunk * w.inputs() * w.outputs;
+    const auto chunk = [&](int64_t i, float* scratch) {
+      return Chunk{w, scratch, i * w.chunk, i + 1 < chunks ? w.chunk : w.tiles - i * w.chunk};
+    };
+    if (!room.team || chunks > room.team->helpers()) {
+      return each(chunks, NET_SHARED / (w.point_count() * products), [&](int64_t first, int64_t last, float* scratch) {
+        for (int64_t i = first; i < last; ++i) {
+          const Chunk part = chunk(i, scratch);
+          part.gather(arena);
+          part.multiply(0, w.point_count());
+          part.scatter(into, after);
+        }
+      });
+    }
+    for (int64_t i = 0; i < chunks; ++i) {  // too few for all: the points of each are shared
+      const Chunk part = chunk(i, room.scratch);
+      part.gather(arena);
+      each(w.point_count(), NET_SHARED / products, [&](int64_t first, int64_t last, float*) {
+        part.multiply(first, last);
+      });
+      part.scatter(into, after);
+    }
+  }
+
+  // into_of(rows): where the sums go that are written from these rows on.
+  template <class IntoOf, class After>
+  void products(const NetProducts& p, const IntoOf& into_of, const After& after) const {
+    for (int64_t i = 0; i < p.tile_count; ++i) tiled(p.tiles[i], into_of(p.tiles[i].out), after);
+    each_pass(p.passes, p.pass_count, [&](const NetPass& pass, int64_t first, int64_t last) {
+      run_pass(pass, arena, into_of(pass.out), after, first, last);
     });
   }
 
@@ -532,22 +632,12 @@ struct Net {
       const NetNode& n = plan.nodes[k];
       const NetValue& out = value(n.out);
       if (n.kind == NetKind::product_sum) {
-        const auto layer = [&](int64_t rows, const auto& run) {
-          float* const y = row(rows);
-          float* const slope = out.slope < 0 ? nullptr : y + (out.slope - out.value) * W;
-          run(Into{y, nullptr, !n.accumulate}, [&, y, slope](int32_t at, int64_t outputs) {
-            if (n.activation < 0) return;
-            float* const here = y + int64_t{at} * W;
-            activate(static_cast<Activation>(n.activation), n.slope, here, here, slope + int64_t{at} * W, outputs * W);
-          });
-        };
-        if (n.forward_tiles) {
-          const NetWinograd& w = *n.forward_tiles;
-          layer(w.out, [&](const Into& into, const auto& after) { tiled(w, into, after); });
-        }
-        each_pass(n.forward, n.forward_count, [&](const NetPass& pass, int64_t first, int64_t last) {
-          layer(pass.out, [&](const Into& to, const auto& after) { run_pass(pass, arena, to, after, first, last); });
-        });
+        const int64_t slope = (out.slope - out.value) * W;
+        products(n.forward, [&](int64_t rows) { return Into{row(rows), nullptr, !n.accumulate}; },
+                 [&](float* y, int64_t outputs) {
+                   if (n.activation < 0) return;
+                   activate(static_cast<Activation>(n.activation), n.slope, y, y, y + slope, outputs * W);
+                 });
         continue;
       }
       switch (n.kind) {
@@ -629,15 +719,11 @@ struct Net {
           const NetRead& read = n.reads[0];
           if (!read.needed) break;
           const NetValue& in = value(read.value);
-          const auto into = [&](int64_t rows) {
+          const auto into_of = [&](int64_t rows) {
             float* const to = row(rows);
             return Into{to, read.times ? to + (in.slope - in.grad) * W : nullptr, read.store};
           };
-          const auto nothing = [](int32_t, int64_t) {};
-          if (n.backward_tiles) tiled(*n.backward_tiles, into(n.backward_tiles->out), nothing);
-          each_pass(n.backward, n.backward_count, [&](const NetPass& pass, int64_t first, int64_t last) {
-            run_pass(pass, arena, into(pass.out), nothing, first, last);
-          });
+          products(n.backward, into_of, [](float*, int64_t) {});
           break;
         }
         case NetKind::input:

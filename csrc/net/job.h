@@ -56,18 +56,32 @@ struct NetPass {
   int64_t products() const { return positions * outputs * depth; }  // of vectors
 };
 
-// A convolution of 3 x 3, stride 1, by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2016): 16 products for 4 outputs, in
-// the place of 36, at 16 points that are each a pass of their own over the tiles. Tiles are taken `chunk` at a time.
+// A convolution by Winograd's tiles of height x width outputs (Lavin and Gray, 2016): of taps x taps and stride 1, or a
+// sum of such ones, for of stride s it is s x s of them, each over every s-th row and column of what is read (a phase).
+// A tile takes (height + taps - 1) (width + taps - 1) products, one at each point, in the place of height width taps^2;
+// each point is a pass of its own over the tiles, which sums over the phases too. Tiles are taken `chunk` at a time.
 struct NetWinograd {
-  const NetPass* points = nullptr;  // 16; positions and rows are those of one chunk in its thread's scratch
+  int64_t taps = 3, height = 2, width = 2;
+  const NetPass* points = nullptr;  // positions and rows are those of one chunk in its thread's scratch
   int64_t in = 0, out = 0;          // rows in the arena that the tiles are counted from
-  const int32_t *from = nullptr, *to = nullptr;  // per tile: its first of 4 x 4 positions, and of 2 x 2
-  const uint8_t* inside = nullptr;               // per tile: bit 0, 1: there is a second column, row of outputs
-  int64_t tiles = 0, chunk = 1, inputs = 0, outputs = 0;
+  const int32_t *from = nullptr, *to = nullptr;  // per tile: the first position it reads, and of its outputs
+  const int32_t* phases = nullptr;               // (phase_count,) rows from there to where each begins
+  int64_t phase_count = 1, channels = 0, outputs = 0, tiles = 0, chunk = 1;
   int64_t in_pitch = 0, in_step = 0, out_pitch = 0, out_step = 0;  // rows from a line, a position to the next
-  int64_t rows() const { return 16 * (in_point + out_point); }  // of scratch: a chunk at 16 points, first the inputs
-  int64_t in_point = 0, out_point = 0;  // rows there from a point to the next
-  const float* bias = nullptr;  // (outputs,) or null
+  int64_t in_point = 0, out_point = 0;  // rows of scratch from a point to the next
+  const float* bias = nullptr;          // (outputs,) or null
+
+  int64_t inputs() const { return phase_count * channels; }
+  int64_t point_count() const { return (height + taps - 1) * (width + taps - 1); }
+  int64_t rows() const { return point_count() * (in_point + out_point); }  // of scratch: inputs, then outputs
+};
+
+// The products of a layer, or of its gradient: passes and tiles write to different rows.
+struct NetProducts {
+  const NetPass* passes = nullptr;
+  int64_t pass_count = 0;
+  const NetWinograd* tiles = nullptr;
+  int64_t tile_count = 0;
 };
 
 // Rows out .. out + count - 1 are each the sum of `terms` rows times weights, all of them moving along.
@@ -116,9 +130,7 @@ struct NetNode {
   bool multiply = false;  // the gradient is still to be multiplied by the activation's derivative
   bool divide = false;    // a product is a quotient
   bool accumulate = false;  // the products are added to the value: a sum of layers needs no buffer for each
-  const NetPass *forward = nullptr, *backward = nullptr;
-  int64_t forward_count = 0, backward_count = 0;
-  const NetWinograd *forward_tiles = nullptr, *backward_tiles = nullptr;  // in the place of passes
+  NetProducts forward, backward;
   NetRuns runs;
   NetConstant scale, shift;
   // norm, logsumexp: groups of `length` rows of what is read, counted from its first
@@ -136,7 +148,6 @@ struct NetPlan {
   int64_t observed = 0;                   // rows of bytes
   int64_t rows = 0;                       // of the arena
   int64_t scratch = 0;                    // rows that each thread has for itself
-  int64_t products = 0;                   // of vectors, in one evaluation
   int32_t last = 0;                       // the value that is the energy
 };
 

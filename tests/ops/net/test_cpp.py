@@ -336,6 +336,26 @@ def tiled_energy() -> nn.Sequential:
     )
 
 
+def strided_energy() -> nn.Sequential:
+    """With strides that Winograd's tiles take in phases, there and back: four of 2 x 2 taps, four of 3 x 3, nine of
+    2 x 2; sides that tiles of every size are left over of."""
+    return nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(12, 24, 4, stride=2, padding=1),
+        nn.SiLU(),
+        nn.ConvTranspose2d(24, 20, 4, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(20, 24, 6, stride=2, padding=2),
+        nn.SiLU(),
+        nn.Conv2d(24, 20, 6, stride=3, padding=2),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(20, 1),
+    )
+
+
 def posterior(chains: int) -> Callable[[Tensor], Tensor]:
     generator = SharedGenerator({"a": (3, 13, 14)}, 8, net="conv", width=4).requires_grad_(False)
     target = torch.rand(chains, 3, 13, 14) * 2 - 1
@@ -354,6 +374,7 @@ ENERGIES: dict[str, tuple[Callable[[int], Any], tuple[tuple[int, ...], ...], flo
     "posterior": (posterior, ((8,),), 0.02),
     "classes": (lambda n: _classes(), ((3, 9, 9),), 0.02),
     "tiles": (lambda n: tiled_energy(), ((3, 12, 12),), 0.02),
+    "strides": (lambda n: strided_energy(), ((2, 14, 17),), 0.02),
 }
 
 
@@ -519,8 +540,9 @@ def test_what_is_not_built_is_refused_by_its_name() -> None:
     assert cpp.supports_energy(strange, x) == "the function softsign is not built"
 
 
-def test_tiles_are_off_where_bits_matter(isa: str, torch_seed: int) -> None:
-    chain, x = make_chain("tiles", 9, torch_seed)
+@pytest.mark.parametrize("name", ["tiles", "strides"])
+def test_tiles_are_off_where_bits_matter(isa: str, name: str, torch_seed: int) -> None:
+    chain, x = make_chain(name, 9, torch_seed)
     tiled = cpp.run(chain, x, 2, 0).x
     torch.use_deterministic_algorithms(True)
     try:
@@ -529,7 +551,7 @@ def test_tiles_are_off_where_bits_matter(isa: str, torch_seed: int) -> None:
         torch.use_deterministic_algorithms(False)
     assert not torch.equal(tiled, summed)
     torch.testing.assert_close(tiled, summed, rtol=0, atol=1e-5)
-    plain, x = make_chain("tutorial", 9, torch_seed)
+    plain, x = make_chain("residual", 9, torch_seed)
     before = cpp.run(plain, x, 2, 0).x
     torch.use_deterministic_algorithms(True)
     try:
