@@ -742,13 +742,16 @@ class Planner {
     w.phase_count = static_cast<int64_t>(phases.size());
     w.phases = own(positions_, std::move(phases));
     if (weights.bias) w.bias = own(numbers_, std::vector<float>(weights.bias, weights.bias + w.outputs));
+    std::vector<NetWinograd> kinds;
     for (const Cut& y : cut(grid.height, w.taps)) {
-      for (const Cut& x : cut(grid.width, w.taps)) tiles.push_back(tiles_of(w, grid, ys, xs, weights, y, x));
+      for (const Cut& x : cut(grid.width, w.taps)) kinds.push_back(tiles_of(w, grid, y, x));
     }
+    const auto at_points = kernels_at_points(kinds, ys, xs, weights);
+    for (size_t i = 0; i < kinds.size(); ++i) add_points(kinds[i], at_points[i]);
+    tiles.insert(tiles.end(), kinds.begin(), kinds.end());
   }
 
-  NetWinograd tiles_of(NetWinograd w, const Grid& grid, const Axis& ys, const Axis& xs, const Weights& weights,
-                       const Cut& rows, const Cut& columns) {
+  NetWinograd tiles_of(NetWinograd w, const Grid& grid, const Cut& rows, const Cut& columns) {
     w.height = rows.size;
     w.width = columns.size;
     std::vector<int32_t> from, to;
@@ -767,8 +770,11 @@ class Planner {
     w.in_point = w.chunk * w.inputs() | 1;
     w.out_point = w.chunk * w.outputs | 1;
     plan_.scratch = std::max(plan_.scratch, w.rows());
+    return w;
+  }
 
-    const std::vector<std::vector<float>> packed = at_points(w, ys, xs, weights);
+  // The pass of each point, from the kernels there.
+  void add_points(NetWinograd& w, const std::vector<std::vector<float>>& kernels) {
     std::vector<int64_t> read, depth, outputs;
     std::vector<int32_t> starts[2];
     for (int64_t i = 0; i < w.inputs(); ++i) {
@@ -785,48 +791,58 @@ class Planner {
     pass.from = own(positions_, std::move(starts[0]));
     pass.to = own(positions_, std::move(starts[1]));
     std::vector<NetPass> passes;
-    for (const std::vector<float>& weight : packed) {
+    for (const std::vector<float>& weight : kernels) {
       pass.in = static_cast<int64_t>(passes.size()) * w.in_point;
       add_pass(passes, pass, read, weight.data(), outputs, depth, nullptr, {});
       pass.block_positions = passes[0].block_positions;  // of all the same
       pass.block_outputs = passes[0].block_outputs;
     }
     w.points = own(passes_, std::move(passes));
-    return w;
   }
 
-  // G g G^T of every kernel: (inputs, outputs) at each point.
-  static std::vector<std::vector<float>> at_points(const NetWinograd& w, const Axis& ys, const Axis& xs,
-                                                   const Weights& weights) {
-    const auto gy = to_points(w.height, w.taps), gx = to_points(w.width, w.taps);
-    const auto r = static_cast<size_t>(w.taps), ny = gy.size(), nx = gx.size(), n = static_cast<size_t>(w.outputs);
-    std::vector<std::vector<float>> out(ny * nx, std::vector<float>(static_cast<size_t>(w.inputs()) * n));
-    std::vector<double> taps(r * r * n), half(r * n);
-    size_t to = 0;
-    for (int64_t phase = 0; phase < w.phase_count; ++phase) {
-      for (int64_t c = 0; c < w.channels; ++c, to += n) {
-        for (size_t y = 0; y < r; ++y) {
-          for (size_t x = 0; x < r; ++x) {
-            const int64_t ky = ys.taps[y * static_cast<size_t>(ys.phases) + static_cast<size_t>(phase / xs.phases)].second;
-            const int64_t kx = xs.taps[x * static_cast<size_t>(xs.phases) + static_cast<size_t>(phase % xs.phases)].second;
-            const float* from = weights.from + c * weights.input_step + ky * weights.line + kx;
-            for (size_t j = 0; j < n; ++j) {
-              taps[(y * r + x) * n + j] = from[static_cast<int64_t>(j) * weights.output_step];
-            }
-          }
+  // G g G^T of every kernel: (inputs, outputs) at each point of each kind of tiles.
+  static std::vector<std::vector<std::vector<float>>> kernels_at_points(const std::vector<NetWinograd>& kinds,
+                                                                        const Axis& ys, const Axis& xs,
+                                                                        const Weights& weights) {
+    const NetWinograd& any = kinds[0];
+    const auto r = static_cast<size_t>(any.taps), n = static_cast<size_t>(any.outputs);
+    std::vector<int64_t> places;  // of all taps in a kernel, phase by phase
+    for (int64_t phase = 0; phase < any.phase_count; ++phase) {
+      for (int64_t y = phase / xs.phases; y < any.taps * ys.phases; y += ys.phases) {
+        for (int64_t x = phase % xs.phases; x < any.taps * xs.phases; x += xs.phases) {
+          places.push_back(ys.taps[static_cast<size_t>(y)].second * weights.line +
+                           xs.taps[static_cast<size_t>(x)].second);
         }
-        for (size_t v = 0; v < ny; ++v) {
-          std::fill(half.begin(), half.end(), 0.0);
-          for (size_t y = 0; y < r; ++y) {
-            for (size_t i = 0; i < r * n; ++i) half[i] += gy[v][y] * taps[y * r * n + i];
-          }
-          for (size_t u = 0; u < nx; ++u) {
-            float* const at = out[v * nx + u].data() + to;
-            const double* const g = gx[u].data();
-            for (size_t j = 0; j < n; ++j) {
-              double sum = g[0] * half[j] + g[1] * half[n + j];
-              if (r == 3) sum += g[2] * half[2 * n + j];
-              at[j] = static_cast<float>(sum);
+      }
+    }
+    using Matrix = std::vector<std::vector<double>>;
+    std::vector<std::pair<Matrix, Matrix>> by;  // of each kind, along both axes
+    std::vector<std::vector<std::vector<float>>> out;
+    for (const NetWinograd& w : kinds) {
+      by.push_back({to_points(w.height, w.taps), to_points(w.width, w.taps)});
+      out.emplace_back(static_cast<size_t>(w.point_count()), std::vector<float>(static_cast<size_t>(w.inputs()) * n));
+    }
+    std::vector<double> all(places.size() * n), half(r * n);
+    for (int64_t c = 0; c < any.channels; ++c) {
+      for (size_t j = 0; j < n; ++j) {  // a kernel lies in a line or two of a cache: read at once
+        const float* const from = weights.from + static_cast<int64_t>(j) * weights.output_step + c * weights.input_step;
+        for (size_t i = 0; i < places.size(); ++i) all[i * n + j] = static_cast<double>(from[places[i]]);
+      }
+      for (int64_t phase = 0; phase < any.phase_count; ++phase) {
+        const double* const taps = all.data() + static_cast<size_t>(phase) * r * r * n;
+        const size_t to = static_cast<size_t>(phase * any.channels + c) * n;
+        for (size_t kind = 0; kind < kinds.size(); ++kind) {
+          auto point = out[kind].begin();
+          for (const std::vector<double>& gy : by[kind].first) {
+            for (size_t i = 0; i < r * n; ++i) {
+              half[i] = gy[0] * taps[i] + gy[1] * taps[r * n + i] + (r == 3 ? gy[2] * taps[2 * r * n + i] : 0.0);
+            }
+            for (const std::vector<double>& gx : by[kind].second) {
+              float* const at = (point++)->data() + to;
+              for (size_t j = 0; j < n; ++j) {
+                const double two = gx[0] * half[j] + gx[1] * half[n + j];
+                at[j] = static_cast<float>(r == 3 ? two + gx[2] * half[2 * n + j] : two);
+              }
             }
           }
         }

@@ -138,6 +138,18 @@ def test_log_prob_and_channels_last() -> None:
     assert torch.equal(out.state, down.state)
 
 
+@pytest.mark.parametrize("size", [1, (1, 1), [1, 1], (2, 3)])
+def test_pooling_of_channels_last(size: Any) -> None:
+    """Torch changes the strides of a global pool's result in place, which is not the energy's doing."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(size)).to(memory_format=torch.channels_last)
+    x = torch.rand(4, 3, 12, 14).contiguous(memory_format=torch.channels_last)
+    energy = lambda x: net(x).flatten(1).square().sum(1)
+    ours = Langevin(0.5, 0.0).sample(energy, x, 3, seed=0)
+    assert ours.info["op"] == "langevin_net", ours.info["reason"]
+    loop = Langevin(0.5, 0.0, backend="torch").sample(energy, x, 3, seed=0)
+    torch.testing.assert_close(ours.state, loop.state, rtol=0, atol=CLOSE)
+
+
 def test_weights_are_read_at_each_chain() -> None:
     net, x = plain(), torch.rand(4, 3, 12, 12)
     sampler, torchs = Langevin(0.5, 0.0), Langevin(0.5, 0.0, backend="torch")

@@ -66,7 +66,7 @@ def _numbers_alone(data: Any) -> bool:
 
 
 class Rewrite(TorchFunctionMode):
-    """Two functions that torch takes apart in a way in which chains are no longer seen, in another way."""
+    """Three functions that torch takes apart in a way in which chains are no longer seen, in another way."""
 
     def __init__(self, watched: Callable[[Any], Any], tape: Tape) -> None:
         super().__init__()
@@ -89,6 +89,9 @@ class Rewrite(TorchFunctionMode):
                     refuse(f"it takes a value of the state out of torch ({func.__name__})")
                 if not _numbers_alone(data):  # another call may find other numbers there
                     self.tape.valid = False
+        if func is F.adaptive_avg_pool2d and given.get("output_size", args[1:] and args[1]) in (1, (1, 1), [1, 1]):
+            # as the mean that it is: of channels_last torch changes the strides of its result in place
+            return (args[0] if args else given["input"]).mean((-2, -1), keepdim=True)
         if func is F.pad:
             pad = args[1] if len(args) > 1 else given.get("pad", ())
             mode = args[2] if len(args) > 2 else given.get("mode", "constant")

@@ -5,8 +5,9 @@ another. No result depends on the number of threads (``torch.get_num_threads()``
 ``avx2`` and ``avx512`` agree bit for bit. Weights are read, and repacked, at each call. Up to W chains, 8 or 16, share
 the lanes of a vector, so that fewer cost as much as W, and a thread runs at least one such tile.
 
-Convolutions of 3 x 3 and stride 1 with enough channels take Winograd's form, with 16 products in the place of 36 and
-other roundings; under ``torch.use_deterministic_algorithms`` all are summed product by product.
+Convolutions of 3 x 3 and stride 1 or 4 x 4 and stride 2, say, and their gradients take Winograd's tiles where there are
+channels enough, with 16 products in the place of 36 and other roundings; under
+``torch.use_deterministic_algorithms`` all are summed product by product.
 """
 
 from __future__ import annotations
