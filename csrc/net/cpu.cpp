@@ -27,8 +27,8 @@ constexpr double SECOND_LEVEL = 50.0;
 
 // What taking one row to or from one point of a tile costs, in products.
 constexpr int64_t TRANSFORM = 8;
-// Rows of a chunk of tiles at their points: a quarter of that processor's second-level cache.
-constexpr int64_t CHUNK = 8192;
+// Rows of a chunk of tiles at their points: no more than a second-level cache of 512 KB has room for beside the weights.
+constexpr int64_t CHUNK = 2048;
 
 // Zeros that begin a cache line. Of so much memory calloc() gives pages that are zero until they are written to.
 class Zeros {
