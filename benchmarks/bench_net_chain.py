@@ -7,7 +7,7 @@ Rows: the eager loop, the loop on a ``torch.compile``'d energy, ours, and JAX (`
 installed (``pip install -c constraints.txt jax``, in an environment of its own if need be) and the network is written
 for it here. Ours is everything that a call costs: the key of the kept net, packing, verification when it is due. The
 gate before each measurement: a noiseless chain of 20 steps, in which x moves by a good part of its range, is within
-three times the error that PyTorch makes in float32 against float64.
+three times the error that PyTorch makes in float32 against float64, in the median of the chains.
 """
 
 from __future__ import annotations
@@ -254,11 +254,13 @@ def flat(x: State) -> Tensor:
 
 
 def gate(run: Callable[..., State], energy: nn.Module, x: State, step: float) -> None:
-    """The noiseless chain of ``run`` against float64."""
+    """The noiseless chain of ``run`` against float64: the largest error of a chain, in the median of the chains, for
+    one that passes a kink on the other side ends elsewhere, whoever computes it."""
     exact = flat(eager(copy.deepcopy(energy).double(), {k: t.double() for k, t in x.items()}, step, noise=0.0))
     moved = float((exact - flat(x)).abs().mean())
     assert moved > MOVES, f"x moves by {moved:.3f} in the gate's chain: it would check nothing"
-    error, torchs = (float((flat(f(energy, x, step, noise=0.0)) - exact).abs().max()) for f in (run, eager))
+    off = lambda chain: (flat(chain(energy, x, step, noise=0.0)) - exact).abs().amax(1).median()
+    error, torchs = float(off(run)), float(off(eager))
     limit = 3 * torchs + LAST_BITS * float(exact.abs().max())
     assert error <= limit, f"error {error:.3e}, torch's {torchs:.3e}, limit {limit:.3e}"
 

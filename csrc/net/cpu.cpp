@@ -78,8 +78,9 @@ struct Work {
 class Planner {
  public:
   Planner(const Planner&) = delete;
-  Planner(const ChainJob& job, const std::vector<NetSpec>& specs, const NetLoops& loops)
-      : job_(job), specs_(specs), loops_(loops) {
+  // `members`: how many threads may share a tile's work.
+  Planner(const ChainJob& job, const std::vector<NetSpec>& specs, const NetLoops& loops, int64_t members)
+      : job_(job), specs_(specs), loops_(loops), members_(members) {
     resolve();
     lay_out();
     fuse();
@@ -765,7 +766,8 @@ class Planner {
     w.tiles = static_cast<int64_t>(from.size());
     w.from = own(positions_, std::move(from));
     w.to = own(positions_, std::move(to));
-    w.chunk = std::min(w.tiles, std::max<int64_t>(4, CHUNK / (w.point_count() * (w.inputs() + w.outputs))));
+    w.chunk = std::max<int64_t>(4, CHUNK / (w.point_count() * (w.inputs() + w.outputs)));
+    w.chunk = std::min(w.chunk, (w.tiles + members_ - 1) / members_);
     // an odd number of rows: the points of a tile must not all lie in one set of a cache
     w.in_point = w.chunk * w.inputs() | 1;
     w.out_point = w.chunk * w.outputs | 1;
@@ -1188,6 +1190,7 @@ class Planner {
   const ChainJob& job_;
   const std::vector<NetSpec>& specs_;
   const NetLoops& loops_;
+  const int64_t members_;
   std::vector<int32_t> root_;
   std::vector<Dims> want_;
   std::vector<Work> works_;
@@ -1259,7 +1262,7 @@ void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threa
   std::deque<Planner> planners;
   int64_t total = 0, size = 0, scratch = 0;
   for (const Part& part : parts) {
-    const NetPlan& plan = planners.emplace_back(job, nodes, *part.loops).plan();
+    const NetPlan& plan = planners.emplace_back(job, nodes, *part.loops, members).plan();
     total += part.count;
     size = std::max(size, plan.rows * part.loops->lanes);
     scratch = std::max(scratch, plan.scratch * part.loops->lanes);

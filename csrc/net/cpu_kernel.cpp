@@ -453,36 +453,49 @@ struct Net {
     });
   }
 
-  template <class After>
-  void tiled(const NetWinograd& w, const Into& into, const After& after) const {
-    const int64_t chunks = (w.tiles + w.chunk - 1) / w.chunk, products = w.chunk * w.inputs() * w.outputs;
-    const auto chunk = [&](int64_t i, float* scratch) {
-      return Chunk{w, scratch, i * w.chunk, i + 1 < chunks ? w.chunk : w.tiles - i * w.chunk};
+  // Chunks of all kinds of tiles are shared, the first of each kind before the second ones: then the pieces from the front
+  // and from the back, where others begin, are of about one size. Of a single one the points are.
+  template <class IntoOf, class After>
+  void tiled(const NetProducts& p, const IntoOf& into_of, const After& after) const {
+    const auto run = [&](const NetWinograd& w, int64_t i, float* scratch) {
+      const Chunk chunk = {w, scratch, i * w.chunk, i + 1 < w.chunks() ? w.chunk : w.tiles - i * w.chunk};
+      chunk.gather(arena);
+      chunk.multiply(0, w.point_count());
+      chunk.scatter(into_of(w.out), after);
     };
-    if (!room.team || chunks > room.team->helpers()) {
-      return each(chunks, NET_SHARED / (w.point_count() * products), [&](int64_t first, int64_t last, float* scratch) {
-        for (int64_t i = first; i < last; ++i) {
-          const Chunk part = chunk(i, scratch);
-          part.gather(arena);
-          part.multiply(0, w.point_count());
-          part.scatter(into, after);
-        }
-      });
+    if (!room.team || room.team->helpers() == 0) {
+      for (int64_t k = 0; k < p.tile_count; ++k) {
+        for (int64_t i = 0; i < p.tiles[k].chunks(); ++i) run(p.tiles[k], i, room.scratch);
+      }
+      return;
     }
-    for (int64_t i = 0; i < chunks; ++i) {  // too few for all: the points of each are shared
-      const Chunk part = chunk(i, room.scratch);
-      part.gather(arena);
-      each(w.point_count(), NET_SHARED / products, [&](int64_t first, int64_t last, float*) {
-        part.multiply(first, last);
-      });
-      part.scatter(into, after);
+    int64_t chunks = 0, products = 0;
+    for (int64_t k = 0; k < p.tile_count; ++k) {
+      chunks = p.tiles[k].chunks() > chunks ? p.tiles[k].chunks() : chunks;
+      products += p.tiles[k].products();
     }
+    const int64_t units = chunks * p.tile_count;
+    if (units == 1) {
+      const NetWinograd& w = p.tiles[0];
+      const Chunk all = {w, room.scratch, 0, w.tiles};
+      all.gather(arena);
+      each(w.point_count(), w.point_count() * NET_SHARED / (products + 1), [&](int64_t first, int64_t last, float*) {
+        all.multiply(first, last);
+      });
+      return all.scatter(into_of(w.out), after);
+    }
+    each(units, units * NET_SHARED / (products + 1), [&](int64_t begin, int64_t end, float* scratch) {
+      for (int64_t u = begin; u < end; ++u) {
+        const NetWinograd& w = p.tiles[u % p.tile_count];
+        if (u / p.tile_count < w.chunks()) run(w, u / p.tile_count, scratch);
+      }
+    });
   }
 
   // into_of(rows): where the sums go that are written from these rows on.
   template <class IntoOf, class After>
   void products(const NetProducts& p, const IntoOf& into_of, const After& after) const {
-    for (int64_t i = 0; i < p.tile_count; ++i) tiled(p.tiles[i], into_of(p.tiles[i].out), after);
+    tiled(p, into_of, after);
     each_pass(p.passes, p.pass_count, [&](const NetPass& pass, int64_t first, int64_t last) {
       run_pass(pass, arena, into_of(pass.out), after, first, last);
     });

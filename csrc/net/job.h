@@ -73,6 +73,8 @@ struct NetWinograd {
 
   int64_t inputs() const { return phase_count * channels; }
   int64_t point_count() const { return (height + taps - 1) * (width + taps - 1); }
+  int64_t chunks() const { return (tiles + chunk - 1) / chunk; }
+  int64_t products() const { return point_count() * tiles * inputs() * outputs; }  // of vectors
   int64_t rows() const { return point_count() * (in_point + out_point); }  // of scratch: inputs, then outputs
 };
 
