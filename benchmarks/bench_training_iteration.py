@@ -27,7 +27,7 @@ from mmebm.data.base import Modality, MultimodalDataset
 from mmebm.training import system
 from mmebm.training.config import ChainConfig, Config, ModelConfig
 from mmebm.training.presets import preset
-from mmebm.training.trainer import Trainer
+from mmebm.training.trainer import ERROR_EVERY, Trainer
 
 
 @dataclass
@@ -161,7 +161,9 @@ def iterations(name: str, device: torch.device, batch: int | None = None) -> Cal
     count = iter(range(1 << 30))
 
     def one() -> None:
-        row = learner.joint_step(batches[next(count) % 8], rng)
+        i = next(count)
+        learner.measures_error = i % ERROR_EVERY == 0  # as the trainer does
+        row = learner.joint_step(batches[i % 8], rng)
         assert {"loss_energy", "loss_generator", "loss_inference"} <= set(row)
         if device.type == "cuda":
             torch.cuda.synchronize()

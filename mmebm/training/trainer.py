@@ -41,6 +41,7 @@ __all__ = ["Trainer", "TrainingDiverged"]
 
 Row = dict[str, Any]
 FIT = 1 << 31  # the purpose of what a fit draws, beside those of an iteration's parts
+ERROR_EVERY = 5  # iterations from one squared error in the log to the next
 
 
 class Minibatch(NamedTuple):
@@ -133,6 +134,7 @@ class Trainer:
             )
             for name, adam in adams.items()
         }
+        self.measures_error: bool = True  # in an iteration
         # the weights' moving average, which a run samples with; the chains of training keep to the weights themselves
         self.averaged: AveragedModel | None = (
             AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
@@ -210,7 +212,7 @@ class Trainer:
         with self.system.autocast():
             bound, z = self._bound(batch.x, rng, row, "loss_elbo", batch.present)
         self._update_vae(-bound)
-        return {**row, "mse": self._squared_error(batch, z)}
+        return {**row, **self._squared_error(batch, z)}
 
     def prior_step(self, batch: Minibatch, rng: torch.Generator) -> Row:
         """The latent prior learns the aggregated posterior; the other networks rest."""
@@ -307,7 +309,7 @@ class Trainer:
         self.evaluations += batch.size * self.latent_steps
         self.latent_starts.keep(batch.rows, out.state)
         row["frozen_chains"] = row.get("frozen_chains", 0) + out.info["nonfinite"].sum()
-        row["mse"] = self._squared_error(batch, out.state)
+        row.update(self._squared_error(batch, out.state))
         row["latent_size"] = out.state.norm(dim=1).median() / s.latent**0.5
         row["latent_step"] = s.latent_step.clone()
         return out.state
@@ -339,8 +341,11 @@ class Trainer:
         return bound, z
 
     @torch.no_grad()
-    def _squared_error(self, batch: Minibatch, z: Tensor) -> Tensor:
-        return self.system.generator.squared_error(batch.x, z.detach(), present=batch.present).mean()
+    def _squared_error(self, batch: Minibatch, z: Tensor) -> Row:
+        """For the log, where it is due: nothing is learned from it, and it decodes all modalities once more."""
+        if not self.measures_error:
+            return {}
+        return {"mse": self.system.generator.squared_error(batch.x, z.detach(), present=batch.present).mean()}
 
     def _teach_vae(
         self,
@@ -580,6 +585,7 @@ class Trainer:
                     callback.on_stage(self, stage)
             if stage.kind != "warmup" and "vae" not in self.snapshots:
                 self.snapshots["vae"] = self._snapshot()
+            self.measures_error = len(rows) % ERROR_EVERY == 0
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 rows.append({**self._iterate(stage, k), "iteration": self.iteration})
             if self.averaged is not None:
