@@ -27,7 +27,7 @@ from mmebm.data.base import Modality, MultimodalDataset
 from mmebm.training import system
 from mmebm.training.config import ChainConfig, Config, ModelConfig
 from mmebm.training.presets import preset
-from mmebm.training.trainer import ERROR_EVERY, Trainer
+from mmebm.training.trainer import MEASURED_EVERY, Trainer
 
 
 @dataclass
@@ -162,7 +162,7 @@ def iterations(name: str, device: torch.device, batch: int | None = None) -> Cal
 
     def one() -> None:
         i = next(count)
-        learner.measures_error = i % ERROR_EVERY == 0  # as the trainer does
+        learner.measures = i % MEASURED_EVERY == 0  # as the trainer does
         row = learner.joint_step(batches[i % 8], rng)
         assert {"loss_energy", "loss_generator", "loss_inference"} <= set(row)
         if device.type == "cuda":

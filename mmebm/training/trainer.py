@@ -41,7 +41,7 @@ __all__ = ["Trainer", "TrainingDiverged"]
 
 Row = dict[str, Any]
 FIT = 1 << 31  # the purpose of what a fit draws, beside those of an iteration's parts
-ERROR_EVERY = 5  # iterations from one squared error in the log to the next
+MEASURED_EVERY = 5  # iterations: what the log alone wants, and which takes a network's forward pass of its own
 
 
 class Minibatch(NamedTuple):
@@ -134,7 +134,7 @@ class Trainer:
             )
             for name, adam in adams.items()
         }
-        self.measures_error: bool = True  # in an iteration
+        self.measures: bool = True  # in an iteration, for the log alone
         # the weights' moving average, which a run samples with; the chains of training keep to the weights themselves
         self.averaged: AveragedModel | None = (
             AveragedModel(s, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
@@ -342,8 +342,8 @@ class Trainer:
 
     @torch.no_grad()
     def _squared_error(self, batch: Minibatch, z: Tensor) -> Row:
-        """For the log, where it is due: nothing is learned from it, and it decodes all modalities once more."""
-        if not self.measures_error:
+        """For the log, where it is due: it decodes all modalities once more."""
+        if not self.measures:
             return {}
         return {"mse": self.system.generator.squared_error(batch.x, z.detach(), present=batch.present).mean()}
 
@@ -415,14 +415,14 @@ class Trainer:
             for term in self.energy_terms:
                 loss_e = loss_e + term(s, real, up, rng)
         self.optimisers["energy"].step(loss.energy * loss_e, self.lr)
-        with torch.no_grad(), s.autocast():
-            at_start = widen(s.energy(x_0)).mean()
         row["loss_energy"] = loss_e.detach()
         row["energy_real"], row["energy_revised"] = real_mean.detach(), revised_mean.detach()
         row["gap"] = row["energy_real"] - row["energy_revised"]
         # of single energies about their means: what the gap is large or small beside
         row["energy_spread"] = ((up.var() + down.var()) / 2).sqrt().detach() if len(up) > 1 else up.new_zeros(())
-        row["gap_start"] = row["energy_real"] - at_start
+        if self.measures:
+            with torch.no_grad(), s.autocast():
+                row["gap_start"] = row["energy_real"] - widen(s.energy(x_0)).mean()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -585,7 +585,7 @@ class Trainer:
                     callback.on_stage(self, stage)
             if stage.kind != "warmup" and "vae" not in self.snapshots:
                 self.snapshots["vae"] = self._snapshot()
-            self.measures_error = len(rows) % ERROR_EVERY == 0
+            self.measures = len(rows) % MEASURED_EVERY == 0
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 rows.append({**self._iterate(stage, k), "iteration": self.iteration})
             if self.averaged is not None:
