@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from mmebm import introspect
 from mmebm.energies.lower.attempt import attempt, refuse
 from mmebm.energies.lower.symbol import Symbol, harmless_names
+from mmebm.ops.common import originals
 
 _STORES = frozenset(
     (
@@ -136,7 +137,8 @@ _NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
 
 
 def refuse_watchers() -> None:
-    """Refuses while somebody watches all operations or modules from outside: they would see symbols, and few calls."""
+    """Refuses while somebody watches all operations or modules from outside: they would see symbols, and few calls; and
+    where torch's functions are somebody else's, who may watch, or give them gradients of their own."""
     modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
     modes += _get_current_dispatch_mode_stack()
     if modes:
@@ -157,6 +159,9 @@ def refuse_watchers() -> None:
     functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
     if functorch is not None and functorch() is not None:
         refuse("a transform of torch.func is under way")
+    name = originals.replaced()
+    if name is not None:
+        refuse(f"{name} is not torch's own")
 
 
 class Watch(TorchDispatchMode):
@@ -461,6 +466,9 @@ class Examination:
                 ]
                 self._waiting.extend((f, m) for f in by_syntax if isinstance(f, types.FunctionType))
         owner = introspect.definer(kind, "forward")
+        forward = owner.__dict__["forward"]
+        if owner.__module__.startswith("torch.") and not originals.is_of_torch(forward):
+            refuse(f"{owner.__name__}.forward is not torch's own")
         if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             return
         if self._traced and "mmebm_lowered" in owner.__dict__:  # this package's, which calls others
@@ -474,10 +482,9 @@ class Examination:
                 return
             # batch norm, for one, counts its calls
             refuse(f"it holds a {label}")
-        function = owner.__dict__["forward"]
-        if not isinstance(function, types.FunctionType):
-            refuse(f"{label}.forward is a {type(function).__name__}")
-        self._waiting.append((function, m))
+        if not isinstance(forward, types.FunctionType):
+            refuse(f"{label}.forward is a {type(forward).__name__}")
+        self._waiting.append((forward, m))
 
     def _function(self, function: types.FunctionType, owner: Any) -> None:
         code, label = function.__code__, function.__qualname__
