@@ -60,7 +60,8 @@ _lock = threading.Lock()
 
 
 class Check:
-    """The check of one chain: :meth:`before` its first update and :meth:`after` its last."""
+    """The check of one chain: :meth:`before` its first update, and :meth:`after` its last or
+    :meth:`between` wherever a callback is told of it."""
 
     def __init__(self, target: Target, lowered: Lowered | Traced, backend: str) -> None:
         self.target: Target = target
@@ -90,16 +91,27 @@ class Check:
             return "it cannot be compared with autograd while a graph is captured" if self._entry.chains == 1 else None
         return self._compare(tensors, START)
 
-    def after(self, tensors: Sequence[Tensor]) -> str | None:
-        """Why the chain that ended at ``tensors`` is not to be used, or None."""
-        if not self.due or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-            return None
-        reason = self._compare(tensors, "at the end")
+    def between(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why the steps that led to ``tensors``, of which somebody will be told, are not to be used, or None."""
+        return self._compare(tensors, "in the middle") if self._looks(tensors) else None
+
+    def settle(self) -> None:
+        """The chain is over."""
         if not self._moved:
             # such as with a last layer of zeros: what is in front of it was not compared
             with _lock:
                 self._entry.chains -= 1
+
+    def after(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why the chain that ended at ``tensors`` is not to be used, or None."""
+        if not self._looks(tensors):
+            return None
+        reason = self._compare(tensors, "at the end")
+        self.settle()
         return reason
+
+    def _looks(self, tensors: Sequence[Tensor]) -> bool:
+        return self.due and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
     def _compare(self, tensors: Sequence[Tensor], where: str) -> str | None:
         everything = range(len(tensors))
