@@ -95,7 +95,7 @@ class Check:
 
     def between(self, tensors: Sequence[Tensor]) -> str | None:
         """Why the steps that led to ``tensors``, of which somebody will be told, are not to be used, or None."""
-        return self._compare(tensors, "in the middle") if self._looks(tensors) else None
+        return self._compare(tensors, "in the middle") if self.looks(tensors) else None
 
     def settle(self) -> None:
         """The chain is over."""
@@ -106,13 +106,14 @@ class Check:
 
     def after(self, tensors: Sequence[Tensor]) -> str | None:
         """Why the chain that ended at ``tensors`` is not to be used, or None."""
-        if not self._looks(tensors):
+        if not self.looks(tensors):
             return None
         reason = self._compare(tensors, "at the end")
         self.settle()
         return reason
 
-    def _looks(self, tensors: Sequence[Tensor]) -> bool:
+    def looks(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether this chain is compared, which a graph that is captured cannot be."""
         return self.due and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
     def _compare(self, tensors: Sequence[Tensor], where: str) -> str | None:

@@ -279,8 +279,7 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | Rest | str:
         """The state to compare at: of chains that left the finite numbers the last one before, as the energy may not
         do so there."""
         since = first if seen is None else seen
-        lost = since.x.isfinite().all(1) & ~now.x.isfinite().all(1) if check.due else None
-        if lost is None or not bool(lost.any()):
+        if not check.looks(tensors) or not bool((since.x.isfinite() & ~now.x.isfinite()).any()):
             return state(now)
         again = dataclasses.replace(chain, freeze=True).rows(since.start, now.start)
         x = op.run(module, again, since.x, now.start - since.start, p.first_step + since.start).x
