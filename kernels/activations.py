@@ -28,8 +28,8 @@ _SILU: Final = tl.constexpr(CODES["silu"])
 _GELU: Final = tl.constexpr(CODES["gelu"])
 _SOFTPLUS: Final = tl.constexpr(CODES["softplus"])
 _TANH: Final = tl.constexpr(CODES["tanh"])
-# The derivative of relu where it is off, a mark that no derivative of use is (csrc/common/activation.h)
-_STOP: Final = tl.constexpr(-3.4028234663852886e38)
+# The derivative of relu where it is off: the smallest normal number, as a mark (csrc/common/activation.h)
+_STOP: Final = tl.constexpr(2.0**-126)
 
 
 @triton.jit

@@ -505,7 +505,7 @@ def _chain_kernel(
                         if kind == _HEAD:
                             u = (weight * tl.load(v + u_at + n, mask=ok, other=0.0))[None, :]
                             e += tl.sum(h * u, axis=1)
-                            h = through(u, d)
+                            h = d * u  # which is finite: no need for through
                         else:
                             tl.store(own + (s_at + n)[None, :], d, mask=ok[None, :])
                         acc = h

@@ -110,7 +110,7 @@ def away_from_kinks(chain: op.MlpChain, x: Tensor, steps: int, double: Callable,
 # -- activations
 
 # The mark that kernels have for the derivative of relu where it is off (csrc/common/activation.h)
-STOP = -torch.finfo(torch.float32).max
+STOP = 2.0**-126
 
 
 def exact_activation(name: str, x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
