@@ -136,13 +136,13 @@ _NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
 # -- what stands around the energy
 
 
-def refuse_watchers() -> None:
-    """Refuses while somebody watches all operations or modules from outside: they would see symbols, and few calls; and
-    where torch's functions are somebody else's, who may watch, or give them gradients of their own."""
+def watchers() -> str | None:
+    """Who watches all operations or modules from outside, and would see symbols, and few calls; or which of torch's
+    functions is somebody else's, who may watch, or give it a gradient of its own."""
     modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
     modes += _get_current_dispatch_mode_stack()
     if modes:
-        refuse(f"a {type(modes[-1]).__name__} is active")
+        return f"a {type(modes[-1]).__name__} is active"
     for name in (
         "_global_forward_hooks",
         "_global_forward_pre_hooks",
@@ -150,18 +150,24 @@ def refuse_watchers() -> None:
         "_global_backward_pre_hooks",
     ):
         if getattr(module_globals, name, None):
-            refuse("there are global module hooks")
+            return "there are global module hooks"
     saved = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     if saved is not None and saved(True) is not None:
-        refuse("there are hooks on saved tensors")
+        return "there are hooks on saved tensors"
     if torch.is_anomaly_enabled():
-        refuse("autograd's anomaly detection is on")
+        return "autograd's anomaly detection is on"
     functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
     if functorch is not None and functorch() is not None:
-        refuse("a transform of torch.func is under way")
+        return "a transform of torch.func is under way"
     name = originals.replaced()
-    if name is not None:
-        refuse(f"{name} is not torch's own")
+    return None if name is None else f"{name} is not torch's own"
+
+
+def refuse_watchers() -> None:
+    """Refuses while there are :func:`watchers`."""
+    reason = watchers()
+    if reason is not None:
+        refuse(reason)
 
 
 class Watch(TorchDispatchMode):
