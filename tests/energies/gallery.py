@@ -507,6 +507,13 @@ def replaced_forward(b: Build) -> Any:
     return replaced_later(b.mlp(act=nn.Tanh), nn.Tanh, "forward", lambda self, x: Straight.apply(x))
 
 
+@awkward("a method of every nn.Conv1d replaced between two calls")
+def replaced_conv_method(b: Build) -> Any:
+    conv, last, plain = b.fill(nn.Conv1d(1, 3, 3)), b.linear(12, 1), nn.Conv1d._conv_forward
+    energy = lambda x: last(F.silu(conv(x.unsqueeze(1))).flatten(1)).squeeze(1)
+    return replaced_later(energy, nn.Conv1d, "_conv_forward", lambda self, *given: 2.0 * plain(self, *given))
+
+
 @awkward("a wrapper around a function of torch that counts its calls, put there between two calls")
 def counted_function(b: Build) -> Any:
     plain, seen = F.silu, []

@@ -463,6 +463,9 @@ class Examination:
         examine_call(m)
         kind = type(m)
         label = kind.__name__
+        name = originals.replaced_in(kind)
+        if name is not None:
+            refuse(f"{name} is not torch's own")
         if m.training and (m._forward_pre_hooks or torch.nn.utils.parametrize.is_parametrized(m)):
             refuse(f"{label} is parametrized and in train mode, where a call may change it")
         for base in kind.__mro__:
@@ -473,8 +476,6 @@ class Examination:
                 self._waiting.extend((f, m) for f in by_syntax if isinstance(f, types.FunctionType))
         owner = introspect.definer(kind, "forward")
         forward = owner.__dict__["forward"]
-        if owner.__module__.startswith("torch.") and not originals.is_of_torch(forward):
-            refuse(f"{owner.__name__}.forward is not torch's own")
         if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             return
         if self._traced and "mmebm_lowered" in owner.__dict__:  # this package's, which calls others

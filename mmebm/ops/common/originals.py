@@ -8,6 +8,7 @@ factories of tensors without values.
 from __future__ import annotations
 
 import operator
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mmebm.ops.common.untyped import TORCH
 
-__all__ = ["is_of_torch", "replaced"]
+__all__ = ["replaced", "replaced_in"]
 
 _EMPTY = ("empty", "new_empty")
 
@@ -64,12 +65,31 @@ _PLACES: Final = (
 )
 
 
-def is_of_torch(function: Any) -> bool:
-    """Whether a function that stands in a class of torch was written there."""
-    own = function.__globals__.get("__name__", "") if isinstance(function, types.FunctionType) else ""
-    return own.partition(".")[0] == "torch"
-
-
 def replaced() -> str | None:
     """The name of a function of torch that is another one now, or None."""
     return next((name for place in _PLACES if (name := place.replaced()) is not None), None)
+
+
+# What stood in a class when all of it was torch's; not of classes that are made at run time, which may come and go
+_sound: dict[type, tuple[Any, ...]] = {}
+
+
+def replaced_in(kind: type) -> str | None:
+    """The name of a method that is not torch's own in a class of torch, but for ``nn.Module``, from which ``kind`` is
+    made, or None."""
+    for base in kind.__mro__:
+        if base is nn.Module or not base.__module__.startswith("torch."):
+            continue
+        now = tuple(base.__dict__.values())
+        if _sound.get(base) == now:
+            continue
+        for name, value in base.__dict__.items():
+            if isinstance(value, types.FunctionType):
+                own = value.__globals__.get("__name__", "").partition(".")[0] == "torch"
+            else:
+                own = name != "forward"
+            if not own:
+                return f"{base.__name__}.{name}"
+        if getattr(sys.modules.get(base.__module__), base.__name__, None) is base:
+            _sound[base] = now
+    return None
