@@ -19,7 +19,7 @@ import triton.language as tl
 
 from mmebm.ops.terms import ACTIVATIONS
 
-__all__ = ["CODES", "activate", "tanh"]
+__all__ = ["CODES", "activate", "tanh", "through"]
 
 CODES: Final = {name: i for i, name in enumerate(ACTIVATIONS)}
 _RELU: Final = tl.constexpr(CODES["relu"])
@@ -28,6 +28,8 @@ _SILU: Final = tl.constexpr(CODES["silu"])
 _GELU: Final = tl.constexpr(CODES["gelu"])
 _SOFTPLUS: Final = tl.constexpr(CODES["softplus"])
 _TANH: Final = tl.constexpr(CODES["tanh"])
+# The derivative of relu where it is off: the smallest normal number, as a mark (csrc/common/activation.h)
+_STOP: Final = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -64,11 +66,17 @@ def tanh(a):
 
 
 @triton.jit
+def through(d, derivative):
+    """What is left of a gradient behind an activation: where relu is off nothing, be it infinite or NaN."""
+    return tl.where(derivative == _STOP, 0.0, d * derivative)
+
+
+@triton.jit
 def activate(a, act, slope):
     """(act(a), act'(a)) of activation number ``act``; at a kink the derivative of the left."""
     if act == _RELU:
         h = tl.where(a <= 0.0, 0.0, a)
-        d = tl.where(a > 0.0, 1.0, 0.0)
+        d = tl.where(a <= 0.0, _STOP, 1.0)
     elif act == _LEAKY_RELU:
         h = tl.where(a > 0.0, a, slope * a)
         d = tl.where(a > 0.0, 1.0, slope)

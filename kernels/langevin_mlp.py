@@ -67,7 +67,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from mmebm.kernels.activations import CODES, activate, tanh
+from mmebm.kernels.activations import CODES, activate, tanh, through
 from mmebm.kernels.philox import box_muller, key_words, philox
 from mmebm.kernels.rule import (
     BEFORE,
@@ -505,7 +505,7 @@ def _chain_kernel(
                         if kind == _HEAD:
                             u = (weight * tl.load(v + u_at + n, mask=ok, other=0.0))[None, :]
                             e += tl.sum(h * u, axis=1)
-                            h = d * u
+                            h = d * u  # which is finite: no need for through
                         else:
                             tl.store(own + (s_at + n)[None, :], d, mask=ok[None, :])
                         acc = h
@@ -520,7 +520,7 @@ def _chain_kernel(
                         value, acc = _residual(acc, goal, seen, flags, weight, inverse)
                         e += tl.sum(value, axis=1)
                     elif kind == _BACK:
-                        acc = acc * tl.load(own + (s_at + n)[None, :], mask=ok[None, :], other=0.0)
+                        acc = through(acc, tl.load(own + (s_at + n)[None, :], mask=ok[None, :], other=0.0))
                     else:
                         if kind == _QUADRATIC:
                             moved = tl.load(own + (a_at + n)[None, :], mask=ok[None, :], other=0.0)

@@ -33,7 +33,7 @@ from typing import Any, Final
 import triton
 import triton.language as tl
 
-from mmebm.kernels.activations import CODES, activate
+from mmebm.kernels.activations import CODES, activate, through
 from mmebm.kernels.philox import key_words, normal_of, normals
 from mmebm.kernels.rule import (
     BEFORE,
@@ -123,7 +123,7 @@ def _function(a, f, alpha):
         d = 2.0 * a
     elif f == _ABS:
         h = tl.abs(a)
-        d = tl.where(a > 0.0, 1.0, tl.where(a < 0.0, -1.0, a))
+        d = tl.where(a > 0.0, 1.0, tl.where(a < 0.0, -1.0, 0.0))
     elif f == _EXP:
         h = tl.exp(a)
         d = h
@@ -345,7 +345,7 @@ def product_kernel(
             acc, slope = _function(acc, function, alpha)
             tl.store(a + (place + slope_at), slope, mask=ok)
         elif slope_at != _NONE:
-            acc = acc * tl.load(a + (place + slope_at), mask=ok, other=0.0)
+            acc = through(acc, tl.load(a + (place + slope_at), mask=ok, other=0.0))
         tl.store(a + (place + out_at), acc, mask=ok)
 
 
@@ -449,7 +449,7 @@ def scatter_kernel(
     if rest_at != _NONE:
         total += rest_scale * tl.load(row + rest_at + j, mask=ok, other=0.0)
     if slope_at != _NONE:
-        total *= tl.load(row + slope_at + j, mask=ok, other=0.0)
+        total = through(total, tl.load(row + slope_at + j, mask=ok, other=0.0))
     tl.store(row + out_at + j, total, mask=ok)
 
 
@@ -506,7 +506,7 @@ def pointwise_kernel(
         y, slope = _function(y, function, alpha)
         tl.store(row + slope_at + i, slope, mask=ok)
     elif slope_at != _NONE:
-        y = y * tl.load(row + slope_at + i, mask=ok, other=0.0)
+        y = through(y, tl.load(row + slope_at + i, mask=ok, other=0.0))
     tl.store(row + out_at + i, y, mask=ok)
 
 
@@ -565,7 +565,7 @@ def norm_kernel(
             if rest_at != _NONE:
                 d += rest_scale * tl.load(row + rest_at + here + i, mask=ok, other=0.0)
             if slope_at != _NONE:
-                d *= tl.load(row + slope_at + here + i, mask=ok, other=0.0)
+                d = through(d, tl.load(row + slope_at + here + i, mask=ok, other=0.0))
             tl.store(row + out_at + here + i, d, mask=ok)
 
 

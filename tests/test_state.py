@@ -347,6 +347,7 @@ def test_bad_calls(state: Any, call: dict[str, Any], error: type[Exception], mes
     [
         (lambda x: 1.0, TypeError, "energy must return a tensor, got float"),
         (lambda x: (x.sum(1), None), TypeError, "energy must return a tensor, got tuple"),
+        (lambda x: x.sum(1).to_sparse(), TypeError, "energy must return a dense tensor, got one of torch.sparse_coo"),
         (lambda x: x.sum(0), ValueError, r"a scalar or one value per chain \(3, \.\.\.\), got shape \(2,\)"),
         (lambda x: x.sum().reshape(1), ValueError, r"one value per chain \(3, \.\.\.\), got shape \(1,\)"),
     ],

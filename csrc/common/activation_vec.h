@@ -53,12 +53,17 @@ MMEBM_INLINE Both tanh_of(F a) {
   return {select(greater(zero, a), sub(zero, t), t), mul(mul(add(e, setf(1.0f)), rest), rest)};
 }
 
-// Both of one vector. A limit at an infinity is taken exactly: silu(-inf) is 0 and its derivative too.
+// What is left of a gradient `d` behind an activation of this derivative.
+MMEBM_INLINE F through(F d, F derivative) {
+  return select(unequal(derivative, setf(STOP)), mul(d, derivative), setf(0.0f));
+}
+
+// Both of one vector. At infinities as torch has them, which multiplies: silu(-inf) is NaN, as -inf times 0 is.
 template <Activation KIND>
 MMEBM_INLINE Both activation(F a, F slope) {
   const F zero = setf(0.0f), one = setf(1.0f);
   if (KIND == Activation::relu) {
-    return {max(zero, a), select(greater(a, zero), one, zero)};
+    return {max(zero, a), select(at_most(a, zero), setf(STOP), one)};
   }
   if (KIND == Activation::leaky_relu) {
     const M up = greater(a, zero);
@@ -67,7 +72,7 @@ MMEBM_INLINE Both activation(F a, F slope) {
   if (KIND == Activation::silu) {
     const F t = clamp(a, setf(-87.0f), setf(87.0f));
     const F e = exp_of(sub(zero, t)), s = div(one, add(one, e));
-    return {mul(max(setf(-87.0f), a), s), fma(mul(t, s), mul(e, s), s)};
+    return {fma(zero, min(a, zero), mul(max(setf(-87.0f), a), s)), fma(zero, a, fma(mul(t, s), mul(e, s), s))};
   }
   if (KIND == Activation::gelu) {
     // Phi(-|a|) = exp(-a^2 / 2) Q(u), u = 1 / (1 + |a| / 4): Q is half the scaled complementary error function, of
@@ -86,7 +91,8 @@ MMEBM_INLINE Both activation(F a, F slope) {
     q = fma(q, u, setf(-2.76155424e-5f));
     const F below = mul(e, q);
     const F phi = select(greater(t, zero), fma(sub(zero, e), q, one), below);
-    return {mul(max(setf(-13.1f), a), phi), fma(mul(t, e), setf(0.398942280f), phi)};
+    return {fma(zero, min(a, zero), mul(max(setf(-13.1f), a), phi)),
+            fma(zero, a, fma(mul(t, e), setf(0.398942280f), phi))};
   }
   if (KIND == Activation::softplus) {
     const F e = exp_of(sub(zero, min(setf(87.0f), abs(a))));
@@ -115,7 +121,7 @@ MMEBM_INLINE Both activation(F a, F slope) {
     return {mul(a, a), add(a, a)};
   }
   if (KIND == Activation::abs) {
-    return {abs(a), select(greater(a, zero), one, select(greater(zero, a), setf(-1.0f), a))};  // 0 and NaN stay
+    return {abs(a), select(greater(a, zero), one, select(greater(zero, a), setf(-1.0f), zero))};
   }
   if (KIND == Activation::exp) {
     const F e = exp_of(clamp(a, setf(-87.0f), setf(88.7f)));

@@ -6,19 +6,16 @@
 // units of 2^-23 (1 + |exact|), over 500,000 bit patterns of fp32 and as many normals (x86-64, gcc 12, 2026-11-22): the
 // values within 1.1, the derivatives within 2.7 (tests/ops/langevin_mlp/test_cuda_host.py allows 1.25 and 3).
 //
-// NaN stays NaN in the value. At infinities the limits are exact: silu(-inf) is 0, and its derivative too. At a kink
-// the derivative is that of the left, as torch has it.
+// NaN stays NaN in the value. At infinities and at a kink as torch has it: silu(-inf) is NaN, as -inf times 0 is, and the
+// derivative at 0 that of the left.
 #pragma once
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/langevin.h"
 
 namespace mmebm {
-
-// In the order of ACTIVATIONS in mmebm/ops/terms.py.
-enum class Activation : int32_t { relu, leaky_relu, silu, gelu, softplus, tanh, elu };
-constexpr int ACTIVATIONS = 7;
 
 struct Activated {
   float value, derivative;
@@ -60,16 +57,19 @@ MMEBM_HD float tanh_of(float a) {
   return e / (e + 2.0f);
 }
 
+// What is left of a gradient `d` behind an activation of this derivative.
+MMEBM_HD float through(float d, float derivative) { return derivative == STOP ? 0.0f : d * derivative; }
+
 MMEBM_HD Activated activate(Activation kind, float a, float slope) {
   const bool up = a > 0.0f;
   switch (kind) {
     case Activation::relu:
-      return {at_least(a, 0.0f), up ? 1.0f : 0.0f};
+      return {at_least(a, 0.0f), a <= 0.0f ? STOP : 1.0f};
     case Activation::leaky_relu:
       return {up ? a : slope * a, up ? 1.0f : slope};
     case Activation::silu: {
       const float t = between(a, -87.0f, 87.0f), e = exp_of(-t), s = 1.0f / (1.0f + e);
-      return {at_least(a, -87.0f) * s, fmaf(t * s, e * s, s)};
+      return {fmaf(0.0f, at_most(a, 0.0f), at_least(a, -87.0f) * s), fmaf(0.0f, a, fmaf(t * s, e * s, s))};
     }
     case Activation::gelu: {
       // Phi(-|a|) = exp(-a^2 / 2) q(u), u = 1 / (1 + |a| / 4): q is half the scaled complementary error function, of
@@ -86,7 +86,8 @@ MMEBM_HD Activated activate(Activation kind, float a, float slope) {
       q = fmaf(q, u, 0.100351408f);
       q = fmaf(q, u, -2.76155424e-5f);
       const float phi = up ? fmaf(-e, q, 1.0f) : e * q;
-      return {at_least(a, -13.1f) * phi, fmaf(t * e, 0.398942280f, phi)};
+      return {fmaf(0.0f, at_most(a, 0.0f), at_least(a, -13.1f) * phi),
+              fmaf(0.0f, a, fmaf(t * e, 0.398942280f, phi))};
     }
     case Activation::softplus: {
       const float e = exp_of(-at_most(magnitude(a), 87.0f));

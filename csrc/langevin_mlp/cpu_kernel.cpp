@@ -46,7 +46,7 @@ enum class To { store, times, add };
 constexpr int64_t PART = 64;
 
 MMEBM_INLINE void write(F v, float* out, const float* factor, int64_t at, To to) {
-  if (to == To::times) v = mul(v, load(factor + at));
+  if (to == To::times) v = through(v, load(factor + at));
   if (to == To::add) v = add(load(out + at), v);
   store(out + at, v);
 }

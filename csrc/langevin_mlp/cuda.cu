@@ -691,7 +691,7 @@ MMEBM_LARGE void tile(const Team& team, const Matrix<S>& w, int depth, const flo
         if (row >= rows) continue;
         float* const at = to.at + row * to.ld + Mode::column(g, e);
         float v = results[l].v[e];
-        if (to.put == Put::times) v *= *at;
+        if (to.put == Put::times) v = through(v, *at);
         if (to.put == Put::add) v += *at;
         *at = v;
       }
@@ -945,7 +945,7 @@ MMEBM_LARGE void evaluate(const Team& team, const DeviceChain& c, const Tile& ti
             if (is_hidden) {
               Activated both = activate(static_cast<Activation>(term.activation), v, term.slope);
               // the last hidden layer of a scalar: back through its output at once
-              if (is_head) both.derivative *= real ? term.weight * last.weight[n] : 0.0f;
+              if (is_head) both.derivative = through(real ? term.weight * last.weight[n] : 0.0f, both.derivative);
               v = both.value;
               slopes[row * c.ld_slopes + n] = real ? both.derivative : 0.0f;
             }

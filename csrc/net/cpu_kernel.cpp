@@ -7,7 +7,7 @@
 // The micro-kernel keeps P positions x J outputs of sums in registers: per row of depth P loads and J broadcasts for
 // P J products. What differs between a convolution, its gradient, a transposed one and a linear layer is only which rows
 // belong to a position (NetPass). The activation follows while the block is in the first-level cache, and leaves its
-// derivative beside the value; the backward pass multiplies by it where it stores.
+// derivative beside the value; the backward pass takes it into account where it stores (through).
 #include <cstdint>
 #include <cstring>
 
@@ -111,7 +111,7 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
       F v = sum[p][j];
       if (parts) v = add(load(before + (p * J + j) * W), v);
       if (!into.store) v = add(load(into.out + begin + j * W), v);
-      if (into.factor) v = mul(v, load(into.factor + begin + j * W));
+      if (into.factor) v = through(v, load(into.factor + begin + j * W));
       store(into.out + begin + j * W, v);
     }
   }
@@ -271,7 +271,7 @@ void from_points(const NetWinograd& w, const float* from, const Into& into, int6
         const int64_t at = (to + y * w.out_pitch + x * w.out_step + j) * W;
         F v = add(line[x], bias);
         if (!into.store) v = add(load(into.out + at), v);
-        if (into.factor) v = mul(v, load(into.factor + at));
+        if (into.factor) v = through(v, load(into.factor + at));
         store(into.out + at, v);
       }
     }
@@ -360,7 +360,7 @@ void map_rows(const NetRuns& runs, const NetRun& run, float* arena, bool store_i
   for (int64_t r = begin * W; r < end * W; r += W) {
     F sum = terms_of(terms, run.terms, arena + r);
     if (!store_it) sum = add(load(out + r), sum);
-    if (slope != 0) sum = mul(sum, load(out + slope * W + r));
+    if (slope != 0) sum = through(sum, load(out + slope * W + r));
     store(out + r, sum);
   }
 }
@@ -695,7 +695,7 @@ struct Net {
           } else if (n.kind == NetKind::affine) {
             v = mul(constant(n.scale, arena, i), v);
           } else if (n.kind == NetKind::activation) {
-            v = mul(v, load(row(out.slope + a + r)));
+            v = through(v, load(row(out.slope + a + r)));
           } else if (!n.divide) {
             v = mul(v, load(row(other.value + c + r)));
           } else if (k == 0) {
@@ -706,7 +706,7 @@ struct Net {
           }
           float* const at = to + (b + r) * W;
           if (!read.store) v = add(load(at), v);
-          if (slope != 0) v = mul(v, load(at + slope * W));
+          if (slope != 0) v = through(v, load(at + slope * W));
           store(at, v);
         }
       });
@@ -723,7 +723,7 @@ struct Net {
       if (n.multiply) {
         each_span(out, out, out, [&](int64_t a, int64_t, int64_t, int64_t, int64_t count) {
           for (int64_t r = a; r < a + count; ++r) {
-            store(row(out.grad + r), mul(load(row(out.grad + r)), load(row(out.slope + r))));
+            store(row(out.grad + r), through(load(row(out.grad + r)), load(row(out.slope + r))));
           }
         });
       }

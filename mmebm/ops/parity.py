@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mmebm import native, noise
 from mmebm.ops import dispatch
+from mmebm.ops.common import originals
 from mmebm.ops.common.params import StepOptions, StepParams
 from mmebm.ops.common.untyped import LISTS
 from mmebm.ops.terms import Quadratic, Residual, Scalar, Stack, Term
@@ -671,7 +672,8 @@ def _current(device: torch.device) -> Any:
 def failure(op: str, backend: str, device: torch.device, precision: str = "") -> str | None:
     """Why the implementation of ``op`` is not to be used on ``device``: ``None`` once it has passed.
 
-    The first call runs the case; one that fails warns, once.
+    The first call runs the case; one that fails warns, once. While a program has put other functions in the place of
+    torch's, a failure is not remembered.
     """
     if getattr(_checking, "now", False):  # a case is what calls
         return None
@@ -688,6 +690,13 @@ def failure(op: str, backend: str, device: torch.device, precision: str = "") ->
             new = verdict is None
             if verdict is None:
                 verdict = _verdicts[key] = check(op, backend, device, isa, precision)
+        if verdict.reason is not None:
+            name = originals.replaced()
+            if name is not None:
+                # the reference was computed by it: nothing was learned, and the case runs again
+                with _lock:
+                    _verdicts.pop(key, None)
+                return f"it failed its parity case while {name} is not torch's own ({verdict.reason})"
         if new and verdict.reason is not None:
             warnings.warn(
                 f"mmebm: {backend} is not used for {op} on {device}: it failed its parity case ({verdict.reason}); "

@@ -146,6 +146,20 @@ def join(parts: Sequence[Run]) -> Run:
     )
 
 
+def follow(before: Run, after: Run) -> Run:
+    """The results of a chain that another engine went on with, where ``before`` ends."""
+    info, done = dict(after.info), before.info["steps"]
+    if "steps" in info:
+        info["steps"] += done
+    trace: dict[str, Tensor] = {}
+    for name, rows in after.trace.items():
+        first = before.trace[name]
+        # an energy that became a scalar meanwhile
+        trace[name] = torch.cat([first, rows if rows.dim() > 1 else rows.unsqueeze(1).expand(-1, first.shape[1])])
+    trajectory = [torch.cat(pair) for pair in zip(before.trajectory, after.trajectory, strict=True)]
+    return dataclasses.replace(after, trace=trace, trajectory=trajectory, info=info)
+
+
 def clamp_at_end(end: StepParams, mask: bool | Tensor, x: Tensor) -> Tensor:
     """A tensor clamped to its bounds at the end of the chain, where not observed."""
     if mask is True:

@@ -164,6 +164,8 @@ class Target:
             raise TypeError(f"energy must return a tensor, got {type(value).__name__}")
         if value.is_complex():
             raise TypeError(f"energy must return real numbers, got a tensor of {value.dtype}")
+        if value.layout is not torch.strided:
+            raise TypeError(f"energy must return a dense tensor, got one of {value.layout}; .to_dense() makes it one")
         if value.dim() and value.shape[0] != x[0].shape[0]:
             raise ValueError(
                 f"energy must return a scalar or one value per chain ({x[0].shape[0]}, ...), "

@@ -20,7 +20,7 @@ from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import NormOver, Outside, Rng
 from mmebm.ops.langevin_mlp import Precision
 from mmebm.samplers import capture, langevin_steps, metropolis, whole_chain
-from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, join
+from mmebm.samplers.chain import Problem, Run, clamp_at_end, cut, follow, join
 from mmebm.samplers.driver import S, Sampler
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import Bounds, LangevinKeywords, LangevinOptions, Project, Setting
@@ -312,8 +312,7 @@ class Langevin(Sampler):
             callback: called as ``callback(step, state)`` with the number of steps done and the state, after every
                 ``thin`` steps (without it a hundred times) and at the end; the state is the chain's own and must be
                 left as it is. True ends the chain there: ``info["steps"]`` says where. The numbers stay the same, and
-                a chain that is one fused call is run in pieces; where its check fails, the chain, and with it the
-                calls, begin again a step at a time.
+                a chain that is one fused call is run in pieces; where it cannot go on so, it goes on a step at a time.
 
         Returns:
             :class:`Samples`.
@@ -369,6 +368,8 @@ def _one_run(p: Problem, tensors: list[Tensor]) -> Run:
     detached = [t.detach() for t in tensors]
     with torch.no_grad(), sampling(modules_of(p.energy, *p.calls[0]), p.sampler.mode):
         whole = whole_chain.run(p, detached)
+    if isinstance(whole, whole_chain.Rest):
+        return _rest(p, whole)
     if isinstance(whole, Run):
         return whole
     captured = capture.run(p, detached, langevin_steps.run)
@@ -378,6 +379,20 @@ def _one_run(p: Problem, tensors: list[Tensor]) -> Run:
         return dataclasses.replace(out, info={**out.info, "reason": reason})
     reason = f"{captured.info['reason']}; not a fused call: {whole}"
     return dataclasses.replace(captured, info={**captured.info, "op": "langevin_graph", "reason": reason})
+
+
+def _rest(p: Problem, whole: whole_chain.Rest) -> Run:
+    """The steps that are left of a chain, one at a time."""
+    before, done = whole.run, whole.run.info["steps"]
+    assert p.watch is not None
+    p.watch.before = done
+    params = p.params[done:] if len(p.params) > 1 else p.params
+    left = dataclasses.replace(
+        p, steps=p.steps - done, first_step=p.first_step + done, params=params, carried=before.carried
+    )
+    out = follow(before, langevin_steps.run(left, before.state))
+    reason = f"{out.info['reason']}; a step at a time from step {done} on: {whole.reason}"
+    return dataclasses.replace(out, info={**out.info, "reason": reason})
 
 
 def MALA(

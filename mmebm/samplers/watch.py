@@ -27,6 +27,9 @@ class Watch:
         build: of the state, from its tensors.
         callback: given the number of steps done, and the state.
         progress: whether to say on standard error how far the chain is.
+
+    Attributes:
+        before: steps of the run that another engine has done.
     """
 
     def __init__(
@@ -41,12 +44,15 @@ class Watch:
         self.progress: bool = progress
         self.began: float = time.monotonic()
         self.said, self.open = self.began, False
+        self.before: int = 0
 
     def due(self, done: int) -> bool:
         """Whether the chain is looked at after so many steps."""
+        done += self.before
         return done % self.every == 0 or done == self.steps
 
     def __call__(self, done: int, x: list[Tensor]) -> bool:
+        done += self.before
         ends: Any = None if self.callback is None else self.callback(done, self.build(x))
         if not isinstance(ends, (bool, type(None))):
             raise TypeError(f"callback must return True, which ends the chain, False or None, got {ends!r:.80}")

@@ -161,7 +161,33 @@ def _understood(p: Problem, tensors: list[Tensor]) -> Lowered | Traced | str:
     return f"{reason}; nor a net: {why}"
 
 
-def run(p: Problem, tensors: list[Tensor]) -> Run | str:
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """A chain of which a callback has seen some steps: the ``run`` so far, and why the rest takes the loop."""
+
+    reason: str
+    run: Run
+
+
+@dataclasses.dataclass
+class _Steps:
+    """What ``start`` steps of a fused chain gave: the flat state; which chains broke in their energy or gradient, and
+    which are frozen; the rows of the records and of the trajectory."""
+
+    x: Tensor
+    broken: Tensor
+    frozen: Tensor | None
+    traces: dict[str, list[Tensor]]
+    kept: list[Tensor] = dataclasses.field(default_factory=list[Tensor])
+    start: int = 0
+
+    def copy(self) -> _Steps:
+        """As they are now."""
+        traces = {name: list(rows) for name, rows in self.traces.items()}
+        return dataclasses.replace(self, traces=traces, kept=list(self.kept))
+
+
+def run(p: Problem, tensors: list[Tensor]) -> Run | Rest | str:
     """The chain from ``tensors``, which stay as they are, or the reason why it takes the loop."""
     reason = _options_reason(p, tensors)
     if reason is not None:
@@ -221,73 +247,103 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | str:
     def apart(rows: Tensor) -> list[Tensor]:
         return [part.reshape(t.shape) for part, t in zip(torch.split(rows, list(widths), dim=1), tensors, strict=True)]
 
+    def state(now: _Steps) -> list[Tensor]:
+        # a tensor that does not move is handed back as it came, whatever its bits
+        parts = zip(apart(now.x), tensors, moving, strict=True)
+        return [part.contiguous() if moves else t.clone() for part, t, moves in parts]
+
+    def so_far(now: _Steps) -> Run:
+        empty = torch.zeros(0, chains, dtype=torch.float32, device=device)
+        trajectory: list[Tensor] = []
+        if p.thin:
+            home = "cpu" if p.offload else device
+            no_rows = torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)
+            parts = torch.split(torch.stack(now.kept) if now.kept else no_rows, list(widths), dim=2)
+            trajectory = [part.reshape(len(now.kept), *t.shape) for part, t in zip(parts, tensors, strict=True)]
+        broken = now.broken if now.frozen is None else now.broken | now.frozen
+        info: dict[str, Any] = {"backend": backend, "op": op_name, "reason": why}
+        if now.start < p.steps:
+            info["steps"] = now.start
+        trace = {name: torch.cat(rows) if rows else empty for name, rows in now.traces.items()}
+        return Run(state(now), trace, trajectory, broken, info, {"alive": ~broken})
+
+    def late(now: _Steps) -> str | None:
+        """Why these steps are not to be used, but for the last comparison."""
+        if overflowed:
+            return "a gradient's norm is beyond float32, of which the loop says whether the gradient is finite"
+        if now.frozen is not None and bool((now.broken & ~now.frozen).any()):
+            return "a chain's energy or gradient was not finite at a finite state, where the loop freezes it"
+        return None
+
+    def last_finite(now: _Steps) -> list[Tensor]:
+        """The state to compare at: of chains that left the finite numbers the last one before, as the energy may not
+        do so there."""
+        since = first if seen is None else seen
+        if not check.looks(tensors) or not bool((since.x.isfinite() & ~now.x.isfinite()).any()):
+            return state(now)
+        again = dataclasses.replace(chain, freeze=True).rows(since.start, now.start)
+        x = op.run(module, again, since.x, now.start - since.start, p.first_step + since.start).x
+        return state(dataclasses.replace(now, x=x))
+
+    def looped(reason: str, seen: _Steps | None) -> Rest | str:
+        """What a callback has seen stays, and the loop goes on from there."""
+        return reason if seen is None else Rest(reason, so_far(seen))
+
     alive: Tensor | None = p.carried.get("alive")
-    # that is, in their energy or gradient
     broken = torch.zeros(chains, dtype=torch.bool, device=device) if alive is None else ~alive
-    frozen = None if alive is None or sampler.on_nonfinite != "freeze" else broken.clone()
-    traces: dict[str, list[Tensor]] = {name: [] for name in p.record}
-    kept: list[Tensor] = []
+    now = _Steps(
+        x,
+        broken,
+        None if alive is None or sampler.on_nonfinite != "freeze" else broken,
+        {name: [] for name in p.record},
+    )
+    first = now.copy()
     calls_back = p.watch is not None and p.watch.callback is not None
-    seen = Seen(p, tensors, understood.seen) if calls_back else None
-    start, overflowed = 0, False
-    while start < p.steps:
+    depends = Seen(p, tensors, understood.seen) if calls_back else None
+    seen: _Steps | None = None  # by a callback, which is not called again
+    overflowed = False
+    while now.start < p.steps:
+        start = now.start
         stop = min(p.steps, start + max(1, _TRACE // chains), (start // p.thin + 1) * p.thin if p.thin else p.steps)
         if p.watch is not None:
             stop = min(stop, (start // p.watch.every + 1) * p.watch.every)
         result = op.run(
-            module, chain.rows(start, stop), x, stop - start, p.first_step + start, energy=True, grad_norm=True
+            module, chain.rows(start, stop), now.x, stop - start, p.first_step + start, energy=True, grad_norm=True
         )
         # a frozen chain stays so in the pieces that follow
-        x = result.x if frozen is None else torch.where(frozen.unsqueeze(1), x, result.x)
-        for name, rows in traces.items():
+        now.x = result.x if now.frozen is None else torch.where(now.frozen.unsqueeze(1), now.x, result.x)
+        for name, rows in now.traces.items():
             rows.append(getattr(result, name))
         assert result.energy is not None and result.grad_norm is not None
         finite = result.energy.isfinite()
-        broken |= ~(finite & result.grad_norm.isfinite()).all(dim=0)
+        now.broken = now.broken | ~(finite & result.grad_norm.isfinite()).all(dim=0)
         overflowed |= device.type == "cpu" and bool((finite & result.grad_norm.isposinf()).any())
         if result.frozen is not None:
-            frozen = result.frozen if frozen is None else frozen | result.frozen
+            now.frozen = result.frozen if now.frozen is None else now.frozen | result.frozen
         if p.thin and stop % p.thin == 0:
-            kept.append(x.cpu() if p.offload else x)
-        start = stop
+            now.kept.append(now.x.cpu() if p.offload else now.x)
+        now.start = stop
         if p.watch is not None and p.watch.due(stop):
-            ends = p.watch(stop, apart(x))
-            if seen is not None and seen != (seen := Seen(p, tensors, understood.seen)):
+            if calls_back:
+                reason = late(now) or check.between(last_finite(now))
+                if reason is not None:
+                    return looped(reason, seen)
+                seen = now.copy()
+            if p.watch(stop, apart(now.x)):
+                break
+            if depends is not None and stop < p.steps and depends != (depends := Seen(p, tensors, understood.seen)):
                 # the callback changed the energy
-                again = _understood(p, apart(x))
+                again = _understood(p, apart(now.x))
                 if isinstance(again, str):
-                    return f"a callback changed the energy into one that is not fused: {again}"
+                    return looped(f"a callback changed the energy into one that is not fused: {again}", seen)
                 if type(again) is not type(understood):
-                    return "a callback changed the energy into one of another kind"
+                    return looped("a callback changed the energy into one of another kind", seen)
                 new = {"net": again.net} if isinstance(again, Traced) else {"terms": again.terms}
                 understood, chain = again, dataclasses.replace(chain, **new)
                 check.renew(again)
-            if ends:
-                break
-    if overflowed:
-        return "a gradient's norm is beyond float32, of which the loop says whether the gradient is finite"
-    if frozen is not None and bool((broken & ~frozen).any()):
-        return "a chain's energy or gradient was not finite at a finite state, where the loop freezes it"
-    # a tensor that does not move is handed back as it came, whatever its bits
-    state = [
-        part.contiguous() if moves else t.clone() for part, t, moves in zip(apart(x), tensors, moving, strict=True)
-    ]
-    reason = check.after(state)
-    if reason is not None:
-        return reason
-    empty = torch.zeros(0, chains, dtype=torch.float32, device=device)
-    trajectory: list[Tensor] = []
-    if p.thin:
-        home = "cpu" if p.offload else device
-        rows = torch.stack(kept) if kept else torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)
-        trajectory = [
-            part.reshape(len(kept), *t.shape)
-            for part, t in zip(torch.split(rows, list(widths), dim=2), tensors, strict=True)
-        ]
-    if frozen is not None:
-        broken = broken | frozen
-    info: dict[str, Any] = {"backend": backend, "op": op_name, "reason": why}
-    if start < p.steps:
-        info["steps"] = start
-    trace = {name: torch.cat(rows) if rows else empty for name, rows in traces.items()}
-    return Run(state, trace, trajectory, broken, info, {"alive": ~broken})
+    if seen is not None:
+        if check.due:
+            check.settle()
+        return so_far(now)
+    reason = late(now) or check.after(last_finite(now))
+    return so_far(now) if reason is None else reason

@@ -447,6 +447,86 @@ def patched_function(b: Build) -> Any:
     return Case(b.mlp(), around=patch)
 
 
+class Straight(torch.autograd.Function):
+    """A tanh with somebody's own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 0.5 * grad
+
+
+def replaced_later(energy: Any, place: Any, name: str, other: Any, **more: Any) -> Case:
+    """``place.name`` is another from the second run on."""
+    changed: list[bool] = []
+    patch = lambda: mock.patch.object(place, name, other, **more) if changed else nullcontext()
+    return Case(energy, around=patch, between=lambda: changed.append(True))
+
+
+@awkward("torch.tanh replaced between two calls, with another gradient")
+def replaced_tanh(b: Build) -> Any:
+    plain = torch._C._VariableFunctions.tanh
+
+    class Own(Straight):
+        forward = staticmethod(lambda ctx, x: plain(x))
+
+    return replaced_later(b.mlp(act=nn.Tanh), torch, "tanh", Own.apply)
+
+
+@awkward("the same, behind a convolution")
+def replaced_tanh_in_a_net(b: Build) -> Any:
+    conv, last, plain = b.fill(nn.Conv1d(1, 3, 3)), b.linear(12, 1), torch._C._VariableFunctions.tanh
+
+    class Own(Straight):
+        forward = staticmethod(lambda ctx, x: plain(x))
+
+    energy = lambda x: last(torch.tanh(conv(x.unsqueeze(1))).flatten(1)).squeeze(1)
+    return replaced_later(energy, torch, "tanh", Own.apply)
+
+
+@awkward("a method of tensors replaced between two calls")
+def replaced_method(b: Build) -> Any:
+    first, last = b.linear(), b.linear(HIDDEN, 1)
+    plain = torch._C.TensorBase.tanh
+    energy = lambda x: last(first(x).tanh()).squeeze(1)
+    return replaced_later(energy, Tensor, "tanh", lambda self: 0.5 * plain(self), create=True)
+
+
+@awkward("the product of tensors replaced between two calls")
+def replaced_product(b: Build) -> Any:
+    net, plain = b.mlp(), torch._C.TensorBase.__mul__
+    patched = lambda self, other: plain(self, 1.5 if isinstance(other, float) and other == 3.5 else other)
+    return replaced_later(lambda x: (net(x) * 3.5).squeeze(1), Tensor, "__mul__", patched, create=True)
+
+
+@awkward("the forward of every nn.Tanh replaced between two calls")
+def replaced_forward(b: Build) -> Any:
+    return replaced_later(b.mlp(act=nn.Tanh), nn.Tanh, "forward", lambda self, x: Straight.apply(x))
+
+
+@awkward("a method of every nn.Conv1d replaced between two calls")
+def replaced_conv_method(b: Build) -> Any:
+    conv, last, plain = b.fill(nn.Conv1d(1, 3, 3)), b.linear(12, 1), nn.Conv1d._conv_forward
+    energy = lambda x: last(F.silu(conv(x.unsqueeze(1))).flatten(1)).squeeze(1)
+    return replaced_later(energy, nn.Conv1d, "_conv_forward", lambda self, *given: 2.0 * plain(self, *given))
+
+
+@awkward("a wrapper around a function of torch that counts its calls, put there between two calls")
+def counted_function(b: Build) -> Any:
+    plain, seen = F.silu, []
+
+    def silu(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(1)
+        return plain(*args, **kwargs)
+
+    case = replaced_later(b.mlp(), F, "silu", silu)
+    case.count = lambda: len(seen)
+    return case
+
+
 # -- weights
 
 

@@ -103,6 +103,21 @@ def test_published_energies(chains: int) -> None:
     agree(lambda x: logits(x)[:, 3] + (x**2).flatten(1).sum(1) / (2 * 0.01**2), x)
 
 
+def test_a_class_beside_a_logit_that_overflowed() -> None:
+    """What is not chosen does not count, also where it is infinite."""
+    logits, x = nn.Linear(2, 3), torch.tensor([[3.5, 0.1], [1.0, 0.2]])
+    with torch.no_grad():
+        logits.weight[2, 0] = -1e38
+    label = torch.tensor([0, 1])
+    for energy in (lambda x: F.cross_entropy(logits(x), label, reduction="none"), lambda x: logits(x)[[0, 1], label]):
+        leaf = x.clone().requires_grad_()
+        value = energy(leaf)
+        (grad,) = torch.autograd.grad(value.sum(), leaf)
+        found = reference.energy_and_gradient(x, trace(energy, x).net)
+        assert value.isfinite().all()
+        torch.testing.assert_close(found, (value.detach(), grad), rtol=1e-6, atol=1e-6)
+
+
 def test_conditions_of_each_chain() -> None:
     """Images, embedded labels and coordinates beside the state's channels, the same and another for each chain."""
     conv, embed = nn.Conv2d(6, 4, 3, padding=1).double(), nn.Embedding(10, 2 * 36).double()

@@ -15,10 +15,13 @@ import random
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -392,6 +395,35 @@ def test_modules_as_they_are(change: str, tape: Tape, seed: int) -> None:
         inner.norm.eps = 0.5
     out = s.sample(energy, x0(seed), 3, seed=seed)
     assert tape.captures == 2 and out.info["op"] == "langevin_graph"
+
+
+@pytest.mark.parametrize("how", ["global hook", "function", "mode"])
+def test_who_watches_from_outside_sees_every_step(how: str, tape: Tape, seed: int) -> None:
+    """Also where a graph is there already."""
+    energy, s = net(seed), sampler(capture="auto")
+    for _ in range(2):
+        s.sample(energy, x0(seed), 3, seed=seed)
+    assert tape.captures == 1
+    seen: list[Any] = []
+    plain = torch.tanh
+
+    def counted(x: Tensor) -> Tensor:
+        seen.append(x)
+        return plain(x)
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.extend([func] * (func is plain))
+            return func(*args, **(kwargs or {}))
+
+    around: Any = {
+        "global hook": lambda: register_module_forward_hook(lambda m, *_: seen.extend([m] * isinstance(m, nn.Tanh))),
+        "function": lambda: mock.patch.object(torch, "tanh", counted),
+        "mode": Counting,
+    }[how]()
+    with around:
+        out = s.sample(energy, x0(seed), 3, seed=seed)
+    assert len(seen) == 3 and out.info["op"] == "langevin_step"
 
 
 def test_warm_up_leaves_no_trace(tape: Tape, seed: int) -> None:

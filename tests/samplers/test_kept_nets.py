@@ -482,6 +482,26 @@ def test_numbers_given_to_a_tensor_are_those_of_the_call(make: Any) -> None:
         agrees(energy, x, args=(torch.tensor(y),))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.tensor(3.0),
+        lambda x: torch.tensor([3.0, 2.0]).sum(),
+        lambda x: torch.as_tensor([3.0])[0],
+        lambda x: x.new_tensor([[3.0, 1.0]]).mean(),
+        lambda x: torch.scalar_tensor(3.0) + torch.full((), 2.0) * torch.ones_like(x).mean() * torch.arange(3).sum(),
+    ],
+    ids=["tensor", "tensor of a list", "as_tensor", "new_tensor", "factories"],
+)
+def test_constants_stay_what_they_are(traced: list[Any], make: Any) -> None:
+    """Also in the chains that are not verified."""
+    net, x = body(), torch.randn(3, *SHAPE)
+    energy = lambda x: make(x) * net(x).flatten(1).square().sum(1)
+    for _ in range(3):
+        out = agrees(energy, x)
+    assert out.info["op"] == "langevin_net" and len(traced) == 1
+
+
 @pytest.mark.parametrize("make", [torch.tensor, torch.Tensor])
 def test_a_value_of_the_state_in_a_new_tensor_is_the_loops(make: Any) -> None:
     """The first chain hardly moves, so that no comparison shows what is held constant."""

@@ -209,6 +209,23 @@ def test_what_shows_only_at_the_end_is_seen_too() -> None:
         assert_loops(net, x, reason="at the end", steps=400, noise_scale=0.0)
 
 
+def test_chains_that_only_the_terms_lead_out_of_the_finite_numbers_are_seen() -> None:
+    """Where they end nothing can be compared; the energy is asked where they were last."""
+
+    class Walled(nn.Module):
+        def mmebm_lowered(self, x: Symbol) -> Any:
+            return -0.01 * (x**2).sum(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return -0.01 * x.clamp(-5.0, 5.0).square().sum(1)
+
+    sampler, x = Langevin(50.0, noise_scale=0.01), 0.1 * torch.randn(5, 6)
+    with pytest.warns(RuntimeWarning, match="at the end of the chain the terms are infinite"):
+        out = sampler.sample(Walled(), x, 200, seed=3)
+    assert out.info["op"] == "langevin_step" and out.state.isfinite().all()
+    assert torch.equal(out.state, sampler.sample(functools.partial(Walled()), x, 200, seed=3).state)
+
+
 def test_coupled_chains_are_seen() -> None:
     class Coupled(Lies):
         factor = 1.0

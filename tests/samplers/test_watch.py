@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -134,3 +135,71 @@ def test_a_callback_changes_the_energy_for_the_next_step(name: str, seed: int) -
     for k in range(6):
         found = out.trace["energy"][k].reshape(7, -1)[:, 0]  # of tempering that of the coldest replica
         torch.testing.assert_close(found, wanted[k], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Linear(3, 8), lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 8, 3))]
+)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_an_energy_that_is_not_fused_any_more(layer: Any, freeze: bool, seed: int, need: Any) -> None:
+    """The steps so far stay, by the energy of then, and nobody is called twice."""
+    need("cpp")
+    x, runs = torch.randn(7, 3), []
+    for backend in ("auto", "torch"):
+        torch.manual_seed(seed)
+        net = nn.Sequential(layer(), nn.Flatten(1), nn.SiLU(), nn.Linear(8, 1), nn.Flatten(0))
+        calls: list[int] = []
+
+        def callback(done: int, state: torch.Tensor, net: Any = net, calls: Any = calls) -> bool:
+            calls.append(done)
+            if done == 6:
+                net[2].register_forward_hook(lambda module, inputs, output: -2.0 * output)
+            return done == 14
+
+        sampler = mmebm.Langevin(
+            mmebm.schedules.linear(0.1, 0.01, 20), 0.05, backend=backend, on_nonfinite="freeze" if freeze else "warn"
+        )
+        out = sampler.sample(
+            net, x, 20, seed=seed, first_step=3, thin=2, record=("energy", "grad_norm"), callback=callback
+        )
+        runs.append((out, calls))
+    (ours, called), (loop, wanted) = runs
+    assert "a step at a time from step 6 on" in ours.info["reason"]
+    assert called == wanted == [2, 4, 6, 8, 10, 12, 14]
+    assert ours.info["steps"] == loop.info["steps"] == 14 and ours.info["next_step"] == loop.info["next_step"] == 17
+    pairs = [(ours.state, loop.state), (ours.trajectory, loop.trajectory)]
+    for one, two in [*pairs, *((ours.trace[name], loop.trace[name]) for name in ours.trace)]:
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_a_check_that_fails_on_the_way(need: Any) -> None:
+    """What a callback was told of had been compared."""
+    need("cpp")
+
+    class Flat(nn.Module):
+        """Its terms do not know that it never falls below a limit."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+        def mmebm_lowered(self, x: Any) -> Any:
+            return self.net(x).squeeze(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x).squeeze(1).clamp(min=limit)
+
+    torch.manual_seed(0)
+    net, x, runs = Flat(), torch.randn(7, 3), []
+    limit = float(net.net(x).detach().min()) - 0.5
+    for backend in ("auto", "torch"):
+        calls: list[int] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sampler = mmebm.Langevin(0.05, 0.0, backend=backend)
+            out = sampler.sample(net, x, 400, thin=10, callback=lambda done, state, calls=calls: calls.append(done))
+        runs.append((out, calls))
+    (ours, called), (loop, wanted) = runs
+    assert "in the middle of the chain" in ours.info["reason"] and "from step 0 on" not in ours.info["reason"]
+    assert called == wanted
+    torch.testing.assert_close(ours.trajectory, loop.trajectory, rtol=1e-5, atol=1e-5)

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from mmebm import introspect
 from mmebm.energies.lower.attempt import attempt, refuse
 from mmebm.energies.lower.symbol import Symbol, harmless_names
+from mmebm.ops.common import originals
 
 _STORES = frozenset(
     (
@@ -135,12 +136,13 @@ _NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
 # -- what stands around the energy
 
 
-def refuse_watchers() -> None:
-    """Refuses while somebody watches all operations or modules from outside: they would see symbols, and few calls."""
+def watchers() -> str | None:
+    """Who watches all operations or modules from outside, and would see symbols, and few calls; or which of torch's
+    functions is somebody else's, who may watch, or give it a gradient of its own."""
     modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
     modes += _get_current_dispatch_mode_stack()
     if modes:
-        refuse(f"a {type(modes[-1]).__name__} is active")
+        return f"a {type(modes[-1]).__name__} is active"
     for name in (
         "_global_forward_hooks",
         "_global_forward_pre_hooks",
@@ -148,15 +150,24 @@ def refuse_watchers() -> None:
         "_global_backward_pre_hooks",
     ):
         if getattr(module_globals, name, None):
-            refuse("there are global module hooks")
+            return "there are global module hooks"
     saved = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     if saved is not None and saved(True) is not None:
-        refuse("there are hooks on saved tensors")
+        return "there are hooks on saved tensors"
     if torch.is_anomaly_enabled():
-        refuse("autograd's anomaly detection is on")
+        return "autograd's anomaly detection is on"
     functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
     if functorch is not None and functorch() is not None:
-        refuse("a transform of torch.func is under way")
+        return "a transform of torch.func is under way"
+    name = originals.replaced()
+    return None if name is None else f"{name} is not torch's own"
+
+
+def refuse_watchers() -> None:
+    """Refuses while there are :func:`watchers`."""
+    reason = watchers()
+    if reason is not None:
+        refuse(reason)
 
 
 class Watch(TorchDispatchMode):
@@ -452,6 +463,9 @@ class Examination:
         examine_call(m)
         kind = type(m)
         label = kind.__name__
+        name = originals.replaced_in(kind)
+        if name is not None:
+            refuse(f"{name} is not torch's own")
         if m.training and (m._forward_pre_hooks or torch.nn.utils.parametrize.is_parametrized(m)):
             refuse(f"{label} is parametrized and in train mode, where a call may change it")
         for base in kind.__mro__:
@@ -461,6 +475,7 @@ class Examination:
                 ]
                 self._waiting.extend((f, m) for f in by_syntax if isinstance(f, types.FunctionType))
         owner = introspect.definer(kind, "forward")
+        forward = owner.__dict__["forward"]
         if owner in _KNOWN or owner.__module__.startswith(_NORMED) or owner.__dict__.get("mmebm_pure", False):
             return
         if self._traced and "mmebm_lowered" in owner.__dict__:  # this package's, which calls others
@@ -474,10 +489,9 @@ class Examination:
                 return
             # batch norm, for one, counts its calls
             refuse(f"it holds a {label}")
-        function = owner.__dict__["forward"]
-        if not isinstance(function, types.FunctionType):
-            refuse(f"{label}.forward is a {type(function).__name__}")
-        self._waiting.append((function, m))
+        if not isinstance(forward, types.FunctionType):
+            refuse(f"{label}.forward is a {type(forward).__name__}")
+        self._waiting.append((forward, m))
 
     def _function(self, function: types.FunctionType, owner: Any) -> None:
         code, label = function.__code__, function.__qualname__

@@ -202,11 +202,13 @@ def _chosen(r: Recorder, x: Tensor, labels: Tensor) -> int:
     """x (chains, n) at each chain's own index ``labels`` (chains,)."""
     if r.value(labels) is not None:
         refuse("an index depends on the state")
-    if not all(bool(t.isfinite().all()) for t in r.constants):  # what is not chosen is multiplied by 0
+    if not all(bool(t.isfinite().all()) for t in r.constants):  # none of which may be all that is left
         refuse("it chooses among numbers to which infinite ones were added")
-    hot = F.one_hot(labels.reshape(-1).expand(r.chains), x.shape[1]).to(x.dtype)
-    picked = r.affine(r.node(x), hot if r.chains > 1 else hot[:1], None)
-    return r.summed(picked)
+    # the others are taken out of a sum of exponentials: 0 times one that overflowed would be NaN
+    other = F.one_hot(labels.reshape(-1).expand(r.chains), x.shape[1]).logical_not()
+    out = torch.zeros(other.shape, dtype=x.dtype, device=x.device).masked_fill(other, -torch.inf)
+    left = r.add(graph.Add((r.node(x),), (1.0,), out if r.chains > 1 else out[:1]))
+    return r.add(graph.LogSumExp(left, (1,), positions((1, x.shape[1]))))
 
 
 @rule("gather")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmebm.energies.lower.attempt import refuse
 from mmebm.energies.trace.recorder import Recorder
 
 # Operations that read values into Python, or whose result's shape depends on values
@@ -43,6 +44,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [t for part in value for t in tensors_in(part)]
     return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
+
+
+def _made_by(step: Step) -> list[Tensor]:
+    """The results of an operation that it was not given: a constant of Python's comes out as what went in, and is
+    nowhere else."""
+    given = {id(t) for t in tensors_in((step.args, step.kwargs))}
+    return [t for t in tensors_in(step.result) if id(t) not in given]
 
 
 def _stub(t: Tensor) -> Tensor:
@@ -126,7 +134,7 @@ class Tape:
                 made.update(id(t) for t in tensors_in(step.result))
             elif read and step.name not in _LAYERS:
                 self.static: bool = False
-        computed = [t for step in self._steps if step.apply is None for t in tensors_in(step.result)]
+        computed = [t for step in self._steps if step.apply is None for t in _made_by(step)]
         stubs = {id(t): _stub(t) for t in (*given, *held, *computed)}
         self._stubs.update((id(stub), stub) for stub in stubs.values())
         self._swap(stubs)
@@ -140,6 +148,8 @@ class Tape:
         by = dict(given)
         for step in self._steps:
             args, kwargs = _swapped(step.args, by), _swapped(step.kwargs, by)
+            if any(id(t) in self._stubs and recorder.value(t) is None for t in tensors_in((args, kwargs))):
+                refuse(f"its tape has no numbers for {step.name}")
             if step.apply is not None:
                 step.apply(recorder, step.result, args, kwargs)
                 continue

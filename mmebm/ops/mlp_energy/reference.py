@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmebm.ops.net.graph import Linear
+from mmebm.ops.net.graph import Activation, Linear
 from mmebm.ops.terms import Quadratic, Residual, Stack, Term
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
@@ -22,7 +22,7 @@ _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 def activate(a: Tensor, name: str, slope: float) -> tuple[Tensor, Tensor]:
     """(act(a), act'(a)); at a kink the derivative is that of the left, as torch has it."""
     if name == "relu":
-        return F.relu(a), (a > 0).to(a.dtype)
+        return F.relu(a), (~(a <= 0)).to(a.dtype)
     if name == "leaky_relu":
         return F.leaky_relu(a, slope), torch.where(a > 0, torch.ones_like(a), slope)
     if name == "silu":
@@ -55,10 +55,16 @@ def _forward(x: Tensor, stack: Stack) -> tuple[Tensor, list[Tensor]]:
     return h, slopes
 
 
+def _through(d: Tensor, layer: Activation, slope: Tensor) -> Tensor:
+    """``d`` behind an activation. Where relu is off nothing passes, be it infinite or NaN."""
+    return torch.where(slope == 0, 0.0, d) if layer.function == "relu" else d * slope
+
+
 def _backward(d: Tensor, stack: Stack, slopes: list[Tensor]) -> Tensor:
     """From dE/d(outputs) to dE/dx."""
-    for w, slope in zip(reversed(stack.weights[1:]), reversed(slopes), strict=True):
-        d = (d @ w) * slope
+    activations = [layer for layer in stack.layers if isinstance(layer, Activation)]
+    for w, layer, slope in zip(reversed(stack.weights[1:]), reversed(activations), reversed(slopes), strict=True):
+        d = _through(d @ w, layer, slope)
     return d @ stack.weights[0]
 
 

@@ -33,6 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmebm.energies.lower import effects
 from mmebm.native import BackendError
 from mmebm.samplers.capture.call import Call, Static
 from mmebm.samplers.capture.device import Backend, CannotCapture, CudaBackend, Graph, OnDevice, brief
@@ -147,7 +148,7 @@ class Engine:
             return "mmebm.capture.cache_size is 0"
         if getattr(self._busy, "now", False) or self.backend.capturing():
             return "inside another capture"
-        return None
+        return effects.watchers()  # who would not see a replay
 
     def _run(self, capture: Capture, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
         reason = self._options_reason(capture, p, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -222,6 +223,27 @@ def test_not_finite(isa: str, draw: Any) -> None:
     assert energy[3].isnan() and grad[3].isnan().all()
     rest = torch.arange(20) != 3
     assert torch.equal(energy[rest], healthy[0][rest]) and torch.equal(grad[rest], healthy[1][rest])
+
+
+def one_way_off(kind: Any) -> tuple[Tensor, Scalar]:
+    """A relu network whose gradient overflows on its way back into units that are off, and nowhere else."""
+    draw = torch.Generator().manual_seed(5)
+    sizes = (4, 8, 6, 1)
+    weights = [torch.randn(o, i, generator=draw) for i, o in pairwise(sizes)]
+    biases = [torch.randn(o, generator=draw) for o in sizes[1:]]
+    biases[0][::2] = -1e3
+    weights[2].abs_().mul_(1e20)
+    weights[1][:, ::2] *= 1e20
+    return torch.randn(40, 4, generator=draw), Scalar(Stack.mlp(tuple(weights), tuple(biases), kind))
+
+
+def test_nothing_passes_a_unit_that_is_off(isa: str, double: Callable) -> None:
+    x, term = one_way_off("relu")
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(written_out(leaf, [term]).sum(), leaf)
+    assert grad.isfinite().all() and (grad != 0).any(1).sum() > 30
+    for found in (reference(x, [term])[1], cpp.energy_and_gradient([term], x)[1]):
+        torch.testing.assert_close(found, grad, rtol=1e-5, atol=float(1e-6 * grad.abs().max()))
 
 
 # -- the op

@@ -19,7 +19,7 @@ from mmebm.models import JointEnergy, SharedGenerator
 from mmebm.ops.common.params import FIELDS, StepParams
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import cpp, op, reference
-from mmebm.ops.net.graph import Activation, Add, Affine, Input, Net, Node, pack, unpack
+from mmebm.ops.net.graph import FUNCTIONS, Activation, Add, Affine, Input, Net, Node, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("cpp")
 
@@ -288,6 +288,46 @@ def test_layers(isa: str, torch_seed: int, layer: str) -> None:
     energy = Energy(make().requires_grad_(False), shape).eval()
     x = torch.randn(33, *shape)
     compare_energy(trace(energy, x).net, x.flatten(1), (1, 7, 33))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.sqrt,
+        lambda: lambda h: F.avg_pool2d(h, 2).sqrt(),
+        lambda: lambda h: 1.0 / h,
+        lambda: lambda h: h / h.flip(1),
+        lambda: lambda h: (2.0 * h).sqrt() + h.square(),
+        lambda: nn.Sequential(nn.Conv2d(24, 3, 2), Function(torch.sqrt)),
+        lambda: nn.Sequential(nn.Conv2d(24, 25, 3, padding=1), Function(torch.sqrt)),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(24 * 36, 5), Function(torch.sqrt)),
+    ],
+    ids=["root", "map", "inverse", "quotient", "sum", "convolution", "tiles", "linear"],
+)
+def test_nothing_passes_a_unit_that_is_off(isa: str, torch_seed: int, make: Any) -> None:
+    """Not even what is infinite or NaN, such as the slope of a root at 0."""
+    made = make()
+    module = nn.Sequential(nn.ReLU(), made if isinstance(made, nn.Module) else Function(made))
+    x = torch.randn(9, 24, 6, 6)
+    net = trace(lambda x: module(x).flatten(1).sum(1), x).net
+    _, wanted = reference.energy_and_gradient(x.flatten(1), net)
+    _, found = cpp.energy_and_gradient(net, x.flatten(1))
+    assert (wanted.flatten()[x.flatten() < 0] == 0).all() and (found.flatten()[x.flatten() < 0] == 0).all()
+    assert torch.equal(found.isfinite(), wanted.isfinite()) and (wanted != 0).any()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_at_the_ends(isa: str, function: Any) -> None:
+    """As torch has them in float64; its float32 GELU of infinity and its slope of ELU at NaN depend on the size of the
+    tensor."""
+    ends = [0.0, -0.0, 1.0, -1.0, 100.0, -100.0, 1e15, -1e15, float("inf"), float("-inf")]
+    ends += [float("nan")] if function != "elu" else []
+    for slope in (0.3, 0.0):
+        net = Net((Input(0, (1,)), Activation(0, function, slope), Affine(1, torch.full((1, 1), 2.0), None)))
+        x = torch.tensor(ends)[:, None]
+        exact = reference.energy_and_gradient(x.double(), double_net(net))
+        for found, wanted in zip(cpp.energy_and_gradient(net, x), exact, strict=True):
+            torch.testing.assert_close(found, wanted.float(), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def tutorial() -> nn.Sequential:

@@ -202,6 +202,33 @@ def test_several_modalities_and_a_logsumexp_head(chains: int, seed: int) -> None
     compare(net, flat(x))
 
 
+@pytest.mark.parametrize("kind", ["root", "map", "convolution", "linear"])
+def test_nothing_passes_a_unit_that_is_off(kind: str, seed: int) -> None:
+    """Not even what is infinite or NaN, such as the slope of a root at 0."""
+    torch.manual_seed(seed)
+    after = {
+        "root": lambda h: h,
+        "map": lambda h: F.avg_pool2d(h, 2),
+        "convolution": nn.Conv2d(3, 2, 2),
+        "linear": nn.Sequential(nn.Flatten(), nn.Linear(48, 5)),
+    }[kind]
+    x = torch.randn(4, 3, 4, 4)
+    net = trace(lambda x: after(F.relu(x)).sqrt().flatten(1).sum(1), x).net
+    found, wanted = room.energy_and_gradient(net, flat(x))[1], reference.energy_and_gradient(flat(x), net)[1]
+    assert (found[flat(x) < 0] == 0).all() and torch.equal(found.isfinite(), wanted.isfinite())
+
+
+def test_a_class_of_each_chain(seed: int) -> None:
+    torch.manual_seed(seed)
+    logits, labels = nn.Linear(6, 5), torch.tensor([0, 4, 2])
+    for energy in (
+        lambda x: F.cross_entropy(logits(x), labels, reduction="none"),
+        lambda x: -logits(x).gather(1, labels[:, None]).squeeze(1),
+    ):
+        x = torch.randn(3, 6)
+        compare(trace(energy, x).net, x, float(logits(x).detach().abs().sum(1).max()))
+
+
 def test_what_no_gradient_reaches_is_zero() -> None:
     net = Net((Input(1, (3,)), Linear(0, torch.tensor([[1.0, 2.0, 3.0]]))))
     x = torch.arange(10.0).reshape(2, 5)
