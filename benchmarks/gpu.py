@@ -73,19 +73,19 @@ LANES, CLOCK = 128, 1.7e9
 BANDWIDTH = 3.0e12  # bytes a second, of an H100's copy, where none was measured
 # of an update, without statistics and norm clip: instructions an element
 INSTRUCTIONS = {
-    ("cuda", "float32"): 61,
-    ("triton", "float32"): 58,
-    ("cuda", "bfloat16"): 69,
-    ("triton", "bfloat16"): 62,
+    ("cuda", "float32"): 59,
+    ("triton", "float32"): 57,
+    ("cuda", "bfloat16"): 59,
+    ("triton", "bfloat16"): 58,
 }
 # of the latent prior's chain: warp instructions of a block and step; a multiprocessor issues LANES / 32 a cycle
 CHAIN_INSTRUCTIONS = {
     "cuda, fp32": 14_597,
     "cuda, tf32x3": 11_377,
     "cuda, bf16": 8_075,
-    "triton, fp32": 19_364,
-    "triton, tf32x3": 19_364,
-    "triton, bf16": 22_790,
+    "triton, fp32": 18_900,
+    "triton, tf32x3": 18_900,
+    "triton, bf16": 11_964,
 }
 
 

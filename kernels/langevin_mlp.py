@@ -1011,6 +1011,15 @@ def _programs(tiles: int, device: torch.device) -> int:
     return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def compile_options(tile: Tile, wave: int) -> dict[str, Any]:
+    """What the compiler is told beside constants, for threads in waves of 32 (NVIDIA) or 64 (AMD)."""
+    options = {"num_warps": max(1, tile.warps * 32 // wave), "num_stages": tile.stages, "enable_fp_fusion": True}
+    if wave == 32 and tile.chains == 1:
+        # no more programs than fit with them all: ptxas need not spill to make room for others
+        options["maxnreg"] = 255
+    return options
+
+
 def _launch(
     plan: Plan, terms: Sequence[Term], x: Tensor, precision: str, arguments: dict[str, Any], chains: int, steps: int
 ) -> None:
@@ -1035,9 +1044,7 @@ def _launch(
         **dict(plan.at),
         "BM": tile.chains,
         "MODE": _CODES_OF_PRECISION[precision],
-        "num_warps": max(1, tile.warps * 32 // _WAVE),
-        "num_stages": tile.stages,
-        "enable_fp_fusion": True,
+        **compile_options(tile, _WAVE),
     }
     filled = {
         "observed": masks.view(torch.uint8),
