@@ -2,26 +2,28 @@
 # Everything that wants a GPU, by one command on a bare machine: install, the GPU tests, every implementation against its
 # reference, timings beside peers, and at the end a table of what was predicted and what was measured.
 #
-#     benchmarks/gpu.sh [--rehearse] [--full] [OUT.json]
+#     benchmarks/gpu.sh [--rehearse] [--full] [--tests | --timings] [OUT.json]
 #
 # PYTHON    the interpreter (default: python), one that has torch with CUDA; nvcc on the path
 # WHEELS    a folder of wheels, where the machine reaches no index: pybind11, pytest, hypothesis, torchebm, ...
 # --full    all states and 21 rounds instead of three and 7
 # --rehearse   on a machine without a device: every step up to what only a device can do
+# --tests, --timings   one half, where a call may not take as long as both; timings are for after tests that passed
 #
 # Without --full the aim is eight minutes in all, which no device has confirmed: the times after each step's name say
 # where they go.
 #
-# No timing where a test fails. The JSON file goes to OUT.json, or benchmarks/results/.
+# No timing where a test fails. The JSON file goes to OUT.json, or benchmarks/results/; it is written after every case.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
-rehearse='' full='' out=''
+rehearse='' full='' only='' out=''
 for argument in "$@"; do
     case $argument in
         --rehearse) rehearse=--rehearse ;;
         --full) full=1 ;;
+        --tests | --timings) only=$argument ;;
         -*) echo "unknown option $argument" >&2; exit 2 ;;
         *) out=$argument ;;
     esac
@@ -61,6 +63,7 @@ build=(env "MMEBM_CUDA_ARCHS=$arch" "$python" setup.py -q build_ext --inplace)
 if [ -n "$rehearse" ]; then echo "would run: ${build[*]}"; else "${build[@]}" > /dev/null; fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
+if [ "$only" != --timings ]; then
 step "tests"
 # a backend that is expected here and missing is a failure, not a skip
 export MMEBM_REQUIRE_BACKENDS=${MMEBM_REQUIRE_BACKENDS:-triton,cuda}
@@ -72,9 +75,12 @@ fi
 
 step "every implementation against its reference"
 if [ -n "$rehearse" ]; then "$python" -m mmebm backends; else "$python" -m mmebm backends --check; fi
+fi
 
+if [ "$only" != --tests ]; then
 step "timings"
 options=($rehearse ${out:+--out "$out"})
 [ -n "$full" ] || options+=(--quick --rounds 7)
 "$python" benchmarks/gpu.py "${options[@]}"
+fi
 step "done"

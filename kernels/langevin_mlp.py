@@ -22,9 +22,11 @@ Registers hold one block of one layer, (BM, 128), and the sum over blocks of 32 
 writing from reading. (On AMD it waits for LDS only; the waves of a workgroup share the vector L1, which keeps their
 order.) Values of the backward pass overwrite those of the forward pass.
 
-Up to 128 chains are one a program, so that as many multiprocessors work. Tensor cores have nothing to do there: a
-thread multiplies what it loads of the weights by the chain's values and adds, and the sums of a program's threads meet
-once a block. A step takes a fourth of the instructions of the smallest tile with ``tl.dot`` (docs/kernels.md).
+Up to 128 chains are one a program, so that as many multiprocessors work. In fp32 tensor cores have nothing to do there:
+a thread multiplies what it loads of the weights by the chain's values and adds, and the sums of a program's threads
+meet once a block. A step takes a fourth of the instructions of the smallest tile with ``tl.dot`` (docs/kernels.md). In
+bf16 that would convert every weight, which costs as much as its product: tensor cores take weights as they are, on the
+left, where a tile of 16 x 8 wastes least on one chain.
 
 Why not in registers: cross-compiled for sm_90 with Triton 3.7.1 on 2026-11-22, a kernel with both hidden layers of
 64-256-256-1 in registers (BM 16, 8 warps, options included) spilled 1.6 KB a thread with tf32x3 products and 9.3 KB
@@ -39,7 +41,7 @@ and backward then both read rows), which a captured graph repeats: it sees new w
 the program and the columns, is kept on the device from call to call; the first call must not be a captured one.
 
 Precision. "fp32": exact products (FMA units); "tf32x3": three tf32 products, errors near fp32; "bf16": operands
-rounded, products on tensor cores. Where a program has one chain the FMA units make all of them, and those of tf32x3 are
+rounded, products on tensor cores. Where a program has one chain the FMA units make those of tf32x3, which are then
 exact. Sums are fp32. A chain's result does not depend on the chains beside it; it may depend in the last bits on
 ``TILES``.
 
@@ -89,7 +91,6 @@ from mmebm.kernels.rule import (
     norm_factor,
     number_of,
     proposed,
-    rounded,
     signed64,
     todo_of,
 )
@@ -369,18 +370,32 @@ def _update(
 
 @triton.jit
 def _product(own, a_at, w, b_at, K, N, n, ok, BM: tl.constexpr, NB: tl.constexpr, KB: tl.constexpr, MODE: tl.constexpr):
-    """Columns n of a W for the few chains of a program, by ordinary fused multiply-adds."""
+    """Columns n of a W for the one chain of a program: by fused multiply-adds, or in bf16 by tensor cores."""
+    tl.static_assert(BM == 1)
     kk = tl.arange(0, KB)
     # pointers that move on: an offset made anew would cost more than its product
-    a_row = own + (a_at + kk)[None, :]
-    b_row = w + b_at + (kk[:, None] * N + n[None, :])[None, :, :]
-    total = tl.zeros([BM, KB, NB], tl.float32)
-    for _ in range(0, K, KB):
-        b = tl.load(b_row, mask=ok[None, None, :], other=0.0)
-        total += rounded(tl.load(a_row), MODE)[:, :, None] * b.to(tl.float32)
-        a_row += KB
-        b_row += KB * N
-    return tl.sum(total, axis=1)
+    if MODE == "bf16" or MODE == "rounded":
+        # the values are a matrix of eight columns, the least there is, of which the first is not zero
+        column = tl.arange(0, 8)[None, :]
+        a_row = own + (a_at + kk)[:, None] + column * 0
+        b_row = w + b_at + kk[:, None] * N + n[None, :]
+        total = tl.zeros([NB, 8], tl.float32)
+        for _ in range(0, K, KB):
+            a = tl.load(a_row, mask=column == 0, other=0.0)
+            b = tl.load(b_row, mask=ok[None, :], other=0.0)
+            total = dot(tl.trans(b), a, total, MODE)
+            a_row += KB
+            b_row += KB * N
+        return tl.sum(total, axis=1)[None, :]
+    else:
+        a_row = own + (a_at + kk)[None, :]
+        b_row = w + b_at + (kk[:, None] * N + n[None, :])[None, :, :]
+        total = tl.zeros([BM, KB, NB], tl.float32)
+        for _ in range(0, K, KB):
+            total += tl.load(a_row)[:, :, None] * tl.load(b_row, mask=ok[None, None, :], other=0.0)
+            a_row += KB
+            b_row += KB * N
+        return tl.sum(total, axis=1)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -489,7 +504,7 @@ def _chain_kernel(
                 for n0 in range(0, N, NB):
                     n = n0 + tl.arange(0, NB)
                     ok = n < N
-                    if BM < 8:
+                    if BM == 1:
                         acc = _product(own, a_at, w, b_at, K, N, n, ok, BM, NB, KB, MODE)
                     else:
                         acc = tl.zeros([BM, NB], tl.float32)
@@ -870,12 +885,13 @@ def _plan(
 
 _CODES_OF_PRECISION: Final = {"fp32": "ieee", "tf32x3": "tf32x3", "bf16": "rounded" if _INTERPRETED else "bf16"}
 _ALONE: Final = Tile(1, 128, 32, 4, 1)
+_ALONE_DOT: Final = Tile(1, 128, 32, 4, 2)  # where the pipeline fetches for tl.dot
 # By precision: a chain a program, few chains, and many. The table of tests/ops/langevin_mlp/test_triton_compile.py and
 # docs/kernels.md say why these.
 TILES: Final = {
     "fp32": (_ALONE, Tile(8, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
     "tf32x3": (_ALONE, Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
-    "bf16": (_ALONE, Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
+    "bf16": (_ALONE_DOT, Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
 }
 _FEW: Final = 128  # programs of one chain: no more than there are multiprocessors, as each reads all weights
 _MANY: Final = 256  # programs that fill a device
@@ -995,6 +1011,15 @@ def _programs(tiles: int, device: torch.device) -> int:
     return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def compile_options(tile: Tile, wave: int) -> dict[str, Any]:
+    """What the compiler is told beside constants, for threads in waves of 32 (NVIDIA) or 64 (AMD)."""
+    options = {"num_warps": max(1, tile.warps * 32 // wave), "num_stages": tile.stages, "enable_fp_fusion": True}
+    if wave == 32 and tile.chains == 1:
+        # no more programs than fit with them all: ptxas need not spill to make room for others
+        options["maxnreg"] = 255
+    return options
+
+
 def _launch(
     plan: Plan, terms: Sequence[Term], x: Tensor, precision: str, arguments: dict[str, Any], chains: int, steps: int
 ) -> None:
@@ -1019,9 +1044,7 @@ def _launch(
         **dict(plan.at),
         "BM": tile.chains,
         "MODE": _CODES_OF_PRECISION[precision],
-        "num_warps": max(1, tile.warps * 32 // _WAVE),
-        "num_stages": tile.stages,
-        "enable_fp_fusion": True,
+        **compile_options(tile, _WAVE),
     }
     filled = {
         "observed": masks.view(torch.uint8),

@@ -793,6 +793,12 @@ def _groups(tile: int, group: int, vector: bool, ptx: bool) -> int:
     return tile // (4 if ptx and not vector else group)
 
 
+def map_options(ptx: bool) -> dict[str, int]:
+    """What the compiler of the map kernel is told beside warps: registers for 20 warps a multiprocessor. Triton 3.9.0
+    would take more, without need."""
+    return {"maxnreg": 96} if ptx else {}
+
+
 @dataclass(slots=True)
 class _Packed:
     """One tensor's parameters as the kernel takes them."""
@@ -1083,7 +1089,9 @@ class TritonStepper:
         turns = 2 if sum(groups) >= 16 * _BUSY * block else 0
         span_log2 = block.bit_length() - 1 + turns
         grid = sum(-(-count >> span_log2) for count in groups)
-        _map_kernel[(grid,)](**batch.arguments, **common, VECTOR=batch.vector, B=block, span_log2=span_log2)
+        _map_kernel[(grid,)](
+            **batch.arguments, **common, **map_options(_PTX), VECTOR=batch.vector, B=block, span_log2=span_log2
+        )
 
     def _shape(self, batch: _Batch, x: Sequence[Tensor], per_vector: int) -> tuple[int, int, int]:
         """(chains a program, groups of a chain a turn, splits of a chain) of the chain kernel."""

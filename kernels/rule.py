@@ -105,10 +105,10 @@ def rounded(a, MODE: tl.constexpr):
 def dot(a, b, acc, MODE: tl.constexpr):
     """acc + a b in a chain's precision."""
     if MODE == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b, acc)
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     elif MODE == "rounded":
         # The interpreter has no bf16 products
-        return tl.dot(rounded(a, MODE), b.to(tl.float32), acc, input_precision="ieee")
+        return tl.dot(rounded(a.to(tl.float32), MODE), rounded(b.to(tl.float32), MODE), acc, input_precision="ieee")
     elif MODE == "tf32x3":
         return tl.dot(a, b, acc, input_precision="tf32x3")
     else:

@@ -258,9 +258,16 @@ MMEBM_HD uint32_t round_fp16(float y, uint32_t half) {
   return float_fp16(biased == 0xffu ? y : negative ? -rounded : rounded);
 }
 
-template <Storage S>
-MMEBM_HD float stored_float(uint32_t bits) {
-  return S == Storage::bf16 ? bf16_float(bits) : fp16_float(bits);
+// The two bf16 numbers of a word. In assembly: a compiler that sees what this is does it again wherever it is needed.
+MMEBM_HD void bf16_pair(uint32_t word, float& low, float& high) {
+  uint32_t a, b;
+#if defined(__CUDA_ARCH__)
+  asm("shl.b32 %0, %1, 16;" : "=r"(a) : "r"(word));
+  asm("and.b32 %0, %1, 0xffff0000;" : "=r"(b) : "r"(word));
+#else
+  a = word << 16, b = word & 0xffff0000u;
+#endif
+  low = bits_float(a), high = bits_float(b);
 }
 
 template <Storage S>
@@ -276,16 +283,15 @@ MMEBM_HD void round_all(const float (&y)[N], const uint32_t (&halves)[N / 2], ui
     static_assert(N == 8, "one chain of comparisons");
     MMEBM_UNROLL
     for (int i = 0; i < N / 2; ++i) {
-      // round_bf16: (w ^ ~sign) & 0xffff is what is added
+      // round_bf16: what is added is (half ^ ~sign) & 0xffff, here for both numbers at once; a dot product takes one of
+      // the two halves and adds it
       const uint32_t low = float_bits(y[2 * i]), high = float_bits(y[2 * i + 1]);
-      uint32_t add_low, add_high;
-      asm("lop3.b32 %0, %1, %2, 0xffff, 0x82;"
-          : "=r"(add_low)
-          : "r"(halves[i]), "r"(static_cast<uint32_t>(static_cast<int32_t>(low) >> 31)));
-      asm("lop3.b32 %0, %1, %2, 0xffff, 0x82;"
-          : "=r"(add_high)
-          : "r"(halves[i] >> 16), "r"(static_cast<uint32_t>(static_cast<int32_t>(high) >> 31)));
-      out[i] = __byte_perm(low + add_low, high + add_high, 0x7632);
+      uint32_t sign, add, low_sum, high_sum;
+      asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(sign) : "r"(low), "r"(high));
+      asm("lop3.b32 %0, %1, %2, 0, 0xc3;" : "=r"(add) : "r"(halves[i]), "r"(sign));
+      asm("dp2a.lo.u32.u32 %0, %1, 0x0001, %2;" : "=r"(low_sum) : "r"(add), "r"(low));
+      asm("dp2a.lo.u32.u32 %0, %1, 0x0100, %2;" : "=r"(high_sum) : "r"(add), "r"(high));
+      out[i] = __byte_perm(low_sum, high_sum, 0x7632);
     }
     uint32_t nan;
     asm("{ .reg .pred p; setp.nan.f32 p, %1, %2; setp.nan.or.f32 p, %3, %4, p; setp.nan.or.f32 p, %5, %6, p; "

@@ -1,6 +1,6 @@
 // The noise of mmebm/noise.py as CUDA evaluates it: the words of philox.h bit for bit, the normals by the same method
-// in a form that fused multiply-adds make short. Every scaling by a power of two is exact, so u, the angle and the
-// quadrant are those of philox.h. The host runs the same functions in the tests.
+// in a form that fused multiply-adds make short, with polynomials of their own. Every scaling by a power of two is
+// exact, so u and the angle are those of philox.h. The host runs the same functions in the tests.
 #pragma once
 
 #include "common/langevin.h"
@@ -17,15 +17,16 @@ MMEBM_HD uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// a with the sign of b on top of its own
-MMEBM_HD float xor_sign(float a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
+// a with its sign turned where b is odd
+MMEBM_HD float turned(float a, uint32_t b) {
+  // the lowest bit of b, added to the highest of a: nothing else is carried, and one instruction does it
   uint32_t out;
-  asm("lop3.b32 %0, %1, %2, 0x80000000, 0x78;" : "=r"(out) : "r"(float_bits(a)), "r"(b));
-  return bits_float(out);
+#if defined(__CUDA_ARCH__)
+  asm("mad.lo.u32 %0, %1, 0x80000000, %2;" : "=r"(out) : "r"(b), "r"(float_bits(a)));
 #else
-  return bits_float(float_bits(a) ^ (b & 0x80000000u));
+  out = float_bits(a) + (b << 31);
 #endif
+  return bits_float(out);
 }
 
 // One multiplication for both halves of a product.
@@ -39,29 +40,52 @@ MMEBM_HD void multiply_wide(uint32_t b, uint32_t& high, uint32_t& low) {
 #endif
 }
 
-// philox4x32_10 of philox.h.
-MMEBM_HD Words philox_words(uint32_t block, uint32_t chain, uint32_t step, uint32_t stream, uint64_t seed) {
-  uint32_t c0 = block, c1 = chain, c2 = step, c3 = stream;
+// philox4x32_10 of philox.h: N blocks of each of U chains, the n-th ones with `streams[n]`. The key is the same for
+// all, and the blocks of a chain share a product in each of the first two rounds.
+template <int U, int N>
+MMEBM_HD void philox_words(const uint32_t (&blocks)[U][N], const uint32_t (&chains)[U], uint32_t step,
+                           const uint32_t (&streams)[N], uint64_t seed, Words (&out)[U][N]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t high_step, low_step;
+  multiply_wide<0xCD9E8D57u>(step, high_step, low_step);
+  const uint32_t k2 = k0 + 0x9E3779B9u, k3 = k1 + 0xBB67AE85u;
   MMEBM_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    uint32_t high0, low0, high1, low1;
-    multiply_wide<0xD2511F53u>(c0, high0, low0);
-    multiply_wide<0xCD9E8D57u>(c2, high1, low1);
-    c0 = xor3(high1, c1, k0);
-    c1 = low1;
-    c2 = xor3(high0, c3, k1);
-    c3 = low0;
+  for (int u = 0; u < U; ++u) {
+    uint32_t high_chain, low_chain;
+    multiply_wide<0xD2511F53u>(xor3(high_step, chains[u], k0), high_chain, low_chain);
+    MMEBM_UNROLL
+    for (int n = 0; n < N; ++n) {
+      uint32_t high, low, high1, low1;
+      multiply_wide<0xD2511F53u>(blocks[u][n], high, low);
+      multiply_wide<0xCD9E8D57u>(xor3(high, streams[n], k1), high1, low1);
+      out[u][n] = {xor3(high1, low_step, k2), low1, xor3(high_chain, low, k3), low_chain};
+    }
+  }
+  k0 = k2, k1 = k3;
+  MMEBM_UNROLL
+  for (int round = 2; round < 10; ++round) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      MMEBM_UNROLL
+      for (int n = 0; n < N; ++n) {
+        Words& w = out[u][n];
+        uint32_t high0, low0, high1, low1;
+        multiply_wide<0xD2511F53u>(w.w0, high0, low0);
+        multiply_wide<0xCD9E8D57u>(w.w2, high1, low1);
+        w = {xor3(high1, w.w1, k0), low1, xor3(high0, w.w3, k1), low0};
+      }
+    }
   }
-  return {c0, c1, c2, c3};
 }
 
 // The words of one block of row `row` of an array.
 MMEBM_HD Words words_of(int64_t row, int64_t block, NoiseAt at) {
-  return philox_words(static_cast<uint32_t>(block), at.chain_offset + static_cast<uint32_t>(row), at.step, at.stream,
-                      at.seed);
+  Words out[1][1];
+  philox_words({{static_cast<uint32_t>(block)}}, {at.chain_offset + static_cast<uint32_t>(row)}, at.step, {at.stream},
+               at.seed, out);
+  return out[0][0];
 }
 
 MMEBM_HD float root(float v) {
@@ -81,17 +105,14 @@ MMEBM_HD float radius_of(uint32_t word) {
   // u = 2^e m with m in [sqrt(1/2), sqrt(2)), so that log is accurate relative to itself also next to u = 1
   const uint32_t e = (bits - 0x3f3504f3u) & 0xff800000u;  // times 2^23
   const float f = bits_float(bits - e) - 1.0f;
-  // -2 log(1 + f) = f (-2 + f (1 + f p)), p from Cephes logf (S. Moshier) times -2
-  float p = -1.40753672584e-1f;
-  p = fmaf(p, f, 2.302922062e-1f);
-  p = fmaf(p, f, -2.335399748e-1f);
-  p = fmaf(p, f, 2.4840281692e-1f);
-  p = fmaf(p, f, -2.8498645574e-1f);
-  p = fmaf(p, f, 3.333611533e-1f);
-  p = fmaf(p, f, -4.000142953e-1f);
-  p = fmaf(p, f, 4.9999987986e-1f);
-  p = fmaf(p, f, -6.6666662348e-1f);
-  p = fmaf(p, f, 1.0f);
+  // -2 log(1 + f) = f p(f); minimax in the relative error, which is 1.8e-7
+  float p = 2.0167014e-1f;
+  p = fmaf(p, f, -3.236021e-1f);
+  p = fmaf(p, f, 3.4485322e-1f);
+  p = fmaf(p, f, -3.981384e-1f);
+  p = fmaf(p, f, 4.9942574e-1f);
+  p = fmaf(p, f, -6.6669428e-1f);
+  p = fmaf(p, f, 1.0000064f);
   p = fmaf(p, f, -2.0f);
   // next to u = 1, f <= 0 and e = 0: no NaN; -2 log(2) 2^-23
   return root(fmaf(static_cast<float>(static_cast<int32_t>(e)), -1.6525917e-7f, f * p));
@@ -100,20 +121,21 @@ MMEBM_HD float radius_of(uint32_t word) {
 // radius (cos pi a, sin pi a), a the word read as int32 times 2^-31.
 MMEBM_HD void polar(float radius, uint32_t word, float& x, float& y) {
   const float a = static_cast<float>(static_cast<int32_t>(word));
-  // 2^-30 a are quarter turns. Adding 1.5 2^23 rounds to an integer and leaves it in the low bits: the quadrant.
-  const float shifted = fmaf(a, 0x1p-30f, 12582912.0f);
-  const float t = fmaf(a, 0x1p-30f, 12582912.0f - shifted);  // exact, in [-1/2, 1/2]
-  // the polynomials of philox.h, in half of their argument
+  // 2^-30 a are quarter turns. Adding 1.5 2^24 rounds them to an even number, half turns, and leaves that in the low
+  // bits; t is what is left.
+  const float shifted = fmaf(a, 0x1p-30f, 25165824.0f);
+  const float t = fmaf(a, 0x1p-30f, 25165824.0f - shifted);  // exact, in [-1, 1]
+  // Minimax of sine and cosine: errors 4e-9 and 1e-9. The sine is t and the rest, so that little is rounded next to 1.
   const float z = t * t;
-  const float s = t * fmaf(z, fmaf(z, fmaf(z, -0.5890769f / 128, 2.549767f / 32), -5.167708f / 8), 3.1415927f / 2);
-  const float c =
-      fmaf(z, fmaf(z, fmaf(z, fmaf(z, 0.23212588f / 256, -1.3351378f / 64), 4.0587106f / 16), -4.934802f / 4), 1.0f);
-  // both change their sign with the second bit of the quadrant
-  const uint32_t turn = float_bits(shifted) << 30;
-  const bool odd = (turn & 0x40000000u) != 0;
-  radius = xor_sign(radius, turn);
-  x = radius * (odd ? -s : c);
-  y = radius * (odd ? c : s);
+  const float s =
+      fmaf(z, fmaf(z, fmaf(z, fmaf(z, 1.5105301e-4f, -4.67283e-3f), 7.968902e-2f), -6.4596355e-1f), 5.707963e-1f);
+  const float c = fmaf(
+      z, fmaf(z, fmaf(z, fmaf(z, fmaf(z, -2.340213e-5f, 9.167334e-4f), -2.08619e-2f), 2.5366908e-1f), -1.2337005f),
+      1.0f);
+  // both change their sign with every half turn
+  radius = turned(radius, float_bits(shifted));
+  x = radius * c;
+  y = radius * fmaf(t, s, t);
 }
 
 // Four normals times `scale`.

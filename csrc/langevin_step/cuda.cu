@@ -47,8 +47,8 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int MAP_THREADS = 128, MAP_GROUPS = 2;  // of the map kernel; a thread takes so many groups at a time
 constexpr int WARP = 32;
-// A tile behind so many groups still counts them in 32 bits.
-constexpr int64_t MANY_GROUPS = (int64_t{1} << 32) - 4096;
+// A tile behind so many groups still counts them in 31 bits.
+constexpr int64_t MANY_GROUPS = (int64_t{1} << 31) - 4096;
 constexpr int64_t SPLIT = 2048;     // groups: 8 turns of a block
 constexpr int64_t MAX_SPLITS = 64;
 constexpr int64_t BLOCKS_PER_SM = 16;  // the grid's limit: a few waves, so that no block is left with much at the end
@@ -61,9 +61,10 @@ enum TensorBit : uint32_t {
   MASK_ROWS = 16u << SLOTS,  // the mask has a row per chain
   ALIGNED = 32u << SLOTS,    // every group is one access in each array
   INDIRECT = 64u << SLOTS,   // a constant is at an address
-  MANY = 128u << SLOTS       // 2^32 groups or more in all
+  MANY = 128u << SLOTS       // 2^31 groups or more in all
 };
-constexpr int STORAGE = 24;  // bits 24 and 25: of x, 26 and 27: of the gradient
+constexpr int STORAGE = 16;  // bits 16 and 17: of x, 18 and 19: of the gradient
+constexpr int SHIFT = 26;    // bits from 26 on: the shift that belongs to `inverse`
 
 // StepTable::todo
 enum Todo : uint32_t {
@@ -182,25 +183,42 @@ MMEBM_HD void store_group(void* base, int64_t place, const uint32_t (&w)[4], int
 template <Storage S, int G, int N>
 MMEBM_HD Group<G> unpack(const uint32_t (&w)[N]) {
   Group<G> out;
-  MMEBM_UNROLL
-  for (int j = 0; j < G; ++j) {
-    out.v[j] = S == Storage::fp32 ? bits_float(w[j % N]) : stored_float<S>(w[j / 2 % N] >> 16 * (j % 2) & 0xffffu);
+  if constexpr (S == Storage::bf16) {
+    MMEBM_UNROLL
+    for (int j = 0; j < G; j += 2) bf16_pair(w[j / 2 % N], out.v[j], out.v[j + 1]);
+  } else {
+    MMEBM_UNROLL
+    for (int j = 0; j < G; ++j) {
+      out.v[j] = S == Storage::fp32 ? bits_float(w[j % N]) : fp16_float(w[j / 2 % N] >> 16 * (j % 2) & 0xffffu);
+    }
   }
   return out;
 }
 
-// The gradient of one group, whatever it is stored as.
-template <int G>
-MMEBM_HD Group<G> gradient(const StepTensor& t, int64_t place, int left, bool aligned) {
-  if (grad_storage_of(t) == Storage::fp32) {
-    uint32_t w[G];
-    load_group<4>(w, t.grad, place, left, aligned);
-    return unpack<Storage::fp32, G>(w);
+// The gradients of U groups, whatever they are stored as; `base` stands for the tensor's address.
+template <int G, int U>
+MMEBM_HD void gradients(const StepTensor& t, const void* base, const int64_t (&place)[U], const int (&left)[U],
+                        bool aligned, Group<G> (&out)[U]) {
+  const Storage storage = grad_storage_of(t);
+  if (storage == Storage::fp32) {
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      uint32_t w[G];
+      load_group<4>(w, base, place[u], left[u], aligned);
+      out[u] = unpack<Storage::fp32, G>(w);
+    }
+    return;
   }
-  uint32_t w[G / 2];
-  load_group<2>(w, t.grad, place, left, aligned);
-  if (grad_storage_of(t) == Storage::bf16) return unpack<Storage::bf16, G>(w);
-  return unpack<Storage::fp16, G>(w);
+  uint32_t w[U][G / 2];
+  MMEBM_UNROLL
+  for (int u = 0; u < U; ++u) load_group<2>(w[u], base, place[u], left[u], aligned);
+  if (storage == Storage::bf16) {
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) out[u] = unpack<Storage::bf16, G>(w[u]);
+  } else {
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) out[u] = unpack<Storage::fp16, G>(w[u]);
+  }
 }
 
 MMEBM_HD Constants constants_of(const StepTensor& t, int64_t chain) {
@@ -221,17 +239,52 @@ MMEBM_HD Constants constants_of(const StepTensor& t, int64_t chain) {
 
 // -- one group
 
-// The noise of one group times its scale. `group` counts the groups of one chain, `chain` is global.
-template <int G>
-MMEBM_HD Group<G> normals(uint32_t group, uint32_t chain, const NoiseAt& at, float scale) {
-  Group<G> out;
-  MMEBM_UNROLL
-  for (int i = 0; i < G; i += 4) {
-    const uint32_t block = G == 4 ? group : 2 * group + i / 4;
-    const Normals n = normals_of(philox_words(block, chain, at.step, at.stream, at.seed), scale);
-    out.v[i] = n.n0, out.v[i + 1] = n.n1, out.v[i + 2] = n.n2, out.v[i + 3] = n.n3;
+// The random numbers of U groups: the normals times each group's scale, and what rounds 16 bits.
+template <Storage S, int U>
+struct Draws {
+  Group<GROUP<S>> normals[U] = {};
+  uint32_t halves[U][4];
+};
+
+// `groups` count the groups of one chain, `chains` are global. Without noise only what rounds.
+template <Storage S, int U>
+MMEBM_HD void draw(const uint32_t (&groups)[U], const uint32_t (&chains)[U], const NoiseAt& at, uint32_t purpose,
+                   uint32_t with, const Constants (&c)[U], Draws<S, U>& out) {
+  constexpr int G = GROUP<S>, NOISE = G / 4, N = S == Storage::fp32 ? 1 : 3;
+  const uint32_t tag = at.stream | purpose << 24;
+  if (with & WITH_NOISE) {
+    uint32_t blocks[U][N], streams[N];
+    MMEBM_UNROLL
+    for (int n = 0; n < N; ++n) {
+      streams[n] = n < NOISE ? at.stream : tag;
+      MMEBM_UNROLL
+      for (int u = 0; u < U; ++u) blocks[u][n] = n < NOISE ? NOISE * groups[u] + n : groups[u];
+    }
+    Words words[U][N];
+    philox_words(blocks, chains, at.step, streams, at.seed, words);
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      MMEBM_UNROLL
+      for (int i = 0; i < NOISE; ++i) {
+        const Normals n = normals_of(words[u][i], c[u].of[NOISE_SCALE]);
+        float* to = out.normals[u].v + 4 * i;
+        to[0] = n.n0, to[1] = n.n1, to[2] = n.n2, to[3] = n.n3;
+      }
+      const Words& w = words[u][N - 1];
+      out.halves[u][0] = w.w0, out.halves[u][1] = w.w1, out.halves[u][2] = w.w2, out.halves[u][3] = w.w3;
+    }
+  } else if (S != Storage::fp32) {
+    uint32_t blocks[U][1];
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) blocks[u][0] = groups[u];
+    Words words[U][1];
+    philox_words(blocks, chains, at.step, {tag}, at.seed, words);
+    MMEBM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      const Words& w = words[u][0];
+      out.halves[u][0] = w.w0, out.halves[u][1] = w.w1, out.halves[u][2] = w.w2, out.halves[u][3] = w.w3;
+    }
   }
-  return out;
 }
 
 // The bits of the elements from `element` of a chain on that keep their value.
@@ -246,14 +299,11 @@ MMEBM_HD uint32_t observed(const StepTensor& t, int64_t chain, int64_t element, 
 
 // The bits of a group as it is stored: rounded, if in 16 bits.
 template <Storage S, int G>
-MMEBM_HD void stored(const Group<G>& y, uint32_t group, uint32_t chain, const NoiseAt& at, uint32_t purpose,
-                     uint32_t (&out)[4]) {
+MMEBM_HD void stored(const Group<G>& y, const uint32_t (&halves)[4], uint32_t (&out)[4]) {
   if constexpr (S == Storage::fp32) {
     MMEBM_UNROLL
     for (int j = 0; j < 4; ++j) out[j] = float_bits(y.v[j]);
   } else {
-    const Words w = philox_words(group, chain, at.step, at.stream | purpose << 24, at.seed);
-    const uint32_t halves[4] = {w.w0, w.w1, w.w2, w.w3};
     round_all<S>(y.v, halves, out);
   }
 }
@@ -283,20 +333,21 @@ MMEBM_HD void visit(const StepTensor& t, const NoiseAt& at, uint32_t purpose, co
 
   uint32_t raw[4];
   load_group<BYTES>(raw, t.x, place, left, aligned);
-  Group<G> g[1] = {}, xi[1] = {};
-  if (with & WITH_GRAD) g[0] = gradient<G>(t, place, left, aligned);
+  Group<G> g[1] = {};
+  if (with & WITH_GRAD) gradients<G, 1>(t, t.grad, {place}, {left}, aligned, g);
   uint32_t keep = with & MASK ? observed<G>(t, chain, group * G, left) : 0u;
   if (todo & STATS) {
     MMEBM_UNROLL
     for (int j = 0; j < G; ++j) sums.grad += g[0].v[j] * g[0].v[j];
   }
   const Constants c[1] = {constants()};
-  if (with & WITH_NOISE) xi[0] = normals<G>(static_cast<uint32_t>(group), global, at, c[0].of[NOISE_SCALE]);
+  Draws<S, 1> random;
+  draw({static_cast<uint32_t>(group)}, {global}, at, purpose, with, c, random);
 
   const Group<G> x[1] = {unpack<S, G>(raw)};
   uint32_t changed[1];
   Group<G> y[1];
-  propose(x, g, xi, factor, c, with, y, changed);
+  propose(x, g, random.normals, factor, c, with, y, changed);
   if (todo & CHECK) {
     // what stays anyway rejects nothing
     if (with & (1u << LOW | 1u << HIGH)) sums.outside |= leaving(y, c, with) & ~keep & valid;
@@ -304,7 +355,7 @@ MMEBM_HD void visit(const StepTensor& t, const NoiseAt& at, uint32_t purpose, co
   }
   if (!(todo & REJECT)) bounded(y, c, with);
   uint32_t out[4];
-  stored<S>(y[0], static_cast<uint32_t>(group), global, at, purpose, out);
+  stored<S>(y[0], random.halves[0], out);
   if (todo & KEEP) keep = valid;
   if (keep != 0) keep_bits<BYTES>(keep, raw, out);
   if (!(todo & KEEP)) store_group<BYTES>(t.x, place, out, left, aligned);
@@ -326,34 +377,30 @@ MMEBM_HD NoiseAt noise_of(const StepTable& table, const StepTensor& t) {
 
 // -- map
 
-// The part of a tensor that a tile has: `count` groups, the first one `first` groups behind the start of chain `chain`.
+// The part of a tensor that a tile has: `count` groups, the first one `first` groups behind the start of chain `chain`,
+// where x and grad are.
 struct Span {
   uint32_t chain, first, count;
+  char* x;
+  const char* grad;
 };
 
-// A group of a span.
-struct Place {
-  uint32_t chain, group;
-  int64_t element;  // of the tensor
-  int left;         // elements of its chain from there on, G at most
-};
-
-// No division: `inverse` is (2^32 - 1) / groups, and the product's high half the quotient or one less.
+// No division: `inverse` is 2^shift / groups, rounded up, and its product exact below 2^31 groups. With more, a chain
+// of the longest that there may be, 2^31 groups, ends behind its tile's first group at most once: exact as well.
 template <int G, bool WHOLE>
-MMEBM_HD Place place_of(const StepTensor& t, const Span& span, uint32_t k) {
+MMEBM_HD void place_of(const StepTensor& t, const Span& span, uint32_t k, uint32_t& chain, uint32_t& group,
+                       int64_t& element, int& left) {
   const uint32_t index = span.first + k;
-  uint32_t chain = mulhi(index, t.inverse), group = index - chain * t.groups;
-  const bool more = group >= t.groups;
-  chain += more ? 1u : 0u;
-  group -= more ? t.groups : 0u;
-  Place out = {span.chain + chain, group, static_cast<int64_t>(index) * G, G};
+  const uint32_t ended = static_cast<uint32_t>(static_cast<uint64_t>(index) * t.inverse >> (t.with >> SHIFT));
+  chain = span.chain + ended;
+  group = index - ended * t.groups;
+  element = static_cast<int64_t>(index) * G;
+  left = G;
   if (!WHOLE) {
     const int64_t rest = t.numel - static_cast<int64_t>(group) * G;
-    out.element = static_cast<int64_t>(chain) * t.numel + static_cast<int64_t>(group) * G;
-    if (rest < G) out.left = static_cast<int>(rest);
+    element = static_cast<int64_t>(ended) * t.numel + static_cast<int64_t>(group) * G;
+    if (rest < G) left = static_cast<int>(rest);
   }
-  out.element += static_cast<int64_t>(span.chain) * t.numel;
-  return out;
 }
 
 // Groups k, k + MAP_THREADS, ... of a span. WHOLE: every group is one access in each array.
@@ -361,49 +408,44 @@ template <Storage S, bool WHOLE>
 MMEBM_HD void map_groups(const StepTensor& t, const Span& span, const NoiseAt& at, uint32_t purpose, uint32_t k) {
   constexpr int G = GROUP<S>, BYTES = 16 / G, U = MAP_GROUPS;
   const uint32_t with = t.with;
-  Place places[U];
-  uint32_t raw[U][4];
-  Group<G> g[U] = {}, noise[U] = {};
+  uint32_t chains[U], groups[U], raw[U][4];
+  int64_t elements[U];
+  int left[U];
+  Group<G> g[U] = {};
   MMEBM_UNROLL
   for (int u = 0; u < U; ++u) {
     // behind the end the thread's first group once more, for nothing; any other group is another thread's to write
     const uint32_t here = k + u * MAP_THREADS < span.count ? k + u * MAP_THREADS : k;
-    places[u] = place_of<G, WHOLE>(t, span, here);
-    load_group<BYTES>(raw[u], t.x, places[u].element, places[u].left, WHOLE);
+    place_of<G, WHOLE>(t, span, here, chains[u], groups[u], elements[u], left[u]);
+    load_group<BYTES>(raw[u], span.x, elements[u], left[u], WHOLE);
   }
-  if (with & WITH_GRAD) {
-    MMEBM_UNROLL
-    for (int u = 0; u < U; ++u) g[u] = gradient<G>(t, places[u].element, places[u].left, WHOLE);
-  }
+  if (with & WITH_GRAD) gradients<G, U>(t, span.grad, elements, left, WHOLE, g);
   Constants c[U];
-  c[0] = constants_of(t, places[0].chain);
+  c[0] = constants_of(t, chains[0]);
   MMEBM_UNROLL
   for (int u = 1; u < U; ++u) {
     c[u] = c[0];
-    if (with & INDIRECT) c[u] = constants_of(t, places[u].chain);
+    if (with & INDIRECT) c[u] = constants_of(t, chains[u]);
   }
-  if (with & WITH_NOISE) {
-    MMEBM_UNROLL
-    for (int u = 0; u < U; ++u) {
-      noise[u] = normals<G>(places[u].group, at.chain_offset + places[u].chain, at, c[u].of[NOISE_SCALE]);
-    }
-  }
+  uint32_t global[U];
+  MMEBM_UNROLL
+  for (int u = 0; u < U; ++u) global[u] = at.chain_offset + chains[u];
+  Draws<S, U> random;
+  draw(groups, global, at, purpose, with, c, random);
   Group<G> x[U], y[U];
   MMEBM_UNROLL
   for (int u = 0; u < U; ++u) x[u] = unpack<S, G>(raw[u]);
   uint32_t changed[U];
-  propose(x, g, noise, 1.0f, c, with, y, changed);
+  propose(x, g, random.normals, 1.0f, c, with, y, changed);
   bounded(y, c, with);
   MMEBM_UNROLL
   for (int u = 0; u < U; ++u) {
-    const Place& place = places[u];
     uint32_t out[4];
-    stored<S>(y[u], place.group, at.chain_offset + place.chain, at, purpose, out);
+    stored<S>(y[u], random.halves[u], out);
     if (with & MASK) {
-      const int64_t element = static_cast<int64_t>(place.group) * G;
-      keep_bits<BYTES>(observed<G>(t, place.chain, element, place.left), raw[u], out);
+      keep_bits<BYTES>(observed<G>(t, chains[u], static_cast<int64_t>(groups[u]) * G, left[u]), raw[u], out);
     }
-    if (k + u * MAP_THREADS < span.count) store_group<BYTES>(t.x, place.element, out, place.left, WHOLE);
+    if (k + u * MAP_THREADS < span.count) store_group<BYTES>(span.x, elements[u], out, left[u], WHOLE);
   }
 }
 
@@ -425,10 +467,13 @@ MMEBM_HD void map_item(const StepTable& table, int64_t item, int lane) {
   const uint32_t size = static_cast<uint32_t>(table.tile);
   const uint64_t start = static_cast<uint64_t>(item - t.first_tile) * size;
   const uint64_t rest = static_cast<uint64_t>(table.chains) * t.groups - start;
-  Span span = {0, static_cast<uint32_t>(start), rest < size ? static_cast<uint32_t>(rest) : size};
+  Span span = {0, static_cast<uint32_t>(start), rest < size ? static_cast<uint32_t>(rest) : size,
+               static_cast<char*>(t.x), static_cast<const char*>(t.grad)};
   if (t.with & MANY) {
     span.chain = static_cast<uint32_t>(start / t.groups);
     span.first = static_cast<uint32_t>(start - static_cast<uint64_t>(span.chain) * t.groups);
+    span.x += static_cast<int64_t>(span.chain) * t.numel * (storage_of(t) == Storage::fp32 ? 4 : 2);
+    span.grad += static_cast<int64_t>(span.chain) * t.numel * (grad_storage_of(t) == Storage::fp32 ? 4 : 2);
   }
   const NoiseAt at = noise_of(table, t);
   const uint32_t own = static_cast<uint32_t>(lane);
@@ -507,11 +552,12 @@ MMEBM_HD float squares_lane(const StepTensor& t, int64_t chain, Range range, flo
   float out = 0.0f;
   for (int64_t group = range.first + lane; group < range.last; group += size) {
     const int64_t rest = t.numel - group * G;
-    Group<G> g = gradient<G>(t, chain * t.numel + group * G, rest < G ? static_cast<int>(rest) : G,
-                             (t.with & ALIGNED) != 0);
-    if (t.with & 1u << GRAD_CLIP) clip_value(g, limit);
+    Group<G> g[1];
+    gradients<G, 1>(t, t.grad, {chain * t.numel + group * G}, {rest < G ? static_cast<int>(rest) : G},
+                    (t.with & ALIGNED) != 0, g);
+    if (t.with & 1u << GRAD_CLIP) clip_value(g[0], limit);
     MMEBM_UNROLL
-    for (int j = 0; j < G; ++j) out += g.v[j] * g.v[j];
+    for (int j = 0; j < G; ++j) out += g[0].v[j] * g[0].v[j];
   }
   return out;
 }
@@ -662,15 +708,9 @@ MMEBM_HD void finish_item(const StepTable& table, int64_t chain) {
 
 // -- kernels
 
-// Blocks an SM must hold: 96 registers a thread, then 128 and 64.
-// Blocks that must fit on a multiprocessor at once: what it can have without spilling.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int MAP_BLOCKS = 4;
-#else
-constexpr int MAP_BLOCKS = 5;
-#endif
-
-__global__ void __launch_bounds__(MAP_THREADS, MAP_BLOCKS) map_kernel(const __grid_constant__ StepTable table) {
+// Blocks an SM must hold: 128 registers a thread, then 128 and 64. With 96 the map kernel, which makes the noise of two
+// groups at a time, spills.
+__global__ void __launch_bounds__(MAP_THREADS, 4) map_kernel(const __grid_constant__ StepTable table) {
   for (int64_t item = blockIdx.x; item < table.items; item += gridDim.x) map_item(table, item, threadIdx.x);
 }
 
@@ -926,7 +966,10 @@ int CudaLangevinStep::run_map(StepNumber seed, StepNumber step, uint32_t purpose
     for (int i = 0; i < t.count; ++i) {
       const int64_t per_chain = t.tensors[i].groups, all = chains_ * per_chain;
       t.tensors[i].first_tile = static_cast<uint32_t>(t.items);
-      t.tensors[i].inverse = static_cast<uint32_t>(UINT32_MAX / per_chain);
+      uint32_t shift = 31;
+      while (int64_t{1} << shift < per_chain << 31) ++shift;
+      t.tensors[i].with |= shift << SHIFT;
+      t.tensors[i].inverse = static_cast<uint32_t>((uint64_t{1} << shift) / static_cast<uint64_t>(per_chain) + 1);
       if (all > MANY_GROUPS) t.tensors[i].with |= MANY;
       t.items += (all + t.tile - 1) / t.tile;
     }

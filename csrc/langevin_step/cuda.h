@@ -19,7 +19,7 @@ struct StepTensor {
   const uint8_t* observed = nullptr;  // (chains or 1, numel), nonzero: keeps its value
   int64_t numel = 0;                  // elements of one chain
   uint32_t first_tile = 0;            // of the map kernel
-  uint32_t inverse = 0;               // (2^32 - 1) / groups of a chain
+  uint32_t inverse = 0;               // 2^shift / groups of a chain, rounded up
   uint32_t index = 0;                 // tensor index in the stream word
   uint32_t with = 0;                  // what applies (langevin.h), and the bits of TensorBit
   uint32_t kinds = 0;                 // the Kind of each constant, four bits each

@@ -25,14 +25,14 @@ pytestmark = pytest.mark.compile
 
 # Registers of a thread, 256 threads a block, 128 of the map kernel, of 64K an SM (CUDA's table of compute capabilities,
 # 8.0 to 10.0):
-#   map     96: 5 blocks, so 640 threads with four 16-byte loads in flight are 40 KB; an H100 needs 15 (3.35 TB/s over
+#   map     128: 4 blocks, so 512 threads with four 16-byte loads in flight are 32 KB; an H100 needs 15 (3.35 TB/s over
 #           132 SMs at 600 ns)
 #   chain   128: 2 blocks
 #   others  64: 4 blocks
 #   mlp     128: 2 blocks, where shared memory has room for two
 # By the kernel's name, and what its mangled name ends with.
 REGISTERS = {
-    "map_kernel": 96,
+    "map_kernel": 128,
     "chain_kernel": 128,
     "norm_kernel": 64,
     "fold_kernel": 64,
@@ -41,8 +41,6 @@ REGISTERS = {
     "chain_kernel<Tf32x3>": 128,
     "chain_kernel<Bf16>": 128,
 }
-# With 96, nvcc 13.0 spills 8 bytes there; four blocks of 128 threads a multiprocessor for five
-MORE_REGISTERS = {("sm_100", "map_kernel"): 128}
 # Matrix instructions of each langevin_mlp kernel: none on the FMA units, else m16n8k8 or m16n8k16 of these operands.
 MATRIX = {"Fp32": None, "Tf32x3": r"\bHMMA\.1688\.F32\.TF32\b", "Bf16": r"\bHMMA\.16816\.F32\.BF16\b"}
 # Fewest 16-byte accesses in the map kernel: load and store of x for each of three storages, an fp32 gradient's loads
@@ -109,8 +107,7 @@ def test_kernels_keep_to_their_registers(kernel: str, library: Path) -> None:
     for arch in architectures(library):
         usage = found[arch, kernel]
         assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"{arch}: registers spill, {usage}"
-        limit = MORE_REGISTERS.get((arch, kernel), REGISTERS[kernel])
-        assert usage["REG"] <= limit, f"{arch}: {usage}"
+        assert usage["REG"] <= REGISTERS[kernel], f"{arch}: {usage}"
 
 
 def sections(library: Path, folder: Path) -> Iterator[tuple[str, str, str]]:

@@ -128,18 +128,20 @@ def double(value: Any) -> Any:
     return parity._double(value)
 
 
-def compare(net: Net, x: Tensor, terms: float = 0.0) -> None:
+def compare(net: Net, x: Tensor, terms: float = 0.0, products: int = 0) -> None:
     """Energy and gradient in Triton, against float64 within twice the error of PyTorch in float32.
 
     ``terms``: the sum of the magnitudes of what the energy adds up. Where they cancel, PyTorch's own error may be next
     to none; four roundings of that sum are always allowed (seed 4711 takes 0.6 of one).
+    ``products``: of a layer's longest sum. A GPU adds them one after the other, where PyTorch and the interpreter add
+    sums of blocks: as many roundings, at random (16 of 2^-24 seen with 603, in an emulator of the PTX, seed 9032).
     """
     assert room.supports_energy(net, x) is None
     ours = room.energy_and_gradient(net, x)
     single, exact = reference.energy_and_gradient(x, net), reference.energy_and_gradient(x.double(), double(net))
     for name, a, b, c in zip(("energy", "gradient"), ours, single, exact, strict=True):
         assert a.shape == c.shape
-        allowed = parity.limit(b, c, 0.0, FLOAT_TOLERANCE)
+        allowed = parity.limit(b, c, 0.0, max(FLOAT_TOLERANCE, products**0.5 * 2.0**-24))
         if name == "energy":
             allowed = max(allowed, 4 * 2.0**-24 * terms)
         error = float((a.double() - c).abs().max())
@@ -155,7 +157,9 @@ def test_layers(case: str, seed: int) -> None:
     energy = lambda x: (module(x) * weights).flatten(1).sum(1)
     net = trace(energy, x).net
     terms = float((module(x) * weights).abs().flatten(1).sum(1).max())
-    compare(net, flat(x), terms)
+    matrices = [w for w in module.parameters() if w.dim() > 1]
+    products = max((w.numel() // min(w.shape[:2]) for w in matrices), default=0)
+    compare(net, flat(x), terms, products)
 
 
 class Joint(nn.Module):
