@@ -691,7 +691,7 @@ def failure(op: str, backend: str, device: torch.device, precision: str = "") ->
             if verdict is None:
                 verdict = _verdicts[key] = check(op, backend, device, isa, precision)
         if verdict.reason is not None:
-            name = originals.replaced()
+            name = originals.replaced(everywhere=True)
             if name is not None:
                 # the reference was computed by it: nothing was learned, and the case runs again
                 with _lock:

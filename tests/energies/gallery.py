@@ -487,6 +487,16 @@ def replaced_tanh_in_a_net(b: Build) -> Any:
     return replaced_later(energy, torch, "tanh", Own.apply)
 
 
+@awkward("torch.square replaced between two calls, which no layer calls")
+def replaced_square(b: Build) -> Any:
+    conv, plain = b.fill(nn.Conv1d(1, 3, 3)), torch._C._VariableFunctions.square
+
+    class Own(Straight):
+        forward = staticmethod(lambda ctx, x: plain(x))
+
+    return replaced_later(lambda x: torch.square(conv(x.unsqueeze(1))).sum((1, 2)), torch, "square", Own.apply)
+
+
 @awkward("a method of tensors replaced between two calls")
 def replaced_method(b: Build) -> Any:
     first, last = b.linear(), b.linear(HIDDEN, 1)

@@ -397,7 +397,7 @@ def test_modules_as_they_are(change: str, tape: Tape, seed: int) -> None:
     assert tape.captures == 2 and out.info["op"] == "langevin_graph"
 
 
-@pytest.mark.parametrize("how", ["global hook", "function", "mode"])
+@pytest.mark.parametrize("how", ["global hook", "function", "method", "mode"])
 def test_who_watches_from_outside_sees_every_step(how: str, tape: Tape, seed: int) -> None:
     """Also where a graph is there already."""
     energy, s = net(seed), sampler(capture="auto")
@@ -419,6 +419,7 @@ def test_who_watches_from_outside_sees_every_step(how: str, tape: Tape, seed: in
     around: Any = {
         "global hook": lambda: register_module_forward_hook(lambda m, *_: seen.extend([m] * isinstance(m, nn.Tanh))),
         "function": lambda: mock.patch.object(torch, "tanh", counted),
+        "method": lambda: mock.patch.object(nn.Tanh, "forward", lambda self, x: counted(x)),
         "mode": Counting,
     }[how]()
     with around:

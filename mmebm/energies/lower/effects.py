@@ -136,7 +136,7 @@ _NORMS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
 # -- what stands around the energy
 
 
-def watchers() -> str | None:
+def watchers(*, everywhere: bool = False) -> str | None:
     """Who watches all operations or modules from outside, and would see symbols, and few calls; or which of torch's
     functions is somebody else's, who may watch, or give it a gradient of its own."""
     modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
@@ -159,7 +159,7 @@ def watchers() -> str | None:
     functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
     if functorch is not None and functorch() is not None:
         return "a transform of torch.func is under way"
-    name = originals.replaced()
+    name = originals.replaced(everywhere=everywhere)
     return None if name is None else f"{name} is not torch's own"
 
 
@@ -444,6 +444,9 @@ class Examination:
                 else:
                     self._function(item, owner)
             self._resolve_attributes()
+        name = originals.replaced_among(self._attributes)
+        if name is not None:
+            refuse(f"{name} is not torch's own")
 
     def _module(self, m: nn.Module) -> None:
         if isinstance(m, torch.jit.ScriptModule):  # has no code of Python

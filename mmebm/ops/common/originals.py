@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmebm.ops.common.untyped import TORCH
 
-__all__ = ["replaced", "replaced_in"]
+__all__ = ["replaced", "replaced_among", "replaced_in"]
 
 _EMPTY = ("empty", "new_empty")
 
@@ -37,6 +37,7 @@ class _Place:
         self.names: Sequence[str] = names or [name for name in _functions(place) if not name.startswith("_")]
         self.get: Callable[[Any], Any] = operator.itemgetter(*self.names)
         self.own: tuple[Any, ...] = self.get(self.now)
+        self.known: dict[str, Any] = dict(zip(self.names, self.own, strict=True))
         inherited = [name for name in dir(place) if not name.startswith(_EMPTY)] if isinstance(place, type) else []
         self.inherited: frozenset[str] = frozenset(inherited) - self.now.keys()
 
@@ -54,8 +55,19 @@ class _Place:
         return next((f"{self.label}.{name}" for name in self.inherited if name in self.now), None)
 
 
+def _of_layers() -> list[str]:
+    """The functions of ``torch`` that the code of its layers and of ``torch.nn.functional`` names."""
+    methods = [
+        f for kind in vars(nn).values() if isinstance(kind, type) for base in kind.__mro__ for f in vars(base).values()
+    ]
+    codes = [f.__code__ for f in (*vars(nn.functional).values(), *methods) if isinstance(f, types.FunctionType)]
+    named = {name for code in codes for name in code.co_names}
+    return [name for name in _functions(torch) if name in named]
+
+
+_TORCH: Final = _Place("torch", torch)
 _PLACES: Final = (
-    _Place("torch", torch),
+    _Place("torch", torch, _of_layers()),
     _Place("torch.nn.functional", nn.functional),
     _Place("torch.linalg", torch.linalg),
     _Place("torch.special", torch.special),
@@ -65,9 +77,17 @@ _PLACES: Final = (
 )
 
 
-def replaced() -> str | None:
-    """The name of a function of torch that is another one now, or None."""
-    return next((name for place in _PLACES if (name := place.replaced()) is not None), None)
+def replaced(*, everywhere: bool = False) -> str | None:
+    """The name of a function of torch that is another one now, or None. Of ``torch`` itself looked at are those that
+    layers call, which a chain can afford, or ``everywhere`` all."""
+    places = (_TORCH, *_PLACES) if everywhere else _PLACES
+    return next((name for place in places if (name := place.replaced()) is not None), None)
+
+
+def replaced_among(names: Iterable[str]) -> str | None:
+    """The same of the functions of ``torch`` of these names."""
+    changed = any(name in _TORCH.known and _TORCH.now.get(name) is not _TORCH.known[name] for name in names)
+    return _TORCH.replaced() if changed else None
 
 
 # What stood in a class when all of it was torch's; not of classes that are made at run time, which may come and go

@@ -148,7 +148,7 @@ class Engine:
             return "mmebm.capture.cache_size is 0"
         if getattr(self._busy, "now", False) or self.backend.capturing():
             return "inside another capture"
-        return effects.watchers()  # who would not see a replay
+        return effects.watchers(everywhere=True)  # who would not see a replay
 
     def _run(self, capture: Capture, p: Problem, tensors: list[Tensor], chain: Chain) -> Run | str:
         reason = self._options_reason(capture, p, tensors)

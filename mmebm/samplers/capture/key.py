@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmebm.introspect import MAX_DEPTH, class_parts, function_in, in_library, is_foreign, package, parts
+from mmebm.ops.common import originals
 from mmebm.ops.common.untyped import DICT, TORCH
 
 # Values that are their own key.
@@ -185,6 +186,9 @@ class Identity:
         if isinstance(m, torch.jit.ScriptModule):
             self.refuse(f"{type(m).__name__} hides its tensors")
             return
+        replaced = originals.replaced_in(type(m))
+        if replaced is not None:
+            self.refuse(f"{replaced} is not torch's own")
         for name, value in m.__dict__.items():
             if name == "_buffers":
                 self.buffers.extend((value, key) for key in value)
