@@ -84,6 +84,7 @@ from mmebm.kernels.rule import (
     NORM,
     NORM_CLIP,
     OBSERVED,
+    OLD,
     bounded,
     clip,
     constant_of,
@@ -884,14 +885,15 @@ def _plan(
 
 
 _CODES_OF_PRECISION: Final = {"fp32": "ieee", "tf32x3": "tf32x3", "bf16": "rounded" if _INTERPRETED else "bf16"}
+_BROAD: Final = 64 if OLD else 128  # columns; broader ones spill
 _ALONE: Final = Tile(1, 128, 32, 4, 1)
 _ALONE_DOT: Final = Tile(1, 128, 32, 4, 2)  # where the pipeline fetches for tl.dot
 # By precision: a chain a program, few chains, and many. The table of tests/ops/langevin_mlp/test_triton_compile.py and
 # docs/kernels.md say why these.
 TILES: Final = {
-    "fp32": (_ALONE, Tile(8, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
-    "tf32x3": (_ALONE, Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
-    "bf16": (_ALONE_DOT, Tile(16, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3)),
+    "fp32": (_ALONE, Tile(8, _BROAD, 32, 8, 3), Tile(32, _BROAD, 32, 8, 3)),
+    "tf32x3": (_ALONE, Tile(16, _BROAD, 32, 8, 3), Tile(32, _BROAD, 32, 8, 3)),
+    "bf16": (_ALONE_DOT, Tile(16, _BROAD, 32, 8, 3), Tile(32, _BROAD, 32, 8, 3)),
 }
 _FEW: Final = 128  # programs of one chain: no more than there are multiprocessors, as each reads all weights
 _MANY: Final = 256  # programs that fill a device

@@ -45,6 +45,7 @@ from mmebm.kernels.rule import (
     NORM,
     NORM_CLIP,
     OBSERVED,
+    OLD,
     bounded,
     clip,
     constant_of,
@@ -72,7 +73,7 @@ __all__ = [
 
 # The tiles of a product: (outputs, positions) by the number of outputs; the sum runs over DEPTH at a time. The tables
 # of tests/ops/net/test_triton_compile.py say why these.
-TILES: Final = {16: (16, 128), 32: (32, 128), 64: (64, 64)}
+TILES: Final = {16: (16, 128), **({32: (32, 64)} if OLD else {32: (32, 128), 64: (64, 64)})}
 DEPTH: Final = 32
 WARPS: Final = {"product": 8, "others": 4}  # of 32 threads
 # Elements of a program of the others; (outputs, terms of each at a time) of a gather by its number of terms

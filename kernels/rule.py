@@ -21,6 +21,9 @@ import triton.language as tl
 
 from mmebm.ops.common.params import FIELDS
 
+# Triton 3.6, whose code needs more registers: wide tiles would spill (docs/kernels.md)
+OLD: Final = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
 __all__ = [
     "BEFORE",
     "BOUNDS",
@@ -40,6 +43,7 @@ __all__ = [
     "NORM",
     "NORM_CLIP",
     "OBSERVED",
+    "OLD",
     "PRIOR",
     "PRIOR_STD",
     "STEP_SIZE",

@@ -133,7 +133,7 @@ def test_equal_or_refused(name: str, path: str, seed: int) -> None:
         assert str(caught.value), error
         return
     rough = []
-    for trial in range(2):
+    for trial in range(6 if entry.own_dtype else 2):  # a truth in float32 errs as they do: more of them (seed 43000146)
         case = entry.build(torch.float32, seed)
         torch.manual_seed(seed)
         rough.append(by_hand(case, torch.float32, path, jitter=2 * trial))

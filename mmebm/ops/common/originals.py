@@ -43,7 +43,8 @@ class _Place:
 
     def replaced(self) -> str | None:
         try:
-            if self.get(self.now) == self.own and self.inherited.isdisjoint(self.now):  # at the speed of C
+            # at the speed of C; what a set is compared with is looked through, also for an empty one
+            if self.get(self.now) == self.own and (not self.inherited or self.inherited.isdisjoint(self.now)):
                 return None
         except KeyError as error:
             return f"{self.label}.{error.args[0]}"

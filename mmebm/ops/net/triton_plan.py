@@ -255,7 +255,7 @@ class _Planner:
         cells = math.prod(
             -(-sizes[name] // s) if spread else sizes[name] for name, s in zip(("OH", "OW"), stride, strict=True)
         )
-        block, positions = kernels.TILES[min(64, max(16, 1 << (n - 1).bit_length()))]
+        block, positions = kernels.TILES[min(max(kernels.TILES), max(16, 1 << (n - 1).bit_length()))]
         tiles = -(-(cells if update is not None else self.chains * cells) // positions)
         blocks = groups * -(-n // block)
         period = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
