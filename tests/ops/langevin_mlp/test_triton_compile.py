@@ -227,5 +227,5 @@ def test_the_tile_is_one_of_three() -> None:
         ]
         assert sizes == [{alone}, {few}] and room.tile_of(256 * few.chains + 1, precision) == many
         assert dataclasses.replace(many, chains=few.chains) == few
-        # scratch, columns and padding are the same
-        assert (alone.outputs, alone.depth) == (few.outputs, few.depth)
+        # padding is the same, and but for Triton 3.6 columns are
+        assert alone.depth == few.depth and (room.OLD or alone.outputs == few.outputs)
