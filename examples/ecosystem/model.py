@@ -6,6 +6,11 @@ import argparse
 from pathlib import Path
 
 import torch
+
+# Before there is a process group: PyTorch imports it later otherwise, when the defaults of its functions would hold the
+# group, and Gloo's threads, for ever. One that is still busy as Python ends aborts the process (pytorch issue 190489).
+# For the same reason each script lets go of its wrapped network before it leaves the group.
+import torch.distributed.nn
 from torch import Tensor, nn
 
 import mmebm

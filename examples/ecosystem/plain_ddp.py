@@ -5,6 +5,7 @@ Without the launcher it is one process, and learns the same.
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
@@ -16,10 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import mmebm
 
 
-def main() -> None:
-    o = options(__doc__ or "")
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+def train(o: argparse.Namespace) -> None:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     examples = data(o.batch * o.iterations)
     share = DistributedSampler(examples, world, rank, shuffle=False)  # pyright: ignore[reportArgumentType]
@@ -40,6 +38,13 @@ def main() -> None:
         print(f"{world} processes, {iteration + 1} iterations")
         if o.out is not None:
             torch.save(net.state_dict(), o.out)
+
+
+def main() -> None:
+    o = options(__doc__ or "")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    train(o)
     if dist.is_initialized():
         dist.destroy_process_group()
 

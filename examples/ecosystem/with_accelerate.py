@@ -31,6 +31,7 @@ def main() -> None:
         print(f"{accelerator.num_processes} processes, {iteration + 1} iterations")
         if o.out is not None:
             torch.save(accelerator.unwrap_model(model).state_dict(), o.out)
+    model, optimiser, loader = accelerator.free_memory(model, optimiser, loader)
     accelerator.end_training()
 
 

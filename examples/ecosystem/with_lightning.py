@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from model import data, energy, loss, options, revised
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -68,6 +69,8 @@ def main() -> None:
         print(f"{trainer.world_size} processes, {trainer.global_step} iterations")
         if o.out is not None:
             torch.save(model.energy.state_dict(), o.out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

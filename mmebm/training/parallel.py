@@ -8,6 +8,7 @@ training run on two processes is another run than on one, while samples of the s
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,12 +112,15 @@ def start(device: torch.device) -> Processes:
             if device.index is not None:
                 raise ValueError(f"each process has a GPU of its own: use --device cuda, not {device}")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Before there is a group: imported later, as PyTorch itself does, its functions' defaults hold the group for
+        # ever, and with it Gloo's threads. One that is still busy as Python ends aborts the process.
+        importlib.import_module("torch.distributed.nn")
         # tensors of a GPU go by NCCL, those on the CPU by Gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Processes.here()
 
 
 def finish() -> None:
-    """Leaves the process group, where there is one."""
+    """Leaves the process group, where there is one, and waits for its threads to end."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

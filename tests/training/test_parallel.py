@@ -112,6 +112,12 @@ def test_all_stop_after_the_same_iteration(both: list[dict[str, Any]]) -> None:
     assert both[0]["stopped"] == both[1]["stopped"] == [7, 15, 7]
 
 
+def test_no_thread_of_the_group_stays(both: list[dict[str, Any]]) -> None:
+    """One of Gloo's that is busy as Python ends aborts the process."""
+    for one in both:
+        assert not [name for name in one["threads"] if "gloo" in name]
+
+
 def test_negatives_come_from_all_processes(both: list[dict[str, Any]]) -> None:
     """The third to fifth nearest of all nine rows, which are the own one and its neighbours by number."""
     seen = set()

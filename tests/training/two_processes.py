@@ -69,5 +69,6 @@ term = ShuffledTuples(ShuffledTuplesConfig(kind="hard", same=0.2, near=0.3), pro
 out["hard"] = [term.hard(Means(), {"a": numbers, "b": numbers}, rng) for _ in range(50)]
 out["uniform"] = [term.uniform({"a": numbers, "b": numbers}, rng) for _ in range(50)]
 
-torch.save(out, folder / f"{processes.rank}.pt")
 parallel.finish()
+out["threads"] = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+torch.save(out, folder / f"{processes.rank}.pt")
