@@ -55,6 +55,8 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
+# csrc/net's once more: AVX-512 for batches of 8
+NARROW_FLAGS = {"narrow": [*ISA_FLAGS["avx512"], "-DMMEBM_NARROW"]}
 SWITCHES = {"mmebm._cpu": "MMEBM_BUILD_CPU", "mmebm._cuda": "MMEBM_BUILD_CUDA"}
 
 
@@ -273,7 +275,8 @@ class BuildExtensions(build_ext):
         rule(f"cxx{tag}", cxx)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         isas = ISA_FLAGS if x86 else {"generic": []}
-        for isa, flags in isas.items():
+        narrow = NARROW_FLAGS if x86 else {}
+        for isa, flags in {**isas, **narrow}.items():
             rule(f"kernel{tag}_{isa}", [*tools.cxx, f"-DMMEBM_ISA={isa}", *flags, *cxx[len(tools.cxx) :]])
         if tools.nvcc:
             host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-math-errno,-Wall"]
@@ -291,7 +294,8 @@ class BuildExtensions(build_ext):
             kind = "nvcc" if source.endswith(".cu") else "cxx"
             rules = {f"{source}.o": f"{kind}{tag}"}
             if source.endswith("_kernel.cpp"):
-                rules = {f"{source}.{isa}.o": f"kernel{tag}_{isa}" for isa in isas}
+                names = {**isas, **narrow} if source.startswith("csrc/net/") else isas
+                rules = {f"{source}.{isa}.o": f"kernel{tag}_{isa}" for isa in names}
             for built, name in rules.items():
                 objects.append(ninja_path(work / tag / built))
                 lines.append(f"build {objects[-1]}: {name} {ninja_path(ROOT / source)}")

@@ -1,5 +1,6 @@
 // The few vector operations that the kernels of the CPU ops are written in, for the instruction set of the including file:
-// 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, or plain GCC/Clang vectors on other processors).
+// 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, or plain GCC/Clang vectors on other processors). With MMEBM_NARROW they
+// are 8 with AVX-512 too: its registers hold two rows of a small batch then (net/cpu_kernel.cpp).
 //
 // Everything is in an unnamed namespace and nothing comes from std::, see isa.h. `max` and `min` return their second
 // operand where one is NaN (the x86 rule), which is what makes `clamp` keep a NaN.
@@ -24,7 +25,7 @@ namespace {
 
 #define MMEBM_INLINE static inline __attribute__((always_inline, unused))
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(MMEBM_NARROW)
 
 constexpr int W = 16;
 using F = __m512;

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -30,24 +31,44 @@ constexpr double SECOND_LEVEL = 50.0;
 // AVX2 and 7 with AVX-512 on an EPYC, 13 on Sapphire Rapids. From 5 to 12 the chains of benchmarks/bench_net_chain.py
 // changed by no more than 4 %, but for the residual one with AVX2, which took 13 % more with 12.
 constexpr int64_t TRANSFORM = 8;
+// Weights that are worth another thread's while: some 50 microseconds of packing.
+constexpr int64_t SHARED_WEIGHTS = 1 << 16;
 // Rows of a chunk of tiles at their points: what a second-level cache of 512 KB has room for beside the weights.
 constexpr int64_t CHUNK = 2048;
 
-// Zeros that begin a cache line. Of so much memory calloc() gives pages that are zero until they are written to.
+// Zeros that begin a cache line, in the last call's memory where it is large enough: pages that are new each time take
+// longer than two steps of 8 chains.
 class Zeros {
  public:
-  explicit Zeros(int64_t n) : memory_(calloc(static_cast<size_t>(n) + LINE, sizeof(float)), free) {
-    if (!memory_) throw std::bad_alloc();
+  explicit Zeros(int64_t n) : block_(last_.exchange(nullptr)) {
+    const size_t bytes = static_cast<size_t>(n) * sizeof(float) + LINE;
+    if (block_ && block_->bytes >= bytes) {
+      memset(data(), 0, bytes - LINE);
+      return;
+    }
+    block_.reset();
+    block_.reset(new Block{bytes, {calloc(bytes, 1), free}});
+    if (!block_->memory) throw std::bad_alloc();
+  }
+  Zeros(const Zeros&) = delete;
+  ~Zeros() {
+    if (block_->bytes <= KEPT) delete last_.exchange(block_.release());
   }
   float* data() const {
-    const uintptr_t line = LINE * sizeof(float);
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + line - 1) / line * line);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(block_->memory.get()) + LINE - 1) / LINE * LINE);
   }
 
  private:
-  static constexpr size_t LINE = 64 / sizeof(float);
-  std::unique_ptr<void, void (*)(void*)> memory_;
+  struct Block {
+    size_t bytes;
+    std::unique_ptr<void, void (*)(void*)> memory;
+  };
+  static constexpr size_t LINE = 64, KEPT = size_t{64} << 20;
+  static std::atomic<Block*> last_;
+  std::unique_ptr<Block> block_;
 };
+
+std::atomic<Zeros::Block*> Zeros::last_{nullptr};
 
 [[noreturn]] void refuse(const char* what) { throw std::invalid_argument(what); }
 
@@ -96,6 +117,12 @@ class Planner {
   }
 
   const NetPlan& plan() const { return plan_; }
+
+  // Packs the weights, which no tile may run before.
+  void pack_weights(int threads) const {
+    const auto one = [this](int64_t i) { packing_[static_cast<size_t>(i)](); };
+    for_each_tile(static_cast<int64_t>(packing_.size()), weights_ < SHARED_WEIGHTS ? 1 : threads, one);
+  }
 
  private:
   // -- nodes: views go, layouts are chosen, relayouts come in
@@ -486,6 +513,8 @@ class Planner {
     return rows;
   }
 
+  int64_t registers_of(int64_t positions) const { return (positions + loops_.together - 1) / loops_.together; }
+
   // The block of positions x outputs that costs least: products, loads and broadcasts two a cycle, the sums' latency,
   // and what comes from the second-level cache because it does not fit into the first.
   void choose_block(NetPass& pass) const {
@@ -494,10 +523,10 @@ class Planner {
     };
     const int64_t weights = pass.outputs * pass.depth * static_cast<int64_t>(sizeof(float));
     double least = 1e300;
-    for (int32_t p = 1; p <= loops_.positions; ++p) {
+    for (int64_t p = 1; p <= loops_.most_registers * loops_.together; ++p) {
       const int64_t read = touched(pass, p) * loops_.lanes * static_cast<int64_t>(sizeof(float));
       const double rows = from_second(read, read);
-      for (int32_t j = 1; j <= loops_.outputs && p * j <= loops_.registers; ++j) {
+      for (int64_t j = 1; j <= loops_.most_outputs && registers_of(p) * j <= loops_.registers; ++j) {
         const NetSplit ps = NetSplit::of(pass.positions, p), js = NetSplit::of(pass.outputs, j);
         double cost = 0.0;
         for (int big_p = 0; big_p < 2; ++big_p) {
@@ -505,7 +534,7 @@ class Planner {
             const int64_t tall = big_p ? ps.larger : ps.parts - ps.larger;
             const int64_t broad = big_j ? js.larger : js.parts - js.larger;
             const double np = static_cast<double>(ps.size + big_p), nj = static_cast<double>(js.size + big_j);
-            const double row = std::max({np * nj / 2, (np + nj) / 2, 4.0});
+            const double row = std::max({static_cast<double>(registers_of(ps.size + big_p)) * nj / 2, (np + nj) / 2, 4.0});
             const double packed = from_second(weights * (js.size + big_j) / pass.outputs, weights);
             cost += static_cast<double>(tall * broad) *
                     (static_cast<double>(pass.depth) * row + 2 * np * nj + 16 + rows + packed);
@@ -520,20 +549,39 @@ class Planner {
     }
   }
 
-  // Weight of output j and depth k: weight[outputs[j] + depth[k]]; the bias of output j: bias[biases[j]].
-  void add_pass(std::vector<NetPass>& passes, NetPass pass, const std::vector<int64_t>& rows, const float* weight,
-                const std::vector<int64_t>& outputs, const std::vector<int64_t>& depth, const float* bias,
-                const std::vector<int64_t>& biases) {
+  // Weight of output j and depth k: weight[outputs[j] + depth[k]]; the bias of output j: bias[biases[j]]. Where the
+  // weights are packed, which is a job for later or, without `weight`, for the caller.
+  float* add_pass(std::vector<NetPass>& passes, NetPass pass, const std::vector<int64_t>& rows, const float* weight,
+                  std::vector<int64_t> outputs, std::vector<int64_t> depth, const float* bias,
+                  const std::vector<int64_t>& biases) {
     std::vector<NetSegment> segments = segments_of(rows);
     pass.segment_count = static_cast<int64_t>(segments.size());
     pass.segments = own(segments_, std::move(segments));
     pass.outputs = static_cast<int64_t>(outputs.size());
     pass.depth = static_cast<int64_t>(depth.size());
-    if (pass.positions == 0 || pass.outputs == 0) return;
+    if (pass.positions == 0 || pass.outputs == 0) return nullptr;
     if (pass.block_positions == 0) choose_block(pass);
-    std::vector<float> packed(static_cast<size_t>(pass.outputs * pass.depth));
-    const NetSplit split = NetSplit::of(pass.outputs, pass.block_outputs);
-    float* to = packed.data();
+    // one more, for they may be read two at a time
+    float* const packed = own(numbers_, std::vector<float>(static_cast<size_t>(pass.outputs * pass.depth) + 1));
+    pass.weight = packed;
+    weights_ += pass.outputs * pass.depth;
+    if (weight) {
+      const NetSplit split = NetSplit::of(pass.outputs, pass.block_outputs);
+      packing_.push_back([=, outputs = std::move(outputs), depth = std::move(depth)] {
+        pack(packed, weight, outputs, depth, split);
+      });
+    }
+    if (bias) {
+      std::vector<float> own_bias;
+      for (const int64_t j : biases) own_bias.push_back(bias[j]);
+      pass.bias = own(numbers_, std::move(own_bias));
+    }
+    passes.push_back(pass);
+    return packed;
+  }
+
+  static void pack(float* to, const float* weight, const std::vector<int64_t>& outputs,
+                   const std::vector<int64_t>& depth, const NetSplit& split) {
     for (int64_t i = 0, j = 0; i < split.parts; j += split.part(i), ++i) {
       const int64_t count = split.part(i);
       const float* from[16];
@@ -551,13 +599,6 @@ class Planner {
         to += count;
       }
     }
-    pass.weight = own(numbers_, std::move(packed));
-    if (bias) {
-      std::vector<float> own_bias;
-      for (const int64_t j : biases) own_bias.push_back(bias[j]);
-      pass.bias = own(numbers_, std::move(own_bias));
-    }
-    passes.push_back(pass);
   }
 
   // The outputs of a convolution, or one class of them modulo the stride: the rows where the first reads and writes, and
@@ -690,9 +731,10 @@ class Planner {
     for (const Cut& y : cut(grid.height, w.taps)) {
       for (const Cut& x : cut(grid.width, w.taps)) kinds.push_back(tiles_of(w, grid, y, x));
     }
-    const auto at_points = kernels_at_points(kinds, ys, xs, weights);
-    for (size_t i = 0; i < kinds.size(); ++i) add_points(kinds[i], at_points[i]);
+    std::vector<std::vector<float*>> packed;
+    for (NetWinograd& kind : kinds) packed.push_back(add_points(kind));
     tiles.insert(tiles.end(), kinds.begin(), kinds.end());
+    packing_.push_back([=, kinds = std::move(kinds)] { pack_at_points(kinds, packed, ys, xs, weights); });
   }
 
   NetWinograd tiles_of(NetWinograd w, const Grid& grid, const Cut& rows, const Cut& columns) {
@@ -718,15 +760,12 @@ class Planner {
     return w;
   }
 
-  // The pass of each point, from the kernels there.
-  void add_points(NetWinograd& w, const std::vector<std::vector<float>>& kernels) {
-    std::vector<int64_t> read, depth, outputs;
+  // The pass of each point; where its weights are to be.
+  std::vector<float*> add_points(NetWinograd& w) {
+    std::vector<int64_t> read;
     std::vector<int32_t> starts[2];
-    for (int64_t i = 0; i < w.inputs(); ++i) {
-      read.push_back(i);
-      depth.push_back(i * w.outputs);
-    }
-    for (int64_t j = 0; j < w.outputs; ++j) outputs.push_back(j);
+    for (int64_t i = 0; i < w.inputs(); ++i) read.push_back(i);
+    const std::vector<int64_t> outputs(static_cast<size_t>(w.outputs));
     for (int64_t t = 0; t < w.chunk; ++t) {
       starts[0].push_back(static_cast<int32_t>(t * w.inputs()));
       starts[1].push_back(static_cast<int32_t>(t * w.outputs));
@@ -736,13 +775,15 @@ class Planner {
     pass.from = own(positions_, std::move(starts[0]));
     pass.to = own(positions_, std::move(starts[1]));
     std::vector<NetPass> passes;
-    for (const std::vector<float>& weight : kernels) {
-      pass.in = static_cast<int64_t>(passes.size()) * w.in_point;
-      add_pass(passes, pass, read, weight.data(), outputs, depth, nullptr, {});
+    std::vector<float*> packed;
+    for (int64_t f = 0; f < w.point_count(); ++f) {
+      pass.in = f * w.in_point;
+      packed.push_back(add_pass(passes, pass, read, nullptr, outputs, read, nullptr, {}));
       pass.block_positions = passes[0].block_positions;  // of all the same
       pass.block_outputs = passes[0].block_outputs;
     }
     w.points = own(passes_, std::move(passes));
+    return packed;
   }
 
   // The rows inside a value's border, line by line, with the row-major element each holds.
@@ -1096,8 +1137,9 @@ class Planner {
   std::deque<std::vector<NetRun>> runs_;
   std::deque<std::vector<NetTerm>> terms_;
   std::deque<std::vector<NetRead>> reads_;
+  std::vector<std::function<void()>> packing_;
   NetPlan plan_;
-  int64_t rows_ = 0;
+  int64_t rows_ = 0, weights_ = 0;
   int32_t last_ = 0;
 };
 
@@ -1107,8 +1149,9 @@ struct Part {
   int64_t first, count;
 };
 
-// A tile of 8 chains takes about so much of the time of one of 16: an estimate, not a measurement.
-constexpr double NARROW = 0.6;
+// A tile of 8 chains takes about so much of the time of one of 16: .64 to .69 for the nets of
+// benchmarks/bench_net_chain.py on an EPYC (Zen 5).
+constexpr double NARROW = 0.67;
 
 // Wide vectors, and narrow ones for a rest of the batch that fits into them or where there are more threads than tiles.
 std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
@@ -1116,7 +1159,7 @@ std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
   const int64_t tiles = (chains + wide.lanes - 1) / wide.lanes;
 #if defined(MMEBM_X86)
   if (isa == Isa::avx512) {
-    const NetLoops& narrow = net_loops_avx2;  // bit for bit the same
+    const NetLoops& narrow = net_loops_narrow;  // bit for bit the same
     const int64_t halves = (chains + narrow.lanes - 1) / narrow.lanes;
     const auto turns = [threads](int64_t count) { return static_cast<double>((count + threads - 1) / threads); };
     if (turns(halves) * NARROW < turns(tiles)) return {{&narrow, 0, halves}};
@@ -1154,24 +1197,31 @@ void run_net(ChainJob job, const std::vector<NetSpec>& nodes, Isa isa, int threa
   std::deque<Planner> planners;
   int64_t total = 0, size = 0, scratch = 0;
   for (const Part& part : parts) {
-    const NetPlan& plan = planners.emplace_back(job, nodes, *part.loops, members).plan();
+    const Planner& planner = planners.emplace_back(job, nodes, *part.loops, members);
+    planner.pack_weights(threads);
+    const NetPlan& plan = planner.plan();
     total += part.count;
     size = std::max(size, plan.rows * part.loops->lanes);
     scratch = std::max(scratch, plan.scratch * part.loops->lanes);
   }
   threads = static_cast<int>(std::clamp<int64_t>(total * members, 1, std::max(threads, 1)));
-  const Zeros arenas(size * std::min<int64_t>(threads, total)), scratches(scratch * threads);
+  const int64_t lines = 64 / sizeof(float) - 1;  // a cache's
+  size = (size + lines) & ~lines;
+  scratch = (scratch + lines) & ~lines;
+  const int64_t arenas = std::min<int64_t>(threads, total);
+  const Zeros zeros(size * arenas + scratch * threads);
+  float* const scratches = zeros.data() + size * arenas;
   const std::unique_ptr<Team[]> teams(new Team[static_cast<size_t>(total)]);
   std::atomic<int64_t> next{0}, leaders{0}, present{0};
   on_threads(threads, [&] {
-    float *const own = scratches.data() + present.fetch_add(1) * scratch, *arena = nullptr;
+    float *const own = scratches + present.fetch_add(1) * scratch, *arena = nullptr;
     size_t before = 0;  // the part that the arena was used for
     for (int64_t tile; (tile = next.fetch_add(1)) < total;) {
       int64_t at = tile;
       size_t i = 0;
       for (; at >= parts[i].count; ++i) at -= parts[i].count;
       if (!arena) {
-        arena = arenas.data() + leaders.fetch_add(1) * size;
+        arena = zeros.data() + leaders.fetch_add(1) * size;
       } else if (before != i) {  // else borders are as they were: zero
         memset(arena, 0, sizeof(float) * static_cast<size_t>(size));
       }

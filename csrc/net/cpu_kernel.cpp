@@ -5,7 +5,7 @@
 // batch is split, and AVX2 and AVX-512 agree bit for bit.
 //
 // The micro-kernel keeps P positions x J outputs of sums in registers: per row of depth P loads and J broadcasts for
-// P J products. What differs between a convolution, its gradient, a transposed one and a linear layer is only which rows
+// P J products, or half as many of them where 8 chains leave room for two positions in a register (MMEBM_NARROW). What differs between a convolution, its gradient, a transposed one and a linear layer is only which rows
 // belong to a position (NetPass). The activation follows while the block is in the first-level cache, and leaves its
 // derivative beside the value; the backward pass takes it into account where it stores (through).
 #include <cstdint>
@@ -19,9 +19,9 @@ namespace mmebm {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int REGISTERS = 24, MOST_POSITIONS = 8, MOST_OUTPUTS = 16;
+constexpr int REGISTERS = 24, MOST_REGISTERS = 8, MOST_OUTPUTS = 16;
 #else
-constexpr int REGISTERS = 12, MOST_POSITIONS = 6, MOST_OUTPUTS = 12;
+constexpr int REGISTERS = 12, MOST_REGISTERS = 6, MOST_OUTPUTS = 12;
 #endif
 
 // --------------------------------------------------------------------------------------------------------- micro-kernel
@@ -34,11 +34,35 @@ struct Into {
 };
 
 using Block = void (*)(const NetPass& pass, const float* in, const int32_t* from, const float* weight,
-                       const float* bias, const Into& into, const int32_t* to);
+                       const float* bias, const Into& into, const int32_t* to, int64_t count);
+
+// What a register of the micro-kernel holds: a row of one position, or those of two where a row fills half of it.
+#if defined(MMEBM_NARROW)
+constexpr int TOGETHER = 2;
+using Register = __m512;
+MMEBM_INLINE Register set_rows(float v) { return _mm512_set1_ps(v); }
+MMEBM_INLINE Register load_rows(const float* const* at, int64_t i) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(load(at[0] + i)), load(at[1] + i), 1);
+}
+// By way of memory: what else touches a row needs one of the first 16 registers, and the compiler would keep all sums there.
+MMEBM_INLINE F row_of(Register v, int which) {
+  float both[2 * W];
+  _mm512_storeu_ps(both, v);
+  return load(both + which * W);
+}
+MMEBM_INLINE Register multiply_add(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }
+#else
+constexpr int TOGETHER = 1;
+using Register = F;
+MMEBM_INLINE Register set_rows(float v) { return setf(v); }
+MMEBM_INLINE Register load_rows(const float* const* at, int64_t i) { return load(at[0] + i); }
+MMEBM_INLINE F row_of(Register v, int) { return v; }
+MMEBM_INLINE Register multiply_add(Register a, Register b, Register c) { return fma(a, b, c); }
+#endif
 
 // Into a register: a compiler would rather load it anew for each product that it is a factor of, and there are two loads
 // a cycle.
-MMEBM_INLINE F held(F x) {
+MMEBM_INLINE Register held(Register x) {
 #if defined(MMEBM_X86)
   asm("" : "+v"(x));
 #endif
@@ -49,18 +73,24 @@ MMEBM_INLINE F held(F x) {
 // numbers ahead they are on their way.
 constexpr int64_t AHEAD = 1024;
 
-template <int P, int J>
+// R registers of positions and J outputs; `count` positions, which may leave a half of the last register unused.
+template <int R, int J>
 void block(const NetPass& pass, const float* in, const int32_t* from, const float* weight, const float* bias,
-           const Into& into, const int32_t* to) {
-  F sum[P][J];
+           const Into& into, const int32_t* to, int64_t count) {
+  constexpr int P = R * TOGETHER;
+  Register sum[R][J];
   const float* at[P];
   float before[P * J * W];
   bool parts = false;
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
-    at[p] = in + static_cast<int64_t>(from[p]) * W;
+    const bool unused = TOGETHER > 1 && p == P - 1 && count < P;
+    at[p] = in + static_cast<int64_t>(from[unused ? p - 1 : p]) * W;
+  }
 #pragma GCC unroll 16
-    for (int j = 0; j < J; ++j) sum[p][j] = setf(bias ? bias[j] : 0.0f);
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) sum[r][j] = set_rows(bias ? bias[j] : 0.0f);
   }
   for (int64_t s = 0; s < pass.segment_count; ++s) {
     const NetSegment& segment = pass.segments[s];
@@ -70,9 +100,14 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
 #pragma GCC unroll 16
         for (int j = 0; j < J; ++j) {
           float* const old = before + (p * J + j) * W;
-          store(old, parts ? add(load(old), sum[p][j]) : sum[p][j]);
-          sum[p][j] = setf(0.0f);
+          const F here = row_of(sum[p / TOGETHER][j], p % TOGETHER);
+          store(old, parts ? add(load(old), here) : here);
         }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) sum[r][j] = set_rows(0.0f);
       }
       parts = true;
     }
@@ -80,35 +115,36 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
     for (int64_t i = begin; i < end; i += W, weight += J) {
       __builtin_prefetch(weight + AHEAD);
       // the fewer of the two stay in registers
-      if constexpr (P < J) {
-        F x[P];
+      if constexpr (R < J) {
+        Register x[R];
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) x[p] = held(load(at[p] + i));
+        for (int r = 0; r < R; ++r) x[r] = held(load_rows(at + r * TOGETHER, i));
 #pragma GCC unroll 16
         for (int j = 0; j < J; ++j) {
-          const F w = held(setf(weight[j]));
+          const Register w = held(set_rows(weight[j]));
 #pragma GCC unroll 16
-          for (int p = 0; p < P; ++p) sum[p][j] = fma(w, x[p], sum[p][j]);
+          for (int r = 0; r < R; ++r) sum[r][j] = multiply_add(w, x[r], sum[r][j]);
         }
       } else {
-        F w[J];
+        Register w[J];
 #pragma GCC unroll 16
-        for (int j = 0; j < J; ++j) w[j] = held(setf(weight[j]));
+        for (int j = 0; j < J; ++j) w[j] = held(set_rows(weight[j]));
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) {
-          const F x = held(load(at[p] + i));
+        for (int r = 0; r < R; ++r) {
+          const Register x = held(load_rows(at + r * TOGETHER, i));
 #pragma GCC unroll 16
-          for (int j = 0; j < J; ++j) sum[p][j] = fma(w[j], x, sum[p][j]);
+          for (int j = 0; j < J; ++j) sum[r][j] = multiply_add(w[j], x, sum[r][j]);
         }
       }
     }
   }
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
+    if (TOGETHER > 1 && p == count) return;
     const int64_t begin = static_cast<int64_t>(to[p]) * W;
 #pragma GCC unroll 16
     for (int j = 0; j < J; ++j) {
-      F v = sum[p][j];
+      F v = row_of(sum[p / TOGETHER][j], p % TOGETHER);
       if (parts) v = add(load(before + (p * J + j) * W), v);
       if (!into.store) v = add(load(into.out + begin + j * W), v);
       if (into.factor) v = through(v, load(into.factor + begin + j * W));
@@ -117,17 +153,77 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
   }
 }
 
+#if defined(MMEBM_NARROW)
+// A single position and J outputs, two of which share a register, lane by lane: weights are read two at a time then.
+template <int J>
+void single(const NetPass& pass, const float* in, const int32_t* from, const float* weight, const float* bias,
+            const Into& into, const int32_t* to, int64_t) {
+  constexpr int PAIRS = (J + 1) / 2;
+  const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const __m512i apart = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const float* const at = in + static_cast<int64_t>(from[0]) * W;
+  const auto two = [](const float* p) {
+    double both;
+    memcpy(&both, p, sizeof both);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+  };
+  float own[2 * PAIRS] = {}, before[2 * PAIRS * W] = {};
+  if (bias) memcpy(own, bias, sizeof(float) * J);
+  Register sum[PAIRS];
+#pragma GCC unroll 16
+  for (int k = 0; k < PAIRS; ++k) sum[k] = two(own + 2 * k);
+  bool parts = false;
+  for (int64_t s = 0; s < pass.segment_count; ++s) {
+    const NetSegment& segment = pass.segments[s];
+    if (segment.part) {
+#pragma GCC unroll 16
+      for (int k = 0; k < PAIRS; ++k) {
+        float* const old = before + 2 * k * W;
+        _mm512_storeu_ps(old, parts ? _mm512_add_ps(_mm512_loadu_ps(old), sum[k]) : sum[k]);
+        sum[k] = set_rows(0.0f);
+      }
+      parts = true;
+    }
+    const int64_t begin = segment.offset * W, end = begin + segment.length * int64_t{W};
+    for (int64_t i = begin; i < end; i += W, weight += J) {
+      __builtin_prefetch(weight + AHEAD);
+      const Register x = held(_mm512_permutexvar_ps(twice, _mm512_castps256_ps512(load(at + i))));
+#pragma GCC unroll 16
+      for (int k = 0; k < PAIRS; ++k) sum[k] = multiply_add(held(two(weight + 2 * k)), x, sum[k]);
+    }
+  }
+  const int64_t begin = static_cast<int64_t>(to[0]) * W;
+#pragma GCC unroll 16
+  for (int k = 0; k < PAIRS; ++k) {
+    if (parts) sum[k] = _mm512_add_ps(_mm512_loadu_ps(before + 2 * k * W), sum[k]);
+    const Register rows = _mm512_permutexvar_ps(apart, sum[k]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int j = 2 * k + half;
+      if (j == J) break;
+      F v = row_of(rows, half);
+      if (!into.store) v = add(load(into.out + begin + j * W), v);
+      if (into.factor) v = through(v, load(into.factor + begin + j * W));
+      store(into.out + begin + j * W, v);
+    }
+  }
+}
+#endif
+
 struct Blocks {
-  Block of[MOST_POSITIONS + 1][MOST_OUTPUTS + 1];
+  Block of[MOST_REGISTERS + 1][MOST_OUTPUTS + 1];  // registers of positions, outputs; 0 registers: a single position
 };
 
-template <int P, int J>
+template <int R, int J>
 constexpr void fill(Blocks& table) {
-  if constexpr (P * J <= REGISTERS) table.of[P][J] = block<P, J>;
+  if constexpr (R * J <= REGISTERS) table.of[R][J] = block<R, J>;
+#if defined(MMEBM_NARROW)
+  if constexpr (R == 1) table.of[0][J] = single<J>;
+#endif
   if constexpr (J < MOST_OUTPUTS) {
-    fill<P, J + 1>(table);
-  } else if constexpr (P < MOST_POSITIONS) {
-    fill<P + 1, 1>(table);
+    fill<R, J + 1>(table);
+  } else if constexpr (R < MOST_REGISTERS) {
+    fill<R + 1, 1>(table);
   }
 }
 
@@ -138,6 +234,11 @@ constexpr Blocks blocks() {
 }
 
 constexpr Blocks BLOCKS = blocks();
+
+// Where in the table a number of positions is.
+MMEBM_INLINE int64_t registers_of(int64_t count) {
+  return TOGETHER > 1 && count == 1 ? 0 : (count + TOGETHER - 1) / TOGETHER;
+}
 
 // What threads share of a pass: blocks of positions, or of outputs where there is but one of positions.
 struct Units {
@@ -167,8 +268,8 @@ void run_pass(const NetPass& pass, const float* base, Into into, const After& af
     for (int64_t k = left; k < right; ++k) {
       const int64_t n = outputs.part(k);
       const Into here = {into.out + j * W, into.factor ? into.factor + j * W : nullptr, into.store};
-      BLOCKS.of[count][n](pass, in, pass.from + begin, weight, pass.bias ? pass.bias + j : nullptr, here,
-                          pass.to + begin);
+      BLOCKS.of[registers_of(count)][n](pass, in, pass.from + begin, weight, pass.bias ? pass.bias + j : nullptr, here,
+                                        pass.to + begin, count);
       weight += n * pass.depth;
       j += n;
     }
@@ -806,6 +907,6 @@ void tile(const ChainJob& job, const NetPlan& plan, int64_t first, const NetRoom
 
 }  // namespace
 
-const NetLoops MMEBM_LOOPS(net_loops) = {W, REGISTERS, MOST_POSITIONS, MOST_OUTPUTS, tile};
+const NetLoops MMEBM_LOOPS(net_loops) = {W, TOGETHER, REGISTERS, MOST_REGISTERS, MOST_OUTPUTS, tile};
 
 }  // namespace mmebm

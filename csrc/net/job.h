@@ -160,14 +160,18 @@ struct NetRoom {
 };
 
 struct NetLoops {
-  int64_t lanes;              // chains in one vector
-  int32_t registers;          // sums that a block of positions times outputs may have
-  int32_t positions, outputs;  // that a block may have
+  int64_t lanes;     // chains in one vector
+  int64_t together;  // positions whose rows share a register in a product
+  // of sums that a block may have, and along either side: registers of positions, and outputs
+  int32_t registers, most_registers, most_outputs;
   // All steps, or one evaluation, of `lanes` chains from `first` on (fewer at the end).
   void (*tile)(const ChainJob& job, const NetPlan& plan, int64_t first, const NetRoom& room);
 };
 
 MMEBM_DECLARE_LOOPS(NetLoops, net_loops)
+#if defined(MMEBM_X86)
+extern const NetLoops net_loops_narrow;  // AVX-512 for 8 chains
+#endif
 
 // The outputs of a pass in blocks of nearly equal size, none above block_outputs.
 struct NetSplit {

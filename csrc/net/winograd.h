@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -70,10 +71,9 @@ inline std::vector<std::vector<double>> to_points(int64_t m, int64_t r) {
   return g;
 }
 
-// G g G^T of every kernel: (inputs, outputs) at each point of each kind of tiles.
-inline std::vector<std::vector<std::vector<float>>> kernels_at_points(const std::vector<NetWinograd>& kinds,
-                                                                      const Axis& ys, const Axis& xs,
-                                                                      const Weights& weights) {
+// G g G^T of every kernel at each point of each kind of tiles, to where that point's pass reads its weights.
+inline void pack_at_points(const std::vector<NetWinograd>& kinds, const std::vector<std::vector<float*>>& to,
+                           const Axis& ys, const Axis& xs, const Weights& weights) {
   const NetWinograd& any = kinds[0];
   const auto r = static_cast<size_t>(any.taps), n = static_cast<size_t>(any.outputs);
   std::vector<int64_t> places;  // of all taps in a kernel, phase by phase
@@ -87,12 +87,9 @@ inline std::vector<std::vector<std::vector<float>>> kernels_at_points(const std:
   }
   using Matrix = std::vector<std::vector<double>>;
   std::vector<std::pair<Matrix, Matrix>> by;  // of each kind, along both axes
-  std::vector<std::vector<std::vector<float>>> out;
-  for (const NetWinograd& w : kinds) {
-    by.push_back({to_points(w.height, w.taps), to_points(w.width, w.taps)});
-    out.emplace_back(static_cast<size_t>(w.point_count()), std::vector<float>(static_cast<size_t>(w.inputs()) * n));
-  }
+  for (const NetWinograd& w : kinds) by.push_back({to_points(w.height, w.taps), to_points(w.width, w.taps)});
   std::vector<double> all(places.size() * n), half(r * n);
+  std::vector<float> row(n);
   for (int64_t c = 0; c < any.channels; ++c) {
     for (size_t j = 0; j < n; ++j) {  // a kernel lies in a line or two of a cache: read at once
       const float* const from = weights.from + static_cast<int64_t>(j) * weights.output_step + c * weights.input_step;
@@ -100,25 +97,28 @@ inline std::vector<std::vector<std::vector<float>>> kernels_at_points(const std:
     }
     for (int64_t phase = 0; phase < any.phase_count; ++phase) {
       const double* const taps = all.data() + static_cast<size_t>(phase) * r * r * n;
-      const size_t to = static_cast<size_t>(phase * any.channels + c) * n;
       for (size_t kind = 0; kind < kinds.size(); ++kind) {
-        auto point = out[kind].begin();
+        const NetSplit split = NetSplit::of(any.outputs, kinds[kind].points[0].block_outputs);
+        auto point = to[kind].begin();
         for (const std::vector<double>& gy : by[kind].first) {
           for (size_t i = 0; i < r * n; ++i) {
             half[i] = gy[0] * taps[i] + gy[1] * taps[r * n + i] + (r == 3 ? gy[2] * taps[2 * r * n + i] : 0.0);
           }
           for (const std::vector<double>& gx : by[kind].second) {
-            float* const at = (point++)->data() + to;
             for (size_t j = 0; j < n; ++j) {
               const double two = gx[0] * half[j] + gx[1] * half[n + j];
-              at[j] = static_cast<float>(r == 3 ? two + gx[2] * half[2 * n + j] : two);
+              row[j] = static_cast<float>(r == 3 ? two + gx[2] * half[2 * n + j] : two);
+            }
+            float* const at = *point++;
+            for (int64_t i = 0, j = 0; i < split.parts; j += split.part(i), ++i) {
+              memcpy(at + j * any.inputs() + (phase * any.channels + c) * split.part(i), row.data() + j,
+                     sizeof(float) * static_cast<size_t>(split.part(i)));
             }
           }
         }
       }
     }
   }
-  return out;
 }
 
 }  // namespace mmebm

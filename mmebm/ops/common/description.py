@@ -33,6 +33,7 @@ class Described:
 
 
 T = TypeVar("T")
+_HOLD: Final = (Described, *LISTS)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -41,7 +42,13 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, Described):
         value = [getattr(value, name) for name in value.__dataclass_fields__]
-    return [t for part in value for t in tensors_in(part)] if isinstance(value, LISTS) else []
+    found: list[Tensor] = []
+    for part in value if isinstance(value, LISTS) else ():
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, _HOLD):  # not asked of each number: a call of a chain looks through its net
+            found += tensors_in(part)
+    return found
 
 
 def replaced(value: T, function: Callable[[Tensor, str | None], Tensor]) -> T:
