@@ -146,6 +146,23 @@ def test_structures_shapes_and_inputs(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS, "MALA", "Langevin"])
+def test_an_energy_may_write_to_what_it_is_given(name: str, seed: int) -> None:
+    """A list or dict among the arguments is the caller's own, as in a loop by hand."""
+    sampler = {**SAMPLERS, "MALA": MALA(0.1), "Langevin": Langevin(0.1)}[name]
+    log: list[float] = []
+    cache: dict[str, Any] = {"calls": 0, "shift": torch.ones(3)}
+
+    def energy(x: Tensor, log: list[float], *, cache: dict[str, Any]) -> Tensor:
+        value = double_well(x - cache["shift"])
+        log.append(float(value.detach().sum()))
+        cache["calls"] += 1
+        return value
+
+    sampler.sample(energy, state(seed)["a"], 4, args=(log,), kwargs={"cache": cache}, seed=seed)
+    assert len(log) == cache["calls"] >= 4
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "MALA", "Langevin"])
 def test_where_the_elements_of_a_state_lie_in_memory_does_not_matter(name: str, seed: int) -> None:
     sampler = {**SAMPLERS, "MALA": MALA(0.1), "Langevin": Langevin(0.1)}[name]
     x = torch.randn(8, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
