@@ -111,11 +111,19 @@ def check_separable(p: Problem, tensors: list[Tensor], chunk_size: int) -> None:
             )
             x[i][:2] += noise
         try:
-            both, first, again, second = (
-                _gradient(p, x, rows) for rows in (slice(0, 2), slice(0, 1), slice(0, 1), slice(1, 2))
-            )
+            first, again, second = (_gradient(p, x, rows) for rows in (slice(0, 1), slice(0, 1), slice(1, 2)))
         except Exception:  # where it is wrong, the chain itself will say so
             return
+        try:
+            both = _gradient(p, x, slice(0, 2))
+        except Exception as error:
+            if chunk_size > 1:
+                return
+            # one chain broadcasts against a tensor of all
+            raise ValueError(
+                f"chunk_size=1 needs an energy that takes any number of chains; two of them are an error: {error}. A "
+                "tensor with a row for each chain goes into args or kwargs, not into a closure"
+            ) from error
         random_part = _size([a - b for a, b in zip(first, again, strict=True)])
         apart = [torch.cat(pair) for pair in zip(first, second, strict=True)]
         difference = _size([a - b for a, b in zip(both, apart, strict=True)])

@@ -87,6 +87,13 @@ def test_looking_changes_no_random_numbers_and_no_buffers() -> None:
     assert int(net[0].num_batches_tracked) == 2  # one step of two chunks
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_a_closure_over_rows_of_all_chains_is_an_error(chunk_size: int) -> None:
+    """One chain alone would be drawn to all rows."""
+    with pytest.raises((ValueError, RuntimeError), match="size of tensor"):
+        Langevin(1e-3).sample(lambda x: (x - DATA).square().sum(), torch.zeros(9, 4), 1, chunk_size=chunk_size)
+
+
 def regression(w: Tensor, inputs: Tensor, *, outputs: Tensor) -> Tensor:
     """Of weights (chains, d), on data that all chains share."""
     return (w @ inputs.mT - outputs).square().sum(-1).reshape(len(w))
