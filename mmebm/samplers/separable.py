@@ -117,12 +117,13 @@ def check_separable(p: Problem, tensors: list[Tensor], chunk_size: int) -> None:
         try:
             both = _gradient(p, x, slice(0, 2))
         except Exception as error:
-            if chunk_size > 1:
+            # one chain broadcasts against a tensor of all, two do not; an energy may also be written for one alone
+            text = str(error)
+            if chunk_size > 1 or "must match the size of tensor" not in text or f"({len(tensors[0])})" not in text:
                 return
-            # one chain broadcasts against a tensor of all
             raise ValueError(
-                f"chunk_size=1 needs an energy that takes any number of chains; two of them are an error: {error}. A "
-                "tensor with a row for each chain goes into args or kwargs, not into a closure"
+                f"chunk_size=1 would change the chain: the energy closes over a row for each chain ({text}), against "
+                "all of which one chain broadcasts. Such a tensor goes into args or kwargs"
             ) from error
         random_part = _size([a - b for a, b in zip(first, again, strict=True)])
         apart = [torch.cat(pair) for pair in zip(first, second, strict=True)]

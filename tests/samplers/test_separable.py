@@ -92,6 +92,9 @@ def test_a_closure_over_rows_of_all_chains_is_an_error(chunk_size: int) -> None:
     """One chain alone would be drawn to all rows."""
     with pytest.raises((ValueError, RuntimeError), match="size of tensor"):
         Langevin(1e-3).sample(lambda x: (x - DATA).square().sum(), torch.zeros(9, 4), 1, chunk_size=chunk_size)
+    # written for one chain alone
+    alone = lambda x: (x.reshape(4) - DATA[0]).square().sum()
+    Langevin(1e-3).sample(alone, torch.zeros(9, 4), 1, chunk_size=1)
 
 
 def regression(w: Tensor, inputs: Tensor, *, outputs: Tensor) -> Tensor:
