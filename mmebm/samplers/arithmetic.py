@@ -55,12 +55,15 @@ def masked(mask: bool | Tensor | None, value: Tensor) -> Tensor:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``function`` of every tensor in nested lists, tuples and dicts."""
+    """``function`` of every tensor in nested lists, tuples and dicts. Where it changes none these are the same objects,
+    as an energy may write to a list or dict that it is given."""
     if isinstance(value, Tensor):
         return function(value)
     if type(value) in (list, tuple):
-        return type(value)(map_tensors(part, function) for part in value)
+        parts = [map_tensors(part, function) for part in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
     if type(value) is dict:
         entries = cast("dict[Any, Any]", value)
-        return {name: map_tensors(part, function) for name, part in entries.items()}
+        mapped = {name: map_tensors(part, function) for name, part in entries.items()}
+        return entries if all(mapped[name] is part for name, part in entries.items()) else mapped
     return value

@@ -310,9 +310,9 @@ class Langevin(Sampler):
             differentiable: keep the graph of the last k steps (True: all), with parameters and ``state`` as they are.
             progress: say on standard error how far the chain is: one line in a terminal, elsewhere one now and then.
             callback: called as ``callback(step, state)`` with the number of steps done and the state, after every
-                ``thin`` steps (without it a hundred times) and at the end; the state is the chain's own and must be
-                left as it is. True ends the chain there: ``info["steps"]`` says where. The numbers stay the same, and
-                a chain that is one fused call is run in pieces; where it cannot go on so, it goes on a step at a time.
+                ``thin`` steps (without it a hundred times) and at the end; the state is a copy. True ends the chain
+                there: ``info["steps"]`` says where. The numbers stay the same, and a chain that is one fused call is
+                run in pieces; where it cannot go on so, it goes on a step at a time.
 
         Returns:
             :class:`Samples`.

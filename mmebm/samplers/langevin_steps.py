@@ -35,8 +35,10 @@ class LangevinSteps(Steps):
     differentiates: bool
 
     def __init__(self, p: Problem, tensors: list[Tensor]) -> None:
-        super().__init__(p, tensors)
         sampler = p.sampler
+        if sampler.accept == "metropolis":  # whose test takes no state in channels_last, which a stepper would keep
+            tensors = [t.contiguous() for t in tensors]
+        super().__init__(p, tensors)
         # the update takes the sign of a log density's gradient; the Metropolis test wants dE/dx
         score = (sampler.log_prob or sampler.score) and sampler.accept is None
         self.target: Target = Target.of(p, downhill=not score)

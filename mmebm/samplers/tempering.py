@@ -28,6 +28,7 @@ from mmebm.samplers.metropolis import log_ratio
 from mmebm.samplers.opaque import opaque
 from mmebm.samplers.options import TemperingOptions
 from mmebm.samplers.samples import NonFinite, Samples
+from mmebm.samplers.separable import check_repeated
 from mmebm.samplers.settings import is_sequence, leaves
 from mmebm.samplers.user_modules import Mode
 from mmebm.samplers.watch import Callback
@@ -219,6 +220,8 @@ def init(p: Problem, x: list[Tensor]) -> Steps:
     else:
         replicas = [part.detach().flatten(0, 1).clone() for part in parts_like("ladder", ladder, p, x, rungs)]
     target, e, g = driver.start(rows, replicas)
+    if rungs > 1 and p.steps and chains and ladder is None:
+        check_repeated(p, [t[::rungs] for t in replicas], [t[::rungs] for t in g])
     e = one_per_chain("ParallelTempering", e)
     moving, params = [replicas[i] for i in p.moving], [p.row(0)[i] for i in p.moving]
     fast = driver.in_cpp(p, replicas, e) and Proposals.takes(params, moving)

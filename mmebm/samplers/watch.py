@@ -53,7 +53,8 @@ class Watch:
 
     def __call__(self, done: int, x: list[Tensor]) -> bool:
         done += self.before
-        ends: Any = None if self.callback is None else self.callback(done, self.build(x))
+        # copies, which may be kept: the chain goes on in the memory of its state
+        ends: Any = None if self.callback is None else self.callback(done, self.build([t.clone() for t in x]))
         if not isinstance(ends, (bool, type(None))):
             raise TypeError(f"callback must return True, which ends the chain, False or None, got {ends!r:.80}")
         ends = bool(ends)

@@ -267,11 +267,19 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | Rest | str:
         trace = {name: torch.cat(rows) if rows else empty for name, rows in now.traces.items()}
         return Run(state(now), trace, trajectory, broken, info, {"alive": ~broken})
 
+    def sound() -> Tensor:
+        """Of the chains at the start, those with a state that is finite where it moves."""
+        still = ~torch.tensor(moving, device=device).repeat_interleave(torch.tensor(widths, device=device))
+        observed = options["observed"]
+        still = still if observed is None else still | observed.bool()
+        return ~first.broken & (first.x.isfinite() | still).all(dim=1)
+
     def late(now: _Steps) -> str | None:
         """Why these steps are not to be used, but for the last comparison."""
         if overflowed:
             return "a gradient's norm is beyond float32, of which the loop says whether the gradient is finite"
-        if now.frozen is not None and bool((now.broken & ~now.frozen).any()):
+        # a chain that is frozen now may have moved on first
+        if now.frozen is not None and bool((now.broken & (~now.frozen | sound())).any()):
             return "a chain's energy or gradient was not finite at a finite state, where the loop freezes it"
         return None
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmebm import noise
 from mmebm.diagnostics import autocorrelation, autocorrelation_time, ess, mala_acceptance, rhat
-from mmebm.samplers import HMC, Langevin, ParallelTempering, Underdamped
+from mmebm.samplers import HMC, MALA, Langevin, ParallelTempering, Underdamped
 from mmebm.samplers.schedules import linear
 
 SAMPLERS: dict[str, Any] = {
@@ -143,6 +143,42 @@ def test_structures_shapes_and_inputs(name: str, seed: int) -> None:
     assert again.state is x and torch.equal(x, one.state)
     log_prob = sampler.replace(log_prob=True).sample(lambda s: -double_well(s), given, 3, seed=seed)
     assert torch.equal(log_prob.state, one.state)
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "MALA", "Langevin"])
+def test_an_energy_may_write_to_what_it_is_given(name: str, seed: int) -> None:
+    """A list or dict among the arguments is the caller's own, as in a loop by hand."""
+    sampler = {**SAMPLERS, "MALA": MALA(0.1), "Langevin": Langevin(0.1)}[name]
+    log: list[float] = []
+    cache: dict[str, Any] = {"calls": 0, "shift": torch.ones(3)}
+
+    def energy(x: Tensor, log: list[float], *, cache: dict[str, Any]) -> Tensor:
+        value = double_well(x - cache["shift"])
+        log.append(float(value.detach().sum()))
+        cache["calls"] += 1
+        return value
+
+    sampler.sample(energy, state(seed)["a"], 4, args=(log,), kwargs={"cache": cache}, seed=seed)
+    assert len(log) == cache["calls"] >= 4
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "MALA", "Langevin"])
+def test_where_the_elements_of_a_state_lie_in_memory_does_not_matter(name: str, seed: int) -> None:
+    sampler = {**SAMPLERS, "MALA": MALA(0.1), "Langevin": Langevin(0.1)}[name]
+    x = torch.randn(8, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    rows = torch.zeros(16, 3, 8, 5)
+    rows[::2, :, 2:6] = x
+    layouts = {
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "permuted": x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "cut out": rows[::2, :, 2:6],
+        "negated": torch._neg_view(-x),  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+    }
+    expected = sampler.sample(double_well, x, 3, seed=seed).state
+    for layout, t in layouts.items():
+        # sums over a chain's elements may be taken in the order of their memory
+        assert torch.allclose(sampler.sample(double_well, t, 3, seed=seed).state, expected, 1e-5, 1e-5), layout
+        assert torch.equal(t, x)
 
 
 @every

@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -139,6 +141,21 @@ class Configured(Net):
         return self.settings.scale * self.body(x[BAND]).flatten(1).sum(1)
 
 
+class Kelvin(float):
+    """A number of a class of its own, without fields."""
+
+
+class Scaled(Net):
+    """By a number of any kind."""
+
+    def __init__(self, scale: Any) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return float(self.scale) * self.body(x).flatten(1).sum(1)
+
+
 class ByProperty(Configured):
     def forward(self, x: Tensor) -> Tensor:
         return self.settings.factor * super().forward(x)
@@ -217,6 +234,9 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         lambda: Configured(SimpleNamespace(scale=1.0)),
         lambda e: setattr(e, "settings", SimpleNamespace(scale=-0.5)),
     ),
+    "a number of a class of its own": (lambda: Scaled(Kelvin(1)), lambda e: setattr(e, "scale", Kelvin(-0.5))),
+    "a decimal": (lambda: Scaled(Decimal(1)), lambda e: setattr(e, "scale", Decimal("-0.5"))),
+    "a fraction": (lambda: Scaled(Fraction(1)), lambda e: setattr(e, "scale", Fraction(-1, 2))),
     "a hook": (Net, _hook),
     "forward": (Net, _forward_replaced),
     "a word of the class": (Words, lambda e: setattr(type(e), "kind", "sum" if e.kind == "mean" else "mean")),

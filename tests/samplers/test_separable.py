@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmebm.samplers import Langevin
+from mmebm.samplers import Langevin, ParallelTempering
 
 
 def mlp() -> nn.Sequential:
@@ -85,3 +85,49 @@ def test_looking_changes_no_random_numbers_and_no_buffers() -> None:
     net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
     Langevin(0.1, mode="train").sample(net, torch.randn(8, 4), 1, chunk_size=4)
     assert int(net[0].num_batches_tracked) == 2  # one step of two chunks
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_a_closure_over_rows_of_all_chains_is_an_error(chunk_size: int) -> None:
+    """One chain alone would be drawn to all rows."""
+    with pytest.raises((ValueError, RuntimeError), match="size of tensor"):
+        Langevin(1e-3).sample(lambda x: (x - DATA).square().sum(), torch.zeros(9, 4), 1, chunk_size=chunk_size)
+    # written for one chain alone
+    alone = lambda x: (x.reshape(4) - DATA[0]).square().sum()
+    Langevin(1e-3).sample(alone, torch.zeros(9, 4), 1, chunk_size=1)
+
+
+def regression(w: Tensor, inputs: Tensor, *, outputs: Tensor) -> Tensor:
+    """Of weights (chains, d), on data that all chains share."""
+    return (w @ inputs.mT - outputs).square().sum(-1).reshape(len(w))
+
+
+@pytest.mark.parametrize("rows", [8, 9, 10])
+def test_data_that_all_chains_share(rows: int, seed: int) -> None:
+    """As many data as chains are an error, not one datum for each chain."""
+    torch.manual_seed(seed)
+    w, inputs, outputs = torch.randn(9, 4), torch.randn(rows, 4), torch.randn(rows)
+    given: dict[str, Any] = {"args": (inputs,), "kwargs": {"outputs": outputs}, "seed": seed}
+    closed = lambda w: regression(w, inputs, outputs=outputs)
+    for sampler, cut in ((Langevin(1e-3), {"chunk_size": 4}), (ParallelTempering(1e-3, [1.0, 2.0]), {})):
+        expected = sampler.sample(closed, w, 3, seed=seed, **cut).state
+        shared = given
+        if rows == len(w):
+            with pytest.raises(ValueError, match=r"args\[0\], kwargs\['outputs'\]"):
+                sampler.sample(regression, w, 3, **given, **cut)
+            shared = {"args": (inputs[None],), "kwargs": {"outputs": outputs[None]}, "seed": seed}
+        # matrices of one row more are multiplied otherwise
+        torch.testing.assert_close(sampler.sample(regression, w, 3, **shared, **cut).state, expected)
+
+
+def test_arguments_of_each_chain_are_repeated_for_its_replicas(seed: int) -> None:
+    torch.manual_seed(seed)
+    sampler, energy = ParallelTempering(1e-2, [1.0, 2.0]), lambda x, y: (x - y).square().sum(1)
+    expected = sampler.sample(lambda x: energy(x, DATA.repeat_interleave(2, 0)), torch.zeros(9, 4), 3, seed=seed).state
+    assert torch.equal(sampler.sample(energy, torch.zeros(9, 4), 3, args=(DATA,), seed=seed).state, expected)
+    # nothing is said of a random energy, and of one that reads no chain's own
+    for other in (
+        lambda x, y: (x - y + torch.randn_like(x)).square().sum(1),
+        lambda x, y: (x * x).sum(1) + 0 * y[0, 0],
+    ):
+        sampler.sample(other, torch.zeros(9, 4), 3, args=(DATA,), seed=seed)

@@ -89,6 +89,21 @@ def test_a_dict_is_seen_as_a_dict() -> None:
     assert all(list(s) == ["a", "b"] and torch.equal(s["b"], state["b"]) for s in seen)
 
 
+@pytest.mark.parametrize("name", [*SAMPLERS, "fused", "alone"])
+def test_a_state_that_was_seen_may_be_kept_and_written_to(name: str) -> None:
+    """It is a copy: the chain goes on in the memory of its own."""
+    sampler = mmebm.Langevin(0.05, backend="torch") if name == "alone" else SAMPLERS.get(name, mmebm.Langevin(0.05))
+    energy, x = mlp() if name == "fused" else quadratic, torch.zeros(4, 3)
+    seen: list[torch.Tensor] = []
+    out = sampler.sample(energy, x, 5, seed=0, thin=1, callback=lambda step, state: seen.append(state))
+    assert same(torch.stack(seen), out.trajectory)
+
+    def spoil(step: int, state: torch.Tensor) -> None:
+        state.zero_()
+
+    assert same(sampler.sample(energy, x, 5, seed=0, thin=1, callback=spoil).trajectory, out.trajectory)
+
+
 def test_progress_is_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     mmebm.HMC(0.1).sample(quadratic, torch.zeros(4, 3), 300, seed=0, progress=True)
     out, err = capsys.readouterr()

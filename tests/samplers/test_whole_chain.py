@@ -16,7 +16,7 @@ from mmebm.energies import MLP, Gaussian
 from mmebm.ops.langevin_mlp import cpp as mlp_room
 from mmebm.ops.net import cpp as net_room
 from mmebm.samplers import Langevin, Samples, langevin
-from mmebm.samplers.schedules import linear
+from mmebm.samplers.schedules import linear, table
 
 STEPS = 8
 
@@ -183,6 +183,24 @@ def test_a_frozen_chain_stays_frozen_in_later_pieces(seed: int) -> None:
     # steps 0 and 1 of the chain that breaks at step 2; fp32 rounding of six operations a step
     torch.testing.assert_close(out.state[1], two[1], rtol=0, atol=1e-5)
     assert torch.equal(out.trajectory[:, 1], out.state[1].expand(3, 4))
+
+
+@pytest.mark.parametrize("op", ["langevin_mlp", "langevin_net"])
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_chain_is_frozen_where_its_energy_was_last_finite(op: str, observed: bool, seed: int) -> None:
+    """Not some steps later, where its gradient or state is not finite either."""
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), *([nn.LayerNorm(8)] if op == "langevin_net" else []), nn.Linear(8, 1)
+    )
+    energy = lambda x: net(x).squeeze(1) + x.square().sum(1)
+    start = torch.randn(3, 4)
+    start[1, 0] = 1e20 if observed else 1.0  # of which the square is infinite
+    sampler = Langevin(table([0.1, 1e10, 1e10, 1e10, 1e10]), 0.0, on_nonfinite="freeze")
+    options: dict[str, Any] = {"thin": 1, "observed": torch.arange(4)[None] == 0} if observed else {"thin": 1}
+    assert sampler.sample(energy, torch.randn(3, 4), 1).info["op"] == op
+    ours, loop = (sampler.replace(backend=b).sample(energy, start, 5, seed=seed, **options) for b in ("auto", "torch"))
+    assert ours.info["nonfinite"].all() and loop.info["nonfinite"].all()
+    torch.testing.assert_close(ours.trajectory, loop.trajectory, rtol=1e-3, atol=1e-5)  # some 1e20 times a rounding
 
 
 def test_raise_on_nonfinite(seed: int) -> None:

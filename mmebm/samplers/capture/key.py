@@ -12,6 +12,7 @@ optimizers, arrays beyond 64 numbers, and long containers.
 from __future__ import annotations
 
 import functools
+import numbers
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,6 +29,7 @@ _PLAIN = (bool, int, complex, torch.dtype, torch.device, torch.Size, torch.layou
 # Numbers of a tensor on another device (kernels take them by value) or of an array; above, writes are counted instead.
 _SMALL = 64
 _CONTAINERS: tuple[type[Any], ...] = (list, tuple, dict, set, frozenset)
+_WORDS: tuple[type[Any], ...] = (int, float, complex, str, bytes)
 
 
 def parts_of(energy: Callable[..., Any]) -> tuple[Callable[[Any], Callable[..., Any]], Any, Any]:
@@ -241,6 +243,9 @@ class Identity:
                 self._by_id(item)
         else:
             self.both(kind, len(item) if isinstance(item, _CONTAINERS) else None)
+            if isinstance(item, (numbers.Number, str, bytes)):  # of a class of its own, which need not have fields
+                base: Any = next((base for base in _WORDS if isinstance(item, base)), kind)
+                self.full.append(base.__repr__(item))
             if isinstance(item, types.FunctionType):
                 self.both(item.__code__)
             inside = list(parts(item))
