@@ -203,9 +203,8 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | Rest | str:
     if isinstance(table, str):
         return table
     flat = [per_chain(t) for t in tensors]
-    widths = tuple(t.shape[1] for t in flat)
     options: dict[str, Any] = {
-        "widths": widths,
+        "widths": tuple(t.shape[1] for t in flat),
         "streams": tuple(range(len(tensors))),
         "noisy": tuple(p.noisy),
         "moving": tuple(moving),
@@ -234,124 +233,166 @@ def run(p: Problem, tensors: list[Tensor]) -> Run | Rest | str:
         if isinstance(understood, Traced) and device.type == "cuda":
             _elsewhere.add(p.energy, tensors, why)
         return why
-    chain = dataclasses.replace(chain, checked=True)
+    fused = _FusedChain(p, tensors, understood, op, module, dataclasses.replace(chain, checked=True), why)
+    return fused.check.before(tensors) or fused.run(x)
 
-    target = Target.of(p)
-    op_name = "langevin_net" if op is net else "langevin_mlp"
-    backend = dispatch.backend_of(op_name, module)
-    check = Check(target, understood, backend)
-    reason = check.before(tensors)
-    if reason is not None:
-        return reason
 
-    def apart(rows: Tensor) -> list[Tensor]:
-        return [part.reshape(t.shape) for part, t in zip(torch.split(rows, list(widths), dim=1), tensors, strict=True)]
+class _FusedChain:
+    """A chain of one problem that :attr:`op` runs in as few calls as its records and callbacks allow."""
 
-    def state(now: _Steps) -> list[Tensor]:
+    def __init__(
+        self,
+        p: Problem,
+        tensors: list[Tensor],
+        understood: Lowered | Traced,
+        op: Any,
+        module: types.ModuleType,
+        chain: Any,
+        why: str,
+    ) -> None:
+        self.p: Problem = p
+        self.tensors: list[Tensor] = tensors
+        self.understood: Lowered | Traced = understood
+        self.op: Any = op
+        self.module: types.ModuleType = module
+        self.chain: Any = chain
+        self.name: str = "langevin_net" if op is net else "langevin_mlp"
+        self.backend: str = dispatch.backend_of(self.name, module)
+        self.why: str = why  # this backend
+        self.check: Check = Check(Target.of(p), understood, self.backend)
+        self.overflowed: bool = False  # a gradient's norm
+        self.first: _Steps
+        self.seen: _Steps | None = None  # by a callback, which is not called again
+
+    # -- what a flat state is
+
+    def _apart(self, rows: Tensor) -> list[Tensor]:
+        parts = torch.split(rows, list(self.chain.widths), dim=1)
+        return [part.reshape(t.shape) for part, t in zip(parts, self.tensors, strict=True)]
+
+    def _state(self, now: _Steps) -> list[Tensor]:
         # a tensor that does not move is handed back as it came, whatever its bits
-        parts = zip(apart(now.x), tensors, moving, strict=True)
+        parts = zip(self._apart(now.x), self.tensors, self.chain.moving, strict=True)
         return [part.contiguous() if moves else t.clone() for part, t, moves in parts]
 
-    def so_far(now: _Steps) -> Run:
+    def _so_far(self, now: _Steps) -> Run:
+        p, chains, device = self.p, now.x.shape[0], now.x.device
         empty = torch.zeros(0, chains, dtype=torch.float32, device=device)
         trajectory: list[Tensor] = []
         if p.thin:
-            home = "cpu" if p.offload else device
-            no_rows = torch.zeros(0, chains, sum(widths), dtype=torch.float32, device=home)
-            parts = torch.split(torch.stack(now.kept) if now.kept else no_rows, list(widths), dim=2)
-            trajectory = [part.reshape(len(now.kept), *t.shape) for part, t in zip(parts, tensors, strict=True)]
+            no_rows = torch.zeros(0, *now.x.shape, dtype=torch.float32, device="cpu" if p.offload else device)
+            parts = torch.split(torch.stack(now.kept) if now.kept else no_rows, list(self.chain.widths), dim=2)
+            trajectory = [part.reshape(len(now.kept), *t.shape) for part, t in zip(parts, self.tensors, strict=True)]
         broken = now.broken if now.frozen is None else now.broken | now.frozen
-        info: dict[str, Any] = {"backend": backend, "op": op_name, "reason": why}
+        info: dict[str, Any] = {"backend": self.backend, "op": self.name, "reason": self.why}
         if now.start < p.steps:
             info["steps"] = now.start
         trace = {name: torch.cat(rows) if rows else empty for name, rows in now.traces.items()}
-        return Run(state(now), trace, trajectory, broken, info, {"alive": ~broken})
+        return Run(self._state(now), trace, trajectory, broken, info, {"alive": ~broken})
 
-    def sound() -> Tensor:
+    # -- whether the steps are to be used
+
+    def _sound(self) -> Tensor:
         """Of the chains at the start, those with a state that is finite where it moves."""
-        still = ~torch.tensor(moving, device=device).repeat_interleave(torch.tensor(widths, device=device))
-        observed = options["observed"]
+        x, observed = self.first.x, self.chain.observed
+        widths = torch.tensor(self.chain.widths, device=x.device)
+        still = ~torch.tensor(self.chain.moving, device=x.device).repeat_interleave(widths)
         still = still if observed is None else still | observed.bool()
-        return ~first.broken & (first.x.isfinite() | still).all(dim=1)
+        return ~self.first.broken & (x.isfinite() | still).all(dim=1)
 
-    def late(now: _Steps) -> str | None:
+    def _late(self, now: _Steps) -> str | None:
         """Why these steps are not to be used, but for the last comparison."""
-        if overflowed:
+        if self.overflowed:
             return "a gradient's norm is beyond float32, of which the loop says whether the gradient is finite"
         # a chain that is frozen now may have moved on first
-        if now.frozen is not None and bool((now.broken & (~now.frozen | sound())).any()):
+        if now.frozen is not None and bool((now.broken & (~now.frozen | self._sound())).any()):
             return "a chain's energy or gradient was not finite at a finite state, where the loop freezes it"
         return None
 
-    def last_finite(now: _Steps) -> list[Tensor]:
+    def _last_finite(self, now: _Steps) -> list[Tensor]:
         """The state to compare at: of chains that left the finite numbers the last one before, as the energy may not
         do so there."""
-        since = first if seen is None else seen
-        if not check.looks(tensors) or not bool((since.x.isfinite() & ~now.x.isfinite()).any()):
-            return state(now)
-        again = dataclasses.replace(chain, freeze=True).rows(since.start, now.start)
-        x = op.run(module, again, since.x, now.start - since.start, p.first_step + since.start).x
-        return state(dataclasses.replace(now, x=x))
+        since = self.first if self.seen is None else self.seen
+        if not self.check.looks(self.tensors) or not bool((since.x.isfinite() & ~now.x.isfinite()).any()):
+            return self._state(now)
+        again = dataclasses.replace(self.chain, freeze=True).rows(since.start, now.start)
+        x = self.op.run(self.module, again, since.x, now.start - since.start, self.p.first_step + since.start).x
+        return self._state(dataclasses.replace(now, x=x))
 
-    def looped(reason: str, seen: _Steps | None) -> Rest | str:
+    def _looped(self, reason: str) -> Rest | str:
         """What a callback has seen stays, and the loop goes on from there."""
-        return reason if seen is None else Rest(reason, so_far(seen))
+        return reason if self.seen is None else Rest(reason, self._so_far(self.seen))
 
-    alive: Tensor | None = p.carried.get("alive")
-    broken = torch.zeros(chains, dtype=torch.bool, device=device) if alive is None else ~alive
-    now = _Steps(
-        x,
-        broken,
-        None if alive is None or sampler.on_nonfinite != "freeze" else broken,
-        {name: [] for name in p.record},
-    )
-    first = now.copy()
-    calls_back = p.watch is not None and p.watch.callback is not None
-    depends = Seen(p, tensors, understood.seen) if calls_back else None
-    seen: _Steps | None = None  # by a callback, which is not called again
-    overflowed = False
-    while now.start < p.steps:
-        start = now.start
+    def _renew(self, x: Tensor) -> str | None:
+        """Takes the energy as a callback has changed it, or says why not."""
+        again = _understood(self.p, self._apart(x))
+        if isinstance(again, str):
+            return f"a callback changed the energy into one that is not fused: {again}"
+        if type(again) is not type(self.understood):
+            return "a callback changed the energy into one of another kind"
+        new = {"net": again.net} if isinstance(again, Traced) else {"terms": again.terms}
+        self.understood, self.chain = again, dataclasses.replace(self.chain, **new)
+        self.check.renew(again)
+        return None
+
+    # -- the steps
+
+    def _begin(self, x: Tensor) -> _Steps:
+        p = self.p
+        alive: Tensor | None = p.carried.get("alive")
+        broken = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device) if alive is None else ~alive
+        frozen = None if alive is None or not self.chain.freeze else broken
+        return _Steps(x, broken, frozen, {name: [] for name in p.record})
+
+    def _advance(self, now: _Steps) -> None:
+        """The steps up to where somebody looks at the chain, or as many as a call does."""
+        p, start, chains = self.p, now.start, now.x.shape[0]
         stop = min(p.steps, start + max(1, _TRACE // chains), (start // p.thin + 1) * p.thin if p.thin else p.steps)
         if p.watch is not None:
             stop = min(stop, (start // p.watch.every + 1) * p.watch.every)
-        result = op.run(
-            module, chain.rows(start, stop), now.x, stop - start, p.first_step + start, energy=True, grad_norm=True
-        )
+        rows, first = self.chain.rows(start, stop), p.first_step + start
+        result = self.op.run(self.module, rows, now.x, stop - start, first, energy=True, grad_norm=True)
         # a frozen chain stays so in the pieces that follow
         now.x = result.x if now.frozen is None else torch.where(now.frozen.unsqueeze(1), now.x, result.x)
-        for name, rows in now.traces.items():
-            rows.append(getattr(result, name))
+        for name, values in now.traces.items():
+            values.append(getattr(result, name))
         assert result.energy is not None and result.grad_norm is not None
         finite = result.energy.isfinite()
         now.broken = now.broken | ~(finite & result.grad_norm.isfinite()).all(dim=0)
-        overflowed |= device.type == "cpu" and bool((finite & result.grad_norm.isposinf()).any())
+        if now.x.device.type == "cpu":
+            self.overflowed |= bool((finite & result.grad_norm.isposinf()).any())
         if result.frozen is not None:
             now.frozen = result.frozen if now.frozen is None else now.frozen | result.frozen
         if p.thin and stop % p.thin == 0:
             now.kept.append(now.x.cpu() if p.offload else now.x)
         now.start = stop
-        if p.watch is not None and p.watch.due(stop):
+
+    def run(self, x: Tensor) -> Run | Rest | str:
+        """The chain from the flat state ``x``; a reason, or the rest of the chain with one, for the loop."""
+        p, watch = self.p, self.p.watch
+        now = self._begin(x)
+        self.first = now.copy()
+        calls_back = watch is not None and watch.callback is not None
+        depends = Seen(p, self.tensors, self.understood.seen) if calls_back else None
+        while now.start < p.steps:
+            self._advance(now)
+            if watch is None or not watch.due(now.start):
+                continue
             if calls_back:
-                reason = late(now) or check.between(last_finite(now))
+                reason = self._late(now) or self.check.between(self._last_finite(now))
                 if reason is not None:
-                    return looped(reason, seen)
-                seen = now.copy()
-            if p.watch(stop, apart(now.x)):
+                    return self._looped(reason)
+                self.seen = now.copy()
+            if watch(now.start, self._apart(now.x)):
                 break
-            if depends is not None and stop < p.steps and depends != (depends := Seen(p, tensors, understood.seen)):
-                # the callback changed the energy
-                again = _understood(p, apart(now.x))
-                if isinstance(again, str):
-                    return looped(f"a callback changed the energy into one that is not fused: {again}", seen)
-                if type(again) is not type(understood):
-                    return looped("a callback changed the energy into one of another kind", seen)
-                new = {"net": again.net} if isinstance(again, Traced) else {"terms": again.terms}
-                understood, chain = again, dataclasses.replace(chain, **new)
-                check.renew(again)
-    if seen is not None:
-        if check.due:
-            check.settle()
-        return so_far(now)
-    reason = late(now) or check.after(last_finite(now))
-    return so_far(now) if reason is None else reason
+            if depends is None or now.start == p.steps:
+                continue
+            before, depends = depends, Seen(p, self.tensors, self.understood.seen)
+            reason = self._renew(now.x) if before != depends else None
+            if reason is not None:
+                return self._looped(reason)
+        if self.seen is not None:
+            if self.check.due:
+                self.check.settle()
+            return self._so_far(now)
+        return self._late(now) or self.check.after(self._last_finite(now)) or self._so_far(now)
