@@ -28,6 +28,7 @@ from mmebm.ops.common.untyped import DICT, TORCH
 _PLAIN = (bool, int, complex, torch.dtype, torch.device, torch.Size, torch.layout)
 # Numbers of a tensor on another device (kernels take them by value) or of an array; above, writes are counted instead.
 _SMALL = 64
+_WHOLE = frozenset((bool, int))
 _CONTAINERS: tuple[type[Any], ...] = (list, tuple, dict, set, frozenset)
 _WORDS: tuple[type[Any], ...] = (int, float, complex, str, bytes)
 
@@ -170,6 +171,8 @@ class Identity:
             self.both(item)
         elif isinstance(item, Tensor):
             self._tensor(item)
+        elif kind is tuple and self._sizes(item):
+            pass
         elif id(item) in self._seen:
             self.both("again", self._seen[id(item)][0])
         else:
@@ -182,6 +185,15 @@ class Identity:
                     self.refuse(f"it reaches a {kind.__name__} in more than {MAX_DEPTH} steps")
             else:
                 self._object(item, kind, depth)
+
+    def _sizes(self, item: Any) -> bool:
+        """Takes a tuple of a few whole numbers, of which layers have many; whether it is one."""
+        kinds = tuple(map(type, item[:_SMALL]))
+        if not 0 < len(item) <= _SMALL or not _WHOLE.issuperset(kinds):
+            return False
+        self.kind.append(kinds)
+        self.full.append((kinds, item))
+        return True
 
     def _module(self, m: nn.Module, depth: int) -> None:
         self._by_id(m)
