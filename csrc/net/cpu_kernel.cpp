@@ -5,9 +5,10 @@
 // batch is split, and AVX2 and AVX-512 agree bit for bit.
 //
 // The micro-kernel keeps P positions x J outputs of sums in registers: per row of depth P loads and J broadcasts for
-// P J products, or half as many of them where 8 chains leave room for two positions in a register (MMEBM_NARROW). What differs between a convolution, its gradient, a transposed one and a linear layer is only which rows
-// belong to a position (NetPass). The activation follows while the block is in the first-level cache, and leaves its
-// derivative beside the value; the backward pass takes it into account where it stores (through).
+// P J products, or for half as many where 8 chains leave room for two positions in a register (MMEBM_NARROW). What
+// differs between a convolution, its gradient, a transposed one and a linear layer is only which rows belong to a
+// position (NetPass). The activation follows while the block is in the first-level cache, and leaves its derivative
+// beside the value; the backward pass takes it into account where it stores (through).
 #include <cstdint>
 #include <cstring>
 
