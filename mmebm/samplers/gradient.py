@@ -31,7 +31,7 @@ def gradient_of_sum(value: Tensor, leaves: Sequence[Tensor], *, create_graph: bo
     return _run_backward((value,), (ones,), False, False, tuple(leaves), True, accumulate_grad=False)
 
 
-def _uses(t: Tensor) -> int:
+def uses(t: Tensor) -> int:
     """How many tensors there are on the memory of ``t``."""
     return 0 if _use_count is None else _use_count(t.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
 
@@ -47,17 +47,17 @@ class _Memory:
     def given(self, x: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[int]]:
         """What the energy is given for ``x``, and how many tensors there are on the memory of each."""
         given = [t.detach().clone() for t in x] if self.copies else x
-        return given, list(map(_uses, given))
+        return given, list(map(uses, given))
 
-    def look(self, given: Sequence[Tensor], uses: list[int], results: Sequence[Tensor]) -> None:
+    def look(self, given: Sequence[Tensor], before: list[int], results: Sequence[Tensor]) -> None:
         """After the evaluation, of which ``results`` are left, which may lie in the same memory."""
-        now = list(map(_uses, given))
-        if now == uses:
+        now = list(map(uses, given))
+        if now == before:
             self.copies = self.keeps
             return
         theirs = [g.untyped_storage().data_ptr() for g in results]
-        pairs = zip(given, uses, now, strict=True)
-        kept = any(n - before > theirs.count(t.untyped_storage().data_ptr()) for t, before, n in pairs)
+        pairs = zip(given, before, now, strict=True)
+        kept = any(n - b > theirs.count(t.untyped_storage().data_ptr()) for t, b, n in pairs)
         if kept and not self.copies:
             warnings.warn(
                 "the energy keeps the state that it was given, in whose memory the chain goes on: what it kept at this "
@@ -152,9 +152,9 @@ class Target:
         moving = self.moving if moving is None else moving
         if create_graph:  # the steps are made of new tensors
             return self.remedies(self._gradient, x, k, moving, create_graph, energy)
-        given, uses = self.memory.given(x)
+        given, before = self.memory.given(x)
         value, grads = self.remedies(self._gradient, given, k, moving, create_graph, energy)
-        self.memory.look(given, uses, grads)
+        self.memory.look(given, before, grads)
         return value, grads
 
     def _gradient(

@@ -167,6 +167,22 @@ def test_what_an_energy_keeps_of_the_state_stays_what_it_is(name: str, every: in
     assert all(torch.equal(t, copy) for t, copy in kept)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_what_project_keeps_of_the_state_stays_what_it_is(backend: str, seed: int) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def project(x: Tensor) -> Tensor:
+        kept.append((x.detach(), x.detach().clone()))
+        return x
+
+    sampler = Langevin(0.1, project=project, backend=backend)
+    start = torch.randn(5, 4)
+    x = sampler.sample(lambda x: x.square().sum(1), start, 5, seed=seed).state
+    assert all(torch.equal(t, copy) for t, copy in kept) and torch.equal(kept[-1][0], x)
+    plain = sampler.replace(project=None).sample(lambda x: x.square().sum(1) + 0 * x.prod(1), start, 5, seed=seed)
+    torch.testing.assert_close(x, plain.state)
+
+
 def test_an_energy_that_keeps_the_state_later_is_told(seed: int) -> None:
     kept: list[Tensor] = []
     calls = [0]
