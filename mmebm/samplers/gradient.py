@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from mmebm.ops.common.layout import per_chain
+from mmebm.ops.common.untyped import TORCH
 from mmebm.samplers.autograd_remedies import Remedies
 from mmebm.samplers.chain import Problem
 from mmebm.state import Key, Structure, like_state
 
 # not public: without it the public function serves
 _run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_use_count: Callable[[int], int] | None = getattr(TORCH._C, "_storage_Use_Count", None)
 
 
 def gradient_of_sum(value: Tensor, leaves: Sequence[Tensor], *, create_graph: bool) -> Sequence[Tensor | None]:
@@ -26,6 +29,43 @@ def gradient_of_sum(value: Tensor, leaves: Sequence[Tensor], *, create_graph: bo
         return torch.autograd.grad(value, leaves, ones, create_graph=create_graph, allow_unused=True)
     # what torch.autograd.grad calls, without its 10 us of checks that plain tensors of one shape pass
     return _run_backward((value,), (ones,), False, False, tuple(leaves), True, accumulate_grad=False)
+
+
+def uses(t: Tensor) -> int:
+    """How many tensors there are on the memory of ``t``."""
+    return 0 if _use_count is None else _use_count(t.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
+
+
+class _Memory:
+    """An energy may keep what it is given, for a log say, while the chain goes on in the memory of its state. So it is
+    given a copy at its first evaluation, and always once it kept one."""
+
+    def __init__(self) -> None:
+        self.copies: bool = True
+        self.keeps: bool = False
+
+    def given(self, x: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[int]]:
+        """What the energy is given for ``x``, and how many tensors there are on the memory of each."""
+        given = [t.detach().clone() for t in x] if self.copies else x
+        return given, list(map(uses, given))
+
+    def look(self, given: Sequence[Tensor], before: list[int], results: Sequence[Tensor]) -> None:
+        """After the evaluation, of which ``results`` are left, which may lie in the same memory."""
+        now = list(map(uses, given))
+        if now == before:
+            self.copies = self.keeps
+            return
+        theirs = [g.untyped_storage().data_ptr() for g in results]
+        pairs = zip(given, before, now, strict=True)
+        kept = any(n - b > theirs.count(t.untyped_storage().data_ptr()) for t, b, n in pairs)
+        if kept and not self.copies:
+            warnings.warn(
+                "the energy keeps the state that it was given, in whose memory the chain goes on: what it kept at this "
+                "step will hold a later state; let it keep a clone",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.keeps = self.copies = kept or self.keeps
 
 
 @dataclass(frozen=True)
@@ -42,6 +82,7 @@ class Target:
         score: the callable returns d log p / dx in the state's structure.
         downhill: whether a gradient is handed out as dE/dx also then; else as it is, for an update that takes the sign.
         remedies: what this energy has turned out to need for its gradient.
+        memory: whether it keeps what it is given.
     """
 
     energy: Callable[..., Any]
@@ -54,6 +95,7 @@ class Target:
     score: bool = False
     downhill: bool = True
     remedies: Remedies = field(default_factory=Remedies)
+    memory: _Memory = field(default_factory=_Memory)
 
     @classmethod
     def of(cls, p: Problem, *, masked: bool = False, downhill: bool = True) -> Target:
@@ -108,7 +150,12 @@ class Target:
                 does not depend on the state.
         """
         moving = self.moving if moving is None else moving
-        return self.remedies(self._gradient, x, k, moving, create_graph, energy)
+        if create_graph:  # the steps are made of new tensors
+            return self.remedies(self._gradient, x, k, moving, create_graph, energy)
+        given, before = self.memory.given(x)
+        value, grads = self.remedies(self._gradient, given, k, moving, create_graph, energy)
+        self.memory.look(given, before, grads)
+        return value, grads
 
     def _gradient(
         self, x: Sequence[Tensor], k: int, moving: Sequence[int], create_graph: bool, energy: bool

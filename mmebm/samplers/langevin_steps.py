@@ -19,7 +19,7 @@ from mmebm.samplers import driver, metropolis
 from mmebm.samplers.arithmetic import finite_chains, masked, where
 from mmebm.samplers.chain import Problem, Run
 from mmebm.samplers.driver import Steps
-from mmebm.samplers.gradient import Target, one_per_chain
+from mmebm.samplers.gradient import Target, one_per_chain, uses
 
 
 def run(p: Problem, tensors: list[Tensor]) -> Run:
@@ -230,14 +230,15 @@ class LangevinSteps(Steps):
         if function is None:
             return y
         mask = self.problem.mask(i)
+        before = uses(y)
         # a copy where something of y must stay, as the function may work in place
         out: Any = function(y if mask is None else y.clone())
         if not isinstance(out, Tensor) or out.shape != y.shape or out.dtype != y.dtype:
             raise ValueError(f"project must return a tensor of shape {tuple(y.shape)} and {y.dtype}, got {out!r:.80}")
         if mask is not None:
             return torch.where(mask, y, out)
-        # what the function returns may be the user's own tensor, and a stepper may overwrite the state
-        return out if out is y else out.clone(memory_format=torch.contiguous_format)
+        # what the function returns or keeps may be the user's own tensor, and a stepper may overwrite the state
+        return out if out is y and uses(y) == before else out.clone(memory_format=torch.contiguous_format)
 
     def _slopes(self, b: int, k: int, x: list[Tensor], create_graph: bool) -> tuple[Tensor | None, dict[int, Tensor]]:
         """The energy per chain and its gradient by tensor: block ``b``'s, or all where the next block can use them."""

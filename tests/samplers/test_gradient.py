@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmebm.samplers import HMC, Langevin, ParallelTempering, Underdamped
+from mmebm.samplers import HMC, MALA, Langevin, ParallelTempering, Underdamped
 
 SAMPLERS: dict[str, Any] = {
     "Langevin": Langevin(0.05),
@@ -135,3 +135,64 @@ def test_an_energy_that_writes_to_the_state_is_an_error(name: str) -> None:
 def test_complex_energies_are_an_error(name: str) -> None:
     with pytest.raises(TypeError, match=r"energy must return real numbers, got a tensor of torch\.complex64"):
         SAMPLERS[name].sample(lambda x: torch.complex(x, x).sum(1), torch.randn(3, 2), 1)
+
+
+KEEPERS: dict[str, Any] = {
+    "Langevin": Langevin(0.1),
+    "in PyTorch": Langevin(0.1, backend="torch"),
+    "noise first": Langevin(0.1, noise_at="before"),
+    "MALA": MALA(0.1),
+    "HMC": HMC(0.1, 3),
+    "Underdamped": Underdamped(0.1),
+    "ParallelTempering": ParallelTempering(0.1, [1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_an_energy_keeps_of_the_state_stays_what_it_is(name: str, every: int, seed: int) -> None:
+    """A log without ``clone``, as in a loop that makes a new tensor at each step."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    calls = [0]
+
+    def energy(s: dict[str, Tensor]) -> Tensor:
+        if calls[0] % every == 0:
+            kept.extend((t.detach(), t.detach().clone()) for t in s.values())
+        calls[0] += 1
+        return s["a"].square().sum(1) + (s["a"] * s["b"]).sum(1) + s["b"].square().sum(1)
+
+    start = {"a": torch.randn(5, 4), "b": torch.randn(5, 4)}
+    KEEPERS[name].sample(energy, start, 7, seed=seed)
+    assert calls[0] >= 7 and len(kept) >= 2 * 7 // every
+    assert all(torch.equal(t, copy) for t, copy in kept)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_what_project_keeps_of_the_state_stays_what_it_is(backend: str, seed: int) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def project(x: Tensor) -> Tensor:
+        kept.append((x.detach(), x.detach().clone()))
+        return x
+
+    sampler = Langevin(0.1, project=project, backend=backend)
+    start = torch.randn(5, 4)
+    x = sampler.sample(lambda x: x.square().sum(1), start, 5, seed=seed).state
+    assert all(torch.equal(t, copy) for t, copy in kept) and torch.equal(kept[-1][0], x)
+    plain = sampler.replace(project=None).sample(lambda x: x.square().sum(1) + 0 * x.prod(1), start, 5, seed=seed)
+    torch.testing.assert_close(x, plain.state)
+
+
+def test_an_energy_that_keeps_the_state_later_is_told(seed: int) -> None:
+    kept: list[Tensor] = []
+    calls = [0]
+
+    def energy(x: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] > 3:
+            kept.append(x.detach())
+        return x.square().sum(1)
+
+    with pytest.warns(RuntimeWarning, match="the energy keeps the state that it was given"):
+        HMC(0.1, 3).sample(energy, torch.randn(5, 4), 3, seed=seed)
+    assert not any(torch.equal(t, kept[-1]) for t in kept[1:-1])
