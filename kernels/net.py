@@ -301,7 +301,7 @@ def product_kernel(
         y = (j_y * step_y)[:, None] + from_y[None, :]
         x = (j_x * step_x)[:, None] + from_x[None, :]
         there = (y >= 0) & (y < IH) & (x >= 0) & (x < IW) & ok_k[:, None] & ok_m[None, :]
-        value = tl.load(a + (inside[None, :] + (r * IH * IW)[:, None] + y * IW + x), mask=there, other=0.0)
+        value = tl.load(a + (inside[None, :] + ((r * IH)[:, None] + y) * IW + x), mask=there, other=0.0)
         tap = (tap_y + j_y * apart_y) * KW + tap_x + j_x * apart_x
         weight = tl.load(
             w + (w_at + group * wg + n[:, None] * wn + (r * wr + tap)[None, :]),

@@ -1,26 +1,26 @@
 """Compiles every kernel of the Triton net ops for GPUs that need not be there; fails where one needs more registers,
 stack or shared memory than it is known to.
 
-A few for each target; everything with ``MMEBM_COMPILE_ALL=1``. Triton 3.7.1, 2026-11-29; registers and stack bytes of a
+A few for each target; everything with ``MMEBM_COMPILE_ALL=1``. Triton 3.7.1, 2026-12-01; registers and stack bytes of a
 thread, shared bytes of a program. A product has 256 threads, sums over 32 at a time in three stages; "update" is the
 kernel with the update behind the gradient of a first layer:
 
     outputs x positions         sm_80              sm_90              sm_100
     ieee    16 x 128            128   0  36,864    128   0  36,864    128  16  36,864
-    ieee    16 x 128  update    128   0  36,864    128   0  36,864    142   0  36,864
-    ieee    32 x 128            162   0  40,960    128  24  40,960    152   0  40,960
-    ieee    32 x 128  update    198   0  40,960    199   0  40,960    180   0  40,960
-    ieee    64 x 64             156   0  32,768    158   0  32,768    160   0  32,768
-    ieee    64 x 64   update    200   0  32,768    203   0  32,768    144   0  32,768
-    tf32x3  16 x 128            149   0  36,864    146   0  36,864    145   0  36,864
-    tf32x3  16 x 128  update    179   0  36,864    186   0  36,864    199   0  36,864
-    tf32x3  32 x 128            214   0  40,960    208   0  40,960    187   0  40,960
+    ieee    16 x 128  update    128   0  36,864    128   0  36,864    138   0  36,864
+    ieee    32 x 128            162   0  40,960    128  16  40,960    159   0  40,960
+    ieee    32 x 128  update    198   0  40,960    201   0  40,960    179   0  40,960
+    ieee    64 x 64             156   0  32,768    158   0  32,768    156   0  32,768
+    ieee    64 x 64   update    200   0  32,768    203   0  32,768    188   0  32,768
+    tf32x3  16 x 128            148   0  36,864    147   0  36,864    145   0  36,864
+    tf32x3  16 x 128  update    190   0  36,864    192   0  36,864    191   0  36,864
+    tf32x3  32 x 128            212   0  40,960    214   0  40,960    187   0  40,960
     tf32x3  32 x 128  update    255   0  40,960    255   0  40,960    255  24  40,960
-    tf32x3  64 x 64             235   0  32,768    180   0  49,152    128   0  49,160
-    tf32x3  64 x 64   update    253   0  32,768    200   0  49,152    254   0  49,160
+    tf32x3  64 x 64             236   0  32,768    180   0  49,152    128   0  49,160
+    tf32x3  64 x 64   update    253   0  32,768    200   0  49,152    154   0  49,160
 
-The others have 128 threads, 26 to 90 registers, no stack but 8 bytes of scatter on sm_100, and 2 KB or less. Not taken,
-sm_90: products of 128 threads and addresses of 64 bits had 255 registers and 56 to 480 bytes of stack.
+The others have 128 threads, 26 to 90 registers, no stack but 8 bytes of scatter and rule on sm_100, and 2 KB or less.
+Not taken, sm_90: products of 128 threads and addresses of 64 bits had 255 registers and 56 to 480 bytes of stack.
 """
 
 from __future__ import annotations
