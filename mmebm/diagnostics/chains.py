@@ -192,6 +192,8 @@ def _rhat(x: Tensor) -> Tensor:
 def _autocovariance(x: Tensor) -> Tensor:
     """Of each chain at all lags: (steps, chains, ...), divided by steps."""
     n = x.shape[0]
+    # from the first draw on, so that equal draws are exactly equal to their mean
+    x = x - x[:1]
     x = x - x.mean(0)
     size = 1 << (2 * n - 1).bit_length()
     spectrum = torch.fft.rfft(x, n=size, dim=0)

@@ -29,6 +29,12 @@ def _row(name: str, value: float | Tensor) -> Tensor:
     return value
 
 
+def _require_width(x: Tensor, inputs: int, *, one: bool = False) -> None:
+    """A state of one element would broadcast, and be counted once for each input."""
+    if x.shape[1] != inputs and not (one and inputs == 1):
+        raise ValueError(f"x must have {inputs} elements a chain, as mean and std have, got {x.shape[1]}")
+
+
 class Gaussian(nn.Module):
     """E(x) = 1/2 sum_j ((x_j - mean_j) / std_j)^2; x (chains, ...) is flattened.
 
@@ -55,7 +61,9 @@ class Gaussian(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(chains, ...) -> (chains,)."""
-        return 0.5 * ((x.flatten(1) - self.mean) / self.std).square().sum(1)
+        x = x.flatten(1)
+        _require_width(x, max(self.mean.numel(), self.std.numel()), one=True)
+        return 0.5 * ((x - self.mean) / self.std).square().sum(1)
 
     def mmebm_lowered(self, x: Symbol) -> Symbol:
         """The same on a symbol, for :func:`mmebm.energies.lower`."""
@@ -97,6 +105,7 @@ class GaussianMixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(chains, ...) -> (chains,)."""
         x = x.flatten(1)
+        _require_width(x, self.means.shape[1])
         square = (x.unsqueeze(1) - self.means).square().sum(2)
         parts = self.log_weights - x.shape[1] * self.std.log() - 0.5 * square / self.std**2
         return -parts.logsumexp(1)

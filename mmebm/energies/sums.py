@@ -22,7 +22,8 @@ class Sum(nn.Module):
         weights: a number for each; ``None``: 1.
 
     Raises:
-        TypeError, ValueError: for something not callable, or another number of weights.
+        TypeError, ValueError: for something not callable, another number of weights, or energies whose values are of
+            several shapes.
     """
 
     def __init__(self, *energies: Callable[..., Any], weights: Sequence[float] | None = None) -> None:
@@ -40,7 +41,12 @@ class Sum(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """The state -> (chains,)."""
-        return functools.reduce(operator.add, (w * e(x) for w, e in zip(self.weights, self.energies, strict=True)))
+        values = [e(x) for e in self.energies]
+        shapes = [tuple(getattr(value, "shape", ())) for value in values]
+        # (chains, 1) and (chains,) would add up to all pairs of chains
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"energies of a Sum must each return (chains,), got the shapes {shapes}")
+        return functools.reduce(operator.add, (w * value for w, value in zip(self.weights, values, strict=True)))
 
     def mmebm_lowered(self, x: Any) -> Symbol:
         """The same on a symbolic state, for :func:`mmebm.energies.lower`."""

@@ -155,6 +155,8 @@ def retrieval(system: System, x: Batch) -> dict[str, Any]:
     luck, hits = [], []
     for target in names:
         candidates = x[target].flatten(1)
+        # cdist squares: what all candidates have in common, such as a white ground, would drown float32
+        mean = candidates.mean(0)
         same = torch.cdist(candidates, candidates, p=1.0) == 0
         same.fill_diagonal_(True)
         luck.append(chance_of_top(same.sum(1).tolist()))
@@ -163,7 +165,7 @@ def retrieval(system: System, x: Batch) -> dict[str, Any]:
                 continue
             experts, weights = system.inference.join(system.inference.encode({given: x[given]}))
             z = (weights[..., None] * experts.mean).sum(0)
-            far = torch.cdist(g.decoders[target](z).flatten(1), candidates, p=p)
+            far = torch.cdist(g.decoders[target](z).flatten(1) - mean, candidates - mean, p=p)
             own = far.diagonal()[:, None]
             better = ((far < own) & ~same).sum(1) + 0.5 * ((far == own) & ~same).sum(1)
             ranks = 1 + better

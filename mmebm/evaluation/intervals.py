@@ -76,10 +76,15 @@ def student_quantile(p: float, freedom: int) -> float:
 def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     """The mean of independent ``values`` and half the width of its interval at ``level``.
 
+    Raises:
+        ValueError: for a ``level`` outside (0, 1).
+
     Example:
         >>> mean_interval([1.0, 2.0, 3.0])
         Interval(mean=2.0, half=2.48..., n=3)
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), such as 0.95, got {level}")
     if not values:
         return Interval(None, None, 0)
     n, mean = len(values), statistics.fmean(values)
@@ -93,7 +98,7 @@ def paired_interval(a: Sequence[float], b: Sequence[float], *, level: float = 0.
     """:func:`mean_interval` of ``a - b``, where ``a[i]`` and ``b[i]`` are of one seed.
 
     Raises:
-        ValueError: for unequal numbers of values.
+        ValueError: for unequal numbers of values, or a ``level`` outside (0, 1).
     """
     if len(a) != len(b):
         raise ValueError(f"a and b must have as many values, got {len(a)} and {len(b)}")

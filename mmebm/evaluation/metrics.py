@@ -290,16 +290,21 @@ def gaussian_kernel_distance(
         The distance, at most 2, and its standard error.
 
     Raises:
-        TypeError, ValueError: for other modalities, shapes or types, too few samples, or values that are inf or NaN.
+        TypeError, ValueError: for other modalities, shapes or types, bandwidths that are not above 0, too few samples,
+            or values that are inf or NaN.
     """
     if not a or set(a) != set(b):
         raise ValueError(f"a and b must have the same modalities, at least one, got {sorted(a)} and {sorted(b)}")
     if subsets < 2:
         raise ValueError(f"subsets must be at least 2, for a standard error, got {subsets}")
+    widths = dict(bandwidths or {})
+    for name, width in widths.items():
+        if name not in a or not 0 < width < math.inf:
+            raise ValueError(f"bandwidths must be positive and finite, of {sorted(a)}, got {width!r} of {name!r}")
     sides: list[list[Tensor]] = [[], []]
     for name in a:
         x, y = _check_features(a[name].flatten(1), b[name].flatten(1), least=2 * subsets)
-        h = (bandwidths or {}).get(name) or torch.pdist(y[:MEDIAN_ROWS]).median().item() or 1.0
+        h = widths.get(name) or torch.pdist(y[:MEDIAN_ROWS]).median().item() or 1.0
         sides[0].append(x / h)
         sides[1].append(y / h)
     columns = [torch.cat(parts, dim=1) for parts in sides]

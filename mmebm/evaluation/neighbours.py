@@ -1,7 +1,9 @@
 """Samples beside the training tuples: the nearest ones, and whether samples are copies or all alike. No labels needed.
 
 The distance between two tuples is the root mean square over modalities of the Euclidean distance in model space, each
-in units of its root mean square between two training tuples: every modality counts alike, whatever its size.
+in units of its root mean square between two training tuples: every modality counts alike, whatever its size. The
+training tuples' mean is taken off first: ``torch.cdist`` squares in float32, and the squares of what all tuples have in
+common, such as a white ground, would drown the distances.
 """
 
 from __future__ import annotations
@@ -39,11 +41,12 @@ class Neighbours:
         self.rows: Tensor = rows[order[: max(min(ROWS, ELEMENTS // wide), 2)].to(rows.device)]
         self.tuples: dict[str, Tensor] = train.batch(self.rows)
         self.variance: dict[str, Tensor] = {name: _variance(x) for name, x in _flat(self.tuples).items()}
+        self._mean = {name: x.mean(0) for name, x in _flat(self.tuples).items()}
         self._points = self._scaled(self.tuples)
 
     def _scaled(self, x: Batch) -> Tensor:
         parts = [
-            v / (2 * self.variance[name] * len(self.variance)).sqrt()
+            (v - self._mean[name]) / (2 * self.variance[name] * len(self.variance)).sqrt()
             for name, v in _flat(x).items()
             if self.variance[name] > 0
         ]
@@ -82,7 +85,8 @@ def _flat(x: Batch) -> dict[str, Tensor]:
 
 def _ratio(samples: Tensor, real: Tensor, points: Tensor) -> float | None:
     """The samples' median distance to the nearest of ``points`` by that of real ones; None where that is 0."""
-    distance = [torch.cdist(x, points).min(1).values.median() for x in (samples, real)]
+    mean = points.mean(0)
+    distance = [torch.cdist(x - mean, points - mean).min(1).values.median() for x in (samples, real)]
     return float(distance[0] / distance[1]) if distance[1] > 0 else None
 
 

@@ -9,6 +9,7 @@ are each one call. :mod:`mmebm.energies` makes terms from modules.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -204,6 +205,11 @@ def check_terms(terms: Sequence[Term], chains: int, inputs: int, device: torch.d
         raise TypeError(f"terms must be a list of at least one Scalar, Residual or Quadratic, got {terms!r:.80}")
     for i, term in enumerate(terms):
         name = f"terms[{i}]"
+        for factor in ("weight", "scale"):
+            value = getattr(term, factor, 1.0)
+            # a tensor's graph would end here
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name}.{factor} must be a number, got {value!r:.80}")
         if isinstance(term, Quadratic):
             for field, t in (("mean", term.mean), ("precision", term.precision)):
                 if t.shape != (inputs,) or t.device != device:
@@ -242,6 +248,9 @@ def require_dense_terms(terms: Any, like: Tensor) -> None:
             require_dense(f"a tensor of terms[{i}]", t, like)
             if not t.is_floating_point() and t.dtype != torch.bool:
                 raise TypeError(f"a tensor of terms[{i}] must be floating-point, got {t.dtype}")
+            # autocast makes one dtype of several
+            if t.dtype not in (like.dtype, torch.bool) and not torch.is_autocast_enabled(like.device.type):
+                raise TypeError(f"a tensor of terms[{i}] must be {like.dtype} as the state is, got {t.dtype}")
 
 
 def too_wide(terms: Sequence[Term]) -> str | None:

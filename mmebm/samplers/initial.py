@@ -92,6 +92,9 @@ def normal(shape: Sequence[int], std: float = 1.0, mean: float = 0.0, dtype: tor
 def _normal(
     size: tuple[int, ...], std: float, mean: float, dtype: torch.dtype, n: int, generator: torch.Generator
 ) -> Tensor:
+    for name, value in (("std", std), ("mean", mean)):
+        if isinstance(value, Tensor) and value.dim() > len(size) and value.shape[0] not in (1, n):
+            raise ValueError(f"{name} of shape {tuple(value.shape)} has a row for each chain, but {n} are drawn")
     return _draw(drawn.normal, torch.randn, (n, *size), dtype, generator) * std + mean
 
 

@@ -64,6 +64,15 @@ def test_autocorrelation_is_the_sum_of_its_definition(seed: int) -> None:
     torch.testing.assert_close(autocorrelation(x), slow / slow[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [13, 81, 256, 259])
+def test_a_chain_that_never_moved_has_no_autocorrelation(steps: int, seed: int) -> None:
+    """Whatever its value is: the mean of equal draws rounds, and what is left of them was perfectly correlated."""
+    x = normals(steps, 50, seed=seed)
+    x[:, 1:] = x[:1, 1:].clone()
+    found = autocorrelation(x)
+    assert bool(found[:, 1:].isnan().all()) and bool(found[:, 0].isfinite().all())
+
+
 @pytest.mark.parametrize("method", ["rank", "bulk", "folded", "split"])
 def test_rhat_of_chains_that_agree_is_one(method: Any, seed: int) -> None:
     # n (R^2 - 1 + 1 / n) is the chains' mean square, a chi-square over its 399: below 1 + 5.7 sqrt(2 / 399)

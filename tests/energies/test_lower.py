@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmebm import Langevin
 from mmebm.energies import MLP, CannotLower, Gaussian, GaussianMixture, Sum, lower
 from mmebm.ops.mlp_energy.reference import mlp_energy
 from mmebm.ops.terms import LIMITS, Quadratic, Residual, Scalar, too_wide
@@ -417,6 +418,17 @@ def test_gaussian_and_mixture_are_densities(seed: int) -> None:
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_energies_do_not_broadcast_over_chains_or_inputs() -> None:
+    """A network's (chains, 1) beside a prior's (chains,) made all pairs of chains, whose gradient is so many times as
+    large; a state of one element was counted once for each mean."""
+    x = torch.zeros(7, 3)
+    with pytest.raises(ValueError, match=r"each return \(chains,\), got the shapes \[\(7, 1\), \(7,\)\]"):
+        Langevin(0.1).sample(Sum(nn.Linear(3, 1), Gaussian()), x, 1)
+    for energy in (Gaussian(torch.zeros(5)), Gaussian(0.0, torch.ones(5)), GaussianMixture(torch.zeros(2, 5))):
+        with pytest.raises(ValueError, match=r"x must have 5 elements a chain, .* got 1"):
+            energy(x[:, :1])
 
 
 def test_mlp_energy_and_gradient_reach_the_weights() -> None:

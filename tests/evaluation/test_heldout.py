@@ -90,6 +90,23 @@ def test_retrieval_of_what_is_known_and_of_nothing(seed: int) -> None:
     assert retrieval(dumb, {"a": ring, "b": ring})["pairs"]["a -> b"]["median_rank"] > n / 4
 
 
+class Affine(nn.Module):
+    def __init__(self, scale: float, shift: float) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.shift
+
+
+def test_retrieval_among_candidates_that_differ_little(seed: int) -> None:
+    """As images on a light ground do: in float32 the squares of the ground are all that is left of their distances."""
+    z, one = torch.randn(200, D, generator=torch.Generator().manual_seed(seed)), torch.ones(D)
+    light, back = Affine(1e-3, 0.99), nn.Sequential(Affine(1e3, -990.0), Posterior(one, 1e-3))
+    s = system({"a": Scale(one), "b": light}, {"a": Posterior(one, 1e-3), "b": back})
+    assert retrieval(s, {"a": z, "b": light(z)})["pairs"]["a -> b"] == {"first": 1.0, "top": 1.0, "median_rank": 1.0}
+
+
 def test_equal_candidates_are_right_too(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     words = torch.eye(D)[torch.randint(D, (90,), generator=rng)]

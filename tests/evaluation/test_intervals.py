@@ -48,6 +48,9 @@ def test_few_values_and_what_is_refused() -> None:
         paired_interval([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="freedom must be at least 1, got 0"):
         student_quantile(0.9, 0)
+    for level in (0.0, 1.0, 95, math.nan):
+        with pytest.raises(ValueError, match="level must lie in"):
+            mean_interval([1.0], level=level)
     for p in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match="p must lie in"):
             student_quantile(p, 3)

@@ -17,6 +17,7 @@ from mmebm.evaluation.metrics import (
     class_balance,
     conditional_coherence,
     frechet_distance,
+    gaussian_kernel_distance,
     joint_coherence,
     kernel_distance,
     pair_agreement,
@@ -204,6 +205,7 @@ def test_binomial_error():
 
 
 PRED = torch.zeros(3, 2, dtype=torch.int64)
+IMAGES = {"x": torch.zeros(40, 2)}
 BROKEN = torch.tensor([[1.0], [float("nan")]])
 
 
@@ -227,6 +229,8 @@ BROKEN = torch.tensor([[1.0], [float("nan")]])
         (lambda: frechet_distance(draw(0, 9, 1), BROKEN), ValueError, "b must be finite, got 1 entries"),
         (lambda: kernel_distance(draw(0, 99, 2), draw(0, 19, 2)), ValueError, "b must have at least 20 .* got 19"),
         (lambda: kernel_distance(draw(0, 9, 2), draw(0, 9, 2), subsets=1), ValueError, "subsets must be .* got 1"),
+        (lambda: gaussian_kernel_distance(IMAGES, IMAGES, bandwidths={"y": 1.0}), ValueError, r"of \['x'\], .* of 'y'"),
+        (lambda: gaussian_kernel_distance(IMAGES, IMAGES, bandwidths={"x": 0.0}), ValueError, "positive .* got 0.0"),
         (lambda: binomial_error(1.5, 10), ValueError, "p must be a share .* got 1.5"),
         (lambda: binomial_error(0.5, 0), ValueError, "n must be at least 1, got 0"),
     ],

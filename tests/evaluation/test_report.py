@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,25 @@ def test_neighbours_tell_copies_and_a_collapse() -> None:
     assert set(neighbours.compare(one, real)["spread"].values()) == {0.0}
     again = neighbours.nearest(copies)
     assert all(torch.equal(again[name], value) for name, value in copies.items())
+
+
+def test_neighbours_are_near_whatever_all_tuples_have_in_common(make_set: Callable[..., Any]) -> None:
+    """Images that differ little, on a light ground: their squares, in float32, say nothing of their distances."""
+
+    def light(n: int, seed: int) -> Any:
+        dataset = make_set(n, seed=seed)
+        for pool in dataset.pools.values():
+            pool.mul_(0.002).add_(0.99)
+        return dataset
+
+    train, rows = light(120, 0), torch.arange(120)
+    neighbours, real = Neighbours(train), light(120, 1).batch(rows)
+    copies = train.batch(rows)
+    again = neighbours.nearest(copies)
+    assert all(torch.equal(again[name], value) for name, value in copies.items())
+    for compared in (neighbours.compare(copies, real), neighbours.compare(real, real)):
+        wanted = 0.0 if compared["nearest"] == 0 else 1.0
+        assert [compared["nearest"], *compared["nearest_by_modality"].values()] == [wanted] * 4
 
 
 def test_runs_compared_on_a_page(trained: dict[str, Path], folder: Path, tmp_path: Path) -> None:

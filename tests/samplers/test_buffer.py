@@ -566,6 +566,15 @@ def test_storages_hold_the_same_on_a_gpu(storage, policy, seed):
     assert here.lineages() == there.lineages()
 
 
+@pytest.mark.parametrize("name", ["std", "mean"])
+def test_settings_of_each_chain_make_no_other_number_of_chains(name: str) -> None:
+    start, rng = initial.normal((3,), **{name: torch.ones(7, 3)}), torch.Generator().manual_seed(0)
+    assert start(7, rng).shape == (7, 3)
+    for n in (1, 5):
+        with pytest.raises(ValueError, match=rf"{name} of shape \(7, 3\) has a row for each chain, but {n} are drawn"):
+            start(n, rng)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["slots", "fifo", "reservoir"])
 @pytest.mark.parametrize("draw", ["uniform", "stratified"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmebm.ops.common.address import require_dense
 from mmebm.ops.common.untyped import TORCH
+from mmebm.state import integer
 
 NoiseAt = Literal["after", "before"]
 NormOver = Literal["chain", "tensor"]
@@ -166,6 +167,14 @@ class StepStats:
     nonfinite: Tensor
 
 
+def word64(name: str, value: Any) -> Any:
+    """A seed or step of 64 bits as a schema's signed int; a tensor is torch's to convert."""
+    if isinstance(value, Tensor):
+        return value
+    number = integer(name, value, -(2**63), 2**64)
+    return number - 2**64 if number >= 2**63 else number
+
+
 def per_tensor(name: str, value: Constant | None, tensors: int, like: Tensor) -> list[float | Tensor | None]:
     """``value`` for each tensor: one for all, or a list with one for each; ``like``: a tensor of the state."""
     values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * tensors
@@ -176,6 +185,8 @@ def per_tensor(name: str, value: Constant | None, tensors: int, like: Tensor) ->
             continue
         if isinstance(v, Tensor):
             require_dense(f"{name}[{i}]", v, like)
+            if v.is_complex() or v.dtype == torch.bool:
+                raise TypeError(f"{name}[{i}] must hold real numbers, got a tensor of {v.dtype}")
             continue
         if isinstance(v, bool) or not isinstance(v, (int, float)):
             raise TypeError(f"{name}[{i}] must be a number or a tensor, got {type(v).__name__}")

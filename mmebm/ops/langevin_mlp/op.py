@@ -24,11 +24,22 @@ from torch import Tensor
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import require_dense, unfit
 from mmebm.ops.common.layout import per_chain, widen
-from mmebm.ops.common.params import FIELDS, NEUTRAL, Constant, NoiseAt, StepNumbers, StepParams, StepRows, per_tensor
+from mmebm.ops.common.params import (
+    FIELDS,
+    NEUTRAL,
+    Constant,
+    NoiseAt,
+    StepNumbers,
+    StepParams,
+    StepRows,
+    per_tensor,
+    word64,
+)
 from mmebm.ops.common.untyped import register
 from mmebm.ops.langevin_mlp.reference import langevin_mlp as reference
 from mmebm.ops.langevin_step import StepOptions, TorchStepper
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
+from mmebm.state import integer
 
 __all__ = ["MlpChain", "MlpResult", "Precision", "constants_of", "flat_mask", "langevin_mlp", "room", "run"]
 
@@ -416,7 +427,7 @@ def langevin_mlp(
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
     flat = [per_chain(t) for t in x]
     widths = [t.shape[1] for t in flat]
-    require_dense_terms(terms, x[0])
+    require_dense_terms(terms, widen(x[0]))
     checked = check_terms(terms, chains, sum(widths), device)
     columns = [
         per_tensor(name, value, len(x), x[0])
@@ -442,9 +453,9 @@ def langevin_mlp(
         table[0],
         flat_mask(masks, x),
         steps=steps,
-        seed=seed,
-        first_step=first_step,
-        chain_offset=chain_offset,
+        seed=word64("seed", seed),
+        first_step=word64("first_step", first_step),
+        chain_offset=integer("chain_offset", chain_offset, 0, 2**62),
         widths=widths,
         present=table[1],
         noise_at=noise_at,

@@ -15,11 +15,22 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import obstacle, require_dense
-from mmebm.ops.common.params import FIELDS, Constant, NormOver, Outside, StepOptions, StepParams, StepStats, per_tensor
+from mmebm.ops.common.params import (
+    FIELDS,
+    Constant,
+    NormOver,
+    Outside,
+    StepOptions,
+    StepParams,
+    StepStats,
+    per_tensor,
+    word64,
+)
 from mmebm.ops.common.untyped import register
 from mmebm.ops.langevin_step import reference
 from mmebm.ops.langevin_step.cpp import CppStepper, cpp_reason
 from mmebm.ops.langevin_step.cuda import CudaStepper, cuda_reason
+from mmebm.state import flag, integer
 
 __all__ = ["CppStepper", "CudaStepper", "StepOptions", "Stepper", "TorchStepper", "langevin_step", "make", "stepper"]
 
@@ -227,6 +238,7 @@ def _run(
         score=score,
         observed=tuple(observed),
     )
+    dtypes = [t.dtype for t in x]
     with torch.no_grad():
         x = [t.clone(memory_format=torch.contiguous_format) for t in x]
         chosen, _ = stepper(backend, x, options, params)
@@ -234,7 +246,8 @@ def _run(
             x = chosen.perturb(x, params, step)
         else:
             x, _ = chosen.step(x, grad, params, step, with_noise=phase == "step", stats=False)
-        return [t.contiguous() for t in x]
+        # the reference promotes: to float64 where the gradient or a constant is
+        return [t.to(dtype).contiguous() for t, dtype in zip(x, dtypes, strict=True)]
 
 
 def _fake(x: list[Tensor], grad: list[Tensor], *args: object, **kwargs: object) -> list[Tensor]:
@@ -288,6 +301,8 @@ def langevin_step(
         BackendError: where ``backend`` cannot take this state.
     """
     x = _tensors("x", x)
+    flag("clamp_noise", clamp_noise)
+    flag("score", score)
     gradients = [] if grad is None else _tensors("grad", grad)
     if noise_at not in ("after", "before"):
         raise ValueError(f"noise_at must be 'after' or 'before', got {noise_at!r}")
@@ -318,6 +333,7 @@ def langevin_step(
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
         if mask is not None:
             require_dense(f"observed[{i}]", mask, x[0])
+            _require_broadcast(f"observed[{i}]", mask, x[i])
     columns = [
         per_tensor(name, value, len(x), x[0])
         for name, value in zip(
@@ -327,6 +343,10 @@ def langevin_step(
     for name, column in zip(FIELDS[:2], columns, strict=False):
         if any(value is None for value in column):
             raise ValueError(f"{name} must be given for every tensor, got None")
+    for name, column in zip(FIELDS, columns, strict=True):
+        for i, value in enumerate(column):
+            if isinstance(value, Tensor):
+                _require_broadcast(f"{name} of tensor {i}", value, x[i])
     values = [column[i] for i in range(len(x)) for column in columns]
     return torch.ops.mmebm.langevin_step(
         [t.detach() for t in x],
@@ -335,16 +355,24 @@ def langevin_step(
         [v if isinstance(v, Tensor) else None for v in values],
         [sum(1 << f for f, column in enumerate(columns) if column[i] is not None) for i in range(len(x))],
         phase="perturb" if grad is None else "step" if noise_at == "after" else "drift",
-        seed=seed,
-        step=step,
-        chain_offset=chain_offset,
+        seed=word64("seed", seed),
+        step=word64("step", step),
+        chain_offset=integer("chain_offset", chain_offset, 0, 2**62),
         observed=masks,
         norm_over=norm_over,
         outside=outside,
-        clamp_noise=clamp_noise,
-        score=score,
+        clamp_noise=bool(clamp_noise),
+        score=bool(score),
         backend=backend,
     )
+
+
+def _require_broadcast(name: str, value: Tensor, like: Tensor) -> None:
+    """What is larger than the state would make it larger in the reference."""
+    sizes = zip(reversed(value.shape), reversed(like.shape), strict=False)
+    if value.dim() > like.dim() or any(own not in (1, size) for own, size in sizes):
+        shapes = f"{tuple(value.shape)} does not broadcast against {tuple(like.shape)}"
+        raise ValueError(f"{name} of shape {shapes}: give a number, (chains, 1, ...) or a shape that broadcasts")
 
 
 def _tensors(name: str, value: Sequence[Any]) -> list[Tensor]:

@@ -187,5 +187,9 @@ def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, T
     check_net(net, x.shape[0], x.shape[1], x.device)
     for t in (x, *tensors_of(net)):
         require_dense("x" if t is x else "a tensor of the net", t, None if t is x else x)
+        # autocast makes one dtype of several
+        mixed = t.is_floating_point() and t.dtype != x.dtype
+        if mixed and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"a tensor of the net must be {x.dtype} as x is, got {t.dtype}")
     description, tensors = pack(net)
     return torch.ops.mmebm.net_energy(x, tensors, description, backend)

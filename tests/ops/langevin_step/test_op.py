@@ -875,6 +875,26 @@ def test_entry_takes_any_layout_and_dtype(seed: int) -> None:
         torch.testing.assert_close(a.float(), b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ("torch", "cpp"))
+def test_entry_has_the_state_s_shapes_and_dtypes(seed: int, backend: str) -> None:
+    """Whatever the gradient's and the constants' are; a compiled caller believes the fake. Seeds have 64 bits."""
+    x, grad, settings = entry_case(seed)
+    expected = op.langevin_step(x, grad, **settings, backend=backend)
+    settings["step_size"] = [t.double() if isinstance(t, Tensor) else t for t in settings["step_size"]]
+    wide = op.langevin_step(x, [g.double() for g in grad], **settings, backend=backend)
+    for a, b in zip(wide, expected, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    a, b = (op.langevin_step(x, grad, **{**settings, "seed": s}, backend=backend) for s in (2**64 - 1, -1))
+    assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+    # on one chain a constant of several rows made several chains
+    one = [t[:1] for t in x]
+    with pytest.raises(ValueError, match=r"low of tensor 0 of shape \(5, 1\)"):
+        op.langevin_step(
+            one, one, step_size=0.1, noise_scale=0.0, seed=seed, low=[torch.zeros(5, 1), None], backend=backend
+        )
+
+
 def test_opcheck(seed: int) -> None:
     x, grad, _ = entry_case(seed)
     numbers, present = [0.1, 0.05, 0.0, 1.0, 0.0, 0.0, -1.0, 1.0] * 2, [0b11001011] * 2
@@ -944,6 +964,15 @@ def test_entry_names_what_is_wrong(seed: int) -> None:
         (TypeError, r"noise_scale\[0\]", {"noise_scale": "big"}),
         (ValueError, r"low\[0\]", {"low": math.nan}),
         (ValueError, "prior_std of tensor 0", {"prior_std": torch.ones(7)}),
+        (ValueError, r"step_size of tensor 0 of shape \(2, 4, 3\)", {"step_size": torch.ones(2, 4, 3)}),
+        (ValueError, r"observed\[0\] of shape \(2, 4, 3\)", {"observed": [torch.ones(2, 4, 3) > 0, None]}),
+        (TypeError, r"high\[0\] must hold real numbers", {"high": torch.ones(4, 1) > 0}),
+        (TypeError, r"grad_clip\[0\] must hold real numbers", {"grad_clip": torch.ones(4, 1) * 1j}),
+        (TypeError, "seed must be an int", {"seed": 1.5}),
+        (ValueError, "seed must be an int", {"seed": 2**64}),
+        (TypeError, "step must be an int", {"step": True}),
+        (ValueError, "chain_offset must be an int", {"chain_offset": -1}),
+        (TypeError, "score must be True or False", {"score": "no"}),
         (ValueError, "'fast'", {"backend": "fast"}),
     ]
     for error, name, changes in cases:

@@ -315,6 +315,10 @@ def test_what_is_wrong_is_named(draw: Any) -> None:
         (ValueError, "likelihood", x, replace(residual, likelihood="cauchy")),
         (ValueError, "scale", x, replace(residual, scale=0.0)),
         (ValueError, "mean", x, Quadratic(torch.zeros(4), torch.zeros(5))),
+        (TypeError, r"terms\[0\] must be torch.float32", x, Quadratic(torch.zeros(5), torch.ones(5).double())),
+        (TypeError, r"terms\[0\] must be torch.float64", x.double(), good),
+        (TypeError, r"terms\[0\].weight must be a number", x, Scalar(stack, torch.tensor(2.0))),  # type: ignore[arg-type]
+        (TypeError, r"terms\[0\].scale must be a number", x, replace(residual, scale="1")),
         (ValueError, "backend", x, good),
     ]
     for error, words, state, terms in cases:

@@ -183,6 +183,8 @@ def test_errors(seed: int) -> None:
         net_energy(w.x, good.nodes)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"nodes\[0\]"):
         net_energy(w.x, Net((w.x,)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a tensor of the net must be torch.float64 as x is, got torch.float32"):
+        net_energy(w.x.double(), good)
     with pytest.raises(TypeError, match="x must be"):
         net_energy(w.x[0], good)
     with pytest.raises(BackendError, match="not built for cuda"):
