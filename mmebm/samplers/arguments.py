@@ -11,7 +11,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.samplers.arithmetic import map_tensors
 from mmebm.samplers.chain import Problem
-from mmebm.samplers.schedules import Schedule
+from mmebm.samplers.schedules import Schedule, values_of
 from mmebm.samplers.settings import is_sequence
 from mmebm.state import Key, State, check_apart, check_type, flag, flatten, integer, observed_masks, one_integer
 
@@ -66,12 +66,15 @@ def calls_of(
     if isinstance(first_step, Tensor):
         raise ValueError("first_step must be an int where an argument is a function of the step, got a tensor")
 
-    def at(value: Any, k: int) -> Any:
-        return value(k) if isinstance(value, Schedule) else value
+    count = max(steps, 1)
 
+    def along(value: Any) -> list[Any]:
+        return values_of(value, first_step, count) if isinstance(value, Schedule) else [value] * count
+
+    columns, named = list(map(along, args)), {name: along(value) for name, value in kwargs.items()}
     return [
-        (tuple(at(value, k) for value in args), {name: at(value, k) for name, value in kwargs.items()})
-        for k in range(first_step, first_step + max(steps, 1))
+        (tuple(column[k] for column in columns), {name: column[k] for name, column in named.items()})
+        for k in range(count)
     ]
 
 

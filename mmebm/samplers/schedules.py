@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,27 @@ from mmebm.ops.common.params import StepNumbers
 from mmebm.state import check_setting, dense, integer, items, one_number
 
 __all__ = ["Schedule", "geometric", "linear", "polynomial", "table"]
+
+
+def values_of(function: Callable[[int], Any], first: int, steps: int) -> list[Any]:
+    """``function`` of ``steps`` steps from ``first`` on. Tensors are copied, as a function may write each step's value
+    to the same one (``size.mul_(0.99)``); one that stays as it is once."""
+    values: list[Any] = []
+    last: Any = None
+    written = -1
+    for k in range(first, first + steps):
+        value = function(k)
+        if not isinstance(value, Tensor):
+            values.append(value)
+            continue
+        version = -1 if value.is_inference() else value._version
+        same = value is last and version == written >= 0
+        if same and (not value.is_cpu or torch.equal(value, values[-1])):
+            values.append(values[-1])
+        else:
+            values.append(value.clone())
+        last, written = value, version
+    return values
 
 
 class Schedule(ABC):
@@ -39,7 +61,7 @@ class Schedule(ABC):
 
     def values_at(self, first: int, steps: int) -> Sequence[float | Tensor]:
         """The values at steps ``first``, ``first + 1``, ..., bit for bit; a schedule of formula has them at once."""
-        return [self(k) for k in range(first, first + steps)]
+        return values_of(self, first, steps)
 
 
 @dataclass(frozen=True)

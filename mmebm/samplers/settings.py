@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from mmebm.ops.common.layout import widen
 from mmebm.ops.common.params import StepNumbers, StepRows, varies
-from mmebm.samplers.schedules import Schedule
+from mmebm.samplers.schedules import Schedule, values_of
 from mmebm.state import Key, broadcast, check_range, check_setting, per_key
 
 # Settings by name, and what each may be (see check_setting).
@@ -101,9 +101,8 @@ def at_steps(
     Raises:
         TypeError, ValueError: naming the setting and the step.
     """
-    values = cast("Sequence[Any]", setting.values_at(first, steps)) if isinstance(setting, Schedule) else None
-    if values is None:
-        values = [setting(k) for k in range(first, first + steps)]
+    known = setting.values_at if isinstance(setting, Schedule) else functools.partial(values_of, setting)
+    values: Any = known(first, steps)
     if not isinstance(values, StepNumbers) and set(map(type, values)) == {float}:
         values = StepNumbers(torch.tensor(values, dtype=torch.float64, device="cpu"))
     if isinstance(values, StepNumbers):
@@ -111,12 +110,13 @@ def at_steps(
         good = vector.isfinite() & (vector > low if allowed.get("strict") else vector >= low)
         if bool(good.all()):
             return values
-    for k, value in enumerate(values, first):
+    each: list[Any] = list(values)
+    for k, value in enumerate(each, first):
         if value is None and required:
             raise TypeError(f"{label} at step {k} must be a number or a tensor, got None")
         if value is not None:
             check_setting(f"{label} at step {k}", value, **allowed)
-    return list(values)
+    return each
 
 
 def _column(

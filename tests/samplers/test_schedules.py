@@ -206,3 +206,34 @@ def test_rows_are_made_of_columns() -> None:
     assert rows.map(lambda name, v: 2 * v)[2] == [StepParams(6.0, 1.0)]
     with pytest.raises(IndexError):
         rows[3]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 3)])
+@pytest.mark.parametrize("write", ["in place", "by data", "not"])
+def test_a_function_may_write_each_steps_value_to_one_tensor(shape: tuple[int, ...], write: str, seed: int) -> None:
+    """As a loop that anneals by ``size.mul_(0.5)`` reads it."""
+    sizes = [0.2 * 0.5 ** (k * (write != "not")) for k in range(4)]
+
+    def anneal(size: torch.Tensor) -> Any:
+        def at(k: int) -> torch.Tensor:
+            if write != "not" and k:
+                (size if write == "in place" else size.data).mul_(0.5)
+            return size
+
+        return at
+
+    class Annealed(Schedule):
+        def __init__(self) -> None:
+            self.at = anneal(torch.full(shape, 0.2))
+
+        def __call__(self, k: int) -> Any:
+            return self.at(k)
+
+    torch.manual_seed(seed)
+    x, energy = torch.randn(5, 3), lambda x, t=1.0: (t * x.square()).sum(1) + x.prod(1)
+    expected = Langevin(table(sizes)).sample(energy, x, 4, seed=seed).state
+    for step_size in (anneal(torch.full(shape, 0.2)), Annealed()):
+        torch.testing.assert_close(Langevin(step_size).sample(energy, x, 4, seed=seed).state, expected)
+    if shape != (5,):
+        expected = Langevin(0.1).sample(energy, x, 4, args=(table(sizes),), seed=seed).state
+        torch.testing.assert_close(Langevin(0.1).sample(energy, x, 4, args=(Annealed(),), seed=seed).state, expected)
