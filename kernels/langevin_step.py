@@ -287,7 +287,7 @@ def _propose(
     a = tl.where((meta & _SCORE) != 0, -a, a)
     if (meta & _PRIOR) != 0:
         # not 1 / std^2, which overflows where the quotient does not
-        inverse = 1.0 / _param(t, fs, vs, meta, chain, ok, PRIOR_STD, T, VECTOR)
+        inverse = tl.div_rn(1.0, _param(t, fs, vs, meta, chain, ok, PRIOR_STD, T, VECTOR))
         g = tl.fma(x * inverse, tl.zeros(x.shape, tl.float32) + tl.where((meta & _SCORE) != 0, -inverse, inverse), g)
     d = xi - a * g
     if (meta & _MAX) != 0:
