@@ -27,20 +27,18 @@ def values_of(function: Callable[[int], Any], first: int, steps: int) -> list[An
     """``function`` of ``steps`` steps from ``first`` on. Tensors are copied, as a function may write each step's value
     to the same one (``size.mul_(0.99)``); one that stays as it is once."""
     values: list[Any] = []
-    last: Any = None
+    last: Any = None  # the function's own
+    copy: Any = None
     written = -1
     for k in range(first, first + steps):
         value = function(k)
-        if not isinstance(value, Tensor):
-            values.append(value)
-            continue
-        version = -1 if value.is_inference() else value._version
-        same = value is last and version == written >= 0
-        if same and (not value.is_cpu or torch.equal(value, values[-1])):
-            values.append(values[-1])
-        else:
-            values.append(value.clone())
-        last, written = value, version
+        if isinstance(value, Tensor):
+            version = -1 if value.is_inference() else value._version
+            same = value is last and version == written >= 0
+            if not same or (value.is_cpu and not torch.equal(value, copy)):
+                copy = value.clone()
+            last, written, value = value, version, copy
+        values.append(value)
     return values
 
 

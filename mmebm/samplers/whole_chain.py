@@ -295,8 +295,8 @@ class _FusedChain:
     def _sound(self) -> Tensor:
         """Of the chains at the start, those with a state that is finite where it moves."""
         x, observed = self.first.x, self.chain.observed
-        widths = torch.tensor(self.chain.widths, device=x.device)
-        still = ~torch.tensor(self.chain.moving, device=x.device).repeat_interleave(widths)
+        widths = torch.tensor(self.chain.widths, dtype=torch.int64, device=x.device)
+        still = ~torch.tensor(self.chain.moving, dtype=torch.bool, device=x.device).repeat_interleave(widths)
         still = still if observed is None else still | observed.bool()
         return ~self.first.broken & (x.isfinite() | still).all(dim=1)
 

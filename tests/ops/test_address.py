@@ -96,7 +96,7 @@ def test_every_factory_call_names_dtype_and_device() -> None:
 def test_addresses_are_made_at_the_door_alone() -> None:
     # the others tell tensors apart by where their memory lies, and hand no address on
     names = ("ops/common/address.py", "samplers/capture/key.py", "samplers/langevin_steps.py", "state.py")
-    names += ("samplers/kept_nets.py", "samplers/user_modules.py", "energies/trace/__init__.py")
+    names += ("samplers/gradient.py", "samplers/kept_nets.py", "samplers/user_modules.py", "energies/trace/__init__.py")
     allowed = {PACKAGE / name for name in names}
     found = [
         f"{path.relative_to(PACKAGE)}:{line}"
