@@ -108,6 +108,9 @@ def folder(
     names = _names(arrays, meta, meta_file)
     check_alike(arrays, other)
     codecs = {} if codecs is None else codecs
+    for option, value in (("codecs", codecs), ("codec_options", codec_options or {})):
+        if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{option} must be a mapping from name, or None, got {value!r:.80}")
     unknown = sorted(set(codecs) - set(names))
     if unknown:
         raise ValueError(f"codecs has {unknown}; the modalities are {names}")

@@ -164,6 +164,13 @@ class Length:
         return ["x" * round(10 * float(code)) for code in codes]
 
 
+@pytest.mark.parametrize("name", ["codecs", "codec_options"])
+def test_options_of_codecs_are_mappings(tmp_path: Path, seed: int, name: str) -> None:
+    write(tmp_path, arrays(seed))
+    with pytest.raises(TypeError, match=rf"{name} must be a mapping from name, or None, got 3"):
+        load("folder", "train", path=tmp_path, **{name: 3})
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_splits_are_of_the_same_modalities_and_sizes(tmp_path: Path, seed: int, split: str) -> None:
     """Said before training: it showed when the run was judged on the test split."""
