@@ -36,7 +36,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mmebm.state import check_type, integer, items, one_integer, place, sizes
+from mmebm.state import check_type, choice, integer, items, one_integer, place, sizes
 
 __all__ = [
     "ACCEPT",
@@ -196,6 +196,8 @@ def normal(
 ) -> Tensor:
     """Standard normals of ``shape`` = (chains, ...), each a function of (seed, chain, step, stream, element)."""
     check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating, got {dtype}")
     shape, chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 4), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
     return box_muller(w).flatten(1)[:, :numel].to(dtype).reshape(shape)
@@ -212,7 +214,7 @@ def uniform(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Uniforms in [0, 1) of ``shape`` = (chains, ...), 24 bits each."""
-    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    choice("dtype", dtype, (torch.float32, torch.float64))  # 16 bits hold neither the words nor all below 1
     shape, chains, numel = _per_element(shape)
     w = words(chains, -(-numel // 4), seed=seed, step=step, stream=stream, chain_offset=chain_offset, device=device)
     return ((w >> 8).to(dtype) * 2.0**-24).flatten(1)[:, :numel].reshape(shape)

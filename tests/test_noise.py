@@ -166,6 +166,16 @@ def test_stream_names_what_is_wrong(arguments, named):
         noise.stream(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_words_do_not_fit_sixteen_bits(dtype: torch.dtype) -> None:
+    """A uniform of float16 was infinite: its 24 bits were converted before they were scaled."""
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        noise.uniform((4, 3), seed=0, dtype=dtype)
+    if dtype == torch.int64:
+        with pytest.raises(ValueError, match="dtype must be floating"):
+            noise.normal((4, 3), seed=0, dtype=dtype)
+
+
 def test_scalar_shape_is_refused():
     with pytest.raises(ValueError, match="chain dimension"):
         noise.normal((), seed=0)

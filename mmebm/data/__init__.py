@@ -41,6 +41,7 @@ from mmebm.data.mnist_svhn import mnist_svhn, mnist_svhn_text
 from mmebm.data.polymnist import polyfashion, polymnist, polymnist_5k, polymnist_built
 from mmebm.data.stream import Prefetch, WorkerBatches
 from mmebm.data.views import views
+from mmebm.state import flag
 
 __all__ = [
     "DATASETS",
@@ -139,6 +140,10 @@ def load(
     unknown = [] if takes_any else [key for key in options if key not in known]
     if unknown:
         raise TypeError(f"data set {name!r} has no option {', '.join(map(repr, unknown))}, only {', '.join(known)}")
+    for key, value in options.items():
+        # the text "no" is true
+        if name in DATASETS and key in parameters and isinstance(parameters[key].default, bool):
+            flag(f"option {key} of data set {name!r}", value)
     # one of the user's own may leave out what it does not need
     given = {"seed": seed, "path": path}
     given = {key: value for key, value in given.items() if takes_any or key in parameters}

@@ -8,6 +8,7 @@ path/test/...             or path/train.npz, path/test.npz with arrays of the sa
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,11 @@ def folder(
     other = _arrays(root, "test" if split == "train" else "train") or {}
     meta_file, meta = _meta(root)
     names = _names(arrays, meta, meta_file)
+    check_alike(arrays, other)
     codecs = {} if codecs is None else codecs
+    for option, value in (("codecs", codecs), ("codec_options", codec_options or {})):
+        if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{option} must be a mapping from name, or None, got {value!r:.80}")
     unknown = sorted(set(codecs) - set(names))
     if unknown:
         raise ValueError(f"codecs has {unknown}; the modalities are {names}")
@@ -242,9 +247,39 @@ def _meta(root: Path) -> tuple[Path, dict[str, Any]]:
     return file, meta
 
 
+def _modalities(arrays: Mapping[str, _Array]) -> list[str]:
+    return [name for name in arrays if name not in (LABELS, PRESENT, ITEMS) and not name.endswith(f".{PRESENT}")]
+
+
+def check_alike(arrays: Mapping[str, _Array], other: Mapping[str, _Array]) -> None:
+    """That two splits are of the same modalities and sizes: a run that was trained on one is judged on the other, which
+    may be hours later. A split that is not there is none.
+
+    Raises:
+        ValueError: naming the files.
+    """
+    mine, theirs = _modalities(arrays), _modalities(other)
+    if mine and theirs and set(mine) != set(theirs):
+        first, second = (next(iter(of.values())).source for of in (arrays, other))
+        raise ValueError(
+            f"both splits need the same modalities, but beside {first} lie {sorted(mine)}, and beside {second} "
+            f"{sorted(theirs)}: what tuples lack is said in a .present.npy"
+        )
+    for name in theirs:
+        a, b = arrays[name], other[name]
+        # captions may be strings in one and codes in the other
+        if "U" not in (a.values.dtype.kind, b.values.dtype.kind) and (
+            math.prod(a.values.shape[1:]) != math.prod(b.values.shape[1:])
+        ):
+            raise ValueError(
+                f"rows of a modality have one size in both splits, but {a.source} has shape {a.values.shape}, and "
+                f"{b.source} {b.values.shape}"
+            )
+
+
 def _names(arrays: Mapping[str, _Array], meta: Mapping[str, Any], meta_file: Path) -> list[str]:
     """The modalities: as meta.json has them, then the others by name."""
-    mine = [name for name in arrays if name not in (LABELS, PRESENT, ITEMS) and not name.endswith(f".{PRESENT}")]
+    mine = _modalities(arrays)
     named = list(meta.get("modalities", {}))
     missing = sorted(set(named) - set(mine))
     if missing or not mine:

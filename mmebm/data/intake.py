@@ -623,9 +623,9 @@ def splits_of(folder: Path) -> dict[str, dict[str, Array]]:
     """The arrays by split of a folder that :func:`has_splits`.
 
     Raises:
-        ValueError: where one cannot be read, or there is no test split.
+        ValueError: where one cannot be read, there is no test split, or they do not fit together.
     """
-    from mmebm.data.folder import _arrays
+    from mmebm.data.folder import _arrays, check_alike
 
     found = {split: _arrays(folder, split) for split in ("train", "test")}
     if found["test"] is None:
@@ -633,6 +633,7 @@ def splits_of(folder: Path) -> dict[str, dict[str, Array]]:
             f"{folder} has a train split and no test split, which is what a model is judged on: put some "
             f"rows into {folder / 'test'}{os.sep}"
         )
+    check_alike(found["train"] or {}, found["test"])
     return {split: {name: array.values for name, array in (of or {}).items()} for split, of in found.items()}
 
 

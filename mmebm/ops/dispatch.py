@@ -15,14 +15,15 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 
 from mmebm.backends import NAMES
 from mmebm.native import BackendError
+from mmebm.ops.common.address import tangents
 
-__all__ = ["NAMES", "OPS", "Choice", "Op", "choose", "implementation", "isa", "requested", "using_isa"]
+__all__ = ["NAMES", "OPS", "Choice", "Op", "choose", "forward_mode", "implementation", "isa", "requested", "using_isa"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,20 @@ def requested(backend: str) -> tuple[str, str]:
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend must be one of {', '.join(('auto', *NAMES))}, got {why}")
     return backend, why
+
+
+def forward_mode(op: str, backend: str, *tensors: Any) -> bool:
+    """Whether forward-mode differentiation goes through one of ``tensors``, so that the reference is to be called.
+
+    Raises:
+        BackendError: where it does, and another backend is asked for by name.
+    """
+    if not tangents(*tensors):
+        return False
+    name, why = requested(backend)
+    if name not in ("auto", "torch"):
+        raise BackendError(f"{name}: {op}: forward mode is the reference's alone, and {why} asks for another backend")
+    return True
 
 
 def implementation(op: str, backend: str) -> tuple[ModuleType | None, str | None]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mmebm.choices import Joint
 from mmebm.models.generator import SharedGenerator
 from mmebm.models.inference import Expert, Experts, JointInference, pick
-from mmebm.state import Batch
+from mmebm.state import Batch, integer, one_number
 
 __all__ = [
     "JOINT_OF",
@@ -154,8 +154,7 @@ def mvae(
         generator, inference, x, rng, beta, present, experts: as every :class:`Objective`.
         subsets: how many random ones.
     """
-    if subsets < 0:
-        raise ValueError(f"subsets must be at least 0, got {subsets!r}")
+    subsets = integer("subsets", subsets, 0)
     experts = experts or inference.encode(x, present)
     has = experts.has.T
     n, count = has.shape
@@ -285,7 +284,7 @@ def mvtcae(
         generator, inference, x, rng, beta, present, experts: as every :class:`Objective`.
         alpha: share of the conditional divergences (the paper's code: tc_ratio), in [0, 1).
     """
-    if not 0 <= alpha < 1:
+    if not 0 <= one_number("alpha", alpha) < 1:
         raise ValueError(f"alpha must lie in [0, 1), got {alpha!r}")
     experts = experts or inference.encode(x, present)
     stacked, _ = inference.join(experts, "product_without_prior")
@@ -319,8 +318,7 @@ def _stratified(
     auxiliary: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The mixture's bound over all of z, or, with the log-variances of r over z, over u (see :func:`mmvae_plus`)."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples!r}")
+    samples = integer("samples", samples, 1)
     experts = experts or inference.encode(x, present)
     count, n, latent = experts.mean.shape
     weights = experts.has.to(experts.mean.dtype) / experts.has.sum(0)

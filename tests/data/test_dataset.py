@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import pickle
 from collections.abc import Sequence
@@ -312,6 +313,21 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_unknown_option_lists_the_known_ones(name: str) -> None:
     with pytest.raises(TypeError, match=f"'{name}' has no option 'colour', only .*n"):
         load(name, "train", colour=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (name, key)
+        for name, build in DATASETS.items()
+        for key, parameter in inspect.signature(build).parameters.items()
+        if isinstance(parameter.default, bool)
+    ],
+)
+def test_a_switch_is_no_text(name: str, key: str) -> None:
+    """``--set data.options.stream=no`` is the text "no", which was true."""
+    with pytest.raises(TypeError, match=rf"option {key} of data set '{name}' must be True or False, got 'no'"):
+        load(name, "train", **{key: "no"})
 
 
 @pytest.mark.parametrize(

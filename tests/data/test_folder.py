@@ -164,6 +164,35 @@ class Length:
         return ["x" * round(10 * float(code)) for code in codes]
 
 
+@pytest.mark.parametrize("name", ["codecs", "codec_options"])
+def test_options_of_codecs_are_mappings(tmp_path: Path, seed: int, name: str) -> None:
+    write(tmp_path, arrays(seed))
+    with pytest.raises(TypeError, match=rf"{name} must be a mapping from name, or None, got 3"):
+        load("folder", "train", path=tmp_path, **{name: 3})
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_splits_are_of_the_same_modalities_and_sizes(tmp_path: Path, seed: int, split: str) -> None:
+    """Said before training: it showed when the run was judged on the test split."""
+    content = arrays(seed)
+    for i, (changes, message) in enumerate(
+        (
+            ({"sound": content["sound"][:, :6]}, r"sound.npy has shape \(6, [67]\), and .*sound.npy \(6, [67]\)"),
+            ({"photo": content["photo"][:, :, :3]}, r"photo.npy has shape \(6, 3, [34], 5\)"),
+            ({"extra": content["sound"]}, r"both splits need the same modalities, .*\['extra', 'photo'"),
+        )
+    ):
+        folder = tmp_path / str(i)
+        write(folder, content)
+        write(folder, {**content, **changes}, split="test")
+        with pytest.raises(ValueError, match=message):
+            load("folder", split, path=folder)
+    # a column is a vector of one, and a channel may be left out
+    write(tmp_path / "alike", {**content, "one": np.zeros((N, 1))})
+    write(tmp_path / "alike", {**content, "one": np.zeros(N), "scan": content["scan"][:, None]}, split="test")
+    assert [m.shape for m in load("folder", split, path=tmp_path / "alike").modalities if m.name == "one"] == [(1,)]
+
+
 def test_captions_come_with_a_codec_or_as_codes(tmp_path: Path) -> None:
     write(tmp_path, {"told": np.array(["xx", "xxxx", ""])}, modalities={"told": {"kind": "caption"}})
     data = load("folder", "train", path=tmp_path, codecs={"told": Length()})

@@ -247,8 +247,13 @@ def test_arrays_by_split_are_checked_in_both(capsys: Any) -> None:
     assert "src, x, test: row 3 (from 0) holds" in refused(capsys)
     np.save("src/test/x.npy", np.ones(5))
     np.save("src/train/type.npy", np.ones(20))
+    assert "both splits need the same modalities, but beside" in refused(capsys)
+    np.save("src/test/type.npy", np.ones((5, 2)))
+    assert "rows of a modality have one size in both splits" in refused(capsys)
+    np.save("src/test/type.npy", np.ones(5))
     assert "src, type: a modality cannot be called 'type'" in refused(capsys)
     Path("src/train/type.npy").unlink()
+    Path("src/test/type.npy").unlink()
     assert main(["init", "src"]) == 0
     assert list(json.loads(Path("src/meta.json").read_text())["modalities"]) == ["x"]
 

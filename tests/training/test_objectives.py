@@ -421,11 +421,14 @@ def test_bad_input_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=r"mmvae\+ needs private latents, got private=0 in the generator"):
         objective("mmvae+")(generator, inference, x, rng, beta=1.0)
     for name, options, message in (
-        ("mvae", {"subsets": -1}, "subsets must be at least 0, got -1"),
-        ("mmvae", {"samples": 0}, "samples must be at least 1, got 0"),
+        ("mvae", {"subsets": -1}, "subsets must be an int of at least 0, got -1"),
+        ("mmvae", {"samples": "3"}, "samples must be an int of at least 1, got '3'"),
+        ("mmvae", {"samples": 1.5}, "samples must be an int of at least 1, got 1.5"),
+        ("mvtcae", {"alpha": "1"}, "alpha must be a number, got '1'"),
+        ("mmvae", {"samples": 0}, "samples must be an int of at least 1, got 0"),
         ("mvtcae", {"alpha": 1.0}, r"alpha must lie in \[0, 1\), got 1.0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             objective(name, **options)(generator, inference, x, rng, beta=1.0)
     nothing = {m: torch.arange(12) != 5 for m in SHAPES}
     with pytest.raises(ValueError, match="present must leave every row at least one modality of x, but row 5 has none"):

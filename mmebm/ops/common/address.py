@@ -29,10 +29,12 @@ __all__ = [
     "same_memory",
     "step_addresses",
     "surroundings",
+    "tangents",
     "unfit",
     "wrapped",
 ]
 
+FORWARD: Any = torch.autograd.forward_ad
 _PLAIN: Final = (Tensor, nn.Parameter)
 _NO_DISPATCH: Final = getattr(TORCH._C, "_disabled_torch_dispatch_impl", None)
 # where the noise's chain counter ends
@@ -104,6 +106,14 @@ def wrapped(t: Tensor) -> str | None:
     except (RuntimeError, NotImplementedError):
         return _INSIDE
     return None
+
+
+def tangents(*tensors: Any) -> bool:
+    """Whether forward-mode differentiation goes through one of ``tensors``: an op of torch.library would go on without
+    their tangents and say nothing."""
+    if torch.compiler.is_compiling() or FORWARD._current_level < 0:
+        return False
+    return any(FORWARD.unpack_dual(t).tangent is not None for t in tensors if isinstance(t, Tensor))
 
 
 def surroundings() -> str | None:

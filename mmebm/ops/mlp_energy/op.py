@@ -83,7 +83,8 @@ _library = register(_SCHEMA, _op, _fake, _backward, _setup)
 
 
 def mlp_energy(x: Tensor, terms: Sequence[Term], *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """E(x) and dE/dx in one pass. Differentiable, also twice, in ``x`` and in every tensor of the terms.
+    """E(x) and dE/dx in one pass. Differentiable, also twice, in ``x`` and in every tensor of the terms, and in forward
+    mode by the reference.
 
     Args:
         x: (chains, inputs), floating.
@@ -104,4 +105,6 @@ def mlp_energy(x: Tensor, terms: Sequence[Term], *, backend: str = "auto") -> tu
     require_dense_terms(terms, x)
     checked = check_terms(terms, x.shape[0], x.shape[1], x.device)
     description, tensors = pack(checked)
+    if dispatch.forward_mode("mlp_energy", backend, x, *tensors):
+        return reference(x, checked)
     return torch.ops.mmebm.mlp_energy(x, tensors, description, backend)

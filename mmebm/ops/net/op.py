@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import require_dense, unfit
+from mmebm.ops.common.address import require_dense, tangents, unfit
 from mmebm.ops.common.untyped import TORCH, register
 from mmebm.ops.langevin_mlp import MlpChain, MlpResult
 from mmebm.ops.langevin_mlp import op as mlp
@@ -159,7 +159,7 @@ _library = register(_SCHEMA, _op, _fake, _backward, _setup)
 
 
 def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """E(x) and dE/dx in one pass. Differentiable, also twice, in ``x`` and in every tensor of the net.
+    """E(x) and dE/dx in one pass. Differentiable, also twice, in ``x`` and in every tensor of the net, in reverse mode.
 
     Args:
         x: (chains, inputs), floating.
@@ -192,4 +192,6 @@ def net_energy(x: Tensor, net: Net, *, backend: str = "auto") -> tuple[Tensor, T
         if mixed and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"a tensor of the net must be {x.dtype} as x is, got {t.dtype}")
     description, tensors = pack(net)
+    if tangents(x, *tensors):
+        raise TypeError("net_energy has no forward mode (torch.func.jvp, dual tensors): take torch.autograd.grad of it")
     return torch.ops.mmebm.net_energy(x, tensors, description, backend)

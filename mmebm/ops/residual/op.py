@@ -283,7 +283,7 @@ def _call(
         raise ValueError(
             f"predictions and targets must have one tensor for each modality, at least one, got {len(ys)} and {len(ts)}"
         )
-    kinds = [likelihood] * len(ys) if isinstance(likelihood, str) else list(likelihood)
+    kinds: list[Any] = [likelihood] * len(ys) if isinstance(likelihood, str) else list(likelihood)
     if len(kinds) != len(ys):
         raise ValueError(f"likelihood must be one name or a list of {len(ys)}, one per modality, got {len(kinds)}")
     for i, kind in enumerate(kinds):
@@ -304,6 +304,11 @@ def _call(
         [f if isinstance(f, Tensor) else None for f in factors],
         _masks(observed, ts),
     )
+    if dispatch.forward_mode("residual", backend, *ys, *ts, *factors):
+        scales, weights = factors[: len(ys)], factors[len(ys) :]
+        return reference.residual(
+            ys, ts, likelihood=kinds, scale=scales, weight=weights, observed=settings[3], gradients=gradients is True
+        )
     if gradients is None:
         gradients = torch.is_grad_enabled() and any(y.requires_grad for y in ys)
         if gradients and not torch.compiler.is_compiling():
@@ -323,7 +328,8 @@ def residual(
 ) -> Tensor:
     """-sum_m w_m log p(target_m | prediction_m) without the constants: (chains,). Works under ``torch.compile``.
 
-    Differentiable in the predictions, also twice: the second derivative goes through the reference.
+    Differentiable in the predictions, also twice: the second derivative goes through the reference, as does
+    differentiation in forward mode.
 
     Args:
         predictions: per modality (chains, ...), float32, bfloat16 or float16, or float64 (the reference); logits

@@ -196,6 +196,21 @@ def test_second_derivative_by_autograd(need: Callable, draw: Any, double: Callab
     torch.testing.assert_close(second.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_forward_mode_is_the_reference_s(need: Callable, draw: Any, double: Callable) -> None:
+    """A tangent ended at the op, and the derivative was 0. The bound: some roundings of values of order 1."""
+    need("cpp")
+    terms = double([Scalar(draw.stack(5, 7, 1)), draw.residual(6, 5, 8, 3)])
+    x, v = draw.normal(6, 5).double(), draw.normal(6, 5).double()
+    grad = mlp_energy(x, terms)[1]
+    slope = torch.func.jvp(lambda x: mlp_energy(x, terms)[0], (x,), (v,))[1]
+    assert (slope - (grad * v).sum(1)).abs().max() < 1e-13
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(mlp_energy(dual, terms)[0]).tangent, slope)
+        with pytest.raises(native.BackendError, match="forward mode"):
+            mlp_energy(dual, terms, backend="cpp")
+
+
 def test_threads_and_splits(isa: str, draw: Any) -> None:
     terms, x = [Scalar(draw.stack(9, 50, 1)), draw.quadratic(9)], draw.normal(301, 9)
     expected = torch.cat([t.reshape(301, -1) for t in cpp.energy_and_gradient(terms, x)], 1)

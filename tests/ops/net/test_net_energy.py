@@ -185,6 +185,8 @@ def test_errors(seed: int) -> None:
         net_energy(w.x, Net((w.x,)))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"a tensor of the net must be torch.float64 as x is, got torch.float32"):
         net_energy(w.x.double(), good)
+    with pytest.raises(TypeError, match="no forward mode"):
+        torch.func.jvp(lambda x: net_energy(x, good)[0], (w.x,), (w.x,))
     with pytest.raises(TypeError, match="x must be"):
         net_energy(w.x[0], good)
     with pytest.raises(BackendError, match="not built for cuda"):

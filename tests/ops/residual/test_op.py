@@ -347,6 +347,20 @@ def test_modes(seed: int) -> None:
     assert mixed.dtype == torch.float64 and torch.autograd.grad(mixed.sum(), z)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ("gaussian", "categorical"))
+def test_forward_mode_is_the_reference_s(seed: int, kind: str) -> None:
+    """A tangent ended at the op, and the derivative was 0. The bound: some roundings of values of order 1."""
+    rng = torch.Generator().manual_seed(seed)
+    y, v = (torch.randn(5, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    target = torch.randint(4, (5,), generator=rng) if kind == "categorical" else torch.zeros_like(y)
+    both = lambda y: op.residual_and_gradient([y], [target], likelihood=kind, scale=0.5)
+    slope = torch.func.jvp(lambda y: op.residual([y], [target], likelihood=kind, scale=0.5), (y,), (v,))[1]
+    assert (slope - (both(y)[1][0] * v).sum(1)).abs().max() < 1e-13
+    assert torch.equal(torch.func.jvp(lambda y: both(y)[0], (y,), (v,))[1], slope)
+    with pytest.raises(native.BackendError, match="forward mode"):
+        torch.func.jvp(lambda y: op.residual([y], [target], likelihood=kind, backend="cpp"), (y,), (v,))
+
+
 def test_opcheck(seed: int) -> None:
     ys, ts, settings = double_case(seed)
     numbers = [0.5, 0.7, 1.0, 1.0, 1.0, math.nan, 2.0, 1.0]
