@@ -31,13 +31,13 @@ constexpr double SECOND_LEVEL = 50.0;
 // AVX2 and 7 with AVX-512 on an EPYC, 13 on Sapphire Rapids. From 5 to 12 the chains of benchmarks/bench_net_chain.py
 // changed by no more than 4 %, but for the residual one with AVX2, which took 13 % more with 12.
 constexpr int64_t TRANSFORM = 8;
-// Weights that are worth another thread's while: some 50 microseconds of packing.
+// Weights that are worth another thread's while: an estimate, not a measurement.
 constexpr int64_t SHARED_WEIGHTS = 1 << 16;
 // Rows of a chunk of tiles at their points: what a second-level cache of 512 KB has room for beside the weights.
 constexpr int64_t CHUNK = 2048;
 
-// Zeros that begin a cache line, in the last call's memory where it is large enough: pages that are new each time take
-// longer than two steps of 8 chains.
+// Zeros that begin a cache line, in the last call's memory where it is large enough: pages that are new each time took
+// about as long as three steps of 8 chains, in runs that are not on record.
 class Zeros {
  public:
   explicit Zeros(int64_t n) : block_(last_.exchange(nullptr)) {
@@ -1150,7 +1150,7 @@ struct Part {
 };
 
 // A tile of 8 chains takes about so much of the time of one of 16: .64 to .69 for the nets of
-// benchmarks/bench_net_chain.py on an EPYC (Zen 5).
+// benchmarks/bench_net_chain.py on an EPYC (Zen 5), in a run that is not on record.
 constexpr double NARROW = 0.67;
 
 // Wide vectors, and narrow ones for a rest of the batch that fits into them or where there are more threads than tiles.

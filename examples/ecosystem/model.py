@@ -9,7 +9,7 @@ import torch
 
 # Before there is a process group: PyTorch imports it later otherwise, when the defaults of its functions would hold the
 # group, and Gloo's threads, for ever. One that is still busy as Python ends aborts the process (pytorch issue 190489).
-# For the same reason each script lets go of its wrapped network before it leaves the group.
+# For the same reason a script lets go of its wrapped network before it leaves the group; Lightning does so by itself.
 import torch.distributed.nn
 from torch import Tensor, nn
 

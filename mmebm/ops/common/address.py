@@ -25,6 +25,7 @@ __all__ = [
     "obstacle",
     "plain",
     "readable",
+    "require_broadcast",
     "require_dense",
     "same_memory",
     "step_addresses",
@@ -87,6 +88,20 @@ def require_dense(name: str, t: Tensor, like: Tensor | None = None) -> None:
         return
     if reason is not None:
         raise TypeError(f"{name} must be a dense tensor of numbers, got {reason}")
+
+
+def require_broadcast(name: str, t: Tensor, like: Tensor) -> None:
+    """Raises where ``t`` beside ``like`` would make a tensor of another shape than ``like``'s.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    sizes = zip(reversed(t.shape), reversed(like.shape), strict=False)
+    if t.dim() > like.dim() or any(own not in (1, size) for own, size in sizes):
+        raise ValueError(
+            f"{name} of shape {tuple(t.shape)} does not broadcast against {tuple(like.shape)}: a row for each chain "
+            "has the shape (chains, 1, ...)"
+        )
 
 
 def wrapped(t: Tensor) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import require_dense, unfit
+from mmebm.ops.common.address import require_broadcast, require_dense, unfit
 from mmebm.ops.common.layout import per_chain, widen
 from mmebm.ops.common.params import (
     FIELDS,
@@ -484,9 +484,6 @@ def flat_mask(masks: Sequence[Tensor | None], x: Sequence[Tensor]) -> Tensor | N
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
         require_dense(f"observed[{i}]", mask, t)
-        try:
-            parts.append(mask.expand(t.shape))
-        except RuntimeError:
-            shapes = f"{tuple(mask.shape)} does not broadcast against {tuple(t.shape)}"
-            raise ValueError(f"observed[{i}] of shape {shapes}") from None
+        require_broadcast(f"observed[{i}]", mask, t)
+        parts.append(mask.expand(t.shape))
     return torch.cat([per_chain(part) for part in parts], dim=1).to(torch.uint8)

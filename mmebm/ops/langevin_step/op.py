@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmebm import noise
 from mmebm.ops import dispatch
-from mmebm.ops.common.address import obstacle, require_dense
+from mmebm.ops.common.address import obstacle, require_broadcast, require_dense
 from mmebm.ops.common.params import (
     FIELDS,
     Constant,
@@ -333,7 +333,7 @@ def langevin_step(
             raise TypeError(f"observed[{i}] must be None or a boolean tensor, got {type(mask).__name__}")
         if mask is not None:
             require_dense(f"observed[{i}]", mask, x[0])
-            _require_broadcast(f"observed[{i}]", mask, x[i])
+            require_broadcast(f"observed[{i}]", mask, x[i])
     columns = [
         per_tensor(name, value, len(x), x[0])
         for name, value in zip(
@@ -346,7 +346,7 @@ def langevin_step(
     for name, column in zip(FIELDS, columns, strict=True):
         for i, value in enumerate(column):
             if isinstance(value, Tensor):
-                _require_broadcast(f"{name} of tensor {i}", value, x[i])
+                require_broadcast(f"{name} of tensor {i}", value, x[i])
     values = [column[i] for i in range(len(x)) for column in columns]
     return torch.ops.mmebm.langevin_step(
         [t.detach() for t in x],
@@ -365,14 +365,6 @@ def langevin_step(
         score=bool(score),
         backend=backend,
     )
-
-
-def _require_broadcast(name: str, value: Tensor, like: Tensor) -> None:
-    """What is larger than the state would make it larger in the reference."""
-    sizes = zip(reversed(value.shape), reversed(like.shape), strict=False)
-    if value.dim() > like.dim() or any(own not in (1, size) for own, size in sizes):
-        shapes = f"{tuple(value.shape)} does not broadcast against {tuple(like.shape)}"
-        raise ValueError(f"{name} of shape {shapes}: give a number, (chains, 1, ...) or a shape that broadcasts")
 
 
 def _tensors(name: str, value: Sequence[Any]) -> list[Tensor]:
