@@ -556,6 +556,7 @@ class Planner {
                   const std::vector<int64_t>& biases) {
     std::vector<NetSegment> segments = segments_of(rows);
     pass.segment_count = static_cast<int64_t>(segments.size());
+    pass.whole = std::none_of(segments.begin(), segments.end(), [](const NetSegment& s) { return s.part; });
     pass.segments = own(segments_, std::move(segments));
     pass.outputs = static_cast<int64_t>(outputs.size());
     pass.depth = static_cast<int64_t>(depth.size());
@@ -751,7 +752,8 @@ class Planner {
     w.tiles = static_cast<int64_t>(from.size());
     w.from = own(positions_, std::move(from));
     w.to = own(positions_, std::move(to));
-    w.chunk = std::max<int64_t>(4, CHUNK / (w.point_count() * (w.inputs() + w.outputs)));
+    // blocks of 4 positions, or of a multiple, leave none over
+    w.chunk = std::max<int64_t>(4, CHUNK / (w.point_count() * (w.inputs() + w.outputs)) / 4 * 4);
     w.chunk = std::min(w.chunk, (w.tiles + members_ - 1) / members_);
     // an odd number of rows: the points of a tile must not all lie in one set of a cache
     w.in_point = w.chunk * w.inputs() | 1;

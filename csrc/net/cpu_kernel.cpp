@@ -11,6 +11,7 @@
 // beside the value; the backward pass takes it into account where it stores (through).
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/activation_vec.h"
 #include "common/chain_rule.h"
@@ -33,6 +34,23 @@ struct Into {
   const float* factor;
   bool store;
 };
+
+// Calls finish(adds, times) with constants: asked of each sum, the two questions are a third of the time of a point of a
+// tile with 16 channels.
+template <class Finish>
+MMEBM_INLINE void with_kind(const Into& into, const Finish& finish) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (into.store) return into.factor ? finish(no, yes) : finish(no, no);
+  into.factor ? finish(yes, yes) : finish(yes, no);
+}
+
+template <bool adds, bool times>
+MMEBM_INLINE void store_sum(const Into& into, int64_t at, F v) {
+  if (adds) v = add(load(into.out + at), v);
+  if (times) v = through(v, load(into.factor + at));
+  store(into.out + at, v);
+}
 
 using Block = void (*)(const NetPass& pass, const float* in, const int32_t* from, const float* weight,
                        const float* bias, const Into& into, const int32_t* to, int64_t count);
@@ -74,8 +92,9 @@ MMEBM_INLINE Register held(Register x) {
 // numbers ahead they are on their way.
 constexpr int64_t AHEAD = 1024;
 
-// R registers of positions and J outputs; `count` positions, which may leave a half of the last register unused.
-template <int R, int J>
+// R registers of positions and J outputs; `count` positions, which may leave a half of the last register unused. `whole`:
+// the products do not fall into parts.
+template <int R, int J, bool whole>
 void block(const NetPass& pass, const float* in, const int32_t* from, const float* weight, const float* bias,
            const Into& into, const int32_t* to, int64_t count) {
   constexpr int P = R * TOGETHER;
@@ -89,13 +108,14 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
     at[p] = in + static_cast<int64_t>(from[unused ? p - 1 : p]) * W;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+  for (int j = 0; j < J; ++j) {
+    const Register first = set_rows(bias ? bias[j] : 0.0f);
 #pragma GCC unroll 16
-    for (int j = 0; j < J; ++j) sum[r][j] = set_rows(bias ? bias[j] : 0.0f);
+    for (int r = 0; r < R; ++r) sum[r][j] = first;
   }
   for (int64_t s = 0; s < pass.segment_count; ++s) {
     const NetSegment& segment = pass.segments[s];
-    if (segment.part) {
+    if (!whole && segment.part) {
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 16
@@ -139,19 +159,19 @@ void block(const NetPass& pass, const float* in, const int32_t* from, const floa
       }
     }
   }
+  with_kind(into, [&](auto adds, auto times) {
 #pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) {
-    if (TOGETHER > 1 && p == count) return;
-    const int64_t begin = static_cast<int64_t>(to[p]) * W;
+    for (int p = 0; p < P; ++p) {
+      if (TOGETHER > 1 && p == count) return;
+      const int64_t begin = static_cast<int64_t>(to[p]) * W;
 #pragma GCC unroll 16
-    for (int j = 0; j < J; ++j) {
-      F v = row_of(sum[p / TOGETHER][j], p % TOGETHER);
-      if (parts) v = add(load(before + (p * J + j) * W), v);
-      if (!into.store) v = add(load(into.out + begin + j * W), v);
-      if (into.factor) v = through(v, load(into.factor + begin + j * W));
-      store(into.out + begin + j * W, v);
+      for (int j = 0; j < J; ++j) {
+        F v = row_of(sum[p / TOGETHER][j], p % TOGETHER);
+        if (!whole && parts) v = add(load(before + (p * J + j) * W), v);
+        store_sum<adds, times>(into, begin + j * W, v);
+      }
     }
-  }
+  });
 }
 
 #if defined(MMEBM_NARROW)
@@ -194,32 +214,35 @@ void single(const NetPass& pass, const float* in, const int32_t* from, const flo
     }
   }
   const int64_t begin = static_cast<int64_t>(to[0]) * W;
+  with_kind(into, [&](auto adds, auto times) {
 #pragma GCC unroll 16
-  for (int k = 0; k < PAIRS; ++k) {
-    if (parts) sum[k] = _mm512_add_ps(_mm512_loadu_ps(before + 2 * k * W), sum[k]);
-    const Register rows = _mm512_permutexvar_ps(apart, sum[k]);
+    for (int k = 0; k < PAIRS; ++k) {
+      if (parts) sum[k] = _mm512_add_ps(_mm512_loadu_ps(before + 2 * k * W), sum[k]);
+      const Register rows = _mm512_permutexvar_ps(apart, sum[k]);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const int j = 2 * k + half;
-      if (j == J) break;
-      F v = row_of(rows, half);
-      if (!into.store) v = add(load(into.out + begin + j * W), v);
-      if (into.factor) v = through(v, load(into.factor + begin + j * W));
-      store(into.out + begin + j * W, v);
+      for (int half = 0; half < 2; ++half) {
+        const int j = 2 * k + half;
+        if (j == J) break;
+        store_sum<adds, times>(into, begin + j * W, row_of(rows, half));
+      }
     }
-  }
+  });
 }
 #endif
 
 struct Blocks {
-  Block of[MOST_REGISTERS + 1][MOST_OUTPUTS + 1];  // registers of positions, outputs; 0 registers: a single position
+  // whole, registers of positions, outputs; 0 registers: a single position
+  Block of[2][MOST_REGISTERS + 1][MOST_OUTPUTS + 1];
 };
 
 template <int R, int J>
 constexpr void fill(Blocks& table) {
-  if constexpr (R * J <= REGISTERS) table.of[R][J] = block<R, J>;
+  if constexpr (R * J <= REGISTERS) {
+    table.of[0][R][J] = block<R, J, false>;
+    table.of[1][R][J] = block<R, J, true>;
+  }
 #if defined(MMEBM_NARROW)
-  if constexpr (R == 1) table.of[0][J] = single<J>;
+  if constexpr (R == 1) table.of[0][0][J] = table.of[1][0][J] = single<J>;
 #endif
   if constexpr (J < MOST_OUTPUTS) {
     fill<R, J + 1>(table);
@@ -254,13 +277,15 @@ struct Units {
 // Units `first` to `last` of a pass, from rows counted from `base`; `after(first, outputs)` follows when the outputs of
 // these units are there at all positions of a block.
 template <class After>
-void run_pass(const NetPass& pass, const float* base, Into into, const After& after, int64_t first, int64_t last) {
-  const auto [positions, outputs] = Units::of(pass);
+void run_pass(const NetPass& pass, const Units& units, const float* base, Into into, const After& after, int64_t first,
+              int64_t last) {
+  const auto [positions, outputs] = units;
   const bool by_position = positions.parts > 1;
   const int64_t from = by_position ? first : 0, to = by_position ? last : positions.parts;
   const int64_t left = by_position ? 0 : first, right = by_position ? outputs.parts : last;
   const int64_t begin_output = outputs.begin(left), end_output = outputs.begin(right);
   const float* in = base + pass.in * W;
+  const auto& blocks = BLOCKS.of[pass.whole];
   int64_t begin = positions.begin(from);
   for (int64_t i = from; i < to; ++i) {
     const int64_t count = positions.part(i);
@@ -269,7 +294,7 @@ void run_pass(const NetPass& pass, const float* base, Into into, const After& af
     for (int64_t k = left; k < right; ++k) {
       const int64_t n = outputs.part(k);
       const Into here = {into.out + j * W, into.factor ? into.factor + j * W : nullptr, into.store};
-      BLOCKS.of[registers_of(count)][n](pass, in, pass.from + begin, weight, pass.bias ? pass.bias + j : nullptr, here,
+      blocks[registers_of(count)][n](pass, in, pass.from + begin, weight, pass.bias ? pass.bias + j : nullptr, here,
                                         pass.to + begin, count);
       weight += n * pass.depth;
       j += n;
@@ -353,31 +378,30 @@ void to_points(const NetWinograd& w, const float* in, float* to) {
 template <int R, int MY, int MX>
 void from_points(const NetWinograd& w, const float* from, const Into& into, int64_t to) {
   constexpr int NY = MY + R - 1, NX = MX + R - 1;
-  for (int64_t j = 0; j < w.outputs; ++j) {
-    F half[MY][NX], line[3];
+  with_kind(into, [&](auto adds, auto times) {
+    for (int64_t j = 0; j < w.outputs; ++j) {
+      F half[MY][NX], line[3];
 #pragma GCC unroll 4
-    for (int x = 0; x < NX; ++x) {
-      F m[NY];
+      for (int x = 0; x < NX; ++x) {
+        F m[NY];
 #pragma GCC unroll 4
-      for (int y = 0; y < NY; ++y) m[y] = load(from + ((y * NX + x) * w.out_point + j) * W);
-      from_line<MY, R>(m, line);
+        for (int y = 0; y < NY; ++y) m[y] = load(from + ((y * NX + x) * w.out_point + j) * W);
+        from_line<MY, R>(m, line);
 #pragma GCC unroll 3
-      for (int y = 0; y < MY; ++y) half[y][x] = line[y];
-    }
-    const F bias = setf(w.bias ? w.bias[j] : 0.0f);
+        for (int y = 0; y < MY; ++y) half[y][x] = line[y];
+      }
+      const F bias = setf(w.bias ? w.bias[j] : 0.0f);
 #pragma GCC unroll 3
-    for (int y = 0; y < MY; ++y) {
-      from_line<MX, R>(half[y], line);
+      for (int y = 0; y < MY; ++y) {
+        from_line<MX, R>(half[y], line);
 #pragma GCC unroll 3
-      for (int x = 0; x < MX; ++x) {
-        const int64_t at = (to + y * w.out_pitch + x * w.out_step + j) * W;
-        F v = add(line[x], bias);
-        if (!into.store) v = add(load(into.out + at), v);
-        if (into.factor) v = through(v, load(into.factor + at));
-        store(into.out + at, v);
+        for (int x = 0; x < MX; ++x) {
+          const int64_t at = (to + y * w.out_pitch + x * w.out_step + j) * W;
+          store_sum<adds, times>(into, at, add(line[x], bias));
+        }
       }
     }
-  }
+  });
 }
 
 struct Tile {
@@ -412,11 +436,12 @@ struct Chunk {
     }
   }
   void multiply(int64_t first, int64_t last) const {
+    NetPass pass = w.points[first];
+    pass.positions = count;
+    const Units units = Units::of(pass);  // of all points: its divisions take as long as a block of sums
     for (int64_t f = first; f < last; ++f) {
-      NetPass pass = w.points[f];
-      pass.positions = count;
       const auto nothing = [](float*, int64_t) {};
-      run_pass(pass, scratch, {outs() + f * w.out_point * W, nullptr, true}, nothing, 0, Units::of(pass).count());
+      run_pass(w.points[f], units, scratch, {outs() + f * w.out_point * W, nullptr, true}, nothing, 0, units.count());
     }
   }
   template <class After>
@@ -599,7 +624,7 @@ struct Net {
   void products(const NetProducts& p, const IntoOf& into_of, const After& after) const {
     tiled(p, into_of, after);
     each_pass(p.passes, p.pass_count, [&](const NetPass& pass, int64_t first, int64_t last) {
-      run_pass(pass, arena, into_of(pass.out), after, first, last);
+      run_pass(pass, Units::of(pass), arena, into_of(pass.out), after, first, last);
     });
   }
 

@@ -49,6 +49,7 @@ struct NetPass {
   const int32_t *from = nullptr, *to = nullptr;  // per position
   int64_t positions = 0, outputs = 0, depth = 0, segment_count = 0;
   const NetSegment* segments = nullptr;
+  bool whole = true;  // no segment is a part
   const float* weight = nullptr;  // packed: block after block of outputs, each (depth, block)
   const float* bias = nullptr;    // (outputs,) or null
   int32_t block_positions = 0, block_outputs = 0;  // at most, in registers
