@@ -14,6 +14,8 @@ namespace {
 
 // Vectors of counters that are worked on side by side.
 constexpr int TURN = 2;
+// Where 16 registers are all there are, all words of a tile are made before the first normal: both at once do not fit.
+constexpr bool WORDS_FIRST = W < 16;
 // Noise may overhang its tile by what one turn makes.
 constexpr int64_t PADDED = TILE + 4 * W * TURN + 16;
 
@@ -22,27 +24,33 @@ MMEBM_INLINE uint32_t counter_of_lane(int lane) { return static_cast<uint32_t>(W
 // W blocks, lanes in the order of counter_of_lane, to the order of elements: 4 W floats, or the words' 16 W bytes.
 template <bool NORMALS>
 MMEBM_INLINE void emit(I w0, I w1, I w2, I w3, char* out) {
-  F a, b, c, d;
-  if (NORMALS) {
-    box_muller(w0, w1, a, b);
-    box_muller(w2, w3, c, d);
-  } else {
-    a = as_float(w0);
-    b = as_float(w1);
-    c = as_float(w2);
-    d = as_float(w3);
-  }
-  transpose(a, b, c, d);
-  storei(out, as_int(a));
-  storei(out + 4 * W, as_int(b));
-  storei(out + 8 * W, as_int(c));
-  storei(out + 12 * W, as_int(d));
+  F even[2] = {as_float(w0), as_float(w2)}, odd[2] = {as_float(w1), as_float(w3)};
+  if (NORMALS) box_muller({w0, w2}, {w1, w3}, even, odd);
+  transpose(even[0], odd[0], even[1], odd[1]);
+  storei(out, as_int(even[0]));
+  storei(out + 4 * W, as_int(odd[0]));
+  storei(out + 8 * W, as_int(even[1]));
+  storei(out + 12 * W, as_int(odd[1]));
 }
 
 template <bool NORMALS>
 MMEBM_INLINE void emit(const Counters& even, const Counters& odd, char* out) {
   emit<NORMALS>(interleave(even.c0, odd.c0), interleave(even.c1, odd.c1), interleave(even.c2, odd.c2),
                 interleave(even.c3, odd.c3), out);
+}
+
+// The same in two parts, with the words in the place of what they become.
+MMEBM_INLINE void keep(const Counters& even, const Counters& odd, char* out) {
+  storei(out, interleave(even.c0, odd.c0));
+  storei(out + 4 * W, interleave(even.c1, odd.c1));
+  storei(out + 8 * W, interleave(even.c2, odd.c2));
+  storei(out + 12 * W, interleave(even.c3, odd.c3));
+}
+
+template <bool NORMALS>
+MMEBM_INLINE void emit_kept(char* out) {
+  const auto word = [out](int i) { return as_int(load(reinterpret_cast<const float*>(out + 4 * W * i))); };
+  emit<NORMALS>(word(0), word(1), word(2), word(3), out);
 }
 
 // Blocks [first, first + count) of one chain, up to a multiple of TURN W of them.
@@ -63,9 +71,14 @@ MMEBM_INLINE void draw_chain(Key key, uint32_t chain, int64_t first, int64_t cou
     Counters c[2 * TURN];
     philox_one<2 * TURN>(block, s, c);
 #pragma GCC unroll 2
-    for (int i = 0; i < TURN; ++i) emit<NORMALS>(c[2 * i], c[2 * i + 1], out + 16 * (done + i * W));
+    for (int i = 0; i < TURN; ++i) {
+      char* const to = out + 16 * (done + i * W);
+      WORDS_FIRST ? keep(c[2 * i], c[2 * i + 1], to) : emit<NORMALS>(c[2 * i], c[2 * i + 1], to);
+    }
     for (int i = 0; i < 2 * TURN; ++i) block[i] = addi(block[i], seti(TURN * W));
   }
+  if (!WORDS_FIRST) return;
+  for (int64_t done = 0; done < count; done += W) emit_kept<NORMALS>(out + 16 * done);
 }
 
 // All blocks of `rows` chains, `elements` elements each, 16 / SIZE elements a block.

@@ -83,43 +83,51 @@ MMEBM_INLINE void philox_one(const I* block, const OneChain& s, Counters* c) {
   rounds<3, N>(c, s);
 }
 
+// K vectors side by side, operation by operation: each is one long chain, and a processor looks ahead no further than
+// one of them.
+#define MMEBM_EACH _Pragma("GCC unroll 4") for (int k = 0; k < K; ++k)
+
 // -2 log x of x > 0, by the split x = 2^e (1 + f) and a polynomial in f.
-MMEBM_INLINE F minus_two_log(F x) {
-  const I bits = as_int(x);
-  const I above = subi(bits, seti(0x3f3504f3u));  // sqrt(1/2)
-  const F f = sub(as_float(subi(bits, andi(above, seti(0xff800000u)))), setf(1.0f));
-  F q = fma(setf(0.202383772f), f, setf(-0.32819885f));
-  q = fma(q, f, setf(0.346468151f));
-  q = fma(q, f, setf(-0.397488624f));
-  q = fma(q, f, setf(0.499209881f));
-  q = fma(q, f, setf(-0.666722298f));
-  q = fma(q, f, setf(1.00001264f));
-  q = fma(q, f, setf(-1.99999964f));
-  return fma(signed_float(high_exponent(above)), setf(-1.38629436f), mul(f, q));
+template <int K>
+MMEBM_INLINE void minus_two_log(const F (&x)[K], F (&out)[K]) {
+  I above[K];
+  F f[K];
+  MMEBM_EACH above[k] = subi(as_int(x[k]), seti(0x3f3504f3u));  // sqrt(1/2)
+  MMEBM_EACH f[k] = sub(as_float(subi(as_int(x[k]), andi(above[k], seti(0xff800000u)))), setf(1.0f));
+  MMEBM_EACH out[k] = fma(setf(0.202383772f), f[k], setf(-0.32819885f));
+  MMEBM_EACH out[k] = fma(out[k], f[k], setf(0.346468151f));
+  MMEBM_EACH out[k] = fma(out[k], f[k], setf(-0.397488624f));
+  MMEBM_EACH out[k] = fma(out[k], f[k], setf(0.499209881f));
+  MMEBM_EACH out[k] = fma(out[k], f[k], setf(-0.666722298f));
+  MMEBM_EACH out[k] = fma(out[k], f[k], setf(1.00001264f));
+  MMEBM_EACH out[k] = fma(out[k], f[k], setf(-1.99999964f));
+  MMEBM_EACH out[k] = fma(signed_float(high_exponent(above[k])), setf(-1.38629436f), mul(f[k], out[k]));
 }
 
-MMEBM_INLINE F radius(I word) {
-  return sqrt(minus_two_log(fma(unsigned_float(word), setf(0x1p-32f), setf(0x1p-33f))));
-}
-
-MMEBM_INLINE void box_muller(I word_u, I word_a, F& first, F& second) {
-  const F r = radius(word_u);
-  const F half_turns = signed_float(word_a);  // times 2^31
+template <int K>
+MMEBM_INLINE void box_muller(const I (&words_u)[K], const I (&words_a)[K], F (&first)[K], F (&second)[K]) {
+  F u[K], r[K], half_turns[K], shifted[K], t[K], s[K], sine[K], cosine[K];
+  MMEBM_EACH u[k] = fma(unsigned_float(words_u[k]), setf(0x1p-32f), setf(0x1p-33f));
+  minus_two_log(u, r);
+  MMEBM_EACH half_turns[k] = signed_float(words_a[k]);  // times 2^31
   // Adding 1.5 * 2^23 rounds 2 a to an integer and leaves it in the low bits: the quadrant. t is exact.
-  const F shifted = fma(half_turns, setf(0x1p-30f), setf(12582912.0f));
-  const I quadrant = as_int(shifted);
-  const F turns = sub(shifted, setf(12582912.0f));
-  const F t = fma(turns, setf(-0.5f), mul(half_turns, setf(0x1p-31f)));
-  const F s = mul(t, t);
-  F sine = fma(s, setf(-0.58781302f), setf(2.54962897f));
-  sine = fma(sine, s, setf(-5.16770363f));
-  sine = mul(fma(sine, s, setf(3.1415925f)), t);
-  F cosine = fma(s, setf(-1.30727994f), setf(4.05770159f));
-  cosine = fma(cosine, s, setf(-4.93479204f));
-  cosine = fma(cosine, s, setf(1.0f));
-  first = mul(r, flip(where_odd(quadrant, sine, cosine), quadrant_sign(addi(quadrant, seti(1)))));
-  second = mul(r, flip(where_odd(quadrant, cosine, sine), quadrant_sign(quadrant)));
+  MMEBM_EACH shifted[k] = fma(half_turns[k], setf(0x1p-30f), setf(12582912.0f));
+  MMEBM_EACH t[k] = fma(sub(shifted[k], setf(12582912.0f)), setf(-0.5f), mul(half_turns[k], setf(0x1p-31f)));
+  MMEBM_EACH s[k] = mul(t[k], t[k]);
+  MMEBM_EACH sine[k] = fma(s[k], setf(-0.58781302f), setf(2.54962897f));
+  MMEBM_EACH cosine[k] = fma(s[k], setf(-1.30727994f), setf(4.05770159f));
+  MMEBM_EACH sine[k] = fma(sine[k], s[k], setf(-5.16770363f));
+  MMEBM_EACH cosine[k] = fma(cosine[k], s[k], setf(-4.93479204f));
+  MMEBM_EACH sine[k] = mul(fma(sine[k], s[k], setf(3.1415925f)), t[k]);
+  MMEBM_EACH cosine[k] = fma(cosine[k], s[k], setf(1.0f));
+  MMEBM_EACH {
+    const I quadrant = as_int(shifted[k]);
+    const F length = sqrt(r[k]);
+    first[k] = mul(length, flip(where_odd(quadrant, sine[k], cosine[k]), quadrant_sign(addi(quadrant, seti(1)))));
+    second[k] = mul(length, flip(where_odd(quadrant, cosine[k], sine[k]), quadrant_sign(quadrant)));
+  }
 }
+#undef MMEBM_EACH
 
 // Four normals per chain, elements 4 block to 4 block + 3: out[4 * m + j] holds element j of the chains of row[m].
 // Block, step and stream are the same for all lanes, so that the first round and half of the second are scalar.
@@ -142,8 +150,14 @@ MMEBM_INLINE void normals_by_chain(const OneChain& s, Key key, uint32_t block, c
 #pragma GCC unroll 4
   for (int m = 0; m < N; ++m) {
     const Counters &even = c[2 * m], &odd = c[2 * m + 1];
-    box_muller(interleave(even.c0, odd.c0), interleave(even.c1, odd.c1), out[4 * m], out[4 * m + 1]);
-    box_muller(interleave(even.c2, odd.c2), interleave(even.c3, odd.c3), out[4 * m + 2], out[4 * m + 3]);
+    const I u[2] = {interleave(even.c0, odd.c0), interleave(even.c2, odd.c2)};
+    const I a[2] = {interleave(even.c1, odd.c1), interleave(even.c3, odd.c3)};
+    F first[2], second[2];
+    box_muller(u, a, first, second);
+    out[4 * m] = first[0];
+    out[4 * m + 1] = second[0];
+    out[4 * m + 2] = first[1];
+    out[4 * m + 3] = second[1];
   }
 }
 

@@ -499,7 +499,11 @@ MMEBM_INLINE F constant(const NetConstant& c, const float* arena, int64_t i) {
 
 MMEBM_INLINE void put(float* to, F v, bool store_it) { store(to, store_it ? v : add(load(to), v)); }
 
-MMEBM_INLINE F log_of(F x) { return mul(setf(-0.5f), minus_two_log(x)); }
+MMEBM_INLINE F log_of(F x) {
+  F twice[1];
+  minus_two_log({x}, twice);
+  return mul(setf(-0.5f), twice[0]);
+}
 
 // Operations on vectors that are worth another thread's while.
 constexpr int64_t SHARED = NET_SHARED / 8;
