@@ -755,9 +755,10 @@ class Planner {
     // blocks of 4 positions, or of a multiple, leave none over
     w.chunk = std::max<int64_t>(4, CHUNK / (w.point_count() * (w.inputs() + w.outputs)) / 4 * 4);
     w.chunk = std::min(w.chunk, (w.tiles + members_ - 1) / members_);
-    // an odd number of rows: the points of a tile must not all lie in one set of a cache
-    w.in_point = w.chunk * w.inputs() | 1;
-    w.out_point = w.chunk * w.outputs | 1;
+    // room for an odd number of tiles, and an odd number of rows: the points of a tile must not meet in few of a cache's
+    // sets, and the channels of most layers are a power of two
+    w.in_point = (w.chunk | 1) * w.inputs() | 1;
+    w.out_point = (w.chunk | 1) * w.outputs | 1;
     plan_.scratch = std::max(plan_.scratch, w.rows());
     return w;
   }

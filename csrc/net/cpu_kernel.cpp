@@ -346,29 +346,42 @@ MMEBM_INLINE void from_line(const F* m, F* to) {
   }
 }
 
+// An address that is computed here: a compiler would keep all 32 of a tile's, most of them in memory.
+template <class T>
+MMEBM_INLINE T* pinned(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 // B^T d B of a tile's inputs, channel by channel.
 template <int R, int MY, int MX>
 void to_points(const NetWinograd& w, const float* in, float* to) {
   constexpr int NY = MY + R - 1, NX = MX + R - 1;
-  const int64_t point = w.in_point * W;
+  const int64_t point = w.in_point * W, pitch = w.in_pitch * W, step = w.in_step * W;
   for (int64_t phase = 0; phase < w.phase_count; ++phase) {
     const float* at = in + w.phases[phase] * int64_t{W};
     for (int64_t c = 0; c < w.channels; ++c, at += W, to += W) {
       F half[NY][NX], line[4];
+      const float* lines[NY];
+      lines[0] = at;
+#pragma GCC unroll 4
+      for (int y = 1; y < NY; ++y) lines[y] = pinned(lines[y - 1] + pitch);
 #pragma GCC unroll 4
       for (int x = 0; x < NX; ++x) {
         F d[NY];
 #pragma GCC unroll 4
-        for (int y = 0; y < NY; ++y) d[y] = load(at + (y * w.in_pitch + x * w.in_step) * W);
+        for (int y = 0; y < NY; ++y) d[y] = load(lines[y] + x * step);
         to_line<MY, R>(d, line);
 #pragma GCC unroll 4
         for (int y = 0; y < NY; ++y) half[y][x] = line[y];
       }
+      float* out = to;
 #pragma GCC unroll 4
       for (int y = 0; y < NY; ++y) {
         to_line<MX, R>(half[y], line);
 #pragma GCC unroll 4
-        for (int x = 0; x < NX; ++x) store(to + (y * NX + x) * point, line[x]);
+        for (int x = 0; x < NX; ++x) store(out + x * point, line[x]);
+        out = pinned(out + NX * point);
       }
     }
   }
@@ -378,27 +391,30 @@ void to_points(const NetWinograd& w, const float* in, float* to) {
 template <int R, int MY, int MX>
 void from_points(const NetWinograd& w, const float* from, const Into& into, int64_t to) {
   constexpr int NY = MY + R - 1, NX = MX + R - 1;
+  const int64_t point = w.out_point * W, pitch = w.out_pitch * W, step = w.out_step * W;
   with_kind(into, [&](auto adds, auto times) {
     for (int64_t j = 0; j < w.outputs; ++j) {
       F half[MY][NX], line[3];
+      const float* lines[NY];
+      lines[0] = from + j * W;
+#pragma GCC unroll 4
+      for (int y = 1; y < NY; ++y) lines[y] = pinned(lines[y - 1] + NX * point);
 #pragma GCC unroll 4
       for (int x = 0; x < NX; ++x) {
         F m[NY];
 #pragma GCC unroll 4
-        for (int y = 0; y < NY; ++y) m[y] = load(from + ((y * NX + x) * w.out_point + j) * W);
+        for (int y = 0; y < NY; ++y) m[y] = load(lines[y] + x * point);
         from_line<MY, R>(m, line);
 #pragma GCC unroll 3
         for (int y = 0; y < MY; ++y) half[y][x] = line[y];
       }
       const F bias = setf(w.bias ? w.bias[j] : 0.0f);
+      int64_t at = (to + j) * W;
 #pragma GCC unroll 3
-      for (int y = 0; y < MY; ++y) {
+      for (int y = 0; y < MY; ++y, at += pitch) {
         from_line<MX, R>(half[y], line);
 #pragma GCC unroll 3
-        for (int x = 0; x < MX; ++x) {
-          const int64_t at = (to + y * w.out_pitch + x * w.out_step + j) * W;
-          store_sum<adds, times>(into, at, add(line[x], bias));
-        }
+        for (int x = 0; x < MX; ++x) store_sum<adds, times>(into, at + x * step, add(line[x], bias));
       }
     }
   });
