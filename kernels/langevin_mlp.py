@@ -93,6 +93,7 @@ from mmebm.kernels.rule import (
     number_of,
     proposed,
     signed64,
+    table_of,
     todo_of,
 )
 from mmebm.ops.common.params import FIELDS
@@ -1147,7 +1148,7 @@ def run(
         records["frozen"] = frozen.view(torch.uint8)
     seed, seed_at, seed_alive = _address(chain.seed, device, "seed")
     step, step_at, step_alive = _address(first_step, device, "first_step")
-    constants = chain.constants.contiguous()
+    constants = table_of(chain)
     rows, _, fields, width = constants.shape
     arguments |= {
         **records,

@@ -8,8 +8,8 @@ states it in its own form, without branches.
     g = clip(g);  g = f g;  g = g + x / prior_std^2
     d = s xi - a g;  d = clamp(d);  y = x + d;  y = clamp(y)
 
-Constants lie in a table (steps or 1, tensors, FIELDS, chains or 1); which of them there are, and what else a launch
-does, are bits of ``todo``, a run-time value: an absent option is a branch not taken.
+Constants lie in a table (steps or 1, tensors, FIELDS, chains or 1), made by :func:`table_of`; which of them there are,
+and what else a launch does, are bits of ``todo``, a run-time value: an absent option is a branch not taken.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mmebm.ops.common.params import FIELDS
 
@@ -57,6 +58,7 @@ __all__ = [
     "proposed",
     "rounded",
     "signed64",
+    "table_of",
     "todo_of",
 ]
 
@@ -147,7 +149,7 @@ def clip(g, row, tensor, chain, width, by_chain, todo):
 def proposed(x, g, noise, row, tensor, chain, width, by_chain, todo):
     """The rule from the clipped gradient on, but for what keeps its value."""
     if (todo & PRIOR) != 0:
-        inverse = 1.0 / constant_of(row, tensor, chain, width, by_chain, PRIOR_STD)
+        inverse = constant_of(row, tensor, chain, width, by_chain, PRIOR_STD)
         # not times 1 / std^2, which overflows where the quotient does not; and where there is no prior nothing, ever
         g = g + tl.where(inverse != 0.0, x * inverse * inverse, 0.0)
     d = noise - constant_of(row, tensor, chain, width, by_chain, STEP_SIZE) * g
@@ -169,6 +171,17 @@ def norm_factor(squares, limit):
 
 
 # -- host
+
+
+def table_of(chain: Any) -> Tensor:
+    """The constants of a chain as the kernels read them: the prior's inverted, as a division by IEEE costs a kernel
+    registers that it has not got."""
+    table = chain.constants.contiguous()
+    if not chain.has("prior_std"):
+        return table
+    table = table.clone()
+    table[:, :, PRIOR_STD.value].reciprocal_()
+    return table
 
 
 def signed64(value: int) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmebm import noise
 from mmebm.kernels.langevin_mlp import refusal
 from mmebm.kernels.net import FUNCTIONS
-from mmebm.kernels.rule import signed64, todo_of
+from mmebm.kernels.rule import signed64, table_of, todo_of
 from mmebm.native import BackendError
 from mmebm.ops.common.params import FIELDS
 from mmebm.ops.common.untyped import TORCH
@@ -158,7 +158,7 @@ class _Workspace:
             self.known[j] = None if index.is_inference() else (index, index._version)
 
     def fill_chain(self, chain: NetChain, first_step: int | Tensor) -> None:
-        self.constants[: chain.constants.shape[0]].copy_(chain.constants)
+        self.constants[: chain.constants.shape[0]].copy_(table_of(chain))
         if chain.observed is not None:
             self.observed.copy_(chain.observed)
         for i, value in enumerate((chain.seed, first_step, chain.chain_offset)):
