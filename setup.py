@@ -55,8 +55,11 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
-# csrc/net's once more: AVX-512 for batches of 8
-NARROW_FLAGS = {"narrow": [*ISA_FLAGS["avx512"], "-DMMEBM_NARROW"]}
+# csrc/net's once more: AVX-512 for batches of 8, AVX2 for batches of 4
+NARROW_FLAGS = {
+    "narrow512": [*ISA_FLAGS["avx512"], "-DMMEBM_NARROW"],
+    "narrow256": [*ISA_FLAGS["avx2"], "-DMMEBM_NARROW"],
+}
 SWITCHES = {"mmebm._cpu": "MMEBM_BUILD_CPU", "mmebm._cuda": "MMEBM_BUILD_CUDA"}
 
 

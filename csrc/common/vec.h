@@ -1,6 +1,6 @@
 // The few vector operations that the kernels of the CPU ops are written in, for the instruction set of the including file:
 // 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, or plain GCC/Clang vectors on other processors). With MMEBM_NARROW they
-// are 8 with AVX-512 too: its registers hold two rows of a small batch then (net/cpu_kernel.cpp).
+// are half as many, 8 and 4: a register holds two rows of a small batch then (net/cpu_kernel.cpp).
 //
 // Everything is in an unnamed namespace and nothing comes from std::, see isa.h. `max` and `min` return their second
 // operand where one is NaN (the x86 rule), which is what makes `clamp` keep a NaN.
@@ -104,7 +104,7 @@ MMEBM_INLINE void transpose(F& a, F& b, F& c, F& d) {
   d = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab1), _mm512_castps_pd(cd1)));
 }
 
-#elif defined(__AVX2__)
+#elif defined(__AVX512F__) || (defined(__AVX2__) && !defined(MMEBM_NARROW))
 
 constexpr int W = 8;
 using F = __m256;
@@ -221,7 +221,11 @@ MMEBM_INLINE F add(F a, F b) { return a + b; }
 MMEBM_INLINE F sub(F a, F b) { return a - b; }
 MMEBM_INLINE F mul(F a, F b) { return a * b; }
 MMEBM_INLINE F div(F a, F b) { return a / b; }
+#if defined(__FMA__)
+MMEBM_INLINE F fma(F a, F b, F c) { return (F)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c); }
+#else
 MMEBM_INLINE F fma(F a, F b, F c) { return a * b + c; }
+#endif
 #if defined(__SSE2__)
 MMEBM_INLINE F sqrt(F a) { return (F)_mm_sqrt_ps((__m128)a); }
 MMEBM_INLINE F max(F a, F b) { return (F)_mm_max_ps((__m128)a, (__m128)b); }

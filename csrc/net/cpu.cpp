@@ -1152,8 +1152,8 @@ struct Part {
   int64_t first, count;
 };
 
-// A tile of 8 chains takes about so much of the time of one of 16: .64 to .69 for the nets of
-// benchmarks/bench_net_chain.py on an EPYC (Zen 5), in a run that is not on record.
+// A tile of half as many chains takes about so much of the time: .64 to .69 for the nets of benchmarks/bench_net_chain.py
+// on an EPYC (Zen 5), 8 for 16, and about as much with AVX2, 4 for 8 (Zen 3), in runs that are not on record.
 constexpr double NARROW = 0.67;
 
 // Wide vectors, and narrow ones for a rest of the batch that fits into them or where there are more threads than tiles.
@@ -1161,8 +1161,8 @@ std::vector<Part> parts_of(int64_t chains, Isa isa, int threads) {
   const NetLoops& wide = net_loops(isa);
   const int64_t tiles = (chains + wide.lanes - 1) / wide.lanes;
 #if defined(MMEBM_X86)
-  if (isa == Isa::avx512) {
-    const NetLoops& narrow = net_loops_narrow;  // bit for bit the same
+  if (isa != Isa::generic) {
+    const NetLoops& narrow = isa == Isa::avx512 ? net_loops_narrow512 : net_loops_narrow256;  // bit for bit the same
     const int64_t halves = (chains + narrow.lanes - 1) / narrow.lanes;
     const auto turns = [threads](int64_t count) { return static_cast<double>((count + threads - 1) / threads); };
     if (turns(halves) * NARROW < turns(tiles)) return {{&narrow, 0, halves}};

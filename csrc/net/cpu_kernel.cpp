@@ -5,13 +5,12 @@
 // batch is split, and AVX2 and AVX-512 agree bit for bit.
 //
 // The micro-kernel keeps P positions x J outputs of sums in registers: per row of depth P loads and J broadcasts for
-// P J products, or for half as many where 8 chains leave room for two positions in a register (MMEBM_NARROW). What
+// P J products, or for half as many where few chains leave room for two positions in a register (MMEBM_NARROW). What
 // differs between a convolution, its gradient, a transposed one and a linear layer is only which rows belong to a
 // position (NetPass). The activation follows while the block is in the first-level cache, and leaves its derivative
 // beside the value; the backward pass takes it into account where it stores (through).
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "common/activation_vec.h"
 #include "common/chain_rule.h"
@@ -35,12 +34,17 @@ struct Into {
   bool store;
 };
 
+template <bool VALUE>
+struct Constant {
+  constexpr operator bool() const { return VALUE; }
+};
+
 // Calls finish(adds, times) with constants: asked of each sum, the two questions are a third of the time of a point of a
 // tile with 16 channels.
 template <class Finish>
 MMEBM_INLINE void with_kind(const Into& into, const Finish& finish) {
-  constexpr std::true_type yes;
-  constexpr std::false_type no;
+  constexpr Constant<true> yes;
+  constexpr Constant<false> no;
   if (into.store) return into.factor ? finish(no, yes) : finish(no, no);
   into.factor ? finish(yes, yes) : finish(yes, no);
 }
@@ -58,6 +62,7 @@ using Block = void (*)(const NetPass& pass, const float* in, const int32_t* from
 // What a register of the micro-kernel holds: a row of one position, or those of two where a row fills half of it.
 #if defined(MMEBM_NARROW)
 constexpr int TOGETHER = 2;
+#if defined(__AVX512F__)
 using Register = __m512;
 MMEBM_INLINE Register set_rows(float v) { return _mm512_set1_ps(v); }
 MMEBM_INLINE Register load_rows(const float* const* at, int64_t i) {
@@ -70,6 +75,41 @@ MMEBM_INLINE F row_of(Register v, int which) {
   return load(both + which * W);
 }
 MMEBM_INLINE Register multiply_add(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }
+MMEBM_INLINE Register add_rows(Register a, Register b) { return _mm512_add_ps(a, b); }
+MMEBM_INLINE Register loaded(const float* p) { return _mm512_loadu_ps(p); }
+MMEBM_INLINE void stored(float* p, Register v) { _mm512_storeu_ps(p, v); }
+// Each number of a row twice; both of p in turn; the numbers at even places, then those at odd ones.
+MMEBM_INLINE Register twice(F v) {
+  const __m512i from = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return _mm512_permutexvar_ps(from, _mm512_castps256_ps512(v));
+}
+MMEBM_INLINE Register in_turn(double both) { return _mm512_castpd_ps(_mm512_set1_pd(both)); }
+MMEBM_INLINE Register apart(Register v) {
+  const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  return _mm512_permutexvar_ps(from, v);
+}
+#else
+using Register = __m256;
+MMEBM_INLINE Register set_rows(float v) { return _mm256_set1_ps(v); }
+MMEBM_INLINE Register load_rows(const float* const* at, int64_t i) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)load(at[0] + i)), (__m128)load(at[1] + i), 1);
+}
+MMEBM_INLINE F row_of(Register v, int which) {
+  return (F)(which ? _mm256_extractf128_ps(v, 1) : _mm256_castps256_ps128(v));
+}
+MMEBM_INLINE Register multiply_add(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
+MMEBM_INLINE Register add_rows(Register a, Register b) { return _mm256_add_ps(a, b); }
+MMEBM_INLINE Register loaded(const float* p) { return _mm256_loadu_ps(p); }
+MMEBM_INLINE void stored(float* p, Register v) { _mm256_storeu_ps(p, v); }
+MMEBM_INLINE Register twice(F v) {
+  const __m256i from = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256((__m128)v), from);
+}
+MMEBM_INLINE Register in_turn(double both) { return _mm256_castpd_ps(_mm256_set1_pd(both)); }
+MMEBM_INLINE Register apart(Register v) {
+  return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+}
+#endif
 #else
 constexpr int TOGETHER = 1;
 using Register = F;
@@ -180,13 +220,11 @@ template <int J>
 void single(const NetPass& pass, const float* in, const int32_t* from, const float* weight, const float* bias,
             const Into& into, const int32_t* to, int64_t) {
   constexpr int PAIRS = (J + 1) / 2;
-  const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-  const __m512i apart = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
   const float* const at = in + static_cast<int64_t>(from[0]) * W;
   const auto two = [](const float* p) {
     double both;
     memcpy(&both, p, sizeof both);
-    return _mm512_castpd_ps(_mm512_set1_pd(both));
+    return in_turn(both);
   };
   float own[2 * PAIRS] = {}, before[2 * PAIRS * W] = {};
   if (bias) memcpy(own, bias, sizeof(float) * J);
@@ -200,7 +238,7 @@ void single(const NetPass& pass, const float* in, const int32_t* from, const flo
 #pragma GCC unroll 16
       for (int k = 0; k < PAIRS; ++k) {
         float* const old = before + 2 * k * W;
-        _mm512_storeu_ps(old, parts ? _mm512_add_ps(_mm512_loadu_ps(old), sum[k]) : sum[k]);
+        stored(old, parts ? add_rows(loaded(old), sum[k]) : sum[k]);
         sum[k] = set_rows(0.0f);
       }
       parts = true;
@@ -208,7 +246,7 @@ void single(const NetPass& pass, const float* in, const int32_t* from, const flo
     const int64_t begin = segment.offset * W, end = begin + segment.length * int64_t{W};
     for (int64_t i = begin; i < end; i += W, weight += J) {
       __builtin_prefetch(weight + AHEAD);
-      const Register x = held(_mm512_permutexvar_ps(twice, _mm512_castps256_ps512(load(at + i))));
+      const Register x = held(twice(load(at + i)));
 #pragma GCC unroll 16
       for (int k = 0; k < PAIRS; ++k) sum[k] = multiply_add(held(two(weight + 2 * k)), x, sum[k]);
     }
@@ -217,8 +255,8 @@ void single(const NetPass& pass, const float* in, const int32_t* from, const flo
   with_kind(into, [&](auto adds, auto times) {
 #pragma GCC unroll 16
     for (int k = 0; k < PAIRS; ++k) {
-      if (parts) sum[k] = _mm512_add_ps(_mm512_loadu_ps(before + 2 * k * W), sum[k]);
-      const Register rows = _mm512_permutexvar_ps(apart, sum[k]);
+      if (parts) sum[k] = add_rows(loaded(before + 2 * k * W), sum[k]);
+      const Register rows = apart(sum[k]);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const int j = 2 * k + half;

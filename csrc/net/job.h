@@ -171,7 +171,7 @@ struct NetLoops {
 
 MMEBM_DECLARE_LOOPS(NetLoops, net_loops)
 #if defined(MMEBM_X86)
-extern const NetLoops net_loops_narrow;  // AVX-512 for 8 chains
+extern const NetLoops net_loops_narrow512, net_loops_narrow256;  // AVX-512 for 8 chains, AVX2 for 4
 #endif
 
 // The outputs of a pass in blocks of nearly equal size, none above block_outputs.
