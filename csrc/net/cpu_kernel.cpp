@@ -34,19 +34,19 @@ struct Into {
   bool store;
 };
 
-template <bool VALUE>
-struct Constant {
-  constexpr operator bool() const { return VALUE; }
+struct Yes {
+  constexpr operator bool() const { return true; }
+};
+struct No {
+  constexpr operator bool() const { return false; }
 };
 
 // Calls finish(adds, times) with constants: asked of each sum, the two questions are a third of the time of a point of a
 // tile with 16 channels.
 template <class Finish>
 MMEBM_INLINE void with_kind(const Into& into, const Finish& finish) {
-  constexpr Constant<true> yes;
-  constexpr Constant<false> no;
-  if (into.store) return into.factor ? finish(no, yes) : finish(no, no);
-  into.factor ? finish(yes, yes) : finish(yes, no);
+  if (into.store) return into.factor ? finish(No(), Yes()) : finish(No(), No());
+  into.factor ? finish(Yes(), Yes()) : finish(Yes(), No());
 }
 
 template <bool adds, bool times>
@@ -333,7 +333,7 @@ void run_pass(const NetPass& pass, const Units& units, const float* base, Into i
       const int64_t n = outputs.part(k);
       const Into here = {into.out + j * W, into.factor ? into.factor + j * W : nullptr, into.store};
       blocks[registers_of(count)][n](pass, in, pass.from + begin, weight, pass.bias ? pass.bias + j : nullptr, here,
-                                        pass.to + begin, count);
+                                     pass.to + begin, count);
       weight += n * pass.depth;
       j += n;
     }
