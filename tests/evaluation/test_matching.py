@@ -176,10 +176,9 @@ def test_the_report_tells_models_apart(seed: int) -> None:
     assert real["correlation"] > 0.8 and abs(good["correlation"] - real["correlation"]) < 0.1
     assert abs(bad["correlation"]) < 0.25
     # 75 by chance with a standard deviation of 150 / 2 / sqrt(150) = 6, 10 at best; 300 seeds: 55 to 90, 10 to 33
-    assert real["a_to_b"]["median_rank"] < 45 < bad["a_to_b"]["median_rank"]
+    assert real["a_to_b"]["median_rank"] < 40 < 45 < bad["a_to_b"]["median_rank"]
     by_caption, by_image = found["given caption"], found["given image"]
-    # .81 to .96 with 300 seeds
-    assert by_caption["knows"]["correlation"] > 0.7 and abs(by_caption["guesses"]["correlation"]) < 0.3
+    assert by_caption["knows"]["correlation"] > 0.8 and abs(by_caption["guesses"]["correlation"]) < 0.3
     assert by_image["knows"]["correlation"] > by_image["guesses"]["correlation"] + 0.3
     text = match_table(report)
     assert "400 training tuples; 150 rows" in text and "knows, given caption" in text and "chance" in text
