@@ -220,13 +220,15 @@ def like_state(value: Any, keys: Sequence[Key], tensors: Sequence[Tensor], *, na
         parts = {0: value}
     elif isinstance(value, (list, tuple)):
         parts = dict(enumerate(value))
-    wanted = {key: tuple(x.shape) for key, x in zip(keys, tensors, strict=True)}
-    if not isinstance(parts, Mapping) or not all(isinstance(part, Tensor) for part in parts.values()):
-        raise TypeError(f"{name} must be tensors in the state's structure, {wanted}, got {value!r:.80}")
-    shapes = {key: tuple(part.shape) for key, part in parts.items()}
-    if shapes != wanted:
+    known = isinstance(parts, Mapping) and len(parts) == len(keys)
+    found: list[Any] = [parts.get(key) for key in keys] if known else []
+    if not known or not all(isinstance(t, Tensor) and t.shape == x.shape for t, x in zip(found, tensors, strict=True)):
+        wanted = {key: tuple(x.shape) for key, x in zip(keys, tensors, strict=True)}
+        if not isinstance(parts, Mapping) or not all(isinstance(part, Tensor) for part in parts.values()):
+            raise TypeError(f"{name} must be tensors in the state's structure, {wanted}, got {value!r:.80}")
+        shapes = {key: tuple(part.shape) for key, part in parts.items()}
         raise ValueError(f"{name} must have the state's shapes {wanted}, got {shapes}")
-    return [parts[key].to(x.dtype) for key, x in zip(keys, tensors, strict=True)]
+    return [t if t.dtype is x.dtype else t.to(x.dtype) for t, x in zip(found, tensors, strict=True)]
 
 
 def per_key(name: str, value: Any, keys: Sequence[Key], *, required: bool) -> list[Any]:

@@ -37,11 +37,13 @@ def uses(t: Tensor) -> int:
 
 
 class _Memory:
-    """An energy may keep what it is given, for a log say, while the chain goes on in the memory of its state. So it is
-    given a copy at its first evaluation, and always once it kept one."""
+    """An energy may keep what it is given, for a log say, while the chain goes on in the memory of its state. Then the
+    chain goes on in a copy, where its steps can (``moves``); else the energy is given a copy, at its first evaluation,
+    and always once it kept one."""
 
-    def __init__(self) -> None:
-        self.copies: bool = True
+    def __init__(self, moves: bool) -> None:
+        self.moves: bool = moves
+        self.copies: bool = not moves
         self.keeps: bool = False
 
     def given(self, x: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[int]]:
@@ -49,23 +51,26 @@ class _Memory:
         given = [t.detach().clone() for t in x] if self.copies else x
         return given, list(map(uses, given))
 
-    def look(self, given: Sequence[Tensor], before: list[int], results: Sequence[Tensor]) -> None:
-        """After the evaluation, of which ``results`` are left, which may lie in the same memory."""
+    def look(self, x: list[Tensor], given: Sequence[Tensor], before: list[int], results: Sequence[Tensor]) -> None:
+        """After the evaluation at ``x``, of which ``results`` are left, which may lie in the same memory."""
         now = list(map(uses, given))
         if now == before:
             self.copies = self.keeps
             return
         theirs = [g.untyped_storage().data_ptr() for g in results]
-        pairs = zip(given, before, now, strict=True)
-        kept = any(n - b > theirs.count(t.untyped_storage().data_ptr()) for t, b, n in pairs)
-        if kept and not self.copies:
+        rows = zip(given, before, now, strict=True)
+        kept = [n - b > theirs.count(t.untyped_storage().data_ptr()) for t, b, n in rows]
+        if self.moves:
+            x[:] = [t.clone() if is_kept else t for t, is_kept in zip(x, kept, strict=True)]
+            return
+        if any(kept) and not self.copies:
             warnings.warn(
                 "the energy keeps the state that it was given, in whose memory the chain goes on: what it kept at this "
                 "step will hold a later state; let it keep a clone",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.keeps = self.copies = kept or self.keeps
+        self.keeps = self.copies = any(kept) or self.keeps
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Target:
         score: the callable returns d log p / dx in the state's structure.
         downhill: whether a gradient is handed out as dE/dx also then; else as it is, for an update that takes the sign.
         remedies: what this energy has turned out to need for its gradient.
-        memory: whether it keeps what it is given.
+        memory: whether it keeps what it is given, and what is done then.
     """
 
     energy: Callable[..., Any]
@@ -95,11 +100,12 @@ class Target:
     score: bool = False
     downhill: bool = True
     remedies: Remedies = field(default_factory=Remedies)
-    memory: _Memory = field(default_factory=_Memory)
+    memory: _Memory = field(default_factory=lambda: _Memory(moves=False))
 
     @classmethod
-    def of(cls, p: Problem, *, masked: bool = False, downhill: bool = True) -> Target:
-        """The energy of a problem; ``masked``: with no gradient where observed."""
+    def of(cls, p: Problem, *, masked: bool = False, downhill: bool = True, moves: bool = False) -> Target:
+        """The energy of a problem; ``masked``: with no gradient where observed; ``moves``: the chain goes on in the
+        list that it gave, in which a copy stands for each tensor that the energy kept."""
         masks = p.masks if masked else [False] * len(p.masks)
         return cls(
             p.energy,
@@ -111,6 +117,7 @@ class Target:
             log_prob=p.sampler.log_prob,
             score=p.sampler.score,
             downhill=downhill,
+            memory=_Memory(moves),
         )
 
     @property
@@ -127,7 +134,7 @@ class Target:
 
     def __call__(
         self,
-        x: Sequence[Tensor],
+        x: list[Tensor],
         k: int,
         *,
         moving: Sequence[int] | None = None,
@@ -154,7 +161,7 @@ class Target:
             return self.remedies(self._gradient, x, k, moving, create_graph, energy)
         given, before = self.memory.given(x)
         value, grads = self.remedies(self._gradient, given, k, moving, create_graph, energy)
-        self.memory.look(given, before, grads)
+        self.memory.look(x, given, before, grads)
         return value, grads
 
     def _gradient(
@@ -167,7 +174,9 @@ class Target:
                 if not create_graph:
                     full = [t.detach() for t in full]
                 parts = like_state(self._call(full, k), self.keys, full)
-                found = [parts[i] if create_graph else parts[i].detach() for i in moving]
+                found = [parts[i] for i in moving]
+                if not create_graph:
+                    found = [g.detach() if g.requires_grad else g for g in found]
                 if self.downhill:
                     found = [-g for g in found]
                 return None, [self._masked(i, g) for i, g in zip(moving, found, strict=True)]

@@ -41,7 +41,7 @@ class LangevinSteps(Steps):
         super().__init__(p, tensors)
         # the update takes the sign of a log density's gradient; the Metropolis test wants dE/dx
         score = (sampler.log_prob or sampler.score) and sampler.accept is None
-        self.target: Target = Target.of(p, downhill=not score)
+        self.target: Target = Target.of(p, downhill=not score, moves=True)
         self.params: list[list[list[Any]]] = [[[row[i] for i in group] for group in p.blocks] for row in p.params]
         self.steppers: list[op.Stepper] = []
         self.references: list[op.Stepper] = []
@@ -164,7 +164,7 @@ class LangevinSteps(Steps):
             for i, t in zip(group, current, strict=True):
                 x[i] = t
         energy, slopes = self.cached if self.cached is not None else self._slopes(b, k, x, create_graph)
-        grads = [slopes[i] for i in group]
+        current, grads = [x[i] for i in group], [slopes[i] for i in group]
         self._judge(group, energy, grads)
         y, stats = stepper.step(current, grads, params, position, with_noise=not self.noise_first, stats=self.stats)
         if self.projects:
@@ -241,7 +241,8 @@ class LangevinSteps(Steps):
         return out if out is y and uses(y) == before else out.clone(memory_format=torch.contiguous_format)
 
     def _slopes(self, b: int, k: int, x: list[Tensor], create_graph: bool) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """The energy per chain and its gradient by tensor: block ``b``'s, or all where the next block can use them."""
+        """The energy per chain and its gradient by tensor: block ``b``'s, or all where the next block can use them.
+        A tensor of ``x`` that the energy kept is replaced by a copy."""
         wanted = self.moving if self.reuses else self.problem.blocks[b]
         energy, grads = self.target(x, k, moving=wanted, create_graph=create_graph, energy=self.wants_energy)
         if self.steppers[b].inplace:
@@ -264,10 +265,10 @@ class LangevinSteps(Steps):
         """The chains that move from ``old`` to ``y``, boolean (chains,), and the block's tensors then."""
         group = self.problem.blocks[b]
         energy = one_per_chain(f'accept="{self.problem.sampler.accept}"', energy)
-        trial = list(x)
         for i, t in zip(group, y, strict=True):
-            trial[i] = t
-        new_energy, new_slopes = self._slopes(b, k, trial, create_graph)
+            x[i] = t
+        new_energy, new_slopes = self._slopes(b, k, x, create_graph)
+        y = [x[i] for i in group]
         assert new_energy is not None
         params = self.params[min(k, len(self.params) - 1)][b]
         ends = [new_slopes[i] for i in group]

@@ -141,7 +141,9 @@ KEEPERS: dict[str, Any] = {
     "Langevin": Langevin(0.1),
     "in PyTorch": Langevin(0.1, backend="torch"),
     "noise first": Langevin(0.1, noise_at="before"),
+    "frozen": Langevin(0.1, on_nonfinite="freeze"),
     "MALA": MALA(0.1),
+    "descent": Langevin(0.1, accept="descent"),
     "HMC": HMC(0.1, 3),
     "Underdamped": Underdamped(0.1),
     "ParallelTempering": ParallelTempering(0.1, [1.0, 2.0]),
@@ -150,7 +152,10 @@ KEEPERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", KEEPERS)
 @pytest.mark.parametrize("every", [1, 3])
-def test_what_an_energy_keeps_of_the_state_stays_what_it_is(name: str, every: int, seed: int) -> None:
+@pytest.mark.parametrize("blocks", [None, ["a", "b"]])
+def test_what_an_energy_keeps_of_the_state_stays_what_it_is(
+    name: str, every: int, blocks: list[str] | None, seed: int
+) -> None:
     """A log without ``clone``, as in a loop that makes a new tensor at each step."""
     kept: list[tuple[Tensor, Tensor]] = []
     calls = [0]
@@ -161,8 +166,11 @@ def test_what_an_energy_keeps_of_the_state_stays_what_it_is(name: str, every: in
         calls[0] += 1
         return s["a"].square().sum(1) + (s["a"] * s["b"]).sum(1) + s["b"].square().sum(1)
 
+    if blocks is not None and not isinstance(KEEPERS[name], Langevin):
+        pytest.skip("blocks are Langevin's")
+    turns = {} if blocks is None else {"blocks": blocks}
     start = {"a": torch.randn(5, 4), "b": torch.randn(5, 4)}
-    KEEPERS[name].sample(energy, start, 7, seed=seed)
+    KEEPERS[name].sample(energy, start, 7, seed=seed, **turns)
     assert calls[0] >= 7 and len(kept) >= 2 * 7 // every
     assert all(torch.equal(t, copy) for t, copy in kept)
 
@@ -181,6 +189,24 @@ def test_what_project_keeps_of_the_state_stays_what_it_is(backend: str, seed: in
     assert all(torch.equal(t, copy) for t, copy in kept) and torch.equal(kept[-1][0], x)
     plain = sampler.replace(project=None).sample(lambda x: x.square().sum(1) + 0 * x.prod(1), start, 5, seed=seed)
     torch.testing.assert_close(x, plain.state)
+
+
+@pytest.mark.parametrize("options", [{}, {"accept": "metropolis"}, {"score": True}])
+def test_what_is_kept_later_in_a_langevin_chain_stays_what_it_is(options: dict[str, Any], seed: int) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+    calls = [0]
+
+    def energy(x: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] > 3:
+            kept.append((x.detach(), x.detach().clone()))
+        return -x if "score" in options else x.square().sum(1)
+
+    start = torch.randn(5, 4)
+    x = Langevin(0.1, **options).sample(energy, start, 7, seed=seed).state
+    assert len(kept) >= 4 and all(torch.equal(t, copy) for t, copy in kept)
+    forgets = (lambda x: -x) if "score" in options else lambda x: x.square().sum(1)
+    assert torch.equal(x, Langevin(0.1, **options, backend="cpp").sample(forgets, start, 7, seed=seed).state)
 
 
 def test_an_energy_that_keeps_the_state_later_is_told(seed: int) -> None:

@@ -69,7 +69,7 @@ class StepNumbers(Sequence[float]):
 
 def varies(column: Any) -> bool:
     """Whether a column of :class:`StepRows` has a constant for each step."""
-    return isinstance(column, (list, StepNumbers))
+    return type(column) in (list, StepNumbers)  # isinstance of a Sequence runs Python
 
 
 class StepRows(Sequence[list[StepParams]]):
@@ -83,7 +83,9 @@ class StepRows(Sequence[list[StepParams]]):
 
     def __init__(self, columns: Sequence[dict[str, Any]], steps: int) -> None:
         self.columns: list[dict[str, Any]] = list(columns)
-        self._length = steps if any(varies(column) for each in columns for column in each.values()) else 1
+        self._varies: bool = any(varies(column) for each in columns for column in each.values())
+        self._length = steps if self._varies else 1
+        self._only: list[StepParams] = []  # the row of constants that are the same at all steps
 
     def __len__(self) -> int:
         return self._length
@@ -93,6 +95,9 @@ class StepRows(Sequence[list[StepParams]]):
             return [self[i] for i in range(*k.indices(self._length))]
         if not -self._length <= k < self._length:
             raise IndexError(f"row {k} of {self._length}")
+        if not self._varies:
+            self._only = self._only or [StepParams(**column) for column in self.columns]
+            return list(self._only)
         return [StepParams(**{name: c[k] if varies(c) else c for name, c in column.items()}) for column in self.columns]
 
     def still(self, moving: Sequence[bool]) -> StepRows:
