@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmebm.energies.lower.attempt import refuse
 from mmebm.energies.trace.moves import moved, not_chains, take
-from mmebm.energies.trace.recorder import Recorder, positions, rule
+from mmebm.energies.trace.recorder import CPU, Recorder, positions, rule
 from mmebm.ops.net import graph
 
 
@@ -39,11 +39,37 @@ def _elu(r: Recorder, out: Tensor, x: Tensor, alpha: float = 1.0, scale: float =
     return node if scale == 1 else r.add(graph.Add((node,), (float(scale),)))
 
 
+@rule("celu")
+def _celu(r: Recorder, out: Tensor, x: Tensor, alpha: float = 1.0) -> int:
+    node = r.add(graph.Activation(_shift(r, x, r.node(x), 1.0 / float(alpha), 0.0), "elu", 1.0))
+    return _shift(r, x, node, float(alpha), 0.0)
+
+
 @rule("gelu")
 def _gelu(r: Recorder, out: Tensor, x: Tensor, *, approximate: str = "none") -> int:
-    if approximate != "none":
-        refuse(f"its gelu has approximate={approximate!r}")
-    return r.add(graph.Activation(r.node(x), "gelu"))
+    node = r.node(x)
+    if approximate == "none":
+        return r.add(graph.Activation(node, "gelu"))
+    # (1 + tanh(c (x + 0.044715 x^3))) / 2 is a sigmoid of twice that
+    cube, twice = r.add(graph.Product(r.add(graph.Activation(node, "square")), node)), 2 * math.sqrt(2 / math.pi)
+    gate = r.add(graph.Activation(r.add(graph.Add((node, cube), (twice, twice * 0.044715))), "sigmoid"))
+    return r.add(graph.Product(node, gate))
+
+
+@rule("mish")
+def _mish(r: Recorder, out: Tensor, x: Tensor) -> int:
+    node = r.node(x)
+    gate = r.add(graph.Activation(r.add(graph.Activation(node, "softplus")), "tanh"))
+    return r.add(graph.Product(node, gate))
+
+
+@rule("log_sigmoid_forward")
+def _log_sigmoid(r: Recorder, out: Any, x: Tensor) -> list[Any]:
+    return [r.add(graph.Add((_softplus_of_minus(r, r.node(x)),), (-1.0,))), None]
+
+
+def _softplus_of_minus(r: Recorder, node: int) -> int:
+    return r.add(graph.Activation(r.add(graph.Add((node,), (-1.0,))), "softplus"))
 
 
 @rule("softplus")
@@ -55,6 +81,76 @@ def _softplus(r: Recorder, out: Tensor, x: Tensor, beta: float = 1.0, threshold:
         return r.add(graph.Activation(r.node(x), "softplus"))
     node = r.add(graph.Activation(r.add(graph.Add((r.node(x),), (float(beta),))), "softplus"))
     return r.add(graph.Add((node,), (1.0 / beta,)))
+
+
+def _shift(r: Recorder, x: Tensor, node: int, factor: float, number: float) -> int:
+    """``factor`` times the node plus a number."""
+    if number == 0:
+        return node if factor == 1 else r.add(graph.Add((node,), (factor,)))
+    return r.add(graph.Add((node,), (factor,), x.new_full((1, *r.shapes[node]), number)))
+
+
+def _limited(r: Recorder, x: Tensor, node: int, side: int, limit: Any, *, slope: float = 1.0) -> int:
+    """A relu that begins at ``limit``, of what is above it (``side`` 1) or below (-1), and the limit beyond. ``slope``:
+    of the limit itself; where it is 1, as torch.clamp has it, the relu begins at the number before."""
+    if isinstance(limit, Tensor):
+        if limit.numel() != 1 or r.value(limit) is not None:
+            refuse("it clamps by a tensor")
+        r.constants.append(limit)
+    at = torch.tensor(float(limit), dtype=x.dtype, device=CPU)
+    if slope:
+        at = torch.nextafter(at, at - side * torch.inf) if limit != 0 else at - side * torch.finfo(torch.float32).tiny
+    above = r.add(graph.Activation(_shift(r, x, node, float(side), -side * at.item()), "relu"))
+    return _shift(r, x, above, float(side), at.item())
+
+
+def _between(r: Recorder, x: Tensor, low: Any, high: Any, slope: float = 1.0) -> int:
+    node = r.node(x)
+    for side, limit in ((1, low), (-1, high)):
+        if limit is not None and math.isfinite(limit):
+            node = _limited(r, x, node, side, limit, slope=slope)
+    return node
+
+
+@rule("clamp")
+def _clamp(r: Recorder, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> int:
+    return _between(r, x, min, max)
+
+
+@rule("clamp_min")
+def _clamp_min(r: Recorder, out: Tensor, x: Tensor, min: Any) -> int:
+    return _between(r, x, min, None)
+
+
+@rule("clamp_max")
+def _clamp_max(r: Recorder, out: Tensor, x: Tensor, max: Any) -> int:
+    return _between(r, x, None, max)
+
+
+@rule("hardtanh")
+def _hardtanh(r: Recorder, out: Tensor, x: Tensor, low: float = -1.0, high: float = 1.0) -> int:
+    return _between(r, x, low, high, slope=0.0)
+
+
+@rule("hardsigmoid")
+def _hardsigmoid(r: Recorder, out: Tensor, x: Tensor, slope: float = 0.0) -> int:
+    node = r.node(x)
+    for side, limit in ((1, -3.0), (-1, 3.0)):
+        node = _limited(r, x, node, side, limit, slope=slope)
+    return _shift(r, x, node, 1 / 6, 0.5)
+
+
+@rule("hardswish")
+def _hardswish(r: Recorder, out: Tensor, x: Tensor) -> int:
+    return r.add(graph.Product(r.node(x), _hardsigmoid(r, out, x, slope=1.0)))
+
+
+@rule("_prelu_kernel")
+def _prelu(r: Recorder, out: Tensor, x: Tensor, weight: Tensor) -> int:
+    up = r.add(graph.Activation(r.node(x), "relu"))
+    # at 0 the slope is the weight
+    down = r.add(graph.Activation(_shift(r, x, r.node(x), -1.0, torch.finfo(torch.float32).tiny), "relu"))
+    return r.add(graph.Add((up, r.affine(down, -r.constant(weight, out, out.shape), None)), (1.0, 1.0)))
 
 
 @rule("add")
@@ -154,7 +250,7 @@ def _total(r: Recorder, out: Tensor, x: Tensor, dims: Any, factor: Callable[[int
     return ("total", node) if over_chains else node
 
 
-@rule("linalg_vector_norm")
+@rule("linalg_vector_norm", "norm")
 def _norm(
     r: Recorder, out: Tensor, x: Tensor, order: float = 2, dims: Any = None, keepdim: bool = False, **_: Any
 ) -> int:
@@ -237,13 +333,47 @@ def _nll(r: Recorder, out: Any, x: Tensor, labels: Tensor, weight: Any, reductio
     return [node if reduction == 0 else ("total", node), None]
 
 
-@rule("mse_loss")
-def _mse(r: Recorder, out: Tensor, a: Any, b: Any, reduction: int = 1) -> Any:
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    node = r.add(graph.Activation(_add(r, a.new_empty(()).expand(shape), a, b, alpha=-1), "square"))
+def _loss(r: Recorder, node: int, shape: Sequence[int], reduction: int) -> Any:
+    """Of the loss of each element; ``reduction``: 0 none, 1 the mean, 2 the sum."""
     if reduction == 0:
         return node
     total = r.summed(node)
     if reduction == 1:
         total = r.add(graph.Add((total,), (1.0 / math.prod(shape),)))
     return ("total", total)
+
+
+@rule("mse_loss")
+def _mse(r: Recorder, out: Tensor, a: Any, b: Any, reduction: int = 1) -> Any:
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    node = r.add(graph.Activation(_add(r, a.new_empty(()).expand(shape), a, b, alpha=-1), "square"))
+    return _loss(r, node, shape, reduction)
+
+
+@rule("huber_loss")
+def _huber(r: Recorder, out: Tensor, a: Any, b: Any, reduction: int = 1, delta: float = 1.0, scale: float = 1.0) -> Any:
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    like = a.new_empty(()).expand(shape)
+    apart = r.add(graph.Activation(_add(r, like, a, b, alpha=-1), "abs"))
+    # with c = min(|a - b|, delta): c^2 / 2 + delta (|a - b| - c)
+    near = _limited(r, a, apart, -1, delta)
+    parts = (r.add(graph.Activation(near, "square")), apart, near)
+    return _loss(r, r.add(graph.Add(parts, (0.5 * scale, delta * scale, -delta * scale))), shape, reduction)
+
+
+@rule("smooth_l1_loss")
+def _smooth_l1(r: Recorder, out: Tensor, a: Any, b: Any, reduction: int = 1, beta: float = 1.0) -> Any:
+    if beta <= 0:
+        refuse("its smooth_l1_loss has beta=0")
+    return _huber(r, out, a, b, reduction, beta, 1.0 / beta)
+
+
+@rule("binary_cross_entropy_with_logits")
+def _bernoulli(
+    r: Recorder, out: Tensor, x: Tensor, target: Tensor, weight: Any = None, pos_weight: Any = None, reduction: int = 1
+) -> Any:
+    if weight is not None or pos_weight is not None or r.value(target) is not None:
+        refuse("its cross-entropy of logits has weights, or a target that depends on the state")
+    node = r.node(x)
+    on = r.affine(node, 1.0 - r.constant(target, x, x.shape), None)
+    return _loss(r, r.add(graph.Add((_softplus_of_minus(r, node), on), (1.0, 1.0))), x.shape, reduction)
