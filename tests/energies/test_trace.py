@@ -253,6 +253,33 @@ def test_losses(reduction: str) -> None:
     agree(energy, images(5, 4))
 
 
+def test_layers_over_points() -> None:
+    """A matrix for every position: sets of points, tokens, images with their channels last."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2), nn.GELU("tanh")).double()
+    norm, mix, head = nn.LayerNorm(2).double(), nn.Linear(5, 5, bias=False).double(), nn.Linear(2, 1).double()
+    points = images(4, 5, 3)
+
+    def mixed(x: Tensor) -> Tensor:
+        tokens = norm(net(x))
+        return head(tokens + F.mish(mix(tokens.transpose(1, 2))).transpose(1, 2)).sum((1, 2))
+
+    agree(lambda x: net(x).square().sum((1, 2)), points)
+    agree(lambda x: head(net(x.view(-1, 3))).view(4, 5).logsumexp(1), points)
+    agree(lambda x: head(net(x.flatten(0, 1))).reshape(4, -1).sum(1), points)
+    agree(lambda x: (net(x) @ head.weight[0]).square().sum(1), points)
+    agree(mixed, points)
+    agree(lambda x: mixed(x).sum(), points[:1])
+    agree(lambda x: net(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).mean((1, 2, 3)), images(4, 3, 5, 6))
+    for energy in (
+        lambda x: (net(x.view(-1, 3)) - net(x.view(-1, 3)).mean(0)).view(4, -1).sum(1),
+        lambda x: net(x.view(-1, 3))[::5].sum(1),
+        lambda x: net(x.view(5, 4, 3)).sum((1, 2))[:4],
+        lambda x: net(x.view(-1, 3)).sum(1)[:4],
+    ):
+        with pytest.raises(CannotLower, match=r"in one dimension|not one per chain|over the chains"):
+            trace(energy, points)
+
+
 class ByShapes(nn.Module):
     """Looks modalities up by name, as people write it."""
 

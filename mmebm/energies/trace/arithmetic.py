@@ -17,7 +17,7 @@ from mmebm.ops.net import graph
 
 
 def _elementwise(function: graph.Function) -> None:
-    @rule(function)
+    @rule(function, rows=True)
     def _(r: Recorder, out: Tensor, x: Tensor) -> int:
         return r.add(graph.Activation(r.node(x), function))
 
@@ -26,12 +26,12 @@ for _function in get_args(graph.Function):
     _elementwise(_function)  # those with arguments are below
 
 
-@rule("leaky_relu")
+@rule("leaky_relu", rows=True)
 def _leaky_relu(r: Recorder, out: Tensor, x: Tensor, slope: float = 0.01) -> int:
     return r.add(graph.Activation(r.node(x), "leaky_relu", float(slope)))
 
 
-@rule("elu")
+@rule("elu", rows=True)
 def _elu(r: Recorder, out: Tensor, x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> int:
     if input_scale != 1:
         refuse(f"its elu has input_scale={input_scale}")
@@ -39,13 +39,13 @@ def _elu(r: Recorder, out: Tensor, x: Tensor, alpha: float = 1.0, scale: float =
     return node if scale == 1 else r.add(graph.Add((node,), (float(scale),)))
 
 
-@rule("celu")
+@rule("celu", rows=True)
 def _celu(r: Recorder, out: Tensor, x: Tensor, alpha: float = 1.0) -> int:
     node = r.add(graph.Activation(_shift(r, x, r.node(x), 1.0 / float(alpha), 0.0), "elu", 1.0))
     return _shift(r, x, node, float(alpha), 0.0)
 
 
-@rule("gelu")
+@rule("gelu", rows=True)
 def _gelu(r: Recorder, out: Tensor, x: Tensor, *, approximate: str = "none") -> int:
     node = r.node(x)
     if approximate == "none":
@@ -56,7 +56,7 @@ def _gelu(r: Recorder, out: Tensor, x: Tensor, *, approximate: str = "none") -> 
     return r.add(graph.Product(node, gate))
 
 
-@rule("mish")
+@rule("mish", rows=True)
 def _mish(r: Recorder, out: Tensor, x: Tensor) -> int:
     node = r.node(x)
     gate = r.add(graph.Activation(r.add(graph.Activation(node, "softplus")), "tanh"))
@@ -72,7 +72,7 @@ def _softplus_of_minus(r: Recorder, node: int) -> int:
     return r.add(graph.Activation(r.add(graph.Add((node,), (-1.0,))), "softplus"))
 
 
-@rule("softplus")
+@rule("softplus", rows=True)
 def _softplus(r: Recorder, out: Tensor, x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> int:
     # threshold: from where on the function is taken for its argument, which changes less than rounding does
     if threshold * 1.0 < 15:
@@ -204,7 +204,7 @@ def _div(r: Recorder, out: Tensor, a: Any, b: Any, **options: Any) -> int:
     return r.affine(r.spread(a, out.shape), 1.0 / r.constant(b, out, out.shape), None)
 
 
-@rule("neg")
+@rule("neg", rows=True)
 def _neg(r: Recorder, out: Tensor, x: Tensor) -> int:
     return r.add(graph.Add((r.node(x),), (-1.0,)))
 

@@ -46,20 +46,27 @@ def _convolution(
 
 
 def _linear(r: Recorder, x: Tensor, matrix: Tensor, bias: Tensor | None) -> int:
-    """x (chains, n) times ``matrix`` (n, outputs)."""
+    """x (chains, n), or (chains times positions, n), times ``matrix`` (n, outputs)."""
     if r.value(matrix) is not None or r.value(bias) is not None:
         refuse("it multiplies matrices that depend on the state")
     if bias is not None:
         bias = bias.detach().expand(matrix.shape[1]).contiguous()
-    return r.add(graph.Linear(r.node(x), matrix.detach().t().contiguous(), bias))
+    node, weight = r.node(x), matrix.detach().t().contiguous()
+    if len(r.shapes[node]) == 1:
+        return r.add(graph.Linear(node, weight, bias))
+    # one layer for every position: a convolution of one tap, whose channels come first
+    count, channels = r.shapes[node]
+    first = r.pick([node], (channels, 1, count), positions((count, channels)).t())
+    out = r.add(graph.Conv(first, weight[:, :, None, None], bias))
+    return r.pick([out], (count, weight.shape[0]), positions((weight.shape[0], count)).t())
 
 
-@rule("mm")
+@rule("mm", rows=True)
 def _mm(r: Recorder, out: Tensor, x: Tensor, matrix: Tensor) -> int:
     return _linear(r, x, matrix, None)
 
 
-@rule("addmm")
+@rule("addmm", rows=True)
 def _addmm(
     r: Recorder, out: Tensor, bias: Tensor, x: Tensor, matrix: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> int:
@@ -68,7 +75,7 @@ def _addmm(
     return _linear(r, x, matrix, bias)
 
 
-@rule("mv")
+@rule("mv", rows=True)
 def _mv(r: Recorder, out: Tensor, x: Tensor, vector: Tensor) -> int:
     return _linear(r, x, vector.unsqueeze(1), None)
 

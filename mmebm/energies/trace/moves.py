@@ -15,7 +15,7 @@ from mmebm.energies.trace.recorder import CPU, Recorder, positions, rule
 from mmebm.ops.net import graph
 
 
-@rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
+@rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", rows=True)
 def _view(r: Recorder, out: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
     return r.node(x)  # keep() gives it its shape
 

@@ -18,13 +18,16 @@ CPU = torch.device("cpu")
 # result that is not read, ("total", node) for the node's sum over the chains; a list of these for several results
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+# Those that also take tensors whose first dimension is chains and positions in one, as of a layer over points
+ROWS: set[str] = set()
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Makes a function the rule of the operations ``names``."""
+def rule(*names: str, rows: bool = False) -> Callable[[Rule], Rule]:
+    """Makes a function the rule of the operations ``names``; ``rows``: see :data:`ROWS`."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
+        ROWS.update(names if rows else ())
         return function
 
     return register
@@ -37,11 +40,13 @@ def positions(shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Value:
-    """What a tensor stands for: a node; ``total`` where it is the node's sum over the chains."""
+    """What a tensor stands for: a node; ``total`` where it is the node's sum over the chains; ``rows`` where its first
+    dimension is the chains and the node's first dimension in one."""
 
     tensor: Tensor  # kept, so that its id stays its own
     node: int
     total: bool = False
+    rows: bool = False
 
 
 class Recorder:
@@ -49,6 +54,7 @@ class Recorder:
 
     def __init__(self, chains: int) -> None:
         self.chains = chains
+        self.rows = False  # whether the rule at work is among ROWS
         self.nodes: list[graph.Node] = []
         self.shapes: list[tuple[int, ...]] = []
         self.values: dict[int, Value] = {}
@@ -65,14 +71,20 @@ class Recorder:
     def value(self, t: Any) -> Value | None:
         return self.values.get(id(t)) if isinstance(t, Tensor) else None
 
-    def keep(self, t: Tensor, node: int, total: bool = False) -> None:
+    def keep(self, t: Tensor, node: int, total: bool = False, *, rows: bool = False) -> None:
+        """Notes that ``t`` is a node; ``rows``: it may have chains and positions in its first dimension."""
+        rows = rows and not total and t.dim() > 0 and t.shape[0] > self.chains
         if not total:
-            shape = tuple(t.shape[1:])
-            if not t.dim() or t.shape[0] != self.chains or math.prod(shape) != math.prod(self.shapes[node]):
+            shape, count = tuple(t.shape[1:]), self.chains * math.prod(self.shapes[node])
+            if rows and t.shape[0] % self.chains == 0:
+                shape = (t.shape[0] // self.chains, *shape)
+            elif not t.dim() or t.shape[0] != self.chains:
+                count = -1
+            if t.numel() != count:
                 refuse(f"a result of shape {tuple(t.shape)} is not one per chain ({self.chains} chains)")
             if (shape or (1,)) != self.shapes[node]:
                 node = self.add(graph.View(node, shape or (1,)))
-        self.values[id(t)] = Value(t, node, total)
+        self.values[id(t)] = Value(t, node, total, rows)
 
     # -- parts of rules
 
@@ -81,6 +93,8 @@ class Recorder:
         value = self.value(t)
         if value is None or value.total:
             refuse("it computes with sums over the chains")
+        if value.rows and not self.rows:
+            refuse("it computes with chains and positions in one dimension")
         return value.node
 
     def constant(self, t: Any, like: Tensor, out: torch.Size) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmebm.energies.lower.attempt import refuse
 from mmebm.energies.trace import arithmetic, layers, moves  # noqa: F401 (their rules)
-from mmebm.energies.trace.recorder import RULES, Recorder
+from mmebm.energies.trace.recorder import ROWS, RULES, Recorder
 from mmebm.energies.trace.tape import Step, Tape, tensors_in
 from mmebm.ops.net import graph
 
@@ -186,13 +186,14 @@ class Watch(TorchDispatchMode):
 
 def _written_down(name: str, r: Recorder, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """By the rule of the operation ``name``."""
+    r.rows = name in ROWS
     nodes = RULES[name](r, result, *args, **kwargs)
     outputs = list(result) if isinstance(result, (list, tuple)) else [result]
     for node, t in zip(nodes if isinstance(nodes, list) else [nodes], outputs, strict=True):
         if node is None:
             continue
         total = isinstance(node, tuple)
-        r.keep(t, node[1] if isinstance(node, tuple) else node, total)
+        r.keep(t, node[1] if isinstance(node, tuple) else node, total, rows=r.rows)
 
 
 def _written_total(name: str, r: Recorder, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
