@@ -224,7 +224,19 @@ def langevin_rows(
         not (silent("noise_scale", i) or (settings["noise_scale"][i] is None and silent("temperature", i)))
         for i in range(len(keys))
     ]
-    return StepRows([constants(i) for i in range(len(keys))], max(steps, 1)), noisy
+    # numbers are the same for all tensors of a dtype
+    shared: dict[Any, dict[str, Any]] = {}
+    columns: list[dict[str, Any]] = []
+    for i, t in enumerate(tensors):
+        given = [each[i] for each in settings.values()]
+        if all(value is None or type(value) in (int, float) for value in given):
+            known = (t.dtype, *given)
+            if known not in shared:
+                shared[known] = constants(i)
+            columns.append(shared[known])
+        else:
+            columns.append(constants(i))
+    return StepRows(columns, max(steps, 1)), noisy
 
 
 def _tied(a: Any, t: Any, s: Any = None) -> Any:
