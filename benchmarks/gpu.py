@@ -80,12 +80,12 @@ INSTRUCTIONS = {
 }
 # of the latent prior's chain: warp instructions of a block and step; a multiprocessor issues LANES / 32 a cycle
 CHAIN_INSTRUCTIONS = {
-    "cuda, fp32": 14_597,
-    "cuda, tf32x3": 11_377,
-    "cuda, bf16": 8_075,
+    "cuda, fp32": 14_569,
+    "cuda, tf32x3": 11_370,
+    "cuda, bf16": 8_055,
     "triton, fp32": 18_900,
     "triton, tf32x3": 18_900,
-    "triton, bf16": 11_964,
+    "triton, bf16": 11_980,
 }
 
 
