@@ -279,7 +279,7 @@ ALL = [
 CASES = {
     "straight": Case(PLAIN, True),
     "straight, all options, observed": Case(ALL, True, mask=True),
-    # products in three parts: on sm_90 other instructions than fp32's (wgmma)
+    # products on tensor cores, in three parts
     "straight, tf32x3": Case(PLAIN, True, more=(("precision", "tf32x3"),)),
     "noise first": Case(ALL, True, more=(("noise_at", "before"), ("clamp_noise", True))),
     "norm clip": Case([replace(p, grad_norm_clip=0.3) for p in ALL], False, mask=True),
