@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TORCH: Any = torch
 # For isinstance: what passes stays Any, where list, tuple and dict by name would make it one of unknown parts
@@ -27,3 +28,18 @@ def register(schema: str, op: Callable[..., Any], fake: Callable[..., Any], *aut
             backward, setup = autograd
             TORCH.library.register_autograd(f"mmebm::{name}", backward, setup_context=setup, lib=library)
     return library
+
+
+def gradients(
+    outputs: Sequence[tuple[Tensor, Tensor | None]], leaves: Sequence[Tensor], *, create_graph: bool
+) -> list[Tensor | None]:
+    """In a backward pass, of pairs of an output and its gradient: the gradient of each leaf, None for one that wants
+    none or that no output depends on."""
+    wanted = [t for t in leaves if t.requires_grad]
+    pairs = [(o, d) for o, d in outputs if d is not None and o.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if wanted and pairs:
+        values, slopes = zip(*pairs, strict=True)
+        found = torch.autograd.grad(values, wanted, slopes, create_graph=create_graph, allow_unused=True)
+    each = iter(found)
+    return [next(each) if t.requires_grad else None for t in leaves]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import require_dense, unfit
-from mmebm.ops.common.untyped import register
+from mmebm.ops.common.untyped import gradients, register
 from mmebm.ops.mlp_energy.reference import mlp_energy as reference
 from mmebm.ops.terms import Term, check_terms, pack, require_dense_terms, tensors_of, too_wide, unpack
 
@@ -59,21 +59,7 @@ def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple
         leaves = [t.view_as(t) if t.requires_grad else t for t in (x, *given)]
         rest = iter(leaves[1:])
         energy, grad = reference(leaves[0], unpack(ctx.terms, [next(rest) if there else None for there in ctx.present]))
-        wanted = [t for t in leaves if t.requires_grad]
-        outputs = [(o, d) for o, d in ((energy, d_energy), (grad, d_grad)) if d is not None and o.requires_grad]
-        found: list[Tensor | None] = [None] * len(wanted)
-        if wanted and outputs:
-            found = list(
-                torch.autograd.grad(
-                    [o for o, _ in outputs],
-                    wanted,
-                    [d for _, d in outputs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
-    each = iter(found)
-    grads = [next(each) if t.requires_grad else None for t in leaves]
+        grads = gradients([(energy, d_energy), (grad, d_grad)], leaves, create_graph=create_graph)
     rest_grads = iter(grads[1:])
     return grads[0], [next(rest_grads) if t is not None else None for t in tensors], None, None
 

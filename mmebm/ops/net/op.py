@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mmebm.ops import dispatch
 from mmebm.ops.common.address import require_dense, tangents, unfit
-from mmebm.ops.common.untyped import TORCH, register
+from mmebm.ops.common.untyped import TORCH, gradients, register
 from mmebm.ops.langevin_mlp import MlpChain, MlpResult
 from mmebm.ops.langevin_mlp import op as mlp
 from mmebm.ops.net import reference
@@ -136,21 +136,7 @@ def _backward(ctx: Any, d_energy: Tensor | None, d_grad: Tensor | None) -> tuple
         else:
             start = x if x.requires_grad else x.detach().requires_grad_()
             outputs = list(zip(reference.energy_and_gradient(start, net, create_graph=True), (d_energy, d_grad)))
-        wanted = [t for t in leaves if t.requires_grad]
-        outputs = [(o, d) for o, d in outputs if d is not None and o.requires_grad]
-        found: list[Tensor | None] = [None] * len(wanted)
-        if wanted and outputs:
-            found = list(
-                torch.autograd.grad(
-                    [o for o, _ in outputs],
-                    wanted,
-                    [d for _, d in outputs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
-    each = iter(found)
-    grads = [next(each) if t.requires_grad else None for t in leaves]
+        grads = gradients(outputs, leaves, create_graph=create_graph)
     return grads[0], grads[1:], None, None
 
 
