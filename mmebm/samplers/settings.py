@@ -225,17 +225,14 @@ def langevin_rows(
         for i in range(len(keys))
     ]
     # numbers are the same for all tensors of a dtype
-    shared: dict[Any, dict[str, Any]] = {}
+    made: dict[Any, dict[str, Any]] = {}
     columns: list[dict[str, Any]] = []
     for i, t in enumerate(tensors):
         given = [each[i] for each in settings.values()]
-        if all(value is None or type(value) in (int, float) for value in given):
-            known = (t.dtype, *given)
-            if known not in shared:
-                shared[known] = constants(i)
-            columns.append(shared[known])
-        else:
-            columns.append(constants(i))
+        key = (t.dtype, *given) if all(value is None or type(value) in (int, float) for value in given) else i
+        if key not in made:
+            made[key] = constants(i)
+        columns.append(made[key])
     return StepRows(columns, max(steps, 1)), noisy
 
 

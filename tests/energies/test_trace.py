@@ -208,6 +208,7 @@ def test_directions_and_cosines() -> None:
         return -5 * (image * words).sum(-1)
 
     agree(energy, state)
+    agree(lambda s: F.cosine_similarity(a(s["image"]).flatten(1), b(s["words"])), state)
     agree(lambda s: energy(s) + (F.normalize(torch.relu(s["words"]) * 0) * s["words"]).sum(1), state)
 
 
@@ -229,6 +230,25 @@ def test_functions_made_of_others(name: str) -> None:
     # torch's own hardsigmoid and hardswish take a sixth as float32 has it, 3e-8 beside
     within = 1e-7 if name.startswith(("hard", "modules")) else 1e-10
     agree(lambda x: FUNCTIONS[name](4 * layer(x)).square().sum((1, 2, 3)), images(3, 2, 6, 6), within=within)
+
+
+@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish", "logsigmoid", "mish"])
+def test_functions_that_somebody_replaces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two chains of an energy whose net is kept."""
+    layer, x = nn.Conv2d(1, 4, 3), torch.randn(3, 1, 6, 6)
+    energies: dict[str, Callable[[Tensor], Tensor]] = {
+        "hardsigmoid": lambda x: F.hardsigmoid(layer(x)).square().sum((1, 2, 3)),
+        "hardswish": lambda x: F.hardswish(layer(x)).square().sum((1, 2, 3)),
+        "logsigmoid": lambda x: F.logsigmoid(layer(x)).square().sum((1, 2, 3)),
+        "mish": lambda x: F.mish(layer(x)).square().sum((1, 2, 3)),
+    }
+    energy = energies[name]
+    sampler = Langevin(0.05, 0.01)
+    assert sampler.sample(energy, x, 3, seed=1).info["op"] == "langevin_net"
+    monkeypatch.setattr(F, name, lambda h: 2 * h)
+    out, loop = (s.sample(energy, x, 3, seed=1) for s in (sampler, sampler.replace(backend="torch")))
+    assert out.info["op"] == "langevin_step"
+    torch.testing.assert_close(out.state, loop.state, rtol=0, atol=1e-6)  # the noise to its rounding, 6e-8 seen
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -255,7 +275,7 @@ def test_losses(reduction: str) -> None:
 
 def test_layers_over_points() -> None:
     """A matrix for every position: sets of points, tokens, images with their channels last."""
-    net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2), nn.GELU("tanh")).double()
+    net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2), nn.ReLU6(), nn.GELU("tanh")).double()
     norm, mix, head = nn.LayerNorm(2).double(), nn.Linear(5, 5, bias=False).double(), nn.Linear(2, 1).double()
     points = images(4, 5, 3)
 
@@ -380,6 +400,10 @@ REFUSALS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "norms of one element": (lambda x: F.group_norm(x.mean((2, 3)), 1).sum(1), "one element a group"),
     "whether autograd watches": (lambda x: x.sum((1, 2, 3)) * (1.0 if x.requires_grad else 2.0), "requires_grad"),
     "where a tensor lies": (lambda x: x.sum((1, 2, 3)) * (1.0 if x.is_contiguous() else 2.0), "is_contiguous"),
+    "a limit for each row": (lambda x: x.clamp(max=torch.zeros(6)).sum((1, 2, 3)), "by a tensor"),
+    "a limit of the state": (lambda x: x.clamp(max=x.mean((1, 2, 3), keepdim=True)).sum((1, 2, 3)), "by a tensor"),
+    "a limit that is none": (lambda x: x.clamp(min=float("nan")).sum((1, 2, 3)), "by nan"),
+    "a limit beyond all": (lambda x: x.clamp(min=float("inf")).sum((1, 2, 3)), "by inf"),
     "a constant": (lambda x: torch.zeros(len(x)), "does not come from the state"),
 }
 

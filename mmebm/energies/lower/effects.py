@@ -349,11 +349,9 @@ def _computations() -> tuple[frozenset[Any], frozenset[str]]:
     """(functions of torch that compute, also as methods; their names and those of what is read of tensors)."""
     functions = {f for group in get_overridable_functions().values() for f in group} - {Tensor.backward}
     functions |= {getattr(torch, name) for name in _FACTORIES}
-    # which take no tensor-like objects in the place of tensors, and so are not among the overridable
-    functions |= {nn.functional.logsigmoid, nn.functional.hardsigmoid, nn.functional.hardswish}
-    names = (
-        {getattr(f, "__name__", "") for f in functions} | set(dir(Tensor)) | {"special", "linalg", "fft", "logsigmoid"}
-    )
+    functions |= originals.COMPUTING
+    names = {getattr(f, "__name__", "") for f in functions} | set(dir(Tensor))
+    names |= {"special", "linalg", "fft", "logsigmoid"}  # the last calls itself log_sigmoid
     names |= {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     effects = {"backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_"}
     # writes that no mode sees, also to memory that NumPy shares

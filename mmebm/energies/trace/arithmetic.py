@@ -63,7 +63,7 @@ def _mish(r: Recorder, out: Tensor, x: Tensor) -> int:
     return r.add(graph.Product(node, gate))
 
 
-@rule("log_sigmoid_forward")
+@rule("log_sigmoid_forward", rows=True)
 def _log_sigmoid(r: Recorder, out: Any, x: Tensor) -> list[Any]:
     return [r.add(graph.Add((_softplus_of_minus(r, r.node(x)),), (-1.0,))), None]
 
@@ -90,14 +90,10 @@ def _shift(r: Recorder, x: Tensor, node: int, factor: float, number: float) -> i
     return r.add(graph.Add((node,), (factor,), x.new_full((1, *r.shapes[node]), number)))
 
 
-def _limited(r: Recorder, x: Tensor, node: int, side: int, limit: Any, *, slope: float = 1.0) -> int:
+def _limited(r: Recorder, x: Tensor, node: int, side: int, limit: float, *, slope: float = 1.0) -> int:
     """A relu that begins at ``limit``, of what is above it (``side`` 1) or below (-1), and the limit beyond. ``slope``:
     of the limit itself; where it is 1, as torch.clamp has it, the relu begins at the number before."""
-    if isinstance(limit, Tensor):
-        if limit.numel() != 1 or r.value(limit) is not None:
-            refuse("it clamps by a tensor")
-        r.constants.append(limit)
-    at = torch.tensor(float(limit), dtype=x.dtype, device=CPU)
+    at = torch.tensor(limit, dtype=x.dtype, device=CPU)
     if slope:
         at = torch.nextafter(at, at - side * torch.inf) if limit != 0 else at - side * torch.finfo(torch.float32).tiny
     above = r.add(graph.Activation(_shift(r, x, node, float(side), -side * at.item()), "relu"))
@@ -106,41 +102,46 @@ def _limited(r: Recorder, x: Tensor, node: int, side: int, limit: Any, *, slope:
 
 def _between(r: Recorder, x: Tensor, low: Any, high: Any, slope: float = 1.0) -> int:
     node = r.node(x)
-    for side, limit in ((1, low), (-1, high)):
-        if limit is not None and math.isfinite(limit):
-            node = _limited(r, x, node, side, limit, slope=slope)
+    for side, given in ((1, low), (-1, high)):
+        if isinstance(given, Tensor):
+            if given.numel() != 1 or r.value(given) is not None:
+                refuse("it clamps by a tensor")
+            r.constants.append(given)
+        limit = -side * math.inf if given is None else float(given)
+        if limit == -side * math.inf:
+            continue
+        if not math.isfinite(limit):
+            refuse(f"it clamps by {limit}")
+        node = _limited(r, x, node, side, limit, slope=slope)
     return node
 
 
-@rule("clamp")
+@rule("clamp", rows=True)
 def _clamp(r: Recorder, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> int:
     return _between(r, x, min, max)
 
 
-@rule("clamp_min")
+@rule("clamp_min", rows=True)
 def _clamp_min(r: Recorder, out: Tensor, x: Tensor, min: Any) -> int:
     return _between(r, x, min, None)
 
 
-@rule("clamp_max")
+@rule("clamp_max", rows=True)
 def _clamp_max(r: Recorder, out: Tensor, x: Tensor, max: Any) -> int:
     return _between(r, x, None, max)
 
 
-@rule("hardtanh")
+@rule("hardtanh", rows=True)
 def _hardtanh(r: Recorder, out: Tensor, x: Tensor, low: float = -1.0, high: float = 1.0) -> int:
     return _between(r, x, low, high, slope=0.0)
 
 
-@rule("hardsigmoid")
+@rule("hardsigmoid", rows=True)
 def _hardsigmoid(r: Recorder, out: Tensor, x: Tensor, slope: float = 0.0) -> int:
-    node = r.node(x)
-    for side, limit in ((1, -3.0), (-1, 3.0)):
-        node = _limited(r, x, node, side, limit, slope=slope)
-    return _shift(r, x, node, 1 / 6, 0.5)
+    return _shift(r, x, _between(r, x, -3.0, 3.0, slope), 1 / 6, 0.5)
 
 
-@rule("hardswish")
+@rule("hardswish", rows=True)
 def _hardswish(r: Recorder, out: Tensor, x: Tensor) -> int:
     return r.add(graph.Product(r.node(x), _hardsigmoid(r, out, x, slope=1.0)))
 
@@ -266,10 +267,9 @@ def _norm(
     # torch's norm has the slope 0 at 0, where the root of a sum of squares has none: the smallest number that is not
     # denormal, 2^-126, is added under the root and its root, 2^-63, taken off. Of 0 the norm is 0, and numbers above
     # 1e-12 do not feel it.
-    tiny, shape = torch.finfo(torch.float32).tiny, (1, *r.shapes[total])
-    total = r.add(graph.Add((total,), (1.0,), x.new_full(shape, tiny)))
-    root = r.add(graph.Activation(total, "sqrt"))
-    return r.add(graph.Add((root,), (1.0,), x.new_full(shape, -(tiny**0.5))))
+    tiny = torch.finfo(torch.float32).tiny
+    root = r.add(graph.Activation(_shift(r, x, total, 1.0, tiny), "sqrt"))
+    return _shift(r, x, root, 1.0, -(tiny**0.5))
 
 
 @rule("logsumexp")
@@ -356,7 +356,7 @@ def _huber(r: Recorder, out: Tensor, a: Any, b: Any, reduction: int = 1, delta: 
     like = a.new_empty(()).expand(shape)
     apart = r.add(graph.Activation(_add(r, like, a, b, alpha=-1), "abs"))
     # with c = min(|a - b|, delta): c^2 / 2 + delta (|a - b| - c)
-    near = _limited(r, a, apart, -1, delta)
+    near = _limited(r, a, apart, -1, delta, slope=0.0)
     parts = (r.add(graph.Activation(near, "square")), apart, near)
     return _loss(r, r.add(graph.Add(parts, (0.5 * scale, delta * scale, -delta * scale))), shape, reduction)
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from mmebm.ops.common.untyped import TORCH
 
-__all__ = ["replaced", "replaced_among", "replaced_in"]
+__all__ = ["COMPUTING", "replaced", "replaced_among", "replaced_in"]
 
+# Among the functions that torch lets nobody override, which load, save and seed, those that compute
+COMPUTING: Final = frozenset((nn.functional.hardsigmoid, nn.functional.hardswish, nn.functional.logsigmoid))
 _EMPTY = ("empty", "new_empty")
 
 
@@ -48,7 +50,7 @@ class _Place:
                 return None
         except KeyError as error:
             return f"{self.label}.{error.args[0]}"
-        ignored: set[Any] = TORCH.overrides.get_ignored_functions()  # loads, saves, seeds: they compute nothing
+        ignored: set[Any] = TORCH.overrides.get_ignored_functions() - COMPUTING
         for name, own in zip(self.names, self.own, strict=True):
             now = self.now[name]
             if now is not own and own not in ignored and now not in ignored:
