@@ -73,14 +73,11 @@ class Recorder:
 
     def keep(self, t: Tensor, node: int, total: bool = False, *, rows: bool = False) -> None:
         """Notes that ``t`` is a node; ``rows``: it may have chains and positions in its first dimension."""
-        rows = rows and not total and t.dim() > 0 and t.shape[0] > self.chains
+        rows = rows and not total and t.dim() > 0 and t.shape[0] > self.chains and t.shape[0] % self.chains == 0
         if not total:
-            shape, count = tuple(t.shape[1:]), self.chains * math.prod(self.shapes[node])
-            if rows and t.shape[0] % self.chains == 0:
-                shape = (t.shape[0] // self.chains, *shape)
-            elif not t.dim() or t.shape[0] != self.chains:
-                count = -1
-            if t.numel() != count:
+            shape = (t.shape[0] // self.chains, *t.shape[1:]) if rows else tuple(t.shape[1:])
+            each = rows or (t.dim() > 0 and t.shape[0] == self.chains)
+            if not each or math.prod(shape) != math.prod(self.shapes[node]):
                 refuse(f"a result of shape {tuple(t.shape)} is not one per chain ({self.chains} chains)")
             if (shape or (1,)) != self.shapes[node]:
                 node = self.add(graph.View(node, shape or (1,)))
